@@ -1,0 +1,260 @@
+"""The command line: parse, call, print; and the one place that turns a failure into an exit code."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from q6k_convert import __version__
+from q6k_convert.errors import ExitCode, InterruptedRunError, Q6KConvertError
+from q6k_convert.text import parse_size
+
+if TYPE_CHECKING:
+    from q6k_convert.terminal import Terminal
+
+EXIT_CODES = """\
+Exit codes: 0 done; 1 a bug; 2 usage; 3 input rejected; 4 I/O or output conflict; 5 verification failed;
+6 environment (a compiled piece or a GPU is missing); 130 interrupted."""
+
+
+class ConvertByDefault(TyperGroup):
+    """`q6k-convert model.gguf out/` is `q6k-convert convert model.gguf out/`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Puts `convert` in front unless a command or an option of the program itself comes first."""
+        own = {option for param in self.get_params(ctx) for option in param.opts}
+        if args and args[0] not in self.commands and args[0] not in own:
+            args = ["convert", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=ConvertByDefault,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EXIT_CODES,
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"q6k-convert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[  # noqa: ARG001 -- acts through its callback
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """GGUF files to planar Q6_K bundles for PyTorch on NVIDIA GPUs.
+
+    `q6k-convert MODEL.gguf OUT/` is short for `q6k-convert convert MODEL.gguf OUT/`.
+    """
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, all else on stderr.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")]
+
+
+@app.command(epilog=EXIT_CODES)
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="MODEL.gguf", help="A GGUF file, or any part of a split one.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT/", help="The bundle's directory, new or empty.")],
+    scales: Annotated[
+        Literal["bf16", "exact"],
+        typer.Option(help="Scales of Q6_K weights: rounded to bf16, or GGUF's own (lossless, smaller)."),
+    ] = "bf16",
+    other: Annotated[
+        Literal["bf16", "raw", "skip", "error"],
+        typer.Option(
+            help="Other quantised tensors: dequantise to bf16, keep as GGUF blocks, leave out, or refuse."
+        ),
+    ] = "bf16",
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Store only tensors of such names; repeatable.", show_default="all"),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Leave out tensors of such names; repeatable.", show_default="none"),
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Start a new shard past this size: 5GB, 512MiB, …")
+    ] = "5GB",
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Keep blocks whose scale is NaN or infinite.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an existing bundle, once the new one is whole.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=256, help="Worker threads; the output is the same.", show_default="processors, at most 8"
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Convert a GGUF file to a bundle."""
+    with _reporting(as_json, quiet, verbose) as terminal:
+        from q6k_convert import contents
+        from q6k_convert.convert import check_room, default_jobs, run
+        from q6k_convert.errors import UsageError
+        from q6k_convert.gguf_model import open_gguf
+        from q6k_convert.plan import Options, make_plan
+
+        try:
+            shard_bytes = parse_size(max_shard_size)
+        except ValueError as error:
+            raise UsageError(f"--max-shard-size: {error}") from error
+        if not source.exists() and source.parent == Path():
+            _hint_command(source)
+        options = Options(
+            scales, other, tuple(include or ()), tuple(exclude or ()), shard_bytes, allow_nonfinite
+        )
+        with open_gguf(source) as model:
+            plan = make_plan(model, options)
+            planned = contents.plan_contents(plan)
+            terminal.plan(planned)
+            if dry_run:
+                check_room(plan, output, force=force)
+                terminal.document({"status": "planned", "plan": planned})
+                return
+            with terminal.progress(plan.bytes_in, "converting") as progress:
+                result = run(plan, output, jobs=jobs or default_jobs(), force=force, progress=progress)
+        summary = contents.result_contents(result, _peak_memory())
+        terminal.result(summary)
+        terminal.document({"status": "done", "plan": planned, "result": summary})
+
+
+@app.command(epilog=EXIT_CODES)
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="MODEL.gguf|OUT/", help="A GGUF file or a bundle.")],
+    key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="Print only the whole value of this GGUF key.", show_default="none"),
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """List what is inside a GGUF file or a bundle."""
+    with _reporting(as_json, False, verbose) as terminal:
+        from q6k_convert import contents
+        from q6k_convert.errors import UsageError
+        from q6k_convert.gguf_model import open_gguf
+        from q6k_kernels import manifest
+
+        directory = path.is_dir()
+        if key is not None:
+            with open_gguf(path / manifest.METADATA_NAME if directory else path) as model:
+                missing = object()
+                value = model.value(key, missing)
+                if value is missing:
+                    raise UsageError(f"{path}: no key {key!r}", "`q6k-convert inspect` without --key lists them.")
+            terminal.value(key, value)
+        elif directory:
+            content = contents.bundle_contents(path, manifest.read(path))
+            terminal.bundle(content)
+            terminal.document(content)
+        else:
+            with open_gguf(path) as model:
+                content = contents.gguf_contents(model)
+            terminal.gguf(content)
+            terminal.document(content)
+
+
+@contextmanager
+def _reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
+    """Turns whatever goes wrong inside into a message and an exit code."""
+    from q6k_convert.terminal import Terminal
+    from q6k_kernels.manifest import BundleError
+
+    terminal = Terminal(as_json=as_json, quiet=quiet)
+
+    def fail(code: ExitCode, cause: str, remedy: str = "") -> NoReturn:
+        if verbose:
+            terminal.traceback()
+        terminal.error(cause, remedy)
+        terminal.document({"status": "error", "exit_code": int(code), "error": cause, "remedy": remedy})
+        raise typer.Exit(int(code))
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        yield terminal
+    except Q6KConvertError as error:
+        fail(error.exit_code, error.cause, error.remedy)
+    except BundleError as error:
+        fail(ExitCode.INPUT_REJECTED, str(error), "Make the bundle again from its GGUF file.")
+    except BrokenPipeError:
+        # Whoever read our output has gone; there is nobody to tell.
+        sys.stdout = None
+        raise typer.Exit(int(ExitCode.IO)) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        fail(ExitCode.IO, f"{where}{error.strerror or error}", "Check the disk, the path and its permissions.")
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        fail(
+            ExitCode.BUG,
+            f"{type(error).__name__}: {error}",
+            "This is a bug in q6k-convert: run again with --verbose and report the traceback.",
+        )
+
+
+def _interrupt(number: int, _frame: object) -> NoReturn:
+    # Once is enough: what follows is the clean-up, which should not be cut short.
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    raise InterruptedRunError(
+        f"interrupted ({signal.Signals(number).name}); nothing was left behind", "Run the same command again."
+    )
+
+
+def _hint_command(source: Path) -> None:
+    """Names the command that a mistyped first word may have meant."""
+    from difflib import get_close_matches
+
+    from q6k_convert.errors import IOFailedError
+
+    close = get_close_matches(source.name, ["convert", "inspect"], n=1)
+    if close:
+        raise IOFailedError(
+            f"there is no file {source} and no such command", f"Did you mean `q6k-convert {close[0]}`?"
+        )
+
+
+def _peak_memory() -> int:
+    """The most memory this process has had resident, in bytes."""
+    try:
+        # Linux's ru_maxrss starts from the parent's figure; this does not.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main() -> None:
+    """The entry point of `q6k-convert`."""
+    app(prog_name="q6k-convert")

@@ -1,0 +1,168 @@
+"""The bytes of an untrusted file: positioned reads, a cursor that bounds every length, rejections.
+
+Read with `pread`, never mapped: a file that shrinks meanwhile is an error and not a crash.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from pathlib import Path
+from typing import Self
+
+from q6k_convert.errors import InputRejectedError, IOFailedError
+
+_WINDOW = 1 << 18
+
+
+class SourceBytes:
+    """A regular file opened for reading.
+
+    Raises:
+        IOFailedError: it is no regular file, or cannot be opened or read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            # A FIFO would block the open itself, so look before opening.
+            if not stat.S_ISREG(path.stat().st_mode):
+                kind = "a directory" if path.is_dir() else "not a regular file"
+                raise IOFailedError(f"{path} is {kind}", "Give the path of a .gguf file.")
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise IOFailedError(f"{path}: {error.strerror}", "Check the path and its permissions.") from error
+        self.stat = os.fstat(self._fd)
+        self.size = self.stat.st_size
+
+    def close(self) -> None:
+        """Closes the file; reading from it afterwards fails."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fills `buffer` from the file at `offset`. Safe from several threads at once.
+
+        Raises:
+            IOFailedError: the file has become shorter, or the read failed.
+        """
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise IOFailedError(f"{self.path}: reading at byte {offset + done}: {error.strerror}") from error
+            if count == 0:
+                raise IOFailedError(
+                    f"{self.path}: ends at byte {offset + done}, but had {self.size} bytes when it was opened",
+                    "Something is rewriting the file: wait until it is whole and run again.",
+                )
+            done += count
+
+    def read(self, offset: int, length: int) -> bytearray:
+        """`length` bytes at `offset`; bounded by the caller."""
+        data = bytearray(length)
+        self.read_into(memoryview(data), offset)
+        return data
+
+    def check_unchanged(self) -> None:
+        """Raises IOFailedError if the file was modified since it was opened."""
+        now = os.fstat(self._fd)
+        if (now.st_size, now.st_mtime_ns) != (self.stat.st_size, self.stat.st_mtime_ns):
+            raise IOFailedError(
+                f"{self.path} was modified while it was being read ({self.stat.st_size} bytes before, "
+                f"{now.st_size} now)",
+                "Run again once nothing writes to it.",
+            )
+
+    def decoded(self, raw: bytes, item: str, offset: int) -> str:
+        """UTF-8 text, or InputRejectedError."""
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            raise self.reject(item, f"invalid UTF-8 ({error.reason})", offset + error.start) from error
+
+    def reject(self, item: str, problem: str, offset: int | None, **more: str) -> InputRejectedError:
+        """An InputRejectedError about this file."""
+        return InputRejectedError(self.path, item, problem, offset=offset, **more)
+
+
+class Cursor:
+    """Walks a file through a window of at most `_WINDOW` bytes (more for one long string)."""
+
+    def __init__(self, file: SourceBytes, at: int = 0) -> None:
+        self.file = file
+        self.at = at
+        self._window = b""
+        self._window_at = 0
+
+    @property
+    def remaining(self) -> int:
+        return self.file.size - self.at
+
+    def take(self, length: int, item: str) -> bytes:
+        """The next `length` bytes; the caller has bounded `length`."""
+        if length > self.remaining:
+            raise self.file.reject(
+                item, f"{length} bytes expected, but the file ends after {max(self.remaining, 0)}", self.at
+            )
+        first = self.at - self._window_at
+        if first < 0 or first + length > len(self._window):
+            self._window_at = self.at
+            self._window = bytes(self.file.read(self.at, min(max(length, _WINDOW), self.remaining)))
+            first = 0
+        self.at += length
+        return self._window[first : first + length]
+
+    def number(self, form: str, item: str) -> int:
+        return int(struct.unpack("<" + form, self.take(struct.calcsize(form), item))[0])
+
+    def string_length(self, item: str, bound: int) -> int:
+        at = self.at
+        length = self.number("Q", item)
+        if length > self.remaining:
+            raise self.file.reject(
+                item, f"string of {length} bytes, but the file ends after {self.remaining}", at
+            )
+        if length > bound:
+            raise self.file.reject(item, f"string of {length} bytes, longer than the limit of {bound}", at)
+        return length
+
+    def string(self, item: str, bound: int) -> str:
+        length = self.string_length(item, bound)
+        at = self.at
+        return self.file.decoded(self.take(length, item), item, at)
+
+    def skip(self, length: int, item: str) -> None:
+        if length > self.remaining:
+            raise self.file.reject(
+                item, f"{length} bytes expected, but the file ends after {self.remaining}", self.at
+            )
+        self.at += length
+
+    def skip_strings(self, count: int, item: str) -> None:
+        """Steps over `count` strings; a vocabulary has hundreds of thousands, hence the tight loop."""
+        unpack, done = struct.Struct("<Q").unpack_from, 0
+        while done < count:
+            self.take(8, f"{item}[{done}]")  # fills the window from here on, or reports the end
+            window, at = self._window, self.at - 8 - self._window_at
+            try:
+                for done in range(done + 1, count + 1):  # noqa: B020, PLR1704 -- goes on where it was
+                    at += 8 + unpack(window, at)[0]
+            except (struct.error, OverflowError):  # the window ends before this string
+                done -= 1
+            self.at = self._window_at + at
+            if self.at > self.file.size:
+                raise self.file.reject(
+                    f"{item}[{done - 1}]",
+                    f"string reaches byte {self.at}, past the end of the file ({self.file.size})",
+                    None,
+                )

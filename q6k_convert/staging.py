@@ -1,0 +1,182 @@
+"""A directory that appears whole or not at all.
+
+The bundle is written into `.NAME.q6k-partial` beside `NAME` and renamed onto it when it is durable.
+A run holds a lock on the partial directory, so a second run on the same output is refused, and what a
+killed run left behind is cleared by the next. Nothing is ever overwritten in place, and nothing that is
+not part of a bundle is ever removed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from q6k_convert.errors import IOFailedError
+from q6k_convert.text import listing, size
+from q6k_kernels import manifest
+from q6k_kernels.bundle import fsync_directory
+
+_ELSEWHERE = "Give a new directory as output."
+_OUR_NAMES = re.compile(
+    r"bundle\.json|metadata\.gguf|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def check_output(output: Path, sources: Sequence[Path], *, force: bool) -> Path:
+    """Where the bundle will lie, symlinks resolved, if it may lie there.
+
+    Raises:
+        IOFailedError: something is in the way, or the output and an input are the same or nested.
+    """
+    final = output.resolve()
+    for source in sources:
+        actual = source.resolve()
+        if actual == final or final in actual.parents or actual in final.parents:
+            raise IOFailedError(f"the output {output} and the input {source} are the same or nested", _ELSEWHERE)
+    if not os.path.lexists(final):
+        return final
+    if not final.is_dir():
+        same = any(os.path.samefile(final, source) for source in sources)
+        what = "is the input itself" if same else "exists and is not a directory"
+        raise IOFailedError(f"the output {output} {what}", _ELSEWHERE)
+    entries = sorted(final.iterdir())
+    if not entries:
+        return final
+    inputs = {(s.st_dev, s.st_ino) for s in (source.stat() for source in sources)}
+    for entry in entries:
+        found = entry.stat() if entry.exists() else entry.lstat()
+        if (found.st_dev, found.st_ino) in inputs:
+            raise IOFailedError(f"the output {output} holds the input itself, as {entry.name}", _ELSEWHERE)
+    try:
+        ours = {manifest.NAME, *manifest.read(final).files}
+    except manifest.BundleError as error:
+        names = listing([entry.name for entry in entries], most=3)
+        raise IOFailedError(
+            f"the output {output} is not empty and not a whole bundle ({names}): {error}", _ELSEWHERE
+        ) from error
+    foreign = [e.name for e in entries if e.name not in ours or e.is_symlink() or not e.is_file()]
+    if foreign:
+        raise IOFailedError(
+            f"the output {output} holds what is not part of its bundle: {listing(foreign)}",
+            "Move those away, or give a new directory as output.",
+        )
+    if not force:
+        raise IOFailedError(
+            f"the output {output} is already a bundle", "Use --force to replace it, or give another directory."
+        )
+    return final
+
+
+def check_space(final: Path, needed: int) -> None:
+    """Raises IOFailedError unless the file system of `final` has `needed` bytes free."""
+    place = next(p for p in (final, *final.parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise IOFailedError(
+            f"{final}: the bundle takes {size(needed)} ({needed} bytes), but {place} has {size(free)} free",
+            "Free some space, or give an output on another disk.",
+        )
+
+
+@contextmanager
+def staged(output: Path, sources: Sequence[Path], *, force: bool) -> Iterator[Path]:
+    """An empty directory to fill; it becomes `output` when the block ends, and vanishes if it fails.
+
+    Raises:
+        IOFailedError: as `check_output`, or another run is writing to this output.
+    """
+    final = check_output(output, sources, force=force)
+    made = [p for p in (final.parent, *final.parent.parents) if not p.exists()]
+    partial = final.with_name(f".{final.name}.q6k-partial")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    lock = None
+    try:
+        lock = _locked(partial, output)
+        # The run that held the lock until now may have finished this very output.
+        check_output(output, sources, force=force)
+        _clear(partial)
+        yield partial
+        _put(partial, final)
+    except BaseException:
+        if lock is not None and partial.exists():
+            _clear(partial)
+            partial.rmdir()
+        for parent in made:
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(partial: Path, output: Path) -> int:
+    """Creates the partial directory and locks it; the descriptor holds the lock."""
+    partial.mkdir(exist_ok=True)
+    if partial.is_symlink():
+        raise IOFailedError(f"{partial} is a symlink", "Remove it.")
+    fd = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # It may have been renamed or removed between opening and locking.
+        if not os.path.samestat(os.fstat(fd), os.stat(partial)):
+            raise BlockingIOError
+    except (BlockingIOError, FileNotFoundError) as error:
+        os.close(fd)
+        raise IOFailedError(
+            f"another run is writing to {output}", "Wait until it has ended, or give another directory."
+        ) from error
+    return fd
+
+
+def _clear(directory: Path) -> None:
+    """Removes what a run leaves in a partial directory; refuses if anything else is there."""
+    entries = list(directory.iterdir())
+    foreign = [e.name for e in entries if not _OUR_NAMES.fullmatch(e.name) or e.is_dir()]
+    if foreign:
+        raise IOFailedError(
+            f"{directory} holds what no conversion wrote: {listing(foreign)}", "Remove that directory by hand."
+        )
+    # The manifest first: without it, what is left cannot be taken for a bundle.
+    for entry in sorted(entries, key=lambda e: e.name != manifest.NAME):
+        entry.unlink()
+
+
+def _put(partial: Path, final: Path) -> None:
+    """Renames the whole bundle into place; what was there goes only then."""
+    if final.exists() and any(final.iterdir()):
+        _exchange(partial, final)
+        fsync_directory(final.parent)
+        _clear(partial)
+        partial.rmdir()
+    else:
+        partial.rename(final)
+        fsync_directory(final.parent)
+
+
+def _exchange(partial: Path, final: Path) -> None:
+    """Swaps two directories, in one step where the file system can."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        paths = os.fsencode(partial), os.fsencode(final)
+        if renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.ENOSYS, errno.EINVAL):
+            raise OSError(code, os.strerror(code), str(final))
+    aside = final.with_name(f".{final.name}.q6k-replaced")
+    final.rename(aside)
+    try:
+        partial.rename(final)
+    except OSError:
+        aside.rename(final)
+        raise
+    aside.rename(partial)

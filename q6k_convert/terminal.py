@@ -1,0 +1,201 @@
+"""What a person sees: plan, progress, result, listings and errors. Numbers come from `contents`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from q6k_convert import text
+from q6k_convert.contents import Row
+
+_LINE_SECONDS = 5.0
+
+_STORAGE_WORDS = {
+    "planar": "repacked to ql/qh planes",
+    "plain": "stored as they are",
+    "dequantized": "dequantised to bf16",
+    "raw": "kept as GGUF blocks",
+    "skipped": "not stored",
+}
+
+
+class Terminal:
+    """Prints for people; or, with `as_json`, one document on stdout and all else on stderr."""
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self._out = Console(stderr=as_json, quiet=quiet, highlight=False)
+        self._err = Console(stderr=True, highlight=False)
+
+    def document(self, content: Row) -> None:
+        """The JSON document, if one was asked for."""
+        if self.as_json:
+            print(json.dumps(content, indent=1, ensure_ascii=False))
+
+    def error(self, cause: str, remedy: str = "") -> None:
+        """One red line for the cause, one for the remedy."""
+        for label, line in (("error", cause), ("try", remedy)):
+            if line:
+                printable = line.replace("\n", " ").encode("utf-8", "backslashreplace").decode()
+                self._err.print(f"{label}: {printable}", style="red", soft_wrap=True, markup=False)
+
+    def traceback(self) -> None:
+        """The exception being handled, for `--verbose`."""
+        self._err.print_exception()
+
+    def plan(self, plan: Row) -> None:
+        """What is about to happen."""
+        sources = plan["sources"]
+        more = f" and {text.plural(len(sources) - 1, 'more part')}" if len(sources) > 1 else ""
+        head = " (head tied to the token embedding)" if plan["tied_head"] else ""
+        architecture = plan["architecture"] or "of unnamed architecture"
+        self._say(f"{sources[0]}{more}: {architecture}, {text.plural(plan['tensors'], 'tensor')}{head}")
+        table = _table("type", "tensors>", "weights>", "what happens", "bytes in>", "bytes out>")
+        for row in plan["types"]:
+            table.add_row(
+                row["type"],
+                str(row["tensors"]),
+                f"{row['weights']:,}",
+                _STORAGE_WORDS[row["storage"]],
+                text.size(row["bytes_in"]),
+                text.size(row["bytes_out"]),
+            )
+        self._out.print(table)
+        shards = plan["shards"]
+        files = shards[0]["name"] if len(shards) == 1 else f"{len(shards)} shards"
+        self._say(f"{text.size(plan['bytes_in'])} in, {text.size(plan['bytes_out'])} out, {files}")
+        if not any(row["storage"] == "planar" for row in plan["types"]):
+            self._err.print("note: no tensor of this model is a Q6_K weight", style="yellow")
+
+    def result(self, result: Row) -> None:
+        """What was done, and what to do next."""
+        table = _table("", "", header=False)
+        others = f"{result['tensors_other']} other"
+        skipped = f", {result['tensors_skipped']} not stored" if result["tensors_skipped"] else ""
+        table.add_row("bundle", result["output"])
+        table.add_row("tensors", f"{result['tensors_planar']} planar, {others}{skipped}")
+        table.add_row("size", f"{text.size(result['bytes_in'])} in, {text.size(result['bytes_out'])} out")
+        bits = f"{result['bits_per_weight']:g}"
+        if result["bits_per_weight_planar"]:
+            bits += f" ({result['bits_per_weight_planar']:g} in Q6_K weights)"
+        table.add_row("bits per weight", bits)
+        rate = text.size(result["bytes_in_per_second"])
+        table.add_row("time", f"{text.seconds(result['seconds'])}, {rate}/s")
+        table.add_row("peak memory", text.size(result["peak_memory_bytes"]))
+        table.add_row("look inside", f"q6k-convert inspect {shlex.quote(result['output'])}")
+        self._out.print(table)
+
+    def gguf(self, content: Row) -> None:
+        """A GGUF's listing."""
+        for file in content["files"]:
+            self._say(
+                f"{file['name']}: GGUF version {file['version']}, alignment {file['alignment']}, "
+                f"{text.size(file['bytes'])}"
+            )
+        keys = _table("key", "value")
+        for key, value in content["keys"].items():
+            keys.add_row(key, _value(value))
+        self._out.print(keys)
+        tensors = _table("tensor", "type", "shape", "bytes>")
+        for t in content["tensors"]:
+            tensors.add_row(t["name"], t["type"], text.shape(t["shape"]), text.size(t["bytes"]))
+        self._out.print(tensors)
+        self._totals(content, "bytes_in")
+
+    def bundle(self, content: Row) -> None:
+        """A bundle's listing."""
+        self._say(f"{content['path']}: q6k-planar bundle by {content['producer']}")
+        table = _table("", "", header=False)
+        table.add_row("architecture", content["architecture"])
+        for source in content["sources"]:
+            table.add_row("made from", f"{source['name']}, {text.size(source['bytes'])}, {source['checksum']}")
+        table.add_row("options", ", ".join(f"{k}={v}" for k, v in content["options"].items()))
+        for name, to in content["tied"].items():
+            table.add_row("tied", f"{name} is {to}")
+        for file in content["files"]:
+            table.add_row("file", f"{file['name']}, {text.size(file['bytes'])}")
+        table.add_row("on a GPU", f"{text.size(content['gpu_bytes'])}, {content['bits_per_weight']:g} bits per weight")
+        self._out.print(table)
+        tensors = _table("tensor", "type", "shape", "stored", "bytes>")
+        for t in content["tensors"]:
+            tensors.add_row(t["name"], t["type"], text.shape(t["shape"]), t["storage"], text.size(t["bytes"]))
+        self._out.print(tensors)
+        self._totals(content, "bytes_out")
+
+    def value(self, key: str, value: Any) -> None:
+        """The whole value of one key."""
+        self.document({"key": key, "value": value})
+        for item in value if isinstance(value, list) else [value]:
+            self._say(str(item))
+
+    @contextmanager
+    def progress(self, total: int, what: str) -> Iterator[Callable[[int], None]]:
+        """Progress over `total` bytes: a bar on a terminal, a line now and then elsewhere."""
+        if self.quiet:
+            yield lambda _: None
+        elif sys.stderr.isatty():
+            from tqdm import tqdm
+
+            with tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+                yield lambda count: (bar.update(count), None)[1]
+        else:
+            yield _Lines(total, what, self._err).add
+
+    def _say(self, line: str) -> None:
+        self._out.print(line, soft_wrap=True, markup=False)
+
+    def _totals(self, content: Row, column: str) -> None:
+        for row in content["types"]:
+            stored = f", {row['storage']}" if row["storage"] else ""
+            self._say(
+                f"{row['type']}{stored}: {text.plural(row['tensors'], 'tensor')}, {row['weights']:,} weights, "
+                f"{text.size(row[column])}"
+            )
+
+
+class _Lines:
+    """Progress as plain lines, at most one every few seconds."""
+
+    def __init__(self, total: int, what: str, console: Console) -> None:
+        self.total, self.what, self.console = total, what, console
+        self.done = 0
+        self.started = self.last = time.monotonic()
+
+    def add(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.last >= _LINE_SECONDS:
+            self.last = now
+            rate = self.done / (now - self.started)
+            left = text.seconds((self.total - self.done) / rate)
+            self.console.print(
+                f"{self.what}: {text.size(self.done)} of {text.size(self.total)} "
+                f"({100 * self.done / self.total:.0f}%), {text.size(rate)}/s, {left} left",
+                soft_wrap=True,
+            )
+
+
+def _table(*columns: str, header: bool = True) -> Table:
+    """A table; a column name that ends in `>` is a column of numbers."""
+    table = Table(box=None, pad_edge=False, show_header=header, header_style="bold")
+    for column in columns:
+        right = column.endswith(">")
+        table.add_column(column.rstrip(">"), justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value['count']} × {value['array']}"
+    shown = value if isinstance(value, str) else repr(value)
+    short = shown if len(shown) <= 200 else f"{shown[:200]}… ({len(shown)} characters)"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in short)

@@ -1,0 +1,55 @@
+"""Small texts for people: sizes, rates, times, and names that came from a file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+_UNITS |= {unit + "I": 1024**power for power, unit in enumerate("KMGT", 1)}
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?I?)B?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """`5GB` (decimal), `512MiB` (binary) or plain bytes -> bytes. Raises ValueError."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"{text!r} is not a size; write it like 5GB, 512MiB or 1000000")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def size(nbytes: float) -> str:
+    """Bytes with a decimal unit: `1.23 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def seconds(duration: float) -> str:
+    """`0.42 s`, `12.3 s` or `3:05 min`."""
+    if duration < 60:
+        return f"{duration:.2f} s" if duration < 10 else f"{duration:.1f} s"
+    return f"{int(duration) // 60}:{int(duration) % 60:02d} min"
+
+
+def plain_bytes(raw: bytes) -> str:
+    """Bytes of an unknown file, safe to print."""
+    return repr(raw)[1:]
+
+
+def shape(dims: Sequence[int]) -> str:
+    """`4096×11008`, or `scalar`."""
+    return "×".join(map(str, dims)) or "scalar"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 tensor`, `2 tensors`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def listing(items: Sequence[str], separator: str = ", ", most: int = 10) -> str:
+    """Items joined; past `most`, how many more there are."""
+    more = len(items) - most
+    return separator.join(items[:most]) + (f"{separator}and {more} more" if more > 0 else "")
