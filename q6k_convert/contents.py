@@ -79,7 +79,7 @@ def gguf_contents(model: GGUFModel) -> Row:
         "types": _by_type(
             (r.type.name, None, math.prod(r.shape), r.nbytes, r.nbytes) for _, r in model.tensors()
         ),
-        "keys": {key: _shown(part, kv) for part, kv in model.keys()},
+        "keys": {kv.key: _shown(part, kv) for part, kv in model.keys()},
         "tensors": tensors,
     }
 

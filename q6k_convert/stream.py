@@ -27,10 +27,11 @@ from q6k_kernels.planar import SUPER_BLOCK, round_to_bf16
 
 Bytes = npt.NDArray[np.uint8]
 
-PIECE_BLOCKS = 4096
-"""Q6_K blocks a piece: 860 kB in, 0.9 MB out, so both stay in a core's own cache."""
-PIECE_BYTES = PIECE_BLOCKS * BLOCK_BYTES
-DEQUANTIZED_WEIGHTS = 1 << 16
+PIECE_BLOCKS = 16384
+"""Q6_K blocks a piece at most: 3.4 MB in, 3.7 MB out; smaller ones cost more in Python than they save."""
+BUFFER_BYTES = 128 << 20
+"""All buffers together, whatever the number of workers."""
+DEQUANTIZED_WEIGHTS = 1 << 17
 """Weights a piece that the gguf package dequantises: its temporaries are many times as large."""
 
 
@@ -48,10 +49,10 @@ class _Piece:
 class _Slot:
     """The buffers of one piece under way."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.source: Bytes = np.empty(PIECE_BYTES, dtype=np.uint8)
+    def __init__(self, plan: Plan, blocks: int) -> None:
+        self.source: Bytes = np.empty(blocks * BLOCK_BYTES, dtype=np.uint8)
         self.arrays: dict[str, Bytes] = {
-            role: np.empty(PIECE_BLOCKS * each, dtype=np.uint8)
+            role: np.empty(blocks * each, dtype=np.uint8)
             for role, each in array_bytes(plan.options.scales).items()
         }
 
@@ -82,7 +83,9 @@ def stream(
     """
     hashes = {part.path: xxhash.xxh3_128() for part in plan.model.parts}
     under_way = deque[tuple[_Piece, _Slot, Future[_Done]]]()
-    free = [_Slot(plan) for _ in range(jobs + 2)]
+    slots = jobs + 2
+    blocks = min(PIECE_BLOCKS, BUFFER_BYTES // (2 * BLOCK_BYTES * slots))
+    free = [_Slot(plan, blocks) for _ in range(slots)]
     pool = ThreadPoolExecutor(jobs, "encode")
 
     def finish_oldest() -> None:
@@ -95,7 +98,7 @@ def stream(
         progress(piece.nbytes)
 
     try:
-        for piece in _pieces(plan):
+        for piece in _pieces(plan, blocks * BLOCK_BYTES):
             if not free:
                 finish_oldest()
             slot = free.pop()
@@ -111,7 +114,7 @@ def stream(
     ]
 
 
-def _pieces(plan: Plan) -> Iterator[_Piece]:
+def _pieces(plan: Plan, most: int) -> Iterator[_Piece]:
     """All bytes of all parts in order: what lies between tensors too, for the checksum."""
     by_part: dict[Any, list[TensorPlan]] = {}
     for tensor in plan.tensors:
@@ -120,10 +123,10 @@ def _pieces(plan: Plan) -> Iterator[_Piece]:
         at = 0
         for tensor in by_part.get(part, []):
             record = tensor.record
-            yield from _cut(part, at, record.offset, None, PIECE_BYTES)
-            yield from _cut(part, record.offset, record.offset + record.nbytes, tensor, _piece_bytes(tensor))
+            yield from _cut(part, at, record.offset, None, most)
+            yield from _cut(part, record.offset, record.offset + record.nbytes, tensor, _piece_bytes(tensor, most))
             at = record.offset + record.nbytes
-        yield from _cut(part, at, part.size, None, PIECE_BYTES)
+        yield from _cut(part, at, part.size, None, most)
 
 
 def _cut(part: GGUFFile, begin: int, end: int, tensor: TensorPlan | None, step: int) -> Iterator[_Piece]:
@@ -131,11 +134,11 @@ def _cut(part: GGUFFile, begin: int, end: int, tensor: TensorPlan | None, step: 
         yield _Piece(part, offset, min(step, end - offset), tensor, offset - begin)
 
 
-def _piece_bytes(tensor: TensorPlan) -> int:
+def _piece_bytes(tensor: TensorPlan, most: int) -> int:
     if tensor.storage != "dequantized":
-        return PIECE_BYTES
+        return most
     block_weights, block_bytes = TYPE_SIZES[tensor.record.type]
-    return DEQUANTIZED_WEIGHTS // block_weights * block_bytes
+    return min(DEQUANTIZED_WEIGHTS // block_weights, most // block_bytes) * block_bytes
 
 
 def _process(plan: Plan, writer: BundleWriter, piece: _Piece, slot: _Slot) -> _Done:

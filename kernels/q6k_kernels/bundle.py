@@ -25,7 +25,7 @@ from q6k_kernels import manifest as manifests
 from q6k_kernels.manifest import Manifest, SourceFile, StoredArray, StoredFile, StoredTensor
 from q6k_kernels.safetensors_file import INDEX_NAME, ArraySpec, Shard, index_json
 
-WRITEBACK_BYTES = 64 << 20
+WRITEBACK_BYTES = 32 << 20
 """Once this much has been written, the disk is set to work on it while more is being made."""
 
 
@@ -149,9 +149,11 @@ class BundleWriter:
 
     def _sync(self, name: str, *, close: bool) -> None:
         with _named(name):
-            os.fsync(self._open[name])
             if close:
+                os.fsync(self._open[name])
                 os.close(self._open.pop(name))
+            else:
+                os.fdatasync(self._open[name])
 
 
 def _pwrite(name: str, fd: int, data: bytes | memoryview, at: int) -> None:

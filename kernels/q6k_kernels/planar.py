@@ -82,8 +82,14 @@ def round_to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     One NaN for all: its sign and payload would otherwise depend on the processor that computed it.
     """
     bits = values.view(np.uint32)
-    rounded = bits + (np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded.astype(np.uint16))
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += bits
+    rounded += 0x7FFF
+    rounded >>= 16
+    result = rounded.astype(np.uint16)
+    result[np.isnan(values)] = 0x7FC0
+    return result
 
 
 def bf16_to_float(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
