@@ -53,7 +53,7 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def program(
-    version: Annotated[  # noqa: ARG001 -- acts through its callback
+    version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
@@ -70,9 +70,7 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show the t
 
 @app.command(epilog=EXIT_CODES)
 def convert(
-    source: Annotated[
-        Path, typer.Argument(metavar="MODEL.gguf", help="A GGUF file, or any part of a split one.")
-    ],
+    source: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="A GGUF file, or any part of a split one.")],
     output: Annotated[Path, typer.Argument(metavar="OUT/", help="The bundle's directory, new or empty.")],
     scales: Annotated[
         Literal["bf16", "exact"],
@@ -126,9 +124,7 @@ def convert(
             raise UsageError(f"--max-shard-size: {error}") from error
         if not source.exists() and source.parent == Path():
             _hint_command(source)
-        options = Options(
-            scales, other, tuple(include or ()), tuple(exclude or ()), shard_bytes, allow_nonfinite
-        )
+        options = Options(scales, other, tuple(include or ()), tuple(exclude or ()), shard_bytes, allow_nonfinite)
         with open_gguf(source) as model:
             plan = make_plan(model, options)
             planned = contents.plan_contents(plan)

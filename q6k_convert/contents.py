@@ -76,10 +76,8 @@ def gguf_contents(model: GGUFModel) -> Row:
         ],
         "architecture": model.architecture,
         "tied_head": model.is_tied(),
-        "types": _by_type(
-            (r.type.name, None, math.prod(r.shape), r.nbytes, r.nbytes) for _, r in model.tensors()
-        ),
-        "keys": {kv.key: _shown(part, kv) for part, kv in model.keys()},
+        "types": _by_type((r.type.name, None, math.prod(r.shape), r.nbytes, r.nbytes) for _, r in model.tensors()),
+        "keys": {kv.key: _shown(part, kv) for part, kv in model.key_values()},
         "tensors": tensors,
     }
 

@@ -49,6 +49,7 @@ class InputRejectedError(Q6KConvertError):
         offset: where in the file, in bytes from its start; None where no one place is to blame.
         problem: what was expected and what was found.
         remedy: what the user can do.
+
     """
 
     exit_code = ExitCode.INPUT_REJECTED
@@ -76,7 +77,7 @@ class IOFailedError(Q6KConvertError):
 
 
 class EnvironmentMissingError(Q6KConvertError):
-    """This installation or machine lacks a piece the command needs."""
+    """The installation or the machine lacks a piece the command needs."""
 
     exit_code = ExitCode.ENVIRONMENT
 

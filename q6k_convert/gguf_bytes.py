@@ -21,6 +21,7 @@ class SourceBytes:
 
     Raises:
         IOFailedError: it is no regular file, or cannot be opened or read.
+
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,6 +54,7 @@ class SourceBytes:
 
         Raises:
             IOFailedError: the file has become shorter, or the read failed.
+
         """
         done = 0
         while done < len(buffer):
@@ -106,6 +108,7 @@ class Cursor:
 
     @property
     def remaining(self) -> int:
+        """Bytes from here to the end of the file."""
         return self.file.size - self.at
 
     def take(self, length: int, item: str) -> bytes:
@@ -123,25 +126,26 @@ class Cursor:
         return self._window[first : first + length]
 
     def number(self, form: str, item: str) -> int:
+        """The next little-endian integer; `form` is the struct letter."""
         return int(struct.unpack("<" + form, self.take(struct.calcsize(form), item))[0])
 
-    def string_length(self, item: str, bound: int) -> int:
+    def _string_length(self, item: str, bound: int) -> int:
         at = self.at
         length = self.number("Q", item)
         if length > self.remaining:
-            raise self.file.reject(
-                item, f"string of {length} bytes, but the file ends after {self.remaining}", at
-            )
+            raise self.file.reject(item, f"string of {length} bytes, but the file ends after {self.remaining}", at)
         if length > bound:
             raise self.file.reject(item, f"string of {length} bytes, longer than the limit of {bound}", at)
         return length
 
     def string(self, item: str, bound: int) -> str:
-        length = self.string_length(item, bound)
+        """The next string, of at most `bound` bytes."""
+        length = self._string_length(item, bound)
         at = self.at
         return self.file.decoded(self.take(length, item), item, at)
 
     def skip(self, length: int, item: str) -> None:
+        """Steps over `length` bytes, which must be there."""
         if length > self.remaining:
             raise self.file.reject(
                 item, f"{length} bytes expected, but the file ends after {self.remaining}", self.at
@@ -155,7 +159,7 @@ class Cursor:
             self.take(8, f"{item}[{done}]")  # fills the window from here on, or reports the end
             window, at = self._window, self.at - 8 - self._window_at
             try:
-                for done in range(done + 1, count + 1):  # noqa: B020, PLR1704 -- goes on where it was
+                for done in range(done + 1, count + 1):  # noqa: B007, B020 -- goes on where it was
                     at += 8 + unpack(window, at)[0]
             except (struct.error, OverflowError):  # the window ends before this string
                 done -= 1

@@ -89,6 +89,7 @@ class KeyValue:
         start, end: the pair's bytes in the file, key included.
         at: where the value begins (for arrays: the first element).
         type: the value's type; element type and count for arrays, else None and 1.
+
     """
 
     key: str
@@ -106,6 +107,7 @@ class GGUFFile(SourceBytes):
     Raises:
         InputRejectedError: the file breaks a rule of the format or a bound of this reader.
         IOFailedError: it cannot be opened or read.
+
     """
 
     def __init__(self, path: Path) -> None:
@@ -126,6 +128,7 @@ class GGUFFile(SourceBytes):
 
         Raises:
             InputRejectedError: a string in it is not UTF-8.
+
         """
         kv = self.kv.get(key)
         if kv is None:

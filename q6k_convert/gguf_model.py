@@ -30,6 +30,7 @@ class GGUFModel:
     Attributes:
         parts: the files in order; one for a model that is not split.
         architecture: `general.architecture`, or "" if the file names none.
+
     """
 
     def __init__(self, parts: list[GGUFFile]) -> None:
@@ -63,7 +64,7 @@ class GGUFModel:
             for record in part.tensors:
                 yield part, record
 
-    def keys(self) -> Iterator[tuple[GGUFFile, KeyValue]]:
+    def key_values(self) -> Iterator[tuple[GGUFFile, KeyValue]]:
         """Every key once, with the first part that has it."""
         yield from self._keys.values()
 
@@ -108,6 +109,7 @@ def open_gguf(path: str | Path) -> GGUFModel:
     Raises:
         InputRejectedError: a file breaks the format, or the parts do not make up one model.
         IOFailedError: a file cannot be opened or read.
+
     """
     path = Path(path)
     with ExitStack() as opened:
@@ -154,13 +156,9 @@ def _siblings(given: GGUFFile, count: int) -> list[Path]:
         else:
             extra.append(entry.name)
     missing = [
-        f"{match['name']}-{number:05}-of-{count:05}.gguf"
-        for number in range(1, count + 1)
-        if number not in found
+        f"{match['name']}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1) if number not in found
     ]
-    problems = [
-        f"{kind}: {listing(names)}" for kind, names in (("missing", missing), ("extra", extra)) if names
-    ]
+    problems = [f"{kind}: {listing(names)}" for kind, names in (("missing", missing), ("extra", extra)) if names]
     if problems:
         raise given.reject("split parts", "; ".join(problems), None, remedy=_GET_ALL_PARTS)
     return [found[number] for number in range(1, count + 1)]
@@ -191,9 +189,7 @@ def _check_parts(parts: list[GGUFFile], count: int) -> None:
                     )
                 owner[record.name] = part
     if not problems and len(owner) != total:
-        problems.append(
-            f"foreign: the parts hold {len(owner)} tensors together, split.tensors.count says {total}"
-        )
+        problems.append(f"foreign: the parts hold {len(owner)} tensors together, split.tensors.count says {total}")
     if problems:
         raise InputRejectedError(first.path, "split parts", listing(problems, "; "), remedy=_GET_ALL_PARTS)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import gguf
 
@@ -45,6 +46,7 @@ class TensorRecord:
         offset: first byte, from the start of the file.
         nbytes: size in the file, padding excluded.
         record_at: where the record lies, for messages.
+
     """
 
     name: str
@@ -62,6 +64,7 @@ class TensorRecord:
 
 
 def read_tensors(cursor: Cursor, count: int, alignment: int) -> list[TensorRecord]:
+    """The tensors by position of their data, checked; the cursor stands at the first record."""
     file, records, seen = cursor.file, list[TensorRecord](), dict[str, int]()
     for index in range(count):
         record = _read_tensor(cursor, index)
@@ -120,9 +123,7 @@ def _read_tensor(cursor: Cursor, index: int) -> TensorRecord:
     return TensorRecord(name, kind, tuple(reversed(dims)), offset, nbytes, start)
 
 
-def _placed(
-    file: SourceBytes, records: list[TensorRecord], data_offset: int, alignment: int
-) -> list[TensorRecord]:
+def _placed(file: SourceBytes, records: list[TensorRecord], data_offset: int, alignment: int) -> list[TensorRecord]:
     """The records with absolute offsets, in file order of their data, none overlapping."""
     placed = list[TensorRecord]()
     for r in records:
@@ -141,7 +142,7 @@ def _placed(
             )
         placed.append(replace(r, offset=first))
     placed.sort(key=lambda r: r.offset)
-    for before, after in zip(placed, placed[1:], strict=False):
+    for before, after in pairwise(placed):
         if before.offset + before.nbytes > after.offset:
             raise file.reject(
                 f"tensor {after.name!r}",

@@ -46,6 +46,7 @@ class Options:
             pattern (or there are none) and no exclude pattern.
         max_shard_size: data bytes a shard may hold.
         allow_nonfinite: keep blocks whose d is NaN or infinite instead of rejecting the file.
+
     """
 
     scales: Scales = "bf16"
@@ -109,6 +110,7 @@ def make_plan(model: GGUFModel, options: Options) -> Plan:
         InputRejectedError: a tensor cannot be stored as the options ask, or two arrays would have
             one name.
         UsageError: a pattern matches no tensor, nothing is left to store, or the shards are too many.
+
     """
     selected = _selection([record.name for _, record in model.tensors()], options)
     tensors = list[TensorPlan]()
@@ -133,7 +135,7 @@ def make_plan(model: GGUFModel, options: Options) -> Plan:
             f"{model.parts[0].path}: none of its {len(tensors)} tensors would be stored",
             "Check --include, --exclude and --other; `q6k-convert inspect` lists the tensors.",
         )
-    _check_keys(model, tensors)
+    _check_keys(tensors)
     try:
         shards = plan_shards([list(t.arrays.values()) for t in tensors if t.arrays], options.max_shard_size)
     except ValueError as error:
@@ -210,7 +212,7 @@ def _check_dequantizer(part: GGUFFile, record: TensorRecord) -> None:
         ) from error
 
 
-def _check_keys(model: GGUFModel, tensors: Sequence[TensorPlan]) -> None:
+def _check_keys(tensors: Sequence[TensorPlan]) -> None:
     owners = dict[str, TensorPlan]()
     for tensor in tensors:
         for array in tensor.arrays.values():

@@ -35,6 +35,7 @@ def check_output(output: Path, sources: Sequence[Path], *, force: bool) -> Path:
 
     Raises:
         IOFailedError: something is in the way, or the output and an input are the same or nested.
+
     """
     final = output.resolve()
     for source in sources:
@@ -44,7 +45,7 @@ def check_output(output: Path, sources: Sequence[Path], *, force: bool) -> Path:
     if not os.path.lexists(final):
         return final
     if not final.is_dir():
-        same = any(os.path.samefile(final, source) for source in sources)
+        same = any(final.samefile(source) for source in sources)
         what = "is the input itself" if same else "exists and is not a directory"
         raise IOFailedError(f"the output {output} {what}", _ELSEWHERE)
     entries = sorted(final.iterdir())
@@ -92,6 +93,7 @@ def staged(output: Path, sources: Sequence[Path], *, force: bool) -> Iterator[Pa
 
     Raises:
         IOFailedError: as `check_output`, or another run is writing to this output.
+
     """
     final = check_output(output, sources, force=force)
     made = [p for p in (final.parent, *final.parent.parents) if not p.exists()]
@@ -127,7 +129,7 @@ def _locked(partial: Path, output: Path) -> int:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # It may have been renamed or removed between opening and locking.
-        if not os.path.samestat(os.fstat(fd), os.stat(partial)):
+        if not os.path.samestat(os.fstat(fd), partial.stat()):
             raise BlockingIOError
     except (BlockingIOError, FileNotFoundError) as error:
         os.close(fd)

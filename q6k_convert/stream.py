@@ -52,8 +52,7 @@ class _Slot:
     def __init__(self, plan: Plan, blocks: int) -> None:
         self.source: Bytes = np.empty(blocks * BLOCK_BYTES, dtype=np.uint8)
         self.arrays: dict[str, Bytes] = {
-            role: np.empty(blocks * each, dtype=np.uint8)
-            for role, each in array_bytes(plan.options.scales).items()
+            role: np.empty(blocks * each, dtype=np.uint8) for role, each in array_bytes(plan.options.scales).items()
         }
 
 
@@ -65,12 +64,12 @@ class _Done:
     arrays: list[tuple[str, Bytes]]
 
 
-def stream(
-    plan: Plan, writer: BundleWriter, jobs: int, progress: Callable[[int], None]
-) -> list[SourceFile]:
+def stream(plan: Plan, writer: BundleWriter, jobs: int, progress: Callable[[int], None]) -> list[SourceFile]:
     """Runs the plan: every array written and hashed, every source file hashed.
 
     Args:
+        plan: what to do, its model open.
+        writer: the bundle, made for the plan's shards.
         jobs: worker threads.
         progress: told, in the calling thread, how many source bytes are newly done.
 
@@ -80,6 +79,7 @@ def stream(
     Raises:
         InputRejectedError: a block has a scale that is not finite.
         IOFailedError, OSError: reading or writing failed.
+
     """
     hashes = {part.path: xxhash.xxh3_128() for part in plan.model.parts}
     under_way = deque[tuple[_Piece, _Slot, Future[_Done]]]()
@@ -109,9 +109,7 @@ def stream(
         pool.shutdown(wait=True, cancel_futures=True)
     for part in plan.model.parts:
         part.check_unchanged()
-    return [
-        SourceFile(part.path.name, part.size, hashes[part.path].hexdigest()) for part in plan.model.parts
-    ]
+    return [SourceFile(part.path.name, part.size, hashes[part.path].hexdigest()) for part in plan.model.parts]
 
 
 def _pieces(plan: Plan, most: int) -> Iterator[_Piece]:

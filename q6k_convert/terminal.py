@@ -123,7 +123,9 @@ class Terminal:
             table.add_row("tied", f"{name} is {to}")
         for file in content["files"]:
             table.add_row("file", f"{file['name']}, {text.size(file['bytes'])}")
-        table.add_row("on a GPU", f"{text.size(content['gpu_bytes'])}, {content['bits_per_weight']:g} bits per weight")
+        table.add_row(
+            "on a GPU", f"{text.size(content['gpu_bytes'])}, {content['bits_per_weight']:g} bits per weight"
+        )
         self._out.print(table)
         tensors = _table("tensor", "type", "shape", "stored", "bytes>")
         for t in content["tensors"]:

@@ -37,6 +37,7 @@ class BundleWriter:
         shards: the layout, from `plan_shards`.
 
     Raises (every method): OSError, with the file's name.
+
     """
 
     def __init__(self, directory: Path, shards: Sequence[Shard]) -> None:
@@ -148,7 +149,7 @@ class BundleWriter:
             return self._open[shard.name]
 
     def _sync(self, name: str, *, close: bool) -> None:
-        with _named(name):
+        with _Named(name):
             if close:
                 os.fsync(self._open[name])
                 os.close(self._open.pop(name))
@@ -158,12 +159,12 @@ class BundleWriter:
 
 def _pwrite(name: str, fd: int, data: bytes | memoryview, at: int) -> None:
     view, done = memoryview(data), 0
-    with _named(name):
+    with _Named(name):
         while done < len(view):
             done += os.pwrite(fd, view[done:], at + done)
 
 
-class _named:
+class _Named:
     """Gives an OSError of a descriptor the name of its file."""
 
     def __init__(self, name: str) -> None:

@@ -39,17 +39,18 @@ def pack(q: npt.NDArray[np.int8]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np
 
     Raises:
         ValueError: wrong dtype, K or values.
+
     """
     if q.dtype != np.int8 or q.ndim == 0 or q.shape[-1] % SUPER_BLOCK:
         raise ValueError(f"expected int8 (..., K) with K a multiple of {SUPER_BLOCK}, found {q.dtype} {q.shape}")
     if q.size and (q.min() < -OFFSET or q.max() >= OFFSET):
         raise ValueError(f"expected weights in -32..31, found {q.min()}..{q.max()}")
-    u = (q + np.int8(OFFSET)).view(np.uint8)
-    low = u & 15
-    ql = low[..., 0::2] | low[..., 1::2] << 4
+    u: npt.NDArray[np.uint8] = (q + np.int8(OFFSET)).view(np.uint8)
+    low: npt.NDArray[np.uint8] = u & np.uint8(15)
+    ql: npt.NDArray[np.uint8] = low[..., 0::2] | low[..., 1::2] << np.uint8(4)
     # (..., chunk, w, position in the byte, parity)
     pairs = (u >> 4).reshape(*u.shape[:-1], -1, 4, 4, 2) << _PAIR_SHIFTS[:, None]
-    qh = np.bitwise_or.reduce(pairs, axis=-2).swapaxes(-1, -2)
+    qh: npt.NDArray[np.uint8] = np.bitwise_or.reduce(pairs, axis=-2).swapaxes(-1, -2)
     return ql, qh.reshape(*u.shape[:-1], u.shape[-1] // 4)
 
 
@@ -65,6 +66,7 @@ def unpack(ql: npt.NDArray[np.uint8], qh: npt.NDArray[np.uint8]) -> npt.NDArray[
 
     Raises:
         ValueError: the planes do not agree on their shape.
+
     """
     if ql.dtype != np.uint8 or qh.dtype != np.uint8 or ql.shape != (*qh.shape[:-1], 2 * qh.shape[-1]):
         raise ValueError(f"planes disagree: ql {ql.dtype} {ql.shape}, qh {qh.dtype} {qh.shape}")
@@ -73,7 +75,8 @@ def unpack(ql: npt.NDArray[np.uint8], qh: npt.NDArray[np.uint8]) -> npt.NDArray[
     by_parity = qh.reshape(*qh.shape[:-1], -1, 2, 4)  # (..., chunk, parity, w)
     pairs = (by_parity[..., None] >> _PAIR_SHIFTS) & 3  # (..., chunk, parity, w, position)
     high = np.moveaxis(pairs, -3, -1).reshape(*ql.shape[:-1], k)
-    return (low | high << 4).view(np.int8) - np.int8(OFFSET)
+    u: npt.NDArray[np.uint8] = low | high << 4
+    return u.view(np.int8) - np.int8(OFFSET)
 
 
 def round_to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
