@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -12,27 +11,13 @@ from q6k_convert.errors import InputRejectedError, UsageError
 from q6k_convert.gguf_file import GGUFFile
 from q6k_convert.gguf_model import GGUFModel
 from q6k_convert.gguf_tensors import TYPE_SIZES, GGMLType, TensorRecord
-from q6k_convert.q6k import Scales
 from q6k_convert.text import listing, shape
-from q6k_kernels.planar import GROUP, SUPER_BLOCK
 from q6k_kernels.safetensors_file import ArraySpec, Shard, plan_shards
+from q6k_kernels.storage import PLAIN_DTYPES, Scales, Storage, arrays_of
 
 Other = Literal["bf16", "raw", "skip", "error"]
-Storage = Literal["planar", "plain", "dequantized", "raw", "skipped"]
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-
-PLAIN_DTYPES = {
-    GGMLType.F64: "F64",
-    GGMLType.F32: "F32",
-    GGMLType.F16: "F16",
-    GGMLType.BF16: "BF16",
-    GGMLType.I64: "I64",
-    GGMLType.I32: "I32",
-    GGMLType.I16: "I16",
-    GGMLType.I8: "I8",
-}
-"""GGML types stored as they are -> safetensors dtype."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +107,14 @@ def make_plan(model: GGUFModel, options: Options) -> Plan:
             continue
         if storage == "dequantized":
             _check_dequantizer(part, record)
-        tensors.append(TensorPlan(part, record, storage, _arrays(record, storage, options.scales)))
+        tensors.append(
+            TensorPlan(
+                part,
+                record,
+                storage,
+                arrays_of(record.name, record.type.name, record.shape, storage, options.scales),
+            )
+        )
     if refused:
         raise InputRejectedError(
             model.parts[0].path,
@@ -166,33 +158,12 @@ def _storage(record: TensorRecord, other: Other) -> Storage | None:
     """How a selected tensor is stored; None if `--other error` forbids it."""
     if record.type == GGMLType.Q6_K and len(record.shape) in (2, 3):
         return "planar"
-    if record.type in PLAIN_DTYPES:
+    if record.type.name in PLAIN_DTYPES:
         return "plain"
     by_option: dict[Other, Storage | None] = {
         "bf16": "dequantized", "raw": "raw", "skip": "skipped", "error": None
     }  # fmt: skip
     return by_option[other]
-
-
-def _arrays(record: TensorRecord, storage: Storage, scales: Scales) -> dict[str, ArraySpec]:
-    name, dims = record.name, record.shape
-    if storage == "planar":
-        *lead, k = dims
-        arrays = {
-            "ql": ArraySpec(f"{name}.ql", "U8", (*lead, k // 2)),
-            "qh": ArraySpec(f"{name}.qh", "U8", (*lead, k // 4)),
-            "scale": ArraySpec(f"{name}.scale", "BF16" if scales == "bf16" else "I8", (*lead, k // GROUP)),
-        }
-        if scales == "exact":
-            arrays["steps"] = ArraySpec(f"{name}.steps", "F16", (*lead, k // SUPER_BLOCK))
-        return arrays
-    if storage == "plain":
-        return {"data": ArraySpec(name, PLAIN_DTYPES[record.type], dims)}
-    if storage == "dequantized":
-        return {"data": ArraySpec(name, "BF16", dims)}
-    if storage == "raw":
-        return {"data": ArraySpec(name, "U8", (*dims[:-1], record.nbytes // math.prod(dims[:-1])))}
-    return {}
 
 
 def _check_dequantizer(part: GGUFFile, record: TensorRecord) -> None:

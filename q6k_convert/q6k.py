@@ -12,15 +12,13 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from q6k_convert.errors import EnvironmentMissingError
 from q6k_kernels.planar import GROUP, OFFSET, SUPER_BLOCK
-
-Scales = Literal["bf16", "exact"]
+from q6k_kernels.storage import Scales
 
 BLOCK_BYTES = 210
 D_AT = 208

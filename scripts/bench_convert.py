@@ -41,6 +41,7 @@ from rich.table import Table
 
 from q6k_convert import q6k
 from q6k_kernels import planar
+from q6k_kernels.storage import Scales
 
 Row = dict[str, Any]
 COLUMNS = 4096
@@ -110,7 +111,7 @@ def bench_repacking() -> list[Row]:
         planar.pack(codes)
         planar.round_to_bf16(scale)
 
-    def ours(path: str, scales: q6k.Scales) -> None:
+    def ours(path: str, scales: Scales) -> None:
         each = q6k.array_bytes(scales)
         arrays = {role: np.empty(CHUNK_BLOCKS * size, dtype=np.uint8) for role, size in each.items()}
         add(f"ours, {path}, {scales} scales", lambda: q6k.to_planes(blocks, arrays, scales, path))

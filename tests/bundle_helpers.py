@@ -158,10 +158,15 @@ class Gate:
         os.write(self._reached[1], b"!")
         os.read(self._go[0], 1)
 
-    def wait_until_reached(self) -> None:
-        """In the test. If the child ends without coming here, its copy of the pipe closes."""
+    def is_reached(self) -> bool:
+        """In the test: waits until the child is here, or has ended without coming here."""
+        # With the test's own copy closed, the pipe ends when the child does.
         os.close(self._reached[1])
-        assert os.read(self._reached[0], 1) == b"!", "the process ended before the place it was to stop at"
+        return os.read(self._reached[0], 1) == b"!"
+
+    def wait_until_reached(self) -> None:
+        """In the test: waits until the child is here."""
+        assert self.is_reached(), "the process ended before the place it was to stop at"
 
     def open(self) -> None:
         """In the test: lets the child go on."""

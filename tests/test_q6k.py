@@ -16,11 +16,12 @@ from q6k_convert import q6k
 from q6k_convert.errors import EnvironmentMissingError
 from q6k_convert.q6k import BLOCK_BYTES, array_bytes, best_path, decode, to_planes
 from q6k_kernels import planar
+from q6k_kernels.storage import Scales
 
 Bytes = npt.NDArray[np.uint8]
 Q6_K = gguf.GGMLQuantizationType.Q6_K
 PATHS = [name for name, code in q6k.PATHS.items() if code <= q6k.PATHS[best_path()]]
-SCALES: tuple[q6k.Scales, ...] = ("bf16", "exact")
+SCALES: tuple[Scales, ...] = ("bf16", "exact")
 
 
 def quantised(rows: npt.NDArray[np.float32]) -> Bytes:
@@ -58,7 +59,7 @@ def extreme() -> Bytes:
 ALL = {**genuine(), "extreme": extreme().reshape(1, -1), "random": np.frombuffer(q6k_blocks(37), dtype=np.uint8)}
 
 
-def repacked(blocks: Bytes, scales: q6k.Scales, path: str | None = None) -> dict[str, Bytes]:
+def repacked(blocks: Bytes, scales: Scales, path: str | None = None) -> dict[str, Bytes]:
     flat = np.ascontiguousarray(blocks).reshape(-1)
     count = flat.size // BLOCK_BYTES
     arrays = {role: np.full(count * each, 0xA5, dtype=np.uint8) for role, each in array_bytes(scales).items()}
@@ -113,7 +114,7 @@ def test_decode_refuses_other_dtypes() -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("data", ALL)
-def test_every_path_packs_what_the_format_says(data: str, scales: q6k.Scales, path: str) -> None:
+def test_every_path_packs_what_the_format_says(data: str, scales: Scales, path: str) -> None:
     arrays = repacked(ALL[data], scales, path)
     for role, expected in oracles.bundle_arrays(ALL[data].tobytes(), scales).items():
         assert arrays[role].tobytes() == expected, role

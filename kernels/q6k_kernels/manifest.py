@@ -23,14 +23,13 @@ from typing import Any, TypeVar
 import xxhash
 
 from q6k_kernels.safetensors_file import DTYPE_BYTES
+from q6k_kernels.storage import STORAGES
 
 FORMAT = "q6k-planar"
 VERSION = 1
 NAME = "bundle.json"
 METADATA_NAME = "metadata.gguf"
 CHECKSUM = "xxh3_128"
-STORAGES = ("planar", "plain", "dequantized", "raw", "skipped")
-"""How a tensor is stored: Q6_K planes; as it was; as bf16; as GGUF blocks; not at all."""
 MAX_BYTES = 64 << 20
 
 T = TypeVar("T")
