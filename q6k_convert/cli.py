@@ -136,7 +136,7 @@ def convert(
             with terminal.progress(plan.bytes_in, "converting") as progress:
                 result = run(plan, output, jobs=jobs or default_jobs(), force=force, progress=progress)
         summary = contents.result_contents(result, _peak_memory())
-        terminal.result(summary)
+        terminal.result(summary, str(source))
         terminal.document({"status": "done", "plan": planned, "result": summary})
 
 
@@ -174,6 +174,52 @@ def inspect(
                 content = contents.gguf_contents(model)
             terminal.gguf(content)
             terminal.document(content)
+
+
+@app.command(epilog=EXIT_CODES)
+def verify(
+    bundle: Annotated[Path, typer.Argument(metavar="OUT/", help="A bundle.")],
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL.gguf", help="Recompute every tensor from this GGUF and compare.", show_default="none"
+        ),
+    ] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Check the structure only, read no array.")] = False,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        typer.Option(help="Run the packed tensors there too; auto: on a GPU if there is one."),
+    ] = "auto",
+    all_tensors: Annotated[bool, typer.Option("--all", help="Show every tensor, not only the worst.")] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write a page for people to read.", show_default="none"),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, max=256, help="Threads.", show_default="processors, at most 8"),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Check a bundle: its files, its checksums, its source, its results on a device."""
+    with _reporting(as_json, quiet, verbose) as terminal:
+        from q6k_convert import contents
+        from q6k_convert.convert import default_jobs
+        from q6k_convert.report import html_report
+        from q6k_convert.verify import verify as run_verification
+
+        run = run_verification(
+            bundle, fast=fast, source=source, device=device, jobs=jobs or default_jobs(), progress=terminal.progress
+        )
+        content = contents.verification_contents(run, _peak_memory())
+        if report is not None:
+            report.write_text(html_report(content), encoding="utf-8")
+        terminal.verification(content, all_tensors=all_tensors)
+        terminal.document(content)
+        if run.failed:
+            raise typer.Exit(int(ExitCode.VERIFICATION_FAILED))
 
 
 @contextmanager
@@ -231,7 +277,7 @@ def _hint_command(source: Path) -> None:
 
     from q6k_convert.errors import IOFailedError
 
-    close = get_close_matches(source.name, ["convert", "inspect"], n=1)
+    close = get_close_matches(source.name, ["convert", "inspect", "verify"], n=1)
     if close:
         raise IOFailedError(
             f"there is no file {source} and no such command", f"Did you mean `q6k-convert {close[0]}`?"

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from q6k_convert.convert import Result
+from q6k_convert.errors import ExitCode
 from q6k_convert.gguf_file import GGUFFile, KeyValue
 from q6k_convert.gguf_model import GGUFModel
 from q6k_convert.plan import Plan
 from q6k_kernels.manifest import Manifest, StoredTensor
 from q6k_kernels.safetensors_file import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    from q6k_convert.verify import Verification
+    from q6k_convert.verify_source import Exactness
 
 Row = dict[str, Any]
 
@@ -110,6 +117,63 @@ def bundle_contents(directory: Path, manifest: Manifest) -> Row:
             }
             for t in manifest.tensors
         ],
+    }
+
+
+def verification_contents(run: Verification, peak_memory: int) -> Row:
+    """A verification: verdict, stages, findings, sizes, and per tensor what is known of it."""
+    manifest = run.manifest
+    bundle = bundle_contents(run.directory, manifest) if manifest else None
+    faults = Counter(finding.tensor for _, finding in run.findings if finding.tensor is not None)
+    return {
+        "status": "failed" if run.failed else "verified",
+        "exit_code": int(ExitCode.VERIFICATION_FAILED if run.failed else ExitCode.DONE),
+        "bundle": str(run.directory),
+        "producer": bundle["producer"] if bundle else "",
+        "architecture": bundle["architecture"] if bundle else "",
+        "options": bundle["options"] if bundle else {},
+        "sources": bundle["sources"] if bundle else [],
+        "types": bundle["types"] if bundle else [],
+        "bytes": bundle["gpu_bytes"] if bundle else 0,
+        "bits_per_weight": bundle["bits_per_weight"] if bundle else None,
+        "stages": [
+            {
+                "stage": stage.name,
+                "state": stage.state,
+                "detail": stage.detail,
+                "seconds": round(stage.seconds, 3),
+                "bytes": stage.bytes,
+            }
+            for stage in run.stages
+        ],
+        "findings": [{"stage": stage, **asdict(finding)} for stage, finding in run.findings],
+        "tensors": [
+            {
+                "name": t.name,
+                "type": t.type,
+                "shape": t.shape,
+                "storage": t.storage,
+                "bytes": _stored_bytes(t),
+                "bits_per_weight": _bits_per_weight([t]) if t.arrays else None,
+                "findings": faults[t.name],
+                "source": _exactness(run.source.tensors.get(t.name)) if run.source else None,
+                "device": [asdict(r) for r in runs] if (runs := run.runs(t.name)) else None,
+            }
+            for t in (manifest.tensors if manifest else [])
+        ],
+        "peak_memory_bytes": peak_memory,
+        "source_totals": _exactness(run.source.total) if run.source and run.source.tensors else None,
+    }
+
+
+def _exactness(found: Exactness | None) -> Row | None:
+    if found is None:
+        return None
+    return {
+        "equal": found.equal,
+        "exact": found.exact,
+        "snr_db": None if found.snr_db is None else round(found.snr_db, 2),
+        "max_scale_error": found.max_scale_error,
     }
 
 

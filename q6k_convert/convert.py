@@ -27,7 +27,6 @@ class Result:
         output: the bundle's directory.
         bytes_in, bytes_out: of all source files, and of all files of the bundle but the manifest.
         seconds: wall time of the conversion.
-
     """
 
     output: Path
@@ -62,7 +61,6 @@ def convert(
     Raises:
         Q6KConvertError: one of the failures in `q6k_convert.errors`.
         OSError: a read or a write failed.
-
     """
     with open_gguf(source) as model:
         plan = make_plan(model, options or Options())

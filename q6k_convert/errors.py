@@ -49,7 +49,6 @@ class InputRejectedError(Q6KConvertError):
         offset: where in the file, in bytes from its start; None where no one place is to blame.
         problem: what was expected and what was found.
         remedy: what the user can do.
-
     """
 
     exit_code = ExitCode.INPUT_REJECTED

@@ -21,7 +21,6 @@ class SourceBytes:
 
     Raises:
         IOFailedError: it is no regular file, or cannot be opened or read.
-
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,7 +53,6 @@ class SourceBytes:
 
         Raises:
             IOFailedError: the file has become shorter, or the read failed.
-
         """
         done = 0
         while done < len(buffer):
@@ -158,9 +156,11 @@ class Cursor:
         while done < count:
             self.take(8, f"{item}[{done}]")  # fills the window from here on, or reports the end
             window, at = self._window, self.at - 8 - self._window_at
+            begin = at
             try:
                 for done in range(done + 1, count + 1):  # noqa: B007, B020 -- goes on where it was
-                    at += 8 + unpack(window, at)[0]
+                    length = unpack(window, at)[0]
+                    begin, at = at, at + 8 + length
             except (struct.error, OverflowError):  # the window ends before this string
                 done -= 1
             self.at = self._window_at + at
@@ -168,5 +168,5 @@ class Cursor:
                 raise self.file.reject(
                     f"{item}[{done - 1}]",
                     f"string reaches byte {self.at}, past the end of the file ({self.file.size})",
-                    None,
+                    self._window_at + begin,
                 )

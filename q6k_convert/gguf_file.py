@@ -26,7 +26,7 @@ from q6k_convert.text import plain_bytes
 # No real file comes near these; they bound the time and memory a hostile one can cost.
 MAX_KEY_VALUES = 1 << 16
 MAX_TENSORS = 1 << 16
-MAX_KEY_BYTES = 1 << 10
+MAX_KEY_BYTES = 1 << 8
 MAX_STRING_BYTES = 16 << 20
 MAX_ARRAY_STRINGS = 1 << 22
 MAX_ALIGNMENT = 1 << 30
@@ -89,7 +89,6 @@ class KeyValue:
         start, end: the pair's bytes in the file, key included.
         at: where the value begins (for arrays: the first element).
         type: the value's type; element type and count for arrays, else None and 1.
-
     """
 
     key: str
@@ -107,7 +106,6 @@ class GGUFFile(SourceBytes):
     Raises:
         InputRejectedError: the file breaks a rule of the format or a bound of this reader.
         IOFailedError: it cannot be opened or read.
-
     """
 
     def __init__(self, path: Path) -> None:
@@ -128,7 +126,6 @@ class GGUFFile(SourceBytes):
 
         Raises:
             InputRejectedError: a string in it is not UTF-8.
-
         """
         kv = self.kv.get(key)
         if kv is None:
@@ -146,16 +143,28 @@ class GGUFFile(SourceBytes):
         numbers = struct.unpack(f"<{kv.count}{_FORMATS[kv.element]}", self.read(kv.at, kv.end - kv.at))
         return [bool(n) for n in numbers] if kv.element is ValueType.BOOL else list(numbers)
 
-    def _checked_alignment(self) -> int:
-        kv = self.kv.get("general.alignment")
+    def scalar(self, key: str, expected: ValueType) -> Any:
+        """The value of a key that must be of one type; None if absent.
+
+        Raises:
+            InputRejectedError: it is of another type; an array, say, is not even read.
+        """
+        kv = self.kv.get(key)
         if kv is None:
+            return None
+        if kv.type is not expected:
+            raise self.reject(key, f"expected type {expected.name}, found {kv.type.name}", kv.start)
+        return self.value(key)
+
+    def _checked_alignment(self) -> int:
+        alignment: int | None = self.scalar("general.alignment", ValueType.UINT32)
+        if alignment is None:
             return _DEFAULT_ALIGNMENT
-        if kv.type is not ValueType.UINT32:
-            raise self.reject("general.alignment", f"expected type UINT32, found {kv.type.name}", kv.start)
-        alignment = int(self.value("general.alignment"))
         if alignment.bit_count() != 1 or alignment > MAX_ALIGNMENT:
             raise self.reject(
-                "general.alignment", f"expected a power of two up to {MAX_ALIGNMENT}, found {alignment}", kv.at
+                "general.alignment",
+                f"expected a power of two up to {MAX_ALIGNMENT}, found {alignment}",
+                self.kv["general.alignment"].at,
             )
         return alignment
 

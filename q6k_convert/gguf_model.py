@@ -15,12 +15,22 @@ from pathlib import Path
 from typing import Any, Self
 
 from q6k_convert.errors import InputRejectedError
-from q6k_convert.gguf_file import GGUFFile, KeyValue
+from q6k_convert.gguf_file import GGUFFile, KeyValue, ValueType
 from q6k_convert.gguf_tensors import TensorRecord
 from q6k_convert.text import listing
 
 _PART_NAME = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _PIECE = 1 << 20
+_INTEGERS = {
+    ValueType.UINT8,
+    ValueType.INT8,
+    ValueType.UINT16,
+    ValueType.INT16,
+    ValueType.UINT32,
+    ValueType.INT32,
+    ValueType.UINT64,
+    ValueType.INT64,
+}
 _GET_ALL_PARTS = "Put all parts of one model, unrenamed and nothing else of that name, into one directory."
 
 
@@ -30,13 +40,11 @@ class GGUFModel:
     Attributes:
         parts: the files in order; one for a model that is not split.
         architecture: `general.architecture`, or "" if the file names none.
-
     """
 
     def __init__(self, parts: list[GGUFFile]) -> None:
         self.parts = parts
-        architecture = parts[0].value("general.architecture", "")
-        self.architecture = architecture if isinstance(architecture, str) else ""
+        self.architecture: str = parts[0].scalar("general.architecture", ValueType.STRING) or ""
         self._keys = dict[str, tuple[GGUFFile, KeyValue]]()
         for part in parts:
             for key, kv in part.kv.items():
@@ -75,11 +83,10 @@ class GGUFModel:
     def is_tied(self) -> bool:
         """Whether the head shares the token embedding: no `output.weight`, and not an encoder."""
         names = {record.name for _, record in self.tensors()}
-        return (
-            "token_embd.weight" in names
-            and "output.weight" not in names
-            and self.value(f"{self.architecture}.attention.causal", True) is not False
-        )
+        if "token_embd.weight" not in names or "output.weight" in names:
+            return False
+        part, kv = self._keys.get(f"{self.architecture}.attention.causal", (None, None))
+        return part is None or kv is None or part.scalar(kv.key, ValueType.BOOL)
 
     def metadata(self) -> Iterator[bytes]:
         """A GGUF of this model's key-value pairs, byte for byte, and no tensors; in pieces.
@@ -98,7 +105,8 @@ class GGUFModel:
                 yield bytes(part.read(at, min(_PIECE, end - at)))
             length += end - start
         # Readers look for the data section even if it is empty.
-        padding = -(24 + length) % first.alignment
+        stated = self._keys.get("general.alignment")
+        padding = -(24 + length) % (stated[0].alignment if stated else first.alignment)
         for at in range(0, padding, _PIECE):
             yield bytes(min(_PIECE, padding - at))
 
@@ -109,29 +117,33 @@ def open_gguf(path: str | Path) -> GGUFModel:
     Raises:
         InputRejectedError: a file breaks the format, or the parts do not make up one model.
         IOFailedError: a file cannot be opened or read.
-
     """
     path = Path(path)
     with ExitStack() as opened:
         given = opened.enter_context(GGUFFile(path))
         count = _split_number(given, "split.count", 1)
         if count <= 1:
+            model = GGUFModel([given])
             opened.pop_all()
-            return GGUFModel([given])
+            return model
         parts = []
         for sibling in _siblings(given, count):
             same = sibling.name == path.name
             parts.append(given if same else opened.enter_context(GGUFFile(sibling)))
         _check_parts(parts, count)
+        model = GGUFModel(parts)
         opened.pop_all()
-        return GGUFModel(parts)
+        return model
 
 
 def _split_number(file: GGUFFile, key: str, default: int) -> int:
-    value = file.value(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise file.reject(key, f"expected a whole number, found {value!r}", file.kv[key].at)
-    return value
+    kv = file.kv.get(key)
+    if kv is None:
+        return default
+    if kv.type not in _INTEGERS or (value := file.value(key)) < 0:
+        found = kv.type.name if kv.type not in _INTEGERS else value
+        raise file.reject(key, f"expected a whole number, found {found}", kv.at)
+    return int(value)
 
 
 def _siblings(given: GGUFFile, count: int) -> list[Path]:

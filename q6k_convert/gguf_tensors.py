@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
+import re
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import gguf
@@ -36,6 +37,9 @@ MAX_NAME_BYTES = 63  # GGML_MAX_NAME counts a closing zero
 MAX_DIMS = 4
 MAX_BYTES = (1 << 63) - 1
 
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+_REST = [struct.Struct(f"<{n_dims}QIQ") for n_dims in range(MAX_DIMS + 1)]
+
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
@@ -46,7 +50,6 @@ class TensorRecord:
         offset: first byte, from the start of the file.
         nbytes: size in the file, padding excluded.
         record_at: where the record lies, for messages.
-
     """
 
     name: str
@@ -85,7 +88,7 @@ def _read_tensor(cursor: Cursor, index: int) -> TensorRecord:
     file, start = cursor.file, cursor.at
     name = cursor.string(f"name of tensor {index}", MAX_NAME_BYTES)
     item = f"tensor {name!r}"
-    if not name or name == "__metadata__" or any(c < " " or "\x7f" <= c < "\xa0" for c in name):
+    if not name or name == "__metadata__" or _CONTROL.search(name):
         raise file.reject(
             f"name of tensor {index}", f"{name!r} is empty, reserved or has control characters", start
         )
@@ -94,14 +97,13 @@ def _read_tensor(cursor: Cursor, index: int) -> TensorRecord:
     if n_dims > MAX_DIMS:
         raise file.reject(item, f"{n_dims} dimensions, more than {MAX_DIMS}", at)
     at = cursor.at
-    dims = struct.unpack(f"<{n_dims}Q", cursor.take(8 * n_dims, item))
+    *dims, number, offset = _REST[n_dims].unpack(cursor.take(_REST[n_dims].size, item))
     weights = 1
     for dim in dims:
         weights *= dim
         if dim == 0 or weights > MAX_BYTES:
             raise file.reject(item, f"dimensions {list(dims)} are zero or overflow 2^63 weights", at)
-    at = cursor.at
-    number = cursor.number("I", item)
+    at += 8 * n_dims
     if number not in GGMLType._value2member_map_:
         what = (
             f"type {number} ({REMOVED_TYPES[number]}) was removed from ggml"
@@ -119,7 +121,6 @@ def _read_tensor(cursor: Cursor, index: int) -> TensorRecord:
     nbytes = weights // block_weights * block_bytes
     if nbytes > MAX_BYTES:
         raise file.reject(item, f"dimensions {list(dims)} overflow 2^63 bytes", start)
-    offset = cursor.number("Q", item)
     return TensorRecord(name, kind, tuple(reversed(dims)), offset, nbytes, start)
 
 
@@ -140,7 +141,7 @@ def _placed(file: SourceBytes, records: list[TensorRecord], data_offset: int, al
                 r.record_at,
                 remedy="The download stopped early or the file is damaged: fetch it again.",
             )
-        placed.append(replace(r, offset=first))
+        placed.append(TensorRecord(r.name, r.type, r.shape, first, r.nbytes, r.record_at))
     placed.sort(key=lambda r: r.offset)
     for before, after in pairwise(placed):
         if before.offset + before.nbytes > after.offset:

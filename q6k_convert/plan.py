@@ -31,7 +31,6 @@ class Options:
             pattern (or there are none) and no exclude pattern.
         max_shard_size: data bytes a shard may hold.
         allow_nonfinite: keep blocks whose d is NaN or infinite instead of rejecting the file.
-
     """
 
     scales: Scales = "bf16"
@@ -95,7 +94,6 @@ def make_plan(model: GGUFModel, options: Options) -> Plan:
         InputRejectedError: a tensor cannot be stored as the options ask, or two arrays would have
             one name.
         UsageError: a pattern matches no tensor, nothing is left to store, or the shards are too many.
-
     """
     selected = _selection([record.name for _, record in model.tensors()], options)
     tensors = list[TensorPlan]()

@@ -46,7 +46,6 @@ def decode(blocks: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int8], npt.NDA
 
     Raises:
         ValueError: wrong dtype or a broken last block.
-
     """
     if blocks.dtype != np.uint8 or blocks.ndim == 0 or blocks.shape[-1] % BLOCK_BYTES:
         raise ValueError(
@@ -118,7 +117,6 @@ def to_planes(
     Raises:
         ValueError: a buffer of the wrong size, type or layout.
         EnvironmentMissingError: the compiled repacker is missing, or lacks that path.
-
     """
     count, rest = divmod(blocks.size, BLOCK_BYTES)
     sizes = {suffix: count * each for suffix, each in array_bytes(scales).items()}

@@ -35,7 +35,6 @@ def check_output(output: Path, sources: Sequence[Path], *, force: bool) -> Path:
 
     Raises:
         IOFailedError: something is in the way, or the output and an input are the same or nested.
-
     """
     final = output.resolve()
     for source in sources:
@@ -93,7 +92,6 @@ def staged(output: Path, sources: Sequence[Path], *, force: bool) -> Iterator[Pa
 
     Raises:
         IOFailedError: as `check_output`, or another run is writing to this output.
-
     """
     final = check_output(output, sources, force=force)
     made = [p for p in (final.parent, *final.parent.parents) if not p.exists()]

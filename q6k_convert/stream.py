@@ -79,7 +79,6 @@ def stream(plan: Plan, writer: BundleWriter, jobs: int, progress: Callable[[int]
     Raises:
         InputRejectedError: a block has a scale that is not finite.
         IOFailedError, OSError: reading or writing failed.
-
     """
     hashes = {part.path: xxhash.xxh3_128() for part in plan.model.parts}
     under_way = deque[tuple[_Piece, _Slot, Future[_Done]]]()

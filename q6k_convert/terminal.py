@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from q6k_convert import text
 from q6k_convert.contents import Row
 
 _LINE_SECONDS = 5.0
+_FINDINGS = 50
+_WORST = 15
 
 _STORAGE_WORDS = {
     "planar": "repacked to ql/qh planes",
@@ -33,8 +37,8 @@ class Terminal:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        self._out = Console(stderr=as_json, quiet=quiet, highlight=False)
-        self._err = Console(stderr=True, highlight=False)
+        self._out = Console(stderr=as_json, quiet=quiet, highlight=False, markup=False)
+        self._err = Console(stderr=True, highlight=False, markup=False)
 
     def document(self, content: Row) -> None:
         """The JSON document, if one was asked for."""
@@ -45,8 +49,8 @@ class Terminal:
         """One red line for the cause, one for the remedy."""
         for label, line in (("error", cause), ("try", remedy)):
             if line:
-                printable = line.replace("\n", " ").encode("utf-8", "backslashreplace").decode()
-                self._err.print(f"{label}: {printable}", style="red", soft_wrap=True, markup=False)
+                printable = line.encode("utf-8", "backslashreplace").decode()
+                self._err.print(f"{label}: {_printable(printable)}", style="red", soft_wrap=True)
 
     def traceback(self) -> None:
         """The exception being handled, for `--verbose`."""
@@ -61,7 +65,8 @@ class Terminal:
         self._say(f"{sources[0]}{more}: {architecture}, {text.plural(plan['tensors'], 'tensor')}{head}")
         table = _table("type", "tensors>", "weights>", "what happens", "bytes in>", "bytes out>")
         for row in plan["types"]:
-            table.add_row(
+            _row(
+                table,
                 row["type"],
                 str(row["tensors"]),
                 f"{row['weights']:,}",
@@ -76,22 +81,27 @@ class Terminal:
         if not any(row["storage"] == "planar" for row in plan["types"]):
             self._err.print("note: no tensor of this model is a Q6_K weight", style="yellow")
 
-    def result(self, result: Row) -> None:
+    def result(self, result: Row, source: str) -> None:
         """What was done, and what to do next."""
         table = _table("", "", header=False)
         others = f"{result['tensors_other']} other"
         skipped = f", {result['tensors_skipped']} not stored" if result["tensors_skipped"] else ""
-        table.add_row("bundle", result["output"])
-        table.add_row("tensors", f"{result['tensors_planar']} planar, {others}{skipped}")
-        table.add_row("size", f"{text.size(result['bytes_in'])} in, {text.size(result['bytes_out'])} out")
+        _row(table, "bundle", result["output"])
+        _row(table, "tensors", f"{result['tensors_planar']} planar, {others}{skipped}")
+        _row(table, "size", f"{text.size(result['bytes_in'])} in, {text.size(result['bytes_out'])} out")
         bits = f"{result['bits_per_weight']:g}"
         if result["bits_per_weight_planar"]:
             bits += f" ({result['bits_per_weight_planar']:g} in Q6_K weights)"
-        table.add_row("bits per weight", bits)
+        _row(table, "bits per weight", bits)
         rate = text.size(result["bytes_in_per_second"])
-        table.add_row("time", f"{text.seconds(result['seconds'])}, {rate}/s")
-        table.add_row("peak memory", text.size(result["peak_memory_bytes"]))
-        table.add_row("look inside", f"q6k-convert inspect {shlex.quote(result['output'])}")
+        _row(table, "time", f"{text.seconds(result['seconds'])}, {rate}/s")
+        _row(table, "peak memory", text.size(result["peak_memory_bytes"]))
+        _row(table, "look inside", f"q6k-convert inspect {shlex.quote(result['output'])}")
+        _row(
+            table,
+            "verify next",
+            f"q6k-convert verify {shlex.quote(result['output'])} --source {shlex.quote(source)}",
+        )
         self._out.print(table)
 
     def gguf(self, content: Row) -> None:
@@ -103,11 +113,11 @@ class Terminal:
             )
         keys = _table("key", "value")
         for key, value in content["keys"].items():
-            keys.add_row(key, _value(value))
+            _row(keys, key, _value(value))
         self._out.print(keys)
-        tensors = _table("tensor", "type", "shape", "bytes>")
+        tensors = _table("tensor!", "type", "shape", "bytes>")
         for t in content["tensors"]:
-            tensors.add_row(t["name"], t["type"], text.shape(t["shape"]), text.size(t["bytes"]))
+            _row(tensors, t["name"], t["type"], text.shape(t["shape"]), text.size(t["bytes"]))
         self._out.print(tensors)
         self._totals(content, "bytes_in")
 
@@ -115,23 +125,74 @@ class Terminal:
         """A bundle's listing."""
         self._say(f"{content['path']}: q6k-planar bundle by {content['producer']}")
         table = _table("", "", header=False)
-        table.add_row("architecture", content["architecture"])
+        _row(table, "architecture", content["architecture"])
         for source in content["sources"]:
-            table.add_row("made from", f"{source['name']}, {text.size(source['bytes'])}, {source['checksum']}")
-        table.add_row("options", ", ".join(f"{k}={v}" for k, v in content["options"].items()))
+            _row(table, "made from", f"{source['name']}, {text.size(source['bytes'])}, {source['checksum']}")
+        _row(table, "options", ", ".join(f"{k}={v}" for k, v in content["options"].items()))
         for name, to in content["tied"].items():
-            table.add_row("tied", f"{name} is {to}")
+            _row(table, "tied", f"{name} is {to}")
         for file in content["files"]:
-            table.add_row("file", f"{file['name']}, {text.size(file['bytes'])}")
-        table.add_row(
-            "on a GPU", f"{text.size(content['gpu_bytes'])}, {content['bits_per_weight']:g} bits per weight"
+            _row(table, "file", f"{file['name']}, {text.size(file['bytes'])}")
+        _row(
+            table, "on a GPU", f"{text.size(content['gpu_bytes'])}, {content['bits_per_weight']:g} bits per weight"
         )
         self._out.print(table)
-        tensors = _table("tensor", "type", "shape", "stored", "bytes>")
+        tensors = _table("tensor!", "type", "shape", "stored", "bytes>")
         for t in content["tensors"]:
-            tensors.add_row(t["name"], t["type"], text.shape(t["shape"]), t["storage"], text.size(t["bytes"]))
+            _row(tensors, t["name"], t["type"], text.shape(t["shape"]), t["storage"], text.size(t["bytes"]))
         self._out.print(tensors)
         self._totals(content, "bytes_out")
+
+    def verification(self, report: Row, *, all_tensors: bool) -> None:
+        """What was checked, what was found, and the tensors, worst first."""
+        self._say(f"{report['bundle']}: {report['architecture'] or 'no readable manifest'}")
+        stages = _table("check", "state", "what")
+        for stage in report["stages"]:
+            style = {"passed": "green", "failed": "red"}.get(stage["state"], "dim")
+            _row(stages, stage["stage"], Text(stage["state"], style), stage["detail"])
+        self._out.print(stages)
+        if any(t["source"] or t["device"] for t in report["tensors"]):
+            self._worst_first(report["tensors"], most=None if all_tensors else _WORST)
+        if total := report["source_totals"]:
+            exact = "every weight is GGUF's own" if total["exact"] else f"SNR {_decibel(total)} over all tensors"
+            self._say(f"against the source: {exact}; {report['bits_per_weight']:g} bits per weight")
+        for finding in report["findings"][:_FINDINGS]:
+            where = ", ".join(finding[place] for place in ("file", "tensor", "array") if finding[place] is not None)
+            self.error(f"{where}: {finding['problem']}")
+        if (more := len(report["findings"]) - _FINDINGS) > 0:
+            self.error(f"and {more} more; --json lists all")
+        if report["status"] == "failed":
+            self.error("verification failed", "Make the bundle again from its GGUF file, or fetch it again.")
+        else:
+            self._out.print("verified", style="bold green")
+
+    def _worst_first(self, tensors: list[Row], most: int | None) -> None:
+        def badness(tensor: Row) -> tuple[int, float, float]:
+            source, device = tensor["source"] or {}, tensor["device"] or []
+            snr = source.get("snr_db")
+            error = max((run["worst_error_in_tolerances"] for run in device), default=0.0)
+            return (-tensor["findings"], math.inf if snr is None else snr, -error)
+
+        ordered = sorted((t for t in tensors if t["source"] or t["device"]), key=badness)
+        table = _table("tensor!", "type", "bits>", "exact", "SNR dB>", "scale err>", "device>")
+        for t in ordered[:most]:
+            source, device = t["source"] or {}, t["device"] or []
+            error = source.get("max_scale_error")
+            rates = [run["gb_per_s"] for run in device if run["gb_per_s"] is not None]
+            ran = f"{len(device)} runs" + (f", {max(rates):.0f} GB/s" if rates else "")
+            _row(
+                table,
+                t["name"],
+                t["type"],
+                f"{t['bits_per_weight']:g}",
+                {True: "yes", False: "no", None: ""}[source.get("exact")],
+                _decibel(source),
+                "" if error is None else f"{error:.1e}",
+                ran if device else "",
+            )
+        self._out.print(table)
+        if len(ordered) > len(table.rows):
+            self._say(f"the worst {len(table.rows)} of {len(ordered)} tensors; --all shows every one")
 
     def value(self, key: str, value: Any) -> None:
         """The whole value of one key."""
@@ -153,7 +214,7 @@ class Terminal:
             yield _Lines(total, what, self._err).add
 
     def _say(self, line: str) -> None:
-        self._out.print(line, soft_wrap=True, markup=False)
+        self._out.print(_printable(line), soft_wrap=True)
 
     def _totals(self, content: Row, column: str) -> None:
         for row in content["types"]:
@@ -187,17 +248,29 @@ class _Lines:
 
 
 def _table(*columns: str, header: bool = True) -> Table:
-    """A table; a column name that ends in `>` is a column of numbers."""
+    """A table; a column named `…>` is of numbers, one named `…!` is never folded."""
     table = Table(box=None, pad_edge=False, show_header=header, header_style="bold")
     for column in columns:
-        right = column.endswith(">")
-        table.add_column(column.rstrip(">"), justify="right" if right else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if column.endswith(">") else "left"
+        table.add_column(column.rstrip(">!"), justify=justify, overflow="fold", no_wrap=column.endswith("!"))
     return table
+
+
+def _row(table: Table, *cells: str | Text) -> None:
+    """Adds a row; what came from a file cannot steer the terminal."""
+    table.add_row(*(_printable(cell) if isinstance(cell, str) else cell for cell in cells))
 
 
 def _value(value: Any) -> str:
     if isinstance(value, dict):
         return f"{value['count']} × {value['array']}"
     shown = value if isinstance(value, str) else repr(value)
-    short = shown if len(shown) <= 200 else f"{shown[:200]}… ({len(shown)} characters)"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in short)
+    return shown if len(shown) <= 200 else f"{shown[:200]}… ({len(shown)} characters)"
+
+
+def _printable(name: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+
+
+def _decibel(source: Row) -> str:
+    return "" if source.get("snr_db") is None else f"{source['snr_db']:.1f}"

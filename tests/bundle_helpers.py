@@ -20,9 +20,11 @@ from typing import Any, NoReturn
 import xxhash
 from gguf_builder import F32, Builder, Tensor, key_value, weight
 
-from q6k_convert import cli, staging
+from q6k_convert import cli, contents, staging, terminal
 from q6k_convert import convert as convert_module
-from q6k_kernels import bundle as bundle_module
+
+# What the command imports late; here, so that forked processes need not.
+LATE = (contents, terminal)
 
 Listing = dict[str, bytes | str | None]
 
@@ -191,10 +193,10 @@ def before(module: object, name: str, action: Callable[[], object]) -> Callable[
 def strike(at: int, number: signal.Signals) -> Callable[[], None]:
     """A patch: the process gets a signal at its `at`-th step.
 
-    A step is a line of the modules that touch the output, or a write or sync in any thread (one
-    before it, one after), so that no state of the disk lies between two steps unseen.
+    A step is a line of the output's transaction or of the conversion around it, or the time just
+    before or after a file is made, written or synced, so that no state of the disk goes unseen.
     """
-    files = {staging.__file__, bundle_module.__file__, convert_module.__file__}
+    files = {staging.__file__, convert_module.__file__}
     steps = count()
 
     def step() -> None:
@@ -211,18 +213,19 @@ def strike(at: int, number: signal.Signals) -> Callable[[], None]:
     def around(name: str) -> None:
         real = getattr(os, name)
 
-        def wrapped(*args: Any) -> Any:
+        def wrapped(*args: Any, **more: Any) -> Any:
             step()
-            result = real(*args)
+            result = real(*args, **more)
             step()
             return result
 
         setattr(os, name, wrapped)
 
     def patch() -> None:
-        for name in ("pwrite", "fsync", "ftruncate"):
+        for name in ("open", "pwrite", "fsync"):
             around(name)
-        sys.settrace(trace)
+        # Not before: tracing all of the command line's set-up is slow, and nothing is at stake there.
+        before(convert_module, "run", lambda: sys.settrace(trace))()
 
     return patch
 

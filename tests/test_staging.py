@@ -234,7 +234,12 @@ def test_a_parent_that_somebody_else_has_begun_to_use_is_kept(
 def test_what_a_killed_run_left_is_cleared_and_its_place_reused(model: Path, home: Path) -> None:
     partial = home / ".out.q6k-partial"
     partial.mkdir()
-    for name in ("model-00001-of-00007.safetensors", "model.safetensors.index.json", "metadata.gguf", "bundle.json"):
+    for name in (
+        "model-00001-of-00007.safetensors",
+        "model.safetensors.index.json",
+        "metadata.gguf",
+        "bundle.json",
+    ):
         (partial / name).write_text("half")
     convert(model, home / "out")
     checked_manifest(home / "out")
@@ -360,7 +365,9 @@ def test_free_space_is_checked_before_anything_is_written(
 ) -> None:
     asked = []
     monkeypatch.setattr(shutil, "disk_usage", lambda place: (asked.append(place), SimpleNamespace(free=1234))[1])
-    error = refused(model, home / "a" / "out", r"a/out: the bundle takes .* \(\d+ bytes\), but .*home has 1.23 kB free")
+    error = refused(
+        model, home / "a" / "out", r"a/out: the bundle takes .* \(\d+ bytes\), but .*home has 1.23 kB free"
+    )
     assert "Free some space" in error.remedy
     assert asked == [home]
     assert listing(home) == {}

@@ -12,7 +12,17 @@ from typing import Any
 
 import pytest
 from bundle_helpers import (
-    Gate, Listing, before, below, checked_manifest, fork_cli, listing, run_cli, strike, tmpfs, two_tensors,
+    Gate,
+    Listing,
+    before,
+    below,
+    fork,
+    fork_cli,
+    listing,
+    run_cli,
+    strike,
+    tmpfs,
+    two_tensors,
 )
 from gguf_builder import Builder, weight
 from typer.testing import CliRunner
@@ -98,11 +108,12 @@ def test_a_run_killed_at_any_step_leaves_a_whole_bundle_or_none_and_the_next_run
         if replacing:
             place(old, out)
 
-        def patches(at: int = at) -> None:
+        def run(at: int = at) -> None:
             patch()
             strike(at, signal.SIGKILL)()
+            convert(model, out, force=True, jobs=1)
 
-        code, said = fork_cli(model, out, "--force", "--jobs", "1", log=log, patch=patches).wait()
+        code, said = fork(run, log).wait()
         assert code in (0, -signal.SIGKILL), said
         found = listing(out) if out.exists() else None
         assert found in ([old, new] if replacing and patch is nothing else [None, old, new]), f"step {at}"
@@ -123,12 +134,19 @@ def test_a_run_killed_at_any_step_leaves_a_whole_bundle_or_none_and_the_next_run
 
 
 @pytest.mark.parametrize("replacing", [False, True], ids=["new", "replacing"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "stride"), [(signal.SIGINT, 1), (signal.SIGTERM, 7)])
 def test_a_run_interrupted_at_any_step_exits_130_and_leaves_nothing_behind(
-    number: signal.Signals, replacing: bool, model: Path, home: Path, log: Path, old: Listing, new: Listing
+    number: signal.Signals,
+    stride: int,
+    replacing: bool,
+    model: Path,
+    home: Path,
+    log: Path,
+    old: Listing,
+    new: Listing,
 ) -> None:
     out, codes, wrong = home / "a" / "out", set(), []
-    for at in count():
+    for at in count(0, stride):
         if replacing:
             out.parent.mkdir()
             place(old, out)
@@ -190,13 +208,14 @@ def test_a_run_that_starts_while_another_puts_its_bundle_in_place_harms_neither(
     model: Path, home: Path, tmp_path: Path, old: Listing, new: Listing
 ) -> None:
     place(old, home / "out")
-    renaming, streaming = Gate(), Gate()
+    renaming = Gate()
     # The first has exchanged the two directories and is about to remove the old bundle.
     first = fork_cli(
         model, home / "out", "--force", log=tmp_path / "1",
         patch=before(staging, "fsync_directory", renaming.stop_here),
     )  # fmt: skip
     renaming.wait_until_reached()
+    streaming = Gate()
     second = fork_cli(
         model, home / "out", "--force", log=tmp_path / "2",
         patch=before(convert_module.BundleWriter, "finish", streaming.stop_here),

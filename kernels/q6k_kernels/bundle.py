@@ -37,7 +37,6 @@ class BundleWriter:
         shards: the layout, from `plan_shards`.
 
     Raises (every method): OSError, with the file's name.
-
     """
 
     def __init__(self, directory: Path, shards: Sequence[Shard]) -> None:

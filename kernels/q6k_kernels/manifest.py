@@ -116,7 +116,6 @@ def read(directory: Path) -> Manifest:
     Raises:
         BundleError: it is missing, of an unknown version, or breaks a rule of the format.
         OSError: it cannot be read.
-
     """
     path = directory / NAME
     if not path.is_file():

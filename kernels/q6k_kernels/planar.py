@@ -39,7 +39,6 @@ def pack(q: npt.NDArray[np.int8]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np
 
     Raises:
         ValueError: wrong dtype, K or values.
-
     """
     if q.dtype != np.int8 or q.ndim == 0 or q.shape[-1] % SUPER_BLOCK:
         raise ValueError(f"expected int8 (..., K) with K a multiple of {SUPER_BLOCK}, found {q.dtype} {q.shape}")
@@ -66,7 +65,6 @@ def unpack(ql: npt.NDArray[np.uint8], qh: npt.NDArray[np.uint8]) -> npt.NDArray[
 
     Raises:
         ValueError: the planes do not agree on their shape.
-
     """
     if ql.dtype != np.uint8 or qh.dtype != np.uint8 or ql.shape != (*qh.shape[:-1], 2 * qh.shape[-1]):
         raise ValueError(f"planes disagree: ql {ql.dtype} {ql.shape}, qh {qh.dtype} {qh.shape}")

@@ -50,7 +50,6 @@ class Shard:
         header: everything before the data, length field included.
         offsets: key -> first byte of the array in the file.
         size: of the whole file.
-
     """
 
     name: str
@@ -89,7 +88,6 @@ def plan_shards(groups: Sequence[Sequence[ArraySpec]], max_bytes: int) -> list[S
 
     Raises:
         ValueError: that would take more than 99,999 files.
-
     """
     files: list[list[ArraySpec]] = [[]]
     filled = 0

@@ -48,7 +48,6 @@ def arrays_of(
 
     Raises:
         ValueError: a tensor of this type or shape cannot be stored so.
-
     """
     *lead, last = shape or (1,)
     if storage == "planar":

@@ -18,6 +18,7 @@ import math
 import os
 import stat
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,6 @@ def check_structure(directory: Path, manifest: Manifest) -> list[Finding]:
 
     Raises:
         OSError: a file that is there cannot be read.
-
     """
     findings = list(_check_files(directory, manifest))
     findings += _check_tensors(manifest)
@@ -86,7 +86,6 @@ def read_header(path: Path) -> dict[str, Entry]:
     Raises:
         ValueError: a rule is broken; the message says which.
         OSError: the file cannot be read.
-
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -122,8 +121,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
-        seen = set[str]()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"key {_short(twice)} appears twice")
     return content
 
@@ -156,6 +154,8 @@ def _short(value: Any) -> str:
 
 def _check_files(directory: Path, manifest: Manifest) -> Iterator[Finding]:
     home = directory.resolve()
+    if (directory / NAME).resolve().parent != home:
+        yield Finding(f"is a link out of the directory, to {(directory / NAME).resolve()}", NAME)
     for name, file in manifest.files.items():
         path = directory / name
         if not os.path.lexists(path):
@@ -254,5 +254,6 @@ def _check_index(path: Path, by_file: Mapping[str, Iterable[str]]) -> Iterator[F
         where = (
             [k for k in {**expected, **found} if expected.get(k) != found.get(k)] if isinstance(found, dict) else []
         )
-        problem = f"says {_short(found.get(where[0]))}, the manifest {expected.get(where[0])!r}" if where else "is no map"
+        says = f"says {_short(found[where[0]]) if where[0] in found else 'nothing'}" if where else "is no map"
+        problem = f"{says}, the manifest {expected.get(where[0])!r}" if where else says
         yield Finding(problem, path.name, None, where[0] if where else None)

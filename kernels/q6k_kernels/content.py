@@ -1,0 +1,144 @@
+"""Are the bytes of a bundle the ones that were written? Checksums of everything, and finite scales.
+
+Reads every byte once, in pieces, several arrays at a time; memory does not depend on the bundle's size.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from q6k_kernels.manifest import Manifest, StoredArray, StoredTensor
+from q6k_kernels.structure import Entry, Finding, read_header
+
+PIECE_BYTES = 4 << 20
+# Bits that are all set in an infinite or NaN value, by dtype.
+_EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00}
+
+
+def content_bytes(manifest: Manifest) -> int:
+    """The bytes that `check_content` reads."""
+    return sum(file.size for file in manifest.files.values())
+
+
+def check_content(
+    directory: Path, manifest: Manifest, *, jobs: int, progress: Callable[[int], None]
+) -> list[Finding]:
+    """Every checksum of the manifest, and every scale finite unless the bundle was made to keep others.
+
+    Args:
+        directory: a bundle whose structure is sound.
+        manifest: its manifest.
+        jobs: arrays read at the same time.
+        progress: told, from any of the threads but one at a time, how many bytes are newly done.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    shards = {name: read_header(directory / name) for name in manifest.files if name.endswith(".safetensors")}
+    work: list[Callable[[], list[Finding]]] = []
+    reader = _Reader(directory, progress)
+    for name, file in manifest.files.items():
+        work.append(lambda name=name, file=file: reader.check_file(name, file.checked_bytes, file.checksum))  # type: ignore[misc]
+    finite = not manifest.options.get("allow_nonfinite")
+    # The longest first, so that none is left to run alone at the end.
+    for tensor, role, array in sorted(_arrays(manifest), key=lambda item: -_length(shards, item[2])):
+        entry = shards[array.file][array.key]
+        checked = finite and tensor.storage == "planar" and role in ("scale", "steps")
+        work.append(
+            lambda t=tensor, a=array, e=entry, c=checked: reader.check_array(t, a, e, finite=c)  # type: ignore[misc]
+        )
+    with ThreadPoolExecutor(jobs, "verify") as pool:
+        try:
+            return [finding for found in pool.map(lambda item: item(), work) for finding in found]
+        except BaseException:
+            reader.stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _arrays(manifest: Manifest) -> Iterator[tuple[StoredTensor, str, StoredArray]]:
+    for tensor in manifest.tensors:
+        for role, array in tensor.arrays.items():
+            yield tensor, role, array
+
+
+def _length(shards: dict[str, dict[str, Entry]], array: StoredArray) -> int:
+    entry = shards[array.file][array.key]
+    return entry.end - entry.begin
+
+
+class _Reader:
+    """Reads and hashes ranges of the bundle's files; one buffer a thread."""
+
+    def __init__(self, directory: Path, progress: Callable[[int], None]) -> None:
+        self.directory = directory
+        self.stop = threading.Event()
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    def check_file(self, name: str, length: int, checksum: str) -> list[Finding]:
+        """The first `length` bytes of a file: all of it, or a shard's header."""
+        hasher = xxhash.xxh3_128()
+        for piece in self._pieces(name, 0, length):
+            hasher.update(piece.data)
+        if hasher.hexdigest() == checksum:
+            return []
+        return [Finding(f"checksum of its first {length} bytes is {hasher.hexdigest()}, expected {checksum}", name)]
+
+    def check_array(self, tensor: StoredTensor, array: StoredArray, entry: Entry, *, finite: bool) -> list[Finding]:
+        """One array: its checksum, and whether its values are finite if that is asked."""
+        hasher, at, bad = xxhash.xxh3_128(), 0, None
+        for piece in self._pieces(array.file, entry.begin, entry.end):
+            hasher.update(piece.data)
+            if finite and bad is None and array.dtype in _EXPONENTS:
+                exponent = np.uint16(_EXPONENTS[array.dtype])
+                (where,) = np.nonzero((piece.view(np.uint16) & exponent) == exponent)
+                bad = at + int(where[0]) if where.size else None
+            at += len(piece) // 2
+        findings = list[Finding]()
+        if hasher.hexdigest() != array.checksum:
+            problem = f"checksum is {hasher.hexdigest()}, expected {array.checksum}"
+            findings.append(Finding(problem, array.file, tensor.name, array.key))
+        if bad is not None:
+            row, column = divmod(bad, array.shape[-1])
+            problem = f"the scale at row {row}, column {column} is NaN or infinite"
+            findings.append(Finding(problem, array.file, tensor.name, array.key))
+        return findings
+
+    def _pieces(self, name: str, begin: int, end: int) -> Iterator[npt.NDArray[np.uint8]]:
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = np.empty(PIECE_BYTES, dtype=np.uint8)
+        buffer: npt.NDArray[np.uint8] = self._local.buffer
+        with _opened(self.directory / name) as fd:
+            for at in range(begin, end, PIECE_BYTES):
+                piece = buffer[: min(PIECE_BYTES, end - at)]
+                done = 0
+                while done < len(piece) and not self.stop.is_set():
+                    count = os.preadv(fd, [piece[done:].data], at + done)
+                    if count == 0:
+                        raise OSError(0, f"ended at byte {at + done} while it was being read", name)
+                    done += count
+                if self.stop.is_set():
+                    return
+                yield piece
+                with self._lock:
+                    self._progress(len(piece))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -1,0 +1,368 @@
+"""The operations on packed weights in plain torch: what runs on the CPU, and what kernels are tested against.
+
+A weight is `w = q * s`, s the scale of its group of 16 (see `planar`); with exact scales `s = steps * scale`.
+
+    W6A16 ("bf16")  y = sum_k x[k] * round(w[k]), the weights rounded to x's dtype
+    W6A8  ("int8")  y = sum_g s[g] * d_a[g//2] * sum_(k in g) q[k] * a[k], with (a, d_a) = quantize_activations(x)
+
+Sums run in fp32 at least, a bias joins there, and one rounding to x's dtype ends it. `linear_fp64` says the
+same in fp64 and `tolerance` how far the two may be apart. Memory is bounded by working on blocks of rows;
+speed matters less than that every line can be held against the formulas. Nothing here has a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from q6k_kernels import planar
+from q6k_kernels.planar import GROUP, OFFSET, SUPER_BLOCK
+
+Activations = Literal["auto", "int8", "bf16"]
+F64 = npt.NDArray[np.float64]
+
+ACTIVATION_GROUP = 32
+"""Activations that share one d_a: two groups of weights."""
+BLOCK_WEIGHTS = 1 << 20
+"""Weights unpacked at a time; at most 24 bytes each, so about 25 MB."""
+BLOCK_M = 32
+"""Rows of x multiplied at a time; the sums of groups take BLOCK_M * BLOCK_WEIGHTS / 16 * 4 bytes = 8 MB."""
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes of activations and biases."""
+
+
+def dequantize(
+    ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Planes to weights.
+
+    In fp32 nothing is rounded: with bf16 scales a weight has 8 + 5 significant bits, with exact ones
+    11 + 7 + 5 = 23 (of d, sub-scale and q); the latter are the bits of ggml's `dequantize_row_q6_K`.
+
+    Args:
+        ql: uint8 (N, K/2), K a multiple of 256.
+        qh: uint8 (N, K/4).
+        scale: bfloat16 (N, K/16); or int8 (N, K/16), the sub-scales, with `steps`.
+        steps: float16 (N, K/256), d; None with bf16 scales.
+        dtype: bfloat16, float16 or float32, rounded to once. float16 overflows to infinity past 65504.
+
+    Returns:
+        (N, K) of `dtype`, on the planes' device.
+
+    Raises:
+        ValueError: a wrong dtype, or shapes that do not agree.
+    """
+    _check_planes(ql, qh, scale, steps)
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype: expected bfloat16, float16 or float32, found {dtype}")
+    groups = _codes(ql, qh).view(len(ql), -1, GROUP) * _group_scales(scale, steps).unsqueeze(-1)
+    return groups.view(len(ql), -1).to(dtype)
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations to 8 bits, each row in groups of 32: d_a = amax / 127, a = rint(x / d_a).
+
+    Both divisions are fp32's, correctly rounded, and rint goes to even: (a, d_a) is defined to the bit.
+    A group whose d_a is zero (all zeros, or fp32 below 2**-143 or so) has a = 0. |a| is held to 127, which
+    only matters to fp32 values near 2**-140, where d_a is too coarse a subnormal. A group that holds an
+    infinity or NaN has d_a = NaN and a = 0, so that all outputs of its row are NaN.
+
+    Args:
+        x: bfloat16, float16 or float32 (M, K), K a multiple of 32.
+
+    Returns:
+        a int8 (M, K), values -127..127, and d_a float32 (M, K/32).
+
+    Raises:
+        ValueError: a wrong dtype or shape.
+    """
+    if x.ndim != 2 or x.dtype not in FLOATS or x.shape[1] % ACTIVATION_GROUP:
+        raise ValueError(
+            f"x: expected bfloat16, float16 or float32 (M, K) with K a multiple of {ACTIVATION_GROUP}, "
+            f"found {_found(x)}"
+        )
+    groups = x.detach().float().reshape(x.shape[0], x.shape[1] // ACTIVATION_GROUP, ACTIVATION_GROUP)
+    amax = groups.abs().amax(-1)
+    # By a tensor: torch turns division by a number into multiplication with its reciprocal on GPUs.
+    d_a = amax / torch.full_like(amax, 127)
+    d_a = torch.where(amax.isfinite(), d_a, torch.nan)
+    quotients = groups / d_a.unsqueeze(-1)
+    a = torch.where((d_a > 0).unsqueeze(-1), quotients, 0.0).round().clamp(-127, 127)
+    return a.to(torch.int8).view(x.shape), d_a
+
+
+def linear(
+    x: Tensor,
+    ql: Tensor,
+    qh: Tensor,
+    scale: Tensor,
+    steps: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    activations: Activations = "auto",
+) -> Tensor:
+    """Multiplies x with the transposed weights and adds the bias: the formulas at the top of this module.
+
+    Args:
+        x: bfloat16, float16 or float32 (..., K), strides at will; also no rows at all. With "bf16", float32
+            activations meet float32 weights: nothing but the output is rounded to 16 bits or less.
+        ql: uint8 (N, K/2), N >= 1, K a multiple of 256.
+        qh: uint8 (N, K/4).
+        scale: bfloat16 (N, K/16); or int8 (N, K/16) with `steps`.
+        steps: float16 (N, K/256), or None.
+        bias: bfloat16, float16 or float32 (N,), added in fp32 before the rounding.
+        activations: "int8" for W6A8, "bf16" for W6A16 (in x's dtype). "auto" is "bf16" here: on a CPU it is
+            the faster for every number of rows, and nothing is lost. A kernel on a GPU may choose otherwise.
+
+    Returns:
+        (..., N) of x's dtype. Infinities and NaN follow IEEE arithmetic with "bf16"; with "int8" they turn
+        their row into NaN.
+
+    Raises:
+        ValueError: a wrong dtype, shape or option, or tensors on different devices.
+    """
+    n, k = _check_planes(ql, qh, scale, steps)
+    _check_input(x, n, k, bias)
+    devices = {str(t.device) for t in (x, ql, qh, scale, steps, bias) if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"expected all tensors on one device, found them on {', '.join(sorted(devices))}")
+    if activations not in ("auto", "int8", "bf16"):
+        raise ValueError(f"activations: expected auto, int8 or bf16, found {activations!r}")
+    rows = x.detach().reshape(-1, k)
+    y = torch.empty(len(rows), n, dtype=x.dtype, device=x.device)
+    blocks = [rows[at : at + BLOCK_M] for at in range(0, len(rows), BLOCK_M)]
+    inputs = [_int8_operands(block) if activations == "int8" else _bf16_operands(block) for block in blocks]
+    step = max(1, BLOCK_WEIGHTS // k)
+    for at in range(0, n if inputs else 0, step):
+        part = slice(at, at + step)
+        planes = ql[part], qh[part], scale[part], None if steps is None else steps[part]
+        if activations == "int8":
+            weights, s = _codes(*planes[:2]), _group_scales(*planes[2:])
+        else:
+            weights = dequantize(*planes, dtype=x.dtype).to(_product_dtype(x.dtype))
+        for index, (left, d_a) in enumerate(inputs):
+            sums = _bf16_sums(left, weights) if d_a is None else _int8_sums(left, d_a, weights, s)
+            if bias is not None:
+                sums += bias[part].detach().float()
+            y[index * BLOCK_M : (index + 1) * BLOCK_M, part] = sums
+    return y.view(*x.shape[:-1], n)
+
+
+def roundings(k: int, activations: Literal["int8", "bf16"]) -> int:
+    """The fp32 roundings that any one term of `linear`'s sums goes through, at most; for `tolerance`.
+
+    "bf16": one product, the 255 additions of a super-block in any order, an addition for each of K/256
+    super-blocks, and one for the bias. "int8": two products, 15 additions of the groups in a super-block, and
+    again K/256 + 1. Sums that `linear` makes in fp64 round less.
+    """
+    return (1 + 255 if activations == "bf16" else 2 + 15) + k // SUPER_BLOCK + 1
+
+
+def linear_fp64(
+    x: Tensor,
+    ql: Tensor,
+    qh: Tensor,
+    scale: Tensor,
+    steps: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    activations: Literal["int8", "bf16"],
+) -> tuple[F64, F64]:
+    """What `linear` says, in fp64 and all at once: the measure of every implementation.
+
+    Takes what `linear` takes, and shares with it only the text above; `planar.unpack` unpacks the planes.
+
+    Returns:
+        y, float64 (..., N), and the sum of its terms' absolute values, float64 (..., N), for `tolerance`. A
+        term is x * w or, with int8, s * d_a * (the integer sum of a group).
+
+    Raises:
+        ValueError: the planes do not agree on their shape.
+    """
+    q = planar.unpack(ql.cpu().numpy(), qh.cpu().numpy()).astype(np.float64)
+    (n, k), m = q.shape, math.prod(x.shape[:-1])
+    s: F64 = scale.cpu().double().numpy()
+    if steps is not None:
+        s = s * np.repeat(steps.cpu().double().numpy(), SUPER_BLOCK // GROUP, axis=1)
+    x32: npt.NDArray[np.float32] = x.detach().cpu().float().numpy().reshape(m, k)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        if activations == "bf16":
+            w = q * np.repeat(s, GROUP, axis=1)
+            if x.dtype == torch.bfloat16:
+                w = planar.bf16_to_float(planar.round_to_bf16(w.astype(np.float32))).astype(np.float64)
+            elif x.dtype == torch.float16:
+                w = w.astype(np.float16).astype(np.float64)
+            y = x32.astype(np.float64) @ w.T
+            magnitude = np.abs(x32).astype(np.float64) @ np.abs(w, out=w).T
+        else:
+            x_groups = x32.reshape(m, k // 32, 32)
+            d_a = np.abs(x_groups).max(axis=2) / np.float32(127)
+            d_a[~np.isfinite(x_groups).all(axis=2)] = np.nan
+            a = np.rint(np.clip(x_groups / d_a[..., None], -127, 127))
+            a[~(d_a > 0)] = 0
+            inner = a.astype(np.float64).reshape(m, k // 16, 16).swapaxes(0, 1) @ (
+                q.reshape(n, k // 16, 16).transpose(1, 2, 0)
+            )  # (group, M, N)
+            terms = inner * s.T[:, None, :] * np.repeat(d_a.astype(np.float64), 2, axis=1).T[:, :, None]
+            y, magnitude = terms.sum(axis=0), np.abs(terms).sum(axis=0)
+    if bias is not None:
+        b = bias.detach().cpu().double().numpy()
+        y, magnitude = y + b, magnitude + np.abs(b)
+    return y.reshape(*x.shape[:-1], n), magnitude.reshape(*x.shape[:-1], n)
+
+
+def tolerance(exact: F64, magnitude: F64, k: int, dtype: torch.dtype, roundings: int | None = None) -> F64:
+    """How far an output may be from `linear_fp64`'s: fp32 sums, then one rounding. Every part is derived.
+
+    1. A term that meets r roundings on its way through products and additions carries a factor
+       (1 + e1)...(1 + er), |ei| <= u = 2**-24. So the fp32 sum is off by at most g * sum |terms| with
+       g = r u / (1 - r u), whatever the order (Higham, Accuracy and Stability of Numerical Algorithms,
+       Lemma 3.1 and section 4.2). fp64's own error, below k * 2**-53 * sum |terms| in value and in
+       magnitude, is less than one more u for any k < 2**28: r + 1 covers it.
+    2. A product too small for fp32's normal numbers is off by 2**-150 at most: k * 2**-149 covers all, twice.
+    3. Rounding the sum to nearest moves it by at most half an ulp of `dtype`, taken at the largest value
+       that the sum may have, |exact| + 1. + 2.
+
+    This holds while nothing overflows in fp32. Where sum |terms| reaches 2**127 it might: there the result
+    is infinite and anything goes.
+
+    Args:
+        exact: float64, from `linear_fp64`.
+        magnitude: float64 of the same shape, from `linear_fp64`.
+        k: length of the sums.
+        dtype: the output's: bfloat16, float16 or float32.
+        roundings: fp32 roundings that the unluckiest term meets. By default k + 3, which holds for any
+            order of summation: 2 for products, k - 1 additions, the bias, and one to spare. An
+            implementation whose order is known states less, as `roundings` does for `linear`.
+
+    Returns:
+        float64, of the same shape; NaN where the terms are.
+    """
+    u = 2.0**-24
+    r = (k + 3 if roundings is None else roundings) + 1
+    with np.errstate(invalid="ignore", over="ignore"):
+        sums = r * u / (1 - r * u) * magnitude + k * 2.0**-149
+        allowed: F64 = sums + _ulp(np.abs(exact) + sums, dtype) / 2
+    allowed[magnitude >= 2.0**127] = np.inf
+    return allowed
+
+
+def error_in_tolerances(output: Tensor, exact: F64, allowed: F64) -> F64:
+    """|output - exact| / allowed, for every output: up to 1 is right, above is wrong.
+
+    NaN and infinities must be met exactly (0, else infinite), but for one case: a finite value that may
+    round past the largest one of the output's dtype may become infinite, as IEEE rounding has it.
+
+    Args:
+        output: bfloat16, float16 or float32, any shape.
+        exact: float64 of the same shape, from `linear_fp64`.
+        allowed: float64 of the same shape, from `tolerance`.
+
+    Returns:
+        float64 of the same shape, never NaN.
+    """
+    found: F64 = output.detach().cpu().double().numpy()
+    largest = torch.finfo(output.dtype).max
+    bound = largest + float(_ulp(np.array(largest), output.dtype)) / 2
+    with np.errstate(invalid="ignore"):
+        errors: F64 = np.abs(found - exact) / allowed
+        rounds_past = np.isinf(found) & (np.sign(found) == np.sign(exact)) & (np.abs(exact) + allowed >= bound)
+    right = (found == exact) | (np.isnan(found) & np.isnan(exact))
+    right |= np.isfinite(exact) & (rounds_past | np.isposinf(allowed))
+    return np.where(right, 0.0, np.where(np.isnan(errors), np.inf, errors))
+
+
+def _ulp(values: F64, dtype: torch.dtype) -> F64:
+    """The distance of `dtype`'s neighbours around values >= 0, as if it had no largest number."""
+    info = torch.finfo(dtype)
+    exponents = np.frexp(np.maximum(values, info.smallest_normal))[1] - 1
+    result: F64 = np.ldexp(np.float64(info.eps), exponents)
+    return result
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What "bf16" multiplies in: torch.set_float32_matmul_precision may cut fp32 operands to bf16's 8 bits.
+
+    That leaves bf16 values whole (and the integers of "int8"), but no others: those go through fp64.
+    """
+    return torch.float32 if dtype == torch.bfloat16 else torch.float64
+
+
+def _bf16_operands(x: Tensor) -> tuple[Tensor, None]:
+    """(K/256, M, 256) for `_bf16_sums`."""
+    return x.to(_product_dtype(x.dtype)).view(len(x), -1, SUPER_BLOCK).transpose(0, 1), None
+
+
+def _bf16_sums(x: Tensor, w: Tensor) -> Tensor:
+    """float32 (M, N): a product for each super-block, then their sum, which keeps chains of roundings short."""
+    return (x @ w.view(len(w), -1, SUPER_BLOCK).permute(1, 2, 0)).sum(0).float()
+
+
+def _int8_operands(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A (K/16, M, 16) and d_a (K/16, M, 1) for `_int8_sums`."""
+    a, d_a = quantize_activations(x)
+    groups = a.float().view(len(x), -1, GROUP).transpose(0, 1)
+    return groups, d_a.T.repeat_interleave(ACTIVATION_GROUP // GROUP, 0).unsqueeze(-1)
+
+
+def _int8_sums(a: Tensor, d_a: Tensor, q: Tensor, s: Tensor) -> Tensor:
+    """float32 (M, N).
+
+    The inner sums are integers below 16 * 32 * 127 < 2**16, as are their parts: fp32 holds them exactly in
+    any order of addition, and its operands fit in bf16, so no setting of matmul precision changes them.
+    """
+    terms = a @ q.view(len(q), -1, GROUP).permute(1, 2, 0)  # (K/16, M, N)
+    terms *= s.T.unsqueeze(1)
+    terms *= d_a
+    return terms.view(-1, SUPER_BLOCK // GROUP, *terms.shape[1:]).sum(1).sum(0)
+
+
+def _codes(ql: Tensor, qh: Tensor) -> Tensor:
+    """Planes to q, float32 (N, K)."""
+    rows = len(ql)
+    low = torch.stack((ql & 15, ql >> 4), dim=-1).view(rows, -1)
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=qh.device)
+    # (row, chunk, parity, w, position in the byte), weight 8w + 2 * position + parity of the chunk
+    pairs = qh.reshape(rows, -1, 2, 4, 1) >> shifts & 3
+    high = pairs.permute(0, 1, 3, 4, 2).reshape(rows, -1)
+    return (low | high << 4).float() - OFFSET
+
+
+def _group_scales(scale: Tensor, steps: Tensor | None) -> Tensor:
+    """float32 (N, K/16), without rounding."""
+    if steps is None:
+        return scale.float()
+    return scale.float() * steps.float().repeat_interleave(SUPER_BLOCK // GROUP, -1)
+
+
+def _check_planes(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None) -> tuple[int, int]:
+    if ql.ndim != 2 or ql.dtype != torch.uint8 or not ql.numel() or 2 * ql.shape[1] % SUPER_BLOCK:
+        raise ValueError(f"ql: expected uint8 (N, K/2), N >= 1, K a multiple of {SUPER_BLOCK}, found {_found(ql)}")
+    n, k = ql.shape[0], 2 * ql.shape[1]
+    expected = [("qh", qh, torch.uint8, k // 4)]
+    if steps is None:
+        expected.append(("scale without steps", scale, torch.bfloat16, k // GROUP))
+    else:
+        expected.append(("scale with steps", scale, torch.int8, k // GROUP))
+        expected.append(("steps", steps, torch.float16, k // SUPER_BLOCK))
+    for name, tensor, dtype, width in expected:
+        if tensor.dtype != dtype or tensor.shape != (n, width):
+            wanted = f"{str(dtype).removeprefix('torch.')} ({n}, {width})"
+            raise ValueError(f"{name}: with ql of shape ({n}, {k // 2}) expected {wanted}, found {_found(tensor)}")
+    return n, k
+
+
+def _check_input(x: Tensor, n: int, k: int, bias: Tensor | None) -> None:
+    if x.ndim == 0 or x.dtype not in FLOATS or x.shape[-1] != k:
+        raise ValueError(f"x: expected bfloat16, float16 or float32 (..., {k}), found {_found(x)}")
+    if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,)):
+        raise ValueError(f"bias: expected bfloat16, float16 or float32 ({n},), found {_found(bias)}")
+
+
+def _found(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

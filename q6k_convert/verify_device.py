@@ -1,0 +1,261 @@
+"""Whether a device computes with a bundle's weights what the formulas say.
+
+Every planar tensor is multiplied with the same random activations, once as in decoding and once as in a
+prefill, and held against the fp64 statement of the formulas within a derived tolerance. Weights are read
+and checked a few rows at a time, so memory does not grow with them. torch is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from q6k_convert.errors import EnvironmentMissingError
+from q6k_kernels.manifest import Manifest, StoredTensor
+from q6k_kernels.structure import Entry, Finding, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SIZES: tuple[tuple[int, Literal["int8", "bf16"]], ...] = ((1, "int8"), (16, "bf16"))
+"""Rows of activations and how they are treated: a decoding step, a short prefill."""
+SEED = 0
+"""Of the activations: bf16, standard normal, the same for all tensors of one K."""
+CHUNK_WEIGHTS = 1 << 21
+"""Weights read and checked at a time; fp64 takes about 50 bytes for each, 100 MB."""
+MOST_EXPERTS = 4
+"""Of a larger stack the first, the last and two in between are checked."""
+
+NO_TORCH = "torch is not installed"
+NO_GPU = "no CUDA GPU was found"
+NO_KERNELS = "this release has no CUDA kernels"
+_TRY_CPU = "--device cpu runs the reference"
+
+
+@dataclass(frozen=True)
+class DeviceRun:
+    """One matrix times `m` rows of activations.
+
+    Attributes:
+        m: rows of activations.
+        activations: "int8" or "bf16", the formula.
+        worst_error_in_tolerances: of all outputs; right up to 1, infinite for a NaN or infinity too many.
+        passed: whether it is.
+        seconds: spent multiplying, without reading and checking.
+        gb_per_s: packed bytes by that time, in 10**9 a second; None if it was too short to tell.
+        first_bad: the first wrong output: its coordinate, its value and the right one.
+    """
+
+    m: int
+    activations: str
+    worst_error_in_tolerances: float
+    passed: bool
+    seconds: float
+    gb_per_s: float | None
+    first_bad: str | None
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """What was run, and what came of it.
+
+    Attributes:
+        state: "skipped" if nothing was run.
+        device: what ran it: "cpu", or "none".
+        detail: one line: what was run, or why nothing was.
+        runs: by tensor, or `tensor[expert]` for a stack; one run for each of `SIZES`.
+        findings: one for each run that failed.
+    """
+
+    state: Literal["passed", "failed", "skipped"]
+    device: str
+    detail: str
+    runs: dict[str, list[DeviceRun]] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+
+def check_device(
+    directory: Path,
+    manifest: Manifest,
+    device: Literal["auto", "cpu", "cuda"],
+    progress: Callable[[int], None],
+) -> DeviceReport:
+    """Runs every planar tensor of a bundle whose structure is sound (see `structure.check_structure`).
+
+    Args:
+        directory: the bundle.
+        manifest: its manifest.
+        device: "cuda" or "cpu" must run, else it is an error; "auto" is a CUDA GPU if everything it takes is
+            there, and otherwise says what is missing.
+        progress: told the bytes of packed arrays that are done, as they are done: in all, those of every
+            planar tensor. Experts that are left out count as done.
+
+    Raises:
+        EnvironmentMissingError: torch, a GPU or the kernels for it are missing, and `device` needs them.
+        ValueError: a shard's header breaks a rule of the format.
+        OSError: a shard cannot be read, or is shorter than its header says.
+    """
+    problem = _torch_problem()
+    if device == "cpu":
+        if problem is not None:
+            raise EnvironmentMissingError(
+                f"--device cpu runs the reference in torch, and {problem}", "Install it: `pip install torch`."
+            )
+        return _run_on_cpu(directory, manifest, progress)
+    if problem is None:
+        problem = _gpu_problem()
+    elif device == "cuda":
+        raise EnvironmentMissingError(
+            f"--device cuda needs torch, and {problem}", "Install it: `pip install torch`; and use a CUDA GPU."
+        )
+    if device == "cuda":
+        remedy = f"{_TRY_CPU}; --device auto skips the check on a GPU."
+        if problem == NO_GPU:
+            remedy = f"Run it where torch.cuda.is_available() is true. {remedy}"
+        raise EnvironmentMissingError(f"--device cuda cannot run: {problem}", remedy)
+    return DeviceReport("skipped", "none", f"{problem}; {_TRY_CPU}" if problem == NO_GPU else problem)
+
+
+def _torch_problem() -> str | None:
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        return NO_TORCH if error.name == "torch" else f"torch is installed without {error.name}"
+    except (ImportError, OSError) as error:  # a shared library is missing or of the wrong kind
+        return f"torch is installed but does not load: {error}"
+    return None
+
+
+def _gpu_problem() -> str:
+    import torch
+
+    return NO_KERNELS if torch.cuda.is_available() else NO_GPU
+
+
+def _run_on_cpu(directory: Path, manifest: Manifest, progress: Callable[[int], None]) -> DeviceReport:
+    import torch
+
+    tensors = [tensor for tensor in manifest.tensors if tensor.storage == "planar"]
+    if not tensors:
+        return DeviceReport("skipped", "none", "the bundle has no planar tensors")
+    files = sorted({array.file for tensor in tensors for array in tensor.arrays.values()})
+    headers = {name: read_header(directory / name) for name in files}
+    runs, findings, sampled = dict[str, list[DeviceRun]](), list[Finding](), list[str]()
+    for tensor in tensors:
+        *stack, n, _ = tensor.shape
+        count = math.prod(stack)
+        experts = _sample(count)
+        if len(experts) < count:
+            sampled.append(f"{tensor.name}: experts {', '.join(map(str, experts))} of {count}")
+        rows = _Rows(directory, headers, tensor)
+        for expert in experts:
+            label = f"{tensor.name}[{expert}]" if stack else tensor.name
+            runs[label] = _run_matrix(rows, expert * n, n, progress)
+            findings += [_finding(tensor, run, expert if stack else None) for run in runs[label] if not run.passed]
+        progress((count - len(experts)) * n * rows.bytes_a_row)
+    sizes = " and ".join(f"M={m} with {activations} activations" for m, activations in SIZES)
+    detail = f"torch {torch.__version__}, the reference on the CPU: {len(runs)} matrices at {sizes}"
+    detail += "".join(f"; {line}" for line in sampled)
+    return DeviceReport("failed" if findings else "passed", "cpu", detail, runs, findings)
+
+
+def _sample(count: int) -> list[int]:
+    """The matrices of a stack that are checked: all, or `MOST_EXPERTS` evenly spread with both ends."""
+    if count <= MOST_EXPERTS:
+        return list(range(count))
+    return [round(i * (count - 1) / (MOST_EXPERTS - 1)) for i in range(MOST_EXPERTS)]
+
+
+def _finding(tensor: StoredTensor, run: DeviceRun, expert: int | None) -> Finding:
+    where = "" if expert is None else f"expert {expert}, "
+    problem = (
+        f"{where}M={run.m} with {run.activations} activations: {run.first_bad}; "
+        f"the worst output is off by {run.worst_error_in_tolerances:.3g} times the tolerance"
+    )
+    return Finding(problem, tensor.arrays["ql"].file, tensor.name)
+
+
+class _Rows:
+    """Reads some rows of a planar tensor; the matrices of a stack lie below each other."""
+
+    def __init__(self, directory: Path, headers: dict[str, dict[str, Entry]], tensor: StoredTensor) -> None:
+        count = math.prod(tensor.shape[:-1])
+        self.k = tensor.shape[-1]
+        self._arrays = {
+            role: (directory / array.file, entry.dtype, entry.begin, (entry.end - entry.begin) // count)
+            for role, array in tensor.arrays.items()
+            for entry in (headers[array.file][array.key],)
+        }
+        self.bytes_a_row = sum(each for *_, each in self._arrays.values())
+
+    def read(self, first: int, count: int) -> dict[str, Tensor]:
+        """Rows `first` to `first + count` of every array, by role."""
+        import torch
+
+        dtypes = {"U8": torch.uint8, "I8": torch.int8, "BF16": torch.bfloat16, "F16": torch.float16}
+        tensors: dict[str, Tensor] = {}
+        for role, (path, dtype, begin, each) in self._arrays.items():
+            raw = np.fromfile(path, np.uint8, count * each, offset=begin + first * each)
+            if raw.size != count * each:
+                raise OSError(
+                    errno.EIO, f"ended {count * each - raw.size} bytes before its array {role} does", path
+                )
+            tensors[role] = torch.from_numpy(raw).view(dtypes[dtype]).view(count, -1)
+        return tensors
+
+
+class _Tally:
+    """What the chunks of one matrix come to."""
+
+    def __init__(self, m: int, activations: Literal["int8", "bf16"]) -> None:
+        self.m, self.activations = m, activations
+        self.worst, self.seconds = 0.0, 0.0
+        self.first_bad: str | None = None
+
+    def run(self, x: Tensor, arrays: dict[str, Tensor], first: int) -> None:
+        """Multiplies and checks some rows, `first` being the number of the first in its matrix."""
+        from q6k_kernels import reference
+
+        started = time.perf_counter()
+        y = reference.linear(x[: self.m], **arrays, activations=self.activations)
+        self.seconds += time.perf_counter() - started
+        exact, magnitude = reference.linear_fp64(x[: self.m], **arrays, activations=self.activations)
+        k = x.shape[1]
+        chain = reference.roundings(k, self.activations)
+        allowed = reference.tolerance(exact, magnitude, k, y.dtype, chain)
+        errors = reference.error_in_tolerances(y, exact, allowed)
+        self.worst = max(self.worst, float(errors.max()))
+        if self.first_bad is None and (errors > 1).any():
+            row, column = map(int, np.argwhere(errors > 1)[0])
+            self.first_bad = (
+                f"y[{row}, {first + column}] is {float(y[row, column]):.6g}, "
+                f"expected {exact[row, column]:.6g} within {allowed[row, column]:.2g}"
+            )
+
+    def result(self, packed_bytes: int) -> DeviceRun:
+        speed = packed_bytes / self.seconds / 1e9 if self.seconds else None
+        return DeviceRun(self.m, self.activations, self.worst, self.worst <= 1, self.seconds, speed, self.first_bad)
+
+
+def _run_matrix(rows: _Rows, at: int, n: int, progress: Callable[[int], None]) -> list[DeviceRun]:
+    """The `n` rows from row `at` on, at every size."""
+    import torch
+
+    generator = torch.Generator().manual_seed(SEED)
+    x = torch.randn(max(m for m, _ in SIZES), rows.k, generator=generator).bfloat16()
+    tallies = [_Tally(m, activations) for m, activations in SIZES]
+    step = max(1, CHUNK_WEIGHTS // rows.k)
+    for first in range(0, n, step):
+        count = min(step, n - first)
+        arrays = rows.read(at + first, count)
+        for tally in tallies:
+            tally.run(x, arrays, first)
+        progress(count * rows.bytes_a_row)
+    return [tally.result(n * rows.bytes_a_row) for tally in tallies]
