@@ -238,7 +238,9 @@ def _reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
         raise typer.Exit(int(code))
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+        # `nohup` and background jobs of a shell ask for some of them to be ignored.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     try:
         yield terminal
     except Q6KConvertError as error:

@@ -13,6 +13,7 @@ from q6k_convert.convert import Result
 from q6k_convert.errors import ExitCode
 from q6k_convert.gguf_file import GGUFFile, KeyValue
 from q6k_convert.gguf_model import GGUFModel
+from q6k_convert.gguf_tensors import TYPE_SIZES, GGMLType
 from q6k_convert.plan import Plan
 from q6k_kernels.manifest import Manifest, StoredTensor
 from q6k_kernels.safetensors_file import DTYPE_BYTES
@@ -100,7 +101,9 @@ def bundle_contents(directory: Path, manifest: Manifest) -> Row:
         "sources": [{"name": s.name, "bytes": s.size, "checksum": s.checksum} for s in manifest.sources],
         "files": [{"name": name, "bytes": file.size} for name, file in manifest.files.items()],
         "tied": manifest.tied,
-        "types": _by_type((t.type, t.storage, math.prod(t.shape), 0, _stored_bytes(t)) for t in manifest.tensors),
+        "types": _by_type(
+            (t.type, t.storage, math.prod(t.shape), _source_bytes(t), _stored_bytes(t)) for t in manifest.tensors
+        ),
         "gpu_bytes": sum(_stored_bytes(t) for t in manifest.tensors),
         "bits_per_weight": _bits_per_weight([t for t in manifest.tensors if t.arrays]),
         "tensors": [
@@ -198,6 +201,13 @@ def _by_type(tensors: Iterable[tuple[str, str | None, int, int, int]]) -> list[R
 
 def _stored_bytes(tensor: StoredTensor) -> int:
     return sum(math.prod(array.shape) * DTYPE_BYTES[array.dtype] for array in tensor.arrays.values())
+
+
+def _source_bytes(tensor: StoredTensor) -> int:
+    """What the tensor takes in a GGUF."""
+    kind = GGMLType.__members__.get(tensor.type)
+    block_weights, block_bytes = TYPE_SIZES[kind] if kind is not None else (1, 0)
+    return math.prod(tensor.shape) // block_weights * block_bytes
 
 
 def _bits_per_weight(tensors: list[StoredTensor]) -> float | None:

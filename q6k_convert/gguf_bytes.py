@@ -14,6 +14,7 @@ from typing import Self
 from q6k_convert.errors import InputRejectedError, IOFailedError
 
 _WINDOW = 1 << 18
+_NUMBERS = {form: struct.Struct("<" + form) for form in "BIQ"}
 
 
 class SourceBytes:
@@ -125,7 +126,9 @@ class Cursor:
 
     def number(self, form: str, item: str) -> int:
         """The next little-endian integer; `form` is the struct letter."""
-        return int(struct.unpack("<" + form, self.take(struct.calcsize(form), item))[0])
+        packed = _NUMBERS[form]
+        value: int = packed.unpack(self.take(packed.size, item))[0]
+        return value
 
     def _string_length(self, item: str, bound: int) -> int:
         at = self.at

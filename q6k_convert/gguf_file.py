@@ -24,11 +24,11 @@ from q6k_convert.gguf_tensors import read_tensors
 from q6k_convert.text import plain_bytes
 
 # No real file comes near these; they bound the time and memory a hostile one can cost.
-MAX_KEY_VALUES = 1 << 16
-MAX_TENSORS = 1 << 16
+MAX_KEY_VALUES = 1 << 15
+MAX_TENSORS = 1 << 15
 MAX_KEY_BYTES = 1 << 8
 MAX_STRING_BYTES = 16 << 20
-MAX_ARRAY_STRINGS = 1 << 22
+MAX_ARRAY_STRINGS = 1 << 21
 MAX_ALIGNMENT = 1 << 30
 
 _HEADER = 24

@@ -68,7 +68,7 @@ tbody tr:last-child > * { border-bottom: 0; }
 .number { text-align: right; white-space: nowrap; } thead .number { white-space: normal; }
 .number + :not(.number) { padding-left: 10px; }
 tr.bad th { color: var(--bad); } small { display: block; color: var(--soft); font-weight: 400; font-size: .93em;
-  min-width: 15em; }
+  min-width: 17em; }
 .badge { display: inline-block; padding: 1px 10px; border-radius: 99px; border: 1px solid var(--line);
   color: var(--soft); white-space: nowrap; }
 .passed { color: var(--good); background: var(--good-bg); border-color: transparent; }

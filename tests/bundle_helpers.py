@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import typer
 import xxhash
 from gguf_builder import F32, Builder, Tensor, key_value, weight
 
@@ -97,6 +98,8 @@ def broken_late() -> Builder:
     return builder
 
 
+STRUCK = "struck here"
+"""What a process says when it comes to the step at which it is struck."""
 BROKEN_LATE = "scale d that is NaN or infinite"
 
 
@@ -129,6 +132,8 @@ def fork(action: Callable[[], object], log: Path) -> Child:
         sys.stdout = sys.stderr = log.open("w", buffering=1)
         action()
         code = 0
+    except typer.Exit as stopped:
+        code = stopped.exit_code
     except SystemExit as stopped:
         code = stopped.code if isinstance(stopped.code, int) else 98
     except BaseException:
@@ -201,6 +206,7 @@ def strike(at: int, number: signal.Signals) -> Callable[[], None]:
 
     def step() -> None:
         if next(steps) == at:
+            print(STRUCK)
             os.kill(os.getpid(), number)
 
     def trace(frame: FrameType, event: str, _: object) -> Any:

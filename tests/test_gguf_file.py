@@ -378,8 +378,8 @@ HEADERS = [
         for count in (50 // smallest + 1, 1000, 2**31, 2**63, TOP - 1)
         for counts in [(count, 0) if at == 8 else (0, count)]
     ),
-    Bad("tensors-over-limit", lambda: header(65537, 0) + bytes(65537 * 25), "tensor count", 8, "limit of 65536"),
-    Bad("kvs-over-limit", lambda: header(0, 65537) + bytes(65537 * 14), "key-value count", 16, "limit of 65536"),
+    Bad("tensors-over-limit", lambda: header(32769, 0) + bytes(32769 * 25), "tensor count", 8, "limit of 32768"),
+    Bad("kvs-over-limit", lambda: header(0, 32769) + bytes(32769 * 14), "key-value count", 16, "limit of 32768"),
 ]
 
 FILLED = 40
@@ -427,9 +427,9 @@ def key_values() -> list[Bad]:
             HEADER + 18, "4 bytes expected, but the file ends after 0"),
         Bad("nested-array", pairs(string("a") + struct.pack("<IIQIQ", 9, 9, 1, 4, 0)), "value of 'a'",
             value_at("a"), "nested arrays are not supported"),
-        Bad("strings-over-limit", lambda: header(0, 1) + string("a") + struct.pack("<IIQ", 9, 8, (1 << 22) + 1)
-            + bytes(8 * ((1 << 22) + 1)), "value of 'a'", value_at("a") + 12,
-            "more than 4194304 strings in arrays"),
+        Bad("strings-over-limit", lambda: header(0, 1) + string("a") + struct.pack("<IIQ", 9, 8, (1 << 21) + 1)
+            + bytes(8 * ((1 << 21) + 1)), "value of 'a'", value_at("a") + 12,
+            "more than 2097152 strings in arrays"),
     ]  # fmt: skip
     for length in (FILLED + 1, 2**31, 2**32, 2**63, TOP - 8, TOP - 1):
         ends = f"string of {length} bytes, but the file ends after {FILLED}"
@@ -797,40 +797,40 @@ def inspected(path: Path) -> tuple[int, int, str]:
 
 
 def many_pairs() -> bytes:
-    good = [key_value(f"key.{i:05}", i) for i in range(60_000 - 1)]
+    good = [key_value(f"key.{i:05}", i) for i in range(32_000 - 1)]
     return Builder(kv=[*good, key_value("key.00007", 1)]).build()
 
 
 def many_long_keys() -> bytes:
-    good = [key_value(f"{i:05}" + "k" * (KEY_LIMIT - 5), 1, "u8") for i in range(65_535)]
+    good = [key_value(f"{i:05}" + "k" * (KEY_LIMIT - 5), 1, "u8") for i in range(32_767)]
     return Builder(kv=[*good, key_value("", 1)]).build()
 
 
 def many_long_wide_keys() -> bytes:
     # One character outside the BMP makes Python take four bytes for every character.
-    good = [key_value(f"{i:05}" + "k" * (KEY_LIMIT - 9) + "🙂", 1, "u8") for i in range(65_535)]
+    good = [key_value(f"{i:05}" + "k" * (KEY_LIMIT - 9) + "🙂", 1, "u8") for i in range(32_767)]
     return Builder(kv=[*good, key_value("", 1)]).build()
 
 
 def many_empty_strings() -> bytes:
-    count = 4_000_000
+    count = 2_000_000
     return header(0, 2) + string("tokens") + struct.pack("<IIQ", 9, 8, count) + bytes(8 * count) + b"\xff" * 64
 
 
 def many_short_strings() -> bytes:
-    count = 1 << 22
+    count = 1 << 21
     strings = (struct.pack("<Q", 3) + b"abc") * count
     return header(0, 2) + string("tokens") + struct.pack("<IIQ", 9, 8, count) + strings + b"\xff" * 64
 
 
 def many_tensors() -> bytes:
-    good = [record(f"blk.{i}.weight", offset=32 * i) for i in range(65_000 - 1)]
-    return tensors(*good, record("last", (8,), 4), data=65_000 * 32 + 64)()
+    good = [record(f"blk.{i}.weight", offset=32 * i) for i in range(32_000 - 1)]
+    return tensors(*good, record("last", (8,), 4), data=32_000 * 32 + 64)()
 
 
 def many_tensors_last_overlaps() -> bytes:
-    good = [record(f"blk.{i}.weight", offset=32 * i) for i in range(65_000 - 1)]
-    return tensors(*good, record("last", (9,), offset=32 * 64_999 - 32), data=65_000 * 32 + 64)()
+    good = [record(f"blk.{i}.weight", offset=32 * i) for i in range(32_000 - 1)]
+    return tensors(*good, record("last", (9,), offset=32 * 31_999 - 32), data=32_000 * 32 + 64)()
 
 
 def long_strings() -> bytes:
@@ -846,10 +846,10 @@ def long_numbers() -> bytes:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (many_pairs, f"key 'key.00007' at byte {24 + 25 * 59_999}: appears twice, first at byte {24 + 25 * 7}"),
-        (many_long_keys, "key 65535 at byte"),
-        (many_long_wide_keys, "key 65535 at byte"),
-        (many_empty_strings, "key 1 at byte 32000054: string of 18446744073709551615 bytes"),
+        (many_pairs, f"key 'key.00007' at byte {24 + 25 * 31_999}: appears twice, first at byte {24 + 25 * 7}"),
+        (many_long_keys, "key 32767 at byte"),
+        (many_long_wide_keys, "key 32767 at byte"),
+        (many_empty_strings, "key 1 at byte 16000054: string of 18446744073709551615 bytes"),
         (many_short_strings, "key 1 at byte"),
         (many_tensors, "tensor 'last' at byte"),
         (many_tensors_last_overlaps, "tensor 'last' at byte"),
@@ -893,7 +893,7 @@ def test_inspect_shows_any_text_of_a_file_as_it_is_but_for_control_characters(
 @pytest.mark.parametrize("key", ["general.architecture", "split.count", "llama.attention.causal"])
 @pytest.mark.parametrize("strings", [False, True], ids=["numbers", "strings"])
 def test_a_huge_array_where_one_value_belongs_costs_little_memory(tmp_path: Path, key: str, strings: bool) -> None:
-    count = 1 << 22
+    count = 1 << 21
     array = (8, count, (struct.pack("<Q", 12) + b"abcdefghijkl") * count) if strings else (
         4, 20_000_000, b"\x80\x81\x82\x83" * 20_000_000
     )  # fmt: skip

@@ -110,7 +110,7 @@ def test_a_wrong_output_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def broken(x: Any, ql: Any, *args: Any, **more: Any) -> Any:
         y = real(x, ql, *args, **more)
         if len(x) == 16 and ql.shape[1:] == last.shape:
-            y[3, (ql == last).all(1)] += 1
+            y[3, (ql == last).all(1)] *= 1.02  # three to five ulps
         return y
 
     monkeypatch.setattr(reference, "linear", broken)
@@ -122,7 +122,7 @@ def test_a_wrong_output_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     decode, prefill = report.runs["bad"]
     assert decode.passed
     assert not prefill.passed
-    assert prefill.worst_error_in_tolerances > 1
+    assert 2 < prefill.worst_error_in_tolerances < 10
     assert prefill.first_bad in finding.problem
     assert all(run.passed for run in report.runs["good"])
 

@@ -117,7 +117,7 @@ def linear(
         steps: float16 (N, K/256), or None.
         bias: bfloat16, float16 or float32 (N,), added in fp32 before the rounding.
         activations: "int8" for W6A8, "bf16" for W6A16 (in x's dtype). "auto" is "bf16" here: on a CPU it is
-            the faster for every number of rows, and nothing is lost. A kernel on a GPU may choose otherwise.
+            the faster for every number of rows, and rounds no activation. A kernel on a GPU may choose otherwise.
 
     Returns:
         (..., N) of x's dtype. Infinities and NaN follow IEEE arithmetic with "bf16"; with "int8" they turn

@@ -28,9 +28,9 @@ from q6k_kernels.manifest import METADATA_NAME, NAME, Manifest, StoredArray, Sto
 from q6k_kernels.safetensors_file import DTYPE_BYTES, INDEX_NAME
 from q6k_kernels.storage import Scales, Storage, arrays_of
 
-MAX_HEADER = 32 << 20
-"""Bytes of a shard's header; the 65,536 tensors a GGUF may have take less."""
-MAX_INDEX = 32 << 20
+MAX_HEADER = 16 << 20
+"""Bytes of a shard's header; the 32,768 tensors a GGUF may have take less."""
+MAX_INDEX = 16 << 20
 
 
 @dataclass(frozen=True)
