@@ -7,6 +7,7 @@ and checked a few rows at a time, so memory does not grow with them. torch is im
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import math
 import time
@@ -49,7 +50,7 @@ class DeviceRun:
         worst_error_in_tolerances: of all outputs; right up to 1, infinite for a NaN or infinity too many.
         passed: whether it is.
         seconds: spent multiplying, without reading and checking.
-        gb_per_s: packed bytes by that time, in 10**9 a second; None if it was too short to tell.
+        gb_per_s: packed bytes by that time, in 10**9 a second; None on the CPU, where it would say nothing.
         first_bad: the first wrong output: its coordinate, its value and the right one.
     """
 
@@ -93,7 +94,7 @@ def check_device(
         directory: the bundle.
         manifest: its manifest.
         device: "cuda" or "cpu" must run, else it is an error; "auto" is a CUDA GPU if everything it takes is
-            there, and otherwise says what is missing.
+            there, and otherwise says what is missing. This release has no CUDA kernels, so it always does.
         progress: told the bytes of packed arrays that are done, as they are done: in all, those of every
             planar tensor. Experts that are left out count as done.
 
@@ -102,25 +103,20 @@ def check_device(
         ValueError: a shard's header breaks a rule of the format.
         OSError: a shard cannot be read, or is shorter than its header says.
     """
-    problem = _torch_problem()
     if device == "cpu":
-        if problem is not None:
+        if (problem := _torch_problem()) is not None:
             raise EnvironmentMissingError(
                 f"--device cpu runs the reference in torch, and {problem}", "Install it: `pip install torch`."
             )
         return _run_on_cpu(directory, manifest, progress)
-    if problem is None:
-        problem = _gpu_problem()
-    elif device == "cuda":
-        raise EnvironmentMissingError(
-            f"--device cuda needs torch, and {problem}", "Install it: `pip install torch`; and use a CUDA GPU."
-        )
+    # Importing torch takes seconds; whether there is a GPU can be asked of the driver itself.
+    problem = NO_KERNELS if _driver_sees_gpu() else NO_GPU
     if device == "cuda":
         remedy = f"{_TRY_CPU}; --device auto skips the check on a GPU."
         if problem == NO_GPU:
-            remedy = f"Run it where torch.cuda.is_available() is true. {remedy}"
+            remedy = f"Run it where `nvidia-smi` lists a GPU. {remedy}"
         raise EnvironmentMissingError(f"--device cuda cannot run: {problem}", remedy)
-    return DeviceReport("skipped", "none", f"{problem}; {_TRY_CPU}" if problem == NO_GPU else problem)
+    return DeviceReport("skipped", "none", f"{problem}; {_TRY_CPU}")
 
 
 def _torch_problem() -> str | None:
@@ -133,10 +129,13 @@ def _torch_problem() -> str | None:
     return None
 
 
-def _gpu_problem() -> str:
-    import torch
-
-    return NO_KERNELS if torch.cuda.is_available() else NO_GPU
+def _driver_sees_gpu() -> bool:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
 def _run_on_cpu(directory: Path, manifest: Manifest, progress: Callable[[int], None]) -> DeviceReport:
@@ -221,16 +220,16 @@ class _Tally:
 
     def run(self, x: Tensor, arrays: dict[str, Tensor], first: int) -> None:
         """Multiplies and checks some rows, `first` being the number of the first in its matrix."""
-        from q6k_kernels import reference
+        from q6k_kernels import accuracy, reference
 
         started = time.perf_counter()
         y = reference.linear(x[: self.m], **arrays, activations=self.activations)
         self.seconds += time.perf_counter() - started
-        exact, magnitude = reference.linear_fp64(x[: self.m], **arrays, activations=self.activations)
+        exact, magnitude = accuracy.linear_fp64(x[: self.m], **arrays, activations=self.activations)
         k = x.shape[1]
         chain = reference.roundings(k, self.activations)
-        allowed = reference.tolerance(exact, magnitude, k, y.dtype, chain)
-        errors = reference.error_in_tolerances(y, exact, allowed)
+        allowed = accuracy.tolerance(exact, magnitude, k, y.dtype, chain)
+        errors = accuracy.error_in_tolerances(y, exact, allowed)
         self.worst = max(self.worst, float(errors.max()))
         if self.first_bad is None and (errors > 1).any():
             row, column = map(int, np.argwhere(errors > 1)[0])
@@ -239,9 +238,8 @@ class _Tally:
                 f"expected {exact[row, column]:.6g} within {allowed[row, column]:.2g}"
             )
 
-    def result(self, packed_bytes: int) -> DeviceRun:
-        speed = packed_bytes / self.seconds / 1e9 if self.seconds else None
-        return DeviceRun(self.m, self.activations, self.worst, self.worst <= 1, self.seconds, speed, self.first_bad)
+    def result(self) -> DeviceRun:
+        return DeviceRun(self.m, self.activations, self.worst, self.worst <= 1, self.seconds, None, self.first_bad)
 
 
 def _run_matrix(rows: _Rows, at: int, n: int, progress: Callable[[int], None]) -> list[DeviceRun]:
@@ -258,4 +256,4 @@ def _run_matrix(rows: _Rows, at: int, n: int, progress: Callable[[int], None]) -
         for tally in tallies:
             tally.run(x, arrays, first)
         progress(count * rows.bytes_a_row)
-    return [tally.result(n * rows.bytes_a_row) for tally in tallies]
+    return [tally.result() for tally in tallies]

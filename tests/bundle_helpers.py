@@ -17,10 +17,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import pytest
 import typer
 import xxhash
-from gguf_builder import F32, Builder, Tensor, key_value, weight
+from typer.testing import CliRunner, Result
 
+from gguf_builder import F32, Builder, Tensor, key_value, weight
 from q6k_convert import cli, contents, staging, terminal
 from q6k_convert import convert as convert_module
 
@@ -239,8 +241,6 @@ def strike(at: int, number: signal.Signals) -> Callable[[], None]:
 @contextmanager
 def tmpfs(directory: Path, options: str) -> Iterator[Path]:
     """A small file system of its own at `directory`; skips the test where mounting is not allowed."""
-    import pytest
-
     directory.mkdir(exist_ok=True)
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(directory)],
@@ -254,3 +254,17 @@ def tmpfs(directory: Path, options: str) -> Iterator[Path]:
         yield directory
     finally:
         subprocess.run(["umount", str(directory)], check=True)
+
+
+def invoke(*args: str | Path) -> Result:
+    """The command inside this process, where it can be patched."""
+    return CliRunner().invoke(cli.app, [str(arg) for arg in args])
+
+
+def failed(result: Result, code: int, cause: str, remedy: str) -> None:
+    """The result is that exit code with these words, each on its line, and no traceback."""
+    lines = result.stderr.splitlines()
+    assert result.exit_code == code, result.output
+    assert any(line.startswith("error: ") and cause in line for line in lines), result.stderr
+    assert any(line.startswith("try: ") and remedy in line for line in lines), result.stderr
+    assert "Traceback" not in result.output

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from gguf_builder import small_model
 
 
 @pytest.fixture(autouse=True)
@@ -24,3 +27,15 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "GITHUB_ACTIONS", "PY_COLORS"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A GGUF with a tensor of most sorts."""
+    return small_model().write(tmp_path / "model.gguf")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Where a bundle may be made."""
+    return tmp_path / "out"

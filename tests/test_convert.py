@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +14,11 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from bundle_helpers import checked_manifest, listing, shard_arrays, xxh3
-from gguf_builder import F16, F32, Q4_0, Q4_K, Q5_0, Q6_K, Q8_0, Builder, Tensor, key_value, small_model, weight
 
 import q6k_convert
 import q6k_convert.stream
+from bundle_helpers import checked_manifest, listing, shard_arrays
+from gguf_builder import F16, F32, Q4_0, Q4_K, Q5_0, Q6_K, Q8_0, Builder, Tensor, small_model, weight
 from q6k_convert.convert import convert
 from q6k_convert.errors import InputRejectedError, Q6KConvertError, UsageError
 from q6k_convert.plan import Options
@@ -197,7 +196,9 @@ def test_a_scale_that_is_not_finite_is_rejected_with_its_place_or_kept_if_asked(
     tensor = with_d(weight("w", (4, 512), seed=1), 7, bits)
     path = Builder([weight("first", (2, 256)), tensor]).write(tmp_path / "m.gguf")
     at = path.read_bytes().index(tensor.data) + 7 * 210 + 208
-    with pytest.raises(InputRejectedError, match=rf"tensor 'w' at byte {at}: block 7 \(row 3, block 1 of it\)") as caught:
+    with pytest.raises(
+        InputRejectedError, match=rf"tensor 'w' at byte {at}: block 7 \(row 3, block 1 of it\)"
+    ) as caught:
         convert(path, tmp_path / "out")
     assert "--allow-nonfinite" in caught.value.remedy
     assert not (tmp_path / "out").exists()
@@ -262,7 +263,9 @@ def test_shards_hold_whole_tensors_in_order_and_no_more_than_asked(size: int, tm
     assert index.exists() == (len(files) > 1)
     if len(files) > 1:
         assert json.loads(index.read_bytes()) == {
-            "metadata": {"total_size": sum(len(data) for arrays in found.values() for _, _, data in arrays.values())},
+            "metadata": {
+                "total_size": sum(len(data) for arrays in found.values() for _, _, data in arrays.values())
+            },
             "weight_map": {key: name for name, keys in zip(names, files, strict=True) for key in keys},
         }
 
@@ -312,12 +315,16 @@ def test_patterns_that_match_nothing_or_leave_nothing_are_refused(tmp_path: Path
         assert "inspect" in refusal(small, tmp_path, UsageError, message, **{option: ("*", "nope*")})
     message = "none of its 7 tensors would be stored"
     assert "--exclude" in refusal(small, tmp_path, UsageError, message, exclude=("*",))
-    assert "--other" in refusal(Builder([weight("a", (32,), Q8_0)]), tmp_path, UsageError, "none of its 1", other="skip")
+    assert "--other" in refusal(
+        Builder([weight("a", (32,), Q8_0)]), tmp_path, UsageError, "none of its 1", other="skip"
+    )
 
 
 def test_other_error_lists_the_tensors_it_refuses(tmp_path: Path) -> None:
     message = r"2 neither Q6_K weights nor stored as they are: blk.0.ffn_up.weight \(Q8_0 4×256\), blk.0.attn_k"
-    assert "--other bf16, raw or skip" in refusal(small_model(), tmp_path, InputRejectedError, message, other="error")
+    assert "--other bf16, raw or skip" in refusal(
+        small_model(), tmp_path, InputRejectedError, message, other="error"
+    )
     one = Builder([weight("a", (2, 256)), weight("one", (256,), Q6_K)])
     refusal(one, tmp_path, InputRejectedError, r"1 neither .*: one \(Q6_K 256\)", other="error")
 

@@ -20,14 +20,12 @@ from gguf_builder import q6k_blocks
 torch = pytest.importorskip("torch")
 
 from q6k_kernels import reference  # noqa: E402
+from q6k_kernels.accuracy import error_in_tolerances, linear_fp64, tolerance  # noqa: E402
 from q6k_kernels.reference import (  # noqa: E402
     dequantize,
-    error_in_tolerances,
     linear,
-    linear_fp64,
     quantize_activations,
     roundings,
-    tolerance,
 )
 
 F64 = npt.NDArray[np.float64]

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from bundle_helpers import BROKEN_LATE, broken_late, checked_manifest, listing, run_cli, two_tensors
 
+from bundle_helpers import BROKEN_LATE, broken_late, checked_manifest, listing, run_cli, two_tensors
 from q6k_convert import staging
 from q6k_convert.convert import convert
 from q6k_convert.errors import InputRejectedError, IOFailedError

@@ -12,8 +12,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
+
 from bundle_helpers import (
-    STRUCK, Gate,
+    STRUCK,
+    Gate,
     Listing,
     before,
     below,
@@ -26,8 +29,6 @@ from bundle_helpers import (
     two_tensors,
 )
 from gguf_builder import Builder, weight
-from typer.testing import CliRunner
-
 from q6k_convert import cli, staging
 from q6k_convert import convert as convert_module
 from q6k_convert.convert import convert
