@@ -39,7 +39,7 @@ def listing(directory: Path) -> Listing:
         for name in (*directories, *files):
             path = Path(base, name)
             key = str(path.relative_to(directory))
-            found[key] = os.readlink(path) if path.is_symlink() else None if path.is_dir() else path.read_bytes()
+            found[key] = str(path.readlink()) if path.is_symlink() else None if path.is_dir() else path.read_bytes()
     return found
 
 

@@ -53,9 +53,9 @@ def test_help_lists_every_option_its_default_and_the_exit_codes() -> None:
         assert text in top.stdout
     lines = convert.stdout.splitlines()
     for option, default in {
-        "--scales": "bf16", "--other": "bf16", "--include": "(all)", "--exclude": "(none)", "--max-shard-size": "5GB",
-        "--jobs": "(processors, at most 8)", "--allow-nonfinite": "", "--force": "", "--dry-run": "", "--json": "",
-        "--quiet": "", "--verbose": "",
+        "--scales": "bf16", "--other": "bf16", "--include": "(all)", "--exclude": "(none)",
+        "--max-shard-size": "5GB", "--jobs": "(processors, at most 8)", "--allow-nonfinite": "", "--force": "",
+        "--dry-run": "", "--json": "", "--quiet": "", "--verbose": "",
     }.items():  # fmt: skip
         assert any(option in line and (not default or f"[default: {default}]" in line) for line in lines), option
     assert all(option in inspect.stdout for option in ("--key", "--json", "--verbose"))
@@ -90,10 +90,11 @@ def test_a_mistyped_command_gets_a_hint(args: tuple[str, ...]) -> None:
 
 
 def test_sizes_are_decimal_or_binary() -> None:
-    assert {text: parse_size(text) for text in ("5GB", "512MiB", "1000000", "1.5k", " 2 tb ", "7B", "3Ki", "0.5gib")} == {
-        "5GB": 5_000_000_000, "512MiB": 512 << 20, "1000000": 1_000_000, "1.5k": 1500, " 2 tb ": 2 * 10**12, "7B": 7,
-        "3Ki": 3072, "0.5gib": 1 << 29,
+    sizes = {
+        "5GB": 5_000_000_000, "512MiB": 512 << 20, "1000000": 1_000_000, "1.5k": 1500, " 2 tb ": 2 * 10**12,
+        "7B": 7, "3Ki": 3072, "0.5gib": 1 << 29,
     }  # fmt: skip
+    assert {text: parse_size(text) for text in sizes} == sizes
 
 
 @pytest.mark.parametrize(

@@ -176,8 +176,8 @@ def header_of(length: int, fill: bytes) -> bytes:
     ("head", "words"),
     [
         (header_of(100_000_000, b'{"a":'), "header of 100000000 bytes"),
-        (header_of(30_000_000, b'{"a":'), "the header is not valid JSON"),
-        (header_of(30_000_000, b'{"a":1,"a":1,'), "the header is not valid JSON"),
+        (header_of(16_000_000, b'{"a":'), "the header is not valid JSON"),
+        (header_of(16_000_000, b'{"a":1,"a":1,'), "the header is not valid JSON"),
     ],
     ids=["100 MB header", "deep header", "long header"],
 )

@@ -27,7 +27,6 @@ Arrays = dict[str, tuple[str, list[int], bytes]]
 Q8_1, F64, BF16, I8, I16, I32, I64 = 9, 28, 30, 24, 25, 26, 27
 PLAIN = {F32: "F32", F16: "F16", BF16: "BF16", F64: "F64", I8: "I8", I16: "I16", I32: "I32", I64: "I64"}
 QUANTISED = (Q4_0, Q5_0, Q8_0, Q4_K, Q6_K)
-SIXTEENS = {"u16": "u16"}
 
 
 # What the bundle must hold, one weight at a time

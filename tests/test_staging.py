@@ -222,8 +222,12 @@ def test_missing_parents_are_made_and_removed_again_if_the_run_fails(model: Path
 def test_a_parent_that_somebody_else_has_begun_to_use_is_kept(
     model: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(staging, "_put", lambda *_: (home / "a" / "theirs").touch() or os.rename("/", "/x"))
-    with pytest.raises(OSError, match="/x"):
+    def put(*_: object) -> None:
+        (home / "a" / "theirs").touch()
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(staging, "_put", put)
+    with pytest.raises(OSError, match="Input/output error"):
         convert(model, home / "a" / "out")
     assert listing(home) == {"a": None, "a/theirs": b""}
 
