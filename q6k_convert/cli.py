@@ -32,8 +32,15 @@ class ConvertByDefault(TyperGroup):
         """Puts `convert` in front unless a command or an option of the program itself comes first."""
         own = {option for param in self.get_params(ctx) for option in param.opts}
         if args and args[0] not in self.commands and args[0] not in own:
+            self._refuse_mistyped(ctx, args[0])
             args = ["convert", *args]
         return super().parse_args(ctx, args)
+
+    def _refuse_mistyped(self, ctx: Any, word: str) -> None:
+        from difflib import get_close_matches
+
+        if (close := get_close_matches(word, self.commands, n=1)) and not Path(word).exists():
+            ctx.fail(f"There is no command and no file {word!r}. Did you mean {close[0]!r}?")
 
 
 app = typer.Typer(
@@ -63,9 +70,13 @@ def program(
     """
 
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, all else on stderr.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout, all else on stderr.", show_default="off")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", show_default="off")]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.", show_default="off")
+]
 
 
 @app.command(epilog=EXIT_CODES)
@@ -94,12 +105,16 @@ def convert(
         str, typer.Option(metavar="SIZE", help="Start a new shard past this size: 5GB, 512MiB, …")
     ] = "5GB",
     allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Keep blocks whose scale is NaN or infinite.")
+        bool,
+        typer.Option("--allow-nonfinite", help="Keep blocks whose scale is NaN or infinite.", show_default="off"),
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing bundle, once the new one is whole.")
+        bool,
+        typer.Option("--force", help="Replace an existing bundle, once the new one is whole.", show_default="off"),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop.", show_default="off")
+    ] = False,
     jobs: Annotated[
         int | None,
         typer.Option(
@@ -122,8 +137,6 @@ def convert(
             shard_bytes = parse_size(max_shard_size)
         except ValueError as error:
             raise UsageError(f"--max-shard-size: {error}") from error
-        if not source.exists() and source.parent == Path():
-            _hint_command(source)
         options = Options(scales, other, tuple(include or ()), tuple(exclude or ()), shard_bytes, allow_nonfinite)
         with open_gguf(source) as model:
             plan = make_plan(model, options)
@@ -185,12 +198,16 @@ def verify(
             metavar="MODEL.gguf", help="Recompute every tensor from this GGUF and compare.", show_default="none"
         ),
     ] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="Check the structure only, read no array.")] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Check the structure only, read no array.", show_default="off")
+    ] = False,
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
         typer.Option(help="Run the packed tensors there too; auto: on a GPU if there is one."),
     ] = "auto",
-    all_tensors: Annotated[bool, typer.Option("--all", help="Show every tensor, not only the worst.")] = False,
+    all_tensors: Annotated[
+        bool, typer.Option("--all", help="Show every tensor, not only the worst.", show_default="off")
+    ] = False,
     report: Annotated[
         Path | None,
         typer.Option(metavar="FILE.html", help="Write a page for people to read.", show_default="none"),
@@ -271,19 +288,6 @@ def _interrupt(number: int, _frame: object) -> NoReturn:
     raise InterruptedRunError(
         f"interrupted ({signal.Signals(number).name}); nothing was left behind", "Run the same command again."
     )
-
-
-def _hint_command(source: Path) -> None:
-    """Names the command that a mistyped first word may have meant."""
-    from difflib import get_close_matches
-
-    from q6k_convert.errors import IOFailedError
-
-    close = get_close_matches(source.name, ["convert", "inspect", "verify"], n=1)
-    if close:
-        raise IOFailedError(
-            f"there is no file {source} and no such command", f"Did you mean `q6k-convert {close[0]}`?"
-        )
 
 
 def _peak_memory() -> int:

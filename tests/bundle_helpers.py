@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -24,10 +25,11 @@ from typer.testing import CliRunner, Result
 
 from gguf_builder import F32, Builder, Tensor, key_value, weight
 from q6k_convert import cli, contents, staging, terminal
-from q6k_convert import convert as convert_module
 
 # What the command imports late; here, so that forked processes need not.
 LATE = (contents, terminal)
+# The module: the package has a function of the same name.
+convert_module = import_module("q6k_convert.convert")
 
 Listing = dict[str, bytes | str | None]
 
@@ -131,6 +133,10 @@ def fork(action: Callable[[], object], log: Path) -> Child:
         return Child(pid, log)
     code = 99
     try:
+        # As in a shell's foreground, whatever these tests themselves were started by.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         sys.stdout = sys.stderr = log.open("w", buffering=1)
         action()
         code = 0
@@ -161,11 +167,17 @@ class Gate:
 
     def __init__(self) -> None:
         self._reached, self._go = os.pipe(), os.pipe()
+        self._stopped = False
 
     def stop_here(self) -> None:
-        """In the child: says that it is here, and waits."""
-        os.write(self._reached[1], b"!")
-        os.read(self._go[0], 1)
+        """In the child: says that it is here, and waits; the first time."""
+        if not self._stopped:
+            self._stopped = True
+            os.write(self._reached[1], b"!")
+            # With this copy closed, the pipe ends when the test fails, and nobody waits for ever.
+            os.close(self._go[1])
+            if not os.read(self._go[0], 1):
+                os._exit(97)
 
     def is_reached(self) -> bool:
         """In the test: waits until the child is here, or has ended without coming here."""
@@ -203,7 +215,7 @@ def strike(at: int, number: signal.Signals) -> Callable[[], None]:
     A step is a line of the output's transaction or of the conversion around it, or the time just
     before or after a file is made, written or synced, so that no state of the disk goes unseen.
     """
-    files = {staging.__file__, convert_module.__file__}
+    files = {staging.__file__, convert_module.run.__code__.co_filename}
     steps = count()
 
     def step() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_a_mistyped_command_gets_a_hint(args: tuple[str, ...]) -> None:
     result = invoke(*args)
     assert result.exit_code in (2, 4), result.output
     meant = "inspect" if args[0] == "inspct" else "convert"
-    assert f"Did you mean `q6k-convert {meant}`?" in result.stderr
+    assert re.search(rf"Did you mean .*\b{meant}\b.?\?", result.stderr), result.stderr
 
 
 def test_sizes_are_decimal_or_binary() -> None:

@@ -6,7 +6,6 @@ import ctypes
 import errno
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from q6k_convert import staging
 from q6k_convert.convert import convert
 from q6k_convert.errors import InputRejectedError, IOFailedError
 from q6k_convert.plan import Options
-from q6k_kernels import bundle as bundle_module
+from q6k_kernels import manifest as manifests
 
 Change = Callable[[Path], object]
 
@@ -127,9 +126,9 @@ def test_a_bundle_that_lists_files_no_conversion_writes_is_refused_before_anythi
 ) -> None:
     convert(model, home / "out")
     (home / "out" / "tokenizer.json").write_text("{}")
-    manifest = bundle_module.manifests.read(home / "out")
-    manifest.files["tokenizer.json"] = bundle_module.StoredFile(2, 2, bundle_module.manifests.checksum(b"{}"))
-    (home / "out" / "bundle.json").write_bytes(bundle_module.manifests.serialize(manifest))
+    manifest = manifests.read(home / "out")
+    manifest.files["tokenizer.json"] = manifests.StoredFile(2, 2, manifests.checksum(b"{}"))
+    (home / "out" / "bundle.json").write_bytes(manifests.serialize(manifest))
     checked_manifest(home / "out")
     before = listing(home)
     refused(model, home / "out", "tokenizer.json")

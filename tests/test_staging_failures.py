@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import signal
@@ -20,6 +21,7 @@ from bundle_helpers import (
     Listing,
     before,
     below,
+    convert_module,
     fork,
     fork_cli,
     listing,
@@ -30,8 +32,9 @@ from bundle_helpers import (
 )
 from gguf_builder import Builder, weight
 from q6k_convert import cli, staging
-from q6k_convert import convert as convert_module
 from q6k_convert.convert import convert
+from q6k_convert.plan import Options
+from q6k_kernels.bundle import BundleWriter
 
 LEFT_NOTHING = "nothing was left behind"
 
@@ -78,12 +81,8 @@ def new(model: Path, tmp_path: Path) -> Listing:
 @pytest.fixture
 def old(tmp_path: Path) -> Listing:
     """Another bundle, with other files, that lies in the output's place where a test says so."""
-    convert(two_tensors(rows=3, seed=9).write(tmp_path / "old.gguf"), tmp_path / "old", max_shard(600))
+    convert(two_tensors(rows=3, seed=9).write(tmp_path / "old.gguf"), tmp_path / "old", Options(max_shard_size=600))
     return listing(tmp_path / "old")
-
-
-def max_shard(size: int) -> Any:
-    return convert_module.Options(max_shard_size=size)
 
 
 def place(content: Listing, directory: Path) -> None:
@@ -97,12 +96,12 @@ def without_exchange() -> None:
     """A patch: directories cannot be exchanged in one step."""
 
     def renameat2(*_: object) -> int:
-        staging.ctypes.set_errno(errno.ENOSYS)
+        ctypes.set_errno(errno.ENOSYS)
         return -1
 
-    real = staging.ctypes.CDLL
+    real = ctypes.CDLL
     fake = type("Library", (), {"renameat2": staticmethod(renameat2)})
-    staging.ctypes.CDLL = lambda name, **more: fake if name is None else real(name, **more)  # type: ignore[misc, assignment]
+    ctypes.CDLL = lambda name, **more: fake if name is None else real(name, **more)
 
 
 # Killed
@@ -237,7 +236,7 @@ def test_a_run_that_starts_while_another_puts_its_bundle_in_place_harms_neither(
     streaming = Gate()
     second = fork_cli(
         model, home / "out", "--force", log=tmp_path / "2",
-        patch=before(convert_module.BundleWriter, "finish", streaming.stop_here),
+        patch=before(BundleWriter, "finish", streaming.stop_here),
     )  # fmt: skip
     refused = not streaming.is_reached()
     renaming.open()
