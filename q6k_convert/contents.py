@@ -13,8 +13,8 @@ from q6k_convert.convert import Result
 from q6k_convert.errors import ExitCode
 from q6k_convert.gguf_file import GGUFFile, KeyValue
 from q6k_convert.gguf_model import GGUFModel
-from q6k_convert.gguf_tensors import TYPE_SIZES, GGMLType
 from q6k_convert.plan import Plan
+from q6k_kernels.ggml_types import TYPE_SIZES, GGMLType
 from q6k_kernels.manifest import Manifest, StoredTensor
 from q6k_kernels.safetensors_file import DTYPE_BYTES
 

@@ -13,25 +13,8 @@ import struct
 from dataclasses import dataclass
 from itertools import pairwise
 
-import gguf
-
 from q6k_convert.gguf_bytes import Cursor, SourceBytes
-
-GGMLType = gguf.GGMLQuantizationType
-TYPE_SIZES: dict[gguf.GGMLQuantizationType, tuple[int, int]] = dict(gguf.GGML_QUANT_SIZES)
-"""GGML type -> (weights a block, bytes a block)."""
-
-REMOVED_TYPES = {
-    4: "Q4_2",
-    5: "Q4_3",
-    31: "Q4_0_4_4",
-    32: "Q4_0_4_8",
-    33: "Q4_0_8_8",
-    36: "IQ4_NL_4_4",
-    37: "IQ4_NL_4_8",
-    38: "IQ4_NL_8_8",
-}
-"""Type numbers that ggml once used and has withdrawn."""
+from q6k_kernels.ggml_types import REMOVED_TYPES, TYPE_SIZES, GGMLType
 
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME counts a closing zero
 MAX_DIMS = 4
@@ -53,7 +36,7 @@ class TensorRecord:
     """
 
     name: str
-    type: gguf.GGMLQuantizationType
+    type: GGMLType
     shape: tuple[int, ...]
     offset: int
     nbytes: int

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from q6k_convert.errors import InputRejectedError, UsageError
 from q6k_convert.gguf_file import GGUFFile
 from q6k_convert.gguf_model import GGUFModel
-from q6k_convert.gguf_tensors import TYPE_SIZES, GGMLType, TensorRecord
+from q6k_convert.gguf_tensors import TensorRecord
 from q6k_convert.text import listing, shape
+from q6k_kernels.ggml_types import TYPE_SIZES, GGMLType
 from q6k_kernels.safetensors_file import ArraySpec, Shard, plan_shards
 from q6k_kernels.storage import PLAIN_DTYPES, Scales, Storage, arrays_of
 
@@ -171,7 +172,7 @@ def _check_dequantizer(part: GGUFFile, record: TensorRecord) -> None:
 
     block = np.zeros((1, TYPE_SIZES[record.type][1]), dtype=np.uint8)
     try:
-        gguf.dequantize(block, record.type)
+        gguf.dequantize(block, gguf.GGMLQuantizationType(record.type))
     except NotImplementedError as error:
         raise part.reject(
             f"tensor {record.name!r}",

@@ -10,15 +10,18 @@ Source: block_q6_K and dequantize_row_q6_K in ggml.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from q6k_convert.errors import EnvironmentMissingError
-from q6k_kernels.planar import GROUP, OFFSET, SUPER_BLOCK
+from q6k_kernels.ggml_types import GROUP, SUPER_BLOCK
 from q6k_kernels.storage import Scales
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 BLOCK_BYTES = 210
 D_AT = 208
@@ -30,8 +33,6 @@ PATHS = {"portable": 0, "avx2": 1}
 
 _EXTENSION = "q6k_convert._q6k_planes"
 _SCALES_CODE = {"bf16": 0, "exact": 1}
-_NIBBLE_SHIFTS = np.array([0, 4], dtype=np.uint8)
-_PAIR_SHIFTS = np.array([0, 2, 4, 6], dtype=np.uint8)
 
 
 def decode(blocks: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
@@ -47,6 +48,8 @@ def decode(blocks: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int8], npt.NDA
     Raises:
         ValueError: wrong dtype or a broken last block.
     """
+    import numpy as np  # here, because a conversion can do without and starts sooner
+
     if blocks.dtype != np.uint8 or blocks.ndim == 0 or blocks.shape[-1] % BLOCK_BYTES:
         raise ValueError(
             f"expected uint8 (..., n * {BLOCK_BYTES}), found {blocks.dtype} {blocks.shape}: "
@@ -55,11 +58,12 @@ def decode(blocks: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int8], npt.NDA
     lead = blocks.shape[:-1]
     weights = blocks.shape[-1] // BLOCK_BYTES * SUPER_BLOCK
     flat = np.ascontiguousarray(blocks).reshape(-1, BLOCK_BYTES)
+    nibble_shifts, pair_shifts = np.array([0, 4], dtype=np.uint8), np.array([0, 2, 4, 6], dtype=np.uint8)
     # (block, half, nibble, 64) flattens to weight order: low nibbles of ql[0..63], then high ones.
-    low = flat[:, None, :128].reshape(-1, 2, 1, 64) >> _NIBBLE_SHIFTS[:, None] & 15
-    high = flat[:, None, 128:192].reshape(-1, 2, 1, 32) >> _PAIR_SHIFTS[:, None] & 3
+    low = flat[:, None, :128].reshape(-1, 2, 1, 64) >> nibble_shifts[:, None] & 15
+    high = flat[:, None, 128:192].reshape(-1, 2, 1, 32) >> pair_shifts[:, None] & 3
     u = low.reshape(-1, SUPER_BLOCK) | high.reshape(-1, SUPER_BLOCK) << 4
-    q = u.view(np.int8) - np.int8(OFFSET)
+    q = u.view(np.int8) - np.int8(32)
     d = np.ascontiguousarray(flat[:, D_AT:]).view("<f2").astype(np.float32)
     with np.errstate(invalid="ignore"):  # an infinite d times a zero sub-scale
         scale = d * flat[:, 192:208].view(np.int8).astype(np.float32)
@@ -97,17 +101,12 @@ def array_bytes(scales: Scales) -> dict[str, int]:
     return arrays if scales == "bf16" else arrays | {"steps": STEP_BYTES}
 
 
-def to_planes(
-    blocks: npt.NDArray[np.uint8],
-    arrays: dict[str, npt.NDArray[np.uint8]],
-    scales: Scales,
-    path: str | None = None,
-) -> int | None:
+def to_planes(blocks: Any, arrays: Mapping[str, Any], scales: Scales, path: str | None = None) -> int | None:
     """Repacks blocks straight into the arrays of a bundle, in one pass; threads may run it at once.
 
     Args:
-        blocks: uint8 (n * 210,), contiguous.
-        arrays: by suffix, contiguous writable uint8 buffers of n times `array_bytes(scales)` bytes.
+        blocks: n * 210 contiguous bytes: anything with the buffer protocol (a read-only one is copied).
+        arrays: by suffix, contiguous writable buffers of n times `array_bytes(scales)` bytes.
         scales: "bf16" (d * sub-scale, rounded to nearest even) or "exact" (sub-scales and d as they are).
         path: a name in `PATHS`; by default the fastest.
 
@@ -118,22 +117,24 @@ def to_planes(
         ValueError: a buffer of the wrong size, type or layout.
         EnvironmentMissingError: the compiled repacker is missing, or lacks that path.
     """
-    count, rest = divmod(blocks.size, BLOCK_BYTES)
+    source, targets = memoryview(blocks), {suffix: memoryview(array) for suffix, array in arrays.items()}
+    count, rest = divmod(source.nbytes, BLOCK_BYTES)
     sizes = {suffix: count * each for suffix, each in array_bytes(scales).items()}
-    found = {suffix: array.size for suffix, array in arrays.items()}
-    plain = all(a.dtype == np.uint8 and a.flags.c_contiguous for a in (blocks, *arrays.values()))
-    writable = all(a.flags.writeable for a in arrays.values())
-    if rest or found != sizes or not plain or not writable:
+    found = {suffix: view.nbytes for suffix, view in targets.items()}
+    plain = all(view.itemsize == 1 and view.c_contiguous for view in (source, *targets.values()))
+    if rest or found != sizes or not plain or any(view.readonly for view in targets.values()):
         raise ValueError(
-            f"{blocks.size} bytes of blocks need contiguous writable uint8 arrays of {sizes} bytes, found {found}"
+            f"{source.nbytes} bytes of blocks need contiguous writable arrays of {sizes} bytes, found {found}"
         )
+    if not count:
+        return None
+    buffers = [bytearray(source) if source.readonly else source]
+    buffers += [targets[suffix] for suffix in ("ql", "qh", "scale", "steps") if suffix in targets]
+    pointers = [ctypes.addressof(ctypes.c_char.from_buffer(buffer)) for buffer in buffers]
     result: int = _library().q6k_to_planes(
-        PATHS[path or best_path()],
-        blocks.ctypes.data,
-        count,
-        _SCALES_CODE[scales],
-        *(arrays[suffix].ctypes.data if suffix in arrays else None for suffix in ("ql", "qh", "scale", "steps")),
-    )
+        PATHS[path or best_path()], pointers[0], count, _SCALES_CODE[scales], *pointers[1:4],
+        pointers[4] if scales == "exact" else None,
+    )  # fmt: skip
     if result == -2:
         raise EnvironmentMissingError(f"the repacker has no path {path!r} on this machine")
     return None if result < 0 else result

@@ -13,19 +13,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from q6k_convert.gguf_file import GGUFFile
-from q6k_convert.gguf_tensors import TYPE_SIZES
 from q6k_convert.plan import Plan, TensorPlan
 from q6k_convert.q6k import BLOCK_BYTES, D_AT, array_bytes, to_planes
 from q6k_kernels.bundle import BundleWriter
+from q6k_kernels.ggml_types import SUPER_BLOCK, TYPE_SIZES
 from q6k_kernels.manifest import SourceFile
-from q6k_kernels.planar import SUPER_BLOCK, round_to_bf16
-
-Bytes = npt.NDArray[np.uint8]
 
 PIECE_BLOCKS = 16384
 """Q6_K blocks a piece at most: 3.4 MB in, 3.7 MB out; smaller ones cost more in Python than they save."""
@@ -50,9 +45,9 @@ class _Slot:
     """The buffers of one piece under way."""
 
     def __init__(self, plan: Plan, blocks: int) -> None:
-        self.source: Bytes = np.empty(blocks * BLOCK_BYTES, dtype=np.uint8)
-        self.arrays: dict[str, Bytes] = {
-            role: np.empty(blocks * each, dtype=np.uint8) for role, each in array_bytes(plan.options.scales).items()
+        self.source = memoryview(bytearray(blocks * BLOCK_BYTES))
+        self.arrays = {
+            role: memoryview(bytearray(blocks * each)) for role, each in array_bytes(plan.options.scales).items()
         }
 
 
@@ -60,8 +55,8 @@ class _Slot:
 class _Done:
     """A piece that has been written: what is left is to hash it, in order."""
 
-    source: Bytes
-    arrays: list[tuple[str, Bytes]]
+    source: memoryview
+    arrays: list[tuple[str, memoryview]]
 
 
 def stream(plan: Plan, writer: BundleWriter, jobs: int, progress: Callable[[int], None]) -> list[SourceFile]:
@@ -90,9 +85,9 @@ def stream(plan: Plan, writer: BundleWriter, jobs: int, progress: Callable[[int]
     def finish_oldest() -> None:
         piece, slot, future = under_way.popleft()
         done = future.result()
-        hashes[piece.part.path].update(done.source.data)
+        hashes[piece.part.path].update(done.source)
         for key, data in done.arrays:
-            writer.hash(key, data.data)
+            writer.hash(key, data)
         free.append(slot)
         progress(piece.nbytes)
 
@@ -141,17 +136,17 @@ def _piece_bytes(tensor: TensorPlan, most: int) -> int:
 def _process(plan: Plan, writer: BundleWriter, piece: _Piece, slot: _Slot) -> _Done:
     """Reads, encodes and writes one piece. Runs in a worker."""
     source = slot.source[: piece.nbytes]
-    piece.part.read_into(source.data, piece.offset)
-    arrays = list[tuple[str, Bytes]]()
+    piece.part.read_into(source, piece.offset)
+    arrays = list[tuple[str, memoryview]]()
     if piece.tensor is not None:
         for role, at, data in _encode(plan, piece, source, slot):
             key = piece.tensor.arrays[role].key
-            writer.write(key, at, data.data)
+            writer.write(key, at, data)
             arrays.append((key, data))
     return _Done(source, arrays)
 
 
-def _encode(plan: Plan, piece: _Piece, source: Bytes, slot: _Slot) -> Iterator[tuple[str, int, Bytes]]:
+def _encode(plan: Plan, piece: _Piece, source: memoryview, slot: _Slot) -> Iterator[tuple[str, int, memoryview]]:
     """The arrays that a piece of a tensor becomes: role, byte position in the array, data."""
     tensor = piece.tensor
     assert tensor is not None  # noqa: S101 -- for the type checker
@@ -171,13 +166,19 @@ def _encode(plan: Plan, piece: _Piece, source: Bytes, slot: _Slot) -> Iterator[t
         yield "data", piece.at, source
 
 
-def _dequantized(source: Bytes, tensor: TensorPlan) -> Bytes:
+def _dequantized(source: memoryview, tensor: TensorPlan) -> memoryview:
+    # Here, because they take longer to import than a model without such tensors takes to plan.
     import gguf
+    import numpy as np
+
+    from q6k_kernels.planar import round_to_bf16
 
     # As one row: the package works row by row, and narrow rows cost it most of its speed.
+    row = np.frombuffer(source, dtype=np.uint8).reshape(1, -1)
     with np.errstate(all="ignore"):
-        weights = gguf.dequantize(source.reshape(1, -1), tensor.record.type)
-        return round_to_bf16(np.ascontiguousarray(weights, dtype=np.float32).reshape(-1)).view(np.uint8)
+        weights = gguf.dequantize(row, gguf.GGMLQuantizationType(tensor.record.type))
+        bits = round_to_bf16(np.ascontiguousarray(weights, dtype=np.float32).reshape(-1))
+    return bits.view(np.uint8).data
 
 
 def _not_finite(tensor: TensorPlan, block: int) -> Exception:

@@ -9,14 +9,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 from q6k_convert import text
 from q6k_convert.contents import Row
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
 _LINE_SECONDS = 5.0
 _FINDINGS = 50
@@ -37,8 +39,14 @@ class Terminal:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        self._out = Console(stderr=as_json, quiet=quiet, highlight=False, markup=False)
-        self._err = Console(stderr=True, highlight=False, markup=False)
+
+    @cached_property
+    def _out(self) -> Console:
+        return _console(stderr=self.as_json, quiet=self.quiet)
+
+    @cached_property
+    def _err(self) -> Console:
+        return _console(stderr=True)
 
     def document(self, content: Row) -> None:
         """The JSON document, if one was asked for."""
@@ -58,6 +66,8 @@ class Terminal:
 
     def plan(self, plan: Row) -> None:
         """What is about to happen."""
+        if self.quiet:
+            return
         sources = plan["sources"]
         more = f" and {text.plural(len(sources) - 1, 'more part')}" if len(sources) > 1 else ""
         head = " (head tied to the token embedding)" if plan["tied_head"] else ""
@@ -83,6 +93,8 @@ class Terminal:
 
     def result(self, result: Row, source: str) -> None:
         """What was done, and what to do next."""
+        if self.quiet:
+            return
         table = _table("", "", header=False)
         others = f"{result['tensors_other']} other"
         skipped = f", {result['tensors_skipped']} not stored" if result["tensors_skipped"] else ""
@@ -149,7 +161,7 @@ class Terminal:
         stages = _table("check", "state", "what")
         for stage in report["stages"]:
             style = {"passed": "green", "failed": "red"}.get(stage["state"], "dim")
-            _row(stages, stage["stage"], Text(stage["state"], style), stage["detail"])
+            _row(stages, stage["stage"], _styled(stage["state"], style), stage["detail"])
         self._out.print(stages)
         if any(t["source"] or t["device"] for t in report["tensors"]):
             self._worst_first(report["tensors"], most=None if all_tensors else _WORST)
@@ -247,13 +259,27 @@ class _Lines:
             )
 
 
+def _console(*, stderr: bool, quiet: bool = False) -> Console:
+    from rich.console import Console  # here, for a quiet command needs none
+
+    return Console(stderr=stderr, quiet=quiet, highlight=False, markup=False)
+
+
 def _table(*columns: str, header: bool = True) -> Table:
     """A table; a column named `…>` is of numbers, one named `…!` is never folded."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, show_header=header, header_style="bold")
     for column in columns:
         justify: Literal["left", "right"] = "right" if column.endswith(">") else "left"
         table.add_column(column.rstrip(">!"), justify=justify, overflow="fold", no_wrap=column.endswith("!"))
     return table
+
+
+def _styled(word: str, style: str) -> Text:
+    from rich.text import Text
+
+    return Text(word, style)
 
 
 def _row(table: Table, *cells: str | Text) -> None:

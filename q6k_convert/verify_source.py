@@ -18,9 +18,10 @@ import xxhash
 
 from q6k_convert.gguf_file import GGUFFile
 from q6k_convert.gguf_model import GGUFModel, open_gguf
-from q6k_convert.gguf_tensors import TYPE_SIZES, GGMLType, TensorRecord
+from q6k_convert.gguf_tensors import TensorRecord
 from q6k_convert.q6k import BLOCK_BYTES, D_AT, decode
 from q6k_kernels import planar
+from q6k_kernels.ggml_types import TYPE_SIZES
 from q6k_kernels.manifest import METADATA_NAME, Manifest, StoredTensor
 from q6k_kernels.structure import Entry, Finding, read_header
 
@@ -269,5 +270,5 @@ class _Comparison:
 def _dequantized(raw: Bytes, record: TensorRecord) -> npt.NDArray[np.float32]:
     import gguf
 
-    weights = gguf.dequantize(raw.reshape(1, -1), GGMLType(record.type))
+    weights = gguf.dequantize(raw.reshape(1, -1), gguf.GGMLQuantizationType(record.type))
     return np.ascontiguousarray(weights, dtype=np.float32).reshape(-1)

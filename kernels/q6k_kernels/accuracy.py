@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from q6k_kernels import planar
-from q6k_kernels.planar import GROUP, SUPER_BLOCK
+from q6k_kernels.ggml_types import GROUP, SUPER_BLOCK
 
 F64 = npt.NDArray[np.float64]
 

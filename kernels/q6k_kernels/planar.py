@@ -16,10 +16,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-SUPER_BLOCK = 256
-"""Weights in one Q6_K block; K is a multiple of it."""
-GROUP = 16
-"""Weights that share one scale."""
+from q6k_kernels.ggml_types import SUPER_BLOCK
+
 CHUNK = 32
 """Weights whose high pairs lie in the same 8 bytes of qh."""
 OFFSET = 32

@@ -17,7 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from q6k_kernels.planar import GROUP, OFFSET, SUPER_BLOCK
+from q6k_kernels.ggml_types import GROUP, SUPER_BLOCK
+from q6k_kernels.planar import OFFSET
 
 Activations = Literal["auto", "int8", "bf16"]
 

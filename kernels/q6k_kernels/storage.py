@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from q6k_kernels.planar import GROUP, SUPER_BLOCK
+from q6k_kernels.ggml_types import GROUP, SUPER_BLOCK, TYPE_SIZES, GGMLType
 from q6k_kernels.safetensors_file import ArraySpec
 
 Scales = Literal["bf16", "exact"]
@@ -73,12 +73,10 @@ def arrays_of(
 
 
 def _row_bytes(ggml_type: str, weights: int) -> int:
-    import gguf  # here, because loading it takes longer than all the rest
-
-    kind = gguf.GGMLQuantizationType.__members__.get(ggml_type)
+    kind = GGMLType.__members__.get(ggml_type)
     if kind is None:
         raise ValueError(f"unknown GGML type {ggml_type}")
-    block_weights, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    block_weights, block_bytes = TYPE_SIZES[kind]
     if weights % block_weights:
         raise ValueError(f"{ggml_type} rows are multiples of {block_weights} weights, not {weights}")
     return weights // block_weights * block_bytes
