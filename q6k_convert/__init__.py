@@ -1,6 +1,6 @@
 """q6k-convert: GGUF files to planar Q6_K bundles, exactly and at the speed of the disk.
 
-From Python: `convert` writes a bundle, `open_gguf` reads a GGUF's header and tensor list,
+From Python: `convert_gguf` writes a bundle, `open_gguf` reads a GGUF's header and tensor list,
 `decode` turns Q6_K blocks into int8 weights and scales. Nothing here imports torch.
 """
 
@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "convert", "decode", "open_gguf"]
+__all__ = ["__version__", "convert_gguf", "decode", "open_gguf"]
 
 if TYPE_CHECKING:
-    from q6k_convert.convert import convert
+    from q6k_convert.convert import convert as convert_gguf
     from q6k_convert.gguf_model import open_gguf
     from q6k_convert.q6k import decode
 
 _HOMES = {
-    "convert": "q6k_convert.convert",
-    "decode": "q6k_convert.q6k",
-    "open_gguf": "q6k_convert.gguf_model",
+    "convert_gguf": ("q6k_convert.convert", "convert"),
+    "decode": ("q6k_convert.q6k", "decode"),
+    "open_gguf": ("q6k_convert.gguf_model", "open_gguf"),
 }
 
 
@@ -29,5 +29,6 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         from importlib import import_module
 
-        return getattr(import_module(_HOMES[name]), name)
+        module, attribute = _HOMES[name]
+        return getattr(import_module(module), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

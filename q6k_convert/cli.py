@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import sys
@@ -137,6 +138,8 @@ def convert(
             shard_bytes = parse_size(max_shard_size)
         except ValueError as error:
             raise UsageError(f"--max-shard-size: {error}") from error
+        if shard_bytes < 1:
+            raise UsageError("--max-shard-size must be at least one byte")
         options = Options(scales, other, tuple(include or ()), tuple(exclude or ()), shard_bytes, allow_nonfinite)
         with open_gguf(source) as model:
             plan = make_plan(model, options)
@@ -167,12 +170,14 @@ def inspect(
     with _reporting(as_json, False, verbose) as terminal:
         from q6k_convert import contents
         from q6k_convert.errors import UsageError
-        from q6k_convert.gguf_model import open_gguf
+        from q6k_convert.gguf_file import GGUFFile
+        from q6k_convert.gguf_model import GGUFModel, open_gguf
         from q6k_kernels import manifest
 
         directory = path.is_dir()
         if key is not None:
-            with open_gguf(path / manifest.METADATA_NAME if directory else path) as model:
+            # A bundle's metadata may be that of a split model, whose other parts are not there.
+            with GGUFModel([GGUFFile(path / manifest.METADATA_NAME)]) if directory else open_gguf(path) as model:
                 missing = object()
                 value = model.value(key, missing)
                 if value is missing:
@@ -266,7 +271,7 @@ def _reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
         fail(ExitCode.INPUT_REJECTED, str(error), "Make the bundle again from its GGUF file.")
     except BrokenPipeError:
         # Whoever read our output has gone; there is nobody to tell.
-        sys.stdout = None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise typer.Exit(int(ExitCode.IO)) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -285,9 +290,7 @@ def _interrupt(number: int, _frame: object) -> NoReturn:
     # Once is enough: what follows is the clean-up, which should not be cut short.
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
-    raise InterruptedRunError(
-        f"interrupted ({signal.Signals(number).name}); nothing was left behind", "Run the same command again."
-    )
+    raise InterruptedRunError(f"interrupted ({signal.Signals(number).name})", "Run the same command again.")
 
 
 def _peak_memory() -> int:

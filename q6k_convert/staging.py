@@ -14,6 +14,8 @@ import fcntl
 import os
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +38,10 @@ def check_output(output: Path, sources: Sequence[Path], *, force: bool) -> Path:
     Raises:
         IOFailedError: something is in the way, or the output and an input are the same or nested.
     """
-    final = output.resolve()
+    try:
+        final = output.resolve()
+    except (RuntimeError, OSError) as error:  # a loop of symlinks; which of the two depends on Python
+        raise IOFailedError(f"the output {output} cannot be resolved: {error}", _ELSEWHERE) from error
     for source in sources:
         actual = source.resolve()
         if actual == final or final in actual.parents or actual in final.parents:
@@ -62,6 +67,7 @@ def check_output(output: Path, sources: Sequence[Path], *, force: bool) -> Path:
         raise IOFailedError(
             f"the output {output} is not empty and not a whole bundle ({names}): {error}", _ELSEWHERE
         ) from error
+    ours = {name for name in ours if _OUR_NAMES.fullmatch(name)}
     foreign = [e.name for e in entries if e.name not in ours or e.is_symlink() or not e.is_file()]
     if foreign:
         raise IOFailedError(
@@ -96,45 +102,107 @@ def staged(output: Path, sources: Sequence[Path], *, force: bool) -> Iterator[Pa
     final = check_output(output, sources, force=force)
     made = [p for p in (final.parent, *final.parent.parents) if not p.exists()]
     partial = final.with_name(f".{final.name}.q6k-partial")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    lock = None
+    locks = list[int]()
     try:
-        lock = _locked(partial, output)
+        with _uninterrupted():
+            final.parent.mkdir(parents=True, exist_ok=True)
+            locks.append(_locked(partial, final))
+        _recover(final)
         # The run that held the lock until now may have finished this very output.
         check_output(output, sources, force=force)
         _clear(partial)
         yield partial
-        _put(partial, final)
+        with _uninterrupted():
+            _put(partial, final)
     except BaseException:
-        if lock is not None and partial.exists():
-            _clear(partial)
-            partial.rmdir()
-        for parent in made:
-            if parent.exists() and not any(parent.iterdir()):
-                parent.rmdir()
+        with _uninterrupted():
+            if locks and partial.exists():
+                _clear(partial)
+                partial.rmdir()
+            for parent in made:
+                if parent.exists() and not any(parent.iterdir()):
+                    parent.rmdir()
         raise
     finally:
-        if lock is not None:
+        for lock in locks:
             os.close(lock)
 
 
-def _locked(partial: Path, output: Path) -> int:
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds back Ctrl-C and its like: what is begun inside is finished before they take effect."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are handled in the main thread only
+        return
+    waiting = list[int]()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in handlers.items():
+        if callable(handler):
+            signal.signal(number, lambda number, _: waiting.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
+    if waiting and callable(handler := handlers[signal.Signals(waiting[0])]):
+        handler(waiting[0], None)
+
+
+def _locked(partial: Path, final: Path) -> int:
     """Creates the partial directory and locks it; the descriptor holds the lock."""
-    partial.mkdir(exist_ok=True)
-    if partial.is_symlink():
-        raise IOFailedError(f"{partial} is a symlink", "Remove it.")
-    fd = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        partial.mkdir()
+        created = True
+    except FileExistsError:
+        created = False
+    try:
+        return _lock(partial, final)
+    except OSError:
+        if created:
+            partial.rmdir()
+        raise
+
+
+def _lock(directory: Path, final: Path) -> int:
+    if directory.is_symlink() or not directory.is_dir():
+        raise IOFailedError(f"{directory} is in the way: it should be a directory", "Move it away.")
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # It may have been renamed or removed between opening and locking.
-        if not os.path.samestat(os.fstat(fd), partial.stat()):
+        if not os.path.samestat(os.fstat(fd), directory.stat()):
             raise BlockingIOError
     except (BlockingIOError, FileNotFoundError) as error:
         os.close(fd)
         raise IOFailedError(
-            f"another run is writing to {output}", "Wait until it has ended, or give another directory."
+            f"another run is writing to {final}", "Wait until it has ended, or give another directory."
         ) from error
+    except OSError as error:
+        os.close(fd)
+        error.filename = str(directory)
+        raise
     return fd
+
+
+def _recover(final: Path) -> None:
+    """Sets right what a run left that was killed between the two renames of `_exchange`."""
+    aside = _aside(final)
+    if not os.path.lexists(aside):
+        return
+    lock = _lock(aside, final)
+    try:
+        if final.exists():
+            _clear(aside)
+            aside.rmdir()
+        else:
+            aside.rename(final)
+    finally:
+        os.close(lock)
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(f".{final.name}.q6k-replaced")
 
 
 def _clear(directory: Path) -> None:
@@ -152,31 +220,40 @@ def _clear(directory: Path) -> None:
 
 def _put(partial: Path, final: Path) -> None:
     """Renames the whole bundle into place; what was there goes only then."""
-    if final.exists() and any(final.iterdir()):
-        _exchange(partial, final)
-        fsync_directory(final.parent)
-        _clear(partial)
-        partial.rmdir()
-    else:
+    if not final.exists() or not any(final.iterdir()):
         partial.rename(final)
         fsync_directory(final.parent)
+        return
+    # The old bundle takes the partial directory's name, where another run would look for a lock.
+    lock = _lock(final, final)
+    try:
+        old = _exchange(partial, final)
+        fsync_directory(final.parent)
+        _clear(old)
+        old.rmdir()
+    finally:
+        os.close(lock)
 
 
-def _exchange(partial: Path, final: Path) -> None:
-    """Swaps two directories, in one step where the file system can."""
+def _exchange(partial: Path, final: Path) -> Path:
+    """Puts the new bundle in the old one's place, in one step where the file system can.
+
+    Returns:
+        Where the old one is now.
+    """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:
         paths = os.fsencode(partial), os.fsencode(final)
         if renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
-            return
+            return partial
         code = ctypes.get_errno()
         if code not in (errno.ENOSYS, errno.EINVAL):
             raise OSError(code, os.strerror(code), str(final))
-    aside = final.with_name(f".{final.name}.q6k-replaced")
+    aside = _aside(final)
     final.rename(aside)
     try:
         partial.rename(final)
     except OSError:
         aside.rename(final)
         raise
-    aside.rename(partial)
+    return aside

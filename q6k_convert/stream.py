@@ -18,6 +18,7 @@ import xxhash
 from q6k_convert.gguf_file import GGUFFile
 from q6k_convert.plan import Plan, TensorPlan
 from q6k_convert.q6k import BLOCK_BYTES, D_AT, array_bytes, to_planes
+from q6k_convert.text import displayable
 from q6k_kernels.bundle import BundleWriter
 from q6k_kernels.ggml_types import SUPER_BLOCK, TYPE_SIZES
 from q6k_kernels.manifest import SourceFile
@@ -103,7 +104,10 @@ def stream(plan: Plan, writer: BundleWriter, jobs: int, progress: Callable[[int]
         pool.shutdown(wait=True, cancel_futures=True)
     for part in plan.model.parts:
         part.check_unchanged()
-    return [SourceFile(part.path.name, part.size, hashes[part.path].hexdigest()) for part in plan.model.parts]
+    return [
+        SourceFile(displayable(part.path.name), part.size, hashes[part.path].hexdigest())
+        for part in plan.model.parts
+    ]
 
 
 def _pieces(plan: Plan, most: int) -> Iterator[_Piece]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from q6k_convert import text
 from q6k_convert.contents import Row
+from q6k_convert.text import displayable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,14 +52,13 @@ class Terminal:
     def document(self, content: Row) -> None:
         """The JSON document, if one was asked for."""
         if self.as_json:
-            print(json.dumps(content, indent=1, ensure_ascii=False))
+            print(displayable(json.dumps(content, indent=1, ensure_ascii=False)), flush=True)
 
     def error(self, cause: str, remedy: str = "") -> None:
         """One red line for the cause, one for the remedy."""
         for label, line in (("error", cause), ("try", remedy)):
             if line:
-                printable = line.encode("utf-8", "backslashreplace").decode()
-                self._err.print(f"{label}: {_printable(printable)}", style="red", soft_wrap=True)
+                self._err.print(f"{label}: {_printable(line)}", style="red", soft_wrap=True)
 
     def traceback(self) -> None:
         """The exception being handled, for `--verbose`."""
@@ -262,7 +262,11 @@ class _Lines:
 def _console(*, stderr: bool, quiet: bool = False) -> Console:
     from rich.console import Console  # here, for a quiet command needs none
 
-    return Console(stderr=stderr, quiet=quiet, highlight=False, markup=False)
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would exit with a code of its own
+
+    return Plain(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
 
 
 def _table(*columns: str, header: bool = True) -> Table:
@@ -295,7 +299,7 @@ def _value(value: Any) -> str:
 
 
 def _printable(name: str) -> str:
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in displayable(name))
 
 
 def _decibel(source: Row) -> str:

@@ -39,6 +39,11 @@ def plain_bytes(raw: bytes) -> str:
     return repr(raw)[1:]
 
 
+def displayable(text: str) -> str:
+    """Text that UTF-8 can hold: the bytes of a file name that are none become escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def shape(dims: Sequence[int]) -> str:
     """`4096×11008`, or `scalar`."""
     return "×".join(map(str, dims)) or "scalar"

@@ -265,15 +265,14 @@ def test_a_partial_directory_with_foreign_files_is_refused_and_left_alone(
 def test_a_file_or_symlink_in_the_place_of_the_partial_directory_is_left_alone(model: Path, home: Path) -> None:
     partial = home / ".out.q6k-partial"
     partial.write_text("mine")
-    with pytest.raises(OSError, match="File exists"):
-        convert(model, home / "out")
+    refused(model, home / "out", "is in the way: it should be a directory")
     assert listing(home) == {partial.name: b"mine"}
     partial.unlink()
     (home / "theirs").mkdir()
     (home / "theirs" / "bundle.json").write_text("mine")
     partial.symlink_to("theirs")
     before = listing(home)
-    refused(model, home / "out", "is a symlink")
+    refused(model, home / "out", "is in the way: it should be a directory")
     assert listing(home) == before
 
 

@@ -140,7 +140,8 @@ class BundleWriter:
         with self._lock:
             if shard.name not in self._open:
                 fd = self._create(shard.name)
-                os.ftruncate(fd, shard.size)
+                with _Named(shard.name):
+                    os.ftruncate(fd, shard.size)
                 _pwrite(shard.name, fd, shard.header, 0)
                 self._files[shard.name] = StoredFile(
                     shard.size, len(shard.header), manifests.checksum(shard.header)
@@ -181,6 +182,7 @@ def fsync_directory(directory: Path) -> None:
     """Makes the directory's entries durable."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(fd)
+        with _Named(str(directory)):
+            os.fsync(fd)
     finally:
         os.close(fd)
