@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 BLOCK_BYTES = 210
-D_AT = 208
-"""Where in a block d lies."""
+SCALES_AT, D_AT = 192, 208
+"""Where in a block the sub-scales and d lie."""
 QL_BYTES, QH_BYTES, SCALE_BYTES, STEP_BYTES = 128, 64, {"bf16": 32, "exact": 16}, 2
 """Bytes of one block in each array of a bundle."""
 PATHS = {"portable": 0, "avx2": 1}
@@ -66,7 +66,7 @@ def decode(blocks: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int8], npt.NDA
     q = u.view(np.int8) - np.int8(32)
     d = np.ascontiguousarray(flat[:, D_AT:]).view("<f2").astype(np.float32)
     with np.errstate(invalid="ignore"):  # an infinite d times a zero sub-scale
-        scale = d * flat[:, 192:208].view(np.int8).astype(np.float32)
+        scale = d * flat[:, SCALES_AT:D_AT].view(np.int8).astype(np.float32)
     return q.reshape(*lead, weights), scale.reshape(*lead, weights // GROUP)
 
 

@@ -19,9 +19,9 @@ import xxhash
 from q6k_convert.gguf_file import GGUFFile
 from q6k_convert.gguf_model import GGUFModel, open_gguf
 from q6k_convert.gguf_tensors import TensorRecord
-from q6k_convert.q6k import BLOCK_BYTES, D_AT, decode
+from q6k_convert.q6k import BLOCK_BYTES, D_AT, QH_BYTES, QL_BYTES, SCALES_AT, decode
 from q6k_kernels import planar
-from q6k_kernels.ggml_types import TYPE_SIZES
+from q6k_kernels.ggml_types import GROUP, TYPE_SIZES
 from q6k_kernels.manifest import METADATA_NAME, Manifest, StoredTensor
 from q6k_kernels.structure import Entry, Finding, read_header
 
@@ -222,13 +222,11 @@ class _Comparison:
     def _compare_planar(self, raw: Bytes, first: int, count: int) -> None:
         q, true_scale = decode(raw)
         ql, qh = planar.pack(q)
-        planes = (
-            self._stored("ql", ql, ql.size // count * first),
-            self._stored("qh", qh, qh.size // count * first),
-        )
+        self._stored("ql", ql, QL_BYTES * first)
+        self._stored("qh", qh, QH_BYTES * first)
         blocks = raw.reshape(count, BLOCK_BYTES)
         if self.exact_scales:
-            sub_scales = np.ascontiguousarray(blocks[:, 192:D_AT]).reshape(-1)
+            sub_scales = np.ascontiguousarray(blocks[:, SCALES_AT:D_AT]).reshape(-1)
             steps = np.ascontiguousarray(blocks[:, D_AT:]).reshape(-1)
             stored_steps = self._stored("steps", steps, 2 * first).view("<f2").astype(np.float32)
             stored_sub = self._stored("scale", sub_scales, 16 * first).view(np.int8).astype(np.float32)
@@ -236,12 +234,15 @@ class _Comparison:
         else:
             expected = planar.round_to_bf16(true_scale)
             scale = planar.bf16_to_float(self._stored("scale", expected.view(np.uint8), 32 * first).view(np.uint16))
-        nonzero = true_scale != 0
-        errors = np.abs(scale[nonzero].astype(np.float64) / true_scale[nonzero] - 1)
+        true = true_scale.astype(np.float64)
+        difference = scale - true
+        errors = np.abs(difference / true)[true != 0]
         worst = float(errors.max(initial=0.0))
         self.exactness.max_scale_error = max(self.exactness.max_scale_error or 0.0, worst)
-        truth = q.astype(np.float32) * np.repeat(true_scale, 16)
-        self._measure(truth, planar.unpack(*planes).astype(np.float32) * np.repeat(scale, 16))
+        # All weights of a group share the scale and its error; where codes differ too, that is a finding.
+        squares = np.square(q.reshape(-1, GROUP), dtype=np.int16).sum(axis=1, dtype=np.int32)
+        self.exactness.signal += float(np.square(true) @ squares)
+        self.exactness.noise += float(np.square(difference) @ squares)
 
     def _measure(self, truth: npt.NDArray[np.float32], stored: npt.NDArray[np.float32]) -> None:
         self.exactness.signal += float(np.square(truth, dtype=np.float64).sum())

@@ -28,17 +28,16 @@ import xxhash
 from bench_convert import COLUMNS, machine, show, write_model
 
 from q6k_convert.convert import convert, default_jobs
-
-PIECE = 4 << 20
+from q6k_kernels.content import PIECE_BYTES
 
 
 def checksum(path: Path, begin: int, end: int) -> str:
     """Reads and hashes a range of a file."""
-    buffer, hasher = np.empty(PIECE, dtype=np.uint8), xxhash.xxh3_128()
+    buffer, hasher = np.empty(PIECE_BYTES, dtype=np.uint8), xxhash.xxh3_128()
     fd = os.open(path, os.O_RDONLY)
     try:
-        for at in range(begin, end, PIECE):
-            piece = buffer[: min(PIECE, end - at)].data
+        for at in range(begin, end, PIECE_BYTES):
+            piece = buffer[: min(PIECE_BYTES, end - at)].data
             if os.preadv(fd, [piece], at) != len(piece):
                 raise OSError(0, "short read", str(path))
             hasher.update(piece)

@@ -9,19 +9,19 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from q6k_kernels.manifest import Manifest, StoredArray, StoredTensor
 from q6k_kernels.structure import Entry, Finding, read_header
 
-PIECE_BYTES = 4 << 20
-# Bits that are all set in an infinite or NaN value, by dtype.
-_EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00}
+PIECE_BYTES = 1 << 20
+"""Read at a time: what is hashed is then still in the core's own cache."""
+# The bits of infinity by dtype; those of NaN are above them.
+_INFINITY = {"BF16": 0x7F80, "F16": 0x7C00}
 
 
 def content_bytes(manifest: Manifest) -> int:
@@ -63,6 +63,9 @@ def check_content(
             reader.stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+        finally:
+            pool.shutdown()
+            reader.close()
 
 
 def _arrays(manifest: Manifest) -> Iterator[tuple[StoredTensor, str, StoredArray]]:
@@ -85,12 +88,18 @@ class _Reader:
         self._progress = progress
         self._lock = threading.Lock()
         self._local = threading.local()
+        self._files = list[FileIO]()
+
+    def close(self) -> None:
+        """Closes the files that are still open."""
+        for file in self._files:
+            file.close()
 
     def check_file(self, name: str, length: int, checksum: str) -> list[Finding]:
         """The first `length` bytes of a file: all of it, or a shard's header."""
         hasher = xxhash.xxh3_128()
         for piece in self._pieces(name, 0, length):
-            hasher.update(piece.data)
+            hasher.update(piece)
         if hasher.hexdigest() == checksum:
             return []
         return [Finding(f"checksum of its first {length} bytes is {hasher.hexdigest()}, expected {checksum}", name)]
@@ -99,11 +108,10 @@ class _Reader:
         """One array: its checksum, and whether its values are finite if that is asked."""
         hasher, at, bad = xxhash.xxh3_128(), 0, None
         for piece in self._pieces(array.file, entry.begin, entry.end):
-            hasher.update(piece.data)
-            if finite and bad is None and array.dtype in _EXPONENTS:
-                exponent = np.uint16(_EXPONENTS[array.dtype])
-                (where,) = np.nonzero((piece.view(np.uint16) & exponent) == exponent)
-                bad = at + int(where[0]) if where.size else None
+            hasher.update(piece)
+            if finite and bad is None and array.dtype in _INFINITY:
+                where = _first_not_finite(piece, _INFINITY[array.dtype])
+                bad = None if where is None else at + where
             at += len(piece) // 2
         findings = list[Finding]()
         if hasher.hexdigest() != array.checksum:
@@ -115,30 +123,34 @@ class _Reader:
             findings.append(Finding(problem, array.file, tensor.name, array.key))
         return findings
 
-    def _pieces(self, name: str, begin: int, end: int) -> Iterator[npt.NDArray[np.uint8]]:
-        if not hasattr(self._local, "buffer"):
-            self._local.buffer = np.empty(PIECE_BYTES, dtype=np.uint8)
-        buffer: npt.NDArray[np.uint8] = self._local.buffer
-        with _opened(self.directory / name) as fd:
-            for at in range(begin, end, PIECE_BYTES):
-                piece = buffer[: min(PIECE_BYTES, end - at)]
-                done = 0
-                while done < len(piece) and not self.stop.is_set():
-                    count = os.preadv(fd, [piece[done:].data], at + done)
-                    if count == 0:
-                        raise OSError(0, f"ended at byte {at + done} while it was being read", name)
-                    done += count
-                if self.stop.is_set():
-                    return
-                yield piece
-                with self._lock:
-                    self._progress(len(piece))
+    def _pieces(self, name: str, begin: int, end: int) -> Iterator[memoryview]:
+        """The bytes of a range, one after the other in the thread's one buffer."""
+        mine = self._local
+        if not hasattr(mine, "buffer"):
+            mine.buffer, mine.name, mine.file = memoryview(bytearray(PIECE_BYTES)), None, None
+        if mine.name != name:
+            if mine.file is not None:
+                mine.file.close()
+            mine.file, mine.name = (self.directory / name).open("rb", buffering=0), name
+            self._files.append(mine.file)
+        fd = mine.file.fileno()
+        for at in range(begin, end, PIECE_BYTES):
+            if self.stop.is_set():
+                return
+            piece: memoryview = mine.buffer[: min(PIECE_BYTES, end - at)]
+            done = 0
+            while done < len(piece):
+                if (count := os.preadv(fd, [piece[done:]], at + done)) == 0:
+                    raise OSError(0, f"ended at byte {at + done} while it was being read", name)
+                done += count
+            yield piece
+            with self._lock:
+                self._progress(len(piece))
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+def _first_not_finite(piece: memoryview, infinity: int) -> int | None:
+    """The first 16-bit value that is infinite or NaN: of both signs the largest as integers."""
+    values = np.frombuffer(piece, np.uint16)
+    if values.view(np.int16).max() < infinity and values.max() < infinity | 0x8000:
+        return None
+    return int(np.nonzero((values & np.uint16(infinity)) == infinity)[0][0])
