@@ -22,10 +22,10 @@ from typing import Any
 from q6k_convert.gguf_bytes import Cursor, SourceBytes
 from q6k_convert.gguf_tensors import read_tensors
 from q6k_convert.text import plain_bytes
+from q6k_kernels.manifest import MAX_TENSORS
 
 # No real file comes near these; they bound the time and memory a hostile one can cost.
 MAX_KEY_VALUES = 1 << 15
-MAX_TENSORS = 1 << 15
 MAX_KEY_BYTES = 1 << 8
 MAX_STRING_BYTES = 16 << 20
 MAX_ARRAY_STRINGS = 1 << 21

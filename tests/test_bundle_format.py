@@ -45,8 +45,8 @@ def altered(directory: Path, **fields: object) -> Path:
     content = json.loads(manifests.serialize(example()))
     del content["manifest_checksum"]
     content |= fields
-    content["manifest_checksum"] = manifests.checksum(json.dumps(content, indent=1, ensure_ascii=False).encode())
-    (directory / "bundle.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    content["manifest_checksum"] = manifests.checksum(json.dumps(content, indent=1).encode())
+    (directory / "bundle.json").write_text(json.dumps(content, indent=1) + "\n")
     return directory
 
 
@@ -159,18 +159,14 @@ def test_every_truncation_of_a_manifest_is_caught(tmp_path: Path) -> None:
         ({"files": {"bundle.json": {"size": 1, "checked_bytes": 1, "checksum": ""}}}, "is not the name of a file"),
         ({"tensors": [{"name": "x"}]}, "tensor 'x': storage: missing"),
         ({"tensors": [{"name": "x", "storage": "odd"}]}, "tensor 'x': storage: expected one of planar, .* 'odd'"),
-        ({"extra": 1}, "the text is not the one its content and checksum demand"),
-        ({"options": {"x": "\ud800"}}, "surrogates not allowed"),
+        ({"tensors": [{}] * 20_000}, "tensors: 20000, more than the limit of 16384"),
+        ({"extra": 1}, "unknown fields: 'extra'"),
+        ({"options": {"x": "\ud800"}}, "an escaped surrogate"),
     ],
 )
 def test_a_manifest_that_breaks_a_rule_is_refused(tmp_path: Path, fields: dict[str, object], message: str) -> None:
-    if "options" in fields:
-        content = json.loads(manifests.serialize(example())) | fields
-        (tmp_path / "bundle.json").write_text(json.dumps(content))
-    else:
-        altered(tmp_path, **fields)
     with pytest.raises(BundleError, match=message):
-        manifests.read(tmp_path)
+        manifests.read(altered(tmp_path, **fields))
 
 
 @pytest.mark.parametrize(

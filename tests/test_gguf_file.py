@@ -378,7 +378,7 @@ HEADERS = [
         for count in (50 // smallest + 1, 1000, 2**31, 2**63, TOP - 1)
         for counts in [(count, 0) if at == 8 else (0, count)]
     ),
-    Bad("tensors-over-limit", lambda: header(32769, 0) + bytes(32769 * 25), "tensor count", 8, "limit of 32768"),
+    Bad("tensors-over-limit", lambda: header(16385, 0) + bytes(16385 * 25), "tensor count", 8, "limit of 16384"),
     Bad("kvs-over-limit", lambda: header(0, 32769) + bytes(32769 * 14), "key-value count", 16, "limit of 32768"),
 ]
 
@@ -824,13 +824,13 @@ def many_short_strings() -> bytes:
 
 
 def many_tensors() -> bytes:
-    good = [record(f"blk.{i}.weight", offset=32 * i) for i in range(32_000 - 1)]
-    return tensors(*good, record("last", (8,), 4), data=32_000 * 32 + 64)()
+    good = [record(f"blk.{i}.weight", offset=32 * i) for i in range(16_000 - 1)]
+    return tensors(*good, record("last", (8,), 4), data=16_000 * 32 + 64)()
 
 
 def many_tensors_last_overlaps() -> bytes:
-    good = [record(f"blk.{i}.weight", offset=32 * i) for i in range(32_000 - 1)]
-    return tensors(*good, record("last", (9,), offset=32 * 31_999 - 32), data=32_000 * 32 + 64)()
+    good = [record(f"blk.{i}.weight", offset=32 * i) for i in range(16_000 - 1)]
+    return tensors(*good, record("last", (9,), offset=32 * 15_999 - 32), data=16_000 * 32 + 64)()
 
 
 def long_strings() -> bytes:

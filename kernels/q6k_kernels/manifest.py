@@ -2,8 +2,9 @@
 
 Rules of version 1:
 
-1. The file is exactly `serialize(manifest)`: any other spelling of the same JSON is damage.
-2. Its last field, `manifest_checksum`, is the checksum of the text serialised without that field.
+1. The text ends in a field `manifest_checksum`: the checksum of the same text without that field. So no
+   bit of it can change unnoticed.
+2. Every object has exactly the fields that the classes here have.
 3. Every checksum is XXH3-128 in hexadecimal.
 4. `files` names every other file of the directory. A shard has the checksum of its header, and every
    byte after the header belongs to one array, which has a checksum of its own.
@@ -16,7 +17,9 @@ The manifest is untrusted when read: `read` bounds its size and checks every fie
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +33,11 @@ VERSION = 1
 NAME = "bundle.json"
 METADATA_NAME = "metadata.gguf"
 CHECKSUM = "xxh3_128"
-MAX_BYTES = 64 << 20
+MAX_BYTES, MAX_TENSORS = 32 << 20, 1 << 14
+"""Of the file; no GGUF that is converted has more, or takes more."""
+_ENDING = re.compile(rb',\n "manifest_checksum": "([0-9a-f]{32})"\n}\n')
+_ENDING_BYTES = 61
+_SURROGATE = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89a-fA-F]")
 
 T = TypeVar("T")
 
@@ -128,8 +135,15 @@ def read(directory: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not valid JSON: {error}") from error
     try:
-        return _parsed(content, raw)
-    except (ValueError, RecursionError) as error:
+        top = _expect(content, dict, "the manifest")
+        _check_version(top)
+        ending = _ENDING.fullmatch(raw, max(0, len(raw) - _ENDING_BYTES))
+        if ending is None or checksum(raw[:-_ENDING_BYTES] + b"\n}").encode() != ending[1]:
+            raise BundleError("its content is not what its own checksum demands: the file was altered")
+        if _SURROGATE.search(raw):
+            raise BundleError("a text in it has an escaped surrogate, which UTF-8 cannot hold")
+        return _parsed(top)
+    except BundleError as error:
         raise BundleError(f"{path}: {error}") from error
 
 
@@ -140,36 +154,54 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _parsed(content: Any, raw: bytes) -> Manifest:
-    top = _expect(content, dict, "the manifest")
+def _check_version(top: dict[str, Any]) -> None:
     if top.get("format") != FORMAT:
-        raise BundleError(f"format: expected {FORMAT!r}, found {top.get('format')!r}")
+        raise BundleError(f"format: expected {FORMAT!r}, found {_short(top.get('format'))}")
     if top.get("version") != VERSION or top.get("checksum") != CHECKSUM:
         raise BundleError(
-            f"version {top.get('version')!r} with checksums {top.get('checksum')!r}; this program reads "
-            f"version {VERSION} with {CHECKSUM!r}: a newer release of q6k-convert may read it"
+            f"version {_short(top.get('version'))} with checksums {_short(top.get('checksum'))}; this program "
+            f"reads version {VERSION} with {CHECKSUM!r}: a newer release of q6k-convert may read it"
         )
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80]
+
+
+def _parsed(top: dict[str, Any]) -> Manifest:
+    if (count := len(_field(top, "tensors", list))) > MAX_TENSORS:
+        raise BundleError(f"tensors: {count}, more than the limit of {MAX_TENSORS}")
     manifest = Manifest(
         producer=_field(top, "producer", str),
         options=_field(top, "options", dict),
         architecture=_field(top, "architecture", str),
         sources=[
             SourceFile(_field(s, "name", str), _size(s, "size"), _field(s, "checksum", str))
-            for s in _field(top, "sources", list)
+            for s in _objects(SourceFile, _field(top, "sources", list))
         ],
         files={
             name: StoredFile(_size(f, "size"), _size(f, "checked_bytes"), _field(f, "checksum", str))
-            for name, f in _field(top, "files", dict).items()
+            for name, f in zip(_field(top, "files", dict), _objects(StoredFile, top["files"].values()), strict=True)
         },
         tied={name: _expect(to, str, "tied") for name, to in _field(top, "tied", dict).items()},
-        tensors=[_tensor(t) for t in _field(top, "tensors", list)],
+        tensors=[_tensor(t) for t in _objects(StoredTensor, _field(top, "tensors", list))],
     )
-    if serialize(manifest) != raw:
-        raise BundleError("the text is not the one its content and checksum demand: the file was altered")
+    _only_fields_of(Manifest, top, "format", "version", "checksum", "manifest_checksum")
     for name in manifest.files:
         if name in ("", ".", "..", NAME) or "/" in name or "\\" in name or "\0" in name:
             raise BundleError(f"files: {name!r} is not the name of a file in this directory")
     return manifest
+
+
+def _only_fields_of(kind: type, content: Any, *more: str) -> None:
+    if extra := set(_expect(content, dict, "an entry")) - {field.name for field in fields(kind)} - set(more):
+        raise BundleError(f"unknown fields: {', '.join(sorted(map(_short, extra))[:5])}")
+
+
+def _objects(kind: type, entries: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    for entry in entries:
+        _only_fields_of(kind, entry)
+        yield entry
 
 
 def _tensor(content: Any) -> StoredTensor:
@@ -184,7 +216,9 @@ def _tensor(content: Any) -> StoredTensor:
             type=_field(content, "type", str),
             shape=_shape(content),
             storage=storage,
-            arrays={role: _array(array) for role, array in arrays.items()},
+            arrays={
+                role: _array(a) for role, a in zip(arrays, _objects(StoredArray, arrays.values()), strict=True)
+            },
         )
     except BundleError as error:
         raise BundleError(f"tensor {name!r}: {error}") from error

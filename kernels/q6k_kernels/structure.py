@@ -29,7 +29,7 @@ from q6k_kernels.safetensors_file import DTYPE_BYTES, INDEX_NAME
 from q6k_kernels.storage import Scales, Storage, arrays_of
 
 MAX_HEADER = 16 << 20
-"""Bytes of a shard's header; the 32,768 tensors a GGUF may have take less."""
+"""Bytes of a shard's header; the 16,384 tensors a GGUF may have take less."""
 MAX_INDEX = 16 << 20
 
 
