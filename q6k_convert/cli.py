@@ -229,9 +229,18 @@ def verify(
     with _reporting(as_json, quiet, verbose) as terminal:
         from q6k_convert import contents
         from q6k_convert.convert import default_jobs
+        from q6k_convert.errors import UsageError
         from q6k_convert.report import html_report
         from q6k_convert.verify import verify as run_verification
 
+        if report is not None and (
+            bundle.resolve() in report.resolve().parents
+            or (source is not None and report.exists() and source.exists() and report.samefile(source))
+        ):
+            raise UsageError(
+                f"--report {report} lies in the bundle or is the source, which verifying must not touch",
+                "Give a file elsewhere.",
+            )
         run = run_verification(
             bundle, fast=fast, source=source, device=device, jobs=jobs or default_jobs(), progress=terminal.progress
         )

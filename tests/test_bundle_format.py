@@ -160,6 +160,8 @@ def test_every_truncation_of_a_manifest_is_caught(tmp_path: Path) -> None:
         ({"tensors": [{"name": "x"}]}, "tensor 'x': storage: missing"),
         ({"tensors": [{"name": "x", "storage": "odd"}]}, "tensor 'x': storage: expected one of planar, .* 'odd'"),
         ({"tensors": [{}] * 20_000}, "tensors: 20000, more than the limit of 16384"),
+        ({"options": {"x": {"y": 1}}}, "options: 'x' is neither text, a number nor a list of texts"),
+        ({"options": {"x": [[]]}}, "options: 'x' is neither text, a number nor a list of texts"),
         ({"extra": 1}, "unknown fields: 'extra'"),
         ({"options": {"x": "\ud800"}}, "an escaped surrogate"),
     ],

@@ -149,6 +149,16 @@ def test_the_page_is_written_whole(bundle: Path) -> None:
     assert text.rstrip().endswith("</html>")
 
 
+def test_the_page_never_replaces_what_is_verified(bundle: Path) -> None:
+    source = bundle.parent / "model.gguf"
+    before = {path: path.read_bytes() for path in (source, *bundle.iterdir())}
+    for page in (bundle / "bundle.json", bundle / "report.html", source):
+        done = run("verify", bundle, "--source", source, "--report", page)
+        assert done.returncode == 2
+        assert "lies in the bundle or is the source" in done.stderr
+    assert {path: path.read_bytes() for path in (source, *bundle.iterdir())} == before
+
+
 def test_a_page_that_cannot_be_written_ends_with_4(bundle: Path) -> None:
     done = run("verify", bundle, "--report", bundle.parent / "missing" / "report.html")
     assert done.returncode == 4

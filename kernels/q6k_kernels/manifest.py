@@ -186,6 +186,12 @@ def _parsed(top: dict[str, Any]) -> Manifest:
         tied={name: _expect(to, str, "tied") for name, to in _field(top, "tied", dict).items()},
         tensors=[_tensor(t) for t in _objects(StoredTensor, _field(top, "tensors", list))],
     )
+    for option, value in manifest.options.items():
+        # Flat, so that no nesting can exhaust whoever prints it.
+        if not isinstance(value, str | int) and not (
+            isinstance(value, list) and all(isinstance(item, str) for item in value)
+        ):
+            raise BundleError(f"options: {_short(option)} is neither text, a number nor a list of texts")
     _only_fields_of(Manifest, top, "format", "version", "checksum", "manifest_checksum")
     for name in manifest.files:
         if name in ("", ".", "..", NAME) or "/" in name or "\\" in name or "\0" in name:
