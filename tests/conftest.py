@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fake_cuda import FakeCuda, build
 from gguf_builder import small_model
+from q6k_kernels import driver
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +41,18 @@ def model(tmp_path: Path) -> Path:
 def out(tmp_path: Path) -> Path:
     """Where a bundle may be made."""
     return tmp_path / "out"
+
+
+@pytest.fixture(scope="session")
+def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that stands in for libcuda."""
+    return build(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture
+def cuda(fake_driver: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    """It, in the driver's place."""
+    monkeypatch.setattr(driver, "LIBRARY", str(fake_driver))
+    fake = FakeCuda(fake_driver)
+    yield fake
+    fake.reset()

@@ -1,0 +1,125 @@
+"""Compiled kernels on disk, so that only the first run of a version on a machine compiles.
+
+A directory of files named by the SHA-256 of all that makes a cubin: the format below, the compiler, its
+options (architecture and macros included) and the source. An entry is
+
+    16 bytes   "q6k cubin 1", a line feed, zeros
+    32 bytes   SHA-256 of the rest
+    the cubin
+
+written under another name and renamed, so that processes never see half of one. What does not hold to this
+is not loaded: it is compiled and written again. A cache that cannot be used costs time and a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+VARIABLE = "Q6K_KERNELS_CACHE"
+"""Environment variable that names the directory."""
+MAGIC = b"q6k cubin 1\n".ljust(16, b"\0")
+SUFFIX = ".cubin"
+
+
+class CacheWarning(UserWarning):
+    """The cache of compiled kernels cannot be used, or had a damaged entry."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a cache directory holds."""
+
+    entries: int
+    bytes: int
+
+
+def directory() -> Path:
+    """`$Q6K_KERNELS_CACHE`, or q6k-kernels in `$XDG_CACHE_HOME` or ~/.cache. It need not exist."""
+    if chosen := os.environ.get(VARIABLE):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification has relative paths ignored.
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "q6k-kernels"
+
+
+def key(*parts: str) -> str:
+    """The name of the entry made from `parts`: compiler, options, source."""
+    digest = hashlib.sha256(MAGIC)
+    for part in parts:
+        raw = part.encode()
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    return digest.hexdigest()
+
+
+def fetch(name: str, make: Callable[[], bytes]) -> bytes:
+    """The entry of that name; `make()`, kept for the next time, if there is none or it is damaged."""
+    try:
+        path = directory() / f"{name}{SUFFIX}"
+        entry = path.read_bytes()
+    except FileNotFoundError:
+        pass
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
+        _warn(f"cannot be read: {error}")
+    else:
+        payload = entry[len(MAGIC) + 32 :]
+        if entry == _header(payload) + payload:
+            return payload
+        _warn(f"has a damaged entry, {path.name}, which is made again")
+    made = make()
+    try:
+        _write(directory(), f"{name}{SUFFIX}", _header(made) + made)
+    except (OSError, RuntimeError) as error:
+        _warn(f"cannot be written: {error}")
+    return made
+
+
+def contents() -> Contents:
+    """How much is in it; nothing if it is not there. Raises OSError if it cannot be read."""
+    sizes = []
+    for path in directory().glob(f"*{SUFFIX}"):
+        with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
+            sizes.append(path.stat().st_size)
+    return Contents(len(sizes), sum(sizes))
+
+
+def probe() -> None:
+    """Writes a file there and removes it. Raises OSError if that cannot be done."""
+    folder = directory()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(MAGIC)
+
+
+def _header(payload: bytes) -> bytes:
+    return MAGIC + hashlib.sha256(payload).digest()
+
+
+def _write(folder: Path, name: str, entry: bytes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(entry)
+        Path(temporary).replace(folder / name)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _warn(problem: str) -> None:
+    try:
+        where = str(directory())
+    except RuntimeError:
+        where = "in the home directory"
+    warnings.warn(
+        f"the cache of compiled kernels, {where}, {problem}; {VARIABLE} names another directory",
+        CacheWarning,
+        stacklevel=3,
+    )
