@@ -12,6 +12,7 @@ than that every line can be held against the formulas. Nothing here has a gradie
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -21,6 +22,8 @@ from q6k_kernels.ggml_types import GROUP, SUPER_BLOCK
 from q6k_kernels.planar import OFFSET
 
 Activations = Literal["auto", "int8", "bf16"]
+Rows = Callable[[slice], tuple[Tensor, Tensor]]
+"""Where weights come from: rows -> q, float32 (rows, K), and s, float32 (rows, K/16), the scales of groups."""
 
 ACTIVATION_GROUP = 32
 """Activations that share one d_a: two groups of weights."""
@@ -28,6 +31,8 @@ BLOCK_WEIGHTS = 1 << 20
 """Weights unpacked at a time; at most 24 bytes each, so about 25 MB."""
 BLOCK_M = 32
 """Rows of x multiplied at a time; the sums of groups take BLOCK_M * BLOCK_WEIGHTS / 16 * 4 bytes = 8 MB."""
+TILE_ROWS = 16
+"""Rows that `prepack` keeps together."""
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes of activations and biases."""
 
@@ -53,11 +58,14 @@ def dequantize(
     Raises:
         ValueError: a wrong dtype, or shapes that do not agree.
     """
-    _check_planes(ql, qh, scale, steps)
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype: expected bfloat16, float16 or float32, found {dtype}")
-    groups = _codes(ql, qh).view(len(ql), -1, GROUP) * _group_scales(scale, steps).unsqueeze(-1)
-    return groups.view(len(ql), -1).to(dtype)
+    check_planes(ql, qh, scale, steps)
+    check_dtype(dtype)
+    return weights(_codes(ql, qh), group_scales(scale, steps), dtype)
+
+
+def weights(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+    """q, float32 (rows, K), times s, float32 (rows, K/16), each for its group; rounded to `dtype` once."""
+    return (q.view(len(q), -1, GROUP) * s.unsqueeze(-1)).view(q.shape).to(dtype)
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,31 +131,45 @@ def linear(
     Raises:
         ValueError: a wrong dtype, shape or option, or tensors on different devices.
     """
-    n, k = _check_planes(ql, qh, scale, steps)
-    _check_input(x, n, k, bias)
+    n, k = check_planes(ql, qh, scale, steps)
+    check_input(x, n, k, bias)
     devices = {str(t.device) for t in (x, ql, qh, scale, steps, bias) if t is not None}
     if len(devices) > 1:
         raise ValueError(f"expected all tensors on one device, found them on {', '.join(sorted(devices))}")
-    if activations not in ("auto", "int8", "bf16"):
-        raise ValueError(f"activations: expected auto, int8 or bf16, found {activations!r}")
-    rows = x.detach().reshape(-1, k)
-    y = torch.empty(len(rows), n, dtype=x.dtype, device=x.device)
-    blocks = [rows[at : at + BLOCK_M] for at in range(0, len(rows), BLOCK_M)]
+    check_activations(activations)
+
+    def rows(part: slice) -> tuple[Tensor, Tensor]:
+        return _codes(ql[part], qh[part]), group_scales(scale[part], None if steps is None else steps[part])
+
+    return multiply(x, rows, n, k, bias, activations)
+
+
+def multiply(x: Tensor, rows: Rows, n: int, k: int, bias: Tensor | None, activations: Activations) -> Tensor:
+    """`linear` on weights from anywhere, its arguments checked: (..., K) -> (..., N) of x's dtype.
+
+    The same rows are multiplied together wherever they come from, so that every source gives the same bits.
+    """
+    x_rows = x.detach().reshape(-1, k)
+    y = torch.empty(len(x_rows), n, dtype=x.dtype, device=x.device)
+    blocks = [x_rows[at : at + BLOCK_M] for at in range(0, len(x_rows), BLOCK_M)]
     inputs = [_int8_operands(block) if activations == "int8" else _bf16_operands(block) for block in blocks]
-    step = max(1, BLOCK_WEIGHTS // k)
-    for at in range(0, n if inputs else 0, step):
-        part = slice(at, at + step)
-        planes = ql[part], qh[part], scale[part], None if steps is None else steps[part]
-        if activations == "int8":
-            weights, s = _codes(*planes[:2]), _group_scales(*planes[2:])
-        else:
-            weights = dequantize(*planes, dtype=x.dtype).to(_product_dtype(x.dtype))
+    for part in row_blocks(n if inputs else 0, k):
+        q, s = rows(part)
+        w = q if activations == "int8" else weights(q, s, x.dtype).to(_product_dtype(x.dtype))
         for index, (left, d_a) in enumerate(inputs):
-            sums = _bf16_sums(left, weights) if d_a is None else _int8_sums(left, d_a, weights, s)
+            sums = _bf16_sums(left, w) if d_a is None else _int8_sums(left, d_a, w, s)
             if bias is not None:
                 sums += bias[part].detach().float()
             y[index * BLOCK_M : (index + 1) * BLOCK_M, part] = sums
     return y.view(*x.shape[:-1], n)
+
+
+def row_blocks(n: int, k: int) -> Iterator[slice]:
+    """N rows of K weights in blocks of at most `BLOCK_WEIGHTS`, of whole tiles of 16 rows where those fit."""
+    step = max(1, BLOCK_WEIGHTS // k)
+    step = step // TILE_ROWS * TILE_ROWS or step
+    for at in range(0, n, step):
+        yield slice(at, min(at + step, n))
 
 
 def roundings(k: int, activations: Literal["int8", "bf16"]) -> int:
@@ -208,17 +230,30 @@ def _codes(ql: Tensor, qh: Tensor) -> Tensor:
     return (low | high << 4).float() - OFFSET
 
 
-def _group_scales(scale: Tensor, steps: Tensor | None) -> Tensor:
+def group_scales(scale: Tensor, steps: Tensor | None) -> Tensor:
     """float32 (N, K/16), without rounding."""
     if steps is None:
         return scale.float()
     return scale.float() * steps.float().repeat_interleave(SUPER_BLOCK // GROUP, -1)
 
 
-def _check_planes(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None) -> tuple[int, int]:
-    if ql.ndim != 2 or ql.dtype != torch.uint8 or not ql.numel() or 2 * ql.shape[1] % SUPER_BLOCK:
-        raise ValueError(f"ql: expected uint8 (N, K/2), N >= 1, K a multiple of {SUPER_BLOCK}, found {_found(ql)}")
-    n, k = ql.shape[0], 2 * ql.shape[1]
+def check_planes(
+    ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None, *, stack: bool = False
+) -> tuple[int, ...]:
+    """(N, K) of planes, or with `stack` (E, N, K) too.
+
+    Raises:
+        ValueError: a wrong dtype, or shapes that do not agree.
+    """
+    if (
+        ql.ndim not in ((2, 3) if stack else (2,))
+        or ql.dtype != torch.uint8
+        or not ql.numel()
+        or 2 * ql.shape[-1] % SUPER_BLOCK
+    ):
+        shapes = "(N, K/2) or (E, N, K/2)" if stack else "(N, K/2)"
+        raise ValueError(f"ql: expected uint8 {shapes}, N >= 1, K a multiple of {SUPER_BLOCK}, found {_found(ql)}")
+    lead, k = tuple(ql.shape[:-1]), 2 * ql.shape[-1]
     expected = [("qh", qh, torch.uint8, k // 4)]
     if steps is None:
         expected.append(("scale without steps", scale, torch.bfloat16, k // GROUP))
@@ -226,18 +261,46 @@ def _check_planes(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None) -
         expected.append(("scale with steps", scale, torch.int8, k // GROUP))
         expected.append(("steps", steps, torch.float16, k // SUPER_BLOCK))
     for name, tensor, dtype, width in expected:
-        if tensor.dtype != dtype or tensor.shape != (n, width):
-            wanted = f"{str(dtype).removeprefix('torch.')} ({n}, {width})"
-            raise ValueError(f"{name}: with ql of shape ({n}, {k // 2}) expected {wanted}, found {_found(tensor)}")
-    return n, k
+        if tensor.dtype != dtype or tensor.shape != (*lead, width):
+            wanted = f"{_plain(dtype)} {(*lead, width)}"
+            raise ValueError(
+                f"{name}: with ql of shape {tuple(ql.shape)} expected {wanted}, found {_found(tensor)}"
+            )
+    return *lead, k
 
 
-def _check_input(x: Tensor, n: int, k: int, bias: Tensor | None) -> None:
-    if x.ndim == 0 or x.dtype not in FLOATS or x.shape[-1] != k:
-        raise ValueError(f"x: expected bfloat16, float16 or float32 (..., {k}), found {_found(x)}")
+def check_input(x: Tensor, n: int, k: int, bias: Tensor | None, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """Whether x, of one of `dtypes`, and bias go with weights (N, K).
+
+    Raises:
+        ValueError: a wrong dtype or shape.
+    """
+    if x.ndim == 0 or x.dtype not in dtypes or x.shape[-1] != k:
+        raise ValueError(f"x: expected {_either(dtypes)} (..., {k}), found {_found(x)}")
     if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,)):
-        raise ValueError(f"bias: expected bfloat16, float16 or float32 ({n},), found {_found(bias)}")
+        raise ValueError(f"bias: expected {_either(FLOATS)} ({n},), found {_found(bias)}")
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Whether weights can be rounded to `dtype`; ValueError if not."""
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype: expected {_either(FLOATS)}, found {dtype}")
+
+
+def check_activations(activations: str) -> None:
+    """Whether there is such a formula; ValueError if not."""
+    if activations not in ("auto", "int8", "bf16"):
+        raise ValueError(f"activations: expected auto, int8 or bf16, found {activations!r}")
+
+
+def _either(dtypes: tuple[torch.dtype, ...]) -> str:
+    *others, last = map(_plain, dtypes)
+    return f"{', '.join(others)} or {last}"
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _found(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+    return f"{_plain(tensor.dtype)} {tuple(tensor.shape)}"
