@@ -1,0 +1,437 @@
+// Decode: y[M,N] = x[M,K] W^T (+ bias) for M <= 8, W6A8.
+//
+// The bus sets the time, so everything serves the stream of tiles. Each warp keeps a ring of tiles in shared
+// memory, filled by asynchronous copies that need no registers. One or two rows of x every block quantises for
+// itself, while the ring fills; more would keep it from its work, so q6k_quantize does them once for all blocks, in
+// a launch that hides behind the first copies of the next (programmatic dependent launch).
+// mma.m16n8k16 multiplies one group of 16 rows with up to 8 tokens, so that M = 8 costs about what M = 1 does.
+//
+//   Q6K_TOKENS   1, 2, 4 or 8: rows of x there is room for; M may be less
+//   Q6K_WARPS    warps of a block
+//   Q6K_STAGES   tiles of a warp's ring
+//   Q6K_OCCUPANCY  blocks that shall fit a multiprocessor
+//   Q6K_SPLIT    1: the blocks of a cluster share a range of row tiles and split K; their sums meet in distributed
+//                shared memory (sm_90 and later)
+//
+// A block (or cluster) owns a contiguous range of row tiles; its warps split the (row tile, super-block) pairs of
+// that range evenly, in order. A row tile that falls to several warps is summed over them in the order of warps,
+// then over the ranks of the cluster: the result never depends on timing.
+//
+// fp32 roundings of a term: its product with the scale, the sum of the pair of groups, one addition of d_a times
+// that for each pair a warp sums (K/32 at most), one for each warp and block, the bias: K/32 + 3 + WARPS * blocks of a cluster.
+
+#ifndef Q6K_TOKENS
+#define Q6K_TOKENS 1
+#endif
+#ifndef Q6K_WARPS
+#define Q6K_WARPS 8
+#endif
+#ifndef Q6K_STAGES
+#define Q6K_STAGES 3
+#endif
+#ifndef Q6K_OCCUPANCY
+#define Q6K_OCCUPANCY 2
+#endif
+#ifndef Q6K_SPLIT
+#define Q6K_SPLIT 0
+#endif
+
+#define FUSED (Q6K_TOKENS <= 2)
+
+constexpr int TOKENS = Q6K_TOKENS;
+constexpr int WARPS = Q6K_WARPS;
+constexpr int STAGES = Q6K_STAGES;
+constexpr bool SPLIT = Q6K_SPLIT;
+constexpr int THREADS = WARPS * 32;
+// Up to 4 tokens sit in the even columns of the product: then a lane has two sums to scale instead of four.
+constexpr int COLUMNS = TOKENS <= 4 ? 1 : 2;
+// 64 weights of all tokens. Where they are quantised into shared memory, 16 bytes more than they take keep lanes
+// that write them in distinct banks.
+constexpr int CHUNK_BYTES = TOKENS * 64 + (FUSED ? 16 : 0);
+constexpr int CODES_A_BLOCK = 4 * CHUNK_BYTES;
+constexpr int STEPS_A_BLOCK = COLUMNS == 1 ? TOKENS * 32 : 256;
+constexpr int RING_BYTES = WARPS * STAGES * TILE_BYTES;
+// 1.5 * 2^21 as bits: an integer 4v added to them makes the float 1.5 * 2^21 + v.
+constexpr u32 MAGIC_BITS = 0x4A400000u;
+constexpr float MAGIC = 3145728.0f;
+
+// ---- activations -------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float largest_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+// Lowest bytes of four words.
+__device__ __forceinline__ u32 low_bytes(u32 a, u32 b, u32 c, u32 d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
+// A group of 16 values to bytes rint(value / d) that end the words they are returned in, as if the division were
+// rounded to fp32 before the rint. The product with the reciprocal is off by less than 2^-15, which matters only
+// next to halves: then, and where d is too small for a reciprocal, it is divided.
+__device__ __forceinline__ void quantize_group(float (&values)[16], float d, u32 (&words)[16]) {
+  constexpr float TO_INTEGER = 12582912.0f;  // 1.5 * 2^23: sums with it are rounded to integers
+  const float inverse = __frcp_rn(d);
+  float worst = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const float shifted = fmaf(values[i], inverse, TO_INTEGER);
+    worst = fmaxf(worst, fabsf(fmaf(values[i], inverse, TO_INTEGER - shifted)));
+    words[i] = __float_as_uint(shifted);
+  }
+  if (worst < 0.4999f && d > 0x1p-100f) return;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const float quotient = d > 0.0f ? rintf(__fdiv_rn(values[i], d)) : 0.0f;
+    words[i] = (u32)(int)fminf(fmaxf(quotient, -127.0f), 127.0f);
+  }
+}
+
+// Quantises a group of 16 of x, `raw`, together with the neighbouring lane's, and writes it where it belongs: `codes`
+// in the order of B fragments, [64 weights][token][t][4 groups][4 bytes], `steps`, d_a, in the order of the sums.
+__device__ __forceinline__ void quantize_into(u8* codes, float* steps, const uint4 (&raw)[2], int token, int group,
+                                              bool present) {
+  float values[16], largest = 0.0f;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const u32 word = word_of(raw[j >> 2], j & 3);
+    values[2 * j] = half_to_float(word & 0xFFFFu);
+    values[2 * j + 1] = half_to_float(word >> 16);
+    largest = largest_or_nan(largest, fabsf(values[2 * j]));
+    largest = largest_or_nan(largest, fabsf(values[2 * j + 1]));
+  }
+  largest = largest_or_nan(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, 1));
+  const bool finite = largest < __uint_as_float(0x7F800000u);
+  const float d = finite ? __fdiv_rn(largest, 127.0f) : __uint_as_float(0x7FC00000u);
+  u32 words[16];
+  quantize_group(values, d, words);
+  if (!present) return;
+  u8* const to = codes + (group >> 2) * CHUNK_BYTES + token * 64 + (group & 3) * 4;
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    *reinterpret_cast<u32*>(to + t * 16) =
+        low_bytes(words[2 * t], words[2 * t + 1], words[2 * t + 8], words[2 * t + 9]);
+  }
+  if (group & 1) return;
+  const int pair = group >> 1;  // of groups of weights
+  steps[COLUMNS == 1 ? ((pair >> 2) * TOKENS + token) * 4 + (pair & 3)
+                     : (pair >> 1) * 16 + (token >> 1) * 4 + (pair & 1) * 2 + (token & 1)] = d;
+}
+
+#if FUSED
+// Quantises x[:m, :k], m <= 2, with all threads of a block. `between` is called once by each thread, after its first
+// load was issued and before it is needed.
+template <typename Between>
+__device__ __forceinline__ void quantize_rows(const u16* x, i64 stride, int m, int k, u8* codes, float* steps,
+                                              Between between) {
+  const int groups = k / 16, total = m * groups;
+  constexpr int BATCH = 4;  // groups of a thread that are loaded before the first is used
+  bool waiting = true;
+  for (int begin = threadIdx.x; (begin & ~31) < total; begin += BATCH * THREADS) {
+    uint4 raw[BATCH][2];
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      if ((begin & ~31) + i * THREADS >= total) break;  // for the whole warp
+      const int at = min(begin + i * THREADS, total - 1), token = at >= groups;
+      const uint4* const from = reinterpret_cast<const uint4*>(x + token * stride + (at - token * groups) * 16);
+      raw[i][0] = from[0];
+      raw[i][1] = from[1];
+    }
+    if (waiting) between();
+    waiting = false;
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      if ((begin & ~31) + i * THREADS >= total) break;
+      const int at = begin + i * THREADS, token = at >= groups;
+      quantize_into(codes, steps, raw[i], token, at - token * groups, at < total);
+    }
+  }
+  if (waiting) between();
+}
+#else
+// Parameters: x 16-bit (m, k), rows 16-byte aligned and `stride` elements apart; codes and steps, as decode wants them
+// for all of K. Grid: a thread for each 16 activations.
+extern "C" __global__ void __launch_bounds__(128)
+    q6k_quantize(const u16* x, u8* codes, float* steps, i64 stride, int m, int k) {
+  let_dependents_start();
+  const int groups = k / 16, at = blockIdx.x * 128 + threadIdx.x;
+  const int own = min(at, m * groups - 1), token = own / groups, group = own - token * groups;
+  wait_for_previous_grid();
+  const uint4* const from = reinterpret_cast<const uint4*>(x + token * stride + group * 16);
+  const uint4 raw[2] = {from[0], from[1]};
+  quantize_into(codes, steps, raw, token, group, at < m * groups);
+}
+#endif
+
+// ---- one tile ----------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void multiply_group(u32 (&sums)[4], u32 upper, u32 lower, u32 codes) {
+  asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+      : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
+      : "r"(upper), "r"(lower), "r"(codes), "r"(MAGIC_BITS));
+}
+
+// totals[h][c]: row g + 8h, token t (COLUMNS 1) or 2t + c. `codes` and `steps` are this lane's, at the super-block.
+__device__ __forceinline__ void multiply_tile(float (&totals)[2][COLUMNS], const LaneTile& tile, u32 codes,
+                                              u32 steps) {
+  const LaneQuarter::RowStep rows[2] = {LaneQuarter::row_step(tile.step[0]), LaneQuarter::row_step(tile.step[1])};
+  uint4 d;
+#pragma unroll
+  for (int quad = 0; quad < QUARTERS; ++quad) {
+    const LaneQuarter part = tile.quarter(quad);
+    const uint4 b = load_shared_16(codes + quad * CHUNK_BYTES);
+    if (COLUMNS == 2) d = load_shared_16(steps + quad * 64);
+    if (COLUMNS == 1 && quad % 2 == 0) d = load_shared_16(steps + quad / 2 * TOKENS * 16);
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      const int group = pair * 2;
+      u32 first[4], second[4];
+      multiply_group(first, part.times_four(0, group), part.times_four(1, group), word_of(b, pair * 2));
+      multiply_group(second, part.times_four(0, group + 1), part.times_four(1, group + 1), word_of(b, pair * 2 + 1));
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float s0 = part.scale(h, group, rows[h]);
+        const float s1 = part.scale(h, group + 1, rows[h]);
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+          float sum = (__uint_as_float(first[h * 2 + c]) - MAGIC) * s0;
+          sum = fmaf(__uint_as_float(second[h * 2 + c]) - MAGIC, s1, sum);
+          const u32 step = COLUMNS == 1 ? word_of(d, quad % 2 * 2 + pair) : word_of(d, pair * 2 + c);
+          totals[h][c] = fmaf(sum, __uint_as_float(step), totals[h][c]);
+        }
+      }
+    }
+  }
+}
+
+// ---- clusters ----------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int cluster_rank() {
+  u32 rank = 0;
+#if Q6K_SPLIT
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return (int)rank;
+}
+
+__device__ __forceinline__ int cluster_size() {
+  u32 size = 1;
+#if Q6K_SPLIT
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#endif
+  return (int)size;
+}
+
+__device__ __forceinline__ void synchronize_cluster() {
+#if Q6K_SPLIT
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ float load_float(u32 address) { return __uint_as_float(load_shared_4(address)); }
+
+__device__ __forceinline__ float load_of_rank(u32 address, int rank) {
+#if Q6K_SPLIT
+  float value;
+  u32 remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
+  return value;
+#else
+  return load_float(address);
+#endif
+}
+
+// ---- sums over warps ---------------------------------------------------------------------------------------
+
+// Where the part of `total` begins; hosts see to it that the product is below 2^31.
+__device__ __forceinline__ int share(int total, int part, int parts) { return (u32)(total * part) / (u32)parts; }
+
+// The warp that has tile `tile` of the `total` that a block's warps share.
+__device__ __forceinline__ int first_warp(int total, int tile) {
+  int w = (u32)(tile * WARPS) / (u32)total;
+  while (share(total, w + 1, WARPS) <= tile) ++w;
+  return w;
+}
+
+// What the warps from w on have for one output, up to the one whose tiles begin at `end` or after. Each warp's
+// value lies `pitch` bytes after the one before. Four loads are under way at a time.
+__device__ __forceinline__ float sum_of_warps(u32 values, int pitch, int total, int w, int end) {
+  float sum = 0.0f;
+  for (; w < WARPS && share(total, w, WARPS) < end; w += 4) {
+    float parts[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int begin = share(total, w + i, WARPS);
+      const bool some = w + i < WARPS && begin < end && begin < share(total, w + i + 1, WARPS);
+      parts[i] = some ? load_float(values + (w + i) * pitch) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum += parts[i];
+  }
+  return sum;
+}
+
+// ---- the kernel --------------------------------------------------------------------------------------------
+
+// Parameters: tiles (T, K/256, TILE_BYTES); x, up to 2 TOKENS 16-bit (m, k), rows 16-byte aligned and `stride`
+// elements apart, else what q6k_quantize made of it, steps behind codes; y 16-bit (m, n); bias (n,) of `bias_kind`,
+// or null; m <= TOKENS; early, whether to ask for tiles before activations.
+// Grid: blocks of a cluster x ranges of row tiles. Shared memory: `decode.py` has the sizes.
+// No pointer is __restrict__: loads of what an earlier launch writes must not move above the wait for it.
+extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
+    q6k_decode(const u8* tiles, const void* x, u16* y, const void* bias, i64 stride, int bias_kind, int m, int n, int k,
+               int row_tiles, int early) {
+  extern __shared__ __align__(128) u8 shared[];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int rank = cluster_rank(), cluster = cluster_size();
+  const int ranges = gridDim.x / cluster, range = blockIdx.x / cluster;
+  const int blocks = k / SUPER_BLOCK;
+  const int first_row = share(row_tiles, range, ranges), rows = share(row_tiles, range + 1, ranges) - first_row;
+  const int first_block = share(blocks, rank, cluster), depth = share(blocks, rank + 1, cluster) - first_block;
+  const int begin = share(rows * depth, warp, WARPS), end = share(rows * depth, warp + 1, WARPS);
+
+  let_dependents_start();
+  const u32 ring = shared_address(shared) + warp * STAGES * TILE_BYTES;
+  const int first_of_warp = depth ? begin / depth : 0;
+  // The copies' position: they run STAGES tiles ahead of the sums.
+  int copy_at = begin, copy_block = depth ? begin - first_of_warp * depth : 0;
+  const u8* from = tiles + ((i64)(first_row + first_of_warp) * blocks + first_block + copy_block) * TILE_BYTES;
+  auto copy_next = [&](int stage) {
+    if (copy_at < end) {
+      copy_tile_async(ring + stage * TILE_BYTES, from, lane);
+      ++copy_at;
+      from += TILE_BYTES;
+      if (++copy_block == depth) {
+        copy_block = 0;
+        from += (i64)(blocks - depth) * TILE_BYTES;
+      }
+    }
+    commit_copies();
+  };
+  auto fill_ring = [&]() {
+#pragma unroll
+    for (int stage = 0; stage < STAGES; ++stage) copy_next(stage);
+  };
+  u8* const codes = shared + RING_BYTES;
+  const int most_depth = (blocks + cluster - 1) / cluster;  // so that all blocks of a cluster lay out memory alike
+  float* const steps = reinterpret_cast<float*>(codes + most_depth * CODES_A_BLOCK);
+  const u32 partials = shared_address(steps) + most_depth * STEPS_A_BLOCK;
+  // Activations that come after a full ring of tiles wait for it, so a small product asks for them first.
+  if (early) fill_ring();
+  wait_for_previous_grid();
+#if FUSED
+  quantize_rows(static_cast<const u16*>(x) + first_block * SUPER_BLOCK, stride, m, depth * SUPER_BLOCK, codes, steps,
+                [&]() {
+                  if (!early) fill_ring();
+                });
+#else
+  const u8* const x_codes = static_cast<const u8*>(x);
+  const u8* const x_steps = x_codes + blocks * CODES_A_BLOCK;
+  for (int at = threadIdx.x * 16; at < depth * CODES_A_BLOCK; at += THREADS * 16) {
+    copy_async_16(shared_address(codes) + at, x_codes + first_block * CODES_A_BLOCK + at);
+  }
+  for (int at = threadIdx.x * 16; at < depth * STEPS_A_BLOCK; at += THREADS * 16) {
+    copy_async_16(shared_address(steps) + at, x_steps + first_block * STEPS_A_BLOCK + at);
+  }
+  commit_copies();
+  if (early) {
+    wait_copies<0>();
+  } else {
+    fill_ring();
+    wait_copies<STAGES>();
+  }
+#endif
+  __syncthreads();
+
+  const int g = lane >> 2, t = lane & 3;
+  const int column_token = COLUMNS == 1 ? min(g >> 1, TOKENS - 1) : g;
+  const u32 lane_codes = shared_address(codes) + column_token * 64 + t * 16;
+  const u32 lane_steps = shared_address(steps) + (COLUMNS == 1 ? min(t, TOKENS - 1) : t) * 16;
+
+  auto store = [&](int row_tile, int r, int token, float value) {
+    const int row = (first_row + row_tile) * TILE_ROWS + r;
+    if (row < n && token < m) y[(i64)token * n + row] = to_half(value + bias_at(bias, bias_kind, row));
+  };
+  // A block alone needs at most two places a warp: every row tile between its first and last it ends itself.
+  auto slot_of = [&](int w, int row_tile, int first) {
+    const int slot = !SPLIT ? 2 * w + (row_tile != first) : row_tile + w;
+    return partials + slot * TILE_ROWS * TOKENS * 4;
+  };
+
+  float totals[2][COLUMNS] = {};
+  int row_tile = first_of_warp, block = depth ? begin - first_of_warp * depth : 0, stage = 0;
+  bool whole = block == 0;
+  for (int at = begin; at < end; ++at) {
+    wait_copies<STAGES - 1>();
+    __syncwarp();
+    LaneTile tile;
+    tile.load(ring + stage * TILE_BYTES, lane);
+    __syncwarp();
+    copy_next(stage);
+    multiply_tile(totals, tile, lane_codes + block * CODES_A_BLOCK, lane_steps + block * STEPS_A_BLOCK);
+    stage = stage + 1 == STAGES ? 0 : stage + 1;
+    const bool row_ends = ++block == depth;
+    if (row_ends || at + 1 == end) {
+      const bool finished = !SPLIT && whole && row_ends;
+      const u32 slot = slot_of(warp, row_tile, first_of_warp);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+          const int token = COLUMNS == 1 ? t : 2 * t + c;
+          if (finished) {
+            store(row_tile, g + 8 * h, token, totals[h][c]);
+          } else if (token < TOKENS) {
+            asm volatile("st.shared.f32 [%0], %1;" ::"r"(slot + ((g + 8 * h) * TOKENS + token) * 4),
+                         "f"(totals[h][c])
+                         : "memory");
+          }
+          totals[h][c] = 0.0f;
+        }
+      }
+      ++row_tile;
+      block = 0;
+      whole = true;
+    }
+  }
+
+  __syncthreads();
+  constexpr int OUTPUTS = TILE_ROWS * TOKENS;  // of a row tile
+  const int total = rows * depth;
+  if (!SPLIT) {
+    // What a warp began of its last row tile and did not end, the warps after it ended.
+    for (int at = threadIdx.x; at < WARPS * OUTPUTS; at += THREADS) {
+      const int w = at / OUTPUTS, inside = at % OUTPUTS;
+      const int w_begin = share(total, w, WARPS), w_end = share(total, w + 1, WARPS);
+      const int last = (w_end - 1) / depth, row_end = (last + 1) * depth;
+      if (w_begin == w_end || last * depth < w_begin || row_end == w_end) continue;
+      const float sum = load_float(slot_of(w, last, w_begin / depth) + inside * 4);
+      store(last, inside / TOKENS, inside % TOKENS,
+            sum + sum_of_warps(partials + inside * 4, 2 * OUTPUTS * 4, total, w + 1, row_end));
+    }
+  } else {
+    for (int at = threadIdx.x; at < rows * OUTPUTS; at += THREADS) {
+      const int r = at / OUTPUTS, inside = at % OUTPUTS;
+      const int w = first_warp(total, r * depth);
+      const u32 place = slot_of(0, r, 0) + inside * 4;
+      const float sum = sum_of_warps(place, OUTPUTS * 4, total, w, (r + 1) * depth);
+      asm volatile("st.shared.f32 [%0], %1;" ::"r"(place + w * OUTPUTS * 4), "f"(sum) : "memory");
+    }
+    synchronize_cluster();
+    for (int at = rank * THREADS + threadIdx.x; at < rows * OUTPUTS; at += cluster * THREADS) {
+      const int r = at / OUTPUTS, inside = at % OUTPUTS;
+      float sum = 0.0f;
+#pragma unroll 4
+      for (int other = 0; other < cluster; ++other) {
+        const int other_depth = share(blocks, other + 1, cluster) - share(blocks, other, cluster);
+        const int w = first_warp(rows * other_depth, r * other_depth);
+        sum += load_of_rank(slot_of(w, r, 0) + inside * 4, other);
+      }
+      store(r, inside / TOKENS, inside % TOKENS, sum);
+    }
+    synchronize_cluster();  // no block may end while others read its shared memory
+  }
+}

@@ -1,0 +1,74 @@
+"""The operations on CUDA GPUs: which kernel does what. Arguments were checked by `ops`.
+
+| rows of x (M) | activations | kernel |
+|---|---|---|
+| 1 to `DECODE_M` | int8 | `decode`: one launch, quantises on the way |
+| more | bf16 | Hopper: `gemm_wgmma`. Other GPUs: `gemm_mma`, and from `PREFILL_M` on `prefill` |
+
+That is what "auto" picks; "int8" and "bf16" can be forced at any M. Nothing here waits for the GPU, and all of it
+can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from q6k_kernels import decode, gemm_mma, gemm_wgmma, launching, prefill, row_kernels
+
+DECODE_M = 8
+"""Rows of x up to which "auto" quantises activations: up to there it is faster, see kernels/NOTES.md."""
+PREFILL_M = 256
+"""Rows from which on expanding the weights for cuBLAS pays, on GPUs other than Hopper. Not measured there."""
+
+
+def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, activations: str = "auto") -> Tensor:
+    """The product of x and the transposed weights, plus the bias.
+
+    Args:
+        x: bfloat16 or float16 (..., K), any strides.
+        tiles: uint8 (T, K/256, tile_bytes), on the same GPU.
+        bias: bfloat16, float16 or float32 (n,), or None.
+        n: rows of the weight.
+        activations: "auto", "int8" or "bf16".
+
+    Returns:
+        (..., n) of x's dtype.
+
+    Raises:
+        CudaError: this GPU cannot run kernels, or something they need is missing (see `errors`).
+        ValueError: float32 activations, or "int8" with rows of activations too long for shared memory.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"x: on a GPU expected bfloat16 or float16, found {x.dtype}; convert it: x.bfloat16()")
+    device = launching.device(x.device.index)
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    rows, outputs = aligned_rows(x), y.view(-1, n)
+    m = len(rows)
+    if m == 0:
+        return y
+    if bias is not None:
+        bias = bias.detach().contiguous()
+    if activations == "int8" or (activations == "auto" and m <= DECODE_M):
+        decode.linear(rows, tiles, bias, n, outputs, device)
+    elif device.arch == gemm_wgmma.ARCH:
+        gemm_wgmma.linear(rows, tiles, bias, n, outputs, device)
+    elif m < PREFILL_M:
+        gemm_mma.linear(rows, tiles, bias, n, outputs)
+    else:
+        prefill.linear(rows, tiles, bias, n, outputs)
+    return y
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """The activations as (M, K), rows contiguous and 16-byte aligned: a view if they are so, else a copy."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    apart = rows.stride(0)
+    if rows.stride(1) == 1 and apart % 8 == 0 and apart >= rows.shape[1] and not rows.data_ptr() % 16:
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
+embedding = row_kernels.embedding
+dequantize = row_kernels.dequantize
+pack = row_kernels.pack

@@ -1,0 +1,246 @@
+"""Decode, up to 8 rows of activations in 8 bits: how `csrc/decode.cuh` is launched.
+
+A plan is chosen from sizes alone, so it can be tested anywhere. What decides it:
+
+1. A block's shared memory holds a ring of tiles for each warp, the activations of its part of K and the sums
+   of row tiles that several warps share. More tokens than fit are done in several launches.
+2. With clusters (sm_90 and later) blocks may split K: that fills a GPU where N is small, and lets long rows of
+   activations fit.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import product
+from typing import TYPE_CHECKING
+
+import torch
+
+from q6k_kernels import jit
+from q6k_kernels.ggml_types import SUPER_BLOCK
+from q6k_kernels.launching import Device, Variant, bias_arguments, common_macros, is_exact, stream
+from q6k_kernels.prepack import TILE_BYTES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FILE, KERNEL, QUANTIZE = "decode.cuh", "q6k_decode", "q6k_quantize"
+QUANTIZE_THREADS = 128
+TILE_ROWS = 16
+MOST_TOKENS = 8
+FUSED_TOKENS = 2
+"""Rows of activations that every block quantises for itself; more are quantised by a launch of their own."""
+TOKENS = (1, 2, 4, 8)
+CLUSTERS = (1, 2, 4, 8)
+_ARGUMENTS = struct.Struct("@PPPPqiiiiii")
+_QUANTIZE_ARGUMENTS = struct.Struct("@PPPqii")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One launch.
+
+    Attributes:
+        tokens: rows of activations the kernel is compiled for.
+        warps: of a block.
+        stages: tiles of a warp's ring.
+        occupancy: blocks on a multiprocessor.
+        cluster: blocks that split K.
+        ranges: blocks, or clusters, that split the row tiles.
+        early: whether rings are filled before activations are asked for.
+        shared_bytes: shared memory of a block.
+    """
+
+    tokens: int
+    warps: int
+    stages: int
+    occupancy: int
+    cluster: int
+    ranges: int
+    early: bool
+    shared_bytes: int
+
+
+SHAPES = ((8, 3, 2), (8, 2, 2), (16, 3, 1), (16, 2, 1), (8, 2, 1))
+"""Warps, stages and occupancy that the kernel is compiled for. Two blocks a multiprocessor overlap with the
+launches before and after, which is worth most where a launch is short; one larger block sums fewer parts."""
+SHORT = (10, 48)
+"""Tiles for each multiprocessor between which a launch counts as short; kernels/NOTES.md has the measurements."""
+LONG = 120
+"""And from which on it pays to fill rings before activations are asked for, if blocks quantise them."""
+
+
+@lru_cache(maxsize=4096)
+def plan(
+    m: int, n: int, k: int, exact: bool, device: Device, forced: tuple[int, int, int, int] | None = None
+) -> Plan | None:
+    """The launch for `m` rows (1..8) of activations, or None if so many do not fit in shared memory.
+
+    K is split over no more blocks than it takes to fit.
+
+    Args:
+        m: rows of activations.
+        n: rows of the weight.
+        k: columns of both.
+        exact: the scale format.
+        device: what the GPU offers.
+        forced: warps, stages, occupancy and cluster size, to measure them.
+    """
+    tokens = next(t for t in TOKENS if t >= m)
+    row_tiles, blocks = -(-n // TILE_ROWS), k // SUPER_BLOCK
+    clusters = [c for c in CLUSTERS if c <= min(blocks, 8 if device.arch >= 90 else 1)]
+    tiles = row_tiles * blocks / device.multiprocessors
+    short = SHORT[0] < tiles <= SHORT[1]
+    choices = [(*shape, c) for c in clusters for shape in _shapes(short, device)]
+    for warps, stages, occupancy, cluster in choices if forced is None else [forced]:
+        blocks_at_once = device.multiprocessors * occupancy
+        if short and tokens <= FUSED_TOKENS and forced is None:
+            blocks_at_once = device.multiprocessors
+        ranges = min(row_tiles, max(1, blocks_at_once // cluster))
+        early = tokens > FUSED_TOKENS or not SHORT[0] < tiles <= LONG
+        fitting = _shared_bytes(tokens, row_tiles, blocks, warps, stages, occupancy, cluster, ranges, exact, device)
+        if fitting is not None:
+            ranges, shared = fitting
+            return Plan(tokens, warps, stages, occupancy, cluster, ranges, early, shared)
+    return None
+
+
+def _shapes(short: bool, device: Device) -> list[tuple[int, int, int]]:
+    """Of `SHAPES` those to try, the best first."""
+    if device.shared_bytes < 160 << 10:
+        return [(8, 2, 1)]
+    large = [shape for shape in SHAPES if shape[0] == 16]
+    return [shape for shape in SHAPES if shape[2] == 2] + large if short else large
+
+
+def _shared_bytes(
+    tokens: int,
+    row_tiles: int,
+    blocks: int,
+    warps: int,
+    stages: int,
+    occupancy: int,
+    cluster: int,
+    ranges: int,
+    exact: bool,
+    device: Device,
+) -> tuple[int, int] | None:
+    """Ranges, more if need be, and shared memory of a block; None if it does not fit."""
+    limit = min(device.shared_bytes, device.multiprocessor_shared_bytes // occupancy - 1024)
+    ring = warps * stages * TILE_BYTES["exact" if exact else "bf16"]
+    activations = -(-blocks // cluster) * sum(activation_bytes(tokens))
+    slot = TILE_ROWS * tokens * 4  # sums of a row tile that a warp shares with others
+    slots = 2 * warps
+    if cluster > 1:
+        most_rows = (limit - ring - activations) // slot - warps
+        if most_rows < 1:
+            return None
+        ranges = max(ranges, -(-row_tiles // most_rows))
+        slots = -(-row_tiles // ranges) + warps
+    needed = ring + activations + slots * slot
+    return None if needed > limit else (ranges, needed)
+
+
+def activation_bytes(tokens: int) -> tuple[int, int]:
+    """Bytes of quantised activations of a super-block, and of their scales, as `csrc/decode.cuh` lays them out."""
+    padding = 16 if tokens <= FUSED_TOKENS else 0
+    return 4 * (64 * tokens + padding), 32 * tokens if tokens <= 4 else 256
+
+
+def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, y: Tensor, device: Device) -> None:
+    """Launches what `q6k_kernels.cuda.linear` has checked.
+
+    Args:
+        x: bf16 or fp16 (M, K), rows 16-byte aligned; M at will, 8 rows a launch.
+        tiles: uint8 (T, K/256, tile_bytes).
+        bias: (n,) or None.
+        n: rows of the weight.
+        y: x's dtype (M, n), contiguous.
+        device: of all of them.
+
+    Raises:
+        ValueError: not even one row of activations fits in the GPU's shared memory.
+    """
+    k, at = x.shape[1], 0
+    while at < len(x):
+        m = min(MOST_TOKENS, len(x) - at)
+        while (chosen := plan(m, n, k, is_exact(tiles), device)) is None:
+            if m == 1:
+                raise ValueError(
+                    f"activations int8: rows of K = {k} do not fit in the {device.shared_bytes} bytes of shared "
+                    f"memory of this GPU's blocks; use activations='bf16'"
+                )
+            m //= 2
+        _launch(chosen, x[at : at + m], tiles, bias, n, y[at : at + m], device)
+        at += m
+
+
+def _launch(chosen: Plan, x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, y: Tensor, device: Device) -> None:
+    (m, k), fp16 = x.shape, x.dtype == torch.float16
+    variant = _variant(
+        chosen.tokens, chosen.warps, chosen.stages, chosen.occupancy, chosen.cluster > 1, is_exact(tiles), fp16
+    )
+    kernel = jit.load(*variant, device.index)
+    into, bias_of, stride = stream(device), bias_arguments(bias), x.stride(0)
+    if chosen.tokens > FUSED_TOKENS:
+        x = _quantize(x, chosen.tokens, variant, into, device)
+    arguments = _ARGUMENTS.pack(
+        tiles.data_ptr(),
+        x.data_ptr(),
+        y.data_ptr(),
+        bias_of[0],
+        stride,
+        bias_of[1],
+        m,
+        n,
+        k,
+        tiles.shape[0],
+        chosen.early,
+    )
+    kernel.launch(
+        (chosen.ranges * chosen.cluster, 1, 1),
+        chosen.warps * 32,
+        arguments,
+        stream=into,
+        shared_bytes=chosen.shared_bytes,
+        cluster=chosen.cluster,
+        dependent=device.arch >= 90,
+    )
+
+
+def _quantize(x: Tensor, tokens: int, variant: Variant, into: int, device: Device) -> Tensor:
+    """The rows x (M, K) in 8 bits, as the decode kernel for `tokens` rows reads it."""
+    m, k = x.shape
+    codes, steps = (k // SUPER_BLOCK * each for each in activation_bytes(tokens))
+    quantized = torch.empty(codes + steps, dtype=torch.uint8, device=x.device)
+    arguments = _QUANTIZE_ARGUMENTS.pack(
+        x.data_ptr(), quantized.data_ptr(), quantized.data_ptr() + codes, x.stride(0), m, k
+    )
+    kernel = jit.load(FILE, QUANTIZE, variant[2], device.index)
+    blocks = -(-(m * k // 16) // QUANTIZE_THREADS)
+    kernel.launch((blocks, 1, 1), QUANTIZE_THREADS, arguments, stream=into, dependent=device.arch >= 90)
+    return quantized
+
+
+@cache
+def _variant(tokens: int, warps: int, stages: int, occupancy: int, split: bool, exact: bool, fp16: bool) -> Variant:
+    macros = (
+        ("Q6K_TOKENS", tokens),
+        ("Q6K_WARPS", warps),
+        ("Q6K_STAGES", stages),
+        ("Q6K_OCCUPANCY", occupancy),
+        ("Q6K_SPLIT", int(split)),
+    )
+    return FILE, KERNEL, common_macros(exact, fp16) + macros
+
+
+def variants(device: Device) -> list[Variant]:
+    """All that `linear` may load on a GPU."""
+    splits = (False, True) if device.arch >= 90 else (False,)
+    shapes = _shapes(True, device)
+    return [
+        _variant(tokens, *shape, split, exact, fp16)
+        for tokens, shape, split, exact, fp16 in product(TOKENS, shapes, splits, (False, True), (False, True))
+    ]

@@ -1,0 +1,227 @@
+// The PTX instructions that csrc/ uses, named as in the text with underscores; what they do is in the PTX ISA.
+// `translate` turns asm statements into calls of these; one that is missing does not compile.
+#pragma once
+
+#include "cuda_cpp.h"
+
+// ---- conversions -------------------------------------------------------------------------------------------
+
+static inline float emulated_bf16(uint32_t bits) { return bits_as<float>(bits << 16); }
+
+static inline uint32_t to_emulated_bf16(float value) {  // to nearest even
+  const uint32_t bits = bits_as<uint32_t>(value);
+  if (std::isnan(value)) return 0x7FFF;
+  return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+
+// bf16 of a sum or product known in fp64: to nearest even once, whatever fp32 would have made of it.
+static inline uint32_t to_emulated_bf16(double value) {
+  if (std::isnan(value)) return 0x7FFF;
+  if (value == 0 || std::isinf(value)) return to_emulated_bf16((float)value);
+  int exponent;
+  frexp(value, &exponent);
+  const double unit = ldexp(1.0, (exponent - 1 < -126 ? -126 : exponent - 1) - 7);
+  return to_emulated_bf16((float)(nearbyint(value / unit) * unit));
+}
+
+static inline float emulated_fp16(uint32_t bits) {
+  const int sign = bits >> 15 & 1, exponent = bits >> 10 & 31, fraction = bits & 1023;
+  float value;
+  if (exponent == 31) {
+    value = fraction ? NAN : INFINITY;
+  } else {
+    value = exponent ? ldexpf((float)(1024 + fraction), exponent - 25) : ldexpf((float)fraction, -24);
+  }
+  return sign ? -value : value;
+}
+
+static inline uint32_t to_emulated_fp16(float value) {  // to nearest even
+  if (std::isnan(value)) return 0x7FFF;
+  const uint32_t sign = std::signbit(value) ? 0x8000 : 0;
+  const double magnitude = fabs((double)value);
+  if (magnitude >= 65520) return sign | 0x7C00;
+  if (magnitude == 0) return sign;
+  int exponent;
+  frexp(magnitude, &exponent);
+  const int scale = (exponent - 1 < -14 ? -14 : exponent - 1) - 10;
+  const uint32_t steps = (uint32_t)nearbyint(ldexp(magnitude, -scale));  // up to 2048: a carry raises the exponent
+  return sign | (steps + ((uint32_t)(scale + 24) << 10));
+}
+
+static inline void cvt_f32_f16(float& d, uint16_t a) { d = emulated_fp16(a); }
+static inline void cvt_rn_f16x2_f32(uint32_t& d, float a, float b) {
+  d = to_emulated_fp16(a) << 16 | to_emulated_fp16(b);
+}
+static inline void cvt_rn_bf16x2_f32(uint32_t& d, float a, float b) {
+  d = to_emulated_bf16(a) << 16 | to_emulated_bf16(b);
+}
+static inline void fma_rn_bf16x2(uint32_t& d, uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result = 0;
+  for (int half = 0; half < 32; half += 16) {
+    // 8 + 8 bits, and a sum within fp64 where kernels use it
+    const double product = (double)emulated_bf16(a >> half & 0xFFFF) * emulated_bf16(b >> half & 0xFFFF);
+    result |= to_emulated_bf16(product + (double)emulated_bf16(c >> half & 0xFFFF)) << half;
+  }
+  d = result;
+}
+
+static inline void max_NaN_f32(float& d, float a, float b) {
+  d = std::isnan(a) || std::isnan(b) ? bits_as<float>(0x7FFFFFFFu) : fmaxf(a, b);
+}
+
+// ---- shared memory and copies ------------------------------------------------------------------------------
+
+template <typename T>
+static inline T& emulated_shared_at(uint32_t address) {
+  return *reinterpret_cast<T*>(emulator::from_shared_address(address, sizeof(T)));
+}
+static inline void ld_shared_v4_u32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t address) {
+  const uint4 v = emulated_shared_at<uint4>(address);
+  a = v.x, b = v.y, c = v.z, d = v.w;
+}
+static inline void ld_shared_v2_u32(uint32_t& a, uint32_t& b, uint32_t address) {
+  const uint2 v = emulated_shared_at<uint2>(address);
+  a = v.x, b = v.y;
+}
+static inline void ld_shared_u32(uint32_t& a, uint32_t address) { a = emulated_shared_at<uint32_t>(address); }
+static inline void ld_shared_u16(uint16_t& a, uint32_t address) { a = emulated_shared_at<uint16_t>(address); }
+static inline void ld_shared_f32(float& a, uint32_t address) { a = emulated_shared_at<float>(address); }
+static inline void st_shared_f32(uint32_t address, float a) { emulated_shared_at<float>(address) = a; }
+static inline void st_shared_u32(uint32_t address, uint32_t a) { emulated_shared_at<uint32_t>(address) = a; }
+static inline void st_shared_v4_u32(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  emulated_shared_at<uint4>(address) = {a, b, c, d};
+}
+
+static inline void cp_async_cg_shared_global(uint32_t to, const void* from, int bytes) {
+  if ((uintptr_t)from % bytes) emulator::fail("misaligned asynchronous copy");
+  uint8_t* const at = emulator::from_shared_address(to, bytes);
+  if (emulator::copies_at_once) {
+    memcpy(at, from, bytes);
+  } else {
+    emulator::current->copies.push_back({at, from, bytes, false});
+  }
+}
+static inline void cp_async_commit_group() { emulator::current->copies.push_back({nullptr, nullptr, 0, true}); }
+static inline void cp_async_wait_group(int pending) {
+  auto& copies = emulator::current->copies;
+  int groups = 0;
+  for (const auto& copy : copies) groups += copy.commits;
+  size_t at = 0;
+  for (; groups > pending; ++at) {
+    if (copies[at].commits) {
+      --groups;
+    } else {
+      memcpy(copies[at].to, copies[at].from, copies[at].bytes);
+    }
+  }
+  copies.erase(copies.begin(), copies.begin() + at);
+}
+
+// ---- clusters and launches ---------------------------------------------------------------------------------
+
+static inline uint32_t emulated_cluster_ctarank() { return emulator::current->block->rank; }
+static inline uint32_t emulated_cluster_nctarank() { return emulator::blocks.size(); }
+static inline void mov_u32(uint32_t& d, uint32_t a) { d = a; }
+static inline void mapa_shared_cluster_u32(uint32_t& d, uint32_t address, uint32_t rank) {
+  d = emulator::to_remote_address(address, rank);
+}
+static inline void ld_shared_cluster_f32(float& d, uint32_t address) { d = emulated_shared_at<float>(address); }
+static inline void barrier_cluster_arrive_aligned() {
+  emulator::current->cluster_phase = emulator::cluster.generation;
+  emulator::arrive(emulator::cluster);
+}
+static inline void barrier_cluster_wait_aligned() {
+  const uint64_t& generation = emulator::cluster.generation;
+  if (generation == emulator::current->cluster_phase) emulator::wait_for(generation);
+}
+// Grids run one after another.
+static inline void griddepcontrol_launch_dependents() {}
+static inline void griddepcontrol_wait() {}
+
+// ---- matrices ----------------------------------------------------------------------------------------------
+
+// Lane l gives the address of row l % 8 of matrix l / 8, and gets of each matrix row l / 4, elements 2(l % 4) and
+// the next.
+static inline void ldmatrix_sync_aligned_m8n8_x4_shared_b16(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d,
+                                                            uint32_t address) {
+  struct Operand { uint32_t address, result[4]; } operand{address, {}};
+  emulator::together("ldmatrix", operand, [](Operand** all) {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        const uint8_t* row = emulator::from_shared_address(all[8 * matrix + lane / 4]->address, 16);
+        memcpy(&all[lane]->result[matrix], row + lane % 4 * 4, 4);
+      }
+    }
+  });
+  a = operand.result[0], b = operand.result[1], c = operand.result[2], d = operand.result[3];
+}
+
+// Matrix units cut off what does not fit in fp32 instead of rounding it: the worst that is allowed.
+static inline float toward_zero(double value) {
+  const float nearest = (float)value;
+  return fabs((double)nearest) > fabs(value) ? nextafterf(nearest, 0.0f) : nearest;
+}
+
+template <typename Value>
+static inline void emulated_mma_16bit(float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1,
+                                      uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float c0, float c1,
+                                      float c2, float c3, Value value) {
+  struct Operand { uint32_t a[4], b[2]; float c[4]; } operand{{a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}};
+  emulator::together("mma.m16n8k16 of 16 bits", operand, [&](Operand** all) {
+    float a[16][16], b[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int half = 0; half < 2; ++half) {
+        for (int r = 0; r < 4; ++r) {
+          a[g + 8 * (r & 1)][2 * t + half + 8 * (r >> 1)] = value(all[lane]->a[r] >> 16 * half & 0xFFFF);
+        }
+        for (int r = 0; r < 2; ++r) b[2 * t + half + 8 * r][g] = value(all[lane]->b[r] >> 16 * half & 0xFFFF);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int r = 0; r < 4; ++r) {
+        const int row = lane / 4 + 8 * (r >> 1), column = lane % 4 * 2 + (r & 1);
+        double sum = all[lane]->c[r];
+        for (int k = 0; k < 16; ++k) sum += (double)a[row][k] * b[k][column];
+        all[lane]->c[r] = toward_zero(sum);
+      }
+    }
+  });
+  d0 = operand.c[0], d1 = operand.c[1], d2 = operand.c[2], d3 = operand.c[3];
+}
+static inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(
+    float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+    uint32_t b1, float c0, float c1, float c2, float c3) {
+  emulated_mma_16bit(d0, d1, d2, d3, a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, emulated_bf16);
+}
+static inline void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(
+    float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+    uint32_t b1, float c0, float c1, float c2, float c3) {
+  emulated_mma_16bit(d0, d1, d2, d3, a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, emulated_fp16);
+}
+
+static inline void mma_sync_aligned_m16n8k16_row_col_s32_s8_s8_s32(
+    uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3, uint32_t a0, uint32_t a1, uint32_t b0, uint32_t c0,
+    uint32_t c1, uint32_t c2, uint32_t c3) {
+  struct Operand { uint32_t a[2], b, c[4]; } operand{{a0, a1}, b0, {c0, c1, c2, c3}};
+  emulator::together("mma.m16n8k16 of 8 bits", operand, [](Operand** all) {
+    int8_t a[16][16], b[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int byte = 0; byte < 4; ++byte) {
+        for (int r = 0; r < 2; ++r) a[g + 8 * r][4 * t + byte] = (int8_t)(all[lane]->a[r] >> 8 * byte);
+        b[4 * t + byte][g] = (int8_t)(all[lane]->b >> 8 * byte);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int r = 0; r < 4; ++r) {
+        uint32_t sum = all[lane]->c[r];
+        for (int k = 0; k < 16; ++k) {
+          sum += (uint32_t)(a[lane / 4 + 8 * (r >> 1)][k] * b[k][lane % 4 * 2 + (r & 1)]);
+        }
+        all[lane]->c[r] = sum;
+      }
+    }
+  });
+  d0 = operand.c[0], d1 = operand.c[1], d2 = operand.c[2], d3 = operand.c[3];
+}

@@ -1,0 +1,147 @@
+"""How kernels are launched, from sizes alone: every plan fits the GPU and covers the product exactly."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from q6k_kernels import cuda, decode, gemm_wgmma, prefill, variants
+from q6k_kernels.launching import Device
+from q6k_kernels.prepack import TILE_BYTES
+
+H200 = Device(0, 90, 132, 227 << 10, 228 << 10)
+SHAPES = [
+    *((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096)),  # Llama 3 8B
+    *((21504, 5376), (5376, 21504), (4096, 5376), (2048, 5376), (5376, 4096), (262144, 5376)),  # Gemma 3 27B
+    *((12288, 4096), (4096, 12288), (151936, 4096)),  # Qwen3 8B
+    *((1, 256), (17, 768), (1001, 2560), (1, 21504), (4000000, 256)),
+]
+GPUS = [variants.device_like(arch) for arch in variants.ARCHITECTURES]
+
+
+def part(total: int, index: int, parts: int) -> int:
+    """`share` of the kernels."""
+    return total * index // parts
+
+
+@pytest.mark.parametrize("gpu", [*GPUS, H200], ids=lambda gpu: f"sm_{gpu.arch}-{gpu.multiprocessors}")
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("m", range(1, 9))
+def test_decode_plans_fit_and_cover(gpu: Device, exact: bool, m: int) -> None:
+    for n, k in SHAPES:
+        plan = decode.plan(m, n, k, exact, gpu)
+        if plan is None:  # then fewer rows at a time; one always fits
+            assert m > 1
+            continue
+        row_tiles, blocks = -(-n // 16), k // 256
+        assert plan.tokens >= m
+        assert plan.shared_bytes <= gpu.shared_bytes
+        assert plan.occupancy * (plan.shared_bytes + 1024) <= gpu.multiprocessor_shared_bytes
+        assert plan.cluster == 1 or gpu.arch >= 90
+        assert plan.cluster <= min(8, blocks)
+        assert 1 <= plan.ranges <= row_tiles
+        assert row_tiles * plan.ranges < 1 << 31
+        rows = max(
+            part(row_tiles, i + 1, plan.ranges) - part(row_tiles, i, plan.ranges) for i in range(plan.ranges)
+        )
+        depth = -(-blocks // plan.cluster)
+        assert rows * depth * plan.warps < 1 << 31
+        # What csrc/decode.cuh lays out: ring, activations, their scales, sums.
+        ring = plan.warps * plan.stages * TILE_BYTES["exact" if exact else "bf16"]
+        codes = depth * 4 * (64 * plan.tokens + (16 if plan.tokens <= 2 else 0))
+        steps = depth * (32 * plan.tokens if plan.tokens <= 4 else 256)
+        slots = 2 * plan.warps if plan.cluster == 1 else rows + plan.warps
+        assert plan.shared_bytes >= ring + codes + steps + slots * 16 * plan.tokens * 4
+
+
+def test_decode_splits_k_where_activations_would_not_fit() -> None:
+    assert decode.plan(8, 5376, 21504, False, H200).cluster > 1
+    assert decode.plan(1, 5376, 21504, False, H200).cluster == 1
+    assert decode.plan(8, 5376, 21504, False, replace(H200, arch=80)) is None
+
+
+def test_a_forced_plan_is_taken_or_refused() -> None:
+    plan = decode.plan(4, 4096, 4096, False, H200, (8, 2, 2, 2))
+    assert (plan.warps, plan.stages, plan.occupancy, plan.cluster) == (8, 2, 2, 2)
+    assert decode.plan(8, 4096, 21504, False, H200, (16, 3, 1, 1)) is None
+
+
+def test_activations_too_long_for_shared_memory_are_an_error() -> None:
+    x = torch.zeros(1, 256 * 1024, dtype=torch.bfloat16)
+    tiles = torch.zeros(1, 1024, 3584, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"rows of K = 262144 do not fit .* use activations='bf16'"):
+        decode.linear(x, tiles, None, 1, torch.empty(1, 1), replace(H200, arch=80))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("config", gemm_wgmma.CONFIGS, ids=str)
+def test_gemm_configurations_fit(config: gemm_wgmma.Config, exact: bool) -> None:
+    shared = config.shared_bytes(exact)
+    assert shared <= H200.shared_bytes
+    assert config.occupancy * (shared + 1024) <= H200.multiprocessor_shared_bytes
+    rings = config.x_stages * config.tokens * 128 + config.tile_stages * config.rows // 16 * 3360
+    assert (
+        config.tokens * (config.rows + 4) * 4 <= rings or config.tokens > 128
+    )  # sums of a split K reuse the rings
+
+
+@pytest.mark.parametrize("m", [1, 9, 16, 17, 33, 64, 127, 128, 129, 256, 512, 1000, 2048, 4096])
+def test_gemm_parts_cover_every_row_once(m: int) -> None:
+    for n, k in SHAPES:
+        at = 0
+        for first, rows, plan in gemm_wgmma.parts(m, n, k, H200):
+            assert first == at
+            assert first % 16 == 0
+            assert plan.token_blocks * plan.config.tokens >= m
+            assert plan.row_blocks * plan.config.rows >= rows
+            assert plan.cluster <= k // 256
+            at += rows
+        assert at == n
+
+
+def test_a_last_wave_that_is_nearly_empty_becomes_a_launch_of_its_own() -> None:
+    (first, rows, main), (_, rest, tail) = gemm_wgmma.parts(2048, 21504, 5376, H200)
+    assert (first, main.token_blocks * main.row_blocks % 132) == (0, 0)
+    assert rows + rest == 21504
+    assert tail.config.tokens < main.config.tokens
+
+
+def test_every_plan_is_among_the_compiled_variants() -> None:
+    for gpu in GPUS:
+        known = set(variants.all_variants(gpu.arch))
+        for (n, k), m, exact in itertools.product(SHAPES, range(1, 9), (False, True)):
+            plan = decode.plan(m, n, k, exact, gpu)
+            if plan is not None:
+                shape = plan.tokens, plan.warps, plan.stages, plan.occupancy, plan.cluster > 1
+                assert decode._variant(*shape, exact, False) in known
+        if gpu.arch == gemm_wgmma.ARCH:
+            for (n, k), m in itertools.product(SHAPES, (9, 64, 300, 2048)):
+                for _, _, each in gemm_wgmma.parts(m, n, k, gpu):
+                    assert gemm_wgmma._variant(each.config, each.cluster > 1, True, True) in known
+
+
+@pytest.mark.parametrize(("m", "k"), [(256, 4096), (4096, 21504), (100000, 256)])
+def test_a_slice_for_cublas_stays_in_its_scratch(m: int, k: int) -> None:
+    rows = prefill.slice_rows(m, k)
+    assert rows % 16 == 0
+    assert rows * (2 * k + 4 * m) <= prefill.SCRATCH_BYTES or rows == 16
+
+
+def test_rows_are_copied_only_where_a_kernel_could_not_read_them() -> None:
+    wide = torch.zeros(8, 1024, dtype=torch.bfloat16)
+    for x in (wide, wide[:, :512], wide[::2], wide[:3], wide.view(2, 4, 1024)):
+        assert cuda.aligned_rows(x).data_ptr() == x.data_ptr()
+    flat = torch.zeros(8 * 1025, dtype=torch.bfloat16)
+    for x in (
+        wide.T.contiguous().T,
+        flat[1 : 1 + 8 * 1024].view(8, 1024),
+        wide[:1].expand(8, 1024),
+        flat.view(8, 1025)[:, :512],
+    ):
+        rows = cuda.aligned_rows(x)
+        assert rows.data_ptr() != x.data_ptr()
+        assert rows.is_contiguous()
+        assert torch.equal(rows, x)
