@@ -1,0 +1,80 @@
+"""The GPU's tests: skipped where there is none, kernels compiled beforehand.
+
+    pytest tests/gpu -m gpu
+    compute-sanitizer --tool memcheck python -m pytest tests/gpu -m sanitize     (also racecheck, synccheck)
+
+They need no installation: PYTHONPATH=.:kernels will do. `-m sanitize` is a selection of small sizes that goes
+through every kernel once, as the sanitizer's tools are slow.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+MANY_TESTS = 40
+"""From so many on, compiling all kernels at once, in as many processes as there are processors, saves time."""
+COMPILE = """
+import ast, contextlib, sys
+from q6k_kernels import jit
+for file, defines in ast.literal_eval(sys.argv[2]):
+    with contextlib.suppress(Exception):
+        jit.cubin(file, defines, sys.argv[1])
+"""
+
+
+def _reason_to_skip() -> str | None:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return "torch is not installed"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return None if torch.cuda.is_available() else "torch sees no CUDA GPU"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs a GPU where there is none, and says why."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and (reason := _reason_to_skip()) is not None:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled(request: pytest.FixtureRequest) -> None:
+    """Fills the disk cache with this GPU's kernels. One that does not compile fails in the test that needs it."""
+    if len([item for item in request.session.items if item.get_closest_marker("gpu")]) < MANY_TESTS:
+        return
+    if _reason_to_skip() is not None:
+        return
+    import torch
+
+    from q6k_kernels import compiler, variants
+
+    major, minor = torch.cuda.get_device_capability()
+    units = sorted({(file, defines) for file, _, defines in variants.all_variants(10 * major + minor)})
+    arch, shares = compiler.architecture((major, minor)), os.cpu_count() or 1
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", COMPILE, arch, repr(units[share::shares])], stderr=subprocess.DEVNULL
+        )
+        for share in range(min(shares, len(units)))
+    ]
+    for process in processes:
+        process.wait()
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        yield
+        return
+    with torch.no_grad():
+        yield

@@ -1,0 +1,143 @@
+"""Every kernel and every way of launching it, forced, on small sizes: also what compute-sanitizer runs.
+
+compute-sanitizer --tool memcheck python -m pytest tests/gpu -m sanitize
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import fp64  # noqa: E402
+from gpu_weights import DEVICE, bias_of, inputs, linear, poisoned_call, random_source, weight  # noqa: E402
+from q6k_kernels import decode, gemm_mma, gemm_wgmma, launching, prefill, prepack, reference  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.sanitize]
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def this_gpu() -> launching.Device:
+    return launching.device(torch.cuda.current_device())
+
+
+@pytest.mark.parametrize("scales", ["bf16", "exact"])
+@pytest.mark.parametrize("tokens", decode.TOKENS)
+def test_decode_with_every_split(tokens: int, scales: str) -> None:
+    """Every shape of a block, clusters of 1 to 8, rows that end within a tile, fewer tokens than there is room."""
+    device, n, k = this_gpu(), 133, 2304
+    w, bias = weight("random", n, k, scales), bias_of(n, BF16)
+    clusters = [cluster for cluster in decode.CLUSTERS if cluster == 1 or device.arch >= 90]
+    met = set()
+    for dtype in (BF16, FP16):
+        x = inputs(tokens, k, dtype)
+        exact = fp64.linear(x, w.q, w.s, "int8").plus(bias)
+        for shape, cluster, m in itertools.product(decode.SHAPES, clusters, {tokens, tokens // 2 + 1}):
+            plan = decode.plan(m, n, k, scales == "exact", device, (*shape, cluster))
+            if plan is None:  # takes more shared memory than this GPU has
+                continue
+            met.add((shape, cluster))
+            y = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
+            decode._launch(plan, x[:m], w.tiles, bias, n, y, device)
+            fp64.assert_right(y, exact.rows(m), f"{plan} M={m} {dtype}")
+    assert {cluster for _, cluster in met} == set(clusters)
+
+
+@pytest.mark.parametrize("config", gemm_wgmma.CONFIGS, ids=str)
+def test_gemm_wgmma_with_every_configuration(config: gemm_wgmma.Config) -> None:
+    """Whole and partial blocks of tokens and rows, K whole and split over clusters."""
+    device = this_gpu()
+    if device.arch != gemm_wgmma.ARCH:
+        pytest.skip(f"wgmma is of compute capability 9.0, this GPU has {device.arch / 10}")
+    n, k, most = config.rows + 21, 1280, config.tokens + 3
+    for scales, dtype in (("bf16", BF16), ("exact", FP16), ("bf16", FP16), ("exact", BF16)):
+        w, bias, x = weight("random", n, k, scales), bias_of(n, torch.float32), inputs(most, k, dtype)
+        exact = fp64.linear(x, w.q, w.s, "bf16").plus(bias)
+        for cluster in (1, 2, 4) if gemm_wgmma._may_split(config) else (1,):
+            for m in (1, config.tokens, most):
+                plan = gemm_wgmma.Plan(config, cluster, -(-m // config.tokens), -(-n // config.rows))
+                y = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
+                gemm_wgmma.linear(x[:m], w.tiles, bias, n, y, device, plan)
+                fp64.assert_right(y, exact.rows(m), f"M={m} cluster {cluster} {scales} scales {dtype}")
+
+
+@pytest.mark.parametrize("config", gemm_mma.CONFIGS, ids=str)
+def test_gemm_mma_with_every_configuration(config: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every GPU, also those on which the operation has something better."""
+    device, n, k, most = this_gpu(), 150, 1280, config[0] + 3
+    for scales, dtype in (("bf16", BF16), ("exact", FP16), ("bf16", FP16), ("exact", BF16)):
+        w, bias, x = weight("random", n, k, scales), bias_of(n, torch.float32), inputs(most, k, dtype)
+        exact = fp64.linear(x, w.q, w.s, "bf16").plus(bias)
+        for splits in (1, 2, 5):
+            for m in (1, config[0], most):
+                plan = gemm_mma._plan(config, splits, m, n, scales == "exact", device)
+                monkeypatch.setattr(gemm_mma, "plan", lambda *_, plan=plan: plan)
+                y = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
+                poisoned_call(gemm_mma.linear, x[:m], w.tiles, bias, n, y)
+                fp64.assert_right(y, exact.rows(m), f"M={m}, {splits} splits, {scales} scales, {dtype}")
+
+
+@pytest.mark.parametrize("scales", ["bf16", "exact"])
+def test_expanding_slices_for_cublas(scales: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every GPU; in one slice and in several, the last a part of a tile."""
+    n, k, m = 133, 768, 40
+    w, bias = weight("random", n, k, scales), bias_of(n, BF16)
+    for scratch in (prefill.SCRATCH_BYTES, 1 << 17, 1):
+        monkeypatch.setattr(prefill, "SCRATCH_BYTES", scratch)
+        for dtype in (BF16, FP16):
+            x = inputs(m, k, dtype)
+            y = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
+            poisoned_call(prefill.linear, x, w.tiles, bias, n, y)
+            fp64.assert_right(y, fp64.linear(x, w.q, w.s, "bf16").plus(bias), f"{scratch} bytes, {dtype}")
+
+
+@pytest.mark.parametrize("m", [2, 17, 65, 130, 300])
+def test_sixteen_bits_as_the_operation_launches_it(m: int) -> None:
+    for n, k, scales in ((33, 512, "bf16"), (33, 512, "exact"), (150, 768, "bf16"), (150, 768, "exact")):
+        w, x, bias = weight("random", n, k, scales), inputs(m, k, BF16), bias_of(n, FP16)
+        fp64.assert_right(linear(x, w, bias, "bf16"), fp64.linear(x, w.q, w.s, "bf16").plus(bias), f"{n}x{k}")
+
+
+@pytest.mark.parametrize("formula", ["int8", "bf16"])
+def test_rows_that_lie_anywhere(formula: str) -> None:
+    """At the very end of an allocation of their own, unaligned, one row and several."""
+    n, k = 48, 512
+    w = weight("random", n, k, "bf16")
+    for m in (1, 7, 40):
+        x = inputs(m, k, BF16)
+        flat = torch.empty(m * k + 1, dtype=BF16, device=DEVICE)
+        flat[1:] = x.flatten()
+        exact = fp64.linear(x, w.q, w.s, formula)
+        fp64.assert_right(linear(flat[1:].view(m, k), w, None, formula), exact, f"M={m}")
+
+
+@pytest.mark.parametrize("scales", ["bf16", "exact"])
+def test_pack(scales: str) -> None:
+    for n, k, stack in ((1, 256, None), (33, 768, None), (17, 512, 3)):
+        w = weight("random", n, k, scales, stack)
+        expected = prepack.pack(*(None if p is None else p.cpu() for p in w.planes))
+        fp64.assert_same_bits(poisoned_call(torch.ops.q6k.pack, *w.planes), expected)
+
+
+@pytest.mark.parametrize("scales", ["bf16", "exact"])
+def test_dequantize(scales: str) -> None:
+    for n, k in ((1, 256), (33, 768)):
+        w = weight("random", n, k, scales)
+        planes = [None if p is None else p.cpu() for p in w.planes]
+        for dtype in reference.FLOATS:
+            found = poisoned_call(torch.ops.q6k.dequantize, w.tiles, n, dtype)
+            fp64.assert_same_bits(found, reference.dequantize(*planes, dtype=dtype))
+
+
+@pytest.mark.parametrize("scales", ["bf16", "exact"])
+def test_embedding(scales: str) -> None:
+    n, k = 33, 768
+    w = weight("random", n, k, scales)
+    at = torch.randint(n, (7, 3), device=DEVICE, generator=random_source())
+    for dtype in reference.FLOATS:
+        for index_dtype in (torch.int32, torch.int64):
+            found = poisoned_call(torch.ops.q6k.embedding, at.to(index_dtype), w.tiles, n, dtype)
+            fp64.assert_same_bits(found, w.weights(dtype)[at])

@@ -1,0 +1,159 @@
+"""Packing, dequantising and embedding on a GPU: right to the bit."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import fp64  # noqa: E402
+import gpu_weights  # noqa: E402
+from gpu_weights import poisoned_call, random_source, weight  # noqa: E402
+from q6k_kernels import prepack, reference  # noqa: E402
+from q6k_kernels.weight import PackedWeight  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+KINDS = ["genuine", "random", "extreme"]
+SHAPES = [(1, 256), (16, 256), (17, 768), (31, 2560), (33, 5376), (250, 1024), (1001, 512)]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+CASES = list(itertools.product(KINDS, SHAPES, ("bf16", "exact")))
+
+
+def on_the_cpu(planes: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(None if plane is None else plane.cpu() for plane in planes)
+
+
+def unaligned(plane: torch.Tensor | None) -> torch.Tensor | None:
+    """The same plane one element further in memory."""
+    if plane is None:
+        return None
+    flat = plane.new_empty(plane.numel() + 1)
+    flat[1:] = plane.flatten()
+    return flat[1:].view(plane.shape)
+
+
+@pytest.mark.parametrize(("kind", "shape", "scales"), CASES)
+def test_pack_is_that_of_the_cpu(kind: str, shape: tuple[int, int], scales: str) -> None:
+    w = weight(kind, *shape, scales)
+    expected = prepack.pack(*on_the_cpu(w.planes))
+    tiles = poisoned_call(torch.ops.q6k.pack, *w.planes)
+    fp64.assert_same_bits(tiles, expected, f"{kind} {shape}")
+    assert tiles.is_contiguous()
+    assert tiles.data_ptr() % 16 == 0
+    fp64.assert_same_bits(poisoned_call(torch.ops.q6k.pack, *map(unaligned, w.planes)), expected, "unaligned")
+
+
+@pytest.mark.parametrize("scales", ["bf16", "exact"])
+@pytest.mark.parametrize(("experts", "n", "k"), [(1, 17, 256), (3, 33, 512), (8, 64, 768)])
+def test_stacks_are_packed_and_sliced(experts: int, n: int, k: int, scales: str) -> None:
+    w = weight("genuine", n, k, scales, experts)
+    tiles = poisoned_call(torch.ops.q6k.pack, *w.planes)
+    fp64.assert_same_bits(tiles, prepack.pack(*on_the_cpu(w.planes)))
+    x = gpu_weights.inputs(9, k, torch.bfloat16)
+    for expert in range(experts):
+        one = gpu_weights.Weight(w.q[expert], w.sub_scales[expert], w.d[expert], w.scales)
+        fp64.assert_same_bits(tiles[expert], one.tiles, f"expert {expert}")
+        found = poisoned_call(torch.ops.q6k.dequantize, tiles[expert], n, torch.float32)
+        fp64.assert_same_bits(found, one.weights(torch.float32), f"expert {expert}")
+        for m, formula in ((1, "int8"), (9, "bf16")):
+            y = poisoned_call(torch.ops.q6k.linear, x[:m], tiles[expert], None, n, formula)
+            fp64.assert_right(y, fp64.linear(x[:m], one.q, one.s, formula), f"expert {expert}")
+
+
+def test_a_plane_with_strides_is_packed() -> None:
+    w = weight("random", 40, 512, "exact")
+    wide = [torch.cat((plane, plane), 1)[:, : plane.shape[1]] for plane in w.planes if plane is not None]
+    assert not any(plane.is_contiguous() for plane in wide)
+    fp64.assert_same_bits(poisoned_call(torch.ops.q6k.pack, *wide), w.tiles)
+
+
+def test_a_large_weight_is_packed_and_unpacked() -> None:
+    """21504 x 5376: tiles by the GPU, planes from them again by plain torch."""
+    w = weight("genuine", 21504, 5376, "bf16")
+    for found, expected in zip(prepack.unpack(w.tiles, w.n), w.planes, strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            fp64.assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "shape", "scales"), CASES)
+def test_dequantize_is_the_references(kind: str, shape: tuple[int, int], scales: str, dtype: torch.dtype) -> None:
+    w = weight(kind, *shape, scales)
+    found = poisoned_call(torch.ops.q6k.dequantize, w.tiles, w.n, dtype)
+    fp64.assert_same_bits(found, reference.dequantize(*on_the_cpu(w.planes), dtype=dtype), "reference")
+    fp64.assert_same_bits(found, w.weights(dtype), "codes times scales")
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "shape", "scales"), CASES)
+def test_embedding_is_rows_of_the_reference(
+    kind: str, shape: tuple[int, int], scales: str, dtype: torch.dtype, index_dtype: torch.dtype
+) -> None:
+    w = weight(kind, *shape, scales)
+    rows = reference.dequantize(*on_the_cpu(w.planes), dtype=dtype).to(gpu_weights.DEVICE)
+    some = torch.randint(w.n, (37,), device=gpu_weights.DEVICE, generator=random_source(w.n))
+    every = torch.arange(w.n, device=gpu_weights.DEVICE).flip(0)
+    for indices in (some, every, some[:36].view(3, 4, 3), some[:1], some[0], some[:0], some[:0].view(0, 5)):
+        at = indices.to(index_dtype)
+        found = poisoned_call(torch.ops.q6k.embedding, at, w.tiles, w.n, dtype)
+        fp64.assert_same_bits(found, rows[indices], f"indices {tuple(indices.shape)}")
+    for at in (some[::3], some[:36].view(6, 6).T):
+        assert not at.is_contiguous()
+        found = poisoned_call(torch.ops.q6k.embedding, at.to(index_dtype), w.tiles, w.n, dtype)
+        fp64.assert_same_bits(found, rows[at], "indices with strides")
+
+
+@pytest.mark.parametrize("scales", ["bf16", "exact"])
+def test_embedding_of_a_large_vocabulary(scales: str) -> None:
+    """262144 x 5376: expanded it takes more bytes than 32 bits can count."""
+    n, k = 262144, 5376
+    w = weight("genuine", n, k, scales)
+    at = torch.randint(n, (4096,), device=gpu_weights.DEVICE, generator=random_source())
+    at[:3] = torch.tensor([0, n - 1, n - 17], device=at.device)
+    found = poisoned_call(torch.ops.q6k.embedding, at, w.tiles, n, torch.bfloat16)
+    fp64.assert_same_bits(found, some_rows(w, at))
+    every = poisoned_call(torch.ops.q6k.dequantize, w.tiles, n, torch.bfloat16)
+    fp64.assert_same_bits(every[at], found)
+    fp64.assert_same_bits(every[-40:], some_rows(w, slice(n - 40, n)))
+
+
+def some_rows(w: gpu_weights.Weight, which: Any) -> torch.Tensor:
+    return gpu_weights.Weight(w.q[which], w.sub_scales[which], w.d[which], w.scales).weights(torch.bfloat16)
+
+
+@pytest.mark.parametrize("scales", ["bf16", "exact"])
+def test_slices_of_rows(scales: str) -> None:
+    n, k = 250, 1024
+    w = weight("genuine", n, k, scales)
+    packed = PackedWeight.from_planes(*w.planes)
+    x = gpu_weights.inputs(20, k, torch.bfloat16)
+    for start, stop in ((0, 16), (16, 240), (240, 250), (0, 250), (64, 128)):
+        part = packed.rows(start, stop)
+        q, s = w.q[start:stop], w.s[start:stop]
+        for m, formula in ((1, "int8"), (20, "bf16")):
+            y = poisoned_call(torch.ops.q6k.linear, x[:m], part.tiles, None, part.n, formula)
+            fp64.assert_right(y, fp64.linear(x[:m], q, s, formula), f"rows {start} to {stop}")
+        found = poisoned_call(torch.ops.q6k.dequantize, part.tiles, part.n, torch.float16)
+        fp64.assert_same_bits(found, w.weights(torch.float16)[start:stop])
+
+
+def test_what_is_refused() -> None:
+    w = weight("genuine", 33, 512, "exact")
+    ql, qh, scale, steps = w.planes
+    at = torch.zeros(3, dtype=torch.int64, device=ql.device)
+    for call, words in (
+        (lambda: torch.ops.q6k.pack(ql, qh.cpu(), scale, steps), "one device"),
+        (lambda: torch.ops.q6k.pack(ql, qh[:, :-1], scale, steps), "qh"),
+        (lambda: torch.ops.q6k.embedding(at.cpu(), w.tiles, 33, torch.bfloat16), "one device"),
+        (lambda: torch.ops.q6k.embedding(at.float(), w.tiles, 33, torch.bfloat16), "indices"),
+        (lambda: torch.ops.q6k.embedding(at, w.tiles, 33, torch.float64), "float64"),
+        (lambda: torch.ops.q6k.dequantize(w.tiles, 49, torch.bfloat16), "49"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()

@@ -1,0 +1,61 @@
+"""`verify --device cuda` with a GPU: the whole stage, on a bundle made here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from gguf_builder import small_model, weight
+from q6k_convert import cli, q6k, stream
+from q6k_convert.convert import convert
+from q6k_convert.plan import Options
+from q6k_kernels import planar
+
+torch = pytest.importorskip("torch")
+
+pytestmark = pytest.mark.gpu
+
+LARGER = [weight("blk.1.ffn_up.weight", (1000, 2048), seed=8), weight("blk.1.exps.weight", (6, 33, 512), seed=9)]
+
+
+def to_planes(blocks: Any, arrays: dict[str, Any], scales: str) -> int | None:
+    """In numpy: the compiled repacker need not be installed where kernels are tested."""
+    raw = np.frombuffer(blocks, np.uint8).reshape(-1, q6k.BLOCK_BYTES)
+    codes, scale = q6k.decode(raw)
+    ql, qh = planar.pack(codes)
+    found = {"ql": ql, "qh": qh, "scale": planar.round_to_bf16(scale)}
+    if scales == "exact":
+        found |= {"scale": raw[:, q6k.SCALES_AT : q6k.D_AT], "steps": raw[:, q6k.D_AT :]}
+    for role, array in found.items():
+        np.frombuffer(arrays[role], np.uint8)[:] = np.ascontiguousarray(array).view(np.uint8).ravel()
+    return None
+
+
+@pytest.fixture(params=["bf16", "exact"])
+def bundle(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(stream, "to_planes", to_planes)
+    scales: Literal["bf16", "exact"] = request.param
+    model = small_model()
+    model.tensors += LARGER
+    convert(model.write(tmp_path / "model.gguf"), tmp_path / "out", Options(scales=scales, other="raw"))
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+def test_every_packed_tensor_is_right_on_the_gpu(bundle: Path, device: str) -> None:
+    result = CliRunner().invoke(cli.app, ["verify", str(bundle), "--device", device, "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    (stage,) = [stage for stage in report["stages"] if stage["stage"] == "device"]
+    assert stage["state"] == "passed"
+    assert f"kernels on one {torch.cuda.get_device_name()}" in stage["detail"]
+    runs = [run for tensor in report["tensors"] for run in tensor["device"] or ()]
+    assert len(runs) == 3 * (1 + 1 + 2 + 1 + 4)  # embedding, attn_q, two experts, ffn_up, four of six experts
+    assert {(run["m"], run["activations"]) for run in runs} == {(1, "int8"), (16, "bf16"), (512, "bf16")}
+    assert all(run["passed"] and run["seconds"] > 0 and run["gb_per_s"] > 0 for run in runs)
+    assert max(run["worst_error_in_tolerances"] for run in runs) > 0.1
