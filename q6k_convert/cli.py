@@ -208,7 +208,10 @@ def verify(
     ] = False,
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
-        typer.Option(help="Run the packed tensors there too; auto: on a GPU if there is one."),
+        typer.Option(
+            help="Run the packed tensors there too: by the kernels, or the reference on the CPU; "
+            "auto: on a GPU if all it takes is there."
+        ),
     ] = "auto",
     all_tensors: Annotated[
         bool, typer.Option("--all", help="Show every tensor, not only the worst.", show_default="off")
@@ -253,10 +256,24 @@ def verify(
             raise typer.Exit(int(ExitCode.VERIFICATION_FAILED))
 
 
+@app.command(epilog=EXIT_CODES)
+def doctor(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
+    """Say what of torch, driver, GPUs and compiler is here, and test the kernels."""
+    with _reporting(as_json, False, verbose) as terminal:
+        from q6k_convert.doctor import examine
+
+        report = examine()
+        terminal.examination(report)
+        terminal.document(report)
+        if report["status"] != "ok":
+            raise typer.Exit(int(ExitCode.ENVIRONMENT))
+
+
 @contextmanager
 def _reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
     """Turns whatever goes wrong inside into a message and an exit code."""
     from q6k_convert.terminal import Terminal
+    from q6k_kernels.errors import CudaError
     from q6k_kernels.manifest import BundleError
 
     terminal = Terminal(as_json=as_json, quiet=quiet)
@@ -276,6 +293,8 @@ def _reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
         yield terminal
     except Q6KConvertError as error:
         fail(error.exit_code, error.cause, error.remedy)
+    except CudaError as error:
+        fail(ExitCode.ENVIRONMENT, error.cause, error.remedy)
     except BundleError as error:
         fail(ExitCode.INPUT_REJECTED, str(error), "Make the bundle again from its GGUF file.")
     except BrokenPipeError:

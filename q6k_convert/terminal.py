@@ -206,6 +206,22 @@ class Terminal:
         if len(ordered) > len(table.rows):
             self._say(f"the worst {len(table.rows)} of {len(ordered)} tensors; --all shows every one")
 
+    def examination(self, report: Row) -> None:
+        """What of the machine is ready to run kernels, and what to do about the rest."""
+        table = _table("part", "state", "what")
+        for finding in report["findings"]:
+            style = {"ok": "green", "missing": "red", "broken": "red"}.get(finding["state"], "dim")
+            _row(table, finding["name"], _styled(finding["state"], style), finding["detail"])
+        self._out.print(table)
+        for finding in report["findings"]:
+            if finding["state"] in ("missing", "broken"):
+                what = "" if finding["needed"] else ", which kernels run without"
+                self.error(f"{finding['name']} is {finding['state']}{what}", finding["remedy"])
+        if report["status"] == "ok":
+            self._out.print("ready to run models on a GPU", style="bold green")
+        else:
+            self._out.print("not ready to run models on a GPU; converting and verifying need none", style="bold")
+
     def value(self, key: str, value: Any) -> None:
         """The whole value of one key."""
         self.document({"key": key, "value": value})

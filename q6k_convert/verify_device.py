@@ -1,13 +1,13 @@
 """Whether a device computes with a bundle's weights what the formulas say.
 
-Every planar tensor is multiplied with the same random activations, once as in decoding and once as in a
-prefill, and held against the fp64 statement of the formulas within a derived tolerance. Weights are read
-and checked a few rows at a time, so memory does not grow with them. torch is imported when it is needed.
+Every planar tensor is multiplied with the same random activations, as in decoding and as in prefills, and held
+against the fp64 statement of the formulas within a derived tolerance. On the CPU that is the reference's work,
+some rows at a time, so memory does not grow with a tensor; on a GPU the kernels' (see `verify_gpu`). torch is
+imported when it is needed.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import math
 import time
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from q6k_convert.errors import EnvironmentMissingError
+from q6k_kernels import compiler, driver
+from q6k_kernels.errors import CudaError, DriverMissingError, GpuMissingError
 from q6k_kernels.manifest import Manifest, StoredTensor
 from q6k_kernels.structure import Entry, Finding, read_header
 
@@ -26,18 +28,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SIZES: tuple[tuple[int, Literal["int8", "bf16"]], ...] = ((1, "int8"), (16, "bf16"))
-"""Rows of activations and how they are treated: a decoding step, a short prefill."""
+"""On the CPU: rows of activations and how they are treated: a decoding step, a short prefill."""
 SEED = 0
 """Of the activations: bf16, standard normal, the same for all tensors of one K."""
 CHUNK_WEIGHTS = 1 << 21
-"""Weights read and checked at a time; fp64 takes about 50 bytes for each, 100 MB."""
+"""Weights read and checked at a time on the CPU; fp64 takes about 50 bytes for each, 100 MB."""
 MOST_EXPERTS = 4
 """Of a larger stack the first, the last and two in between are checked."""
 
 NO_TORCH = "torch is not installed"
 NO_GPU = "no CUDA GPU was found"
-NO_KERNELS = "this release has no CUDA kernels"
 _TRY_CPU = "--device cpu runs the reference"
+_RunMatrix = Callable[["Rows", int, int, Callable[[int], None]], tuple[list["DeviceRun"], list[str]]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class DeviceRun:
         activations: "int8" or "bf16", the formula.
         worst_error_in_tolerances: of all outputs; right up to 1, infinite for a NaN or infinity too many.
         passed: whether it is.
-        seconds: spent multiplying, without reading and checking.
+        seconds: spent multiplying, without reading and checking; on a GPU a call's, made from Python.
         gb_per_s: packed bytes by that time, in 10**9 a second; None on the CPU, where it would say nothing.
         first_bad: the first wrong output: its coordinate, its value and the right one.
     """
@@ -69,10 +71,10 @@ class DeviceReport:
 
     Attributes:
         state: "skipped" if nothing was run.
-        device: what ran it: "cpu", or "none".
+        device: what ran it: "cpu", "cuda", or "none".
         detail: one line: what was run, or why nothing was.
-        runs: by tensor, or `tensor[expert]` for a stack; one run for each of `SIZES`.
-        findings: one for each run that failed.
+        runs: by tensor, or `tensor[expert]` for a stack; one run for each size.
+        findings: one for each run that failed, and on a GPU for rows that are not what they should be.
     """
 
     state: Literal["passed", "failed", "skipped"]
@@ -94,12 +96,13 @@ def check_device(
         directory: the bundle.
         manifest: its manifest.
         device: "cuda" or "cpu" must run, else it is an error; "auto" is a CUDA GPU if everything it takes is
-            there, and otherwise says what is missing. This release has no CUDA kernels, so it always does.
+            there, and otherwise says what is missing.
         progress: told the bytes of packed arrays that are done, as they are done: in all, those of every
             planar tensor. Experts that are left out count as done.
 
     Raises:
-        EnvironmentMissingError: torch, a GPU or the kernels for it are missing, and `device` needs them.
+        EnvironmentMissingError: something is missing that `device` needs.
+        CudaError: on a GPU that has everything, a kernel cannot be compiled or launched.
         ValueError: a shard's header breaks a rule of the format.
         OSError: a shard cannot be read, or is shorter than its header says.
     """
@@ -108,15 +111,56 @@ def check_device(
             raise EnvironmentMissingError(
                 f"--device cpu runs the reference in torch, and {problem}", "Install it: `pip install torch`."
             )
-        return _run_on_cpu(directory, manifest, progress)
-    # Importing torch takes seconds; whether there is a GPU can be asked of the driver itself.
-    problem = NO_KERNELS if _driver_sees_gpu() else NO_GPU
+        return _run(directory, manifest, progress, "cpu", _run_on_cpu, SIZES)
+    missing = _missing_for_cuda()
+    if missing is None:
+        from q6k_convert import verify_gpu
+
+        return _run(directory, manifest, progress, "cuda", verify_gpu.run_matrix, verify_gpu.SIZES)
     if device == "cuda":
-        remedy = f"{_TRY_CPU}; --device auto skips the check on a GPU."
-        if problem == NO_GPU:
-            remedy = f"Run it where `nvidia-smi` lists a GPU. {remedy}"
-        raise EnvironmentMissingError(f"--device cuda cannot run: {problem}", remedy)
-    return DeviceReport("skipped", "none", f"{problem}; {_TRY_CPU}")
+        remedy = f"{missing.remedy} {_TRY_CPU}; --device auto skips the check on a GPU."
+        raise EnvironmentMissingError(f"--device cuda cannot run: {missing.what}", remedy)
+    return DeviceReport("skipped", "none", f"{missing.what}; {_TRY_CPU}")
+
+
+@dataclass(frozen=True)
+class _Missing:
+    """Something that a GPU needs, and how to get it, a sentence."""
+
+    what: str
+    remedy: str
+
+
+def _missing_for_cuda() -> _Missing | None:
+    """The first thing that is missing; torch, which takes seconds to import, is looked for where a GPU is."""
+    likely = "Run it where `nvidia-smi` lists a GPU."
+    try:
+        if driver.device_count() == 0:
+            return _Missing(NO_GPU, likely)
+    except GpuMissingError:
+        return _Missing(NO_GPU, likely)
+    except DriverMissingError as error:
+        return _Missing(f"{NO_GPU}: {error.cause}", error.remedy)
+    except CudaError as error:
+        return _Missing(f"the GPU's driver does not work: {error.cause}", error.remedy)
+    for_cuda = "Install torch for CUDA: `pip install torch`."
+    if (problem := _torch_problem()) is not None:
+        return _Missing(problem, for_cuda)
+    import torch
+
+    if torch.version.cuda is None:
+        return _Missing(f"torch {torch.__version__} is built without CUDA", for_cuda)
+    if not torch.cuda.is_available():
+        return _Missing(
+            f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot use the GPU",
+            '`python -c "import torch; torch.cuda.init()"` says why.',
+        )
+    try:
+        compiler.architecture(torch.cuda.get_device_capability())
+        compiler.version()
+    except CudaError as error:
+        return _Missing(error.cause, error.remedy)
+    return None
 
 
 def _torch_problem() -> str | None:
@@ -129,16 +173,14 @@ def _torch_problem() -> str | None:
     return None
 
 
-def _driver_sees_gpu() -> bool:
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int(0)
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
-
-
-def _run_on_cpu(directory: Path, manifest: Manifest, progress: Callable[[int], None]) -> DeviceReport:
+def _run(
+    directory: Path,
+    manifest: Manifest,
+    progress: Callable[[int], None],
+    device: Literal["cpu", "cuda"],
+    run_matrix: _RunMatrix,
+    sizes: tuple[tuple[int, Literal["int8", "bf16"]], ...],
+) -> DeviceReport:
     import torch
 
     tensors = [tensor for tensor in manifest.tensors if tensor.storage == "planar"]
@@ -153,16 +195,19 @@ def _run_on_cpu(directory: Path, manifest: Manifest, progress: Callable[[int], N
         experts = _sample(count)
         if len(experts) < count:
             sampled.append(f"{tensor.name}: experts {', '.join(map(str, experts))} of {count}")
-        rows = _Rows(directory, headers, tensor)
+        rows = Rows(directory, headers, tensor)
         for expert in experts:
             label = f"{tensor.name}[{expert}]" if stack else tensor.name
-            runs[label] = _run_matrix(rows, expert * n, n, progress)
-            findings += [_finding(tensor, run, expert if stack else None) for run in runs[label] if not run.passed]
+            runs[label], problems = run_matrix(rows, expert * n, n, progress)
+            problems = [_problem(run) for run in runs[label] if not run.passed] + problems
+            where = f"expert {expert}, " if stack else ""
+            findings += [Finding(f"{where}{each}", tensor.arrays["ql"].file, tensor.name) for each in problems]
         progress((count - len(experts)) * n * rows.bytes_a_row)
-    sizes = " and ".join(f"M={m} with {activations} activations" for m, activations in SIZES)
-    detail = f"torch {torch.__version__}, the reference on the CPU: {len(runs)} matrices at {sizes}"
-    detail += "".join(f"; {line}" for line in sampled)
-    return DeviceReport("failed" if findings else "passed", "cpu", detail, runs, findings)
+    settings = [f"M={m} with {activations} activations" for m, activations in sizes]
+    what = "the reference on the CPU" if device == "cpu" else f"kernels on one {torch.cuda.get_device_name()}"
+    detail = f"torch {torch.__version__}, {what}: {len(runs)} matrices at "
+    detail += f"{', '.join(settings[:-1])} and {settings[-1]}" + "".join(f"; {line}" for line in sampled)
+    return DeviceReport("failed" if findings else "passed", device, detail, runs, findings)
 
 
 def _sample(count: int) -> list[int]:
@@ -172,16 +217,14 @@ def _sample(count: int) -> list[int]:
     return [round(i * (count - 1) / (MOST_EXPERTS - 1)) for i in range(MOST_EXPERTS)]
 
 
-def _finding(tensor: StoredTensor, run: DeviceRun, expert: int | None) -> Finding:
-    where = "" if expert is None else f"expert {expert}, "
-    problem = (
-        f"{where}M={run.m} with {run.activations} activations: {run.first_bad}; "
+def _problem(run: DeviceRun) -> str:
+    return (
+        f"M={run.m} with {run.activations} activations: {run.first_bad}; "
         f"the worst output is off by {run.worst_error_in_tolerances:.3g} times the tolerance"
     )
-    return Finding(problem, tensor.arrays["ql"].file, tensor.name)
 
 
-class _Rows:
+class Rows:
     """Reads some rows of a planar tensor; the matrices of a stack lie below each other."""
 
     def __init__(self, directory: Path, headers: dict[str, dict[str, Entry]], tensor: StoredTensor) -> None:
@@ -242,7 +285,7 @@ class _Tally:
         return DeviceRun(self.m, self.activations, self.worst, self.worst <= 1, self.seconds, None, self.first_bad)
 
 
-def _run_matrix(rows: _Rows, at: int, n: int, progress: Callable[[int], None]) -> list[DeviceRun]:
+def _run_on_cpu(rows: Rows, at: int, n: int, progress: Callable[[int], None]) -> tuple[list[DeviceRun], list[str]]:
     """The `n` rows from row `at` on, at every size."""
     import torch
 
@@ -256,4 +299,4 @@ def _run_matrix(rows: _Rows, at: int, n: int, progress: Callable[[int], None]) -
         for tally in tallies:
             tally.run(x, arrays, first)
         progress(count * rows.bytes_a_row)
-    return [tally.result() for tally in tallies]
+    return [tally.result() for tally in tallies], []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,11 +19,14 @@ from q6k_convert.convert import convert
 from q6k_convert.errors import EnvironmentMissingError, ExitCode
 from q6k_convert.plan import Options
 from q6k_convert.verify_device import DeviceReport, check_device
+from q6k_kernels import compiler, driver, errors
 from q6k_kernels import manifest as manifests
+from q6k_kernels.structure import read_header
 
 torch = pytest.importorskip("torch")
 
-from q6k_kernels import reference  # noqa: E402
+from q6k_convert import verify_gpu  # noqa: E402
+from q6k_kernels import accuracy, ops, prepack, reference  # noqa: E402
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -228,49 +232,186 @@ def test_with_a_broken_torch(out: Path, monkeypatch: pytest.MonkeyPatch, failure
         check_device(out, manifest, "cpu", lambda _: None)
 
 
-def test_without_a_gpu(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_device, "_driver_sees_gpu", lambda: False)
-    report = check(out, "auto")
-    assert report.detail == "no CUDA GPU was found; --device cpu runs the reference"
-    assert (report.state, report.device, report.runs) == ("skipped", "none", {})
-    assert "no CUDA GPU was found" in refused(out, "cuda").cause
-    assert check(out, "cpu").state == "passed"
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine with all that kernels need, as far as one can ask."""
+    monkeypatch.setattr(driver, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(compiler, "version", lambda: (13, 0))
+    return monkeypatch
 
 
-def test_with_a_gpu(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_device, "_driver_sees_gpu", lambda: True)
-    assert check(out, "auto") == DeviceReport(
-        "skipped", "none", "this release has no CUDA kernels; --device cpu runs the reference"
-    )
-    assert "this release has no CUDA kernels" in refused(out, "cuda").cause
-    assert check(out, "cpu").state == "passed"
+def raising(error: Exception) -> Callable[..., Any]:
+    def raise_it(*_: Any) -> Any:
+        raise error
+
+    return raise_it
 
 
 @pytest.mark.parametrize(
-    ("init", "status", "count", "sees"), [(0, 0, 2, True), (0, 0, 0, False), (100, 0, 2, False), (0, 1, 2, False)]
+    ("count", "words"),
+    [
+        (lambda: 0, "no CUDA GPU was found"),
+        (raising(errors.GpuMissingError("none", "Get one.")), "no CUDA GPU was found"),
+        (
+            raising(errors.DriverMissingError("it does not load", "Get it.")),
+            "no CUDA GPU was found: it does not load",
+        ),
+        (raising(errors.DriverCallError("cuInit failed", "Restart.", 999)), "driver does not work: cuInit failed"),
+    ],
 )
-def test_the_driver_is_asked_for_gpus(
-    monkeypatch: pytest.MonkeyPatch, init: int, status: int, count: int, sees: bool
+def test_without_a_gpu(out: Path, monkeypatch: pytest.MonkeyPatch, count: Any, words: str) -> None:
+    monkeypatch.setattr(driver, "device_count", count)
+    monkeypatch.setitem(sys.modules, "torch", None)  # is not looked for
+    report = check(out, "auto")
+    assert words in report.detail
+    assert report.detail.endswith("; --device cpu runs the reference")
+    assert (report.state, report.device, report.runs) == ("skipped", "none", {})
+    assert f"--device cuda cannot run: {report.detail.split(';')[0]}" == refused(out, "cuda").cause
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value", "words", "remedy"),
+    [
+        (sys, "modules", {**sys.modules, "torch": None}, "torch is not installed", "pip install torch"),
+        (torch.version, "cuda", None, "is built without CUDA", "pip install torch"),
+        (torch.cuda, "is_available", lambda: False, "built for CUDA 13.0, cannot use the GPU", "torch.cuda.init"),
+        (torch.cuda, "get_device_capability", lambda: (7, 5), "compute capability 7.5, .* 8.0", "newer GPU"),
+        (
+            compiler,
+            "version",
+            raising(errors.CompilerMissingError("NVRTC was not found", "Get NVRTC.")),
+            "NVRTC was not found",
+            "Get NVRTC",
+        ),
+    ],
+)
+def test_with_a_gpu_and_something_missing(
+    out: Path, gpu: pytest.MonkeyPatch, place: Any, name: str, value: Any, words: str, remedy: str
 ) -> None:
-    class Driver:
-        def cuInit(self, flags: int) -> int:
-            assert flags == 0
-            return init
+    if place is sys:
+        gpu.setitem(sys.modules, "torch", None)
+    else:
+        gpu.setattr(place, name, value)
+    report = check(out, "auto")
+    assert re.search(words, report.detail)
+    assert (report.state, report.device, report.runs) == ("skipped", "none", {})
+    error = refused(out, "cuda")
+    assert re.search(words, error.cause)
+    assert remedy in error.remedy
+    assert "--device cpu" in error.remedy
 
-        def cuDeviceGetCount(self, found: Any) -> int:
-            found._obj.value = count
-            return status
 
-    monkeypatch.setattr(verify_device.ctypes, "CDLL", lambda name: Driver())
-    assert verify_device._driver_sees_gpu() is sees
+# Where nothing is missing: the kernels' place is taken by the same operations on the CPU.
 
 
-def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise OSError(f"{name}: cannot open shared object file")
+@pytest.fixture
+def kernels(gpu: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    real = verify_gpu.run_matrix
+    gpu.setattr(verify_gpu, "run_matrix", lambda *args: real(*args, device="cpu"))
+    gpu.setattr(torch.cuda, "get_device_name", lambda: "Imaginary 9000")
+    return gpu
 
-    monkeypatch.setattr(verify_device.ctypes, "CDLL", missing)
-    assert not verify_device._driver_sees_gpu()
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+@pytest.mark.parametrize("scales", ["bf16", "exact"])
+def test_every_planar_tensor_is_run_by_the_kernels(
+    tmp_path: Path, kernels: pytest.MonkeyPatch, scales: Literal["bf16", "exact"], device: Device
+) -> None:
+    out = bundle(tmp_path, small_model(), scales)
+    kernels.setattr(verify_gpu, "EXACT_WEIGHTS", 2 * 512)
+    kernels.setattr(verify_gpu, "READ_WEIGHTS", 2 * 512)
+    told = list[int]()
+    report = check(out, device, told.append)
+    assert (report.state, report.device, report.findings) == ("passed", "cuda", [])
+    assert "kernels on one Imaginary 9000: 4 matrices at M=1 with int8 activations, M=16 with bf16" in report.detail
+    assert set(report.runs) == set(check(out, "cpu").runs)
+    for runs in report.runs.values():
+        assert [(run.m, run.activations) for run in runs] == [(1, "int8"), (16, "bf16"), (512, "bf16")]
+        assert all(run.passed and 0 <= run.worst_error_in_tolerances <= 1 and not run.first_bad for run in runs)
+    assert max(run.worst_error_in_tolerances for runs in report.runs.values() for run in runs) > 0.5
+    assert sum(told) == packed_bytes(out)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 100])
+def test_a_wrong_output_of_a_kernel_is_named(tmp_path: Path, kernels: pytest.MonkeyPatch, rows: int) -> None:
+    out = bundle(tmp_path, Builder([weight("good", (2, 256)), weight("exps", (2, 5, 512), seed=2)]))
+    kernels.setattr(verify_gpu, "EXACT_WEIGHTS", rows * 512)
+    second, real = ql_rows(out, "exps")[1], ops.linear
+
+    def broken(x: Any, tiles: Any, bias: Any, n: int, activations: str) -> Any:
+        y = real(x, tiles, bias, n, activations)
+        if len(x) == 512 and n == 5 and torch.equal(prepack.unpack(tiles, n)[0], second):
+            y[511, 4] *= 1.1
+        return y
+
+    kernels.setattr(ops, "linear", broken)
+    report = check(out, "cuda")
+    assert report.state == "failed"
+    [finding] = report.findings
+    assert (finding.file, finding.tensor) == ("model.safetensors", "exps")
+    assert finding.problem.startswith("expert 1, M=512 with bf16 activations: y[511, 4] is ")
+    assert [run.passed for run in report.runs["exps[1]"]] == [True, True, False]
+    assert all(run.passed for run in (*report.runs["good"], *report.runs["exps[0]"]))
+
+
+@pytest.mark.parametrize(("name", "what"), [("embedding", "gathered"), ("dequantize", "dequantised")])
+def test_a_wrong_row_is_named(tmp_path: Path, kernels: pytest.MonkeyPatch, name: str, what: str) -> None:
+    out = bundle(tmp_path, Builder([weight("w", (130, 256))]))
+    real = getattr(ops, name)
+
+    def broken(*args: Any) -> Any:
+        rows = real(*args)
+        rows[-1, 7] += 1
+        return rows
+
+    kernels.setattr(ops, name, broken)
+    report = check(out, "cuda")
+    assert report.state == "failed"
+    [finding] = report.findings
+    assert finding.problem.startswith(f"row 129 {what}: weight 7 is ")
+    assert all(run.passed for run in report.runs["w"])
+
+
+def test_tiles_that_are_packed_wrongly_are_found(tmp_path: Path, kernels: pytest.MonkeyPatch) -> None:
+    out = bundle(tmp_path, Builder([weight("w", (3, 256))]))
+    real = ops.pack
+    kernels.setattr(ops, "pack", lambda ql, qh, *more: real(ql.roll(1, 1), qh, *more))
+    assert check(out, "auto").state == "failed"
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_kernel_that_does_not_compile_is_an_error(out: Path, kernels: pytest.MonkeyPatch, device: Device) -> None:
+    kernels.setattr(
+        ops, "linear", raising(errors.CompileFailedError("NVRTC does not compile", "Report it.", "log"))
+    )
+    with pytest.raises(errors.CompileFailedError):
+        check(out, device)
+
+
+@pytest.mark.parametrize("scales", ["bf16", "exact"])
+@pytest.mark.parametrize("formula", ["int8", "bf16"])
+def test_the_gpus_fp64_is_that_of_accuracy(
+    tmp_path: Path, scales: Literal["bf16", "exact"], formula: Literal["int8", "bf16"]
+) -> None:
+    out = bundle(tmp_path, Builder([weight("w", (7, 768))]), scales)
+    tensor = manifests.read(out).tensors[0]
+    rows = verify_device.Rows(out, {"model.safetensors": read_header(out / "model.safetensors")}, tensor)
+    planes = verify_gpu.Planes(**rows.read(0, 7))
+    x = torch.randn(4, 768, generator=torch.Generator().manual_seed(0)).bfloat16()
+    stated = accuracy.linear_fp64(x, *planes.all(), activations=formula)
+    found = verify_gpu._exact(x, *verify_gpu._codes_and_scales(planes), formula)
+    for each, right in zip(found, stated, strict=True):
+        np.testing.assert_allclose(each.numpy(), right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("m", [1, 15, 16, 17, 512])
+def test_the_rows_that_are_compared_have_both_ends(m: int) -> None:
+    checked = verify_gpu._checked(m)
+    assert checked == sorted(set(checked))
+    assert (checked[0], checked[-1], len(checked)) == (0, m - 1, min(m, 16))
 
 
 def test_importing_the_module_imports_no_torch() -> None:
