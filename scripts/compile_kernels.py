@@ -1,0 +1,143 @@
+#!/usr/bin/env python3
+"""Do all kernels compile for all architectures, without spilling? Prints what each takes; 1 if not.
+
+    python scripts/compile_kernels.py [--compiler auto|nvcc|nvrtc] [--arch 80 ...] [--json FILE]
+
+Needs no GPU. `auto` is nvcc where it is on PATH, else NVRTC, the compiler that kernels meet at run time. Figures
+are the assembler's: registers, spilled bytes, stack (local arrays and calls), static shared memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from q6k_kernels import compiler
+from q6k_kernels.compiler import Defines
+from q6k_kernels.errors import CompileFailedError, CudaError
+
+Row = dict[str, Any]
+Unit = tuple[int, str, Defines]
+"""Compute capability, file, macros: compiled once, whatever kernels it has."""
+
+
+def plan(architectures: Sequence[int]) -> dict[Unit, list[str]]:
+    """The kernels wanted of each unit; for all architectures if none is given."""
+    from q6k_kernels.variants import ARCHITECTURES, all_variants  # they import torch, --help need not
+
+    units: dict[Unit, list[str]] = {}
+    for arch in architectures or ARCHITECTURES:
+        for file, kernel, defines in all_variants(arch):
+            units.setdefault((arch, file, defines), []).append(kernel)
+    return units
+
+
+def with_nvrtc(source: str, file: str, options: tuple[str, ...]) -> str:
+    """Compiles as at run time; the compiler's log."""
+    return compiler.compile_cubin(source, file, options)[1]
+
+
+def with_nvcc(nvcc: str, source: str, file: str, options: tuple[str, ...]) -> str:
+    """Compiles with a toolkit's nvcc; its log."""
+    with tempfile.TemporaryDirectory(prefix="compile-") as folder:
+        unit = Path(folder) / f"{file}.cu"
+        unit.write_text(source, encoding="utf-8")
+        command = [nvcc, "-cubin", *options, str(unit), "-o", str(unit.with_suffix(".cubin"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    log = done.stdout + done.stderr
+    if done.returncode:
+        first = next((line for line in log.splitlines() if "error" in line), log.strip() or "no message")
+        raise CompileFailedError(f"nvcc does not compile {file}: {first}", "", log)
+    return log
+
+
+def measure(compile_unit: Callable[[str, str, tuple[str, ...]], str], item: tuple[Unit, list[str]]) -> list[Row]:
+    """A row for each kernel of a unit: what it takes, or why it failed."""
+    (arch, file, defines), kernels = item
+    started, error, log, found = time.perf_counter(), None, "", dict[str, compiler.Resources]()
+    target = compiler.architecture(divmod(arch, 10))
+    try:
+        log = compile_unit(compiler.source_text(file, compiler.SOURCES), file, compiler.options(defines, target))
+        found = compiler.resources(log)
+    except CudaError as failure:
+        error, log = failure.cause, getattr(failure, "log", "")
+    seconds = time.perf_counter() - started
+    rows = []
+    for kernel in kernels:
+        row: Row = {"arch": target, "file": file, "kernel": kernel, "defines": dict(defines), "seconds": seconds}
+        if kernel in found:
+            taken = found[kernel]
+            row |= vars(taken) | {"error": f"spills {taken.spill_bytes} bytes" if taken.spill_bytes else None}
+        else:
+            row |= dict.fromkeys(compiler.Resources.__annotations__)
+            row["error"] = error or f"{file} has no kernel {kernel}"
+        rows.append(row | {"log": log if error else ""})
+    return rows
+
+
+def show(rows: list[Row], title: str) -> None:
+    """Prints the table."""
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", header_style="bold")
+    for name in ("arch", "kernel", "macros"):
+        table.add_column(name, overflow="fold")
+    for name in ("registers", "spills", "stack", "shared", ""):
+        table.add_column(name, justify="right" if name else "left", overflow="fold")
+    for row in rows:
+        macros = " ".join(f"{name}={value}" for name, value in row["defines"].items())
+        figures = (row[name] for name in ("registers", "spill_bytes", "stack_bytes", "shared_bytes"))
+        cells = ("" if figure is None else str(figure) for figure in figures)
+        table.add_row(row["arch"], row["kernel"], macros, *cells, row["error"] or "ok")
+    wide = 200 if not sys.stdout.isatty() else None
+    Console(width=wide, highlight=False, markup=False, emoji=False).print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compiler", choices=("auto", "nvcc", "nvrtc"), default="auto")
+    parser.add_argument("--arch", type=int, nargs="+", default=(), metavar="XY", help="80, 90, …; all")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json", type=Path, help="write the rows there too")
+    args = parser.parse_args(arguments)
+    nvcc = shutil.which("nvcc") if args.compiler != "nvrtc" else None
+    if args.compiler == "nvcc" and nvcc is None:
+        parser.error("--compiler nvcc: there is no nvcc on PATH")
+    try:
+        by = nvcc or f"NVRTC {'.'.join(map(str, compiler.version()))}, {compiler.library_path()}"
+    except CudaError as error:
+        print(f"error: {error.cause}\ntry: {error.remedy}", file=sys.stderr)
+        return 1
+    compile_unit = partial(with_nvcc, nvcc) if nvcc else with_nvrtc
+    units = plan(args.arch)
+    started = time.perf_counter()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        rows = [row for part in pool.map(partial(measure, compile_unit), units.items()) for row in part]
+    show(rows, by)
+    failed = [row for row in rows if row["error"]]
+    for log in dict.fromkeys(row["log"] for row in failed if row["log"]):
+        print(log, file=sys.stderr)
+    if args.json:
+        args.json.write_text(json.dumps({"compiler": by, "kernels": rows}, indent=1) + "\n", encoding="utf-8")
+    seconds = time.perf_counter() - started
+    print(f"{len(rows)} kernels in {len(units)} units, {seconds:.0f} s; {len(failed)} failed or spill")
+    if not rows:
+        print("error: there was nothing to compile", file=sys.stderr)
+    return int(bool(failed) or not rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
