@@ -53,8 +53,15 @@ class Bench:
     """One run: which cases, the ceilings they are held against, and what came out, in `report`."""
 
     def __init__(
-        self, *, quick: bool, only: re.Pattern[str], modes: Sequence[str], scales: Sequence[Scales]
+        self,
+        *,
+        quick: bool,
+        only: re.Pattern[str],
+        modes: Sequence[str],
+        scales: Sequence[Scales],
+        to: Path,
     ) -> None:
+        self._to = to
         self._quick, self._only, self._modes, self._scales = quick, only, modes, scales
         self._peers = json.loads(PEER_FIGURES.read_text(encoding="utf-8"))["linear"]
         self._kept_bytes = 0
@@ -68,6 +75,7 @@ class Bench:
         print(json.dumps(self.report["ceilings"]), f"\n{rows_of.LEGEND}", flush=True)
         for shape in QUICK_SHAPES if self._quick else SHAPES:
             self._linears(shape)
+            self.save()  # an interrupted run keeps what it has
         print("\nGather, dequantise, pack: bytes read and written")
         for operation, shape in (("gather", HEAD), ("dequantize", FFN[0]), ("pack", FFN[0])):
             for scales in self._scales:
@@ -79,6 +87,10 @@ class Bench:
                     print(rows_of.operation_line(row), flush=True)
                     torch.cuda.empty_cache()
         self.report["seconds"] = round(time.perf_counter() - started, 1)
+
+    def save(self) -> None:
+        """Writes the report."""
+        self._to.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
 
     def _linears(self, shape: Shape) -> None:
         """One shape, every M, both scale formats."""
@@ -252,9 +264,9 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         sys.exit("bench_kernels: torch sees no CUDA GPU; --plot-only draws the figures of an earlier run")
-    bench = Bench(quick=args.quick, only=args.only, modes=args.modes, scales=args.scales)
+    bench = Bench(quick=args.quick, only=args.only, modes=args.modes, scales=args.scales, to=args.json)
     bench.run()
-    args.json.write_text(json.dumps(bench.report, indent=1) + "\n", encoding="utf-8")
+    bench.save()
     if args.plot:
         args.plot.write_text(figure(bench.report, peers), encoding="utf-8")
     print(rows_of.summary(bench.report))
