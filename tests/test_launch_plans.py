@@ -38,6 +38,7 @@ def test_decode_plans_fit_and_cover(gpu: Device, exact: bool, m: int) -> None:
             continue
         row_tiles, blocks = -(-n // 16), k // 256
         assert plan.tokens >= m
+        assert not plan.fused or plan.tokens <= 2
         assert plan.shared_bytes <= gpu.shared_bytes
         assert plan.occupancy * (plan.shared_bytes + 1024) <= gpu.multiprocessor_shared_bytes
         assert plan.cluster == 1 or gpu.arch >= 90
@@ -51,7 +52,7 @@ def test_decode_plans_fit_and_cover(gpu: Device, exact: bool, m: int) -> None:
         assert rows * depth * plan.warps < 1 << 31
         # What csrc/decode.cuh lays out: ring, activations, their scales, sums.
         ring = plan.warps * plan.stages * TILE_BYTES["exact" if exact else "bf16"]
-        codes = depth * 4 * (64 * plan.tokens + (16 if plan.tokens <= 2 else 0))
+        codes = depth * 4 * (64 * plan.tokens + (16 if plan.fused else 0))
         steps = depth * (32 * plan.tokens if plan.tokens <= 4 else 256)
         slots = 2 * plan.warps if plan.cluster == 1 else rows + plan.warps
         assert plan.shared_bytes >= ring + codes + steps + slots * 16 * plan.tokens * 4
@@ -115,8 +116,7 @@ def test_every_plan_is_among_the_compiled_variants() -> None:
         for (n, k), m, exact in itertools.product(SHAPES, range(1, 9), (False, True)):
             plan = decode.plan(m, n, k, exact, gpu)
             if plan is not None:
-                shape = plan.tokens, plan.warps, plan.stages, plan.occupancy, plan.cluster > 1
-                assert decode._variant(*shape, exact, False) in known
+                assert decode._variant(plan.kernel, plan.cluster > 1, exact, False) in known
         if gpu.arch == gemm_wgmma.ARCH:
             for (n, k), m in itertools.product(SHAPES, (9, 64, 300, 2048)):
                 for _, _, each in gemm_wgmma.parts(m, n, k, gpu):

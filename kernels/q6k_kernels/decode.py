@@ -30,8 +30,9 @@ FILE, KERNEL, QUANTIZE = "decode.cuh", "q6k_decode", "q6k_quantize"
 QUANTIZE_THREADS = 128
 TILE_ROWS = 16
 MOST_TOKENS = 8
-FUSED_TOKENS = 2
-"""Rows of activations that every block quantises for itself; more are quantised by a launch of their own."""
+FUSED_TOKENS, FUSED_K = 2, 16384
+"""Rows of activations, and below which length, that every block quantises for itself; otherwise a launch of its own
+does it for all."""
 TOKENS = (1, 2, 4, 8)
 CLUSTERS = (1, 2, 4, 8)
 _ARGUMENTS = struct.Struct("@PPPPqiiiiii")
@@ -44,6 +45,7 @@ class Plan:
 
     Attributes:
         tokens: rows of activations the kernel is compiled for.
+        fused: whether every block quantises the activations for itself.
         warps: of a block.
         stages: tiles of a warp's ring.
         occupancy: blocks on a multiprocessor.
@@ -54,6 +56,7 @@ class Plan:
     """
 
     tokens: int
+    fused: bool
     warps: int
     stages: int
     occupancy: int
@@ -62,14 +65,19 @@ class Plan:
     early: bool
     shared_bytes: int
 
+    @property
+    def kernel(self) -> tuple[int, bool, int, int, int]:
+        """What the kernel is compiled for: tokens, fused, warps, stages, occupancy."""
+        return self.tokens, self.fused, self.warps, self.stages, self.occupancy
+
 
 SHAPES = ((8, 3, 2), (8, 2, 2), (16, 3, 1), (16, 2, 1), (8, 2, 1))
 """Warps, stages and occupancy that the kernel is compiled for. Two blocks a multiprocessor overlap with the
-launches before and after, which is worth most where a launch is short; one larger block sums fewer parts."""
+launches before and after, worth most where a launch is short; one larger block sums fewer parts."""
 SHORT = (10, 48)
 """Tiles for each multiprocessor between which a launch counts as short; kernels/NOTES.md has the measurements."""
-LONG = 120
-"""And from which on it pays to fill rings before activations are asked for, if blocks quantise them."""
+EARLY_K = 8192
+"""Length of activations up to which blocks that quantise them fill rings first, unless the launch is short."""
 
 
 @lru_cache(maxsize=4096)
@@ -93,17 +101,17 @@ def plan(
     clusters = [c for c in CLUSTERS if c <= min(blocks, 8 if device.arch >= 90 else 1)]
     tiles = row_tiles * blocks / device.multiprocessors
     short = SHORT[0] < tiles <= SHORT[1]
+    fused = tokens <= FUSED_TOKENS and k < FUSED_K
+    early = not fused or (not short and k <= EARLY_K)
     choices = [(*shape, c) for c in clusters for shape in _shapes(short, device)]
     for warps, stages, occupancy, cluster in choices if forced is None else [forced]:
-        blocks_at_once = device.multiprocessors * occupancy
-        if short and tokens <= FUSED_TOKENS and forced is None:
-            blocks_at_once = device.multiprocessors
+        blocks_at_once = device.multiprocessors * (1 if short and fused and forced is None else occupancy)
         ranges = min(row_tiles, max(1, blocks_at_once // cluster))
-        early = tokens > FUSED_TOKENS or not SHORT[0] < tiles <= LONG
-        fitting = _shared_bytes(tokens, row_tiles, blocks, warps, stages, occupancy, cluster, ranges, exact, device)
+        kernel = tokens, fused, warps, stages, occupancy
+        fitting = _shared_bytes(kernel, row_tiles, blocks, cluster, ranges, exact, device)
         if fitting is not None:
             ranges, shared = fitting
-            return Plan(tokens, warps, stages, occupancy, cluster, ranges, early, shared)
+            return Plan(*kernel, cluster, ranges, early, shared)
     return None
 
 
@@ -116,21 +124,19 @@ def _shapes(short: bool, device: Device) -> list[tuple[int, int, int]]:
 
 
 def _shared_bytes(
-    tokens: int,
+    kernel: tuple[int, bool, int, int, int],
     row_tiles: int,
     blocks: int,
-    warps: int,
-    stages: int,
-    occupancy: int,
     cluster: int,
     ranges: int,
     exact: bool,
     device: Device,
 ) -> tuple[int, int] | None:
     """Ranges, more if need be, and shared memory of a block; None if it does not fit."""
+    tokens, fused, warps, stages, occupancy = kernel
     limit = min(device.shared_bytes, device.multiprocessor_shared_bytes // occupancy - 1024)
     ring = warps * stages * TILE_BYTES["exact" if exact else "bf16"]
-    activations = -(-blocks // cluster) * sum(activation_bytes(tokens))
+    activations = -(-blocks // cluster) * sum(activation_bytes(tokens, fused))
     slot = TILE_ROWS * tokens * 4  # sums of a row tile that a warp shares with others
     slots = 2 * warps
     if cluster > 1:
@@ -143,10 +149,9 @@ def _shared_bytes(
     return None if needed > limit else (ranges, needed)
 
 
-def activation_bytes(tokens: int) -> tuple[int, int]:
+def activation_bytes(tokens: int, fused: bool) -> tuple[int, int]:
     """Bytes of quantised activations of a super-block, and of their scales, as `csrc/decode.cuh` lays them out."""
-    padding = 16 if tokens <= FUSED_TOKENS else 0
-    return 4 * (64 * tokens + padding), 32 * tokens if tokens <= 4 else 256
+    return 4 * (64 * tokens + (16 if fused else 0)), 32 * tokens if tokens <= 4 else 256
 
 
 def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, y: Tensor, device: Device) -> None:
@@ -179,12 +184,10 @@ def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, y: Tensor, dev
 
 def _launch(chosen: Plan, x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, y: Tensor, device: Device) -> None:
     (m, k), fp16 = x.shape, x.dtype == torch.float16
-    variant = _variant(
-        chosen.tokens, chosen.warps, chosen.stages, chosen.occupancy, chosen.cluster > 1, is_exact(tiles), fp16
-    )
+    variant = _variant(chosen.kernel, chosen.cluster > 1, is_exact(tiles), fp16)
     kernel = jit.load(*variant, device.index)
     into, bias_of, stride = stream(device), bias_arguments(bias), x.stride(0)
-    if chosen.tokens > FUSED_TOKENS:
+    if not chosen.fused:
         x = _quantize(x, chosen.tokens, variant, into, device)
     arguments = _ARGUMENTS.pack(
         tiles.data_ptr(),
@@ -213,7 +216,7 @@ def _launch(chosen: Plan, x: Tensor, tiles: Tensor, bias: Tensor | None, n: int,
 def _quantize(x: Tensor, tokens: int, variant: Variant, into: int, device: Device) -> Tensor:
     """The rows x (M, K) in 8 bits, as the decode kernel for `tokens` rows reads it."""
     m, k = x.shape
-    codes, steps = (k // SUPER_BLOCK * each for each in activation_bytes(tokens))
+    codes, steps = (k // SUPER_BLOCK * each for each in activation_bytes(tokens, False))
     quantized = torch.empty(codes + steps, dtype=torch.uint8, device=x.device)
     arguments = _QUANTIZE_ARGUMENTS.pack(
         x.data_ptr(), quantized.data_ptr(), quantized.data_ptr() + codes, x.stride(0), m, k
@@ -225,22 +228,19 @@ def _quantize(x: Tensor, tokens: int, variant: Variant, into: int, device: Devic
 
 
 @cache
-def _variant(tokens: int, warps: int, stages: int, occupancy: int, split: bool, exact: bool, fp16: bool) -> Variant:
-    macros = (
-        ("Q6K_TOKENS", tokens),
-        ("Q6K_WARPS", warps),
-        ("Q6K_STAGES", stages),
-        ("Q6K_OCCUPANCY", occupancy),
-        ("Q6K_SPLIT", int(split)),
-    )
-    return FILE, KERNEL, common_macros(exact, fp16) + macros
+def _variant(kernel: tuple[int, bool, int, int, int], split: bool, exact: bool, fp16: bool) -> Variant:
+    names = ("Q6K_TOKENS", "Q6K_FUSED", "Q6K_WARPS", "Q6K_STAGES", "Q6K_OCCUPANCY", "Q6K_SPLIT")
+    macros = zip(names, map(int, (*kernel, split)), strict=True)
+    return FILE, KERNEL, (*common_macros(exact, fp16), *macros)
 
 
 def variants(device: Device) -> list[Variant]:
     """All that `linear` may load on a GPU."""
     splits = (False, True) if device.arch >= 90 else (False,)
-    shapes = _shapes(True, device)
+    kinds = [(t, fused) for t in TOKENS for fused in (False, True) if not fused or t <= FUSED_TOKENS]
     return [
-        _variant(tokens, *shape, split, exact, fp16)
-        for tokens, shape, split, exact, fp16 in product(TOKENS, shapes, splits, (False, True), (False, True))
+        _variant((*kind, *shape), split, exact, fp16)
+        for kind, shape, split, exact, fp16 in product(
+            kinds, _shapes(True, device), splits, (False, True), (False, True)
+        )
     ]

@@ -18,6 +18,7 @@ from typing import Literal
 from q6k_kernels.cuda_abi import (
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+    CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
     CU_STREAM_CAPTURE_MODE_RELAXED,
     CU_TENSOR_MAP_DATA_TYPE,
     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
@@ -145,6 +146,12 @@ def device_attribute(device: int, attribute: int) -> int:
     code = library().cuDeviceGetAttribute(byref(value), attribute, device_handle(device))
     check(code, "cuDeviceGetAttribute", f"GPU {device}")
     return value.value
+
+
+@cache
+def most_shared_bytes(device: int) -> int:
+    """Shared memory that a block may have, static and dynamic together, once it is permitted."""
+    return device_attribute(device, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
 
 
 @cache

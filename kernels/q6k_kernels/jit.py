@@ -155,8 +155,10 @@ class Kernel:
     def _permit(self, shared_bytes: int, cluster: int) -> None:
         with self._permissions, driver.relaxed_capture(), driver.current(self._context):
             if shared_bytes > self._most_shared:
-                self._set(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes, "dynamic shared memory")
-                self._most_shared = shared_bytes
+                # All there is, at once: the limit belongs to the function, which others may hold, too.
+                most = max(shared_bytes, driver.most_shared_bytes(self.device) - self.shared_bytes)
+                self._set(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most, "dynamic shared memory")
+                self._most_shared = most
             if cluster > self._most_cluster:
                 self._set(CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1, "clusters of more than 8")
                 self._most_cluster = cluster

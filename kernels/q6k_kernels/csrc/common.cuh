@@ -180,8 +180,8 @@ struct LaneQuarter {
   // multiplication one rounding; otherwise fp32 holds the product whole (23 bits), and is rounded after.
   __device__ __forceinline__ void halves(int h, int group, const RowStep& row, u32 (&pairs)[2]) const {
     const u32 bytes = plus_32(h, group);
-    const u32 biased[2] = {__byte_perm(bytes, 0x43434343u, 0x4140), __byte_perm(bytes, 0x43434343u, 0x4342)};
 #if !Q6K_EXACT && !Q6K_FP16
+    const u32 biased[2] = {__byte_perm(bytes, 0x43434343u, 0x4140), __byte_perm(bytes, 0x43434343u, 0x4342)};
     const u32 both = scales[h][group >> 1];
     const u32 twice = group & 1 ? __byte_perm(both, both, 0x3232) : __byte_perm(both, both, 0x1010);
 #pragma unroll
@@ -195,8 +195,9 @@ struct LaneQuarter {
     const float offset = -160.0f * s;  // 3 + 18 bits: exact, and so is the sum, 6 + 18 bits
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float first = fmaf(__uint_as_float(biased[i] << 16), s, offset);
-      const float second = fmaf(__uint_as_float(biased[i] & 0xFFFF0000u), s, offset);
+      // 0x43uu0000 is the same 128 + u in fp32.
+      const float first = fmaf(__uint_as_float(__byte_perm(bytes, 0x43000000u, 0x7044 | i << 9)), s, offset);
+      const float second = fmaf(__uint_as_float(__byte_perm(bytes, 0x43000000u, 0x7144 | i << 9)), s, offset);
       pairs[i] = pack_halves(first, second);
     }
 #endif

@@ -1,12 +1,13 @@
 // Decode: y[M,N] = x[M,K] W^T (+ bias) for M <= 8, W6A8.
 //
 // The bus sets the time, so everything serves the stream of tiles. Each warp keeps a ring of tiles in shared
-// memory, filled by asynchronous copies that need no registers. One or two rows of x every block quantises for
-// itself, while the ring fills; more would keep it from its work, so q6k_quantize does them once for all blocks, in
-// a launch that hides behind the first copies of the next (programmatic dependent launch).
+// memory, filled by asynchronous copies that need no registers. One or two short rows of x every block quantises
+// for itself, while the ring fills; more would keep it from its work, so q6k_quantize does them once for all blocks,
+// in a launch that hides behind the first copies of the next (programmatic dependent launch).
 // mma.m16n8k16 multiplies one group of 16 rows with up to 8 tokens, so that M = 8 costs about what M = 1 does.
 //
 //   Q6K_TOKENS   1, 2, 4 or 8: rows of x there is room for; M may be less
+//   Q6K_FUSED    1: every block quantises x for itself (up to 2 TOKENS); 0: q6k_quantize has done it
 //   Q6K_WARPS    warps of a block
 //   Q6K_STAGES   tiles of a warp's ring
 //   Q6K_OCCUPANCY  blocks that shall fit a multiprocessor
@@ -23,6 +24,9 @@
 #ifndef Q6K_TOKENS
 #define Q6K_TOKENS 1
 #endif
+#ifndef Q6K_FUSED
+#define Q6K_FUSED (Q6K_TOKENS <= 2)
+#endif
 #ifndef Q6K_WARPS
 #define Q6K_WARPS 8
 #endif
@@ -36,8 +40,6 @@
 #define Q6K_SPLIT 0
 #endif
 
-#define FUSED (Q6K_TOKENS <= 2)
-
 constexpr int TOKENS = Q6K_TOKENS;
 constexpr int WARPS = Q6K_WARPS;
 constexpr int STAGES = Q6K_STAGES;
@@ -47,7 +49,7 @@ constexpr int THREADS = WARPS * 32;
 constexpr int COLUMNS = TOKENS <= 4 ? 1 : 2;
 // 64 weights of all tokens. Where they are quantised into shared memory, 16 bytes more than they take keep lanes
 // that write them in distinct banks.
-constexpr int CHUNK_BYTES = TOKENS * 64 + (FUSED ? 16 : 0);
+constexpr int CHUNK_BYTES = TOKENS * 64 + (Q6K_FUSED ? 16 : 0);
 constexpr int CODES_A_BLOCK = 4 * CHUNK_BYTES;
 constexpr int STEPS_A_BLOCK = COLUMNS == 1 ? TOKENS * 32 : 256;
 constexpr int RING_BYTES = WARPS * STAGES * TILE_BYTES;
@@ -120,7 +122,7 @@ __device__ __forceinline__ void quantize_into(u8* codes, float* steps, const uin
                      : (pair >> 1) * 16 + (token >> 1) * 4 + (pair & 1) * 2 + (token & 1)] = d;
 }
 
-#if FUSED
+#if Q6K_FUSED
 // Quantises x[:m, :k], m <= 2, with all threads of a block. `between` is called once by each thread, after its first
 // load was issued and before it is needed.
 template <typename Between>
@@ -276,7 +278,7 @@ __device__ __forceinline__ float sum_of_warps(u32 values, int pitch, int total, 
 
 // ---- the kernel --------------------------------------------------------------------------------------------
 
-// Parameters: tiles (T, K/256, TILE_BYTES); x, up to 2 TOKENS 16-bit (m, k), rows 16-byte aligned and `stride`
+// Parameters: tiles (T, K/256, TILE_BYTES); x, if FUSED 16-bit (m, k), rows 16-byte aligned and `stride`
 // elements apart, else what q6k_quantize made of it, steps behind codes; y 16-bit (m, n); bias (n,) of `bias_kind`,
 // or null; m <= TOKENS; early, whether to ask for tiles before activations.
 // Grid: blocks of a cluster x ranges of row tiles. Shared memory: `decode.py` has the sizes.
@@ -322,7 +324,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
   // Activations that come after a full ring of tiles wait for it, so a small product asks for them first.
   if (early) fill_ring();
   wait_for_previous_grid();
-#if FUSED
+#if Q6K_FUSED
   quantize_rows(static_cast<const u16*>(x) + first_block * SUPER_BLOCK, stride, m, depth * SUPER_BLOCK, codes, steps,
                 [&]() {
                   if (!early) fill_ring();
