@@ -17,6 +17,8 @@ SOURCES = Path(__file__).parent / "csrc"
 """Device code, free of #include."""
 PREAMBLE = "common.cuh"
 """What every other file builds on: compiled in front of it."""
+FOUNDATIONS = {"decode.cuh": ("quantize.cuh",), "gemm_wgmma.cuh": ("wgmma.cuh",)}
+"""What some files build on besides, compiled between the two."""
 OLDEST_GPU = (8, 0)
 """The first compute capability with bf16 tensor cores and asynchronous copies."""
 Defines = tuple[tuple[str, int], ...]
@@ -57,14 +59,19 @@ def architecture(capability: tuple[int, int]) -> str:
     return "sm_90a" if capability == (9, 0) else f"sm_{major}{minor}"
 
 
+def files_of(file: str) -> tuple[str, ...]:
+    """The files of a translation unit, in order."""
+    return tuple(dict.fromkeys((PREAMBLE, *FOUNDATIONS.get(file, ()), file)))
+
+
 def source_text(file: str, sources: Path = SOURCES) -> str:
-    """The translation unit of one file: the preamble and it, with the lines numbered as in the files.
+    """The translation unit of one file: what it builds on and it, with the lines numbered as in the files.
 
     Raises:
         SourceMissingError: one of them cannot be read.
     """
     parts = []
-    for name in dict.fromkeys((PREAMBLE, file)):
+    for name in files_of(file):
         try:
             parts.append(f'#line 1 "{name}"\n' + (sources / name).read_text(encoding="utf-8"))
         except OSError as error:

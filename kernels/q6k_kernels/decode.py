@@ -222,7 +222,7 @@ def _quantize(x: Tensor, tokens: int, variant: Variant, into: int, device: Devic
         x.data_ptr(), quantized.data_ptr(), quantized.data_ptr() + codes, x.stride(0), m, k
     )
     kernel = jit.load(FILE, QUANTIZE, variant[2], device.index)
-    blocks = -(-(m * k // 16) // QUANTIZE_THREADS)
+    blocks = -(-(tokens * k // 16) // QUANTIZE_THREADS)
     kernel.launch((blocks, 1, 1), QUANTIZE_THREADS, arguments, stream=into, dependent=device.arch >= 90)
     return quantized
 

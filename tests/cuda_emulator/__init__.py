@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from q6k_kernels import compiler
 from q6k_kernels.compiler import SOURCES
 
 HERE = Path(__file__).parent
@@ -99,7 +100,7 @@ class Kernel:
 @cache
 def load(file: str, kernel: str, defines: tuple[tuple[str, int], ...], device: int = 0) -> Kernel:
     """As `q6k_kernels.jit.load`; `device` means nothing."""
-    return load_text((SOURCES / "common.cuh").read_text() + (SOURCES / file).read_text(), kernel, defines)
+    return load_text("".join((SOURCES / name).read_text() for name in compiler.files_of(file)), kernel, defines)
 
 
 @cache

@@ -6,8 +6,7 @@
 // in a launch that hides behind the first copies of the next (programmatic dependent launch).
 // mma.m16n8k16 multiplies one group of 16 rows with up to 8 tokens, so that M = 8 costs about what M = 1 does.
 //
-//   Q6K_TOKENS   1, 2, 4 or 8: rows of x there is room for; M may be less
-//   Q6K_FUSED    1: every block quantises x for itself (up to 2 TOKENS); 0: q6k_quantize has done it
+//   Q6K_TOKENS, Q6K_FUSED   see quantize.cuh, which comes before this file
 //   Q6K_WARPS    warps of a block
 //   Q6K_STAGES   tiles of a warp's ring
 //   Q6K_OCCUPANCY  blocks that shall fit a multiprocessor
@@ -21,12 +20,6 @@
 // fp32 roundings of a term: its product with the scale, the sum of the pair of groups, one addition of d_a times
 // that for each pair a warp sums (K/32 at most), one for each warp and block, the bias: K/32 + 3 + WARPS * blocks of a cluster.
 
-#ifndef Q6K_TOKENS
-#define Q6K_TOKENS 1
-#endif
-#ifndef Q6K_FUSED
-#define Q6K_FUSED (Q6K_TOKENS <= 2)
-#endif
 #ifndef Q6K_WARPS
 #define Q6K_WARPS 8
 #endif
@@ -40,132 +33,14 @@
 #define Q6K_SPLIT 0
 #endif
 
-constexpr int TOKENS = Q6K_TOKENS;
 constexpr int WARPS = Q6K_WARPS;
 constexpr int STAGES = Q6K_STAGES;
 constexpr bool SPLIT = Q6K_SPLIT;
 constexpr int THREADS = WARPS * 32;
-// Up to 4 tokens sit in the even columns of the product: then a lane has two sums to scale instead of four.
-constexpr int COLUMNS = TOKENS <= 4 ? 1 : 2;
-// 64 weights of all tokens. Where they are quantised into shared memory, 16 bytes more than they take keep lanes
-// that write them in distinct banks.
-constexpr int CHUNK_BYTES = TOKENS * 64 + (Q6K_FUSED ? 16 : 0);
-constexpr int CODES_A_BLOCK = 4 * CHUNK_BYTES;
-constexpr int STEPS_A_BLOCK = COLUMNS == 1 ? TOKENS * 32 : 256;
 constexpr int RING_BYTES = WARPS * STAGES * TILE_BYTES;
 // 1.5 * 2^21 as bits: an integer 4v added to them makes the float 1.5 * 2^21 + v.
 constexpr u32 MAGIC_BITS = 0x4A400000u;
 constexpr float MAGIC = 3145728.0f;
-
-// ---- activations -------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ float largest_or_nan(float a, float b) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
-
-// Lowest bytes of four words.
-__device__ __forceinline__ u32 low_bytes(u32 a, u32 b, u32 c, u32 d) {
-  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
-}
-
-// A group of 16 values to bytes rint(value / d) that end the words they are returned in, as if the division were
-// rounded to fp32 before the rint. The product with the reciprocal is off by less than 2^-15, which matters only
-// next to halves: then, and where d is too small for a reciprocal, it is divided.
-__device__ __forceinline__ void quantize_group(float (&values)[16], float d, u32 (&words)[16]) {
-  constexpr float TO_INTEGER = 12582912.0f;  // 1.5 * 2^23: sums with it are rounded to integers
-  const float inverse = __frcp_rn(d);
-  float worst = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    const float shifted = fmaf(values[i], inverse, TO_INTEGER);
-    worst = fmaxf(worst, fabsf(fmaf(values[i], inverse, TO_INTEGER - shifted)));
-    words[i] = __float_as_uint(shifted);
-  }
-  if (worst < 0.4999f && d > 0x1p-100f) return;
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    const float quotient = d > 0.0f ? rintf(__fdiv_rn(values[i], d)) : 0.0f;
-    words[i] = (u32)(int)fminf(fmaxf(quotient, -127.0f), 127.0f);
-  }
-}
-
-// Quantises a group of 16 of x, `raw`, together with the neighbouring lane's, and writes it where it belongs: `codes`
-// in the order of B fragments, [64 weights][token][t][4 groups][4 bytes], `steps`, d_a, in the order of the sums.
-__device__ __forceinline__ void quantize_into(u8* codes, float* steps, const uint4 (&raw)[2], int token, int group,
-                                              bool present) {
-  float values[16], largest = 0.0f;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const u32 word = word_of(raw[j >> 2], j & 3);
-    values[2 * j] = half_to_float(word & 0xFFFFu);
-    values[2 * j + 1] = half_to_float(word >> 16);
-    largest = largest_or_nan(largest, fabsf(values[2 * j]));
-    largest = largest_or_nan(largest, fabsf(values[2 * j + 1]));
-  }
-  largest = largest_or_nan(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, 1));
-  const bool finite = largest < __uint_as_float(0x7F800000u);
-  const float d = finite ? __fdiv_rn(largest, 127.0f) : __uint_as_float(0x7FC00000u);
-  u32 words[16];
-  quantize_group(values, d, words);
-  if (!present) return;
-  u8* const to = codes + (group >> 2) * CHUNK_BYTES + token * 64 + (group & 3) * 4;
-#pragma unroll
-  for (int t = 0; t < 4; ++t) {
-    *reinterpret_cast<u32*>(to + t * 16) =
-        low_bytes(words[2 * t], words[2 * t + 1], words[2 * t + 8], words[2 * t + 9]);
-  }
-  if (group & 1) return;
-  const int pair = group >> 1;  // of groups of weights
-  steps[COLUMNS == 1 ? ((pair >> 2) * TOKENS + token) * 4 + (pair & 3)
-                     : (pair >> 1) * 16 + (token >> 1) * 4 + (pair & 1) * 2 + (token & 1)] = d;
-}
-
-#if Q6K_FUSED
-// Quantises x[:m, :k], m <= 2, with all threads of a block. `between` is called once by each thread, after its first
-// load was issued and before it is needed.
-template <typename Between>
-__device__ __forceinline__ void quantize_rows(const u16* x, i64 stride, int m, int k, u8* codes, float* steps,
-                                              Between between) {
-  const int groups = k / 16, total = m * groups;
-  constexpr int BATCH = 4;  // groups of a thread that are loaded before the first is used
-  bool waiting = true;
-  for (int begin = threadIdx.x; (begin & ~31) < total; begin += BATCH * THREADS) {
-    uint4 raw[BATCH][2];
-#pragma unroll
-    for (int i = 0; i < BATCH; ++i) {
-      if ((begin & ~31) + i * THREADS >= total) break;  // for the whole warp
-      const int at = min(begin + i * THREADS, total - 1), token = at >= groups;
-      const uint4* const from = reinterpret_cast<const uint4*>(x + token * stride + (at - token * groups) * 16);
-      raw[i][0] = from[0];
-      raw[i][1] = from[1];
-    }
-    if (waiting) between();
-    waiting = false;
-#pragma unroll
-    for (int i = 0; i < BATCH; ++i) {
-      if ((begin & ~31) + i * THREADS >= total) break;
-      const int at = begin + i * THREADS, token = at >= groups;
-      quantize_into(codes, steps, raw[i], token, at - token * groups, at < total);
-    }
-  }
-  if (waiting) between();
-}
-#else
-// Parameters: x 16-bit (m, k), rows 16-byte aligned and `stride` elements apart; codes and steps, as decode wants them
-// for all of K. Grid: a thread for each 16 activations.
-extern "C" __global__ void __launch_bounds__(128)
-    q6k_quantize(const u16* x, u8* codes, float* steps, i64 stride, int m, int k) {
-  let_dependents_start();
-  const int groups = k / 16, at = blockIdx.x * 128 + threadIdx.x;
-  const int own = min(at, m * groups - 1), token = own / groups, group = own - token * groups;
-  wait_for_previous_grid();
-  const uint4* const from = reinterpret_cast<const uint4*>(x + token * stride + group * 16);
-  const uint4 raw[2] = {from[0], from[1]};
-  quantize_into(codes, steps, raw, token, group, at < m * groups);
-}
-#endif
 
 // ---- one tile ----------------------------------------------------------------------------------------------
 
@@ -325,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
   if (early) fill_ring();
   wait_for_previous_grid();
 #if Q6K_FUSED
-  quantize_rows(static_cast<const u16*>(x) + first_block * SUPER_BLOCK, stride, m, depth * SUPER_BLOCK, codes, steps,
+  quantize_rows<THREADS>(static_cast<const u16*>(x) + first_block * SUPER_BLOCK, stride, m, depth * SUPER_BLOCK, codes, steps,
                 [&]() {
                   if (!early) fill_ring();
                 });

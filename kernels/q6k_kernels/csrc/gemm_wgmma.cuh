@@ -5,7 +5,7 @@
 // Tokens are the B operand, from shared memory. Two warps only copy: one the tiles (bulk copies), one the
 // activations (tensor copies with the 128-byte swizzle that the instruction reads).
 //
-//   Q6K_TOKENS      tokens of a block's output: 16, 32, 64, 128 or 256
+//   Q6K_TOKENS      see wgmma.cuh, which comes before this file
 //   Q6K_CONSUMERS   warpgroups that multiply, 64 rows each
 //   Q6K_TILE_STAGES, Q6K_X_STAGES   depth of the two rings: super-blocks of tiles, 64 columns of x
 //   Q6K_SPLIT       1: the blocks of a cluster split K; their sums meet in distributed shared memory, in order
@@ -14,9 +14,6 @@
 // fp32 roundings of a term: those of the tensor core's sums over a block's part of K, one for each block of a
 // cluster, and the bias.
 
-#ifndef Q6K_TOKENS
-#define Q6K_TOKENS 64
-#endif
 #ifndef Q6K_CONSUMERS
 #define Q6K_CONSUMERS 2
 #endif
@@ -33,7 +30,6 @@
 #define Q6K_OCCUPANCY 1
 #endif
 
-constexpr int TOKENS = Q6K_TOKENS;
 constexpr int CONSUMERS = Q6K_CONSUMERS;
 constexpr int TILE_STAGES = Q6K_TILE_STAGES;
 constexpr int X_STAGES = Q6K_X_STAGES;
@@ -41,7 +37,6 @@ constexpr bool SPLIT = Q6K_SPLIT;
 
 constexpr int ROWS = 64 * CONSUMERS;  // of a block's output
 constexpr int ROW_TILES = ROWS / TILE_ROWS;
-constexpr int SUMS = TOKENS / 2;  // fp32 sums of a thread
 constexpr int THREADS = CONSUMERS * 128 + (TOKENS > 128 ? 128 : 64);
 // Groups of products under way while weights are prepared: with few tokens they end long before that.
 constexpr int PENDING = TOKENS >= 128 ? 1 : 0;
@@ -52,132 +47,6 @@ constexpr int TILES_BEGIN = X_STAGES * X_BYTES;
 constexpr int STAGING_BEGIN = TILES_BEGIN + TILE_STAGES * TILE_STAGE_BYTES;
 constexpr int BARRIERS_BEGIN = STAGING_BEGIN + CONSUMERS * 4 * 512;
 constexpr int SUMS_PITCH = ROWS + 4;  // floats between tokens of a block's sums: keeps lanes in distinct banks
-
-struct __align__(64) TensorMap {
-  u64 words[16];
-};
-
-// ---- barriers and copies -----------------------------------------------------------------------------------
-
-__device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra over;\n"
-      "bra again;\n"
-      "over:\n"
-      "}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-__device__ __forceinline__ void copy_bulk(u32 to_shared, const void* from, u32 bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   to_shared),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
-}
-
-__device__ __forceinline__ void copy_tensor(u32 to_shared, const TensorMap* map, int column, int row, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-          to_shared),
-      "l"(map), "r"(column), "r"(row), "r"(barrier)
-      : "memory");
-}
-
-// A place in a ring of `stages`: which stage, and the parity of the barrier's phase.
-struct RingPlace {
-  int stage = 0;
-  u32 parity = 0;
-  __device__ __forceinline__ void advance(int stages) {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-// ---- matrix instruction ------------------------------------------------------------------------------------
-
-#if Q6K_FP16
-#define Q6K_TYPES "f32.f16.f16"
-#else
-#define Q6K_TYPES "f32.bf16.bf16"
-#endif
-#define Q6K_D8(i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-      "+f"(d[i + 7])
-#define Q6K_D32(i) Q6K_D8(i), Q6K_D8(i + 8), Q6K_D8(i + 16), Q6K_D8(i + 24)
-#define Q6K_MULTIPLY(n, numbers, a0, a1, a2, a3, b, ...)                                              \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16." Q6K_TYPES " {" numbers "}, {%" #a0 ", %" #a1 \
-               ", %" #a2 ", %" #a3 "}, %" #b ", 1, 1, 1, 0;"                                            \
-               : __VA_ARGS__                                                                            \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x))
-#define Q6K_N8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define Q6K_N16 Q6K_N8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define Q6K_N32 \
-  Q6K_N16       \
-  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define Q6K_N64                                                                                                 \
-  Q6K_N32                                                                                                       \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
-  "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define Q6K_N128                                                                                                \
-  Q6K_N64                                                                                                       \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, " \
-  "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, "   \
-  "%105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, "      \
-  "%122, %123, %124, %125, %126, %127"
-
-// d += a (64 rows x 16, this lane's fragment) times x (TOKENS x 16, described). Asynchronous.
-__device__ __forceinline__ void multiply(float (&d)[SUMS], const u32 (&a)[4], u64 x) {
-#if Q6K_TOKENS == 16
-  Q6K_MULTIPLY(16, Q6K_N8, 8, 9, 10, 11, 12, Q6K_D8(0));
-#elif Q6K_TOKENS == 32
-  Q6K_MULTIPLY(32, Q6K_N16, 16, 17, 18, 19, 20, Q6K_D8(0), Q6K_D8(8));
-#elif Q6K_TOKENS == 64
-  Q6K_MULTIPLY(64, Q6K_N32, 32, 33, 34, 35, 36, Q6K_D32(0));
-#elif Q6K_TOKENS == 128
-  Q6K_MULTIPLY(128, Q6K_N64, 64, 65, 66, 67, 68, Q6K_D32(0), Q6K_D32(32));
-#else
-  Q6K_MULTIPLY(256, Q6K_N128, 128, 129, 130, 131, 132, Q6K_D32(0), Q6K_D32(32), Q6K_D32(64), Q6K_D32(96));
-#endif
-}
-
-// A (TOKENS x 64) stage of x as the instruction reads it: K-major, 128-byte swizzle, 8 rows every 1024 bytes.
-__device__ __forceinline__ u64 describe(u32 stage) {
-  return (u64)((stage & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
-
-__device__ __forceinline__ void multiplies_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void multiplies_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-// All but the last PENDING groups of products are done.
-template <int PENDING>
-__device__ __forceinline__ void multiplies_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-
-#if Q6K_SPLIT
-__device__ __forceinline__ void synchronize_cluster() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-#endif
 
 // Where the part of `total` begins.
 __device__ __forceinline__ int share(int total, int part, int parts) { return (u32)(total * part) / (u32)parts; }
