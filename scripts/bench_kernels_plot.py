@@ -163,12 +163,13 @@ def _bandwidth(
 def _roofline(
     report: Row, peers: list[Row], shape: Shape, left: float, top: float, width: float, labels: bool
 ) -> Iterable[str]:
-    read, rate = report["ceilings"]["read_gb_per_s"], report["ceilings"]["matmul_8192_tflops"]
+    read, rate = report["ceilings"]["read_gb_per_s"], report["ceilings"].get("matmul_8192_tflops")
     panel = Panel(left, top, width, 190, (1, 4, 16, 64, 256, 1024, 4096), (1, 10, 100, 1000), True)
     yield from panel.axes(_name(shape), labels=labels)
     for bits, kind in ((BITS["bf16"], ""), (16.0, "dense")):
         slope = 2 * 8 / bits * read / 1e3  # TFLOP/s for one row
-        yield panel.roof([(1, slope), (rate / slope, rate), (4096, rate)], kind)
+        if rate is not None:  # measured last: an interrupted run has none
+            yield panel.roof([(1, slope), (rate / slope, rate), (4096, rate)], kind)
     flops = 2 * shape[0] * shape[1] / 1e6
     for name, (peer, _) in PEER_KEYS.items():
         rows = [p for p in peers if _is(p, shape) and p["peer"] == peer]

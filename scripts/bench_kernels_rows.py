@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from q6k_kernels.storage import Scales
 
 Row = dict[str, Any]
 Shape = tuple[int, int]
@@ -17,6 +21,11 @@ SHAPES: tuple[Shape, ...] = (SMALL, *BATCHED, HEAD)
 DECODE = (1, 2, 3, 4, 5, 6, 7, 8)
 MIDDLE = (16, 32, 64)
 PREFILL = (128, 256, 512, 1024, 2048, 4096)
+PHASES: dict[str, tuple[int, ...]] = {"decode": DECODE, "middle": MIDDLE, "prefill": PREFILL}
+"""Rows of activations, in the order they are timed: what computes most leaves the GPU hot, its clock low, for
+longer than the next row takes."""
+QUICK_SHAPES: tuple[Shape, ...] = ((4096, 4096), *FFN)
+QUICK_MS = (1, 2, 4, 8, 16, 64, 128, 1024)
 PEERS = ("ET PR", "ET main")
 
 
@@ -81,6 +90,23 @@ HEADING = "".join(f"{title:>{width}}" for title, _, _, width in COLUMNS) + "".jo
 LEGEND = """\
 us: the first mode asked for, int8 and bf16: forced; read: share of the read bandwidth; /M=1: times its own M=1;
 x: times as fast as cuBLAS; deq+: dequantising, then cuBLAS; MB: scratch memory; then peers' us"""
+
+
+def plan(
+    phase: str, *, quick: bool, only: re.Pattern[str], scales: Sequence[Scales]
+) -> Iterator[tuple[Shape, dict[Scales, list[Row]]]]:
+    """The shapes of a phase; for each the rows to time, by scale format, without figures yet."""
+    for shape in QUICK_SHAPES if quick else SHAPES:
+        if phase != "decode" and shape not in BATCHED:
+            continue
+        tables: dict[Scales, list[Row]] = {}
+        for each in scales:
+            rows: list[Row] = [{"n": shape[0], "k": shape[1], "m": m, "scales": each} for m in PHASES[phase]]
+            rows = [row for row in rows if (not quick or row["m"] in QUICK_MS) and only.search(label(row))]
+            if rows:
+                tables[each] = rows
+        if tables:
+            yield shape, tables
 
 
 def judge(row: Row) -> None:

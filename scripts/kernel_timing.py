@@ -11,6 +11,7 @@ import math
 import statistics
 import struct
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,8 @@ from q6k_kernels.storage import Scales
 
 REPLAYS = 7
 WARM_UP = 2
+SETTLE_SECONDS = 0.02
+"""Of replays before the first of several figures, so that the GPU's clock is what these calls make it."""
 GRAPH_MICROSECONDS = 1500
 """A graph takes about as long at least, beside which its own launch does not count."""
 MOST_CALLS = 400
@@ -93,13 +96,16 @@ def rotated(tensor: Tensor) -> list[Tensor]:
     return [tensor, *(tensor.clone() for _ in range(count - 1))]
 
 
-def time_calls(calls: Sequence[Callable[[], object]], guess_us: float, *, keep: bool = False) -> float:
+def time_calls(
+    calls: Sequence[Callable[[], object]], guess_us: float, *, keep: bool = False, settle: bool = False
+) -> float:
     """Microseconds of one call: the median replay of a graph that makes all calls, in turn.
 
     Args:
         calls: what to make; those over rotated data come whole rounds.
         guess_us: about how long one takes at least: decides how many rounds make a graph long enough.
         keep: let all results of a graph live until its end, so that none lies where the last did.
+        settle: replay for `SETTLE_SECONDS` before, as the first of several figures.
     """
     rounds = max(1, math.ceil(min(GRAPH_MICROSECONDS / guess_us, MOST_CALLS) / len(calls)))
     sequence = list(itertools.chain.from_iterable([calls] * (1 if keep else rounds)))
@@ -119,6 +125,10 @@ def time_calls(calls: Sequence[Callable[[], object]], guess_us: float, *, keep: 
         finally:
             graph.capture_end()
         marks = [_mark() for _ in range(WARM_UP + REPLAYS + 1)]
+        settled = time.perf_counter() + (SETTLE_SECONDS if settle else 0)
+        while time.perf_counter() < settled:
+            graph.replay()
+            torch.cuda.synchronize()
         marks[0].record()
         for mark in marks[1:]:
             graph.replay()
