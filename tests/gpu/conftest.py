@@ -1,10 +1,9 @@
 """The GPU's tests: skipped where there is none, kernels compiled beforehand.
 
     pytest tests/gpu -m gpu
-    compute-sanitizer --tool memcheck python -m pytest tests/gpu -m sanitize     (also racecheck, synccheck)
 
-They need no installation: PYTHONPATH=.:kernels will do. `-m sanitize` is a selection of small sizes that goes
-through every kernel once, as the sanitizer's tools are slow.
+They need no installation: PYTHONPATH=.:kernels will do. For compute-sanitizer, whose tools are slow, there is
+test_gpu_sanitize.py, which says how to run it.
 """
 
 from __future__ import annotations

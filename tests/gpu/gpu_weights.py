@@ -27,6 +27,24 @@ GENUINE_WEIGHTS = 1 << 21
 Q6_K = 14
 
 
+@contextmanager
+def made_on_the_cpu() -> Iterator[None]:
+    """Whatever is made inside is made on the CPU, tiles too; nothing of it is left for tests on a GPU."""
+    global DEVICE
+    before, DEVICE = DEVICE, "cpu"
+    _forget()
+    try:
+        yield
+    finally:
+        DEVICE = before
+        _forget()
+
+
+def _forget() -> None:
+    weight.cache_clear()
+    _parts.cache_clear()
+
+
 @dataclass(frozen=True, eq=False)
 class Weight:
     """(N, K), or a stack (E, N, K).
@@ -74,7 +92,7 @@ class Weight:
 
     @cached_property
     def tiles(self) -> Tensor:
-        """Packed on the GPU."""
+        """Packed where the planes are."""
         return torch.ops.q6k.pack(*self.planes)
 
     def weights(self, dtype: torch.dtype) -> Tensor:

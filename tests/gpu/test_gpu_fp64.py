@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -19,17 +20,9 @@ KINDS = ["genuine", "random", "extreme"]
 
 
 @pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_weights, "DEVICE", "cpu")
-    clear()
-    yield
-    clear()
-
-
-def clear() -> None:
-    """Nothing made on the CPU is left for tests on a GPU."""
-    gpu_weights.weight.cache_clear()
-    gpu_weights._parts.cache_clear()
+def _on_the_cpu() -> Iterator[None]:
+    with gpu_weights.made_on_the_cpu():
+        yield
 
 
 def activations(dtype: torch.dtype, k: int) -> torch.Tensor:

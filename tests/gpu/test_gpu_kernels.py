@@ -1,7 +1,4 @@
-"""Every kernel and every way of launching it, forced, on small sizes: also what compute-sanitizer runs.
-
-compute-sanitizer --tool memcheck python -m pytest tests/gpu -m sanitize
-"""
+"""Every kernel and every way of launching it, forced, on small sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import fp64  # noqa: E402
 from gpu_weights import DEVICE, bias_of, inputs, linear, poisoned_call, random_source, weight  # noqa: E402
 from q6k_kernels import decode, gemm_mma, gemm_wgmma, launching, prefill, prepack, reference  # noqa: E402
 
-pytestmark = [pytest.mark.gpu, pytest.mark.sanitize]
+pytestmark = pytest.mark.gpu
 
 BF16, FP16 = torch.bfloat16, torch.float16
 

@@ -1,0 +1,179 @@
+"""What compute-sanitizer runs: every kernel and every path through it once, on the smallest sizes that have it.
+
+    export PYTHONPATH=.:kernels PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    tests="python -m pytest tests/gpu/test_gpu_sanitize.py"
+    $tests
+    compute-sanitizer --error-exitcode 1 --tool memcheck $tests
+    compute-sanitizer --error-exitcode 1 --tool racecheck --kernel-name kns=q6k_ $tests      (also synccheck)
+    compute-sanitizer --error-exitcode 1 --tool initcheck $tests
+
+`-m sanitize` selects the same. Without torch's cache every tensor is an allocation of its own: what is read past
+its end, or before it is written, shows. The first run compiles the kernels into the disk cache. `--kernel-name`
+leaves out cuBLAS and torch's own kernels, which only `test_expanding_slices` launches; initcheck has to see what
+they write.
+
+Inputs and expected values are made on the CPU and copied to the GPU, outputs are compared on the CPU. So nearly
+nothing else is launched, loaded or instrumented, and whatever a kernel reads was written by a copy or by a kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import fp64  # noqa: E402
+import gpu_weights  # noqa: E402
+from q6k_kernels import decode, gemm_mma, gemm_wgmma, launching, prefill, prepack, reference  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.sanitize]
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+K = 1280
+"""Five super-blocks: rings go round, and two or four blocks split them unevenly."""
+
+
+@pytest.fixture(autouse=True)
+def _inputs_on_the_cpu() -> Iterator[None]:
+    with gpu_weights.made_on_the_cpu():
+        yield
+
+
+def this_gpu() -> launching.Device:
+    return launching.device(torch.cuda.current_device())
+
+
+def unwritten(m: int, n: int, dtype: torch.dtype) -> torch.Tensor:
+    """NaN on the GPU, by a copy."""
+    return torch.full((m, n), float("nan"), dtype=dtype).cuda()
+
+
+class Case:
+    """Sizes and formats; x, tiles, bias and y on the GPU, and what y should become."""
+
+    def __init__(
+        self, m: int, n: int, k: int, scales: str, dtype: torch.dtype, formula: str, bias: torch.dtype | None = BF16
+    ) -> None:
+        w, x = gpu_weights.weight("random", n, k, scales), gpu_weights.inputs(m, k, dtype)
+        self.what = f"{n}x{k} M={m} {formula} {dtype} {scales} scales"
+        self.expected = fp64.linear(x, w.q, w.s, formula)
+        self.bias = None
+        if bias is not None:
+            b = gpu_weights.bias_of(n, bias)
+            self.expected, self.bias = self.expected.plus(b), b.cuda()
+        self.m, self.n, self.k, self.exact = m, n, k, scales == "exact"
+        self.x, self.tiles, self.y = x.cuda(), w.tiles.cuda(), unwritten(m, n, dtype)
+
+    def check(self) -> None:
+        """Waits for the GPU."""
+        fp64.assert_right(self.y.cpu(), self.expected, self.what)
+
+
+@pytest.mark.parametrize(
+    ("m", "shape", "cluster", "ranges", "early", "scales", "dtype"),
+    [
+        # One and two rows are quantised by every block, more by a kernel of their own.
+        (1, (8, 3, 2), 1, 2, True, "bf16", BF16),
+        (2, (16, 3, 1), 1, 1, False, "exact", FP16),
+        (1, (8, 2, 2), 2, 1, False, "exact", BF16),
+        (2, (16, 2, 1), 4, 2, True, "bf16", FP16),
+        (3, (8, 2, 2), 1, 2, True, "exact", BF16),
+        (8, (16, 3, 1), 1, 1, False, "bf16", FP16),
+        (5, (8, 3, 2), 2, 2, True, "exact", BF16),
+    ],
+)
+def test_decode(
+    m: int,
+    shape: tuple[int, int, int],
+    cluster: int,
+    ranges: int,
+    early: bool,
+    scales: str,
+    dtype: torch.dtype,
+) -> None:
+    """Few blocks have all tiles, so that warps share row tiles and fill a place of their ring again."""
+    gpu = this_gpu()
+    if cluster > 1 and gpu.arch < 90:
+        pytest.skip(f"clusters are of compute capability 9.0 and later, this GPU has {gpu.arch / 10}")
+    case = Case(m, 150, K, scales, dtype, "int8")
+    for warps, stages, occupancy in (shape, decode.SHAPES[-1]):  # the last one fits in every GPU's shared memory
+        few = replace(gpu, multiprocessors=-(-ranges * cluster // occupancy))
+        plan = decode.plan(m, case.n, K, case.exact, few, (warps, stages, occupancy, cluster))
+        if plan is not None:
+            break
+    assert plan is not None
+    assert (plan.fused, plan.cluster, plan.ranges) == (m <= 2, cluster, ranges)
+    decode._launch(replace(plan, early=early), case.x, case.tiles, case.bias, case.n, case.y, gpu)
+    case.check()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "consumers", "cluster", "n", "scales", "dtype"),
+    [
+        (16, 1, 1, 85, "exact", FP16),
+        (16, 1, 2, 88, "bf16", BF16),
+        (64, 1, 2, 85, "exact", BF16),
+        (64, 2, 1, 149, "bf16", FP16),
+        (256, 2, 1, 136, "exact", BF16),
+    ],
+)
+def test_gemm_wgmma(tokens: int, consumers: int, cluster: int, n: int, scales: str, dtype: torch.dtype) -> None:
+    """Two blocks of tokens by two of rows, the last of either a part; whole, a block does several of the four."""
+    gpu = this_gpu()
+    if gpu.arch != gemm_wgmma.ARCH:
+        pytest.skip(f"wgmma is of compute capability 9.0, this GPU has {gpu.arch / 10}")
+    (config,) = [c for c in gemm_wgmma.CONFIGS if (c.tokens, c.consumers) == (tokens, consumers)]
+    case = Case(tokens + 3, n, K, scales, dtype, "bf16", FP32)
+    plan = gemm_wgmma.plan_of(config, cluster, case.m, n)
+    assert (plan.token_blocks, plan.row_blocks) == (2, 2)
+    few = replace(gpu, multiprocessors=1)
+    gemm_wgmma.linear(case.x, case.tiles, case.bias, n, case.y, few, plan)
+    case.check()
+
+
+@pytest.mark.parametrize(
+    ("config", "splits", "n", "scales", "dtype"),
+    [((16, 4), 2, 45, "bf16", BF16), ((64, 1), 1, 133, "exact", FP16)],
+)
+def test_gemm_mma(
+    config: tuple[int, int],
+    splits: int,
+    n: int,
+    scales: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On every GPU, also those on which the operation has something better."""
+    case = Case(config[0] + 3, n, K, scales, dtype, "bf16", FP16)
+    plan = gemm_mma._plan(config, splits, case.m, n, case.exact, this_gpu())
+    monkeypatch.setattr(gemm_mma, "plan", lambda *_: plan)
+    gemm_mma.linear(case.x, case.tiles, case.bias, n, case.y)
+    case.check()
+
+
+@pytest.mark.parametrize(("scales", "dtype"), [("bf16", FP32), ("exact", BF16)])
+def test_pack_dequantize_and_gather(scales: str, dtype: torch.dtype) -> None:
+    """A stack, the last tile of each weight a part; repeated rows, the first and the last among them."""
+    n, k = 33, 512
+    w = gpu_weights.weight("random", n, k, scales, 2)
+    expected = prepack.pack(*w.planes)
+    tiles = torch.ops.q6k.pack(*(None if plane is None else plane.cuda() for plane in w.planes))
+    fp64.assert_same_bits(tiles.cpu(), expected, "pack")
+    rows = reference.dequantize(*(None if plane is None else plane[1] for plane in w.planes), dtype=dtype)
+    found = torch.ops.q6k.dequantize(tiles[1], n, dtype)
+    fp64.assert_same_bits(found.cpu(), rows, "dequantize")
+    at = torch.tensor([[0, 32, 7], [15, 16, 7]], dtype=torch.int32 if scales == "exact" else torch.int64)
+    found = torch.ops.q6k.embedding(at.cuda(), tiles[1], n, dtype)
+    fp64.assert_same_bits(found.cpu(), rows[at], "embedding")
+
+
+def test_expanding_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three slices for cuBLAS, the last one row."""
+    case = Case(5, 33, 256, "exact", FP16, "bf16", None)
+    monkeypatch.setattr(prefill, "SCRATCH_BYTES", 1)
+    assert prefill.slice_rows(case.m, case.k) == 16
+    prefill.linear(case.x, case.tiles, case.bias, case.n, case.y)
+    case.check()
