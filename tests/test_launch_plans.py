@@ -17,7 +17,7 @@ SHAPES = [
     *((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096)),  # Llama 3 8B
     *((21504, 5376), (5376, 21504), (4096, 5376), (2048, 5376), (5376, 4096), (262144, 5376)),  # Gemma 3 27B
     *((12288, 4096), (4096, 12288), (151936, 4096)),  # Qwen3 8B
-    *((1, 256), (17, 768), (1001, 2560), (1, 21504), (4000000, 256)),
+    *((1, 256), (17, 768), (1001, 2560), (1, 21504), (4000000, 256), (1 << 20, 13568)),
 ]
 GPUS = [variants.device_like(arch) for arch in variants.ARCHITECTURES]
 
@@ -62,6 +62,19 @@ def test_decode_splits_k_where_activations_would_not_fit() -> None:
     assert decode.plan(8, 5376, 21504, False, H200).cluster > 1
     assert decode.plan(1, 5376, 21504, False, H200).cluster == 1
     assert decode.plan(8, 5376, 21504, False, replace(H200, arch=80)) is None
+
+
+def test_decode_never_copies_activations_for_row_tile_after_row_tile() -> None:
+    for n in (262144, 1 << 20):
+        plan = decode.plan(8, n, 13568, True, H200)
+        assert plan is None or plan.ranges <= 4 * H200.multiprocessors * plan.occupancy
+
+
+@pytest.mark.parametrize(("arch", "most"), [(80, 65536), (86, 36864), (90, 262144)])
+def test_activations_that_fit_are_known(arch: int, most: int) -> None:
+    gpu = variants.device_like(arch)
+    assert decode.fits(4096, most, False, gpu)
+    assert not decode.fits(4096, 1 << 20, False, gpu)
 
 
 def test_a_forced_plan_is_taken_or_refused() -> None:

@@ -76,6 +76,8 @@ SHAPES = ((8, 3, 2), (8, 2, 2), (16, 3, 1), (16, 2, 1), (8, 2, 1))
 launches before and after, worth most where a launch is short; one larger block sums fewer parts."""
 SHORT = (10, 48)
 """Tiles for each multiprocessor between which a launch counts as short; kernels/NOTES.md has the measurements."""
+MOST_WAVES = 4
+"""Rounds of blocks: each quantises or copies the activations again, so where sums need more, K is split further."""
 EARLY_K = 8192
 """Length of activations up to which blocks that quantise them fill rings first, unless the launch is short."""
 
@@ -109,7 +111,7 @@ def plan(
         ranges = min(row_tiles, max(1, blocks_at_once // cluster))
         kernel = tokens, fused, warps, stages, occupancy
         fitting = _shared_bytes(kernel, row_tiles, blocks, cluster, ranges, exact, device)
-        if fitting is not None:
+        if fitting is not None and fitting[0] <= MOST_WAVES * blocks_at_once and row_tiles * fitting[0] < 1 << 31:
             ranges, shared = fitting
             return Plan(*kernel, cluster, ranges, early, shared)
     return None
@@ -120,6 +122,8 @@ def _shapes(short: bool, device: Device) -> list[tuple[int, int, int]]:
     if device.shared_bytes < 160 << 10:
         return [(8, 2, 1)]
     large = [shape for shape in SHAPES if shape[0] == 16]
+    if device.arch < 90:  # no clusters to split long activations over: smaller rings make room
+        large.append((8, 2, 1))
     return [shape for shape in SHAPES if shape[2] == 2] + large if short else large
 
 
@@ -152,6 +156,11 @@ def _shared_bytes(
 def activation_bytes(tokens: int, fused: bool) -> tuple[int, int]:
     """Bytes of quantised activations of a super-block, and of their scales, as `csrc/decode.cuh` lays them out."""
     return 4 * (64 * tokens + (16 if fused else 0)), 32 * tokens if tokens <= 4 else 256
+
+
+def fits(n: int, k: int, exact: bool, device: Device) -> bool:
+    """Whether at least one row of activations of that length fits in a block's shared memory."""
+    return plan(1, n, k, exact, device) is not None
 
 
 def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, y: Tensor, device: Device) -> None:

@@ -250,7 +250,7 @@ def encode_tensor_map_2d(
     box_columns: int,
     swizzle_bytes: int = 128,
 ) -> bytes:
-    """A CUtensorMap of a matrix, for a kernel's first parameter, `const __grid_constant__`.
+    """A CUtensorMap of a matrix, for a kernel's `const __grid_constant__` parameter.
 
     A copy brings a box of box_rows x box_columns into shared memory, zeros where it reaches out of the matrix.
 

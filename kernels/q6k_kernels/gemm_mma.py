@@ -107,7 +107,7 @@ def _slots(arch: int) -> int:
 
 
 def _cost(candidate: Plan, m: int, n: int, k: int, device: Device) -> float:
-    """In steps, of about a microsecond. Not measured: see `plan` for what it stands for."""
+    """In steps, of about a microsecond: a model, not measured."""
     blocks = candidate.grid[0] * candidate.grid[1]
     fullest = -(-blocks // device.multiprocessors)
     alone = 1.3 if fullest == 1 else 1.0  # a block alone leaves memory idle at times

@@ -177,7 +177,7 @@ def load(file: str, kernel: str, defines: Defines, device: int, *, sources: Path
     """A kernel, ready to be launched on a GPU.
 
     Args:
-        file: the file that holds it, as `linear.cuh`, in `sources`.
+        file: the file that holds it, as `decode.cuh`, in `sources`.
         kernel: its name, `extern "C" __global__`.
         defines: macros that specialise the file.
         device: the GPU's ordinal.

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 Variant = tuple[str, str, tuple[tuple[str, int], ...]]
 """A kernel to compile: file, name, macros."""
 
+ALIGNMENT = 16
+"""Of whatever kernels read or write, in bytes."""
 BIAS_KINDS: Mapping[torch.dtype, int] = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 """`BiasKind` in `csrc/common.cuh`; 0 is none."""
 
@@ -56,6 +58,27 @@ def device(index: int) -> Device:
 def stream(on: Device) -> int:
     """The CUstream in which torch works now on that GPU."""
     return int(torch.cuda.current_stream(on.index).cuda_stream)
+
+
+def check_aligned(tiles: Tensor) -> None:
+    """Kernels copy tiles 16 bytes at a time.
+
+    Raises:
+        ValueError: they begin elsewhere, as a view into other memory may.
+    """
+    if tiles.data_ptr() % ALIGNMENT:
+        raise ValueError(
+            f"tiles: expected memory aligned to {ALIGNMENT} bytes, found {tiles.data_ptr():#x}; clone them"
+        )
+
+
+def end_write(tiles: Tensor) -> None:
+    """Puts something between the launch that wrote tiles and the next.
+
+    Kernels that multiply begin to copy tiles while the launch before them ends (programmatic dependent launch), so
+    that launch must not be the one that wrote them. A memset, which nothing overlaps with, comes between.
+    """
+    torch.zeros(1, dtype=torch.uint8, device=tiles.device)
 
 
 def is_exact(tiles: Tensor) -> bool:

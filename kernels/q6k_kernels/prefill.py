@@ -42,3 +42,4 @@ def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, y: Tensor) -> 
         if bias is not None:
             sums += bias[first : first + rows]
         y[:, first : first + rows] = sums
+        del sums  # before the next slice's: both would not fit in the scratch

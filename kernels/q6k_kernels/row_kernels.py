@@ -14,7 +14,7 @@ from torch import Tensor
 
 from q6k_kernels import jit, launching
 from q6k_kernels.ggml_types import SUPER_BLOCK
-from q6k_kernels.launching import Device, Variant
+from q6k_kernels.launching import ALIGNMENT, Device, Variant
 from q6k_kernels.prepack import check_tiles, tiles_shape
 from q6k_kernels.reference import FLOATS, TILE_ROWS, check_dtype, check_planes
 
@@ -22,7 +22,6 @@ PACK_WARPS = 8
 """Of a block, a tile each."""
 THREADS = 256
 """Of a block of the kernels that read tiles."""
-ALIGNMENT = 16
 """Bytes that one load takes."""
 _PACK, _GATHER, _DEQUANTIZE = struct.Struct("@PPPPPiiq"), struct.Struct("@PPPIii"), struct.Struct("@PPiii")
 
@@ -62,6 +61,7 @@ def pack(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None = None) -> 
         ),
         stream=launching.stream(device),
     )
+    launching.end_write(tiles)
     return tiles
 
 
@@ -167,10 +167,7 @@ def dequantize_rows(tiles: Tensor, first_row: int, rows: int, n: int, out: Tenso
 
 def _check_tiles(tiles: Tensor, n: int) -> int:
     k = check_tiles(tiles, n)
-    if tiles.data_ptr() % ALIGNMENT:
-        raise ValueError(
-            f"tiles: expected memory aligned to {ALIGNMENT} bytes, found {tiles.data_ptr():#x}; clone them"
-        )
+    launching.check_aligned(tiles)
     return k
 
 

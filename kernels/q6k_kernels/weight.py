@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q6k_kernels import ops, prepack
+from q6k_kernels import launching, ops, prepack
 from q6k_kernels.prepack import SCALES
 from q6k_kernels.reference import TILE_ROWS, Activations
 from q6k_kernels.storage import Scales
@@ -132,6 +132,8 @@ class PackedWeight:
                     f"weights: expected N a multiple of {TILE_ROWS} for all but the last, found {weight.n} at {at}"
                 )
         tiles = torch.cat([weight.tiles for weight in weights], dim=-3)
+        if tiles.is_cuda:
+            launching.end_write(tiles)
         return PackedWeight(tiles, (*first.shape[:-2], sum(weight.n for weight in weights), first.k))
 
     @staticmethod
@@ -212,7 +214,8 @@ def q6k_linear(
 
     Args:
         x: bfloat16 or float16 (..., K), on the CPU also float32; strides at will, also no rows at all.
-        weight: (N, K), on x's device.
+        weight: (N, K), on x's device. On a GPU its copy may begin while the kernel launched just before ends: one
+            that changes the tiles in place must not be that kernel.
         bias: bfloat16, float16 or float32 (N,).
         activations: "int8" quantises x to 8 bits in groups of 32 and sums integers, made for a few rows;
             "bf16" multiplies in x's own dtype; "auto" picks by the number of rows.

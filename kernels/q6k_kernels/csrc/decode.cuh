@@ -18,7 +18,7 @@
 // then over the ranks of the cluster: the result never depends on timing.
 //
 // fp32 roundings of a term: its product with the scale, the sum of the pair of groups, one addition of d_a times
-// that for each pair a warp sums (K/32 at most), one for each warp and block, the bias: K/32 + 3 + WARPS * blocks of a cluster.
+// that for each pair a warp sums (K/32 at most), one for each warp of each block of a cluster, the bias.
 
 #ifndef Q6K_WARPS
 #define Q6K_WARPS 8
@@ -155,7 +155,7 @@ __device__ __forceinline__ float sum_of_warps(u32 values, int pitch, int total, 
 
 // Parameters: tiles (T, K/256, TILE_BYTES); x, if FUSED 16-bit (m, k), rows 16-byte aligned and `stride`
 // elements apart, else what q6k_quantize made of it, steps behind codes; y 16-bit (m, n); bias (n,) of `bias_kind`,
-// or null; m <= TOKENS; early, whether to ask for tiles before activations.
+// or null; m <= TOKENS; early, 1 unless FUSED: whether to ask for tiles before activations.
 // Grid: blocks of a cluster x ranges of row tiles. Shared memory: `decode.py` has the sizes.
 // No pointer is __restrict__: loads of what an earlier launch writes must not move above the wait for it.
 extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
@@ -172,9 +172,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
 
   let_dependents_start();
   const u32 ring = shared_address(shared) + warp * STAGES * TILE_BYTES;
-  const int first_of_warp = depth ? begin / depth : 0;
+  const int first_of_warp = begin / depth;
   // The copies' position: they run STAGES tiles ahead of the sums.
-  int copy_at = begin, copy_block = depth ? begin - first_of_warp * depth : 0;
+  int copy_at = begin, copy_block = begin - first_of_warp * depth;
   const u8* from = tiles + ((i64)(first_row + first_of_warp) * blocks + first_block + copy_block) * TILE_BYTES;
   auto copy_next = [&](int stage) {
     if (copy_at < end) {
@@ -196,7 +196,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
   const int most_depth = (blocks + cluster - 1) / cluster;  // so that all blocks of a cluster lay out memory alike
   float* const steps = reinterpret_cast<float*>(codes + most_depth * CODES_A_BLOCK);
   const u32 partials = shared_address(steps) + most_depth * STEPS_A_BLOCK;
-  // Activations that come after a full ring of tiles wait for it, so a small product asks for them first.
+  // Activations that come after a full ring of tiles wait for it, so a small product that has to quantise them asks
+  // for them first.
   if (early) fill_ring();
   wait_for_previous_grid();
 #if Q6K_FUSED
@@ -214,12 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
     copy_async_16(shared_address(steps) + at, x_steps + first_block * STEPS_A_BLOCK + at);
   }
   commit_copies();
-  if (early) {
-    wait_copies<0>();
-  } else {
-    fill_ring();
-    wait_copies<STAGES>();
-  }
+  wait_copies<0>();
 #endif
   __syncthreads();
 
@@ -239,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
   };
 
   float totals[2][COLUMNS] = {};
-  int row_tile = first_of_warp, block = depth ? begin - first_of_warp * depth : 0, stage = 0;
+  int row_tile = first_of_warp, block = begin - first_of_warp * depth, stage = 0;
   bool whole = block == 0;
   for (int at = begin; at < end; ++at) {
     wait_copies<STAGES - 1>();

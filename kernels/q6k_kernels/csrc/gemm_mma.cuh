@@ -136,7 +136,7 @@ __device__ __forceinline__ void load_half(LaneQuarter (&quarters)[2], u32 tile, 
 // What the grid before may still be writing is not __restrict__: such loads might move before the wait.
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 2)
     q6k_gemm_mma(const u8* __restrict__ tiles, const u16* x, u16* y, float* workspace,
-                 const void* __restrict__ bias, i64 stride, int bias_kind, int m, int n, int k) {
+                 const void* bias, i64 stride, int bias_kind, int m, int n, int k) {
   extern __shared__ __align__(128) u8 shared[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   // Blocks that share rows start together, so that tiles come from memory once.
@@ -276,7 +276,7 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 2)
 //   bias       (n) of `bias_kind`
 //   bias_kind, m, n, splits
 extern "C" __global__ void __launch_bounds__(256)
-    q6k_reduce(const float* workspace, u16* y, const void* __restrict__ bias, int bias_kind, int m, int n,
+    q6k_reduce(const float* workspace, u16* y, const void* bias, int bias_kind, int m, int n,
                int splits) {
   wait_for_previous_grid();
   const u32 count = (u32)m * n, at = blockIdx.x * 256 + threadIdx.x;
