@@ -24,6 +24,8 @@ OLDEST_TORCH = (2, 11)
 _DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 _GET_TORCH = "Install torch for CUDA: `pip install torch`."
 _LIKELY = "Run where `nvidia-smi` lists a GPU; in a container, start it with access to GPUs (`--gpus all`)."
+_ANY_ARCHITECTURE = "sm_80"
+"""What the compiler is tried for where no GPU is found that kernels run on."""
 _PROBE = 'extern "C" __global__ void probe(int* p) { *p = 1; }'
 
 
@@ -55,6 +57,7 @@ class _Known:
     torch_cuda: tuple[int, int] | None = None
     driver_cuda: tuple[int, int] | None = None
     gpus: int = 0
+    architectures: list[str] = field(default_factory=list)
 
 
 def examine() -> dict[str, Any]:
@@ -75,11 +78,11 @@ def _guarded(probe: Callable[[Any], Iterator[Finding]], known: Any) -> list[Find
         findings.extend(probe(known))
     except CudaError as error:
         state: Literal["missing", "broken"] = "missing" if isinstance(error, DriverMissingError) else "broken"
-        findings.append(Finding(_name(probe), state, error.cause, error.remedy))
+        findings.append(Finding(_name(probe, known), state, error.cause, error.remedy))
     except Exception as error:
         findings.append(
             Finding(
-                _name(probe),
+                _name(probe, known),
                 "broken",
                 f"looking at it failed: {type(error).__name__}: {error}",
                 "This may be a bug in q6k-convert: report it with what `q6k-convert doctor --json` prints.",
@@ -88,8 +91,10 @@ def _guarded(probe: Callable[[Any], Iterator[Finding]], known: Any) -> list[Find
     return findings
 
 
-def _name(probe: Callable[[Any], Iterator[Finding]]) -> str:
-    return {_self_test: "kernels", _gpus: "GPU"}.get(probe, probe.__name__.strip("_"))
+def _name(probe: Callable[[Any], Iterator[Finding]], known: Any) -> str:
+    if probe is _self_test:
+        return f"kernels, GPU {known}"
+    return "GPU" if probe is _gpus else probe.__name__.strip("_")
 
 
 def _python(_: _Known) -> Iterator[Finding]:
@@ -163,7 +168,7 @@ def _gpus(known: _Known) -> Iterator[Finding]:
         }
         detail = f"{facts['name']}, compute capability {major}.{minor}, {text.size(memory)}, {units} SMs"
         try:
-            compiler.architecture((major, minor))
+            known.architectures.append(compiler.architecture((major, minor)))
             yield Finding(f"GPU {gpu}", "ok", detail, facts=facts)
         except CudaError as error:
             yield Finding(f"GPU {gpu}", "broken", f"{detail}: {error.cause}", error.remedy, facts=facts)
@@ -194,7 +199,8 @@ def _compiler(known: _Known) -> Iterator[Finding]:
     path = str(compiler.library_path())
     facts = {"version": _dotted(version), "path": path}
     detail = f"NVRTC {_dotted(version)}, {path}"
-    compiler.compile_cubin(_PROBE, "probe.cu", compiler.options((), "sm_80"))
+    for architecture in dict.fromkeys(known.architectures or [_ANY_ARCHITECTURE]):
+        compiler.compile_cubin(_PROBE, "probe.cu", compiler.options((), architecture))
     if known.driver_cuda is not None and version[0] > known.driver_cuda[0]:
         yield Finding(
             "compiler",

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from q6k_convert.device_runs import DeviceRun
 from q6k_convert.errors import InputRejectedError
 from q6k_convert.gguf_file import GGUFFile
-from q6k_convert.verify_device import DeviceReport, DeviceRun, check_device
+from q6k_convert.verify_device import DeviceReport, check_device
 from q6k_convert.verify_source import SourceReport, check_source, source_bytes
 from q6k_kernels import manifest as manifests
 from q6k_kernels.content import check_content, content_bytes

@@ -8,7 +8,6 @@ imported when it is needed.
 
 from __future__ import annotations
 
-import errno
 import math
 import time
 from collections.abc import Callable
@@ -18,19 +17,19 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from q6k_convert import text
+from q6k_convert.device_runs import SEED, DeviceRun, Rows
 from q6k_convert.errors import EnvironmentMissingError
 from q6k_kernels import compiler, driver
 from q6k_kernels.errors import CudaError, DriverMissingError, GpuMissingError
-from q6k_kernels.manifest import Manifest, StoredTensor
-from q6k_kernels.structure import Entry, Finding, read_header
+from q6k_kernels.manifest import Manifest
+from q6k_kernels.structure import Finding, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SIZES: tuple[tuple[int, Literal["int8", "bf16"]], ...] = ((1, "int8"), (16, "bf16"))
 """On the CPU: rows of activations and how they are treated: a decoding step, a short prefill."""
-SEED = 0
-"""Of the activations: bf16, standard normal, the same for all tensors of one K."""
 CHUNK_WEIGHTS = 1 << 21
 """Weights read and checked at a time on the CPU; fp64 takes about 50 bytes for each, 100 MB."""
 MOST_EXPERTS = 4
@@ -40,29 +39,6 @@ NO_TORCH = "torch is not installed"
 NO_GPU = "no CUDA GPU was found"
 _TRY_CPU = "--device cpu runs the reference"
 _RunMatrix = Callable[["Rows", int, int, Callable[[int], None]], tuple[list["DeviceRun"], list[str]]]
-
-
-@dataclass(frozen=True)
-class DeviceRun:
-    """One matrix times `m` rows of activations.
-
-    Attributes:
-        m: rows of activations.
-        activations: "int8" or "bf16", the formula.
-        worst_error_in_tolerances: of all outputs; right up to 1, infinite for a NaN or infinity too many.
-        passed: whether it is.
-        seconds: spent multiplying, without reading and checking; on a GPU a call's, made from Python.
-        gb_per_s: packed bytes by that time, in 10**9 a second; None on the CPU, where it would say nothing.
-        first_bad: the first wrong output: its coordinate, its value and the right one.
-    """
-
-    m: int
-    activations: str
-    worst_error_in_tolerances: float
-    passed: bool
-    seconds: float
-    gb_per_s: float | None
-    first_bad: str | None
 
 
 @dataclass(frozen=True)
@@ -101,7 +77,7 @@ def check_device(
             planar tensor. Experts that are left out count as done.
 
     Raises:
-        EnvironmentMissingError: something is missing that `device` needs.
+        EnvironmentMissingError: something is missing that `device` needs, or the GPU's memory is exhausted.
         CudaError: on a GPU that has everything, a kernel cannot be compiled or launched.
         ValueError: a shard's header breaks a rule of the format.
         OSError: a shard cannot be read, or is shorter than its header says.
@@ -198,7 +174,10 @@ def _run(
         rows = Rows(directory, headers, tensor)
         for expert in experts:
             label = f"{tensor.name}[{expert}]" if stack else tensor.name
-            runs[label], problems = run_matrix(rows, expert * n, n, progress)
+            try:
+                runs[label], problems = run_matrix(rows, expert * n, n, progress)
+            except torch.OutOfMemoryError as error:
+                raise _no_memory(label, n * rows.bytes_a_row) from error
             problems = [_problem(run) for run in runs[label] if not run.passed] + problems
             where = f"expert {expert}, " if stack else ""
             findings += [Finding(f"{where}{each}", tensor.arrays["ql"].file, tensor.name) for each in problems]
@@ -208,6 +187,15 @@ def _run(
     detail = f"torch {torch.__version__}, {what}: {len(runs)} matrices at "
     detail += f"{', '.join(settings[:-1])} and {settings[-1]}" + "".join(f"; {line}" for line in sampled)
     return DeviceReport("failed" if findings else "passed", device, detail, runs, findings)
+
+
+def _no_memory(label: str, packed: int) -> EnvironmentMissingError:
+    """The error for a matrix of `packed` bytes."""
+    return EnvironmentMissingError(
+        f"the GPU's memory does not suffice to check {label}: its planes take {packed} bytes "
+        f"({text.size(packed)}), its tiles as much, and the fp64 to compare with about 700 MB",
+        f"End what else uses the GPU, as `nvidia-smi` lists it, or take a larger one; {_TRY_CPU}.",
+    )
 
 
 def _sample(count: int) -> list[int]:
@@ -222,35 +210,6 @@ def _problem(run: DeviceRun) -> str:
         f"M={run.m} with {run.activations} activations: {run.first_bad}; "
         f"the worst output is off by {run.worst_error_in_tolerances:.3g} times the tolerance"
     )
-
-
-class Rows:
-    """Reads some rows of a planar tensor; the matrices of a stack lie below each other."""
-
-    def __init__(self, directory: Path, headers: dict[str, dict[str, Entry]], tensor: StoredTensor) -> None:
-        count = math.prod(tensor.shape[:-1])
-        self.k = tensor.shape[-1]
-        self._arrays = {
-            role: (directory / array.file, entry.dtype, entry.begin, (entry.end - entry.begin) // count)
-            for role, array in tensor.arrays.items()
-            for entry in (headers[array.file][array.key],)
-        }
-        self.bytes_a_row = sum(each for *_, each in self._arrays.values())
-
-    def read(self, first: int, count: int) -> dict[str, Tensor]:
-        """Rows `first` to `first + count` of every array, by role."""
-        import torch
-
-        dtypes = {"U8": torch.uint8, "I8": torch.int8, "BF16": torch.bfloat16, "F16": torch.float16}
-        tensors: dict[str, Tensor] = {}
-        for role, (path, dtype, begin, each) in self._arrays.items():
-            raw = np.fromfile(path, np.uint8, count * each, offset=begin + first * each)
-            if raw.size != count * each:
-                raise OSError(
-                    errno.EIO, f"ended {count * each - raw.size} bytes before its array {role} does", path
-                )
-            tensors[role] = torch.from_numpy(raw).view(dtypes[dtype]).view(count, -1)
-        return tensors
 
 
 class _Tally:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from q6k_convert.verify_device import SEED, DeviceRun, Rows
+from q6k_convert.device_runs import SEED, DeviceRun, Rows
 from q6k_kernels import accuracy, ops, reference
 from q6k_kernels.ggml_types import GROUP, SUPER_BLOCK
 from q6k_kernels.planar import OFFSET
@@ -74,18 +74,19 @@ def run_matrix(
     Raises:
         CudaError: a kernel cannot be compiled or launched.
         OSError: the rows cannot be read.
+        torch.OutOfMemoryError: the matrix, or the fp64 that it is held against, does not fit in the GPU's memory.
     """
     planes = _read(rows, at, n, device)
     tiles = ops.pack(*planes.all())
-    outputs = [_run(tiles, n, rows.k, m, formula) for m, formula in SIZES]
+    activations = _activations(rows.k, tiles.device)  # of tiles: "cuda" alone is no certain GPU
+    outputs = [_run(tiles, n, activations[:m], formula) for m, formula in SIZES]
     tallies = [_Tally() for _ in SIZES]
     step = max(1, EXACT_WEIGHTS // rows.k)
     for first in range(0, n, step):
         count = min(step, n - first)
         q, s = _codes_and_scales(planes.rows(slice(first, first + count)))
         for (m, formula), (y, _), tally in zip(SIZES, outputs, tallies, strict=True):
-            x = _activations(rows.k, device)[:m]
-            tally.compare(y[:, first : first + count], x, q, s, formula, first)
+            tally.compare(y[:, first : first + count], activations[:m], q, s, formula, first)
         progress(count * rows.bytes_a_row)
     runs = [
         DeviceRun(
@@ -115,19 +116,18 @@ def _read(rows: Rows, at: int, n: int, device: str) -> Planes:
 
 
 @lru_cache(maxsize=1)
-def _activations(k: int, device: str) -> Tensor:
+def _activations(k: int, device: torch.device) -> Tensor:
     """bf16, standard normal, the same on every device."""
     generator = torch.Generator().manual_seed(SEED)
     return torch.randn(max(m for m, _ in SIZES), k, generator=generator).bfloat16().to(device)
 
 
-def _run(tiles: Tensor, n: int, k: int, m: int, formula: Formula) -> tuple[Tensor, float | None]:
+def _run(tiles: Tensor, n: int, x: Tensor, formula: Formula) -> tuple[Tensor, float | None]:
     """The rows of y that are compared, and the seconds of a call, made from Python, one after the other."""
-    x = _activations(k, str(tiles.device))[:m]
     with torch.no_grad():
         y = ops.linear(x, tiles, None, n, formula)
         seconds = _seconds(lambda: ops.linear(x, tiles, None, n, formula)) if tiles.is_cuda else None
-    return y[_checked(m)], seconds
+    return y[_checked(len(x))], seconds
 
 
 def _checked(m: int) -> list[int]:

@@ -4,7 +4,8 @@
     python scripts/compile_kernels.py [--compiler auto|nvcc|nvrtc] [--arch 80 ...] [--json FILE]
 
 Needs no GPU. `auto` is nvcc where it is on PATH, else NVRTC, the compiler that kernels meet at run time. Figures
-are the assembler's: registers, spilled bytes, stack (local arrays and calls), static shared memory.
+are the assembler's: registers, spilled bytes, stack (local arrays and calls), static shared memory; and the
+largest dynamic shared memory that launches ask for, empty where no launch of a common size chooses the kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,11 +29,16 @@ from rich.table import Table
 
 from q6k_kernels import compiler
 from q6k_kernels.compiler import Defines
-from q6k_kernels.errors import CompileFailedError, CudaError
+from q6k_kernels.errors import CompileFailedError, CudaError, GpuTooOldError
 
 Row = dict[str, Any]
+Variant = tuple[str, str, Defines]
+"""File, kernel, macros."""
 Unit = tuple[int, str, Defines]
 """Compute capability, file, macros: compiled once, whatever kernels it has."""
+CompileUnit = Callable[[str, str, tuple[str, ...]], str]
+"""Source, name and options to a log."""
+FIGURES = ("registers", "spill_bytes", "stack_bytes", "shared_bytes", "dynamic_shared_bytes")
 
 
 def plan(architectures: Sequence[int]) -> dict[Unit, list[str]]:
@@ -44,6 +50,17 @@ def plan(architectures: Sequence[int]) -> dict[Unit, list[str]]:
         for file, kernel, defines in all_variants(arch):
             units.setdefault((arch, file, defines), []).append(kernel)
     return units
+
+
+def dynamic_shared(units: Iterable[Unit]) -> dict[tuple[int, Variant], int]:
+    """Bytes that launches of kernels ask for, by architecture and variant, where it is known."""
+    from q6k_kernels.variants import shared_bytes
+
+    return {
+        (arch, variant): size
+        for arch in dict.fromkeys(arch for arch, _, _ in units)
+        for variant, size in shared_bytes(arch).items()
+    }
 
 
 def with_nvrtc(source: str, file: str, options: tuple[str, ...]) -> str:
@@ -65,7 +82,9 @@ def with_nvcc(nvcc: str, source: str, file: str, options: tuple[str, ...]) -> st
     return log
 
 
-def measure(compile_unit: Callable[[str, str, tuple[str, ...]], str], item: tuple[Unit, list[str]]) -> list[Row]:
+def measure(
+    compile_unit: CompileUnit, dynamic: Mapping[tuple[int, Variant], int], item: tuple[Unit, list[str]]
+) -> list[Row]:
     """A row for each kernel of a unit: what it takes, or why it failed."""
     (arch, file, defines), kernels = item
     started, error, log, found = time.perf_counter(), None, "", dict[str, compiler.Resources]()
@@ -79,6 +98,7 @@ def measure(compile_unit: Callable[[str, str, tuple[str, ...]], str], item: tupl
     rows = []
     for kernel in kernels:
         row: Row = {"arch": target, "file": file, "kernel": kernel, "defines": dict(defines), "seconds": seconds}
+        row["dynamic_shared_bytes"] = dynamic.get((arch, (file, kernel, defines)))
         if kernel in found:
             taken = found[kernel]
             row |= vars(taken) | {"error": f"spills {taken.spill_bytes} bytes" if taken.spill_bytes else None}
@@ -94,22 +114,34 @@ def show(rows: list[Row], title: str) -> None:
     table = Table(box=None, pad_edge=False, title=title, title_justify="left", header_style="bold")
     for name in ("arch", "kernel", "macros"):
         table.add_column(name, overflow="fold")
-    for name in ("registers", "spills", "stack", "shared", ""):
+    for name in ("registers", "spills", "stack", "shared", "dynamic", ""):
         table.add_column(name, justify="right" if name else "left", overflow="fold")
     for row in rows:
         macros = " ".join(f"{name}={value}" for name, value in row["defines"].items())
-        figures = (row[name] for name in ("registers", "spill_bytes", "stack_bytes", "shared_bytes"))
+        figures = (row[name] for name in FIGURES)
         cells = ("" if figure is None else str(figure) for figure in figures)
         table.add_row(row["arch"], row["kernel"], macros, *cells, row["error"] or "ok")
     wide = 200 if not sys.stdout.isatty() else None
     Console(width=wide, highlight=False, markup=False, emoji=False).print(table)
 
 
+def architecture(text: str) -> int:
+    """A compute capability of the command line."""
+    try:
+        arch = int(text)
+        compiler.architecture(divmod(arch, 10))
+    except (ValueError, GpuTooOldError) as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a compute capability of 80 or later, as 90 for 9.0, found {text!r}"
+        ) from error
+    return arch
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compiler", choices=("auto", "nvcc", "nvrtc"), default="auto")
-    parser.add_argument("--arch", type=int, nargs="+", default=(), metavar="XY", help="80, 90, …; all")
+    parser.add_argument("--arch", type=architecture, nargs="+", default=(), metavar="XY", help="80, 90, …; all")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="write the rows there too")
     args = parser.parse_args(arguments)
@@ -122,10 +154,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error.cause}\ntry: {error.remedy}", file=sys.stderr)
         return 1
     compile_unit = partial(with_nvcc, nvcc) if nvcc else with_nvrtc
+    for arch in args.arch:
+        try:  # a kernel's own failure would not say that it is the option that is wrong
+            compile_unit("", "probe", compiler.options((), compiler.architecture(divmod(arch, 10))))
+        except CudaError as error:
+            parser.error(f"argument --arch: {arch} is not one that the compiler knows: {error.cause}")
     units = plan(args.arch)
+    dynamic = dynamic_shared(units)
     started = time.perf_counter()
     with ThreadPoolExecutor(args.jobs) as pool:
-        rows = [row for part in pool.map(partial(measure, compile_unit), units.items()) for row in part]
+        rows = [row for part in pool.map(partial(measure, compile_unit, dynamic), units.items()) for row in part]
     show(rows, by)
     failed = [row for row in rows if row["error"]]
     for log in dict.fromkeys(row["log"] for row in failed if row["log"]):

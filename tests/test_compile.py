@@ -46,7 +46,11 @@ def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(variants: list[Any], *arguments: str, architectures: tuple[int, ...] = (80, 90)) -> int:
         fake = ModuleType("q6k_kernels.variants")
-        fake.all_variants, fake.ARCHITECTURES = lambda _: variants, architectures  # type: ignore[attr-defined]
+        fake.__dict__.update(
+            all_variants=lambda _: variants,
+            ARCHITECTURES=architectures,
+            shared_bytes=lambda arch: {VARIANT: 1000 + arch},
+        )
         monkeypatch.setitem(sys.modules, "q6k_kernels.variants", fake)
         return int(main(["--json", str(tmp_path / "rows.json"), *arguments]))
 
@@ -62,12 +66,13 @@ def test_kernels_that_compile_pass(gate: Any, capsys: pytest.CaptureFixture[str]
     ]  # fmt: skip
     assert [row["arch"] for row in rows[::3]] == ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"]
     assert all(row["registers"] > 0 and row["spill_bytes"] == 0 and row["error"] is None for row in rows)
+    assert [row["dynamic_shared_bytes"] for row in rows[:6]] == [1080, None, None, 1086, None, None]
     out = capsys.readouterr().out
     assert out.startswith("NVRTC ")
     assert out.splitlines()[-1].startswith("18 kernels in 12 units, ")
     line = next(line for line in out.splitlines() if line.startswith("sm_90a"))
     assert line.split()[:3] == ["sm_90a", "fine", "VALUE=3"]
-    assert line.split()[-1] == "ok"
+    assert line.split()[-2:] == ["1090", "ok"]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +102,77 @@ def test_a_kernel_that_is_not_right_fails(
 def test_nothing_to_compile_is_a_failure(gate: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert gate.run([], "--compiler", "nvrtc") == 1
     assert "error: there was nothing to compile" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["nvcc", "nvrtc"])
+@pytest.mark.parametrize(
+    ("arch", "words"),
+    [
+        ("75", "expected a compute capability of 80 or later, as 90 for 9.0, found '75'"),
+        ("-90", "expected a compute capability of 80 or later"),
+        ("hopper", "found 'hopper'"),
+        ("sm_90", "found 'sm_90'"),
+        ("999", "999 is not one that the compiler knows: "),
+    ],
+)
+def test_an_architecture_that_makes_no_sense_is_a_usage_error(
+    arch: str, words: str, how: str, gate: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if how == "nvcc" and shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    with pytest.raises(SystemExit, match="2"):
+        gate.run([VARIANT], "--compiler", how, f"--arch={arch}")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "error: argument --arch: " in error
+    assert words in error
+
+
+@pytest.mark.parametrize(
+    ("arch", "kb"),
+    [
+        *((80, 163), (86, 99), (87, 163), (88, 99), (89, 99), (90, 227), (91, 227), (100, 227), (101, 227)),
+        *((103, 227), (110, 227), (119, 227), (120, 99), (121, 99), (125, 99), (130, 99)),
+    ],
+)
+def test_every_architecture_is_like_one_that_is_documented(arch: int, kb: int) -> None:
+    variants = pytest.importorskip("q6k_kernels.variants", exc_type=ImportError)
+    device = variants.device_like(arch)
+    assert (device.arch, device.shared_bytes, device.multiprocessor_shared_bytes) == (
+        arch, kb << 10, kb + 1 << 10,
+    )  # fmt: skip
+    known = variants.all_variants(arch)
+    assert {"q6k_decode", "q6k_gemm_mma", "q6k_pack"} <= {kernel for _, kernel, _ in known}
+    sizes = variants.shared_bytes(arch)
+    assert set(sizes) <= set(known)
+    assert all(0 <= each <= device.shared_bytes for each in sizes.values())
+    used = {kernel for (_, kernel, _), each in sizes.items() if each}
+    assert used == {"q6k_decode", "q6k_gemm_mma"} | ({"q6k_gemm_wgmma"} if arch == 90 else set())
+    # Of all kernels but decode's it is known.
+    assert {kernel for _, kernel, _ in set(known) - set(sizes)} <= {"q6k_decode"}
+
+
+@pytest.mark.parametrize("function", ["device_like", "all_variants", "shared_bytes"])
+@pytest.mark.parametrize("arch", [79, 75, 0, -90])
+def test_an_architecture_without_kernels_is_an_error(function: str, arch: int) -> None:
+    variants = pytest.importorskip("q6k_kernels.variants", exc_type=ImportError)
+    with pytest.raises(ValueError, match=f"arch: expected .* 80 or later, .* found {arch}$"):
+        getattr(variants, function)(arch)
+
+
+def test_dynamic_shared_memory_is_what_launches_ask_for() -> None:
+    """Of Hopper's kernels, by hand from the layouts in the device code."""
+    variants = pytest.importorskip("q6k_kernels.variants", exc_type=ImportError)
+    found = dict[tuple[Any, ...], int]()
+    for (_, kernel, defines), size in variants.shared_bytes(90).items():
+        macros = dict(defines)
+        own = (value for name, value in macros.items() if name not in ("Q6K_EXACT", "Q6K_FP16"))
+        found[kernel, macros.get("Q6K_EXACT"), *own] = size
+    # Activations of two stages, and two tiles for each of eight warps.
+    assert found["q6k_gemm_mma", 0, 16, 1, 2] == 2 * 8192 + 8 * 2 * 3584
+    # Rings of x and of tiles, 2 KB for each consumer, a barrier pair for each stage.
+    assert found["q6k_gemm_wgmma", 1, 256, 2, 2, 5, 0, 1] == 5 * 256 * 128 + 2 * 8 * 3360 + 2 * 2048 + 7 * 16
+    # A ring of 16 x 3 tiles, 21504 / 256 super-blocks of one token's codes and steps, 32 sums.
+    assert found["q6k_decode", 0, 1, 0, 16, 3, 1, 0] >= 16 * 3 * 3584 + 84 * (256 + 32) + 32 * 16 * 4
 
 
 def test_no_compiler_is_a_failure(gate: Any, monkeypatch: pytest.MonkeyPatch) -> None:

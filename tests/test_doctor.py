@@ -209,7 +209,10 @@ CASES: dict[str, tuple[Any, str, str, str]] = {
     ),
     "a test that breaks off": (
         lambda m, patch: patch.setattr(self_test, "run", lambda _: 1 / 0),
-        "kernels", "broken", "looking at it failed: ZeroDivisionError",
+        "kernels, GPU 0", "broken", "looking at it failed: ZeroDivisionError",
+    ),
+    "a compiler that does not know the GPU": (
+        lambda m, _: m.cuda.reset(capability=199), "compiler", "broken", "does not know sm_199; it knows sm_",
     ),
 }  # fmt: skip
 
@@ -228,6 +231,54 @@ def test_a_compiler_that_is_missing(machine: SimpleNamespace, monkeypatch: pytes
 
     monkeypatch.setattr(compiler, "version", missing)
     failed(invoke("doctor"), 6, "compiler is missing", "Install it.")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "tried"),
+    [
+        ([(9, 0)], ["sm_90a"]),
+        ([(8, 9), (12, 0), (8, 9)], ["sm_89", "sm_120"]),
+        ([(7, 5), (8, 6)], ["sm_86"]),
+        ([(7, 5)], ["sm_80"]),
+        ([], ["sm_80"]),
+    ],
+)
+def test_the_compiler_is_tried_for_every_gpu(
+    capabilities: list[tuple[int, int]],
+    tried: list[str],
+    machine: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine.cuda.reset(devices=len(capabilities))
+    monkeypatch.setattr(driver, "capability", lambda gpu: capabilities[gpu])
+    asked, real = list[str](), compiler.compile_cubin
+
+    def compile_cubin(source: str, name: str, options: tuple[str, ...]) -> Any:
+        asked.extend(each.removeprefix("-arch=") for each in options if each.startswith("-arch="))
+        return real(source, name, options)
+
+    monkeypatch.setattr(compiler, "compile_cubin", compile_cubin)
+    report = doctor.examine()
+    assert asked == tried
+    assert [each["state"] for each in report["findings"] if each["name"] == "compiler"] == ["ok"]
+
+
+def test_an_error_with_a_remedy_in_the_kernels_test_keeps_it(
+    machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(device: str) -> list[self_test.Check]:
+        if device == "cuda:1":
+            raise CompilerMissingError("NVRTC does not know sm_199", "Install another torch.")
+        return PASSED
+
+    machine.cuda.reset(devices=2)
+    monkeypatch.setattr(self_test, "run", run)
+    found = examined(6)
+    assert found["kernels, GPU 0"]["state"] == "ok"
+    finding = found["kernels, GPU 1"]
+    assert (finding["state"], finding["detail"], finding["remedy"]) == (
+        "broken", "NVRTC does not know sm_199", "Install another torch.",
+    )  # fmt: skip
 
 
 def test_a_torch_that_does_not_load(
@@ -327,3 +378,15 @@ def test_a_wrong_operation_fails_its_test(
     wrong = [check for check in self_test.run("cpu") if not check.passed]
     assert [check.name.split(",")[0] for check in wrong] == [name] * failing
     assert all(re.search(detail, check.detail) for check in wrong), wrong
+
+
+@pytest.mark.parametrize("name", ["pack", "dequantize", "embedding", "linear"])
+def test_an_error_that_is_no_kernels_fault_is_not_a_checks_result(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(_: Any) -> None:
+        raise CompilerMissingError("NVRTC was not found", "Install it.")
+
+    monkeypatch.setattr(torch.ops, "q6k", Wrong(name, missing))
+    with pytest.raises(CompilerMissingError, match="Install it"):
+        self_test.run("cpu")

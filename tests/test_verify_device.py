@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gguf_builder import F32, Builder, small_model, weight
-from q6k_convert import verify_device
+from q6k_convert import device_runs, verify_device
 from q6k_convert.convert import convert
 from q6k_convert.errors import EnvironmentMissingError, ExitCode
 from q6k_convert.plan import Options
@@ -391,6 +391,49 @@ def test_a_kernel_that_does_not_compile_is_an_error(out: Path, kernels: pytest.M
         check(out, device)
 
 
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+@pytest.mark.parametrize(
+    ("place", "full_at", "calls"), [(verify_gpu, "_read", 1), (ops, "pack", 1), (ops, "linear", 3)]
+)
+def test_a_gpu_whose_memory_is_full_is_one_of_the_environment(
+    tmp_path: Path, kernels: pytest.MonkeyPatch, place: Any, full_at: str, calls: int, device: Device
+) -> None:
+    out = bundle(tmp_path, Builder([weight("exps", (2, 5, 512))]))
+    seen, real = list[int](), getattr(place, full_at)
+
+    def full(*args: Any, **more: Any) -> Any:
+        seen.append(1)
+        if len(seen) > calls:  # the first expert still fits
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(*args, **more)
+
+    kernels.setattr(place, full_at, full)
+    with pytest.raises(EnvironmentMissingError) as caught:
+        check(out, device)
+    packed = 5 * (512 // 2 + 512 // 4 + 512 // 16 * 2)
+    assert f"to check exps[1]: its planes take {packed} bytes (2.24 kB)" in caught.value.cause
+    assert "nvidia-smi" in caught.value.remedy
+    assert "--device cpu" in caught.value.remedy
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+
+
+def test_activations_are_made_once_for_all_matrices_of_a_width(tmp_path: Path, gpu: pytest.MonkeyPatch) -> None:
+    """Also where the device's full name is not the one that was asked for, as with "cuda" and "cuda:0"."""
+    out = bundle(tmp_path, Builder([weight("exps", (3, 5, 512)), weight("w", (7, 512))]))
+    real, made, randn = verify_gpu.run_matrix, list[int](), torch.randn
+    gpu.setattr(verify_gpu, "run_matrix", lambda *args: real(*args, device="cpu:0"))
+    gpu.setattr(torch.cuda, "get_device_name", lambda: "Imaginary 9000")
+
+    def counted(*args: Any, **more: Any) -> Any:
+        made.append(1)
+        return randn(*args, **more)
+
+    gpu.setattr(torch, "randn", counted)
+    verify_gpu._activations.cache_clear()
+    assert check(out, "cuda").state == "passed"
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize("scales", ["bf16", "exact"])
 @pytest.mark.parametrize("formula", ["int8", "bf16"])
 def test_the_gpus_fp64_is_that_of_accuracy(
@@ -398,7 +441,7 @@ def test_the_gpus_fp64_is_that_of_accuracy(
 ) -> None:
     out = bundle(tmp_path, Builder([weight("w", (7, 768))]), scales)
     tensor = manifests.read(out).tensors[0]
-    rows = verify_device.Rows(out, {"model.safetensors": read_header(out / "model.safetensors")}, tensor)
+    rows = device_runs.Rows(out, {"model.safetensors": read_header(out / "model.safetensors")}, tensor)
     planes = verify_gpu.Planes(**rows.read(0, 7))
     x = torch.randn(4, 768, generator=torch.Generator().manual_seed(0)).bfloat16()
     stated = accuracy.linear_fp64(x, *planes.all(), activations=formula)

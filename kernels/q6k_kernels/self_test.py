@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from q6k_kernels import accuracy, ops, planar  # noqa: F401  ops registers the operations
+from q6k_kernels.errors import CudaError
 from q6k_kernels.ggml_types import GROUP, SUPER_BLOCK
 from q6k_kernels.storage import Scales
 
@@ -44,7 +45,11 @@ class Check:
 
 
 def run(device: torch.device | str) -> list[Check]:
-    """Runs all checks on a device: `cpu` or a GPU. Errors of an operation are its check's result."""
+    """Runs all checks on a device: `cpu` or a GPU. Other errors of an operation are its check's result.
+
+    Raises:
+        CudaError: a kernel cannot be compiled or launched, and the error says what to do about it.
+    """
     with torch.no_grad():
         return [check for scales in ("bf16", "exact") for check in _run(torch.device(device), scales)]
 
@@ -122,5 +127,7 @@ def _same(found: Tensor, expected: Tensor) -> str:
 def _check(name: str, step: Callable[[], str]) -> Check:
     try:
         return Check(name, True, step())
+    except CudaError:
+        raise
     except Exception as error:  # whatever it is, it is the result
         return Check(name, False, f"{type(error).__name__}: {error}")
