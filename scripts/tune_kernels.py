@@ -1,0 +1,106 @@
+#!/usr/bin/env python3
+"""How would other ways of launching a kernel do? Times them all, to fit what `plan` chooses by. Needs a GPU.
+
+    python scripts/tune_kernels.py decode --shapes 4096x4096 1024x4096 --m 1 4 8
+    python scripts/tune_kernels.py gemm --shapes 14336x4096 --m 16 64 256 --scales exact
+
+A line for each shape and M: microseconds of every plan, the fastest first, `*` after the one that is chosen. Times
+are those of `bench_kernels.py`: CUDA graphs, rotated weights. Outputs are not checked; the tests do that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import kernel_timing as timing
+import torch
+from torch import Tensor
+
+from q6k_kernels import decode, gemm_wgmma, launching
+from q6k_kernels.storage import Scales
+
+Launch = Callable[[Tensor], None]
+"""Multiplies with one copy of the weight."""
+
+
+def _decode(plan: decode.Plan, x: Tensor, n: int, y: Tensor, device: launching.Device, tiles: Tensor) -> None:
+    decode._launch(plan, x, tiles, None, n, y, device)
+
+
+def _gemm(
+    plan: gemm_wgmma.Plan | None, x: Tensor, n: int, y: Tensor, device: launching.Device, tiles: Tensor
+) -> None:
+    gemm_wgmma.linear(x, tiles, None, n, y, device, plan)
+
+
+def decode_plans(x: Tensor, y: Tensor, exact: bool, device: launching.Device) -> Iterator[tuple[str, bool, Launch]]:
+    """Every plan that fits, its name, whether it is the chosen one, and what launches it."""
+    (m, k), n = x.shape, y.shape[1]
+    chosen = decode.plan(m, n, k, exact, device)
+    for shape, cluster in itertools.product(decode.SHAPES, decode.CLUSTERS if device.arch >= 90 else (1,)):
+        plan = decode.plan(m, n, k, exact, device, (*shape, cluster)) if cluster <= k // 256 else None
+        if chosen is not None and (*shape, cluster) == (*chosen.kernel[2:], chosen.cluster):
+            plan = chosen
+        if plan is not None:
+            name = "{} warps, {} stages, {} blocks, cluster {}".format(*shape, cluster)
+            yield name, plan == chosen, partial(_decode, plan, x, n, y, device)
+
+
+def gemm_plans(x: Tensor, y: Tensor, device: launching.Device) -> Iterator[tuple[str, bool, Launch]]:
+    """Every configuration and cluster, and what `parts` makes of the shape."""
+    (m, k), n = x.shape, y.shape[1]
+    parts = gemm_wgmma.parts(m, n, k, device)
+    if len(parts) > 1:
+        yield "in two launches", True, partial(_gemm, None, x, n, y, device)
+    for config, cluster in itertools.product(gemm_wgmma.CONFIGS, gemm_wgmma.CLUSTERS):
+        if cluster > min(k // 256, 8 if gemm_wgmma._may_split(config) else 1):
+            continue
+        plan = gemm_wgmma.plan_of(config, cluster, m, n)
+        name = f"{config.tokens} tokens x {config.rows} rows, cluster {cluster}"
+        chosen = len(parts) == 1 and plan == parts[0][2]
+        yield name, chosen, partial(_gemm, plan, x, n, y, device)
+
+
+def tune(kernel: str, n: int, k: int, m: int, scales: Scales, shown: int) -> str:
+    """One line: every plan's time."""
+    device = launching.device(torch.cuda.current_device())
+    copies = timing.rotated(timing.random_tiles(n, k, scales))
+    x = torch.randn(m, k, device="cuda", generator=timing.generator()).bfloat16()
+    y = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
+    exact = scales == "exact"
+    plans = decode_plans(x, y, exact, device) if kernel == "decode" else gemm_plans(x, y, device)
+    guess_us = max(0.8 * n * k / 4.8e6, 2 * m * n * k / 8e8)
+    times: list[tuple[float, str]] = []
+    for name, chosen, launch in plans:
+        calls = [partial(launch, tiles) for tiles in copies]
+        times.append((timing.time_calls(calls, guess_us, settle=not times), f"{name}{' *' if chosen else ''}"))
+    fastest = "; ".join(f"{us:.2f} {name}" for us, name in sorted(times)[:shown])
+    return f"{n}x{k} M={m} {scales}: {fastest}"
+
+
+def main() -> None:
+    """Parses, times, prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("kernel", choices=("decode", "gemm"))
+    add("--shapes", nargs="+", metavar="NxK", default=["4096x4096", "21504x5376"])
+    add("--m", nargs="+", type=int, metavar="M")
+    add("--scales", nargs="+", choices=("bf16", "exact"), default=["bf16"])
+    add("--shown", type=int, default=6, help="how many of the fastest (default: 6)")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("tune_kernels: torch sees no CUDA GPU")
+    ms = args.m or ([1, 2, 4, 8] if args.kernel == "decode" else [16, 32, 64, 128, 256, 512])
+    if args.kernel == "gemm" and torch.cuda.get_device_capability() != (9, 0):
+        sys.exit("tune_kernels: gemm needs a GPU of compute capability 9.0")
+    for shape, scales, m in itertools.product(args.shapes, args.scales, ms):
+        n, k = map(int, shape.split("x"))
+        print(tune(args.kernel, n, k, m, scales, args.shown), flush=True)
+
+
+if __name__ == "__main__":
+    main()
