@@ -38,11 +38,8 @@ def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, activations: s
 
     Raises:
         CudaError: this GPU cannot run kernels, or something they need is missing (see `errors`).
-        ValueError: float32 activations, tiles not aligned to 16 bytes, or "int8" with rows of activations too long
-            for shared memory.
+        ValueError: tiles not aligned to 16 bytes, or "int8" with rows of activations too long for shared memory.
     """
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"x: on a GPU expected bfloat16 or float16, found {x.dtype}; convert it: x.bfloat16()")
     launching.check_aligned(tiles)
     device = launching.device(x.device.index)
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)

@@ -4,8 +4,7 @@ A plan is chosen from sizes alone, so it can be tested anywhere. What decides it
 
 1. A block's shared memory holds a ring of tiles for each warp, the activations of its part of K and the sums
    of row tiles that several warps share. More tokens than fit are done in several launches.
-2. With clusters (sm_90 and later) blocks may split K: that fills a GPU where N is small, and lets long rows of
-   activations fit.
+2. With clusters (sm_90 and later) blocks may split K, so that long rows of activations fit.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from q6k_kernels import jit
 from q6k_kernels.ggml_types import SUPER_BLOCK
 from q6k_kernels.launching import Device, Variant, bias_arguments, common_macros, is_exact, stream
 from q6k_kernels.prepack import TILE_BYTES
+from q6k_kernels.reference import TILE_ROWS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FILE, KERNEL, QUANTIZE = "decode.cuh", "q6k_decode", "q6k_quantize"
 QUANTIZE_THREADS = 128
-TILE_ROWS = 16
 MOST_TOKENS = 8
 FUSED_TOKENS, FUSED_K = 2, 16384
 """Rows of activations, and below which length, that every block quantises for itself; otherwise a launch of its own

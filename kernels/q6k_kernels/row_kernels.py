@@ -22,21 +22,11 @@ PACK_WARPS = 8
 """Of a block, a tile each."""
 THREADS = 256
 """Of a block of the kernels that read tiles."""
-"""Bytes that one load takes."""
 _PACK, _GATHER, _DEQUANTIZE = struct.Struct("@PPPPPiiq"), struct.Struct("@PPPIii"), struct.Struct("@PPiii")
 
 
 def pack(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None = None) -> Tensor:
-    """Planes to tiles: `prepack.pack`, on a GPU.
-
-    Args:
-        ql: uint8 (N, K/2) or (E, N, K/2), N >= 1, K a multiple of 256.
-        qh: uint8 (..., K/4).
-        scale: bfloat16 (..., K/16); or int8 (..., K/16), the sub-scales, with `steps`.
-        steps: float16 (..., K/256), d; None with bf16 scales.
-
-    Returns:
-        uint8 (T, B, tile_bytes) or (E, T, B, tile_bytes), new, on the planes' GPU.
+    """Planes to tiles: `prepack.pack`, which says what it takes and returns, on a GPU.
 
     Raises:
         ValueError: a wrong dtype, shapes that do not agree, or planes that are not all on one GPU.

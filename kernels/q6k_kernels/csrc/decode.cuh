@@ -201,10 +201,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
   if (early) fill_ring();
   wait_for_previous_grid();
 #if Q6K_FUSED
-  quantize_rows<THREADS>(static_cast<const u16*>(x) + first_block * SUPER_BLOCK, stride, m, depth * SUPER_BLOCK, codes, steps,
-                [&]() {
-                  if (!early) fill_ring();
-                });
+  const u16* const rows_of_x = static_cast<const u16*>(x) + first_block * SUPER_BLOCK;
+  quantize_rows<THREADS>(rows_of_x, stride, m, depth * SUPER_BLOCK, codes, steps, [&]() {
+    if (!early) fill_ring();
+  });
 #else
   const u8* const x_codes = static_cast<const u8*>(x);
   const u8* const x_steps = x_codes + blocks * CODES_A_BLOCK;
