@@ -31,9 +31,7 @@ def _decode(plan: decode.Plan, x: Tensor, n: int, y: Tensor, device: launching.D
     decode._launch(plan, x, tiles, None, n, y, device)
 
 
-def _gemm(
-    plan: gemm_wgmma.Plan | None, x: Tensor, n: int, y: Tensor, device: launching.Device, tiles: Tensor
-) -> None:
+def _gemm(plan: gemm_wgmma.Plan, x: Tensor, n: int, y: Tensor, device: launching.Device, tiles: Tensor) -> None:
     gemm_wgmma.linear(x, tiles, None, n, y, device, plan)
 
 
@@ -51,18 +49,16 @@ def decode_plans(x: Tensor, y: Tensor, exact: bool, device: launching.Device) ->
 
 
 def gemm_plans(x: Tensor, y: Tensor, device: launching.Device) -> Iterator[tuple[str, bool, Launch]]:
-    """Every configuration and cluster, and what `parts` makes of the shape."""
+    """Every configuration, with as many blocks a multiprocessor as fit or fewer, outputs shared or not."""
     (m, k), n = x.shape, y.shape[1]
-    parts = gemm_wgmma.parts(m, n, k, device)
-    if len(parts) > 1:
-        yield "in two launches", True, partial(_gemm, None, x, n, y, device)
-    for config, cluster in itertools.product(gemm_wgmma.CONFIGS, gemm_wgmma.CLUSTERS):
-        if cluster > min(k // 256, 8 if gemm_wgmma._may_split(config) else 1):
-            continue
-        plan = gemm_wgmma.plan_of(config, cluster, m, n)
-        name = f"{config.tokens} tokens x {config.rows} rows, cluster {cluster}"
-        chosen = len(parts) == 1 and plan == parts[0][2]
-        yield name, chosen, partial(_gemm, plan, x, n, y, device)
+    chosen, met = gemm_wgmma.plan(m, n, k, device), set[gemm_wgmma.Plan]()
+    for config in gemm_wgmma.CONFIGS:
+        for resident, share in itertools.product(range(1, config.occupancy + 1), (False, True)):
+            plan = gemm_wgmma.plan_of(config, resident, share, m, n, k, device)
+            if plan not in met:
+                met.add(plan)
+                name = f"{config.tokens} tokens x {config.rows} rows, {plan.blocks} blocks, {plan.shared} shared"
+                yield name, plan == chosen, partial(_gemm, plan, x, n, y, device)
 
 
 def tune(kernel: str, n: int, k: int, m: int, scales: Scales, shown: int) -> str:

@@ -218,19 +218,28 @@ CUresult CUDAAPI cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType dt
                                         CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                                         CUtensorMapFloatOOBfill fill) {
   BEGIN();
-  if ((uintptr_t)map % _Alignof(CUtensorMap) || rank != 2 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE) return CUDA_ERROR_INVALID_VALUE;
+  if ((uintptr_t)map % _Alignof(CUtensorMap) || rank < 2 || rank > 5 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE) return CUDA_ERROR_INVALID_VALUE;
   const char* name = dtype == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16  ? "bf16"
                      : dtype == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 ? "fp16"
+                     : dtype == CU_TENSOR_MAP_DATA_TYPE_UINT8   ? "uint8"
                                                                 : "?";
   const int line = swizzle == CU_TENSOR_MAP_SWIZZLE_128B   ? 128
                    : swizzle == CU_TENSOR_MAP_SWIZZLE_64B  ? 64
                    : swizzle == CU_TENSOR_MAP_SWIZZLE_32B  ? 32
                    : swizzle == CU_TENSOR_MAP_SWIZZLE_NONE ? 0
                                                            : -1;
-  note("map %s at %zu dims=%zu,%zu stride=%zu box=%u,%u steps=%u,%u swizzle=%d l2=%d zeros=%d\n", name,
-       (size_t)(uintptr_t)address, (size_t)dims[0], (size_t)dims[1], (size_t)strides[0], box[0], box[1], steps[0],
-       steps[1], line, promotion == CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-       fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  char lists[4][128] = {""};  // dims, strides, box, steps
+  for (cuuint32_t i = 0; i < rank; i++) {
+    const size_t values[4] = {dims[i], i + 1 < rank ? strides[i] : 0, box[i], steps[i]};
+    for (int list = 0; list < 4; list++) {
+      if (list == 1 && i + 1 == rank) continue;
+      char* const to = lists[list];
+      snprintf(to + strlen(to), sizeof lists[list] - strlen(to), "%s%zu", i ? "," : "", values[list]);
+    }
+  }
+  note("map %s at %zu dims=%s stride=%s box=%s steps=%s swizzle=%d l2=%d zeros=%d\n", name,
+       (size_t)(uintptr_t)address, lists[0], lists[1], lists[2], lists[3], line,
+       promotion == CU_TENSOR_MAP_L2_PROMOTION_L2_256B, fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   for (size_t i = 0; i < sizeof map->opaque / sizeof *map->opaque; i++) map->opaque[i] = i;
   return CUDA_SUCCESS;
 }

@@ -20,7 +20,7 @@ CACHES = (
     driver.device_handle,
     driver.capability,
     driver._primary_context,
-    driver.encode_tensor_map_2d,
+    driver.encode_tensor_map,
 )
 
 

@@ -45,7 +45,8 @@ def test_values_are_those_of_nvidias_own_bindings() -> None:
         64: sizes.CU_TENSOR_MAP_SWIZZLE_64B, 128: sizes.CU_TENSOR_MAP_SWIZZLE_128B,
     }  # fmt: skip
     assert cuda_abi.CU_TENSOR_MAP_DATA_TYPE == {
-        "fp16": dtypes.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, "bf16": dtypes.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        "uint8": dtypes.CU_TENSOR_MAP_DATA_TYPE_UINT8, "fp16": dtypes.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        "bf16": dtypes.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
     }  # fmt: skip
 
 
@@ -128,7 +129,7 @@ CALLS = {
     "cuKernelGetFunction": lambda: driver.load_function(0, "k"),
     "cuFuncGetAttribute": lambda: driver.function_attribute(0, 1, "k"),
     "cuFuncSetAttribute": lambda: driver.set_function_attribute(0, 8, 1, "k"),
-    "cuTensorMapEncodeTiled": lambda: driver.encode_tensor_map_2d(0, "bf16", 8, 64, 128, 8, 64),
+    "cuTensorMapEncodeTiled": lambda: driver.encode_tensor_map(0, "bf16", (64, 8), (128,), (64, 8), 128),
 }
 
 
@@ -200,25 +201,28 @@ def test_context_and_capture_mode_are_put_back_after_an_error(cuda: FakeCuda) ->
     ("arguments", "expected"),
     [
         (
-            (4096, "bf16", 100, 512, 1024, 64, 64),
+            (4096, "bf16", (512, 100), (1024,), (64, 64), 128),
             "map bf16 at 4096 dims=512,100 stride=1024 box=64,64 steps=1,1 swizzle=128 l2=1 zeros=1",
         ),
         (
-            (1 << 40, "fp16", 1, 8, 4096, 256, 256, 0),
+            (1 << 40, "fp16", (8, 1), (4096,), (256, 256)),
             "map fp16 at 1099511627776 dims=8,1 stride=4096 box=256,256 steps=1,1 swizzle=0 l2=1 zeros=1",
+        ),
+        (
+            (32, "uint8", (240, 28, 5), (240, 6720), (240, 14, 4)),
+            "map uint8 at 32 dims=240,28,5 stride=240,6720 box=240,14,4 steps=1,1,1 swizzle=0 l2=1 zeros=1",
         ),
     ],
 )
 def test_a_tensor_map_says_what_was_asked(arguments: Any, expected: str, cuda: FakeCuda) -> None:
-    encoded = driver.encode_tensor_map_2d(*arguments)
+    encoded = driver.encode_tensor_map(*arguments)
     assert encoded == b"".join(i.to_bytes(8, "little") for i in range(16))
-    assert driver.encode_tensor_map_2d(*arguments) is encoded
+    assert driver.encode_tensor_map(*arguments) is encoded
     assert cuda.lines("map") == [expected]
 
 
 RIGHT: dict[str, Any] = {
-    "pointer": 4096, "dtype": "bf16", "rows": 100, "columns": 512, "row_stride_bytes": 1024, "box_rows": 64,
-    "box_columns": 64, "swizzle_bytes": 128,
+    "pointer": 4096, "dtype": "bf16", "sizes": (512, 100), "strides": (1024,), "box": (64, 64), "swizzle_bytes": 128,
 }  # fmt: skip
 
 
@@ -226,21 +230,25 @@ RIGHT: dict[str, Any] = {
     ("name", "value", "expected"),
     [
         ("pointer", 4104, "pointer: expected a multiple of 16, found 4104"),
-        ("dtype", "fp32", "dtype: expected one of fp16, bf16, found fp32"),
-        ("rows", 0, "rows: expected 1 to 2**32, found 0"),
-        ("columns", (1 << 32) + 1, "columns: expected 1 to 2**32, found 4294967297"),
-        ("row_stride_bytes", 1032, "row_stride_bytes: expected a multiple of 16 below 2**40, at least a row"),
-        ("row_stride_bytes", 1008, "row_stride_bytes: expected"),
-        ("row_stride_bytes", 1 << 40, "row_stride_bytes: expected"),
-        ("box_rows", 257, "box_rows: expected 1 to 256, found 257"),
-        ("box_columns", 0, "box_columns: expected 1 to 256, a multiple of 8, found 0"),
-        ("box_columns", 36, "box_columns: expected 1 to 256, a multiple of 8, found 36"),
-        ("box_columns", 72, "box_columns: expected at most 128 bytes, found 72"),
+        ("dtype", "fp32", "dtype: expected one of uint8, fp16, bf16, found fp32"),
+        ("sizes", (512,), "sizes: expected 2 to 5 numbers, found (512,)"),
+        ("sizes", (1, 2, 3, 4, 5, 6), "sizes: expected 2 to 5 numbers, found (1, 2, 3, 4, 5, 6)"),
+        ("sizes", (512, 0), "sizes: expected 1 to 2**32 each, found (512, 0)"),
+        ("sizes", ((1 << 32) + 1, 4), "sizes: expected 1 to 2**32 each, found (4294967297, 4)"),
+        ("strides", (1024, 2048), "strides: expected one less than sizes, found (1024, 2048)"),
+        ("strides", (1032,), "strides: expected multiples of 16 below 2**40, at least a row, found (1032,)"),
+        ("strides", (1008,), "strides: expected"),
+        ("strides", (1 << 40,), "strides: expected"),
+        ("box", (64,), "box: expected as many as sizes, found (64,)"),
+        ("box", (64, 257), "box: expected 1 to 256 each, found (64, 257)"),
+        ("box", (0, 64), "box: expected 1 to 256 each, found (0, 64)"),
+        ("box", (36, 64), "box: expected a multiple of 16 bytes first, found (36, 64)"),
+        ("box", (72, 64), "box: expected at most 128 bytes first, found (72, 64)"),
         ("swizzle_bytes", 256, "swizzle_bytes: expected 0, 32, 64 or 128, found 256"),
     ],
 )
 def test_a_tensor_map_that_breaks_a_rule_is_refused(name: str, value: Any, expected: str, cuda: FakeCuda) -> None:
-    driver.encode_tensor_map_2d(**RIGHT)
+    driver.encode_tensor_map(**RIGHT)
     with pytest.raises(ValueError, match=re.escape(f"tensor map: {expected}")):
-        driver.encode_tensor_map_2d(**RIGHT | {name: value})
+        driver.encode_tensor_map(**RIGHT | {name: value})
     assert len(cuda.lines("map")) == 1

@@ -96,31 +96,31 @@ def test_gemm_configurations_fit(config: gemm_wgmma.Config, exact: bool) -> None
     shared = config.shared_bytes(exact)
     assert shared <= H200.shared_bytes
     assert config.occupancy * (shared + 1024) <= H200.multiprocessor_shared_bytes
-    rings = config.x_stages * config.tokens * 128 + config.tile_stages * config.rows // 16 * 3360
-    assert (
-        config.tokens * (config.rows + 4) * 4 <= rings or config.tokens > 128
-    )  # sums of a split K reuse the rings
 
 
-@pytest.mark.parametrize("m", [1, 9, 16, 17, 33, 64, 127, 128, 129, 256, 512, 1000, 2048, 4096])
-def test_gemm_parts_cover_every_row_once(m: int) -> None:
+@pytest.mark.parametrize("m", [1, 9, 16, 17, 33, 64, 127, 128, 129, 256, 512, 1000, 2048, 4096, 100000])
+def test_gemm_plans_cover_every_output_once(m: int) -> None:
+    """As the kernel counts: rounds of outputs computed whole, then equal parts of the pairs of the others."""
     for n, k in SHAPES:
-        at = 0
-        for first, rows, plan in gemm_wgmma.parts(m, n, k, H200):
-            assert first == at
-            assert first % 16 == 0
-            assert plan.token_blocks * plan.config.tokens >= m
-            assert plan.row_blocks * plan.config.rows >= rows
-            assert plan.cluster <= k // 256
-            at += rows
-        assert at == n
+        plan, depth = gemm_wgmma.plan(m, n, k, H200), k // 256
+        assert plan.token_blocks * plan.config.tokens >= m
+        assert plan.row_blocks * plan.config.rows >= n
+        assert 1 <= plan.blocks <= 132 * plan.config.occupancy
+        pairs = plan.shared * depth
+        assert 0 <= pairs < 1 << 31
+        if plan.shared:
+            assert plan.whole % plan.blocks == 0
+            assert plan.blocks <= pairs  # no part is empty
+        assert 4 * plan.scratch_floats + 8 * plan.scratch_flags <= 64 << 20
 
 
-def test_a_last_wave_that_is_nearly_empty_becomes_a_launch_of_its_own() -> None:
-    (first, rows, main), (_, rest, tail) = gemm_wgmma.parts(2048, 21504, 5376, H200)
-    assert (first, main.token_blocks * main.row_blocks % 132) == (0, 0)
-    assert rows + rest == 21504
-    assert tail.config.tokens < main.config.tokens
+def test_outputs_that_leave_some_of_the_gpu_idle_are_shared() -> None:
+    config = next(c for c in gemm_wgmma.CONFIGS if c.tokens == 256)
+    plan = gemm_wgmma.plan_of(config, 1, True, 512, 21504, 5376, H200)
+    assert (plan.blocks, plan.whole, plan.shared) == (132, 132, 336 - 132)
+    assert gemm_wgmma.plan_of(config, 1, False, 512, 21504, 5376, H200).shared == 0
+    even = gemm_wgmma.plan_of(config, 1, True, 512, 132 * 128, 5376, H200)
+    assert (even.whole, even.shared, even.scratch_floats) == (264, 0, 0)
 
 
 def test_every_plan_is_among_the_compiled_variants() -> None:
@@ -132,8 +132,7 @@ def test_every_plan_is_among_the_compiled_variants() -> None:
                 assert decode._variant(plan.kernel, plan.cluster > 1, exact, False) in known
         if gpu.arch == gemm_wgmma.ARCH:
             for (n, k), m in itertools.product(SHAPES, (9, 64, 300, 2048)):
-                for _, _, each in gemm_wgmma.parts(m, n, k, gpu):
-                    assert gemm_wgmma._variant(each.config, each.cluster > 1, True, True) in known
+                assert gemm_wgmma._variant(gemm_wgmma.plan(m, n, k, gpu).config, True, True) in known
 
 
 @pytest.mark.parametrize(("m", "k"), [(256, 4096), (4096, 21504), (100000, 256)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache, lru_cache
@@ -23,6 +23,7 @@ from q6k_kernels.cuda_abi import (
     CU_TENSOR_MAP_DATA_TYPE,
     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     CU_TENSOR_MAP_INTERLEAVE_NONE,
+    CU_TENSOR_MAP_ITEM_BYTES,
     CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
     CU_TENSOR_MAP_SWIZZLE,
     CUDA_ERROR_NO_DEVICE,
@@ -240,28 +241,24 @@ def set_function_attribute(function: int, attribute: int, value: int, what: str)
 
 
 @lru_cache(maxsize=1024)
-def encode_tensor_map_2d(
+def encode_tensor_map(
     pointer: int,
-    dtype: Literal["bf16", "fp16"],
-    rows: int,
-    columns: int,
-    row_stride_bytes: int,
-    box_rows: int,
-    box_columns: int,
-    swizzle_bytes: int = 128,
+    dtype: Literal["uint8", "bf16", "fp16"],
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    box: Sequence[int],
+    swizzle_bytes: int = 0,
 ) -> bytes:
-    """A CUtensorMap of a matrix, for a kernel's `const __grid_constant__` parameter.
+    """A CUtensorMap, for a kernel's `const __grid_constant__` parameter.
 
-    A copy brings a box of box_rows x box_columns into shared memory, zeros where it reaches out of the matrix.
+    A copy brings a box of the tensor into shared memory, zeros where it reaches out of the tensor.
 
     Args:
         pointer: address of the first element, a multiple of 16.
-        dtype: "bf16" or "fp16".
-        rows: of the matrix.
-        columns: of the matrix; they are contiguous.
-        row_stride_bytes: from row to row, a multiple of 16.
-        box_rows: of the box, at most 256.
-        box_columns: of the box, at most 256; they take a multiple of 16 bytes, and no more than
+        dtype: "uint8", "bf16" or "fp16".
+        sizes: of the tensor, 2 to 5 dimensions, the contiguous one first: elements.
+        strides: of all dimensions but the first: bytes, multiples of 16.
+        box: its size in each dimension, at most 256; in the first a multiple of 16 bytes, and no more than
             `swizzle_bytes` unless that is 0.
         swizzle_bytes: 0, 32, 64 or 128.
 
@@ -272,22 +269,26 @@ def encode_tensor_map_2d(
         ValueError: an argument breaks a rule of cuTensorMapEncodeTiled.
         DriverCallError: the driver finds another reason.
     """
-    box_bytes = 2 * box_columns
+    rank, sizes, strides, box = len(sizes), tuple(sizes), tuple(strides), tuple(box)
+    item = CU_TENSOR_MAP_ITEM_BYTES.get(dtype, 1)
+    width, box_bytes = sizes[0] * item, box[0] * item
     rules = (
         ("dtype", dtype, "one of " + ", ".join(CU_TENSOR_MAP_DATA_TYPE), dtype in CU_TENSOR_MAP_DATA_TYPE),
         ("swizzle_bytes", swizzle_bytes, "0, 32, 64 or 128", swizzle_bytes in CU_TENSOR_MAP_SWIZZLE),
         ("pointer", pointer, "a multiple of 16", pointer % 16 == 0),
-        ("rows", rows, "1 to 2**32", 0 < rows <= 1 << 32),
-        ("columns", columns, "1 to 2**32", 0 < columns <= 1 << 32),
+        ("sizes", sizes, "2 to 5 numbers", 2 <= rank <= 5),
+        ("strides", strides, "one less than sizes", len(strides) == rank - 1),
+        ("box", box, "as many as sizes", len(box) == rank),
+        ("sizes", sizes, "1 to 2**32 each", all(0 < size <= 1 << 32 for size in sizes)),
         (
-            "row_stride_bytes",
-            row_stride_bytes,
-            "a multiple of 16 below 2**40, at least a row",
-            row_stride_bytes % 16 == 0 and 2 * columns <= row_stride_bytes < 1 << 40,
+            "strides",
+            strides,
+            "multiples of 16 below 2**40, at least a row",
+            all(stride % 16 == 0 and width <= stride < 1 << 40 for stride in strides),
         ),
-        ("box_rows", box_rows, "1 to 256", 0 < box_rows <= 256),
-        ("box_columns", box_columns, "1 to 256, a multiple of 8", 0 < box_columns <= 256 and box_columns % 8 == 0),
-        ("box_columns", box_columns, f"at most {swizzle_bytes} bytes", not 0 < swizzle_bytes < box_bytes),
+        ("box", box, "1 to 256 each", all(0 < size <= 256 for size in box)),
+        ("box", box, "a multiple of 16 bytes first", box_bytes % 16 == 0),
+        ("box", box, f"at most {swizzle_bytes} bytes first", not 0 < swizzle_bytes < box_bytes),
     )
     for name, value, expected, holds in rules:
         if not holds:
@@ -297,16 +298,16 @@ def encode_tensor_map_2d(
     code = library().cuTensorMapEncodeTiled(
         ctypes.addressof(storage) + offset,
         CU_TENSOR_MAP_DATA_TYPE[dtype],
-        2,
+        rank,
         pointer,
-        (c_uint64 * 2)(columns, rows),
-        (c_uint64 * 1)(row_stride_bytes),
-        (c_uint32 * 2)(box_columns, box_rows),
-        (c_uint32 * 2)(1, 1),
+        (c_uint64 * rank)(*sizes),
+        (c_uint64 * (rank - 1))(*strides),
+        (c_uint32 * rank)(*box),
+        (c_uint32 * rank)(*(1 for _ in box)),
         CU_TENSOR_MAP_INTERLEAVE_NONE,
         CU_TENSOR_MAP_SWIZZLE[swizzle_bytes],
         CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
-    check(code, "cuTensorMapEncodeTiled", f"{rows} x {columns} {dtype}")
+    check(code, "cuTensorMapEncodeTiled", f"{dtype} {sizes}")
     return storage.raw[offset : offset + TENSOR_MAP_BYTES]

@@ -1,16 +1,17 @@
 """Many rows of 16-bit activations on Hopper: how `csrc/gemm_wgmma.cuh` is launched.
 
-A block computes ROWS x TOKENS outputs over all of K, or, as one of a cluster, over a part of it. Few tokens: small
-blocks, several to a multiprocessor, K split until the GPU is full. Many: the largest blocks, since weights are
-expanded once for each block of tokens.
+A block computes ROWS x TOKENS outputs. Few tokens: small blocks, several to a multiprocessor. Many: the largest blocks,
+since weights are expanded once for each block of tokens. Outputs that do not fill the GPU evenly are cut along K,
+so that every block has the same share; what a block has of another's output passes through scratch memory.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import product
+from itertools import count, product
 
 import torch
 from torch import Tensor
@@ -24,8 +25,11 @@ from q6k_kernels.reference import TILE_ROWS
 FILE, KERNEL = "gemm_wgmma.cuh", "q6k_gemm_wgmma"
 ARCH = 90
 """The one architecture with these instructions."""
-CLUSTERS = (1, 2, 4, 8)
-_ARGUMENTS = struct.Struct("@PPPiiiiii128s")
+TILE_PIECES = 14
+"""Rows that a tile is copied as: a copy's box is at most 256 wide, and rows are multiples of 16 bytes."""
+_ARGUMENTS = struct.Struct("@PPPPQiiiiii48x128s128s")
+_tickets = count(int.from_bytes(os.urandom(8), "little") >> 1)
+"""What marks a launch's words in memory that others used before; a graph's replays share one, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +82,58 @@ CONFIGS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """One launch: the kernel, blocks of a cluster that split K, blocks of tokens, blocks of rows."""
+    """One launch.
+
+    Attributes:
+        config: the kernel.
+        token_blocks: blocks of tokens that the outputs are in.
+        row_blocks: blocks of rows.
+        blocks: thread blocks.
+        whole: outputs that are computed whole, by one thread block; the others are shared.
+    """
 
     config: Config
-    cluster: int
     token_blocks: int
     row_blocks: int
+    blocks: int
+    whole: int
+
+    @property
+    def shared(self) -> int:
+        """Outputs that thread blocks share."""
+        return self.token_blocks * self.row_blocks - self.whole
+
+    @property
+    def scratch_floats(self) -> int:
+        """fp32 values in scratch memory: the sums that each thread block may leave to another."""
+        return self.blocks * self.config.rows * self.config.tokens if self.shared else 0
+
+    @property
+    def scratch_flags(self) -> int:
+        """Words of 8 bytes in scratch memory: a flag for each warp that leaves sums."""
+        return self.blocks * self.config.consumers * 4 if self.shared else 0
 
 
-def plan_of(config: Config, cluster: int, m: int, n: int) -> Plan:
-    """The launch of a configuration for an output (m, n)."""
-    return Plan(config, cluster, -(-m // config.tokens), -(-n // config.rows))
+def plan_of(config: Config, resident: int, share: bool, m: int, n: int, k: int, device: Device) -> Plan:
+    """The launch of a configuration.
+
+    Args:
+        config: which.
+        resident: thread blocks on a multiprocessor, at most what the configuration is compiled for.
+        share: whether outputs that do not fill the GPU evenly are shared. Of those that do, as many are
+            shared along with them as fill it once: so blocks have left their sums well before they are asked for.
+        m: rows of activations.
+        n: rows of the weight.
+        k: columns of both.
+        device: what the GPU offers.
+    """
+    token_blocks, row_blocks = -(-m // config.tokens), -(-n // config.rows)
+    outputs, blocks = token_blocks * row_blocks, device.multiprocessors * resident
+    whole = max(0, outputs // blocks - 1) * blocks if share and outputs % blocks else outputs
+    pairs = (outputs - whole) * (k // SUPER_BLOCK)
+    if not 0 < pairs < 1 << 31:
+        return Plan(config, token_blocks, row_blocks, min(outputs, blocks), outputs)
+    return Plan(config, token_blocks, row_blocks, min(pairs, blocks), whole)
 
 
 @lru_cache(maxsize=4096)
@@ -102,48 +147,22 @@ def plan(m: int, n: int, k: int, device: Device) -> Plan:
         device: what the GPU offers.
     """
     candidates = [
-        plan_of(config, cluster, m, n)
-        for config, cluster in product(CONFIGS, CLUSTERS)
-        if cluster <= min(k // SUPER_BLOCK, _most_split(config))
+        plan_of(config, resident, share, m, n, k, device)
+        for config in CONFIGS
+        for resident, share in product(range(1, config.occupancy + 1), (False, True))
     ]
     return min(candidates, key=lambda candidate: _cost(candidate, k, device))
 
 
-def _may_split(config: Config) -> bool:
-    return config.tokens <= 128
-
-
-def _most_split(config: Config) -> int:
-    """The largest cluster to choose: it has to fit a part of the GPU (a GPC), and large blocks leave gaps there."""
-    return {1: 2, 2: 4}.get(config.occupancy, 8) if _may_split(config) else 1
-
-
 def _cost(candidate: Plan, k: int, device: Device) -> float:
     """Clock cycles of the fullest multiprocessor, roughly: constants are fitted to measurements on an H200."""
-    config, cluster = candidate.config, candidate.cluster
-    depth = -(-(k // SUPER_BLOCK) // cluster)
-    fullest = -(-candidate.token_blocks * candidate.row_blocks * cluster // device.multiprocessors)
-    waiting = 1 + 0.3 * max(0, min(config.occupancy, 3) - fullest)  # less to hide behind than when measured
-    ends = 4000 + (4000 + cluster * (600 + 10 * config.tokens) if cluster > 1 else 0)
-    return fullest * depth * config.cycles * waiting + ends
-
-
-@lru_cache(maxsize=4096)
-def parts(m: int, n: int, k: int, device: Device) -> tuple[tuple[int, int, Plan], ...]:
-    """One launch, or two if the last wave of blocks would leave most of the GPU idle: (first row, rows, plan) each.
-
-    The arguments are those of `plan`. The first of two launches has only full waves; a better plan does the rest.
-    """
-    whole = plan(m, n, k, device)
-    outputs = whole.token_blocks * whole.row_blocks
-    waves = outputs // (device.multiprocessors * whole.config.occupancy)
-    main = waves * device.multiprocessors * whole.config.occupancy // whole.token_blocks * whole.config.rows
-    if whole.cluster > 1 or not 0 < main < n:
-        return ((0, n, whole),)
-    first, rest = plan_of(whole.config, 1, m, main), plan(m, n - main, k, device)
-    if _cost(first, k, device) + _cost(rest, k, device) < _cost(whole, k, device):
-        return (0, main, first), (main, n - main, rest)
-    return ((0, n, whole),)
+    config, depth = candidate.config, k // SUPER_BLOCK
+    resident = -(-candidate.blocks // device.multiprocessors)
+    rounds = -(-candidate.whole // candidate.blocks)
+    pairs = rounds * depth + -(-candidate.shared * depth // candidate.blocks)
+    waiting = 1 + 0.3 * max(0, min(config.occupancy, 3) - resident)  # less to hide behind than when measured
+    ends = 4000 + (2500 + 8 * config.tokens if candidate.shared else 0)
+    return pairs * resident * config.cycles * waiting + ends
 
 
 def linear(
@@ -166,58 +185,66 @@ def linear(
         device: of all of them, of compute capability 9.0.
         chosen: forces a plan, to measure it.
     """
-    m, k = x.shape
-    for first, rows, each in parts(m, n, k, device) if chosen is None else ((0, n, chosen),):
-        begin = first // TILE_ROWS
-        part = tiles[begin : begin - (-rows // TILE_ROWS)]
-        of_bias = bias if bias is None else bias[first : first + rows]
-        _launch(each, x, part, of_bias, y[:, first : first + rows], device)
-
-
-def _launch(chosen: Plan, x: Tensor, tiles: Tensor, bias: Tensor | None, y: Tensor, device: Device) -> None:
-    (m, k), n = x.shape, y.shape[1]
-    exact, fp16 = is_exact(tiles), x.dtype == torch.float16
-    config = chosen.config
-    kernel = jit.load(*_variant(config, chosen.cluster > 1, exact, fp16), device.index)
-    x_map = _tensor_map(x.data_ptr(), fp16, m, k, x.stride(0) * 2, config.tokens)
+    (m, k), fp16, exact = x.shape, x.dtype == torch.float16, is_exact(tiles)
+    launch = plan(m, n, k, device) if chosen is None else chosen
+    kernel = jit.load(*_variant(launch.config, exact, fp16), device.index)
+    scratch, (bias_at, bias_kind) = _scratch(launch, y.device), bias_arguments(bias)
     arguments = _ARGUMENTS.pack(
-        tiles.data_ptr(),
         y.data_ptr(),
-        *bias_arguments(bias),
+        bias_at,
+        scratch.data_ptr(),
+        scratch.data_ptr() + 4 * launch.scratch_floats,
+        next(_tickets),
+        bias_kind,
         m,
         n,
         k,
-        tiles.shape[0],
         y.stride(0),
-        x_map,
+        launch.whole,
+        _tile_map(tiles.data_ptr(), *tiles.shape, launch.config.rows),
+        _x_map(x.data_ptr(), fp16, m, k, x.stride(0) * 2, launch.config.tokens),
     )
-    outputs = chosen.token_blocks * chosen.row_blocks
-    if chosen.cluster == 1:
-        outputs = min(outputs, device.multiprocessors * config.occupancy)
     kernel.launch(
-        (chosen.cluster * outputs, 1, 1),
-        config.threads,
+        (launch.blocks, 1, 1),
+        launch.config.threads,
         arguments,
         stream=stream(device),
-        shared_bytes=config.shared_bytes(exact),
-        cluster=chosen.cluster,
+        shared_bytes=launch.config.shared_bytes(exact),
         dependent=True,
     )
 
 
+def _scratch(launch: Plan, device: torch.device) -> Tensor:
+    """Memory for a launch's sums, then its flags, with whatever is in it."""
+    return torch.empty(4 * launch.scratch_floats + 8 * launch.scratch_flags, dtype=torch.uint8, device=device)
+
+
+@lru_cache(maxsize=4096)
+def _tile_map(pointer: int, row_tiles: int, blocks: int, tile_bytes: int, rows: int) -> bytes:
+    width = tile_bytes // TILE_PIECES
+    return driver.encode_tensor_map(
+        pointer,
+        "uint8",
+        sizes=(width, blocks * TILE_PIECES, row_tiles),
+        strides=(width, blocks * tile_bytes),
+        box=(width, TILE_PIECES, rows // TILE_ROWS),
+    )
+
+
 @lru_cache(maxsize=256)
-def _tensor_map(pointer: int, fp16: bool, m: int, k: int, stride: int, tokens: int) -> bytes:
-    return driver.encode_tensor_map_2d(pointer, "fp16" if fp16 else "bf16", m, k, stride, tokens, 64)
+def _x_map(pointer: int, fp16: bool, m: int, k: int, stride: int, tokens: int) -> bytes:
+    return driver.encode_tensor_map(
+        pointer, "fp16" if fp16 else "bf16", sizes=(k, m), strides=(stride,), box=(64, tokens), swizzle_bytes=128
+    )
 
 
 @cache
-def _variant(config: Config, split: bool, exact: bool, fp16: bool) -> Variant:
+def _variant(config: Config, exact: bool, fp16: bool) -> Variant:
     macros = (
         ("Q6K_TOKENS", config.tokens),
         ("Q6K_CONSUMERS", config.consumers),
         ("Q6K_TILE_STAGES", config.tile_stages),
         ("Q6K_X_STAGES", config.x_stages),
-        ("Q6K_SPLIT", int(split)),
         ("Q6K_OCCUPANCY", config.occupancy),
     )
     return FILE, KERNEL, common_macros(exact, fp16) + macros
@@ -227,8 +254,4 @@ def variants(device: Device) -> list[Variant]:
     """All that `linear` may load on a GPU."""
     if device.arch != ARCH:
         return []
-    return [
-        _variant(config, split, exact, fp16)
-        for config, split, exact, fp16 in product(CONFIGS, (False, True), (False, True), (False, True))
-        if not split or _may_split(config)
-    ]
+    return [_variant(config, exact, fp16) for config, exact, fp16 in product(CONFIGS, (False, True), (False, True))]

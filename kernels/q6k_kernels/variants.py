@@ -90,7 +90,7 @@ def _of_plans(device: Device) -> dict[_Key, int]:
             chosen = decode.plan(m, n, k, exact, device) if m <= decode.MOST_TOKENS else None
             if chosen is not None:
                 meet(decode.KERNEL, exact, (*chosen.kernel, chosen.cluster > 1), chosen.shared_bytes)
-        for config, split in product(gemm_wgmma.CONFIGS, (False, True)):
-            own = config.tokens, config.consumers, config.tile_stages, config.x_stages, split, config.occupancy
+        for config in gemm_wgmma.CONFIGS:
+            own = config.tokens, config.consumers, config.tile_stages, config.x_stages, config.occupancy
             meet(gemm_wgmma.KERNEL, exact, own, config.shared_bytes(exact))
     return largest

@@ -72,9 +72,10 @@ def roundings(k: int, formula: Formula) -> int:
 
     "int8": two products, then additions of K/16 sums of groups, in any order, and the bias; some to spare.
     "bf16": matrix instructions add sixteen products at a time, and do so by cutting off what lies below the
-    largest one's bits, not by rounding: an instruction counts as two. Then parts of K, the bias, some to spare.
+    largest one's bits, not by rounding: an instruction counts as two. Then the parts of K that blocks share, of a
+    super-block or more, and the bias; some to spare.
     """
-    return k // 16 + 8 if formula == "int8" else k // 8 + 64
+    return k // 16 + 8 if formula == "int8" else k // 8 + k // 256 + 8
 
 
 def tolerance(exact: Exact, dtype: torch.dtype, chain: int | None = None) -> Tensor:

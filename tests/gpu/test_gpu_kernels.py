@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -44,21 +45,30 @@ def test_decode_with_every_split(tokens: int, scales: str) -> None:
 
 
 @pytest.mark.parametrize("config", gemm_wgmma.CONFIGS, ids=str)
-def test_gemm_wgmma_with_every_configuration(config: gemm_wgmma.Config) -> None:
-    """Whole and partial blocks of tokens and rows, K whole and split over clusters."""
+def test_gemm_wgmma_with_every_configuration(config: gemm_wgmma.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole and partial blocks of tokens and rows; outputs computed whole, in several rounds, and shared."""
     device = this_gpu()
     if device.arch != gemm_wgmma.ARCH:
         pytest.skip(f"wgmma is of compute capability 9.0, this GPU has {device.arch / 10}")
-    n, k, most = config.rows + 21, 1280, config.tokens + 3
+    monkeypatch.setattr(gemm_wgmma, "_scratch", poisoned)
+    n, k, most = 2 * config.rows + 21, 1280, config.tokens + 3
     for scales, dtype in (("bf16", BF16), ("exact", FP16), ("bf16", FP16), ("exact", BF16)):
         w, bias, x = weight("random", n, k, scales), bias_of(n, torch.float32), inputs(most, k, dtype)
         exact = fp64.linear(x, w.q, w.s, "bf16").plus(bias)
-        for cluster in (1, 2, 4) if gemm_wgmma._may_split(config) else (1,):
-            for m in (1, config.tokens, most):
-                plan = gemm_wgmma.Plan(config, cluster, -(-m // config.tokens), -(-n // config.rows))
+        for m in (1, config.tokens, most):
+            # Three or six outputs of five super-blocks.
+            for blocks, share in ((1, False), (2, False), (2, True), (4, True), (15, True), (30, True)):
+                few = replace(device, multiprocessors=blocks)
+                plan = gemm_wgmma.plan_of(config, 1, share, m, n, k, few)
                 y = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
                 gemm_wgmma.linear(x[:m], w.tiles, bias, n, y, device, plan)
-                fp64.assert_right(y, exact.rows(m), f"M={m} cluster {cluster} {scales} scales {dtype}")
+                fp64.assert_right(y, exact.rows(m), f"M={m} {plan} {scales} scales {dtype}")
+
+
+def poisoned(launch: gemm_wgmma.Plan, device: torch.device) -> torch.Tensor:
+    """Scratch memory in which every sum is NaN."""
+    scratch = torch.empty(4 * launch.scratch_floats + 8 * launch.scratch_flags, dtype=torch.uint8, device=device)
+    return scratch.fill_(0xFF)
 
 
 @pytest.mark.parametrize("config", gemm_mma.CONFIGS, ids=str)

@@ -8,11 +8,15 @@
 //   Q6K_TOKENS      see wgmma.cuh, which comes before this file
 //   Q6K_CONSUMERS   warpgroups that multiply, 64 rows each
 //   Q6K_TILE_STAGES, Q6K_X_STAGES   depth of the two rings: super-blocks of tiles, 64 columns of x
-//   Q6K_SPLIT       1: the blocks of a cluster split K; their sums meet in distributed shared memory, in order
 //   Q6K_OCCUPANCY   blocks that shall fit a multiprocessor
 //
-// fp32 roundings of a term: those of the tensor core's sums over a block's part of K, one for each block of a
-// cluster, and the bias.
+// Outputs are blocks of ROWS x TOKENS. As many as fill the GPU evenly are computed whole. The (output, super-block)
+// pairs of the others form one line that all thread blocks share evenly, so that each has the same work: an output
+// that falls to several of them is summed in their order by the one that has its beginning, to whom the others
+// leave their sums in global memory. The result never depends on timing.
+//
+// fp32 roundings of a term: those of the tensor core's sums over a block's part of K, one for each block that
+// shares the output (K/256 at most), and the bias.
 
 #ifndef Q6K_CONSUMERS
 #define Q6K_CONSUMERS 2
@@ -23,9 +27,6 @@
 #ifndef Q6K_X_STAGES
 #define Q6K_X_STAGES 4
 #endif
-#ifndef Q6K_SPLIT
-#define Q6K_SPLIT 0
-#endif
 #ifndef Q6K_OCCUPANCY
 #define Q6K_OCCUPANCY 1
 #endif
@@ -33,7 +34,6 @@
 constexpr int CONSUMERS = Q6K_CONSUMERS;
 constexpr int TILE_STAGES = Q6K_TILE_STAGES;
 constexpr int X_STAGES = Q6K_X_STAGES;
-constexpr bool SPLIT = Q6K_SPLIT;
 
 constexpr int ROWS = 64 * CONSUMERS;  // of a block's output
 constexpr int ROW_TILES = ROWS / TILE_ROWS;
@@ -42,14 +42,51 @@ constexpr int THREADS = CONSUMERS * 128 + (TOKENS > 128 ? 128 : 64);
 constexpr int PENDING = TOKENS >= 128 ? 1 : 0;
 constexpr int X_BYTES = TOKENS * 128;
 constexpr int TILE_STAGE_BYTES = ROW_TILES * TILE_BYTES;
-// Shared memory: x ring, tile ring, staging of outputs, barriers. The sums of a split K reuse the rings.
+// Shared memory: x ring, tile ring, staging of outputs, barriers.
 constexpr int TILES_BEGIN = X_STAGES * X_BYTES;
 constexpr int STAGING_BEGIN = TILES_BEGIN + TILE_STAGES * TILE_STAGE_BYTES;
 constexpr int BARRIERS_BEGIN = STAGING_BEGIN + CONSUMERS * 4 * 512;
-constexpr int SUMS_PITCH = ROWS + 4;  // floats between tokens of a block's sums: keeps lanes in distinct banks
+constexpr int WARPS = CONSUMERS * 4;  // that multiply
 
-// Where the part of `total` begins.
-__device__ __forceinline__ int share(int total, int part, int parts) { return (u32)(total * part) / (u32)parts; }
+// ---- who does what -----------------------------------------------------------------------------------------
+
+// How outputs fall to blocks. The first `whole` are computed whole, `gridDim.x` at a time. The (output, super-block)
+// pairs of the others are shared out in parts of equal length, the first ones longer by one if need be. Parts are
+// numbered against blocks: a block waits for parts after its own, and those have begun whatever else the GPU does.
+struct Shares {
+  int outputs, whole, depth;  // depth: super-blocks of K
+
+  __device__ __forceinline__ static int part() { return gridDim.x - 1 - blockIdx.x; }
+  __device__ __forceinline__ int begin(int part) const {
+    const int pairs = (outputs - whole) * depth, parts = gridDim.x;
+    return part * (pairs / parts) + min(part, pairs % parts);
+  }
+};
+
+// A block's pieces of work, one after the other: super-blocks [begin, end) of `output`. Little state: registers are
+// what sums are made of.
+struct Piece {
+  int output, begin, end;
+
+  __device__ __forceinline__ Piece() : output((int)blockIdx.x - (int)gridDim.x), begin(0), end(0) {}
+
+  __device__ __forceinline__ bool next(const Shares& shares) {
+    int at = (output - shares.whole) * shares.depth + end;
+    if (output < shares.whole) {
+      output += gridDim.x;
+      begin = 0;
+      end = shares.depth;
+      if (output < shares.whole) return true;
+      at = shares.begin(Shares::part());
+    }
+    const int stop = shares.begin(Shares::part() + 1);
+    if (at == stop) return false;
+    output = shares.whole + at / shares.depth;
+    begin = at % shares.depth;
+    end = min(shares.depth, begin + stop - at);
+    return true;
+  }
+};
 
 // ---- outputs -----------------------------------------------------------------------------------------------
 
@@ -87,29 +124,74 @@ __device__ __forceinline__ void write_outputs(const float* sums, float upper_bia
   }
 }
 
+// ---- outputs that blocks share -------------------------------------------------------------------------------
+
+// A part has room for one block's sums, in an order of threads, and a flag for each warp. `ticket` is a number that
+// no other launch uses, so what was in that memory before is no flag that is up; who has read one takes it down.
+struct Exchange {
+  float* sums;
+  u64* flags;
+  u64 ticket;
+
+  __device__ __forceinline__ float* place(int part) const {
+    return sums + (i64)part * (ROWS * TOKENS) + threadIdx.x * 4;
+  }
+
+  __device__ __forceinline__ void leave(const float (&own)[SUMS], int part, int warp, int lane) const {
+    float* const to = place(part);
+#pragma unroll
+    for (int i = 0; i < SUMS; i += 4) {
+      *reinterpret_cast<float4*>(to + i * (CONSUMERS * 128)) = make_float4(own[i], own[i + 1], own[i + 2], own[i + 3]);
+    }
+    __syncwarp();
+    if (lane == 0) raise_flag(flags + part * WARPS + warp, ticket);
+  }
+
+  // Adds the sums of the parts from `first` to `last`, in their order; some loads are under way at a time.
+  __device__ __forceinline__ void collect(float (&own)[SUMS], int first, int last, int warp, int lane) const {
+    constexpr int LOADS = SUMS < 32 ? SUMS / 4 : 8;
+    for (int part = first + lane; part <= last; part += 32) {
+      u64* const flag = flags + part * WARPS + warp;
+      await_flag(flag, ticket);
+      clear_flag(flag);
+    }
+    __syncwarp();
+    for (int part = first; part <= last; ++part) {
+      const float* const from = place(part);
+#pragma unroll
+      for (int begin = 0; begin < SUMS; begin += LOADS * 4) {
+        float4 loaded[LOADS];
+#pragma unroll
+        for (int j = 0; j < LOADS; ++j) loaded[j] = load_of_block(from + (begin + j * 4) * (CONSUMERS * 128));
+#pragma unroll
+        for (int j = 0; j < LOADS; ++j) {
+          own[begin + j * 4] += loaded[j].x;
+          own[begin + j * 4 + 1] += loaded[j].y;
+          own[begin + j * 4 + 2] += loaded[j].z;
+          own[begin + j * 4 + 3] += loaded[j].w;
+        }
+      }
+    }
+  }
+};
+
 // ---- the kernel --------------------------------------------------------------------------------------------
 
-// Parameters: tiles (row_tiles, K/256, TILE_BYTES); y 16-bit (m, n), 16-byte aligned, rows `pitch` elements apart;
-// bias (n,) of `bias_kind`, or null; x_map, x 16-bit (m, k) in boxes of (TOKENS, 64), zero past m. The 48 bytes
-// before x_map put it at a multiple of 64: on sm_90 parameters begin 16 bytes past one.
-// Outputs are in blocks of ROWS x TOKENS, those of the same rows next to each other. Grid: with SPLIT a cluster for
-// each; otherwise a block takes every gridDim.x-th. Shared memory from a 1024-byte boundary.
+// Parameters: y 16-bit (m, n), 16-byte aligned, rows `pitch` elements apart; bias (n,) of `bias_kind`, or null;
+// sums, flags and ticket of the exchange; the outputs to compute whole; tile_map, the weights in boxes of (ROW_TILES,
+// TILE_PIECES, TILE_BYTES / TILE_PIECES), zero past the last row tile; x_map, x 16-bit (m, k) in boxes of (TOKENS, 64),
+// zero past m. Parameters begin 16 bytes past a multiple of 64 on sm_90, so the maps, aligned to 64, are at 112 and 240.
+// Outputs of the same rows are next to each other. Shared memory from a 1024-byte boundary.
 extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
-    q6k_gemm_wgmma(const u8* tiles, u16* y, const void* bias, int bias_kind, int m, int n, int k, int row_tiles,
-                   int pitch, const __grid_constant__ TensorMap x_map) {
+    q6k_gemm_wgmma(u16* y, const void* bias, float* exchanged, u64* flags, u64 ticket, int bias_kind, int m, int n,
+                   int k, int pitch, int whole, const __grid_constant__ TensorMap tile_map,
+                   const __grid_constant__ TensorMap x_map) {
   extern __shared__ __align__(1024) u8 shared_memory[];
   const u32 shared = shared_address(shared_memory);
   const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
-  u32 cluster = 1;
-#if Q6K_SPLIT
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(cluster));
-#endif
-  const int rank = blockIdx.x % cluster;
-  const int first_output = blockIdx.x / cluster, step_output = gridDim.x / cluster;
   const int token_blocks = (m + TOKENS - 1) / TOKENS;
-  const int outputs = token_blocks * ((row_tiles + ROW_TILES - 1) / ROW_TILES);
-  const int blocks = k / SUPER_BLOCK;
-  const int first_block = share(blocks, rank, cluster), depth = share(blocks, rank + 1, cluster) - first_block;
+  const Shares shares = {token_blocks * ((n + ROWS - 1) / ROWS), whole, k / SUPER_BLOCK};
+  Piece piece;
 
   const u32 x_full = shared + BARRIERS_BEGIN, x_free = x_full + X_STAGES * 8;
   const u32 tiles_full = x_free + X_STAGES * 8, tiles_free = tiles_full + TILE_STAGES * 8;
@@ -117,46 +199,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
   if (threadIdx.x == 0) {
     for (int i = 0; i < X_STAGES; ++i) {
       barrier_init(x_full + i * 8, 1);
-      barrier_init(x_free + i * 8, CONSUMERS * 4);
+      barrier_init(x_free + i * 8, WARPS);
     }
     for (int i = 0; i < TILE_STAGES; ++i) {
       barrier_init(tiles_full + i * 8, 1);
-      barrier_init(tiles_free + i * 8, CONSUMERS * 4);
+      barrier_init(tiles_free + i * 8, WARPS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async;" ::: "memory");
   }
   __syncthreads();
 
-  if (warp >= CONSUMERS * 4) {
+  if (warp >= WARPS) {
 #if Q6K_TOKENS > 128  // registers move from the warps that copy to those that have many sums
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
 #endif
     RingPlace place;
-    if (warp == CONSUMERS * 4 && lane == 0) {
-      for (int output = first_output; output < outputs; output += step_output) {
-        const int first_tile = output / token_blocks * ROW_TILES;
-        const int present = min(ROW_TILES, row_tiles - first_tile);
-        for (int i = 0; i < depth; ++i) {
+    if (warp == WARPS && lane == 0) {
+      while (piece.next(shares)) {
+        for (int block = piece.begin; block < piece.end; ++block) {
           const u32 full = tiles_full + place.stage * 8;
           barrier_wait(tiles_free + place.stage * 8, place.parity ^ 1);
-          barrier_expect(full, present * TILE_BYTES);
-          for (int tile = 0; tile < present; ++tile) {
-            copy_bulk(shared + TILES_BEGIN + place.stage * TILE_STAGE_BYTES + tile * TILE_BYTES,
-                      tiles + ((i64)(first_tile + tile) * blocks + first_block + i) * TILE_BYTES, TILE_BYTES, full);
-          }
+          barrier_expect(full, TILE_STAGE_BYTES);
+          copy_tiles(shared + TILES_BEGIN + place.stage * TILE_STAGE_BYTES, &tile_map, block,
+                     piece.output / token_blocks * ROW_TILES, full);
           place.advance(TILE_STAGES);
         }
       }
-    } else if (warp == CONSUMERS * 4 + 1 && lane == 0) {
+    } else if (warp == WARPS + 1 && lane == 0) {
       wait_for_previous_grid();
-      for (int output = first_output; output < outputs; output += step_output) {
-        for (int i = 0; i < depth * QUARTERS; ++i) {
+      while (piece.next(shares)) {
+        for (int i = piece.begin * QUARTERS; i < piece.end * QUARTERS; ++i) {
           const u32 full = x_full + place.stage * 8;
           barrier_wait(x_free + place.stage * 8, place.parity ^ 1);
           barrier_expect(full, X_BYTES);
-          copy_tensor(shared + place.stage * X_BYTES, &x_map, (first_block * QUARTERS + i) * 64,
-                      output % token_blocks * TOKENS, full);
+          copy_tokens(shared + place.stage * X_BYTES, &x_map, i * 64, piece.output % token_blocks * TOKENS, full);
           place.advance(X_STAGES);
         }
       }
@@ -203,13 +280,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
         a[0] = upper[0], a[1] = lower[0], a[2] = upper[1], a[3] = lower[1];
       }
     };
-    for (int output = first_output; output < outputs; output += step_output) {
-      const int first_token = output % token_blocks * TOKENS, first_tile = output / token_blocks * ROW_TILES;
+    const Exchange exchange = {exchanged, flags, ticket};
+    while (piece.next(shares)) {
 #pragma unroll
       for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
       begin_block();
       prepare(0);
-      for (int block = 0; block < depth; ++block) {
+      for (int block = piece.begin; block < piece.end; ++block) {
 #pragma unroll
         for (int quarter = 0; quarter < QUARTERS; ++quarter) {
           barrier_wait(x_full + x_place.stage * 8, x_place.parity);
@@ -222,13 +299,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
           if (PENDING == 1) {
             // The products before these are done: their fragments and their stage of x are free.
             multiplies_wait<1>();
-            if (quarter > 0 || block > 0) free_x();
+            if (quarter > 0 || block > piece.begin) free_x();
           }
           if (quarter + 1 < QUARTERS) {
             prepare(quarter + 1);
           } else {
             end_block();
-            if (block + 1 < depth) {
+            if (block + 1 < piece.end) {
               begin_block();
               prepare(0);
             }
@@ -244,61 +321,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
         free_x();
       }
 
-      const int upper = (first_tile + warp) * TILE_ROWS + (lane >> 2), lower = upper + 8;
-      if (!SPLIT) {
-        write_outputs(sums, upper < n ? bias_at(bias, bias_kind, upper) : 0.0f,
-                      lower < n ? bias_at(bias, bias_kind, lower) : 0.0f, shared + STAGING_BEGIN + warp * 512, lane, y, m,
-                      n, pitch, first_token, (first_tile + warp) * TILE_ROWS);
-      } else {
-        // Everything was copied and read: the rings are free once all warps say so.
-        asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * 128) : "memory");
-#pragma unroll
-        for (int i = 0; i < SUMS; ++i) {
-          const int token = i / 4 * 8 + (lane & 3) * 2 + i % 2;
-          const int row = warp * TILE_ROWS + (lane >> 2) + (i / 2 % 2) * 8;
-          asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared + (token * SUMS_PITCH + row) * 4), "f"(sums[i])
-                       : "memory");
-        }
+      if (piece.begin > 0) {
+        exchange.leave(sums, Shares::part(), warp, lane);
+        continue;
       }
+      if (piece.end < shares.depth) {
+        const int output_end = (piece.output - whole + 1) * shares.depth;
+        int last = Shares::part() + 1;
+        while (shares.begin(last + 1) < output_end) ++last;
+        exchange.collect(sums, Shares::part() + 1, last, warp, lane);
+      }
+      const int first_row = (piece.output / token_blocks * ROW_TILES + warp) * TILE_ROWS;
+      const int upper = first_row + (lane >> 2), lower = upper + 8;
+      write_outputs(sums, upper < n ? bias_at(bias, bias_kind, upper) : 0.0f,
+                    lower < n ? bias_at(bias, bias_kind, lower) : 0.0f, shared + STAGING_BEGIN + warp * 512, lane, y, m,
+                    n, pitch, piece.output % token_blocks * TOKENS, first_row);
     }
   }
-
-#if Q6K_SPLIT
-  synchronize_cluster();
-  const int first_token = first_output % token_blocks * TOKENS, first_tile = first_output / token_blocks * ROW_TILES;
-  // Four rows of a token at a time; each block of the cluster finishes its part.
-  for (int at = rank * THREADS + threadIdx.x; at < TOKENS * ROWS / 4; at += cluster * THREADS) {
-    const int token = at / (ROWS / 4), row = at % (ROWS / 4) * 4;
-    float total[4] = {};
-    for (int other = 0; other < (int)cluster; ++other) {
-      u32 remote;
-      float part[4];
-      asm("mapa.shared::cluster.u32 %0, %1, %2;"
-          : "=r"(remote)
-          : "r"(shared + (token * SUMS_PITCH + row) * 4), "r"(other));
-      asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(part[0]), "=f"(part[1]), "=f"(part[2]), "=f"(part[3])
-                   : "r"(remote)
-                   : "memory");
-#pragma unroll
-      for (int i = 0; i < 4; ++i) total[i] += part[i];
-    }
-    const int first = first_tile * TILE_ROWS + row;
-    if (first_token + token < m) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) total[i] += first + i < n ? bias_at(bias, bias_kind, first + i) : 0.0f;
-      u16* const out = y + (i64)(first_token + token) * pitch + first;
-      const uint2 four = {pack_halves(total[0], total[1]), pack_halves(total[2], total[3])};
-      if (n % 4 == 0 && pitch % 4 == 0) {
-        if (first < n) *reinterpret_cast<uint2*>(out) = four;
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (first + i < n) out[i] = (u16)((i < 2 ? four.x : four.y) >> (i & 1) * 16);
-        }
-      }
-    }
-  }
-  synchronize_cluster();  // no block may end while others read its shared memory
-#endif
 }

@@ -8,6 +8,7 @@
 
 constexpr int TOKENS = Q6K_TOKENS;
 constexpr int SUMS = TOKENS / 2;  // fp32 sums of a thread
+constexpr int TILE_PIECES = 14;   // rows of 256 bytes, or 240 with exact scales, that a tile's copy is made of
 
 struct __align__(64) TensorMap {
   u64 words[16];
@@ -41,18 +42,21 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
       : "memory");
 }
 
-__device__ __forceinline__ void copy_bulk(u32 to_shared, const void* from, u32 bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   to_shared),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
-}
-
-__device__ __forceinline__ void copy_tensor(u32 to_shared, const TensorMap* map, int column, int row, u32 barrier) {
+// A box of x from (row, column) on.
+__device__ __forceinline__ void copy_tokens(u32 to_shared, const TensorMap* map, int column, int row, u32 barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
           to_shared),
       "l"(map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+// The tiles of a super-block from row tile `first` on. A tile is TILE_PIECES rows of the map: a box is no wider.
+__device__ __forceinline__ void copy_tiles(u32 to_shared, const TensorMap* map, int block, int first, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
+          to_shared),
+      "l"(map), "r"(0), "r"(block * TILE_PIECES), "r"(first), "r"(barrier)
       : "memory");
 }
 
@@ -129,8 +133,29 @@ __device__ __forceinline__ void multiplies_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-#if Q6K_SPLIT
-__device__ __forceinline__ void synchronize_cluster() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+// ---- words that blocks leave for each other in global memory -------------------------------------------------
+
+// Whoever awaits the flag sees what this thread wrote before, and what other lanes wrote before it met them.
+__device__ __forceinline__ void raise_flag(u64* flag, u64 value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
 }
-#endif
+
+__device__ __forceinline__ void await_flag(const u64* flag, u64 value) {
+  u64 found;
+  do {
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(flag) : "memory");
+  } while (found != value);
+}
+
+__device__ __forceinline__ void clear_flag(u64* flag) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(0ull) : "memory");
+}
+
+__device__ __forceinline__ float4 load_of_block(const float* from) {  // from the L2 cache, which blocks share
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
