@@ -40,12 +40,14 @@ def decode_plans(x: Tensor, y: Tensor, exact: bool, device: launching.Device) ->
     (m, k), n = x.shape, y.shape[1]
     chosen = decode.plan(m, n, k, exact, device)
     for shape, cluster in itertools.product(decode.SHAPES, decode.CLUSTERS if device.arch >= 90 else (1,)):
-        plan = decode.plan(m, n, k, exact, device, (*shape, cluster)) if cluster <= k // 256 else None
-        if chosen is not None and (*shape, cluster) == (*chosen.kernel[2:], chosen.cluster):
-            plan = chosen
-        if plan is not None:
-            name = "{} warps, {} stages, {} blocks, cluster {}".format(*shape, cluster)
-            yield name, plan == chosen, partial(_decode, plan, x, n, y, device)
+        kinds = itertools.product((False, True), (False, True), range(1, shape[2] + 1))
+        for choice in {decode.Choice.of(shape, *kind) for kind in kinds}:
+            plan = decode.plan(m, n, k, exact, device, (cluster, choice)) if cluster <= k // 256 else None
+            if plan is not None:
+                how = f"{'fused' if plan.fused else 'separate'}, {'early' if plan.early else 'late'}"
+                name = "{} warps, {} stages, {} blocks".format(*shape)
+                name = f"{name}, {plan.ranges * cluster} in clusters of {cluster}, {how}"
+                yield name, plan == chosen, partial(_decode, plan, x, n, y, device)
 
 
 def gemm_plans(x: Tensor, y: Tensor, device: launching.Device) -> Iterator[tuple[str, bool, Launch]]:

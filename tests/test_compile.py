@@ -170,7 +170,7 @@ def test_dynamic_shared_memory_is_what_launches_ask_for() -> None:
     # Activations of two stages, and two tiles for each of eight warps.
     assert found["q6k_gemm_mma", 0, 16, 1, 2] == 2 * 8192 + 8 * 2 * 3584
     # Rings of x and of tiles, 2 KB for each consumer, a barrier pair for each stage.
-    assert found["q6k_gemm_wgmma", 1, 256, 2, 2, 5, 1] == 5 * 256 * 128 + 2 * 8 * 3360 + 2 * 2048 + 7 * 16
+    assert found["q6k_gemm_wgmma", 1, 256, 2, 3, 4, 1] == 4 * 256 * 128 + 3 * 8 * 3360 + 2 * 2048 + 7 * 16
     # A ring of 16 x 3 tiles, 21504 / 256 super-blocks of one token's codes and steps, 32 sums.
     assert found["q6k_decode", 0, 1, 0, 16, 3, 1, 0] >= 16 * 3 * 3584 + 84 * (256 + 32) + 32 * 16 * 4
 

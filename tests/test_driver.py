@@ -222,7 +222,8 @@ def test_a_tensor_map_says_what_was_asked(arguments: Any, expected: str, cuda: F
 
 
 RIGHT: dict[str, Any] = {
-    "pointer": 4096, "dtype": "bf16", "sizes": (512, 100), "strides": (1024,), "box": (64, 64), "swizzle_bytes": 128,
+    "pointer": 4096, "dtype": "bf16", "sizes": (512, 100), "strides": (1024,), "box": (64, 64),
+    "swizzle_bytes": 128,
 }  # fmt: skip
 
 

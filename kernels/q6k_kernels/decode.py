@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 FILE, KERNEL, QUANTIZE = "decode.cuh", "q6k_decode", "q6k_quantize"
 QUANTIZE_THREADS = 128
 MOST_TOKENS = 8
-FUSED_TOKENS, FUSED_K = 2, 16384
-"""Rows of activations, and below which length, that every block quantises for itself; otherwise a launch of its own
-does it for all."""
 TOKENS = (1, 2, 4, 8)
 CLUSTERS = (1, 2, 4, 8)
 _ARGUMENTS = struct.Struct("@PPPPqiiiiii")
@@ -73,17 +70,61 @@ class Plan:
 SHAPES = ((8, 3, 2), (8, 2, 2), (16, 3, 1), (16, 2, 1), (8, 2, 1))
 """Warps, stages and occupancy that the kernel is compiled for. Two blocks a multiprocessor overlap with the
 launches before and after, worth most where a launch is short; one larger block sums fewer parts."""
-SHORT = (10, 48)
-"""Tiles for each multiprocessor between which a launch counts as short; kernels/NOTES.md has the measurements."""
 MOST_WAVES = 4
 """Rounds of blocks: each quantises or copies the activations again, so where sums need more, K is split further."""
-EARLY_K = 8192
-"""Length of activations up to which blocks that quantise them fill rings first, unless the launch is short."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to launch that is tried, if it fits: its shape, and what `Plan` says of the rest."""
+
+    shape: tuple[int, int, int]
+    fused: bool
+    early: bool
+    resident: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, int, int], fused: bool, early: bool = True, resident: int = 0) -> Choice:
+        """`resident` blocks a multiprocessor; by default as many as fit."""
+        return cls(shape, fused, early or not fused, resident or shape[2])
+
+
+def choices(tokens: int, k: int, tiles: float, exact: bool, device: Device) -> list[Choice]:
+    """Ways to launch, the best first: fitted to measurements on an H200, see kernels/NOTES.md.
+
+    Args:
+        tokens: rows of activations the kernel is compiled for.
+        k: columns.
+        tiles: of weights, for each multiprocessor.
+        exact: the scale format.
+        device: what the GPU offers.
+    """
+    # Activations that come after a full ring of tiles wait for it: where a launch is short, or activations are
+    # long, blocks that quantise them ask for them first.
+    short = 10 < tiles <= 48
+    fused = (tokens <= 2 and k < 16384) or (tokens == 4 and k <= 4096 and tiles > 10)
+    early = not short and k <= 8192 and tokens <= 2
+    if device.shared_bytes < 160 << 10:
+        return [Choice.of((8, 2, 1), fused, early)]
+    two = [Choice.of(shape, fused, early, int(fused)) for shape in SHAPES if shape[2] == 2]
+    large = [Choice.of(shape, fused, early) for shape in SHAPES if shape[0] == 16]
+    if device.arch < 90:  # no clusters to split long activations over: smaller rings make room
+        large.append(Choice.of((8, 2, 1), fused, early))
+    if tokens <= 2:
+        return two + large if short else large
+    if fused:
+        return large
+    small = [Choice.of((8, 2, 1), False)]
+    if k > 8192:
+        return small + large
+    if tokens == 4:
+        return two + large if tiles > 10 else large
+    return (small if tiles <= 250 and not exact else [Choice.of((8, 2, 2), False)]) + large
 
 
 @lru_cache(maxsize=4096)
 def plan(
-    m: int, n: int, k: int, exact: bool, device: Device, forced: tuple[int, int, int, int] | None = None
+    m: int, n: int, k: int, exact: bool, device: Device, forced: tuple[int, Choice] | None = None
 ) -> Plan | None:
     """The launch for `m` rows (1..8) of activations, or None if so many do not fit in shared memory.
 
@@ -95,35 +136,21 @@ def plan(
         k: columns of both.
         exact: the scale format.
         device: what the GPU offers.
-        forced: warps, stages, occupancy and cluster size, to measure them.
+        forced: a cluster size and a choice, to measure them.
     """
     tokens = next(t for t in TOKENS if t >= m)
     row_tiles, blocks = -(-n // TILE_ROWS), k // SUPER_BLOCK
     clusters = [c for c in CLUSTERS if c <= min(blocks, 8 if device.arch >= 90 else 1)]
     tiles = row_tiles * blocks / device.multiprocessors
-    short = SHORT[0] < tiles <= SHORT[1]
-    fused = tokens <= FUSED_TOKENS and k < FUSED_K
-    early = not fused or (not short and k <= EARLY_K)
-    choices = [(*shape, c) for c in clusters for shape in _shapes(short, device)]
-    for warps, stages, occupancy, cluster in choices if forced is None else [forced]:
-        blocks_at_once = device.multiprocessors * (1 if short and fused and forced is None else occupancy)
+    tried = list(product(clusters, choices(tokens, k, tiles, exact, device))) if forced is None else [forced]
+    for cluster, choice in tried:
+        blocks_at_once = device.multiprocessors * choice.resident
         ranges = min(row_tiles, max(1, blocks_at_once // cluster))
-        kernel = tokens, fused, warps, stages, occupancy
+        kernel = tokens, choice.fused, *choice.shape
         fitting = _shared_bytes(kernel, row_tiles, blocks, cluster, ranges, exact, device)
         if fitting is not None and fitting[0] <= MOST_WAVES * blocks_at_once and row_tiles * fitting[0] < 1 << 31:
-            ranges, shared = fitting
-            return Plan(*kernel, cluster, ranges, early, shared)
+            return Plan(*kernel, cluster, fitting[0], choice.early, fitting[1])
     return None
-
-
-def _shapes(short: bool, device: Device) -> list[tuple[int, int, int]]:
-    """Of `SHAPES` those to try, the best first."""
-    if device.shared_bytes < 160 << 10:
-        return [(8, 2, 1)]
-    large = [shape for shape in SHAPES if shape[0] == 16]
-    if device.arch < 90:  # no clusters to split long activations over: smaller rings make room
-        large.append((8, 2, 1))
-    return [shape for shape in SHAPES if shape[2] == 2] + large if short else large
 
 
 def _shared_bytes(
@@ -245,10 +272,9 @@ def _variant(kernel: tuple[int, bool, int, int, int], split: bool, exact: bool, 
 def variants(device: Device) -> list[Variant]:
     """All that `linear` may load on a GPU."""
     splits = (False, True) if device.arch >= 90 else (False,)
-    kinds = [(t, fused) for t in TOKENS for fused in (False, True) if not fused or t <= FUSED_TOKENS]
+    shapes = SHAPES if device.shared_bytes >= 160 << 10 else ((8, 2, 1),)
+    kinds = list(product(TOKENS, (False, True)))
     return [
         _variant((*kind, *shape), split, exact, fp16)
-        for kind, shape, split, exact, fp16 in product(
-            kinds, _shapes(True, device), splits, (False, True), (False, True)
-        )
+        for kind, shape, split, exact, fp16 in product(kinds, shapes, splits, (False, True), (False, True))
     ]

@@ -1,8 +1,8 @@
 """Many rows of 16-bit activations on Hopper: how `csrc/gemm_wgmma.cuh` is launched.
 
-A block computes ROWS x TOKENS outputs. Few tokens: small blocks, several to a multiprocessor. Many: the largest blocks,
-since weights are expanded once for each block of tokens. Outputs that do not fill the GPU evenly are cut along K,
-so that every block has the same share; what a block has of another's output passes through scratch memory.
+A block computes ROWS x TOKENS outputs. Few tokens: small blocks, two to a multiprocessor. Many: the largest blocks,
+since weights are expanded once for each block of tokens. Outputs that do not fill the GPU evenly are cut along K:
+then every block has the same share, and what a block has of another's output passes through scratch memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TILE_PIECES = 14
 """Rows that a tile is copied as: a copy's box is at most 256 wide, and rows are multiples of 16 bytes."""
 _ARGUMENTS = struct.Struct("@PPPPQiiiiii48x128s128s")
 _tickets = count(int.from_bytes(os.urandom(8), "little") >> 1)
-"""What marks a launch's words in memory that others used before; a graph's replays share one, one after the other."""
+"""What marks a launch's words in memory that others used before. A graph's replays share one, one after another."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Config:
         tile_stages: super-blocks of tiles on their way.
         x_stages: steps of 64 columns of x on their way.
         occupancy: blocks on a multiprocessor.
-        cycles: clock cycles that a super-block takes a multiprocessor, fitted to measurements on an H200.
+        cycles: clock cycles that a super-block takes one of `occupancy` blocks, divided by `occupancy`; fitted
+            to measurements on an H200, like the constants of `_cost`.
     """
 
     tokens: int
@@ -70,13 +71,12 @@ class Config:
 
 
 CONFIGS = (
-    Config(16, 1, 3, 8, 3, 940),
-    Config(32, 1, 3, 4, 3, 980),
-    Config(64, 1, 2, 4, 3, 1150),
-    Config(64, 2, 3, 6, 1, 2330),
-    Config(128, 1, 3, 4, 2, 1840),
-    Config(128, 2, 3, 6, 1, 3300),
-    Config(256, 2, 2, 5, 1, 4880),
+    Config(16, 2, 2, 6, 2, 1590),
+    Config(32, 2, 2, 4, 2, 1650),
+    Config(64, 2, 2, 4, 2, 1960),
+    Config(128, 1, 3, 4, 2, 1740),
+    Config(128, 2, 2, 4, 1, 3500),
+    Config(256, 2, 3, 4, 1, 5000),
 )
 
 
@@ -149,20 +149,28 @@ def plan(m: int, n: int, k: int, device: Device) -> Plan:
     candidates = [
         plan_of(config, resident, share, m, n, k, device)
         for config in CONFIGS
-        for resident, share in product(range(1, config.occupancy + 1), (False, True))
+        for resident, share in product({1, config.occupancy}, (False, True))
     ]
     return min(candidates, key=lambda candidate: _cost(candidate, k, device))
 
 
 def _cost(candidate: Plan, k: int, device: Device) -> float:
-    """Clock cycles of the fullest multiprocessor, roughly: constants are fitted to measurements on an H200."""
+    """Clock cycles of the fullest multiprocessor, roughly."""
     config, depth = candidate.config, k // SUPER_BLOCK
     resident = -(-candidate.blocks // device.multiprocessors)
     rounds = -(-candidate.whole // candidate.blocks)
-    pairs = rounds * depth + -(-candidate.shared * depth // candidate.blocks)
-    waiting = 1 + 0.3 * max(0, min(config.occupancy, 3) - resident)  # less to hide behind than when measured
-    ends = 4000 + (2500 + 8 * config.tokens if candidate.shared else 0)
-    return pairs * resident * config.cycles * waiting + ends
+    # Blocks that share are at different columns of x, so all of it should be in the L2 cache.
+    x_mb = candidate.token_blocks * config.tokens * k * 2 / 1e6
+    far = 1 + min(0.25, max(0.0, x_mb - 10) / 200)
+    pairs = rounds * depth + -(-candidate.shared * depth // candidate.blocks) * far
+    # Nobody to hide behind; with many tokens, blocks wait for the tensor cores rather than for memory.
+    alone = 1.0
+    if resident < config.occupancy:
+        alone = 1.35 if config.tokens <= 64 else 1.0 if candidate.shared else 1.5
+    ends = 4000.0
+    if candidate.shared:
+        ends += 2500 + 64 * config.tokens + 4500 * (resident - 1)
+    return pairs * resident * config.cycles * alone + ends
 
 
 def linear(

@@ -72,7 +72,8 @@ def test_products_are_right_in_every_order_of_threads(
     plan, plans = decode.plan, []
 
     def forced(*sizes: int | bool | Device) -> decode.Plan | None:
-        plans.append(plan(*sizes, forced=(*decode.SHAPES[-1], cluster)))
+        fused = sizes[0] % 2 == 1
+        plans.append(plan(*sizes, forced=(cluster, decode.Choice.of(decode.SHAPES[-1], fused, early=cluster > 1))))
         return plans[-1]
 
     monkeypatch.setattr(decode, "plan", forced)

@@ -25,7 +25,8 @@ def this_gpu() -> launching.Device:
 @pytest.mark.parametrize("scales", ["bf16", "exact"])
 @pytest.mark.parametrize("tokens", decode.TOKENS)
 def test_decode_with_every_split(tokens: int, scales: str) -> None:
-    """Every shape of a block, clusters of 1 to 8, rows that end within a tile, fewer tokens than there is room."""
+    """Every shape of a block, activations quantised by it or before it, clusters of 1 to 8, rows that end within a
+    tile, fewer tokens than there is room."""
     device, n, k = this_gpu(), 133, 2304
     w, bias = weight("random", n, k, scales), bias_of(n, BF16)
     clusters = [cluster for cluster in decode.CLUSTERS if cluster == 1 or device.arch >= 90]
@@ -33,15 +34,17 @@ def test_decode_with_every_split(tokens: int, scales: str) -> None:
     for dtype in (BF16, FP16):
         x = inputs(tokens, k, dtype)
         exact = fp64.linear(x, w.q, w.s, "int8").plus(bias)
-        for shape, cluster, m in itertools.product(decode.SHAPES, clusters, {tokens, tokens // 2 + 1}):
-            plan = decode.plan(m, n, k, scales == "exact", device, (*shape, cluster))
+        kinds = itertools.product(decode.SHAPES, (False, True), clusters, {tokens, tokens // 2 + 1})
+        for shape, fused, cluster, m in kinds:
+            choice = decode.Choice.of(shape, fused, early=m == tokens)
+            plan = decode.plan(m, n, k, scales == "exact", device, (cluster, choice))
             if plan is None:  # takes more shared memory than this GPU has
                 continue
-            met.add((shape, cluster))
+            met.add((fused, cluster))
             y = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
             decode._launch(plan, x[:m], w.tiles, bias, n, y, device)
             fp64.assert_right(y, exact.rows(m), f"{plan} M={m} {dtype}")
-    assert {cluster for _, cluster in met} == set(clusters)
+    assert met == set(itertools.product((False, True), clusters))
 
 
 @pytest.mark.parametrize("config", gemm_wgmma.CONFIGS, ids=str)

@@ -73,40 +73,42 @@ class Case:
 
 
 @pytest.mark.parametrize(
-    ("m", "shape", "cluster", "ranges", "early", "scales", "dtype"),
+    ("m", "shape", "cluster", "ranges", "kind", "scales", "dtype"),
     [
-        # One and two rows are quantised by every block, more by a kernel of their own.
-        (1, (8, 3, 2), 1, 2, True, "bf16", BF16),
-        (2, (16, 3, 1), 1, 1, False, "exact", FP16),
-        (1, (8, 2, 2), 2, 1, False, "exact", BF16),
-        (2, (16, 2, 1), 4, 2, True, "bf16", FP16),
-        (3, (8, 2, 2), 1, 2, True, "exact", BF16),
-        (8, (16, 3, 1), 1, 1, True, "bf16", FP16),
-        (5, (8, 3, 2), 2, 2, True, "exact", BF16),
+        # Quantised by every block, before or after tiles were asked for, or by a kernel of its own.
+        (1, (8, 3, 2), 1, 2, "early", "bf16", BF16),
+        (2, (16, 3, 1), 1, 1, "late", "exact", FP16),
+        (1, (8, 2, 2), 2, 1, "late", "exact", BF16),
+        (2, (16, 2, 1), 4, 2, "early", "bf16", FP16),
+        (3, (8, 2, 2), 1, 2, "separate", "exact", BF16),
+        (4, (16, 3, 1), 1, 1, "late", "bf16", BF16),
+        (8, (16, 3, 1), 1, 1, "separate", "bf16", FP16),
+        (5, (8, 3, 2), 2, 2, "separate", "exact", BF16),
+        (7, (8, 2, 1), 1, 1, "late", "exact", FP16),
     ],
 )
 def test_decode(
-    m: int,
-    shape: tuple[int, int, int],
-    cluster: int,
-    ranges: int,
-    early: bool,
-    scales: str,
-    dtype: torch.dtype,
+    m: int, shape: tuple[int, int, int], cluster: int, ranges: int, kind: str, scales: str, dtype: torch.dtype
 ) -> None:
     """Few blocks have all tiles, so that warps share row tiles and fill a place of their ring again."""
     gpu = this_gpu()
     if cluster > 1 and gpu.arch < 90:
         pytest.skip(f"clusters are of compute capability 9.0 and later, this GPU has {gpu.arch / 10}")
     case = Case(m, 150, K, scales, dtype, "int8")
-    for warps, stages, occupancy in (shape, decode.SHAPES[-1]):  # the last one fits in every GPU's shared memory
-        few = replace(gpu, multiprocessors=-(-ranges * cluster // occupancy))
-        plan = decode.plan(m, case.n, K, case.exact, few, (warps, stages, occupancy, cluster))
+    for each in (shape, decode.SHAPES[-1]):  # the last one fits in every GPU's shared memory
+        few = replace(gpu, multiprocessors=-(-ranges * cluster // each[2]))
+        choice = decode.Choice.of(each, kind != "separate", kind != "late")
+        plan = decode.plan(m, case.n, K, case.exact, few, (cluster, choice))
         if plan is not None:
             break
     assert plan is not None
-    assert (plan.fused, plan.cluster, plan.ranges) == (m <= 2, cluster, ranges)
-    decode._launch(replace(plan, early=early), case.x, case.tiles, case.bias, case.n, case.y, gpu)
+    assert (plan.fused, plan.early, plan.cluster, plan.ranges) == (
+        kind != "separate",
+        kind != "late",
+        cluster,
+        ranges,
+    )
+    decode._launch(plan, case.x, case.tiles, case.bias, case.n, case.y, gpu)
     case.check()
 
 

@@ -1,7 +1,7 @@
 // Decode: y[M,N] = x[M,K] W^T (+ bias) for M <= 8, W6A8.
 //
 // The bus sets the time, so everything serves the stream of tiles. Each warp keeps a ring of tiles in shared
-// memory, filled by asynchronous copies that need no registers. One or two short rows of x every block quantises
+// memory, filled by asynchronous copies that need no registers. A few short rows of x every block quantises
 // for itself, while the ring fills; more would keep it from its work, so q6k_quantize does them once for all blocks,
 // in a launch that hides behind the first copies of the next (programmatic dependent launch).
 // mma.m16n8k16 multiplies one group of 16 rows with up to 8 tokens, so that M = 8 costs about what M = 1 does.

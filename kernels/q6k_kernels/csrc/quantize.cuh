@@ -3,7 +3,7 @@
 // d_a = max |x| / 127 over 32 values of a row, a = rint(x / d_a); reference.py has the definition, to the bit.
 //
 //   Q6K_TOKENS  1, 2, 4 or 8: rows of x there is room for; M may be less
-//   Q6K_FUSED   1: every block quantises x for itself (up to 2 TOKENS); 0: q6k_quantize has done it
+//   Q6K_FUSED   1: every block quantises x for itself; 0: q6k_quantize has done it
 
 #ifndef Q6K_TOKENS
 #define Q6K_TOKENS 1
@@ -85,7 +85,11 @@ __device__ __forceinline__ void quantize_into(u8* codes, float* steps, const uin
 }
 
 #if Q6K_FUSED
-// Quantises x[:m, :k], m <= 2, with all threads of a block. `between` is called once by each thread, after its first
+__device__ __forceinline__ int token_of(int at, int groups) {
+  return TOKENS <= 2 ? at >= groups : (int)((u32)at / (u32)groups);
+}
+
+// Quantises x[:m, :k] with all threads of a block. `between` is called once by each thread, after its first
 // load was issued and before it is needed.
 template <int THREADS, typename Between>
 __device__ __forceinline__ void quantize_rows(const u16* x, i64 stride, int m, int k, u8* codes, float* steps,
@@ -98,7 +102,7 @@ __device__ __forceinline__ void quantize_rows(const u16* x, i64 stride, int m, i
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
       if ((begin & ~31) + i * THREADS >= total) break;  // for the whole warp
-      const int at = min(begin + i * THREADS, total - 1), token = at >= groups;
+      const int at = min(begin + i * THREADS, total - 1), token = token_of(at, groups);
       const uint4* const from = reinterpret_cast<const uint4*>(x + token * stride + (at - token * groups) * 16);
       raw[i][0] = from[0];
       raw[i][1] = from[1];
@@ -108,7 +112,7 @@ __device__ __forceinline__ void quantize_rows(const u16* x, i64 stride, int m, i
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
       if ((begin & ~31) + i * THREADS >= total) break;
-      const int at = begin + i * THREADS, token = at >= groups;
+      const int at = begin + i * THREADS, token = token_of(min(at, total - 1), groups);
       quantize_into(codes, steps, raw[i], token, at - token * groups, at < total);
     }
   }
