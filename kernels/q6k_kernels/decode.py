@@ -119,7 +119,9 @@ def choices(tokens: int, k: int, tiles: float, exact: bool, device: Device) -> l
         return small + large
     if tokens == 4:
         return two + large if tiles > 10 else large
-    return (small if tiles <= 250 and not exact else [Choice.of((8, 2, 2), False)]) + large
+    if exact or tiles > 250:
+        return [Choice.of((8, 2, 2), False), *large] if tiles > 10 else large
+    return small + large
 
 
 @lru_cache(maxsize=4096)

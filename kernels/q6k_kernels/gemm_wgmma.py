@@ -75,7 +75,7 @@ CONFIGS = (
     Config(32, 2, 2, 4, 2, 1650),
     Config(64, 2, 2, 4, 2, 1960),
     Config(128, 1, 3, 4, 2, 1740),
-    Config(128, 2, 2, 4, 1, 3500),
+    Config(128, 2, 2, 4, 1, 3290),
     Config(256, 2, 3, 4, 1, 5000),
 )
 
@@ -166,10 +166,10 @@ def _cost(candidate: Plan, k: int, device: Device) -> float:
     # Nobody to hide behind; with many tokens, blocks wait for the tensor cores rather than for memory.
     alone = 1.0
     if resident < config.occupancy:
-        alone = 1.35 if config.tokens <= 64 else 1.0 if candidate.shared else 1.5
+        alone = 1.35 if config.tokens <= 64 else 1.2 if candidate.shared else 1.5
     ends = 4000.0
     if candidate.shared:
-        ends += 2500 + 64 * config.tokens + 4500 * (resident - 1)
+        ends += 2500 + 32 * config.tokens * config.consumers + 3000 * (resident - 1)
     return pairs * resident * config.cycles * alone + ends
 
 

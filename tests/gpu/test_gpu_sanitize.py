@@ -116,10 +116,10 @@ def test_decode(
     ("tokens", "consumers", "blocks", "n", "scales", "dtype"),
     [
         # Four outputs of five super-blocks: computed whole by one block; shared by three, by seven, by twenty.
-        (16, 1, 1, 85, "exact", FP16),
-        (16, 1, 20, 88, "bf16", BF16),
-        (64, 1, 7, 85, "exact", BF16),
-        (64, 2, 3, 149, "bf16", FP16),
+        (16, 2, 1, 149, "exact", FP16),
+        (16, 2, 20, 152, "bf16", BF16),
+        (64, 2, 7, 149, "exact", BF16),
+        (128, 1, 3, 85, "bf16", FP16),
         (256, 2, 3, 136, "exact", BF16),
     ],
 )
