@@ -111,7 +111,8 @@ def choices(tokens: int, k: int, tiles: float, exact: bool, device: Device) -> l
     if device.arch < 90:  # no clusters to split long activations over: smaller rings make room
         large.append(Choice.of((8, 2, 1), fused, early))
     if tokens <= 2:
-        return two + large if short else large
+        overlapping = tokens == 1 and k <= 4096 and tiles > 48 and not exact
+        return two + large if short else [Choice.of((8, 3, 2), fused, early)] * overlapping + large
     if fused:
         return large
     small = [Choice.of((8, 2, 1), False)]
