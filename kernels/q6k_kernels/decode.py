@@ -30,6 +30,8 @@ FILE, KERNEL, QUANTIZE = "decode.cuh", "q6k_decode", "q6k_quantize"
 QUANTIZE_THREADS = 128
 MOST_TOKENS = 8
 TOKENS = (1, 2, 4, 8)
+FUSED_TOKENS = 4
+"""Rows of activations up to which it may pay that every block quantises them for itself."""
 CLUSTERS = (1, 2, 4, 8)
 _ARGUMENTS = struct.Struct("@PPPPqiiiiii")
 _QUANTIZE_ARGUMENTS = struct.Struct("@PPPqii")
@@ -102,7 +104,7 @@ def choices(tokens: int, k: int, tiles: float, exact: bool, device: Device) -> l
     # Activations that come after a full ring of tiles wait for it: where a launch is short, or activations are
     # long, blocks that quantise them ask for them first.
     short = 10 < tiles <= 48
-    fused = (tokens <= 2 and k < 16384) or (tokens == 4 and k <= 4096 and tiles > 10)
+    fused = (tokens <= 2 and k < 16384) or (2 < tokens <= FUSED_TOKENS and k <= 4096 and tiles > 10)
     early = not short and k <= 8192 and tokens <= 2
     if device.shared_bytes < 160 << 10:
         return [Choice.of((8, 2, 1), fused, early)]
@@ -276,7 +278,7 @@ def variants(device: Device) -> list[Variant]:
     """All that `linear` may load on a GPU."""
     splits = (False, True) if device.arch >= 90 else (False,)
     shapes = SHAPES if device.shared_bytes >= 160 << 10 else ((8, 2, 1),)
-    kinds = list(product(TOKENS, (False, True)))
+    kinds = [(t, fused) for t, fused in product(TOKENS, (False, True)) if not fused or t <= FUSED_TOKENS]
     return [
         _variant((*kind, *shape), split, exact, fp16)
         for kind, shape, split, exact, fp16 in product(kinds, shapes, splits, (False, True), (False, True))

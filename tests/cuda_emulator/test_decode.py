@@ -72,7 +72,7 @@ def test_products_are_right_in_every_order_of_threads(
     plan, plans = decode.plan, []
 
     def forced(*sizes: int | bool | Device) -> decode.Plan | None:
-        fused = sizes[0] % 2 == 1
+        fused = sizes[0] <= decode.FUSED_TOKENS and sizes[0] != 2  # two rows: quantised by a kernel of their own
         plans.append(plan(*sizes, forced=(cluster, decode.Choice.of(decode.SHAPES[-1], fused, early=cluster > 1))))
         return plans[-1]
 

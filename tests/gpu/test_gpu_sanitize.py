@@ -84,7 +84,7 @@ class Case:
         (4, (16, 3, 1), 1, 1, "late", "bf16", BF16),
         (8, (16, 3, 1), 1, 1, "separate", "bf16", FP16),
         (5, (8, 3, 2), 2, 2, "separate", "exact", BF16),
-        (7, (8, 2, 1), 1, 1, "late", "exact", FP16),
+        (7, (8, 2, 1), 1, 1, "separate", "exact", FP16),
     ],
 )
 def test_decode(
