@@ -1,25 +1,17 @@
-"""The command line: parse, call, print; and the one place that turns a failure into an exit code."""
+"""The command line: parse, call, print."""
 
 from __future__ import annotations
 
-import os
-import resource
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
 from q6k_convert import __version__
-from q6k_convert.errors import ExitCode, InterruptedRunError, Q6KConvertError
+from q6k_convert.errors import ExitCode
+from q6k_convert.reporting import peak_memory, reporting
 from q6k_convert.text import parse_size
-
-if TYPE_CHECKING:
-    from q6k_convert.terminal import Terminal
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 a bug; 2 usage; 3 input rejected; 4 I/O or output conflict; 5 verification failed;
@@ -127,7 +119,7 @@ def convert(
     verbose: VerboseOption = False,
 ) -> None:
     """Convert a GGUF file to a bundle."""
-    with _reporting(as_json, quiet, verbose) as terminal:
+    with reporting(as_json, quiet, verbose) as terminal:
         from q6k_convert import contents
         from q6k_convert.convert import check_room, default_jobs, run
         from q6k_convert.errors import UsageError
@@ -151,7 +143,7 @@ def convert(
                 return
             with terminal.progress(plan.bytes_in, "converting") as progress:
                 result = run(plan, output, jobs=jobs or default_jobs(), force=force, progress=progress)
-        summary = contents.result_contents(result, _peak_memory())
+        summary = contents.result_contents(result, peak_memory())
         terminal.result(summary, str(source))
         terminal.document({"status": "done", "plan": planned, "result": summary})
 
@@ -167,7 +159,7 @@ def inspect(
     verbose: VerboseOption = False,
 ) -> None:
     """List what is inside a GGUF file or a bundle."""
-    with _reporting(as_json, False, verbose) as terminal:
+    with reporting(as_json, False, verbose) as terminal:
         from q6k_convert import contents
         from q6k_convert.errors import UsageError
         from q6k_convert.gguf_file import GGUFFile
@@ -229,7 +221,7 @@ def verify(
     verbose: VerboseOption = False,
 ) -> None:
     """Check a bundle: its files, its checksums, its source, its results on a device."""
-    with _reporting(as_json, quiet, verbose) as terminal:
+    with reporting(as_json, quiet, verbose) as terminal:
         from q6k_convert import contents
         from q6k_convert.convert import default_jobs
         from q6k_convert.errors import UsageError
@@ -247,7 +239,7 @@ def verify(
         run = run_verification(
             bundle, fast=fast, source=source, device=device, jobs=jobs or default_jobs(), progress=terminal.progress
         )
-        content = contents.verification_contents(run, _peak_memory())
+        content = contents.verification_contents(run, peak_memory())
         if report is not None:
             report.write_text(html_report(content), encoding="utf-8")
         terminal.verification(content, all_tensors=all_tensors)
@@ -257,9 +249,75 @@ def verify(
 
 
 @app.command(epilog=EXIT_CODES)
+def generate(
+    bundle: Annotated[Path, typer.Argument(metavar="OUT/", help="A bundle.")],
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt", "-p", metavar="TEXT", help="What to continue; - reads it from stdin.", show_default="none"
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Ask it as a user, by the model's chat template.", show_default="off"),
+    ] = False,
+    system: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="What the model is told first, with --chat.", show_default="none"),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=1 << 24, metavar="N", help="Stop after as many.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, max=100.0, help="0: always the best token; above: one by its probability.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Of the choices by probability.")] = 0,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if all it takes is there, else the CPU.")
+    ] = "auto",
+    dtype: Annotated[
+        Literal["auto", "bf16", "fp16", "fp32"],
+        typer.Option(help="Of activations and unpacked weights; auto: bf16 on a GPU, fp32 on the CPU."),
+    ] = "auto",
+    activations: Annotated[
+        Literal["auto", "int8", "bf16"],
+        typer.Option(help="How packed weights are multiplied; auto: int8 for few rows, by measurement."),
+    ] = "auto",
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A Hugging Face tokenizer instead of the model's.", show_default="none"),
+    ] = None,
+    compile_step: Annotated[
+        bool,
+        typer.Option("--compile/--no-compile", help="On a GPU compile decoding: a slower start, faster tokens."),
+    ] = True,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Continue a text with a bundle's model, or answer it."""
+    with reporting(as_json, quiet, verbose) as terminal:
+        from q6k_convert.generate import Request, run
+
+        request = Request(
+            bundle=bundle,
+            prompt=prompt,
+            chat=chat,
+            system=system,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            activations=activations,
+            tokenizer=tokenizer,
+            compile=compile_step,
+        )
+        terminal.document(run(request, terminal.stream, terminal.note, terminal.progress))
+
+
+@app.command(epilog=EXIT_CODES)
 def doctor(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
     """Say what of torch, driver, GPUs and compiler is here, and test the kernels."""
-    with _reporting(as_json, False, verbose) as terminal:
+    with reporting(as_json, False, verbose) as terminal:
         from q6k_convert.doctor import examine
 
         report = examine()
@@ -267,71 +325,6 @@ def doctor(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
         terminal.document(report)
         if report["status"] != "ok":
             raise typer.Exit(int(ExitCode.ENVIRONMENT))
-
-
-@contextmanager
-def _reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
-    """Turns whatever goes wrong inside into a message and an exit code."""
-    from q6k_convert.terminal import Terminal
-    from q6k_kernels.errors import CudaError
-    from q6k_kernels.manifest import BundleError
-
-    terminal = Terminal(as_json=as_json, quiet=quiet)
-
-    def fail(code: ExitCode, cause: str, remedy: str = "") -> NoReturn:
-        if verbose:
-            terminal.traceback()
-        terminal.error(cause, remedy)
-        terminal.document({"status": "error", "exit_code": int(code), "error": cause, "remedy": remedy})
-        raise typer.Exit(int(code))
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # `nohup` and background jobs of a shell ask for some of them to be ignored.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _interrupt)
-    try:
-        yield terminal
-    except Q6KConvertError as error:
-        fail(error.exit_code, error.cause, error.remedy)
-    except CudaError as error:
-        fail(ExitCode.ENVIRONMENT, error.cause, error.remedy)
-    except BundleError as error:
-        fail(ExitCode.INPUT_REJECTED, str(error), "Make the bundle again from its GGUF file.")
-    except BrokenPipeError:
-        # Whoever read our output has gone; there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise typer.Exit(int(ExitCode.IO)) from None
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        fail(ExitCode.IO, f"{where}{error.strerror or error}", "Check the disk, the path and its permissions.")
-    except (typer.Exit, typer.Abort):
-        raise
-    except Exception as error:
-        fail(
-            ExitCode.BUG,
-            f"{type(error).__name__}: {error}",
-            "This is a bug in q6k-convert: run again with --verbose and report the traceback.",
-        )
-
-
-def _interrupt(number: int, _frame: object) -> NoReturn:
-    # Once is enough: what follows is the clean-up, which should not be cut short.
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, signal.SIG_IGN)
-    raise InterruptedRunError(f"interrupted ({signal.Signals(number).name})", "Run the same command again.")
-
-
-def _peak_memory() -> int:
-    """The most memory this process has had resident, in bytes."""
-    try:
-        # Linux's ru_maxrss starts from the parent's figure; this does not.
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ from q6k_convert.gguf_model import GGUFModel
 from q6k_convert.plan import Plan
 from q6k_kernels.ggml_types import TYPE_SIZES, GGMLType
 from q6k_kernels.manifest import Manifest, StoredTensor
-from q6k_kernels.safetensors_file import DTYPE_BYTES
 
 if TYPE_CHECKING:
     from q6k_convert.verify import Verification
@@ -102,9 +101,9 @@ def bundle_contents(directory: Path, manifest: Manifest) -> Row:
         "files": [{"name": name, "bytes": file.size} for name, file in manifest.files.items()],
         "tied": manifest.tied,
         "types": _by_type(
-            (t.type, t.storage, math.prod(t.shape), _source_bytes(t), _stored_bytes(t)) for t in manifest.tensors
+            (t.type, t.storage, math.prod(t.shape), _source_bytes(t), t.nbytes) for t in manifest.tensors
         ),
-        "gpu_bytes": sum(_stored_bytes(t) for t in manifest.tensors),
+        "gpu_bytes": sum(t.nbytes for t in manifest.tensors),
         "bits_per_weight": _bits_per_weight([t for t in manifest.tensors if t.arrays]),
         "tensors": [
             {
@@ -112,7 +111,7 @@ def bundle_contents(directory: Path, manifest: Manifest) -> Row:
                 "type": t.type,
                 "shape": t.shape,
                 "storage": t.storage,
-                "bytes": _stored_bytes(t),
+                "bytes": t.nbytes,
                 "arrays": {
                     role: {"key": a.key, "dtype": a.dtype, "shape": a.shape, "file": a.file}
                     for role, a in t.arrays.items()
@@ -156,7 +155,7 @@ def verification_contents(run: Verification, peak_memory: int) -> Row:
                 "type": t.type,
                 "shape": t.shape,
                 "storage": t.storage,
-                "bytes": _stored_bytes(t),
+                "bytes": t.nbytes,
                 "bits_per_weight": _bits_per_weight([t]) if t.arrays else None,
                 "findings": faults[t.name],
                 "source": _exactness(run.source.tensors.get(t.name)) if run.source else None,
@@ -199,10 +198,6 @@ def _by_type(tensors: Iterable[tuple[str, str | None, int, int, int]]) -> list[R
     return sorted(rows.values(), key=lambda row: -row["weights"])
 
 
-def _stored_bytes(tensor: StoredTensor) -> int:
-    return sum(math.prod(array.shape) * DTYPE_BYTES[array.dtype] for array in tensor.arrays.values())
-
-
 def _source_bytes(tensor: StoredTensor) -> int:
     """What the tensor takes in a GGUF."""
     kind = GGMLType.__members__.get(tensor.type)
@@ -212,4 +207,4 @@ def _source_bytes(tensor: StoredTensor) -> int:
 
 def _bits_per_weight(tensors: list[StoredTensor]) -> float | None:
     weights = sum(math.prod(t.shape) for t in tensors)
-    return round(8 * sum(map(_stored_bytes, tensors)) / weights, 4) if weights else None
+    return round(8 * sum(t.nbytes for t in tensors) / weights, 4) if weights else None

@@ -60,6 +60,19 @@ class Terminal:
             if line:
                 self._err.print(f"{label}: {_printable(line)}", style="red", soft_wrap=True)
 
+    def note(self, line: str) -> None:
+        """A line about what is under way, on stderr."""
+        if not self.quiet:
+            self._err.print(_printable(line), soft_wrap=True)
+
+    def stream(self, piece: str) -> None:
+        """A piece of a model's answer, on stdout; nothing where that is for the document."""
+        if not self.as_json:
+            # A model can write anything; on a terminal it may write lines, and nothing that steers it.
+            safe = (c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in displayable(piece))
+            sys.stdout.write("".join(safe) if sys.stdout.isatty() else displayable(piece))
+            sys.stdout.flush()
+
     def traceback(self) -> None:
         """The exception being handled, for `--verbose`."""
         self._err.print_exception()

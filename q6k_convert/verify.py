@@ -6,7 +6,6 @@ fails ends the run, for what lies behind it could no longer be trusted to be wha
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -22,7 +21,6 @@ from q6k_convert.verify_source import SourceReport, check_source, source_bytes
 from q6k_kernels import manifest as manifests
 from q6k_kernels.content import check_content, content_bytes
 from q6k_kernels.manifest import METADATA_NAME, Manifest
-from q6k_kernels.safetensors_file import DTYPE_BYTES
 from q6k_kernels.structure import Finding, check_structure
 
 State = Literal["passed", "failed", "skipped"]
@@ -156,9 +154,7 @@ def _stage(run: Verification, name: str) -> Iterator[Stage]:
 
 
 def _packed_bytes(manifest: Manifest) -> int:
-    planar = [tensor for tensor in manifest.tensors if tensor.storage == "planar"]
-    arrays = [array for tensor in planar for array in tensor.arrays.values()]
-    return sum(math.prod(array.shape) * DTYPE_BYTES[array.dtype] for array in arrays)
+    return sum(tensor.nbytes for tensor in manifest.tensors if tensor.storage == "planar")
 
 
 def _record(run: Verification, stage: Stage, findings: list[Finding]) -> None:

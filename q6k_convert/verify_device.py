@@ -88,7 +88,7 @@ def check_device(
                 f"--device cpu runs the reference in torch, and {problem}", "Install it: `pip install torch`."
             )
         return _run(directory, manifest, progress, "cpu", _run_on_cpu, SIZES)
-    missing = _missing_for_cuda()
+    missing = missing_for_cuda()
     if missing is None:
         from q6k_convert import verify_gpu
 
@@ -100,34 +100,34 @@ def check_device(
 
 
 @dataclass(frozen=True)
-class _Missing:
+class Missing:
     """Something that a GPU needs, and how to get it, a sentence."""
 
     what: str
     remedy: str
 
 
-def _missing_for_cuda() -> _Missing | None:
+def missing_for_cuda() -> Missing | None:
     """The first thing that is missing; torch, which takes seconds to import, is looked for where a GPU is."""
     likely = "Run it where `nvidia-smi` lists a GPU."
     try:
         if driver.device_count() == 0:
-            return _Missing(NO_GPU, likely)
+            return Missing(NO_GPU, likely)
     except GpuMissingError:
-        return _Missing(NO_GPU, likely)
+        return Missing(NO_GPU, likely)
     except DriverMissingError as error:
-        return _Missing(f"{NO_GPU}: {error.cause}", error.remedy)
+        return Missing(f"{NO_GPU}: {error.cause}", error.remedy)
     except CudaError as error:
-        return _Missing(f"the GPU's driver does not work: {error.cause}", error.remedy)
+        return Missing(f"the GPU's driver does not work: {error.cause}", error.remedy)
     for_cuda = "Install torch for CUDA: `pip install torch`."
     if (problem := _torch_problem()) is not None:
-        return _Missing(problem, for_cuda)
+        return Missing(problem, for_cuda)
     import torch
 
     if torch.version.cuda is None:
-        return _Missing(f"torch {torch.__version__} is built without CUDA", for_cuda)
+        return Missing(f"torch {torch.__version__} is built without CUDA", for_cuda)
     if not torch.cuda.is_available():
-        return _Missing(
+        return Missing(
             f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot use the GPU",
             '`python -c "import torch; torch.cuda.init()"` says why.',
         )
@@ -135,7 +135,7 @@ def _missing_for_cuda() -> _Missing | None:
         compiler.architecture(torch.cuda.get_device_capability())
         compiler.version()
     except CudaError as error:
-        return _Missing(error.cause, error.remedy)
+        return Missing(error.cause, error.remedy)
     return None
 
 

@@ -234,7 +234,9 @@ import sys, q6k_kernels
 assert "torch" not in sys.modules
 assert {"PackedWeight", "open_bundle"} <= set(dir(q6k_kernels))
 from q6k_kernels import PackedWeight, Q6KLinear, Q6KEmbedding, open_bundle, q6k_linear, dequantize, embedding
+from q6k_kernels import load_model
 assert "torch" in sys.modules
+assert "transformers" not in sys.modules
 assert q6k_kernels.q6k_linear is q6k_linear
 assert set(q6k_kernels.__all__) <= set(vars(q6k_kernels)) | {"Bundle"}
 try:

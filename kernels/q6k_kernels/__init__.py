@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from q6k_kernels.linear import Q6KEmbedding, Q6KLinear
+    from q6k_kernels.model import load_model
     from q6k_kernels.reader import Bundle, open_bundle
     from q6k_kernels.weight import PackedWeight, dequantize, embedding, q6k_linear
 
@@ -20,6 +21,7 @@ __all__ = [
     "Q6KLinear",
     "dequantize",
     "embedding",
+    "load_model",
     "open_bundle",
     "q6k_linear",
 ]
@@ -31,6 +33,7 @@ _MODULES = {
     "Q6KLinear": "linear",
     "dequantize": "weight",
     "embedding": "weight",
+    "load_model": "model",
     "open_bundle": "reader",
     "q6k_linear": "weight",
 }

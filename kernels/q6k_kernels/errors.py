@@ -1,6 +1,6 @@
-"""What can be missing or go wrong between a kernel's source and its run on a GPU: a closed set.
+"""What can be missing or go wrong between a kernel's source and its run on a GPU, and between a bundle and a model.
 
-Every exception carries one sentence for the cause and one for the remedy; its text is both.
+A closed set. Every exception carries one sentence for the cause and one for the remedy; its text is both.
 """
 
 from __future__ import annotations
@@ -62,3 +62,33 @@ class CompileFailedError(CudaError):
 
 class SourceMissingError(CudaError):
     """The package's device code is not where it belongs, or has no such kernel."""
+
+
+class ModelError(RuntimeError):
+    """Base of what keeps a bundle from becoming a model; the bundle itself may be sound.
+
+    Attributes:
+        cause: what was expected and what was found, with the file, the key or the tensor.
+        remedy: what the user can do.
+    """
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        super().__init__(f"{cause}. {remedy}")
+        self.cause = cause
+        self.remedy = remedy
+
+
+class UnsupportedModelError(ModelError):
+    """An architecture, or something about it, that no model is built for."""
+
+
+class HyperparameterError(ModelError):
+    """A key of the metadata is missing, impossible, or contradicts the tensors."""
+
+
+class WeightsError(ModelError):
+    """A tensor that the model needs is missing, mis-shaped or in no form that loads, or there is one too many."""
+
+
+class PackageMissingError(ModelError):
+    """A Python package that building models needs is not installed, or too old."""

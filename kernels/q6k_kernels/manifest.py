@@ -17,6 +17,7 @@ The manifest is untrusted when read: `read` bounds its size and checks every fie
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -66,6 +67,11 @@ class StoredTensor:
     shape: list[int]
     storage: str
     arrays: dict[str, StoredArray]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its arrays."""
+        return sum(math.prod(array.shape) * DTYPE_BYTES[array.dtype] for array in self.arrays.values())
 
 
 @dataclass(frozen=True)

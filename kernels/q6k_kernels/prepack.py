@@ -153,6 +153,21 @@ def unpack(tiles: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None
     return ql, qh, scale, steps[0] if steps else None
 
 
+def order_rows(tiles: Tensor, order: Tensor) -> None:
+    """Puts the rows of a weight in another order, in place: what was row `order[i]` becomes row i.
+
+    Takes more memory for as long as it lasts, 0.6 of what the tiles take.
+
+    Args:
+        tiles: uint8 (T, B, tile_bytes).
+        order: int64 (N,), each of 0 to N-1 once, on the tiles' device.
+    """
+    rest = torch.arange(len(order), TILE_ROWS * len(tiles), device=order.device)
+    rows = torch.cat([order, rest]).view(-1, 2, 8)
+    for field in _fields(tiles):
+        field.copy_(field[rows // TILE_ROWS, rows // 8 % 2, rows % 8])
+
+
 def codes_and_scales(tiles: Tensor, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
     """Some rows of a weight, as `reference.Rows` gives them.
 

@@ -1,0 +1,312 @@
+"""Generating tokens with a transformers model: prefill in stretches, then decode without waiting for the device.
+
+    generator = Generator(model, capacity=2048)
+    generator.prefill(ids)
+    for token in generator.generate(128, stop={2}): ...
+
+A decoding step begins and ends on the device: embedding, layers, head, choice of the token, which becomes the next
+step's input, and the position. On a GPU it is compiled, recorded as a CUDA graph and replayed; the host reads
+tokens some steps late, from pinned memory, and never makes the device wait. So it learns of a stop token after some
+steps too many, whose tokens are dropped. A graph is recorded for each of a few lengths of the cache, each four
+times the one before, so that a short text does not pay for a long cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from q6k_kernels.attention import Attention, implementation
+from q6k_kernels.errors import ModelError
+from q6k_kernels.kv_cache import KeyValueCache
+from q6k_kernels.mailbox import GpuMailbox, Mailbox
+from q6k_kernels.sampling import choose
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SMALLEST_BUCKET, BUCKET_FACTOR = 1024, 4
+"""Of the cache's lengths that steps are recorded for: compiling one takes as long as some thousand tokens do, and
+what a step reads in vain of a cache four times too long is less than it reads of most models' weights."""
+
+
+class CapacityError(ValueError):
+    """A text would be longer than the cache."""
+
+
+class NotFiniteError(ModelError):
+    """The model's logits are infinite or not numbers."""
+
+
+class Generator:
+    """One text, continued by a model.
+
+    Attributes:
+        capacity: positions in the cache: the most tokens of prompt and answer together.
+        length: tokens so far, prompt and answer.
+        stop_reason: why the last `generate` ended: "stop" (a stop token), "length", or None while it has not.
+        cache: keys and values.
+
+    Args:
+        model: a causal language model of transformers', in eval mode, whole on one device.
+        capacity: 1 or more.
+        temperature: 0 takes the best token, above 0 one by its probability.
+        seed: of the random choices, 0 to 2^32 - 1; the same gives the same tokens.
+        attention: how one token is decoded: "plain", "sdpa" or "flex" (on a GPU compiled, on the CPU not), see
+            `q6k_kernels.attention`.
+        compile: whether the decoding step is compiled; by default on a GPU. Without, a GPU replays it as it is.
+        stretch: tokens of a prompt that go through the model at once.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        UnsupportedModelError: the model has layers that the cache has no form for.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        capacity: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        attention: Attention = "plain",
+        compile: bool | None = None,  # noqa: A002 -- what torch calls it
+        stretch: int = 2048,
+    ) -> None:
+        if capacity < 1 or stretch < 1 or not 0 <= temperature < float("inf") or not 0 <= seed < 1 << 32:
+            raise ValueError(
+                f"expected capacity and stretch of 1 or more, a temperature of 0 or more and a seed below 2^32; "
+                f"found {capacity}, {stretch}, {temperature} and {seed}"
+            )
+        self.device = model.device
+        self._on_gpu = self.device.type == "cuda"
+        self._compile = self._on_gpu if compile is None else compile
+        if attention == "flex" and self._on_gpu != self._compile:
+            raise ValueError(
+                f"attention 'flex' is for steps that are compiled on a GPU, or not compiled on the CPU; found "
+                f"compile={self._compile} on {self.device}"
+            )
+        self._attention = implementation(attention)
+        self._model = model
+        self._stretch = stretch
+        self.capacity = capacity
+        self.cache = KeyValueCache(model.config.get_text_config(decoder=True), capacity, self.device)
+        self.length = 0
+        self.stop_reason: Literal["stop", "length"] | None = None
+        self._token = torch.zeros(1, dtype=torch.int64, device=self.device)
+        # By position, the tokens that were chosen; one more than the cache holds, as the last is never looked at.
+        self._chosen = torch.zeros(capacity + 1, dtype=torch.int64, device=self.device)
+        self._seed = torch.tensor([seed], dtype=torch.int64, device=self.device)
+        self._temperature = torch.tensor([temperature], device=self.device) if temperature else None
+        self._steps = dict[int, Callable[[], object]]()
+        self._pool: Any = None
+        # The last token of an answer: not in the cache yet, and to go through the model before what follows it.
+        self._unseen: list[int] = []
+        self._ready = False
+
+    def reset(self) -> None:
+        """Forgets the text; keeps the cache's memory and what is compiled and recorded."""
+        self.length, self._unseen, self._ready, self.stop_reason = 0, [], False, None
+
+    @torch.no_grad()
+    def prefill(self, ids: Sequence[int]) -> Tensor:
+        """Takes in the next tokens of the text, and chooses the one after them.
+
+        Args:
+            ids: one or more, each below the model's vocabulary size.
+
+        Returns:
+            Logits of the token after them, float32 (V,), on the device.
+
+        Raises:
+            CapacityError: the text would be longer than the capacity.
+            ValueError: no ids, or one outside the vocabulary.
+            NotFiniteError: the logits are infinite or not numbers.
+        """
+        embedding: Any = self._model.get_input_embeddings()
+        size = embedding.num_embeddings
+        if not ids or min(ids) < 0 or max(ids) >= size:
+            found = f"{min(ids)} to {max(ids)}" if ids else "none"
+            raise ValueError(f"ids: expected one or more of 0 to {size - 1}, found {found}")
+        start, ids = self.length - len(self._unseen), [*self._unseen, *ids]
+        self._check_room(start + len(ids))
+        on_device = torch.tensor(ids, dtype=torch.int64, device=self.device)[None]
+        for at in range(0, len(ids), self._stretch):
+            part = on_device[:, at : at + self._stretch]
+            positions = torch.arange(start + at, start + at + part.shape[1], device=self.device)[None]
+            masks = self.cache.begin_stretch(start + at, part.shape[1])
+            with self._our_attention():
+                logits = self._forward(part, masks, positions)
+        if not bool(torch.isfinite(logits).all()):
+            raise NotFiniteError(
+                f"the model's logits are infinite or not numbers in {self._model.dtype}",
+                "Take bfloat16 or float32 if this is float16, which is too narrow for some models; else verify the "
+                "bundle.",
+            )
+        self.length, self._unseen, self._ready, self.stop_reason = start + len(ids), [], True, None
+        self.cache.position.fill_(self.length - 1)
+        self._choose(logits)
+        return logits[0]
+
+    def prepare(self, tokens: int) -> None:
+        """Compiles and records what decoding that many tokens from here takes, which `generate` would do else.
+
+        Raises:
+            CapacityError, RuntimeError: as `generate`.
+        """
+        self._check_decode(tokens)
+        for keys in sorted({self._bucket(at) for at in range(self.length, self.length + tokens - 1)}):
+            self._step_for(keys)
+
+    def generate(self, tokens: int, stop: Collection[int] = ()) -> Iterator[int]:
+        """The tokens that follow, one by one.
+
+        Args:
+            tokens: how many at most, 1 or more.
+            stop: ids that end the answer; such a token is not given, but is a part of the text.
+
+        Raises:
+            CapacityError: the text would be longer than the capacity.
+            RuntimeError: there is no prompt since the last answer.
+        """
+        self._check_decode(tokens)
+        self._ready = False
+        return self._generate(tokens, stop)
+
+    def _generate(self, tokens: int, stop: Collection[int]) -> Iterator[int]:
+        start = self.length
+        mailbox = GpuMailbox(self._chosen) if self._on_gpu else Mailbox(self._chosen)
+        mailbox.post(start)
+        posted, read = 1, 0
+        try:
+            while read < tokens:
+                while posted < tokens and posted - read <= mailbox.lag:
+                    self._step_for(self._bucket(start + posted - 1))()
+                    mailbox.post(start + posted)
+                    posted += 1
+                token = mailbox.read()
+                read += 1
+                self.length, self._unseen = start + read, [token]
+                if token in stop:
+                    self.stop_reason = "stop"
+                    return
+                if read == tokens:
+                    self.stop_reason = "length"
+                yield token
+        finally:
+            mailbox.close()
+
+    @torch.no_grad()
+    def step(self, keys: int) -> None:
+        """One decoding step, what is compiled and recorded: the last token through the model, the next chosen.
+
+        Args:
+            keys: slots of the cache that it looks at, more than its position.
+        """
+        masks = self.cache.begin_step(keys)
+        # Its position is where its keys and values go.
+        logits = self._forward(self._token[None], masks, self.cache.position[None])
+        self._choose(logits)
+
+    def _forward(self, ids: Tensor, masks: object, positions: Tensor) -> Tensor:
+        """Logits of the last token, float32 (1, V)."""
+        out = self._model(
+            input_ids=ids,
+            attention_mask=masks,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
+
+    def _choose(self, logits: Tensor) -> None:
+        """The token after the cache's position, which moves there."""
+        following = self.cache.position + 1
+        token = choose(logits, following, self._seed, self._temperature)
+        self._chosen.index_copy_(0, following, token)
+        self._token.copy_(token)
+        self.cache.position.copy_(following)
+
+    def _bucket(self, position: int) -> int:
+        """How many slots a step at this position looks at."""
+        keys = SMALLEST_BUCKET
+        while keys <= position:
+            keys *= BUCKET_FACTOR
+        # One of nearly the whole cache would be recorded for little.
+        return keys if 2 * keys <= self.capacity else self.cache.slots
+
+    def _step_for(self, keys: int) -> Callable[[], object]:
+        if keys not in self._steps:
+            step: Callable[[int], None] = self.step
+            if self._compile:
+                # Inductor's own CUDA graphs stay off, as they are in its default mode: the recording is ours.
+                step = torch.compile(step, fullgraph=True, dynamic=False)
+            self._steps[keys] = self._recorded(step, keys) if self._on_gpu else self._in_eager(step, keys)
+        return self._steps[keys]
+
+    def _in_eager(self, step: Callable[[int], None], keys: int) -> Callable[[], object]:
+        def run() -> None:
+            with self._our_attention(), self._many_lengths():
+                step(keys)
+
+        return run
+
+    def _recorded(self, step: Callable[[int], None], keys: int) -> Callable[[], object]:
+        """The step as a CUDA graph. It runs first as it is, to compile all it takes; that leaves no trace."""
+        token, position = self._token.clone(), self.cache.position.clone()
+        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device), self._our_attention(), self._many_lengths():
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    step(keys)
+                    # The same slot again: what is written there is written anew by the first step that counts.
+                    self._token.copy_(token)
+                    self.cache.position.copy_(position)
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self._pool):
+                step(keys)
+        return graph.replay
+
+    @contextmanager
+    def _our_attention(self) -> Iterator[None]:
+        """The model with our attention, for as long as this lasts: it is the caller's, and may serve others too."""
+        config = self._model.config
+        before = config._attn_implementation
+        config._attn_implementation = self._attention
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
+    @contextmanager
+    def _many_lengths(self) -> Iterator[None]:
+        """Lets the step be compiled for every length of a long cache, in every generator."""
+        if not self._compile:
+            yield
+            return
+        from torch._dynamo import config
+
+        with config.patch(recompile_limit=64):
+            yield
+
+    def _check_room(self, length: int) -> None:
+        if length > self.capacity:
+            raise CapacityError(f"{length} tokens, and the cache holds {self.capacity}: make it with more capacity")
+
+    def _check_decode(self, tokens: int) -> None:
+        if not self._ready:
+            raise RuntimeError("prefill what the answer is to follow first")
+        if tokens < 1:
+            raise ValueError(f"tokens: expected 1 or more, found {tokens}")
+        self._check_room(self.length + tokens)

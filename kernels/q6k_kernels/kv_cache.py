@@ -1,0 +1,171 @@
+"""Keys and values of the tokens so far, in buffers that never move, and the masks that say which of them count.
+
+A layer that attends to everything has a slot for every position up to the capacity. A layer with a sliding window
+has a ring: position p lies in slot p mod R. Keys carry their position in themselves (RoPE), so their order in the
+ring does not matter; the mask tells slots that hold a position of the window from all others. R is the window and
+`SLACK` more, so that up to so many steps can be taken back: what they overwrote was out of every window already.
+
+For transformers' models: `update` is called by each attention layer, the masks go in as `attention_mask`. Decoding
+reads and writes tensors at fixed addresses, its position included, and so can be recorded in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q6k_kernels.errors import UnsupportedModelError
+
+SLACK = 64
+ALIGNMENT = 8
+"""Slots come in so many, 16 bytes of scores in 16 bits: fast kernels want their rows to begin there."""
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+Masks = Tensor | dict[str, Tensor | None] | None
+
+
+@dataclass
+class _Layer:
+    kind: str
+    slots: int
+    keys: Tensor | None = field(default=None, repr=False)
+    values: Tensor | None = field(default=None, repr=False)
+
+
+class KeyValueCache:
+    """The cache of one sequence.
+
+    Attributes:
+        capacity: the most positions that it holds.
+        slots: of full layers, the capacity or a few more.
+        position: int64 (1,), the position that the next decoding step writes.
+
+    Args:
+        config: of a transformers model.
+        capacity: positions, 1 or more.
+        device: where.
+
+    Raises:
+        UnsupportedModelError: a layer that is neither full nor sliding attention.
+    """
+
+    def __init__(self, config: Any, capacity: int, device: torch.device) -> None:
+        self.capacity = capacity
+        self.device = device
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.kinds = _layer_kinds(config)
+        self.window = int(config.sliding_window) if SLIDING in self.kinds else 0
+        self.slots = _aligned(capacity)
+        self.ring = min(self.slots, _aligned(self.window + SLACK))
+        self._layers = [_Layer(kind, self.slots if kind == FULL else self.ring) for kind in self.kinds]
+        self._slots = torch.arange(self.slots, device=device)
+        # The forward pass under way: of one token at `position`, or of a stretch of the prompt from `start`.
+        self._keys, self._start = 0, 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values; 0 before the first token."""
+        tensors = (tensor for layer in self._layers for tensor in (layer.keys, layer.values))
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def begin_step(self, keys: int) -> Masks:
+        """Before a forward pass of one token at `position`.
+
+        Args:
+            keys: how many slots of full layers are looked at; more than `position`.
+
+        Returns:
+            Masks (1, 1, 1, slots), True where a slot counts.
+        """
+        self._keys = keys
+        return self._by_kind(
+            (self._slots[:keys] <= self.position)[None, None, None] if FULL in self.kinds else None,
+            self._in_window(self.position, self.position)[None, None, None] if self.window else None,
+        )
+
+    def begin_stretch(self, start: int, length: int) -> Masks:
+        """Before a forward pass of `length` tokens at `start` and after, which must be the next that are due.
+
+        Returns:
+            Masks (1, 1, length, keys); None where each token sees all before it, and there is nothing else.
+        """
+        self._keys, self._start = 0, start
+        new = self._slots[start : start + length]
+        full = None if start == 0 else (self._slots[: start + length] <= new[:, None])[None, None]
+        if not self.window:
+            return self._by_kind(full, None)
+        if start == 0 and length <= self.window:
+            return self._by_kind(full, None)
+        recent = (new <= new[:, None]) & (new > new[:, None] - self.window)
+        if start:
+            recent = torch.cat([self._in_window(new[:1] - 1, new[:, None]), recent], dim=1)
+        return self._by_kind(full, recent[None, None])
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Stores a layer's new keys and values, (1, heads, length, head size); gives those its mask is about."""
+        layer = self._layers[layer_idx]
+        if layer.keys is None or layer.values is None:
+            layer.keys = key.new_zeros((*key.shape[:2], layer.slots, key.shape[3]))
+            layer.values = value.new_zeros((*value.shape[:2], layer.slots, value.shape[3]))
+        if self._keys:
+            slot = self.position if layer.kind == FULL else self.position % layer.slots
+            layer.keys.index_copy_(2, slot, key)
+            layer.values.index_copy_(2, slot, value)
+            slots = self._keys if layer.kind == FULL else layer.slots
+            return layer.keys[:, :, :slots], layer.values[:, :, :slots]
+        start, length = self._start, key.shape[2]
+        if layer.kind == FULL:
+            layer.keys[:, :, start : start + length] = key
+            layer.values[:, :, start : start + length] = value
+            if start == 0:
+                return key, value
+            return layer.keys[:, :, : start + length], layer.values[:, :, : start + length]
+        seen = (key, value)
+        if start:
+            # Joined before they are written: the new may take the places of what the first of them still see.
+            seen = (torch.cat([layer.keys, key], dim=2), torch.cat([layer.values, value], dim=2))
+        last = min(length, layer.slots)
+        slot = self._slots[start + length - last : start + length] % layer.slots
+        layer.keys.index_copy_(2, slot, key[:, :, length - last :])
+        layer.values.index_copy_(2, slot, value[:, :, length - last :])
+        return seen
+
+    def get_seq_length(self, *_: Any) -> int:
+        """A part of transformers' caches; its models ask for it only where they are given no positions."""
+        raise NotImplementedError("give the model position_ids")
+
+    def _in_window(self, newest: Tensor, seen_from: Tensor) -> Tensor:
+        """Which slots of a ring hold a position in the window that ends at `seen_from`; (…, R).
+
+        Args:
+            newest: (1,) the last position that was written.
+            seen_from: (1,) or (length, 1).
+        """
+        held = newest - (newest - self._slots[: self.ring]) % self.ring
+        return (held >= 0) & (held > seen_from - self.window)
+
+    def _by_kind(self, full: Tensor | None, sliding: Tensor | None) -> Masks:
+        """One mask for a model whose layers are of one kind, else a mask for each."""
+        if len(set(self.kinds)) == 1:
+            return full if self.kinds[0] == FULL else sliding
+        return {FULL: full, SLIDING: sliding}
+
+
+def _aligned(slots: int) -> int:
+    return -(-slots // ALIGNMENT) * ALIGNMENT
+
+
+def _layer_kinds(config: Any) -> list[str]:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kind = FULL if getattr(config, "sliding_window", None) is None else SLIDING
+        kinds = [kind] * config.num_hidden_layers
+    if unknown := set(kinds) - {FULL, SLIDING}:
+        raise UnsupportedModelError(
+            f"the model has layers of kind {', '.join(sorted(unknown))}; known are {FULL} and {SLIDING}",
+            "Generate with transformers' own `model.generate`.",
+        )
+    return list(kinds)

@@ -1,0 +1,194 @@
+"""The rows of bench_model.py: what bounds each, what it should reach, what others reach, and how it is printed.
+
+A row is a dict of figures. The roofline of a token is the time that reading takes what it needs: all packed weights
+that it is multiplied with, its row of the embedding, the keys and values before it. For a prompt it is that, or the
+products at the rate of a large one in bf16, whichever takes longer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from synthetic_model import Shape
+
+Row = dict[str, Any]
+MODEL = "llama-8b"
+"""The shape that targets and peers are about, with all its layers."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a row should reach: `figure`, a key of rows `what`, at most or at least `bound`."""
+
+    what: str
+    figure: str
+    sense: Literal["<=", ">="]
+    bound: float
+    words: str
+    tokens: int | None = None
+
+    def applies(self, row: Row) -> bool:
+        """Whether it is for this row, and the row has the figure."""
+        return (
+            row["what"] == self.what
+            and row.get(self.figure) is not None
+            and self.tokens in (None, row.get("tokens"), row.get("context"))
+        )
+
+    def met(self, row: Row) -> bool:
+        """Whether the row reaches it."""
+        value = row[self.figure]
+        return bool(value <= self.bound if self.sense == "<=" else value >= self.bound)
+
+
+TARGETS = (
+    Target("load", "gb_per_s", ">=", 2.0, "2 GB/s"),
+    Target("memory", "share_of_needed", "<=", 1.1, "packed + KV + 10%"),
+    Target("decode", "tokens_per_s", ">=", 455, "455 tokens/s", 2043),
+    Target("prefill", "tokens_per_s", ">=", 25_000, "25,000 tokens/s", 2048),
+)
+COLUMNS = (
+    ("", "label", "{}", 14),
+    ("tokens/s", "tokens_per_s", "{:.1f}", 11),
+    ("GPU", "gpu_tokens_per_s", "{:.1f}", 11),
+    ("ms", "ms", "{:.3f}", 10),
+    ("fastest", "fastest_ms", "{:.3f}", 10),
+    ("GB", "gb_read", "{:.2f}", 7),
+    ("roofline", "roofline_tokens_per_s", "{:.0f}", 10),
+    ("share", "roofline_share", "{:.1%}", 8),
+    ("llama.cpp", "peer_tokens_per_s", "{}", 11),
+)
+HEADING = "".join(f"{title:>{width}}" for title, _, _, width in COLUMNS)
+LEGEND = """\
+tokens/s: by the clock of the host; GPU: by the GPU's, from its first kernel to its last; ms: of one token, or of
+one prompt, the median; GB: read for it at least; roofline: at the bandwidth, or for prompts at the rate of a bf16
+product, that this run measured"""
+
+
+def is_whole(shape: Shape) -> bool:
+    """Whether targets and peers are for this shape."""
+    return shape.name == MODEL and shape.layers == 32
+
+
+def decode_row(shape: Shape, context: int, tokens: int, packed: int, ms: list[float], gpu_ms: list[float]) -> Row:
+    """Decoding.
+
+    Args:
+        shape: of the model.
+        context: tokens before those that are decoded.
+        tokens: decoded in each run.
+        packed: bytes of packed weights read for each: all linear layers, one row of the embedding.
+        ms: of whole runs, by the host's clock.
+        gpu_ms: by the GPU's; empty on a CPU.
+    """
+    row = _row("decode", f"decode @{context}", ms, gpu_ms, tokens)
+    # The mean over the tokens of what lies before each.
+    read = packed + round(shape.kv_bytes * (context + (tokens + 1) / 2))
+    return row | {"context": context, "tokens": tokens, "gb_read": read / 1e9, "bytes_read": read}
+
+
+def prefill_row(shape: Shape, tokens: int, packed: int, ms: list[float], gpu_ms: list[float]) -> Row:
+    """Taking in a prompt of `tokens` tokens; see `decode_row`."""
+    row = _row("prefill", f"prefill {tokens}", ms, gpu_ms, tokens)
+    row |= {"ms": _median(ms), "fastest_ms": min(ms)}
+    head = shape.vocabulary * shape.hidden
+    body = sum(n * k for n, k in shape.linears.values()) - head
+    # Half of all pairs of positions, twice: scores, and their products with the values. The head sees one token.
+    attention = 2 * tokens**2 * shape.layers * shape.heads * shape.head_dim
+    read = packed + shape.kv_bytes * tokens
+    flops = 2 * (tokens * body + head) + attention
+    return row | {"tokens": tokens, "gb_read": read / 1e9, "bytes_read": read, "flops": flops}
+
+
+def _row(what: str, label: str, ms: list[float], gpu_ms: list[float], tokens: int) -> Row:
+    return {
+        "what": what,
+        "label": label,
+        "tokens_per_s": tokens * 1e3 / _median(ms),
+        "gpu_tokens_per_s": tokens * 1e3 / _median(gpu_ms) if gpu_ms else None,
+        "ms": _median(ms) / tokens,
+        "fastest_ms": min(ms) / tokens,
+        "all_ms": ms,
+        "all_gpu_ms": gpu_ms,
+    }
+
+
+def _median(values: list[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
+
+
+def judge(row: Row, ceilings: Row, peers: list[Row], *, whole: bool) -> None:
+    """Adds the roofline, and for the whole model the peer's figure and the targets, each met or missed.
+
+    Args:
+        row: of any kind.
+        ceilings: `read_gb_per_s` and `matmul_tflops`, as far as they are measured.
+        peers: llama.cpp's figures.
+        whole: whether targets and peers are for this shape.
+    """
+    bandwidth, rate = ceilings.get("read_gb_per_s"), ceilings.get("matmul_tflops")
+    if row["what"] in ("decode", "prefill") and bandwidth and (row["what"] == "decode" or rate):
+        seconds = max(row["bytes_read"] / bandwidth / 1e9, row.get("flops", 0) / ((rate or 1) * 1e12))
+        count = row["tokens"] if row["what"] == "prefill" else 1
+        row["roofline_tokens_per_s"] = count / seconds
+        row["roofline_share"] = row["tokens_per_s"] * seconds / count
+    if not whole:
+        row["targets"] = []
+        return
+    key = {"decode": "context", "prefill": "tokens"}.get(row["what"])
+    if key:
+        same = [p["tokens_per_s"] for p in peers if p["what"] == row["what"] and p.get(key) == row[key]]
+        row["peer_tokens_per_s"] = same[0] if same else None
+    applying = [target for target in TARGETS if target.applies(row)]
+    row["targets"] = [{"target": target.words, "met": target.met(row)} for target in applying]
+
+
+def verdict(row: Row) -> str:
+    """Its targets."""
+    return ", ".join(f"{t['target']} {'met' if t['met'] else 'MISSED'}" for t in row.get("targets", []))
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    cells = [
+        f"{'-' if row.get(key) is None else form.format(row[key]):>{width}}" for _, key, form, width in COLUMNS
+    ]
+    return f"{''.join(cells)}  {verdict(row)}".rstrip()
+
+
+def load_line(row: Row) -> str:
+    """Loading, in words."""
+    words = f"load: {row['seconds']:.2f} s, {row['gb_per_s']:.2f} GB/s; the first time {row['first_seconds']:.2f} s"
+    return f"{words}  {verdict(row)}".rstrip()
+
+
+def memory_line(row: Row) -> str:
+    """Memory, in words."""
+    parts = [f"packed weights {_size(row['packed_bytes'])}", f"keys and values {_size(row['kv_bytes'])}"]
+    if row.get("peak_bytes") is not None:
+        parts += [
+            f"peak {_size(row['peak_bytes'])}, {row['share_of_packed']:.3f} of the weights and "
+            f"{row['share_of_needed']:.3f} of both",
+            f"peak while loading {_size(row['load_peak_bytes'])}",
+            f"kept by the allocator {_size(row['reserved_bytes'])}",
+        ]
+    return f"memory: {'; '.join(parts)}  {verdict(row)}".rstrip()
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.3f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.3f} MB"
+
+
+def summary(report: Row) -> str:
+    """The table, and how many targets are met."""
+    rows: list[Row] = report["rows"]
+    parts = [f"\n{HEADING}", *(line(row) for row in rows if row["what"] in ("decode", "prefill"))]
+    parts += [load_line(row) for row in rows if row["what"] == "load"]
+    parts += [memory_line(row) for row in rows if row["what"] == "memory"]
+    targets = [target for row in rows for target in row.get("targets", [])]
+    met = (
+        f"{sum(t['met'] for t in targets)} of {len(targets)} targets met" if targets else "no targets for this run"
+    )
+    return "\n".join([*parts, f"{met}; {report['seconds']:.0f} s"])
