@@ -6,10 +6,11 @@
 
 They differ in how a single token is decoded; prompts always go through SDPA. Query heads that share keys become
 rows of one query then, so that the keys are read once and never repeated. Which keys count is known on the device
-alone, so a mask says it. With a mask, SDPA has no kernel that splits the keys: each head that has keys is the work of
-one block, while the products of `plain` are spread wider. FlexAttention splits keys by the blocks of its block mask,
-of which a mask by scores has one. On an H200, one layer of 8 heads of keys after 2043 tokens takes 13, 46 and 112 us.
-Scores with a soft cap (Gemma 2) are what SDPA cannot do: there prompts go through the two products, too.
+alone, so a mask says it. With a mask, SDPA has no kernel that splits the keys: each head that has keys is the
+work of one block, while the products of `plain` are spread wider. FlexAttention splits keys by the blocks of its
+block mask, of which a mask by scores has one. On an H200, one layer of 8 heads of keys after 2043 tokens takes
+13, 46 and 112 us. Scores with a soft cap (Gemma 2) are what SDPA cannot do: there prompts go through the two
+products, too.
 """
 
 from __future__ import annotations
