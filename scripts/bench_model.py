@@ -70,7 +70,7 @@ class Bench:
         self._profiles: list[Row] = []
         self.report: Row = {
             "machine": machine(self._device),
-            "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+            "options": {key: value for key, value in vars(args).items() if key not in ("keep", "json", "profile")},
             "shape": vars(self._shape),
             "ceilings": {},
             "phases": {},
