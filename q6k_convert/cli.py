@@ -287,8 +287,8 @@ def generate(
     ] = None,
     compile_step: Annotated[
         bool,
-        typer.Option("--compile/--no-compile", help="On a GPU compile decoding: a slower start, faster tokens."),
-    ] = True,
+        typer.Option("--compile", help="On a GPU compile decoding first: for long answers.", show_default="off"),
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,

@@ -46,7 +46,7 @@ class Request:
     dtype: Dtype = "auto"
     activations: Activations = "auto"
     tokenizer: Path | None = None
-    compile: bool = True
+    compile: bool = False
 
 
 def run(
