@@ -7,8 +7,8 @@ A bundle's planes are ExecuTorch's planes, so nothing is encoded anew. Of scales
     --scales bf16    scale bf16 (N, K/16), as in pytorch/executorch's pull request 20229
     --scales exact   scale int8 (N, K/16) and steps fp16 (N, K/256), as since on its main branch; 1.5.1 was tried
 
-What is handed over with exact scales are GGUF's own numbers, and so lossless. ExecuTorch's importer rounds scales to
-bf16 and then finds 8-bit codes for them, which leaves 45 to 47 dB.
+Exact scales are GGUF's own numbers, so what is handed over is lossless. ExecuTorch's importer rounds scales to bf16
+and then finds 8-bit codes for them, which leaves 45 to 47 dB.
 """
 
 from __future__ import annotations
