@@ -13,6 +13,11 @@ from gguf_builder import small_model
 from q6k_kernels import driver
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork hundreds of times come first: each fork copies the page tables of all that is loaded."""
+    items.sort(key=lambda item: item.path.stem != "test_staging_failures")
+
+
 @pytest.fixture(autouse=True)
 def signal_handlers() -> Iterator[None]:
     """The command installs handlers; run inside pytest it would take Ctrl-C away from it."""
