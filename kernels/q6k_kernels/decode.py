@@ -104,7 +104,8 @@ def choices(tokens: int, k: int, tiles: float, exact: bool, device: Device) -> l
     # Activations that come after a full ring of tiles wait for it: where a launch is short, or activations are
     # long, blocks that quantise them ask for them first.
     short = 10 < tiles <= 48
-    fused = (tokens <= 2 and k < 16384) or (2 < tokens <= FUSED_TOKENS and k <= 4096 and tiles > 10)
+    fused = tokens <= 2 and (k <= 4096 or (tiles <= 48 and k < 16384))
+    fused = fused or (2 < tokens <= FUSED_TOKENS and k <= 4096 and tiles > 10)
     early = not short and k <= 8192 and tokens <= 2
     if device.shared_bytes < 160 << 10:
         return [Choice.of((8, 2, 1), fused, early)]
@@ -112,15 +113,17 @@ def choices(tokens: int, k: int, tiles: float, exact: bool, device: Device) -> l
     large = [Choice.of(shape, fused, early) for shape in SHAPES if shape[0] == 16]
     if device.arch < 90:  # no clusters to split long activations over: smaller rings make room
         large.append(Choice.of((8, 2, 1), fused, early))
-    if tokens <= 2:
-        overlapping = tokens == 1 and k <= 4096 and tiles > 48 and not exact
-        return two + large if short else [Choice.of((8, 3, 2), fused, early)] * overlapping + large
+    if tokens == 1 and not fused:
+        return [Choice.of((8, 3, 2), False)] * (exact and k < 16384) + large
+    if fused and tokens <= 2:
+        overlapping = tokens == 1 and k <= 4096 and tiles > 48
+        return two + large if short else [Choice.of((8, 2 if exact else 3, 2), fused, early)] * overlapping + large
     if fused:
         return large
     small = [Choice.of((8, 2, 1), False)]
     if k > 8192:
         return small + large
-    if tokens == 4:
+    if tokens <= 4:
         return two + large if tiles > 10 else large
     if exact or tiles > 250:
         return [Choice.of((8, 2, 2), False), *large] if tiles > 10 else large
@@ -129,7 +132,13 @@ def choices(tokens: int, k: int, tiles: float, exact: bool, device: Device) -> l
 
 @lru_cache(maxsize=4096)
 def plan(
-    m: int, n: int, k: int, exact: bool, device: Device, forced: tuple[int, Choice] | None = None
+    m: int,
+    n: int,
+    k: int,
+    exact: bool,
+    device: Device,
+    forced: tuple[int, Choice] | None = None,
+    quantized: bool = False,
 ) -> Plan | None:
     """The launch for `m` rows (1..8) of activations, or None if so many do not fit in shared memory.
 
@@ -142,12 +151,15 @@ def plan(
         exact: the scale format.
         device: what the GPU offers.
         forced: a cluster size and a choice, to measure them.
+        quantized: whether the activations come in 8 bits.
     """
     tokens = next(t for t in TOKENS if t >= m)
     row_tiles, blocks = -(-n // TILE_ROWS), k // SUPER_BLOCK
     clusters = [c for c in CLUSTERS if c <= min(blocks, 8 if device.arch >= 90 else 1)]
     tiles = row_tiles * blocks / device.multiprocessors
     tried = list(product(clusters, choices(tokens, k, tiles, exact, device))) if forced is None else [forced]
+    if quantized:
+        tried = [(cluster, Choice.of(choice.shape, False)) for cluster, choice in tried]
     for cluster, choice in tried:
         blocks_at_once = device.multiprocessors * choice.resident
         ranges = min(row_tiles, max(1, blocks_at_once // cluster))
@@ -222,23 +234,65 @@ def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, y: Tensor, dev
         at += m
 
 
+def linear_of_codes(
+    codes: Tensor,
+    tiles: Tensor,
+    bias: Tensor | None,
+    n: int,
+    y: Tensor,
+    device: Device,
+) -> None:
+    """Launches the product of one row of activations that another kernel has quantised.
+
+    Args:
+        codes: uint8, `code_bytes(K)` long: what `q6k_quantize` makes of one row.
+        tiles: uint8 (T, K/256, tile_bytes).
+        bias: (n,) or None.
+        n: rows of the weight, which `fits`.
+        y: bf16 or fp16 (1, n), contiguous.
+        device: of all of them.
+    """
+    chosen = plan(1, n, tiles.shape[1] * SUPER_BLOCK, is_exact(tiles), device, quantized=True)
+    if chosen is None:
+        raise ValueError(f"rows of K = {tiles.shape[1] * SUPER_BLOCK} do not fit in shared memory")
+    _multiply(chosen, codes, 0, tiles, bias, n, y, device)
+
+
+def code_bytes(k: int) -> tuple[int, int]:
+    """Bytes of one quantised row of k activations, and of their scales, which lie behind them."""
+    codes, steps = activation_bytes(1, False)
+    return k // SUPER_BLOCK * codes, k // SUPER_BLOCK * steps
+
+
 def _launch(chosen: Plan, x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, y: Tensor, device: Device) -> None:
-    (m, k), fp16 = x.shape, x.dtype == torch.float16
-    variant = _variant(chosen.kernel, chosen.cluster > 1, is_exact(tiles), fp16)
-    kernel = jit.load(*variant, device.index)
-    into, bias_of, stride = stream(device), bias_arguments(bias), x.stride(0)
+    stride = x.stride(0)
     if not chosen.fused:
-        x = _quantize(x, chosen.tokens, variant, into, device)
+        x = _quantize(x, chosen, is_exact(tiles), device)
+    _multiply(chosen, x, stride, tiles, bias, n, y, device)
+
+
+def _multiply(
+    chosen: Plan,
+    x: Tensor,
+    stride: int,
+    tiles: Tensor,
+    bias: Tensor | None,
+    n: int,
+    y: Tensor,
+    device: Device,
+) -> None:
+    kernel = jit.load(*_variant_of(chosen, is_exact(tiles), y.dtype), device.index)
+    bias_at, bias_kind = bias_arguments(bias)
     arguments = _ARGUMENTS.pack(
         tiles.data_ptr(),
         x.data_ptr(),
         y.data_ptr(),
-        bias_of[0],
+        bias_at,
         stride,
-        bias_of[1],
-        m,
+        bias_kind,
+        len(y),
         n,
-        k,
+        tiles.shape[1] * SUPER_BLOCK,
         tiles.shape[0],
         chosen.early,
     )
@@ -246,25 +300,30 @@ def _launch(chosen: Plan, x: Tensor, tiles: Tensor, bias: Tensor | None, n: int,
         (chosen.ranges * chosen.cluster, 1, 1),
         chosen.warps * 32,
         arguments,
-        stream=into,
+        stream=stream(device),
         shared_bytes=chosen.shared_bytes,
         cluster=chosen.cluster,
         dependent=device.arch >= 90,
     )
 
 
-def _quantize(x: Tensor, tokens: int, variant: Variant, into: int, device: Device) -> Tensor:
-    """The rows x (M, K) in 8 bits, as the decode kernel for `tokens` rows reads it."""
-    m, k = x.shape
+def _quantize(x: Tensor, chosen: Plan, exact: bool, device: Device) -> Tensor:
+    """The rows x (M, K) in 8 bits, as the decode kernel that was chosen reads them."""
+    (m, k), tokens = x.shape, chosen.tokens
     codes, steps = (k // SUPER_BLOCK * each for each in activation_bytes(tokens, False))
     quantized = torch.empty(codes + steps, dtype=torch.uint8, device=x.device)
     arguments = _QUANTIZE_ARGUMENTS.pack(
         x.data_ptr(), quantized.data_ptr(), quantized.data_ptr() + codes, x.stride(0), m, k
     )
+    variant = _variant_of(chosen, exact, x.dtype)
     kernel = jit.load(FILE, QUANTIZE, variant[2], device.index)
     blocks = -(-(tokens * k // 16) // QUANTIZE_THREADS)
-    kernel.launch((blocks, 1, 1), QUANTIZE_THREADS, arguments, stream=into, dependent=device.arch >= 90)
+    kernel.launch((blocks, 1, 1), QUANTIZE_THREADS, arguments, stream=stream(device), dependent=device.arch >= 90)
     return quantized
+
+
+def _variant_of(chosen: Plan, exact: bool, dtype: torch.dtype) -> Variant:
+    return _variant(chosen.kernel, chosen.cluster > 1, exact, dtype == torch.float16)
 
 
 @cache

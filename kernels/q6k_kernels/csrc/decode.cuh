@@ -33,6 +33,13 @@
 #define Q6K_SPLIT 0
 #endif
 
+// Of a decoding step, whose other launches' blocks shall find room beside these.
+#if Q6K_TOKENS == 1 && !Q6K_FUSED && Q6K_WARPS * Q6K_OCCUPANCY >= 16
+#define Q6K_LIMITS __maxnreg__(104)
+#else
+#define Q6K_LIMITS __launch_bounds__(THREADS, Q6K_OCCUPANCY)
+#endif
+
 constexpr int WARPS = Q6K_WARPS;
 constexpr int STAGES = Q6K_STAGES;
 constexpr bool SPLIT = Q6K_SPLIT;
@@ -158,7 +165,7 @@ __device__ __forceinline__ float sum_of_warps(u32 values, int pitch, int total, 
 // or null; m <= TOKENS; early, 1 unless FUSED: whether to ask for tiles before activations.
 // Grid: blocks of a cluster x ranges of row tiles. Shared memory: `decode.py` has the sizes.
 // No pointer is __restrict__: loads of what an earlier launch writes must not move above the wait for it.
-extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
+extern "C" __global__ void Q6K_LIMITS
     q6k_decode(const u8* tiles, const void* x, u16* y, const void* bias, i64 stride, int bias_kind, int m, int n, int k,
                int row_tiles, int early) {
   extern __shared__ __align__(128) u8 shared[];
@@ -190,7 +197,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
   };
   auto fill_ring = [&]() {
 #pragma unroll
-    for (int stage = 0; stage < STAGES; ++stage) copy_next(stage);
+    for (int stage = 0; stage < STAGES; ++stage) {
+      copy_next(stage);
+      // All at once would be in the way of whatever the launch before still has to read.
+      if (!Q6K_FUSED) wait_copies<0>();
+    }
   };
   u8* const codes = shared + RING_BYTES;
   const int most_depth = (blocks + cluster - 1) / cluster;  // so that all blocks of a cluster lay out memory alike
