@@ -292,10 +292,6 @@ def generate(
         Path | None,
         typer.Option(metavar="DIR", help="A Hugging Face tokenizer instead of the model's.", show_default="none"),
     ] = None,
-    compile_step: Annotated[
-        bool,
-        typer.Option("--compile", help="On a GPU compile decoding first: for long answers.", show_default="off"),
-    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -316,7 +312,6 @@ def generate(
             dtype=dtype,
             activations=activations,
             tokenizer=tokenizer,
-            compile=compile_step,
         )
         terminal.document(run(request, terminal.stream, terminal.note, terminal.progress))
 

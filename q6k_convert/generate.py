@@ -46,7 +46,6 @@ class Request:
     dtype: Dtype = "auto"
     activations: Activations = "auto"
     tokenizer: Path | None = None
-    compile: bool = False
 
 
 def run(
@@ -175,10 +174,11 @@ class _Run:
             capacity=len(self.ids) + request.max_new_tokens,
             temperature=request.temperature,
             seed=request.seed,
-            compile=request.compile and self.device.type == "cuda",
+            # Where steps are not fused, as in fp32: compiling takes longer than most answers do.
+            compile=False,
         )
         if self.device.type == "cuda":
-            self.note("preparing kernels" + (" and compiling the decoding step" if request.compile else ""))
+            self.note("preparing kernels")
             with self._timed("prepare"):
                 # Once for the compilers; the second is the one that counts.
                 generator.prefill(self.ids)

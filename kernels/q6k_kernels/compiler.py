@@ -17,7 +17,12 @@ SOURCES = Path(__file__).parent / "csrc"
 """Device code, free of #include."""
 PREAMBLE = "common.cuh"
 """What every other file builds on: compiled in front of it."""
-FOUNDATIONS = {"decode.cuh": ("quantize.cuh",), "gemm_wgmma.cuh": ("wgmma.cuh",)}
+FOUNDATIONS = {
+    "decode.cuh": ("quantize.cuh",),
+    "step.cuh": ("quantize.cuh",),
+    "attend.cuh": ("quantize.cuh",),
+    "gemm_wgmma.cuh": ("wgmma.cuh",),
+}
 """What some files build on besides, compiled between the two."""
 OLDEST_GPU = (8, 0)
 """The first compute capability with bf16 tensor cores and asynchronous copies."""

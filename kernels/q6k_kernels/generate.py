@@ -5,10 +5,13 @@
     for token in generator.generate(128, stop={2}): ...
 
 A decoding step begins and ends on the device: embedding, layers, head, choice of the token, which becomes the next
-step's input, and the position. On a GPU it is compiled, recorded as a CUDA graph and replayed; the host reads
-tokens some steps late, from pinned memory, and never makes the device wait. So it learns of a stop token after some
-steps too many, whose tokens are dropped. A graph is recorded for each of a few lengths of the cache, each four
-times the one before, so that a short text does not pay for a long cache.
+step's input, and the position. On a GPU it is recorded as a CUDA graph and replayed; the host reads tokens some
+steps late, from pinned memory, and never makes the device wait. So it learns of a stop token after some steps too
+many, whose tokens are dropped.
+
+The step is our own (`stepping`), one graph for any length of the text, or the forward pass of transformers' model,
+compiled or not. That reads as much of the cache as it is recorded for, so there is a graph for each of a few
+lengths, each four times the one before, and a short text does not pay for a long cache.
 """
 
 from __future__ import annotations
@@ -21,10 +24,12 @@ import torch
 from torch import Tensor
 
 from q6k_kernels.attention import Attention, implementation
-from q6k_kernels.errors import ModelError
+from q6k_kernels.errors import ModelError, UnsupportedModelError
 from q6k_kernels.kv_cache import KeyValueCache
 from q6k_kernels.mailbox import GpuMailbox, Mailbox
 from q6k_kernels.sampling import choose
+from q6k_kernels.step_reference import Choice, Reference
+from q6k_kernels.stepping import Operations, Step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,20 +55,23 @@ class Generator:
         length: tokens so far, prompt and answer.
         stop_reason: why the last `generate` ended: "stop" (a stop token), "length", or None while it has not.
         cache: keys and values.
+        fused: whether decoding steps are our own.
 
     Args:
         model: a causal language model of transformers', in eval mode, whole on one device.
         capacity: 1 or more.
         temperature: 0 takes the best token, above 0 one by its probability.
         seed: of the random choices, 0 to 2^32 - 1; the same gives the same tokens.
-        attention: how one token is decoded: "plain", "sdpa" or "flex" (on a GPU compiled, on the CPU not), see
-            `q6k_kernels.attention`.
-        compile: whether the decoding step is compiled; by default on a GPU. Without, a GPU replays it as it is.
+        fused: whether decoding steps are our own, see `stepping`; by default on a GPU, if there are kernels for
+            the model's type, dtype and sizes. What follows is for steps that are not.
+        attention: "plain", "sdpa" or "flex" (on a GPU compiled, on the CPU not), see `q6k_kernels.attention`.
+        compile: whether the step is compiled; by default on a GPU. Without, a GPU replays it as it is.
         stretch: tokens of a prompt that go through the model at once.
 
     Raises:
         ValueError: an argument is out of its range.
-        UnsupportedModelError: the model has layers that the cache has no form for.
+        UnsupportedModelError: the model has layers that the cache has no form for, or `fused` is asked for and
+            not possible.
     """
 
     def __init__(
@@ -73,6 +81,7 @@ class Generator:
         capacity: int,
         temperature: float = 0.0,
         seed: int = 0,
+        fused: bool | None = None,
         attention: Attention = "plain",
         compile: bool | None = None,  # noqa: A002 -- what torch calls it
         stretch: int = 2048,
@@ -84,8 +93,13 @@ class Generator:
             )
         self.device = model.device
         self._on_gpu = self.device.type == "cuda"
-        self._compile = self._on_gpu if compile is None else compile
-        if attention == "flex" and self._on_gpu != self._compile:
+        self.cache = KeyValueCache(model.config.get_text_config(decoder=True), capacity, self.device)
+        self._fused_step = self._make_step(model, fused)
+        self.fused = self._fused_step is not None
+        if self.fused and compile:
+            raise ValueError("compile is for steps that are not fused; found compile=True and fused steps")
+        self._compile = self._on_gpu and not self.fused if compile is None else compile
+        if attention == "flex" and not self.fused and self._on_gpu != self._compile:
             raise ValueError(
                 f"attention 'flex' is for steps that are compiled on a GPU, or not compiled on the CPU; found "
                 f"compile={self._compile} on {self.device}"
@@ -94,13 +108,13 @@ class Generator:
         self._model = model
         self._stretch = stretch
         self.capacity = capacity
-        self.cache = KeyValueCache(model.config.get_text_config(decoder=True), capacity, self.device)
         self.length = 0
         self.stop_reason: Literal["stop", "length"] | None = None
         self._token = torch.zeros(1, dtype=torch.int64, device=self.device)
         # By position, the tokens that were chosen; one more than the cache holds, as the last is never looked at.
         self._chosen = torch.zeros(capacity + 1, dtype=torch.int64, device=self.device)
         self._seed = torch.tensor([seed], dtype=torch.int64, device=self.device)
+        self._choice = Choice(self.cache.position, self._token, self._chosen, self._seed, temperature)
         self._temperature = torch.tensor([temperature], device=self.device) if temperature else None
         self._steps = dict[int, Callable[[], object]]()
         self._pool: Any = None
@@ -207,10 +221,34 @@ class Generator:
         Args:
             keys: slots of the cache that it looks at, more than its position.
         """
+        if self._fused_step is not None:
+            self._fused_step.advance(self._choice)
+            return
         masks = self.cache.begin_step(keys)
         # Its position is where its keys and values go.
         logits = self._forward(self._token[None], masks, self.cache.position[None])
         self._choose(logits)
+
+    def _make_step(self, model: PreTrainedModel, fused: bool | None) -> Step | None:
+        narrow = model.dtype in (torch.bfloat16, torch.float16)
+        if not (self._on_gpu and narrow if fused is None else fused):
+            return None
+        operations: Operations = Reference()
+        if self._on_gpu:
+            if not narrow:
+                raise UnsupportedModelError(
+                    f"no fused decoding step on a GPU for {model.dtype}: there are bfloat16 and float16",
+                    "Generate with fused=False.",
+                )
+            from q6k_kernels.step_kernels import Kernels
+
+            operations = Kernels(self.device, model.dtype)
+        try:
+            return Step(model, self.cache, operations)
+        except UnsupportedModelError:
+            if fused:
+                raise
+            return None
 
     def _forward(self, ids: Tensor, masks: object, positions: Tensor) -> Tensor:
         """Logits of the last token, float32 (1, V)."""
@@ -235,6 +273,8 @@ class Generator:
 
     def _bucket(self, position: int) -> int:
         """How many slots a step at this position looks at."""
+        if self.fused:
+            return self.cache.slots
         keys = SMALLEST_BUCKET
         while keys <= position:
             keys *= BUCKET_FACTOR

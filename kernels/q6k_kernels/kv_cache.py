@@ -133,6 +133,13 @@ class KeyValueCache:
         layer.values.index_copy_(2, slot, value[:, :, length - last :])
         return seen
 
+    def buffers(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values, (1, heads, slots, head size); there are some from the first prompt on."""
+        layer = self._layers[layer_idx]
+        if layer.keys is None or layer.values is None:
+            raise RuntimeError(f"layer {layer_idx} has no keys yet: a prompt comes first")
+        return layer.keys, layer.values
+
     def get_seq_length(self, *_: Any) -> int:
         """A part of transformers' caches; its models ask for it only where they are given no positions."""
         raise NotImplementedError("give the model position_ids")

@@ -6,10 +6,14 @@ function of seed, position and token, of nothing else: the same in eager mode, c
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 _LOW = 0xFFFFFFFF
+ROWS = 512
+"""Parts of the vocabulary that are searched apart, if its size is a multiple; else as many as divide both."""
 
 
 def choose(logits: Tensor, position: Tensor, seed: Tensor, temperature: Tensor | None) -> Tensor:
@@ -27,10 +31,12 @@ def choose(logits: Tensor, position: Tensor, seed: Tensor, temperature: Tensor |
     tokens = torch.arange(logits.shape[-1], device=logits.device)
     if temperature is not None:
         logits = logits / temperature + gumbel_noise(tokens, position, seed)
-    # `argmax`, as two reductions: when compiled, it alone is not spread over the GPU. The last token, if none is
+    # `argmax`, as reductions of many rows, which are spread over a GPU as one is not. The last token, if none is
     # the best because some are not numbers, so that what follows stays within bounds.
-    best = logits == logits.amax(dim=-1, keepdim=True)
-    return torch.where(best, tokens, logits.shape[-1] - 1).amin(dim=-1)
+    rows = math.gcd(logits.shape[-1], ROWS)
+    best = logits == logits.view(rows, -1).amax(dim=-1).amax()
+    chosen = torch.where(best, tokens, logits.shape[-1] - 1)
+    return chosen.view(rows, -1).amin(dim=-1).amin(dim=0, keepdim=True)
 
 
 def gumbel_noise(tokens: Tensor, position: Tensor, seed: Tensor) -> Tensor:

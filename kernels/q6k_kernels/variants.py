@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
-from q6k_kernels import decode, gemm_mma, gemm_wgmma, row_kernels
+from q6k_kernels import decode, gemm_mma, gemm_wgmma, row_kernels, step_kernels
 from q6k_kernels.launching import Device, Variant
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -46,9 +46,13 @@ def all_variants(arch: int) -> list[Variant]:
         ValueError: it is below 80.
     """
     device = device_like(arch)
-    return (
-        decode.variants(device) + gemm_wgmma.variants(device) + gemm_mma.variants(arch) + row_kernels.variants(arch)
-    )
+    return [
+        *decode.variants(device),
+        *gemm_wgmma.variants(device),
+        *gemm_mma.variants(arch),
+        *row_kernels.variants(arch),
+        *step_kernels.variants(),
+    ]
 
 
 def shared_bytes(arch: int) -> dict[Variant, int]:

@@ -1,0 +1,359 @@
+// One token's attention: its norms and rotary embedding, its key and value into the cache, and the keys, split over
+// blocks, the last of which adds up what all have and quantises it (quantize.cuh, before this file).
+//
+//   Q6K_HEAD_DIM  values of a head, a multiple of 32 up to 256
+//
+// Matrix instructions multiply 16 keys of a warp with up to 8 query heads that share them, then values with weights.
+// What does not depend on the launch before is asked for before the wait for it, above all the keys and values of
+// earlier steps, which go to shared memory.
+
+#ifndef Q6K_HEAD_DIM
+#define Q6K_HEAD_DIM 128
+#endif
+
+static_assert(TOKENS == 1 && !Q6K_FUSED, "a step is of one token, quantised once for all blocks");
+
+constexpr int DIM = Q6K_HEAD_DIM;
+constexpr int THREADS = 256;
+constexpr int WARPS = THREADS / 32;
+constexpr int HEADS = 8;               // columns of a product; a block may have fewer
+constexpr int KEYS = 16;               // of a warp at a time
+constexpr int ROW = DIM * 2 + 16;      // bytes of a key or value in shared memory: rows that are read together are
+                                       // in distinct banks
+constexpr int WARP_BYTES = 2 * KEYS * ROW;  // keys, values
+constexpr int MOST_BLOCKS = 32;        // that share keys: a lane of a warp for each
+constexpr float LOG2_E = 1.4426950408889634f;
+
+__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xFF800000u); }
+
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 2^(score - largest); 0 for a score of minus infinity, even if that is the largest. NaN stays NaN.
+__device__ __forceinline__ float weight_of(float score, float largest) {
+  return score == minus_infinity() ? 0.0f : power_of_two(score - largest);
+}
+
+__device__ __forceinline__ float load_of_others(const float* from) {  // past the cache of this multiprocessor
+  float value;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
+  return value;
+}
+
+// 16 bytes, or zeros.
+__device__ __forceinline__ void copy_or_clear_16(u32 to_shared, const void* from, bool copy) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "r"(copy ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void multiply(float (&sums)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if Q6K_FP16
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+#endif
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void load_matrices(u32 (&parts)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(parts[0]), "=r"(parts[1]), "=r"(parts[2]), "=r"(parts[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void load_transposed(u32 (&parts)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(parts[0]), "=r"(parts[1]), "=r"(parts[2]), "=r"(parts[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ u32 transposed(u32 pairs) {  // of an 8 x 8 matrix of 16-bit values
+  u32 result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pairs));
+  return result;
+}
+
+__device__ __forceinline__ float sum_of_warp(float value) {
+#pragma unroll
+  for (int apart = 16; apart; apart >>= 1) value += __shfl_xor_sync(0xFFFFFFFFu, value, apart);
+  return value;
+}
+
+// Of lanes with the same t, which have the keys of one head.
+__device__ __forceinline__ float largest_of_keys(float value) {
+#pragma unroll
+  for (int apart = 4; apart < 32; apart <<= 1) value = fmaxf(value, __shfl_xor_sync(0xFFFFFFFFu, value, apart));
+  return value;
+}
+
+// What a lane knows of a head's vector, values lane, lane + 32 and so on, before it is there.
+struct Rotation {
+  float cosines[DIM / 32], sines[DIM / 32], weights[DIM / 32];
+
+  // `weight` of the norm, or null; cosines and sines of half the vector.
+  __device__ __forceinline__ void load(const float* weight, const float* of_cosines, const float* of_sines) {
+#pragma unroll
+    for (int i = 0; i < DIM / 32; ++i) {
+      const int d = (threadIdx.x & 31) + 32 * i, angle = d < DIM / 2 ? d : d - DIM / 2;
+      cosines[i] = of_cosines[angle];
+      sines[i] = of_sines[angle];
+      weights[i] = weight == nullptr ? 1.0f : weight[d];
+    }
+  }
+
+  // A warp's: the norm, if there is one, then the rotation; rounded after each, as 16-bit layers do.
+  __device__ __forceinline__ void apply(const u16* from, bool normed, float epsilon, u16* vector) const {
+    const int lane = threadIdx.x & 31;
+    float values[DIM / 32], squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < DIM / 32; ++i) {
+      values[i] = half_to_float(from[lane + 32 * i]);
+      squares = fmaf(values[i], values[i], squares);
+    }
+    if (normed) {
+      const float inverse = rsqrtf(sum_of_warp(squares) / DIM + epsilon);
+#pragma unroll
+      for (int i = 0; i < DIM / 32; ++i) values[i] = half_to_float(to_half(values[i] * inverse * weights[i]));
+    }
+#pragma unroll
+    for (int i = 0; i < DIM / 32; ++i) vector[lane + 32 * i] = to_half(values[i]);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < DIM / 32; ++i) {
+      const int d = lane + 32 * i;
+      const float other = half_to_float(d < DIM / 2 ? vector[d + DIM / 2] ^ 0x8000u : vector[d - DIM / 2]);
+      values[i] = fmaf(values[i], cosines[i], other * sines[i]);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < DIM / 32; ++i) vector[lane + 32 * i] = to_half(values[i]);
+  }
+};
+
+// Parameters: the token's q (all heads, DIM), k and v (key heads, DIM), 16-bit; keys and values, the cache (key heads,
+// slots, DIM), 16-bit; cosines and sines fp32 (positions, DIM / 2); q_norm, k_norm fp32 (DIM,), or null; position, of
+// the token; partials fp32, heads * (DIM + 2) for each block; counters, 0, one for each row of blocks; x 16-bit
+// (all heads * DIM,), or null; codes and steps, as q6k_quantize writes them, or null; scale, of scores; softcap, or 0:
+// none; epsilon, of the norms; slots; window, of a ring of slots that positions go round, or 0: slot and position are
+// one; heads, of a block, at most HEADS; group, query heads for each key head, a multiple of it.
+// Grid: blocks that share keys, at most MOST_BLOCKS, x (all heads / heads). Shared memory: WARPS * WARP_BYTES.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    q6k_attend(const u16* q, const u16* k, const u16* v, u16* keys, u16* values, const float* cosines,
+               const float* sines, const float* q_norm, const float* k_norm, const i64* position, float* partials,
+               u32* counters, u16* x, u8* codes, float* steps, float scale, float softcap, float epsilon, int slots,
+               int window, int heads, int group) {
+  extern __shared__ __align__(16) u8 shared[];
+  __shared__ __align__(16) u16 queries[HEADS + 1][DIM + 8];  // and the token's key
+  __shared__ __align__(16) u16 own_value[DIM];
+  __shared__ float maxima[WARPS][HEADS], weights[WARPS][HEADS];
+  __shared__ __align__(16) u16 staged[WARPS][64];
+  __shared__ bool last;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int row = blockIdx.y, head = row * heads / group;  // of keys
+
+  // The step before ended before this one began, so its position and its keys are there.
+  const i64 here = *position;
+  const int used = (int)min(here + 1, (i64)slots), own_slot = (int)(window ? here % slots : here);
+  const int share = ((used + gridDim.x - 1) / gridDim.x + KEYS - 1) / KEYS * KEYS;
+  const int begin = blockIdx.x * share, end = min(begin + share, used);
+  u16* const head_keys = keys + (i64)head * slots * DIM;
+  u16* const head_values = values + (i64)head * slots * DIM;
+  u8* const own_shared = shared + warp * WARP_BYTES;
+  const u32 keys_at = shared_address(own_shared), values_at = keys_at + KEYS * ROW;
+  auto load = [&](int first) {
+    for (int at = lane; at < KEYS * (DIM / 8); at += 32) {
+      const int r = at / (DIM / 8), inside = at % (DIM / 8), slot = first + r;
+      const bool copy = slot < end && slot != own_slot;
+      const i64 from = (i64)(copy ? slot : 0) * DIM + inside * 8;
+      copy_or_clear_16(keys_at + r * ROW + inside * 16, head_keys + from, copy);
+      copy_or_clear_16(values_at + r * ROW + inside * 16, head_values + from, copy);
+    }
+    commit_copies();
+  };
+  int first = begin + warp * KEYS;
+  if (first < end) load(first);
+  const float* const here_cosines = cosines + here * (DIM / 2);
+  const float* const here_sines = sines + here * (DIM / 2);
+  Rotation rotation;
+  rotation.load(warp < heads ? q_norm : k_norm, here_cosines, here_sines);
+
+  wait_for_previous_grid();
+  for (int vector = warp; vector <= heads; vector += WARPS) {
+    const bool is_key = vector == heads;
+    if (vector != warp) rotation.load(k_norm, here_cosines, here_sines);
+    rotation.apply(is_key ? k + head * DIM : q + (row * heads + vector) * DIM, (is_key ? k_norm : q_norm) != nullptr,
+                   epsilon, queries[is_key ? HEADS : vector]);
+  }
+  for (int at = heads * DIM + threadIdx.x; at < HEADS * DIM; at += THREADS) queries[at / DIM][at % DIM] = 0;
+  if (threadIdx.x < DIM) own_value[threadIdx.x] = v[head * DIM + threadIdx.x];
+  __syncthreads();
+  let_dependents_start();  // later than elsewhere: its copies would be in the way of what was asked for above
+  // Of the blocks that share this key head, one.
+  if (begin <= own_slot && own_slot < end && row * heads % group == 0 && threadIdx.x < DIM) {
+    head_keys[(i64)own_slot * DIM + threadIdx.x] = queries[HEADS][threadIdx.x];
+    head_values[(i64)own_slot * DIM + threadIdx.x] = own_value[threadIdx.x];
+  }
+
+  // sums[i]: dims 16 i + g and + 8, heads 2t and 2t + 1, of which `largest` and `weight` are, too.
+  float sums[DIM / 16][4] = {}, largest[2] = {minus_infinity(), minus_infinity()}, weight[2] = {};
+  for (; first < end; first += WARPS * KEYS) {
+    if (first != begin + warp * KEYS) load(first);
+    wait_copies<0>();
+    __syncwarp();
+    if (first <= own_slot && own_slot < first + KEYS) {
+      uint4* const to = reinterpret_cast<uint4*>(own_shared + (own_slot - first) * ROW);
+      for (int at = lane; at < DIM / 8; at += 32) {
+        to[at] = reinterpret_cast<const uint4*>(queries[HEADS])[at];
+        to[KEYS * ROW / 16 + at] = reinterpret_cast<const uint4*>(own_value)[at];
+      }
+      __syncwarp();
+    }
+    float scores[4] = {};  // keys g and g + 8, heads 2t and 2t + 1
+    const u32 key_at = keys_at + (lane & 15) * ROW + (lane >> 4) * 16;
+#pragma unroll
+    for (int c = 0; c < DIM / 16; ++c) {
+      u32 a[4];
+      load_matrices(a, key_at + c * 32);
+      const u16* const b = &queries[g][c * 16 + t * 2];
+      multiply(scores, a[0], a[1], a[2], a[3], *reinterpret_cast<const u32*>(b), *reinterpret_cast<const u32*>(b + 8));
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int slot = first + g + i / 2 * 8;
+      bool seen = slot < end;
+      if (window) {
+        const i64 held = here - (here - slot) % slots;
+        seen = seen && held > here - window;
+      }
+      scores[i] *= scale;
+      if (softcap != 0.0f) scores[i] = softcap * tanhf(scores[i] / softcap);
+      scores[i] = seen ? scores[i] * LOG2_E : minus_infinity();
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float most = fmaxf(largest[h], largest_of_keys(fmaxf(scores[h], scores[h + 2])));
+      const float fade = weight_of(largest[h], most);
+      largest[h] = most;
+      scores[h] = weight_of(scores[h], most);
+      scores[h + 2] = weight_of(scores[h + 2], most);
+      weight[h] = weight[h] * fade + scores[h] + scores[h + 2];  // of this lane's keys, until the end
+#pragma unroll
+      for (int i = 0; i < DIM / 16; ++i) sums[i][h] *= fade, sums[i][h + 2] *= fade;
+    }
+    const u32 b0 = transposed(pack_halves(scores[0], scores[1]));
+    const u32 b1 = transposed(pack_halves(scores[2], scores[3]));
+    const u32 value_at = values_at + ((lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 16;
+#pragma unroll
+    for (int i = 0; i < DIM / 16; ++i) {
+      u32 a[4];
+      load_transposed(a, value_at + i * 32);
+      multiply(sums[i], a[0], a[1], a[2], a[3], b0, b1);
+    }
+    __syncwarp();
+  }
+
+  // Warps first. A warp's sums take the place of its keys: HEADS rows of DIM + 8 floats, as many bytes.
+  float* const warp_sums = reinterpret_cast<float*>(own_shared);
+#pragma unroll
+  for (int i = 0; i < DIM / 16; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) warp_sums[(2 * t + (j & 1)) * (DIM + 8) + i * 16 + g + j / 2 * 8] = sums[i][j];
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int apart = 4; apart < 32; apart <<= 1) weight[h] += __shfl_xor_sync(0xFFFFFFFFu, weight[h], apart);
+    if (g == 0) maxima[warp][2 * t + h] = largest[h], weights[warp][2 * t + h] = weight[h];
+  }
+  __syncthreads();
+  const int outputs = heads * DIM, partial_size = outputs + 2 * heads;  // even: sums are read in pairs
+  float* const row_partials = partials + (i64)row * gridDim.x * partial_size;
+  float* const partial = row_partials + blockIdx.x * partial_size;
+  for (int o = threadIdx.x; o < outputs; o += THREADS) {
+    const int h = o / DIM, d = o % DIM;
+    float most = minus_infinity(), total = 0.0f, all = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) most = fmaxf(most, maxima[w][h]);
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+      const float fade = weight_of(maxima[w][h], most);
+      total = fmaf(reinterpret_cast<const float*>(shared + w * WARP_BYTES)[h * (DIM + 8) + d], fade, total);
+      all = fmaf(weights[w][h], fade, all);
+    }
+    partial[o] = total;
+    if (d == 0) partial[outputs + h] = most, partial[outputs + heads + h] = all;
+  }
+
+  // Then blocks, always in their order, so that the result never depends on which is the last.
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counters + row) : "memory");
+    last = before == gridDim.x - 1;
+    if (last) counters[row] = 0;  // for the next launch
+  }
+  __syncthreads();
+  if (!last) return;
+  // 64 outputs of a warp, two of a lane, of one head or of two. All loads at once: a lane has the maximum and weight
+  // of a block, and of its own outputs what each block has.
+  for (int out = warp * 64; out < outputs; out += WARPS * 64) {
+    const int blocks = gridDim.x, own = min(out + 2 * lane, outputs - 2), own_head = own / DIM;
+    const int two[2] = {out / DIM, min(out + 63, outputs - 1) / DIM};
+    float most[2] = {minus_infinity(), minus_infinity()}, all[2] = {}, parts[MOST_BLOCKS][2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (lane >= blocks) continue;
+      most[j] = load_of_others(row_partials + lane * partial_size + outputs + two[j]);
+      all[j] = load_of_others(row_partials + lane * partial_size + outputs + heads + two[j]);
+    }
+#pragma unroll
+    for (int i = 0; i < MOST_BLOCKS; ++i) {
+      if (i >= blocks) break;
+      asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];"
+                   : "=f"(parts[i][0]), "=f"(parts[i][1])
+                   : "l"(row_partials + i * partial_size + own)
+                   : "memory");
+    }
+    float fade[2], total[2] = {};
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      float largest_of_all = most[j];
+#pragma unroll
+      for (int apart = 16; apart; apart >>= 1) {
+        largest_of_all = fmaxf(largest_of_all, __shfl_xor_sync(0xFFFFFFFFu, largest_of_all, apart));
+      }
+      fade[j] = weight_of(most[j], largest_of_all);
+      fade[j] /= sum_of_warp(all[j] * fade[j]);
+    }
+#pragma unroll
+    for (int i = 0; i < MOST_BLOCKS; ++i) {
+      if (i >= blocks) break;
+      const float of_first = __shfl_sync(0xFFFFFFFFu, fade[0], i), of_second = __shfl_sync(0xFFFFFFFFu, fade[1], i);
+      const float of_block = own_head == two[0] ? of_first : of_second;
+      total[0] = fmaf(parts[i][0], of_block, total[0]);
+      total[1] = fmaf(parts[i][1], of_block, total[1]);
+    }
+    const u32 pair = pack_halves(total[0], total[1]);
+    const bool present = out + 2 * lane < outputs;
+    reinterpret_cast<u32*>(staged[warp])[lane] = pair;
+    const int at = row * outputs + out;
+    if (x != nullptr && present) reinterpret_cast<u32*>(x + at)[lane] = pair;
+    __syncwarp();
+    uint4 raw[2] = {};
+    const bool quantises = lane < 4 && out + 16 * lane < outputs;
+    if (quantises) {
+      raw[0] = reinterpret_cast<const uint4*>(staged[warp])[lane * 2];
+      raw[1] = reinterpret_cast<const uint4*>(staged[warp])[lane * 2 + 1];
+    }
+    if (codes != nullptr) quantize_into(codes, steps, raw, 0, at / 16 + lane, quantises);
+    __syncwarp();
+  }
+}

@@ -1,0 +1,249 @@
+"""What lies between a step's products on a GPU, against the same in plain torch and fp64; then whole steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from torch import Tensor, nn  # noqa: E402
+
+from q6k_kernels import Q6KLinear, decode, launching, load_model  # noqa: E402
+from q6k_kernels.generate import Generator  # noqa: E402
+from q6k_kernels.step_kernels import HEAD_DIMS, Kernels  # noqa: E402
+from q6k_kernels.step_reference import Cached, Choice, Heads, Norm, Reference  # noqa: E402
+from q6k_kernels.stepping import Step  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.bfloat16, torch.float16]
+EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+"""Half a unit in the last place, of 1."""
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> Tensor:
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+    return (numbers * scale).to("cuda", dtype)
+
+
+def norm(k: int, seed: int) -> Norm:
+    return Norm(1 + random(k, dtype=torch.float32, seed=seed, scale=0.2), 1e-5)
+
+
+def users(k: int) -> list[nn.Module]:
+    """A product that wants activations in 8 bits, and one that does not."""
+    packed = Q6KLinear(k, 16, device="cuda") if k % 256 == 0 else nn.Linear(1, 1)
+    return [packed, nn.Linear(1, 1)]
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    """One rounding apart, or two where an input of the last was rounded another way."""
+    apart = 4 * EPSILON[found.dtype]
+    torch.testing.assert_close(found.double(), expected.double(), rtol=apart, atol=apart / 16)
+
+
+def assert_quantised(found: Any, k: int) -> None:
+    """The codes are those of the 16-bit values, as the kernel makes them that products begin with else."""
+    if k % 256:
+        assert found.codes is None
+        return
+    device = launching.device(0)
+    chosen = decode.plan(1, 16, k, False, device, quantized=True)
+    assert chosen is not None
+    expected = decode._quantize(found.halves, chosen, False, device)
+    assert torch.equal(found.codes, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [96, 256, 2560, 4096, 5376, 8192])
+@pytest.mark.parametrize(("with_delta", "with_after"), [(False, False), (True, False), (True, True)])
+def test_sums_and_norms(dtype: torch.dtype, k: int, with_delta: bool, with_after: bool) -> None:
+    hidden = random(1, k, dtype=dtype, scale=3.0)
+    delta = random(1, k, dtype=dtype, seed=1) if with_delta else None
+    after = norm(k, 2) if with_after else None
+    both = [each.add_norm(hidden, delta, after, norm(k, 3), users(k)) for each in (kernels(dtype), Reference())]
+    (total, found), (expected_total, expected) = both
+    assert_close(total, expected_total)
+    assert found.halves is not None
+    assert expected.halves is not None
+    assert_close(found.halves, expected.halves)
+    assert_quantised(found, k)
+
+
+def kernels(dtype: torch.dtype) -> Kernels:
+    return Kernels(torch.device("cuda", 0), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [96, 256, 14336, 21504])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gates(dtype: torch.dtype, k: int, activation: Any) -> None:
+    gate, up = random(1, k, dtype=dtype, scale=4.0), random(1, k, dtype=dtype, seed=1)
+    gate[0, :4] = torch.tensor([0.0, -80.0, 80.0, -11.0])
+    found = kernels(dtype).gate(gate, up, activation, users(k))
+    expected = Reference().gate(gate, up, activation, []).halves
+    assert found.halves is not None
+    assert expected is not None
+    assert_close(found.halves, expected)
+    assert_quantised(found, k)
+
+
+def attention(
+    dtype: torch.dtype,
+    dim: int,
+    group: int,
+    slots: int,
+    window: int,
+    position: int,
+    normed: bool,
+    softcap: float | None,
+) -> None:
+    key_heads = 2
+    cosines, sines = (random(4096, dim // 2, dtype=torch.float32, seed=each) for each in (1, 2))
+    heads = Heads(
+        count=key_heads * group,
+        key_heads=key_heads,
+        dim=dim,
+        scale=dim**-0.5,
+        softcap=softcap,
+        q_norm=norm(dim, 3) if normed else None,
+        k_norm=norm(dim, 4) if normed else None,
+        cosines=cosines,
+        sines=sines,
+    )
+    k = heads.count * dim
+    q = random(1, heads.count * dim, dtype=dtype)
+    key, value = (random(1, key_heads * dim, dtype=dtype, seed=each) for each in (7, 8))
+    cache = [random(1, key_heads, slots, dim, dtype=dtype, seed=each) for each in (5, 6)]
+    # What no position has been written to must not be looked at.
+    written = min(position, slots)
+    for each in cache:
+        each[:, :, written:] = float("nan")
+    # The oracle's must not: it multiplies them with 0.
+    oracle = [torch.nan_to_num(each) for each in cache]
+    at = torch.tensor([position], device="cuda")
+    run = kernels(dtype)
+    run.reserve(heads)
+    for _ in range(2):  # and what the first leaves behind must not matter to the second
+        found = run.attend(q, key, value, heads, Cached(cache[0], cache[1], window), at, users(k))
+    expected = Reference().attend(q, key, value, heads, Cached(oracle[0], oracle[1], window), at, []).halves
+    assert found.halves is not None
+    assert expected is not None
+    torch.testing.assert_close(
+        found.halves.double(), expected.double(), rtol=4 * EPSILON[dtype], atol=4 * EPSILON[dtype]
+    )
+    assert_quantised(found, k)
+    for mine, theirs in zip(cache, oracle, strict=True):
+        assert_close(torch.nan_to_num(mine), theirs)
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 12])
+def test_attention_of_all_shapes(dim: int, group: int) -> None:
+    attention(torch.bfloat16, dim, group, 520, 0, 300, False, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("position", [0, 1, 15, 16, 63, 64, 127, 128, 1000, 2043, 4095])
+def test_attention_at_all_positions(dtype: torch.dtype, position: int) -> None:
+    attention(dtype, 128, 4, 4096, 0, position, True, None)
+
+
+@pytest.mark.parametrize("position", [0, 30, 39, 40, 103, 104, 105, 150, 1000, 3001])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attention_in_a_window(position: int, softcap: float | None) -> None:
+    attention(torch.bfloat16, 64, 4, 104, 40, position, False, softcap)
+
+
+def test_attention_is_the_same_every_time() -> None:
+    """Whichever block comes last."""
+    heads = Heads(
+        32, 8, 128, 0.1, None, None, None, *(random(4096, 64, dtype=torch.float32, seed=each) for each in (1, 2))
+    )
+    run = kernels(torch.bfloat16)
+    run.reserve(heads)
+    cached = Cached(*(random(1, 8, 4096, 128, dtype=torch.bfloat16, seed=each) for each in (3, 4)), 0)
+    q, k, v = (random(1, n * 128, dtype=torch.bfloat16) for n in (32, 8, 8))
+    at = torch.tensor([3000], device="cuda")
+    results = [run.attend(q, k, v, heads, cached, at, users(4096)).halves for _ in range(50)]
+    assert all(torch.equal(each, results[0]) for each in results)
+    assert not run._counters.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [1, 5, 500, 128256, 262144])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_choices(dtype: torch.dtype, vocabulary: int, temperature: float, softcap: float | None) -> None:
+    """Many of the logits are alike, in 16 bits: of the best the first."""
+    run = kernels(dtype)
+    for seed in range(20):
+        logits = random(1, vocabulary, dtype=dtype, seed=seed).clamp(max=2.0)
+        if seed == 3:
+            logits[:, vocabulary // 2 :] = float("nan")
+        results = []
+        for operations in (run, Reference()):
+            position, token, start = (torch.tensor([each], device="cuda") for each in (40 + seed, 9, seed))
+            chosen = torch.zeros(100, dtype=torch.int64, device="cuda")
+            operations.choose(logits, softcap, Choice(position, token, chosen, start, temperature))
+            assert int(chosen[41 + seed]) == int(token)
+            assert int(chosen.count_nonzero()) == int(token != 0)
+            results.append((int(position), int(token)))
+        if seed == 3:  # what counts is that it is a token
+            assert 0 <= results[0][1] < vocabulary
+        else:
+            assert results[0] == results[1] == (41 + seed, results[0][1])
+    assert not run._best.any()
+
+
+def models() -> dict[str, Any]:
+    pytest.importorskip("libgguf")
+    from test_model_architectures import MODELS
+
+    return {name: MODELS[name] for name in ("llama 3.1", "mistral as llama", "qwen2", "qwen3", "gemma2", "gemma3")}
+
+
+@pytest.mark.parametrize("name", ["llama 3.1", "mistral as llama", "qwen2", "qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("activations", ["auto", "bf16"])
+def test_whole_steps(name: str, activations: Any, tmp_path: Path) -> None:
+    """Logits against those of the same step in plain torch; the graph's tokens against those of single steps."""
+    out, _ = models()[name].bundle(tmp_path)
+    model = load_model(out, device="cuda", dtype=torch.float16, activations=activations)
+    prompt = torch.randint(3, 96, (21,), generator=torch.Generator().manual_seed(0)).tolist()
+    generator = Generator(model, capacity=150)
+    assert generator.fused
+    generator.prefill(prompt)
+    reference = Step(model, generator.cache, Reference())
+    tokens = [int(generator._token)]
+    for _ in range(100):
+        step = generator._fused_step
+        assert step is not None
+        expected = reference(generator._token)
+        logits = step(generator._token)  # last, so that the cache has its keys
+        # A rounding apart can be a step of 8 bits apart.
+        assert float((logits - expected).abs().max() / expected.std()) < 0.12
+        generator._choose(logits)  # in torch
+        tokens.append(int(generator._token))
+    generator.reset()
+    generator.prefill(prompt)
+    assert list(generator.generate(101)) == tokens
+
+
+@pytest.mark.parametrize("name", ["llama 3.1", "gemma3"])
+def test_steps_of_mixed_weights(name: str, tmp_path: Path) -> None:
+    """Some projections packed, some not: what is common to both is there in both forms."""
+    from tiny_models import F16, Q8_0
+
+    types = {"blk.0.attn_v*": Q8_0, "blk.1.ffn_up*": F16, "blk.0.attn_output*": F16, "blk.1.ffn_down*": Q8_0}
+    out, _ = replace(models()[name], types=types).bundle(tmp_path)
+    model = load_model(out, device="cuda", dtype=torch.float16)
+    generator = Generator(model, capacity=100)
+    generator.prefill([5, 6, 7])
+    logits = generator._fused_step(generator._token)  # type: ignore[misc]
+    expected = Step(model, generator.cache, Reference())(generator._token)
+    assert float((logits - expected).abs().max() / expected.std()) < 0.05
