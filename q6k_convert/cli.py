@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from typer.core import TyperGroup
 
 from q6k_convert import __version__
+from q6k_convert.command_group import ConvertByDefault
 from q6k_convert.errors import ExitCode
 from q6k_convert.reporting import peak_memory, reporting
 from q6k_convert.text import parse_size
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 a bug; 2 usage; 3 input rejected; 4 I/O or output conflict; 5 verification failed;
-6 environment (a compiled piece or a GPU is missing); 130 interrupted."""
-
-
-class ConvertByDefault(TyperGroup):
-    """`q6k-convert model.gguf out/` is `q6k-convert convert model.gguf out/`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Puts `convert` in front unless a command or an option of the program itself comes first."""
-        own = {option for param in self.get_params(ctx) for option in param.opts}
-        if args and args[0] not in self.commands and args[0] not in own:
-            self._refuse_mistyped(ctx, args[0])
-            args = ["convert", *args]
-        return super().parse_args(ctx, args)
-
-    def _refuse_mistyped(self, ctx: Any, word: str) -> None:
-        from difflib import get_close_matches
-
-        if (close := get_close_matches(word, self.commands, n=1)) and not Path(word).exists():
-            ctx.fail(f"There is no command and no file {word!r}. Did you mean {close[0]!r}?")
+6 environment (a compiled piece, a package or a GPU is missing); 130 interrupted."""
+HUB_REFERENCE = (
+    "a Hugging Face Hub's: ORG/REPO:QUANTISATION or ORG/REPO/FILE.gguf; ORG/REPO@REVISION for a revision."
+)
 
 
 app = typer.Typer(
@@ -74,7 +59,9 @@ VerboseOption = Annotated[
 
 @app.command(epilog=EXIT_CODES)
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="A GGUF file, or any part of a split one.")],
+    source: Annotated[
+        str, typer.Argument(metavar="MODEL.gguf", help=f"A GGUF file, any part of a split one, or {HUB_REFERENCE}")
+    ],
     output: Annotated[Path, typer.Argument(metavar="OUT/", help="The bundle's directory, new or empty.")],
     scales: Annotated[
         Literal["bf16", "exact"],
@@ -124,7 +111,9 @@ def convert(
         from q6k_convert.convert import check_room, default_jobs, run
         from q6k_convert.errors import UsageError
         from q6k_convert.gguf_model import open_gguf
+        from q6k_convert.hub import parse, resolve
         from q6k_convert.plan import Options, make_plan
+        from q6k_convert.staging import check_output
 
         try:
             shard_bytes = parse_size(max_shard_size)
@@ -133,24 +122,32 @@ def convert(
         if shard_bytes < 1:
             raise UsageError("--max-shard-size must be at least one byte")
         options = Options(scales, other, tuple(include or ()), tuple(exclude or ()), shard_bytes, allow_nonfinite)
-        with open_gguf(source) as model:
+        if parse(source) is not None:
+            check_output(output, [], force=force)  # before what may take hours
+        found = resolve(source, terminal.note, terminal.progress, download=not dry_run)
+        if found.path is None:
+            terminal.document({"status": "planned"} | found.document)
+            return
+        with open_gguf(found.path) as model:
             plan = make_plan(model, options)
             planned = contents.plan_contents(plan)
             terminal.plan(planned)
             if dry_run:
                 check_room(plan, output, force=force)
-                terminal.document({"status": "planned", "plan": planned})
+                terminal.document({"status": "planned", "plan": planned} | found.document)
                 return
             with terminal.progress(plan.bytes_in, "converting") as progress:
                 result = run(plan, output, jobs=jobs or default_jobs(), force=force, progress=progress)
         summary = contents.result_contents(result, peak_memory())
-        terminal.result(summary, str(source))
-        terminal.document({"status": "done", "plan": planned, "result": summary})
+        terminal.result(summary, source)
+        terminal.document({"status": "done", "plan": planned, "result": summary} | found.document)
 
 
 @app.command(epilog=EXIT_CODES)
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="MODEL.gguf|OUT/", help="A GGUF file or a bundle.")],
+    source: Annotated[
+        str, typer.Argument(metavar="MODEL.gguf|OUT/", help=f"A GGUF file, a bundle, or {HUB_REFERENCE}")
+    ],
     key: Annotated[
         str | None,
         typer.Option(metavar="KEY", help="Print only the whole value of this GGUF key.", show_default="none"),
@@ -164,8 +161,10 @@ def inspect(
         from q6k_convert.errors import UsageError
         from q6k_convert.gguf_file import GGUFFile
         from q6k_convert.gguf_model import GGUFModel, open_gguf
+        from q6k_convert.hub import local_path
         from q6k_kernels import manifest
 
+        path = local_path(source, terminal.note, terminal.progress)
         directory = path.is_dir()
         if key is not None:
             # A bundle's metadata may be that of a split model, whose other parts are not there.
@@ -190,9 +189,11 @@ def inspect(
 def verify(
     bundle: Annotated[Path, typer.Argument(metavar="OUT/", help="A bundle.")],
     source: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="MODEL.gguf", help="Recompute every tensor from this GGUF and compare.", show_default="none"
+            metavar="MODEL.gguf",
+            help="Recompute every tensor from this GGUF and compare; a Hub's file as with convert.",
+            show_default="none",
         ),
     ] = None,
     fast: Annotated[
@@ -225,19 +226,25 @@ def verify(
         from q6k_convert import contents
         from q6k_convert.convert import default_jobs
         from q6k_convert.errors import UsageError
+        from q6k_convert.hub import local_path
         from q6k_convert.report import html_report
         from q6k_convert.verify import verify as run_verification
 
         if report is not None and (
             bundle.resolve() in report.resolve().parents
-            or (source is not None and report.exists() and source.exists() and report.samefile(source))
+            or (source is not None and report.exists() and Path(source).exists() and report.samefile(source))
         ):
             raise UsageError(
                 f"--report {report} lies in the bundle or is the source, which verifying must not touch",
                 "Give a file elsewhere.",
             )
         run = run_verification(
-            bundle, fast=fast, source=source, device=device, jobs=jobs or default_jobs(), progress=terminal.progress
+            bundle,
+            fast=fast,
+            source=None if source is None else local_path(source, terminal.note, terminal.progress),
+            device=device,
+            jobs=jobs or default_jobs(),
+            progress=terminal.progress,
         )
         content = contents.verification_contents(run, peak_memory())
         if report is not None:
