@@ -37,6 +37,8 @@ MACROS: dict[str, tuple[tuple[str, ...], ...]] = {
     "pack.cuh": (("Q6K_EXACT",),),
 }
 """The macros of each file in the order in which `src/` gives their values; `check` holds `variants` against it."""
+OF_STEPS = ("step.cuh", "attend.cuh", "choose.cuh")
+"""Files with kernels of decoding steps, which are no part of the ops: `step_kernels` launches them from Python."""
 FILES = tuple(MACROS)
 """In the order of `File` in `src/kernels.h`."""
 

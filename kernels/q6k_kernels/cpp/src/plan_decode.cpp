@@ -25,8 +25,8 @@ Choice choice_of(Shape shape, bool fused, bool early = true, int64_t resident = 
 
 std::vector<Choice> choices(int64_t tokens, int64_t k, double tiles, bool exact, const Device& device) {
   const bool is_short = 10 < tiles && tiles <= 48;
-  const bool fused =
-      (tokens <= 2 && k < 16384) || (2 < tokens && tokens <= FUSED_TOKENS && k <= 4096 && tiles > 10);
+  const bool fused = (tokens <= 2 && (k <= 4096 || (tiles <= 48 && k < 16384))) ||
+                     (2 < tokens && tokens <= FUSED_TOKENS && k <= 4096 && tiles > 10);
   const bool early = !is_short && k <= 8192 && tokens <= 2;
   if (device.shared_bytes < 160 << 10) return {choice_of({8, 2, 1}, fused, early)};
   std::vector<Choice> two, large;
@@ -40,15 +40,16 @@ std::vector<Choice> choices(int64_t tokens, int64_t k, double tiles, bool exact,
     first.insert(first.end(), large.begin(), large.end());
     return first;
   };
-  if (tokens <= 2) {
-    const bool overlapping = tokens == 1 && k <= 4096 && tiles > 48 && !exact;
+  if (tokens == 1 && !fused) return exact && k < 16384 ? then_large({choice_of({8, 3, 2}, false)}) : large;
+  if (fused && tokens <= 2) {
+    const bool overlapping = tokens == 1 && k <= 4096 && tiles > 48;
     if (is_short) return then_large(two);
-    return overlapping ? then_large({choice_of({8, 3, 2}, fused, early)}) : large;
+    return overlapping ? then_large({choice_of({8, exact ? 2 : 3, 2}, fused, early)}) : large;
   }
   if (fused) return large;
   const std::vector<Choice> small = {choice_of({8, 2, 1}, false)};
   if (k > 8192) return then_large(small);
-  if (tokens == 4) return tiles > 10 ? then_large(two) : large;
+  if (tokens <= 4) return tiles > 10 ? then_large(two) : large;
   if (exact || tiles > 250) return tiles > 10 ? then_large({choice_of({8, 2, 2}, false)}) : large;
   return then_large(small);
 }
