@@ -329,6 +329,38 @@ def doctor(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
             raise typer.Exit(int(ExitCode.ENVIRONMENT))
 
 
+@app.command(epilog=EXIT_CODES)
+def build_ops(
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the library goes.", show_default="ops in the cache of kernels"),
+    ] = None,
+    arch: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="XY",
+            help="Compute capability to compile kernels for, 90 for 9.0; repeatable.",
+            show_default="80, 86, 89, 90, 100, 120",
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Compilers at a time.", show_default="processors")
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Build the operations as a C++ library, for C++ programs and for cheaper calls; needs cmake and nvcc."""
+    with reporting(as_json, quiet, verbose) as terminal:
+        from q6k_convert.build_ops import build
+
+        report = build(out, arch or [], jobs, terminal.note)
+        if as_json:
+            terminal.document(report)
+        else:
+            terminal.value("library", report["library"])
+
+
 def main() -> None:
     """The entry point of `q6k-convert`."""
     app(prog_name="q6k-convert")

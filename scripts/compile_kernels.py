@@ -14,11 +14,9 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -29,27 +27,15 @@ from rich.table import Table
 
 from q6k_kernels import compiler
 from q6k_kernels.compiler import Defines
-from q6k_kernels.errors import CompileFailedError, CudaError, GpuTooOldError
+from q6k_kernels.cpp.units import Unit, compile_with_nvcc, plan
+from q6k_kernels.errors import CudaError, GpuTooOldError
 
 Row = dict[str, Any]
 Variant = tuple[str, str, Defines]
 """File, kernel, macros."""
-Unit = tuple[int, str, Defines]
-"""Compute capability, file, macros: compiled once, whatever kernels it has."""
 CompileUnit = Callable[[str, str, tuple[str, ...]], str]
 """Source, name and options to a log."""
 FIGURES = ("registers", "spill_bytes", "stack_bytes", "shared_bytes", "dynamic_shared_bytes")
-
-
-def plan(architectures: Sequence[int]) -> dict[Unit, list[str]]:
-    """The kernels wanted of each unit; for all architectures if none is given."""
-    from q6k_kernels.variants import ARCHITECTURES, all_variants  # they import torch, --help need not
-
-    units: dict[Unit, list[str]] = {}
-    for arch in architectures or ARCHITECTURES:
-        for file, kernel, defines in all_variants(arch):
-            units.setdefault((arch, file, defines), []).append(kernel)
-    return units
 
 
 def dynamic_shared(units: Iterable[Unit]) -> dict[tuple[int, Variant], int]:
@@ -70,16 +56,7 @@ def with_nvrtc(source: str, file: str, options: tuple[str, ...]) -> str:
 
 def with_nvcc(nvcc: str, source: str, file: str, options: tuple[str, ...]) -> str:
     """Compiles with a toolkit's nvcc; its log."""
-    with tempfile.TemporaryDirectory(prefix="compile-") as folder:
-        unit = Path(folder) / f"{file}.cu"
-        unit.write_text(source, encoding="utf-8")
-        command = [nvcc, "-cubin", *options, str(unit), "-o", str(unit.with_suffix(".cubin"))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    log = done.stdout + done.stderr
-    if done.returncode:
-        first = next((line for line in log.splitlines() if "error" in line), log.strip() or "no message")
-        raise CompileFailedError(f"nvcc does not compile {file}: {first}", "", log)
-    return log
+    return compile_with_nvcc(nvcc, source, file, options).log
 
 
 def measure(

@@ -10,10 +10,14 @@ one. Importing this module registers the ops. They work under `torch.compile`, `
 and have no gradient: a tensor that requires one is refused while gradients are recorded.
 
 Defined with `torch.library.Library`, as `custom_op` would add 20 microseconds to every call of a decoding step.
+
+The same ops as a C++ library (see `ops_library`) may be loaded before or after: what it has registered is left
+alone here, and what it registers later is used from then on. The functions for fake tensors are always these.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -25,11 +29,17 @@ from torch import Tensor
 from q6k_kernels import prepack, reference
 from q6k_kernels.reference import Activations
 
+DEFINED = "Q6K_OPS_DEFINED"
+"""Environment variable with the number of the process in which the schemas are there: a C++ library that is loaded
+later does not try to define them, which some versions of torch would complain of."""
 HALVES = (torch.bfloat16, torch.float16)
 """Dtypes of activations on a GPU."""
 
 _Library: Any = torch.library.Library  # whose methods torch leaves without types
-_LIBRARY = _Library("q6k", "DEF")
+_LIBRARY = _Library("q6k", "FRAGMENT")
+"""Schemas and functions for fake tensors."""
+_implementations: list[Any] = []
+"""What `implement` has registered, for as long as it is."""
 
 
 # What every backend demands. These run at every call, so they build no text unless they fail.
@@ -183,7 +193,7 @@ def _pack_fake(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None) -> T
     return ql.new_empty(_check_pack(ql, qh, scale, steps))
 
 
-for _schema, _on_cpu, _on_cuda, _fake in (
+_OPERATIONS = (
     (
         "linear(Tensor x, Tensor tiles, Tensor? bias, SymInt n, str activations) -> Tensor",
         _linear_cpu,
@@ -203,11 +213,38 @@ for _schema, _on_cpu, _on_cuda, _fake in (
         _dequantize_fake,
     ),
     ("pack(Tensor ql, Tensor qh, Tensor scale, Tensor? steps) -> Tensor", _pack_cpu, _pack_cuda, _pack_fake),
-):
-    _name = _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_name, _on_cpu, "CPU")
-    _LIBRARY.impl(_name, _on_cuda, "CUDA")
-    torch.library.register_fake(f"q6k::{_name}", _fake, lib=_LIBRARY)
+)
+
+
+def _define() -> None:
+    """Registers the schemas that are not there yet, and the functions for fake tensors."""
+    for schema, _, _, fake in _OPERATIONS:
+        name = schema.partition("(")[0]
+        if not hasattr(torch.ops.q6k, name):
+            _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"q6k::{name}", fake, lib=_LIBRARY)
+    os.environ[DEFINED] = str(os.getpid())
+
+
+def implement() -> None:
+    """Registers this module's implementations for the CPU and CUDA where there is none."""
+    library = _Library("q6k", "IMPL")
+    _implementations.append(library)
+    for schema, on_cpu, on_cuda, _ in _OPERATIONS:
+        name = schema.partition("(")[0]
+        for key, function in (("CPU", on_cpu), ("CUDA", on_cuda)):
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"q6k::{name}", key):
+                library.impl(name, function, key)
+
+
+def withdraw() -> None:
+    """Takes them back, for others to come in their place; schemas and functions for fake tensors stay."""
+    while _implementations:
+        _implementations.pop()._destroy()
+
+
+_define()
+implement()
 
 linear: Callable[[Tensor, Tensor, Tensor | None, int, str], Tensor] = torch.ops.q6k.linear.default
 embedding: Callable[[Tensor, Tensor, int, torch.dtype], Tensor] = torch.ops.q6k.embedding.default

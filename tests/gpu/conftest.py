@@ -1,6 +1,7 @@
 """The GPU's tests: skipped where there is none, kernels compiled beforehand.
 
     pytest tests/gpu -m gpu
+    Q6K_OPS_LIBRARY=libq6k_ops.so pytest tests/gpu -m gpu      # the same with the C++ library in Python's place
 
 They need no installation: PYTHONPATH=.:kernels will do. For compute-sanitizer, whose tools are slow, there is
 test_gpu_sanitize.py, which says how to run it.
@@ -42,6 +43,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if marked and (reason := _reason_to_skip()) is not None:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _library() -> None:
+    """The operations are those of the C++ library that the environment names."""
+    if (path := os.environ.get("Q6K_OPS_LIBRARY")) and _reason_to_skip() is None:
+        from q6k_kernels import ops_library
+
+        ops_library.load(path)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,172 @@
+#include "cpu.h"
+#include "parallel.h"
+#include "tiles.h"
+
+namespace q6k {
+namespace {
+
+constexpr int ACTIVATION_GROUP = 32;
+constexpr int ROWS = TILE_ROWS;
+
+float bias_at(const void* bias, int kind, int64_t row) {
+  if (kind == 0) return static_cast<float>(static_cast<const Bf16*>(bias)[row]);
+  if (kind == 1) return static_cast<float>(static_cast<const Fp16*>(bias)[row]);
+  return static_cast<const float*>(bias)[row];
+}
+
+// What every product needs to know.
+struct Matrix {
+  const unsigned char* tiles;
+  const void* bias;  // null for none
+  int bias_kind;
+  int64_t m, n, k;
+  bool exact;
+
+  int64_t blocks() const { return k / SUPER_BLOCK; }
+  const unsigned char* tile(int64_t row_tile, int64_t block) const {
+    return tiles + (row_tile * blocks() + block) * tile_bytes(exact);
+  }
+  // Rounds the sums (m, 16) of a tile of rows into y (m, n).
+  template <typename T, typename Sum>
+  void store(T* y, int64_t row_tile, const Sum* sums) const {
+    for (int64_t token = 0; token < m; ++token) {
+      for (int64_t r = 0; r < ROWS && row_tile * ROWS + r < n; ++r) {
+        const int64_t row = row_tile * ROWS + r;
+        float sum = static_cast<float>(sums[token * ROWS + r]);
+        if (bias) sum += bias_at(bias, bias_kind, row);
+        y[token * n + row] = static_cast<T>(sum);
+      }
+    }
+  }
+};
+
+// W6A16: a product for each super-block, then their sum. `Sum` is fp32 for bf16 activations, else fp64.
+template <typename T, typename Sum>
+void multiply_bf16(const Matrix& matrix, const T* x, T* y) {
+  std::vector<Sum> wide(x, x + matrix.m * matrix.k);
+  parallel_for(ceil_div(matrix.n, ROWS), [&](int64_t row_tile) {
+    std::vector<Sum> sums(static_cast<size_t>(matrix.m * ROWS));
+    Sum columns[SUPER_BLOCK][ROWS];
+    for (int64_t block = 0; block < matrix.blocks(); ++block) {
+      for (int r = 0; r < ROWS; ++r) {
+        T weights[SUPER_BLOCK];
+        read_weights(matrix.tile(row_tile, block), r, matrix.exact, weights);
+        for (int i = 0; i < SUPER_BLOCK; ++i) columns[i][r] = static_cast<Sum>(weights[i]);
+      }
+      for (int64_t token = 0; token < matrix.m; ++token) {
+        const Sum* const values = wide.data() + token * matrix.k + block * SUPER_BLOCK;
+        Sum part[ROWS] = {};
+        for (int i = 0; i < SUPER_BLOCK; ++i) {
+          for (int r = 0; r < ROWS; ++r) part[r] += values[i] * columns[i][r];
+        }
+        for (int r = 0; r < ROWS; ++r) sums[static_cast<size_t>(token * ROWS + r)] += part[r];
+      }
+    }
+    matrix.store(y, row_tile, sums.data());
+  });
+}
+
+// Activations to 8 bits in groups of 32: `reference.quantize_activations`, to the bit.
+template <typename T>
+void quantize(const T* x, int64_t count, signed char* a, float* d_a) {
+  for (int64_t group = 0; group < count / ACTIVATION_GROUP; ++group) {
+    const T* const values = x + group * ACTIVATION_GROUP;
+    float largest = 0.0f;
+    bool finite = true;
+    for (int i = 0; i < ACTIVATION_GROUP; ++i) {
+      const float value = std::fabs(static_cast<float>(values[i]));
+      finite = finite && std::isfinite(value);
+      largest = value > largest ? value : largest;
+    }
+    const float d = finite ? largest / 127.0f : std::nanf("");
+    for (int i = 0; i < ACTIVATION_GROUP; ++i) {
+      const float quotient = d > 0.0f ? std::nearbyint(static_cast<float>(values[i]) / d) : 0.0f;
+      a[group * ACTIVATION_GROUP + i] = static_cast<signed char>(std::fmin(std::fmax(quotient, -127.0f), 127.0f));
+    }
+    d_a[group] = d;
+  }
+}
+
+// W6A8: integer sums of groups, scaled in fp32 and added by super-block.
+template <typename T>
+void multiply_int8(const Matrix& matrix, const T* x, T* y) {
+  std::vector<signed char> a(static_cast<size_t>(matrix.m * matrix.k));
+  std::vector<float> d_a(static_cast<size_t>(matrix.m * matrix.k / ACTIVATION_GROUP));
+  quantize(x, matrix.m * matrix.k, a.data(), d_a.data());
+  parallel_for(ceil_div(matrix.n, ROWS), [&](int64_t row_tile) {
+    std::vector<float> sums(static_cast<size_t>(matrix.m * ROWS));
+    int columns[SUPER_BLOCK][ROWS];
+    float scales[GROUPS][ROWS];
+    for (int64_t block = 0; block < matrix.blocks(); ++block) {
+      const unsigned char* const tile = matrix.tile(row_tile, block);
+      for (int r = 0; r < ROWS; ++r) {
+        signed char q[SUPER_BLOCK];
+        float s[GROUPS];
+        read_codes(tile, r, q);
+        read_scales(tile, r, matrix.exact, s);
+        for (int i = 0; i < SUPER_BLOCK; ++i) columns[i][r] = q[i];
+        for (int j = 0; j < GROUPS; ++j) scales[j][r] = s[j];
+      }
+      for (int64_t token = 0; token < matrix.m; ++token) {
+        const int64_t begin = token * matrix.k + block * SUPER_BLOCK;
+        float part[ROWS] = {};
+        for (int j = 0; j < GROUPS; ++j) {
+          const float d = d_a[static_cast<size_t>((begin + j * GROUP) / ACTIVATION_GROUP)];
+          int inner[ROWS] = {};
+          for (int i = 0; i < GROUP; ++i) {
+            const int value = a[static_cast<size_t>(begin + j * GROUP + i)];
+            for (int r = 0; r < ROWS; ++r) inner[r] += value * columns[j * GROUP + i][r];
+          }
+          for (int r = 0; r < ROWS; ++r) part[r] += static_cast<float>(inner[r]) * scales[j][r] * d;
+        }
+        for (int r = 0; r < ROWS; ++r) sums[static_cast<size_t>(token * ROWS + r)] += part[r];
+      }
+    }
+    matrix.store(y, row_tile, sums.data());
+  });
+}
+
+template <typename T, typename Sum>
+void multiply(const Matrix& matrix, const void* x, void* y, Activations activations) {
+  const T* const from = static_cast<const T*>(x);
+  T* const to = static_cast<T*>(y);
+  // "auto" rounds no activation here: see `reference.linear`.
+  if (activations == Activations::INT8) {
+    multiply_int8<T>(matrix, from, to);
+  } else {
+    multiply_bf16<T, Sum>(matrix, from, to);
+  }
+}
+
+}  // namespace
+
+Tensor linear_cpu(const Tensor& x, const Tensor& tiles, const std::optional<Tensor>& bias, int64_t n, int64_t k,
+                  Activations activations) {
+  std::vector<int64_t> shape = x.shape();
+  shape.back() = n;
+  Tensor y = empty(shape, x.dtype(), x);
+  if (y.numel() == 0) return y;
+  const Tensor rows = contiguous(x);
+  std::optional<Tensor> values;
+  if (bias) values = contiguous(*bias);
+  const Matrix matrix = {static_cast<const unsigned char*>(tiles.data()),
+                         values ? values->data() : nullptr,
+                         values ? float_kind(values->dtype()) : 0,
+                         y.numel() / n,
+                         n,
+                         k,
+                         is_exact(tiles)};
+  switch (float_kind(x.dtype())) {
+    case 0:
+      multiply<Bf16, float>(matrix, rows.data(), y.data(), activations);
+      break;
+    case 1:
+      multiply<Fp16, double>(matrix, rows.data(), y.data(), activations);
+      break;
+    default:
+      multiply<float, double>(matrix, rows.data(), y.data(), activations);
+  }
+  return y;
+}
+
+}  // namespace q6k

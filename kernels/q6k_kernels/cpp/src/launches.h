@@ -1,0 +1,49 @@
+// The launches of each operation, from pointers and sizes: what decode.py, gemm_wgmma.py, gemm_mma.py and
+// row_kernels.py do. Arguments were checked; tensors.h is what brings them here.
+#pragma once
+#include "kernels.h"
+
+namespace q6k {
+
+// Memory of the GPU for as long as the object lives, in the order of the current stream.
+class Scratch {
+ public:
+  virtual ~Scratch() = default;
+  virtual void* take(int64_t bytes) = 0;
+};
+
+// y[m, n] = x[m, k] W^T (+ bias).
+struct Product {
+  const void* x;    // 16-bit; rows `stride` elements apart and aligned to 16 bytes
+  const void* tiles;
+  const void* bias; // (n,) of `bias_kind`, or null
+  void* y;          // x's type, rows n elements apart
+  int64_t m, n, k, stride, row_tiles;
+  int bias_kind;    // BiasKind in common.cuh
+  bool exact, fp16;
+  const Device* device;
+  CUstream stream;
+};
+
+// Up to 8 rows a launch, as many launches as it takes. Throws std::invalid_argument if not one row fits.
+void launch_decode(const Product& product, Scratch& scratch);
+// Hopper's.
+void launch_wgmma(const Product& product, Scratch& scratch);
+// Other GPUs' for some rows; the second form is its sums alone, used to add a bias and round.
+void launch_mma(const Product& product, Scratch& scratch);
+
+// The number that marks the next launch's words in memory that blocks share, for tests.
+void set_ticket(uint64_t next);
+
+struct Planes {
+  const void *ql, *qh, *scale, *steps;  // aligned; steps null with bf16 scales
+};
+void launch_pack(const Planes& planes, void* tiles, int64_t n, int64_t k, int64_t count, const Device& device,
+                 CUstream stream);
+// `out_kind` 0 bf16, 1 fp16, 2 fp32: the place in `reference.FLOATS`.
+void launch_gather(const void* tiles, const void* indices, bool int32, void* out, int out_kind, int64_t count,
+                   int64_t n, int64_t k, bool exact, const Device& device, CUstream stream);
+void launch_dequantize(const void* tiles, void* out, int out_kind, int64_t first_row, int64_t rows, int64_t k,
+                       bool exact, const Device& device, CUstream stream);
+
+}  // namespace q6k

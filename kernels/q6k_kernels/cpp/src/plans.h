@@ -1,0 +1,75 @@
+// Which launch does a product: decode.py, gemm_wgmma.py and gemm_mma.py in C++, from the same tables (tables.h).
+//
+// Plans depend on sizes and the GPU alone, and are those of Python: tests compare them on a grid of sizes.
+#pragma once
+#include <cstdint>
+#include <optional>
+
+#include "tables.h"
+
+namespace q6k {
+
+constexpr int64_t TILE_ROWS = 16, SUPER_BLOCK = 256;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t tile_bytes(bool exact) { return exact ? TILE_BYTES_EXACT : TILE_BYTES_BF16; }
+
+// What a GPU offers a launch; `launching.Device` says what each is.
+struct Device {
+  int index;
+  int64_t arch, multiprocessors, shared_bytes, multiprocessor_shared_bytes;
+};
+
+// `decode.Plan`.
+struct DecodePlan {
+  int64_t tokens, fused, warps, stages, occupancy, cluster, ranges, early, shared_bytes;
+};
+
+// Bytes of quantised activations of a super-block, and of their scales.
+struct ActivationBytes {
+  int64_t codes, steps;
+};
+ActivationBytes activation_bytes(int64_t tokens, bool fused);
+
+// For 1 to 8 rows of activations; none if so many do not fit in shared memory.
+std::optional<DecodePlan> plan_decode(int64_t m, int64_t n, int64_t k, bool exact, const Device& device);
+
+// `gemm_wgmma.Config`, a row of WGMMA_CONFIGS.
+struct WgmmaConfig {
+  int64_t tokens, consumers, tile_stages, x_stages, occupancy, cycles;
+
+  int64_t rows() const { return 64 * consumers; }
+  int64_t threads() const { return consumers * 128 + (tokens > 128 ? 128 : 64); }
+  int64_t shared_bytes(bool exact) const {
+    const int64_t rings =
+        x_stages * tokens * 128 + tile_stages * rows() / TILE_ROWS * tile_bytes(exact);
+    return rings + consumers * 4 * 512 + (x_stages + tile_stages) * 16;
+  }
+};
+
+// `gemm_wgmma.Plan`.
+struct WgmmaPlan {
+  WgmmaConfig config;
+  int64_t token_blocks, row_blocks, blocks, whole;
+
+  int64_t shared() const { return token_blocks * row_blocks - whole; }
+  int64_t scratch_floats() const { return shared() ? blocks * config.rows() * config.tokens : 0; }
+  int64_t scratch_flags() const { return shared() ? blocks * config.consumers * 4 : 0; }
+};
+WgmmaPlan plan_wgmma(int64_t m, int64_t n, int64_t k, const Device& device);
+
+// `gemm_mma.Plan`.
+struct MmaPlan {
+  int64_t tokens, parts, splits, slots, blocks, shared_bytes;
+
+  int64_t steps(int64_t k) const { return ceil_div(ceil_div(k / SUPER_BLOCK, splits), parts); }
+};
+MmaPlan plan_mma(int64_t m, int64_t n, int64_t k, bool exact, const Device& device);
+
+// Rows of weights that are expanded at a time for cuBLAS: `prefill.slice_rows`.
+inline int64_t slice_rows(int64_t m, int64_t k) {
+  const int64_t rows = EXPAND_BYTES / (2 * k + 4 * m) / TILE_ROWS * TILE_ROWS;
+  return rows > TILE_ROWS ? rows : TILE_ROWS;
+}
+
+}  // namespace q6k

@@ -1,0 +1,140 @@
+// The operations as torch has them: their schemas, and boxed functions for the CPU and for CUDA.
+//
+// Python may have registered them before, or may do so later: a schema that is there already is left alone, and of two
+// implementations the one that came last is used; ops.py registers none where there is one.
+#include <torch/csrc/stable/library.h>
+#include <unistd.h>
+
+#include <cstdlib>
+
+#include "cpu.h"
+#include "gpu.h"
+
+extern "C" {
+// Since torch 2.12; without them an operation has no tag, which matters to those alone who ask for it.
+__attribute__((weak)) AOTITorchError torch_library_def_with_tags(TorchLibraryHandle, const char*, const int32_t*,
+                                                                 int32_t);
+__attribute__((weak)) int32_t torch_tag_pt2_compliant_tag();
+}
+
+namespace q6k {
+namespace {
+
+// The arguments of a call, which become ours: whatever happens, they are given back.
+Tensor take_tensor(StableIValue value) { return Tensor(torch::stable::detail::to<AtenTensorHandle>(value)); }
+
+std::optional<Tensor> take_optional(StableIValue value) {
+  // Its memory is torch's to hand out and ours to free; torch's own conversion does.
+  const auto taken = torch::stable::detail::to<std::optional<AtenTensorHandle>>(value);
+  if (!taken) return std::nullopt;
+  return Tensor(*taken);
+}
+
+std::string take_string(StableIValue value) {
+  // By hand, as torch's own conversion never frees what it makes.
+  const auto handle = torch::stable::detail::to<StringHandle>(value);
+  size_t length = 0;
+  const char* text = "";
+  const bool fine = torch_string_length(handle, &length) == 0 && torch_string_c_str(handle, &text) == 0;
+  std::string taken(text, fine ? length : 0);
+  Q6K_TORCH(torch_delete_string(handle));
+  return taken;
+}
+
+int64_t take_integer(StableIValue value) { return torch::stable::detail::to<int64_t>(value); }
+
+void give(StableIValue* stack, Tensor&& result) { stack[0] = torch::stable::detail::from(result.release()); }
+
+template <bool CUDA>
+void linear(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor x = take_tensor(stack[0]), tiles = take_tensor(stack[1]);
+  const std::optional<Tensor> bias = take_optional(stack[2]);
+  const int64_t n = take_integer(stack[3]);
+  const std::string activations = take_string(stack[4]);
+  const int64_t k = check_linear(x, tiles, bias, n, activations, CUDA);
+  give(stack, (CUDA ? linear_cuda : linear_cpu)(x, tiles, bias, n, k, activations_of(activations)));
+}
+
+template <bool CUDA>
+void embedding(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor indices = take_tensor(stack[0]), tiles = take_tensor(stack[1]);
+  const int64_t n = take_integer(stack[2]);
+  const auto dtype = torch::stable::detail::to<int32_t>(stack[3]);
+  const int64_t k = check_embedding(indices, tiles, n, dtype);
+  give(stack, (CUDA ? embedding_cuda : embedding_cpu)(indices, tiles, n, k, dtype));
+}
+
+template <bool CUDA>
+void dequantize(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor tiles = take_tensor(stack[0]);
+  const int64_t n = take_integer(stack[1]);
+  const auto dtype = torch::stable::detail::to<int32_t>(stack[2]);
+  const int64_t k = check_dequantize(tiles, n, dtype);
+  give(stack, (CUDA ? dequantize_cuda : dequantize_cpu)(tiles, n, k, dtype));
+}
+
+template <bool CUDA>
+void pack(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor ql = take_tensor(stack[0]), qh = take_tensor(stack[1]), scale = take_tensor(stack[2]);
+  const std::optional<Tensor> steps = take_optional(stack[3]);
+  const std::vector<int64_t> shape = check_pack(ql, qh, scale, steps);
+  give(stack, (CUDA ? pack_cuda : pack_cpu)(ql, qh, scale, steps, shape));
+}
+
+struct Operation {
+  const char *name, *schema;
+  void (*cpu)(StableIValue*, uint64_t, uint64_t);
+  void (*cuda)(StableIValue*, uint64_t, uint64_t);
+};
+
+constexpr Operation OPERATIONS[] = {
+    {"linear", "linear(Tensor x, Tensor tiles, Tensor? bias, SymInt n, str activations) -> Tensor", linear<false>,
+     linear<true>},
+    {"embedding", "embedding(Tensor indices, Tensor tiles, SymInt n, ScalarType dtype) -> Tensor", embedding<false>,
+     embedding<true>},
+    {"dequantize", "dequantize(Tensor tiles, SymInt n, ScalarType dtype) -> Tensor", dequantize<false>,
+     dequantize<true>},
+    {"pack", "pack(Tensor ql, Tensor qh, Tensor scale, Tensor? steps) -> Tensor", pack<false>, pack<true>},
+};
+
+// What registers while the library loads. Nothing here throws: an exception would end the process.
+class Registration {
+ public:
+  Registration() {
+    // Says that Python has defined the schemas: then trying to would fail, which torch 2.11 prints.
+    const char* const defined = std::getenv("Q6K_OPS_DEFINED");
+    if (!defined || std::to_string(getpid()) != defined) define();
+    implement("CPU", cpu_, &Operation::cpu);
+    implement("CUDA", cuda_, &Operation::cuda);
+  }
+  Registration(const Registration&) = delete;
+  Registration& operator=(const Registration&) = delete;
+
+ private:
+  void define() {
+    if (aoti_torch_library_init_fragment("q6k", __FILE__, __LINE__, &schemas_) != 0) return;
+    for (const Operation& each : OPERATIONS) {
+      if (torch_library_def_with_tags && torch_tag_pt2_compliant_tag) {
+        const int32_t tag = torch_tag_pt2_compliant_tag();
+        torch_library_def_with_tags(schemas_, each.schema, &tag, 1);
+      } else {
+        aoti_torch_library_def(schemas_, each.schema);
+      }
+    }
+  }
+  static void implement(const char* key, TorchLibraryHandle& library,
+                        void (*Operation::*function)(StableIValue*, uint64_t, uint64_t)) {
+    if (aoti_torch_library_init_impl("q6k", key, __FILE__, __LINE__, &library) != 0) return;
+    for (const Operation& each : OPERATIONS) {
+      torch_library_impl(library, each.name, each.*function, TORCH_ABI_VERSION);
+    }
+  }
+
+  // Never given back: the operations are there until the process ends.
+  TorchLibraryHandle schemas_ = nullptr, cpu_ = nullptr, cuda_ = nullptr;
+};
+
+const Registration registration;
+
+}  // namespace
+}  // namespace q6k
