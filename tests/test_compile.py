@@ -146,7 +146,7 @@ def test_every_architecture_is_like_one_that_is_documented(arch: int, kb: int) -
     assert set(sizes) <= set(known)
     assert all(0 <= each <= device.shared_bytes for each in sizes.values())
     used = {kernel for (_, kernel, _), each in sizes.items() if each}
-    assert used == {"q6k_decode", "q6k_gemm_mma"} | ({"q6k_gemm_wgmma"} if arch == 90 else set())
+    assert used == {"q6k_decode", "q6k_gemm_mma", "q6k_attend"} | ({"q6k_gemm_wgmma"} if arch == 90 else set())
     # Of all kernels but decode's it is known.
     assert {kernel for _, kernel, _ in set(known) - set(sizes)} <= {"q6k_decode"}
 
@@ -171,6 +171,8 @@ def test_dynamic_shared_memory_is_what_launches_ask_for() -> None:
     assert found["q6k_gemm_mma", 0, 16, 1, 2] == 2 * 8192 + 8 * 2 * 3584
     # Rings of x and of tiles, 2 KB for each consumer, a barrier pair for each stage.
     assert found["q6k_gemm_wgmma", 1, 256, 2, 3, 4, 1] == 4 * 256 * 128 + 3 * 8 * 3360 + 2 * 2048 + 7 * 16
+    # Of 16 keys and values for each of eight warps, 16 bytes more than they take.
+    assert found["q6k_attend", 0, 1, 0, 128, 8] == 2 * 8 * 16 * (128 * 2 + 16)
     # A ring of 16 x 3 tiles, 21504 / 256 super-blocks of one token's codes and steps, 32 sums.
     assert found["q6k_decode", 0, 1, 0, 16, 3, 1, 0] >= 16 * 3 * 3584 + 84 * (256 + 32) + 32 * 16 * 4
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from q6k_kernels import decode, jit, launching
-from q6k_kernels.launching import Variant, common_macros
+from q6k_kernels.launching import Device, Variant, common_macros
 from q6k_kernels.linear import Q6KLinear
 from q6k_kernels.step_reference import Activation, Activations, Cached, Choice, Heads, Norm
 
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 STEP, ADD_NORM, GATE = "step.cuh", "q6k_add_norm", "q6k_gate"
 ATTEND_FILE, ATTEND = "attend.cuh", "q6k_attend"
 CHOOSE_FILE, CHOOSE = "choose.cuh", "q6k_choose"
-NORM_THREADS, GATE_THREADS, ATTEND_WARPS, ATTEND_KEYS = 256, 128, 8, 16
+NORM_THREADS, GATE_THREADS, ATTEND_KEYS = 256, 128, 16
 NORM_GROUPS = (1, 2)
 MOST_NORM = 16 * NORM_THREADS * NORM_GROUPS[-1]
 HEAD_DIMS = (64, 96, 128, 256)
+ATTEND_WARPS, ATTEND_STATIC = (8, 4), 8 << 10
+"""Of a block, whichever fits; bytes of shared memory that it has at most besides keys and values."""
 MOST_HEADS, MOST_BLOCKS = 8, 32
 """Query heads of a block, and blocks that share their keys."""
 CHOOSE_THREADS, CHOOSE_VALUES = 256, 4
@@ -119,10 +121,11 @@ class Kernels:
         """See `step_reference`."""
         out = self._activations(heads.count * heads.dim, users)
         rows, blocks, together = self._grid(heads)
+        warps = _attend_warps(heads.dim, self._device)
         self._launch(
-            _attend_variant(self._macros, heads.dim),
+            _attend_variant(self._macros, heads.dim, warps),
             (blocks, rows, 1),
-            32 * ATTEND_WARPS,
+            32 * warps,
             _ATTEND.pack(
                 q.data_ptr(),
                 k.data_ptr(),
@@ -145,7 +148,7 @@ class Kernels:
                 together,
                 heads.count // heads.key_heads,
             ),
-            shared_bytes=2 * ATTEND_WARPS * ATTEND_KEYS * (2 * heads.dim + 16),
+            shared_bytes=_attend_bytes(heads.dim, warps),
         )
         return out
 
@@ -239,20 +242,34 @@ def _norm_variant(macros: tuple[tuple[str, int], ...], k: int) -> Variant:
 
 
 @cache
-def _attend_variant(macros: tuple[tuple[str, int], ...], dim: int) -> Variant:
-    return ATTEND_FILE, ATTEND, (*macros, ("Q6K_HEAD_DIM", dim))
+def _attend_variant(macros: tuple[tuple[str, int], ...], dim: int, warps: int) -> Variant:
+    return ATTEND_FILE, ATTEND, (*macros, ("Q6K_HEAD_DIM", dim), ("Q6K_WARPS", warps))
+
+
+def _attend_warps(dim: int, device: Device) -> int:
+    return next(warps for warps in ATTEND_WARPS if _attend_bytes(dim, warps) + ATTEND_STATIC <= device.shared_bytes)
+
+
+def attend_bytes(macros: dict[str, int]) -> int:
+    """Dynamic shared memory of the attention kernel with these macros."""
+    return _attend_bytes(macros["Q6K_HEAD_DIM"], macros["Q6K_WARPS"])
+
+
+def _attend_bytes(dim: int, warps: int) -> int:
+    """Keys and values of a block in shared memory."""
+    return 2 * warps * ATTEND_KEYS * (2 * dim + 16)
 
 
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def variants() -> list[Variant]:
-    """All that a step may load, whatever the GPU."""
+def variants(device: Device) -> list[Variant]:
+    """All that a step may load on a GPU."""
     found = list[Variant]()
     for fp16 in (False, True):
         macros = (*common_macros(False, fp16), *_ONE_TOKEN)
         found += [(STEP, GATE, macros), (CHOOSE_FILE, CHOOSE, macros[:2])]
         found += [_norm_variant(macros, 16 * NORM_THREADS * groups) for groups in NORM_GROUPS]
-        found += [_attend_variant(macros, dim) for dim in HEAD_DIMS]
+        found += [_attend_variant(macros, dim, _attend_warps(dim, device)) for dim in HEAD_DIMS]
     return found

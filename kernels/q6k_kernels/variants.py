@@ -51,7 +51,7 @@ def all_variants(arch: int) -> list[Variant]:
         *gemm_wgmma.variants(device),
         *gemm_mma.variants(arch),
         *row_kernels.variants(arch),
-        *step_kernels.variants(),
+        *step_kernels.variants(device),
     ]
 
 
@@ -68,7 +68,9 @@ def shared_bytes(arch: int) -> dict[Variant, int]:
     found = dict[Variant, int]()
     for variant in all_variants(arch):
         _, kernel, defines = variant
-        if kernel not in (decode.KERNEL, gemm_wgmma.KERNEL, gemm_mma.KERNEL):
+        if kernel == step_kernels.ATTEND:
+            found[variant] = step_kernels.attend_bytes(dict(defines))
+        elif kernel not in (decode.KERNEL, gemm_wgmma.KERNEL, gemm_mma.KERNEL):
             found[variant] = 0
         elif (key := _key(kernel, dict(defines))) in largest:
             found[variant] = largest[key]

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 from torch import Tensor, nn  # noqa: E402
 
-from q6k_kernels import Q6KLinear, decode, launching, load_model  # noqa: E402
+from q6k_kernels import Q6KLinear, decode, launching, load_model, step_kernels  # noqa: E402
 from q6k_kernels.generate import Generator  # noqa: E402
 from q6k_kernels.step_kernels import HEAD_DIMS, Kernels  # noqa: E402
 from q6k_kernels.step_reference import Cached, Choice, Heads, Norm, Reference  # noqa: E402
@@ -158,6 +158,12 @@ def test_attention_at_all_positions(dtype: torch.dtype, position: int) -> None:
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_attention_in_a_window(position: int, softcap: float | None) -> None:
     attention(torch.bfloat16, 64, 4, 104, 40, position, False, softcap)
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_attention_where_a_block_has_less_shared_memory(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_kernels, "ATTEND_WARPS", (4,))
+    attention(torch.bfloat16, dim, 4, 520, 0, 300, True, None)
 
 
 def test_attention_is_the_same_every_time() -> None:

@@ -111,9 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="units whose name this matches")
     args = parser.parse_args(arguments)
     folder: Path = args.folder.resolve()
-    wanted = {
-        unit: kernels for unit, kernels in library.plan(args.arch).items() if unit[1] not in library.OF_STEPS
-    }
+    wanted = {unit: kernels for unit, kernels in library.plan(args.arch).items() if unit[1] not in library.OF_STEPS}
     units = {library.name_of(unit): unit for unit in wanted if re.search(args.only, library.name_of(unit))}
     for unit in units.values():
         library.check(unit)

@@ -2,6 +2,7 @@
 // blocks, the last of which adds up what all have and quantises it (quantize.cuh, before this file).
 //
 //   Q6K_HEAD_DIM  values of a head, a multiple of 32 up to 256
+//   Q6K_WARPS     of a block
 //
 // Matrix instructions multiply 16 keys of a warp with up to 8 query heads that share them, then values with weights.
 // What does not depend on the launch before is asked for before the wait for it, above all the keys and values of
@@ -10,12 +11,15 @@
 #ifndef Q6K_HEAD_DIM
 #define Q6K_HEAD_DIM 128
 #endif
+#ifndef Q6K_WARPS
+#define Q6K_WARPS 8
+#endif
 
 static_assert(TOKENS == 1 && !Q6K_FUSED, "a step is of one token, quantised once for all blocks");
 
 constexpr int DIM = Q6K_HEAD_DIM;
-constexpr int THREADS = 256;
-constexpr int WARPS = THREADS / 32;
+constexpr int WARPS = Q6K_WARPS;
+constexpr int THREADS = WARPS * 32;
 constexpr int HEADS = 8;               // columns of a product; a block may have fewer
 constexpr int KEYS = 16;               // of a warp at a time
 constexpr int ROW = DIM * 2 + 16;      // bytes of a key or value in shared memory: rows that are read together are
@@ -193,13 +197,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                    epsilon, queries[is_key ? HEADS : vector]);
   }
   for (int at = heads * DIM + threadIdx.x; at < HEADS * DIM; at += THREADS) queries[at / DIM][at % DIM] = 0;
-  if (threadIdx.x < DIM) own_value[threadIdx.x] = v[head * DIM + threadIdx.x];
+  for (int d = threadIdx.x; d < DIM; d += THREADS) own_value[d] = v[head * DIM + d];
   __syncthreads();
   let_dependents_start();  // later than elsewhere: its copies would be in the way of what was asked for above
   // Of the blocks that share this key head, one.
-  if (begin <= own_slot && own_slot < end && row * heads % group == 0 && threadIdx.x < DIM) {
-    head_keys[(i64)own_slot * DIM + threadIdx.x] = queries[HEADS][threadIdx.x];
-    head_values[(i64)own_slot * DIM + threadIdx.x] = own_value[threadIdx.x];
+  if (begin <= own_slot && own_slot < end && row * heads % group == 0) {
+    for (int d = threadIdx.x; d < DIM; d += THREADS) {
+      head_keys[(i64)own_slot * DIM + d] = queries[HEADS][d];
+      head_values[(i64)own_slot * DIM + d] = own_value[d];
+    }
   }
 
   // sums[i]: dims 16 i + g and + 8, heads 2t and 2t + 1, of which `largest` and `weight` are, too.

@@ -1,0 +1,89 @@
+"""What compute-sanitizer runs of a decoding step: see test_gpu_sanitize.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import Tensor, nn  # noqa: E402
+
+from q6k_kernels import Q6KLinear  # noqa: E402
+from q6k_kernels.step_kernels import Kernels  # noqa: E402
+from q6k_kernels.step_reference import Cached, Choice, Heads, Norm, Reference  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.sanitize]
+
+DTYPE = torch.float16
+
+
+def random(*shape: int, dtype: torch.dtype = DTYPE, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def moved(value: Any) -> Any:
+    """The same on the GPU, by copies."""
+    if isinstance(value, Tensor):
+        return value.cuda()
+    if isinstance(value, Norm | Heads | Cached | Choice):
+        return replace(value, **{name: moved(each) for name, each in vars(value).items()})
+    return value
+
+
+def users(k: int) -> list[nn.Module]:
+    """One that wants 8 bits, one that wants 16."""
+    return [Q6KLinear(k, 16, device="cuda"), nn.Linear(1, 1)]
+
+
+def check(found: Any, expected: Any) -> None:
+    torch.cuda.synchronize()
+    torch.testing.assert_close(found.halves.cpu(), expected.halves, rtol=4e-3, atol=4e-3)
+    assert found.codes.cpu().count_nonzero() > len(found.codes) // 2
+
+
+@pytest.mark.parametrize("k", [512, 4352])
+def test_sums_and_norms(k: int) -> None:
+    hidden, delta = random(1, k), random(1, k, seed=1)
+    after, norm = (Norm(random(k, dtype=torch.float32, seed=each), 1e-5) for each in (2, 3))
+    run = Kernels(torch.device("cuda", 0), DTYPE)
+    total, found = run.add_norm(moved(hidden), moved(delta), moved(after), moved(norm), users(k))
+    expected_total, expected = Reference().add_norm(hidden, delta, after, norm, [])
+    check(found, expected)
+    torch.testing.assert_close(total.cpu(), expected_total, rtol=4e-3, atol=4e-3)
+
+
+def test_gates() -> None:
+    gate, up = random(1, 768), random(1, 768, seed=1)
+    run = Kernels(torch.device("cuda", 0), DTYPE)
+    check(run.gate(moved(gate), moved(up), "silu", users(768)), Reference().gate(gate, up, "silu", []))
+
+
+@pytest.mark.parametrize(("dim", "window", "position"), [(64, 0, 150), (128, 40, 250), (256, 0, 8)])
+def test_attention(dim: int, window: int, position: int) -> None:
+    """Several blocks, some of them without keys; three query heads for each key head."""
+    angles = [random(300, dim // 2, dtype=torch.float32, seed=each) for each in (0, 1)]
+    norm = Norm(random(dim, dtype=torch.float32, seed=2), 1e-5)
+    heads = Heads(12, 4, dim, dim**-0.5, 5.0 if window else None, norm, norm, *angles)
+    q, k, v = (random(1, count * dim, seed=3 + count) for count in (12, 4, 4))
+    cached = Cached(*(random(1, 4, 104 if window else 200, dim, seed=each) for each in (9, 10)), window)
+    at = torch.tensor([position])
+    run = Kernels(torch.device("cuda", 0), DTYPE)
+    run.reserve(heads)
+    there = moved(cached)
+    found = run.attend(moved(q), moved(k), moved(v), moved(heads), there, moved(at), users(12 * dim))
+    check(found, Reference().attend(q, k, v, heads, cached, at, []))
+    torch.testing.assert_close(there.keys.cpu(), cached.keys, rtol=4e-3, atol=4e-3)
+
+
+def test_choices() -> None:
+    logits = random(1, 5000)
+    state = [torch.tensor([each]) for each in (3, 7)], torch.zeros(9, dtype=torch.int64), torch.tensor([1])
+    choice = Choice(*state[0], state[1], state[2], 0.7)
+    there = moved(choice)
+    Kernels(torch.device("cuda", 0), DTYPE).choose(moved(logits), None, there)
+    Reference().choose(logits, None, choice)
+    assert there.token.cpu() == choice.token
+    assert there.position.cpu() == 4
