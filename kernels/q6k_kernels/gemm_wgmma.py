@@ -12,6 +12,7 @@ import struct
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import count, product
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -209,8 +210,8 @@ def linear(
         k,
         y.stride(0),
         launch.whole,
-        _tile_map(tiles.data_ptr(), *tiles.shape, launch.config.rows),
-        _x_map(x.data_ptr(), fp16, m, k, x.stride(0) * 2, launch.config.tokens),
+        _tile_map(device.index, tiles.data_ptr(), *tiles.shape, launch.config.rows),
+        _x_map(device.index, x.data_ptr(), fp16, m, k, x.stride(0) * 2, launch.config.tokens),
     )
     kernel.launch(
         (launch.blocks, 1, 1),
@@ -227,23 +228,29 @@ def _scratch(launch: Plan, device: torch.device) -> Tensor:
     return torch.empty(4 * launch.scratch_floats + 8 * launch.scratch_flags, dtype=torch.uint8, device=device)
 
 
+# The driver encodes for a thread's current context only, and a thread that has not used CUDA yet has none.
+
+
 @lru_cache(maxsize=4096)
-def _tile_map(pointer: int, row_tiles: int, blocks: int, tile_bytes: int, rows: int) -> bytes:
+def _tile_map(device: int, pointer: int, row_tiles: int, blocks: int, tile_bytes: int, rows: int) -> bytes:
     width = tile_bytes // TILE_PIECES
-    return driver.encode_tensor_map(
-        pointer,
-        "uint8",
-        sizes=(width, blocks * TILE_PIECES, row_tiles),
-        strides=(width, blocks * tile_bytes),
-        box=(width, TILE_PIECES, rows // TILE_ROWS),
-    )
+    with driver.current(driver.primary_context(device)):
+        return driver.encode_tensor_map(
+            pointer,
+            "uint8",
+            sizes=(width, blocks * TILE_PIECES, row_tiles),
+            strides=(width, blocks * tile_bytes),
+            box=(width, TILE_PIECES, rows // TILE_ROWS),
+        )
 
 
 @lru_cache(maxsize=256)
-def _x_map(pointer: int, fp16: bool, m: int, k: int, stride: int, tokens: int) -> bytes:
-    return driver.encode_tensor_map(
-        pointer, "fp16" if fp16 else "bf16", sizes=(k, m), strides=(stride,), box=(64, tokens), swizzle_bytes=128
-    )
+def _x_map(device: int, pointer: int, fp16: bool, m: int, k: int, stride: int, tokens: int) -> bytes:
+    dtype: Literal["bf16", "fp16"] = "fp16" if fp16 else "bf16"
+    with driver.current(driver.primary_context(device)):
+        return driver.encode_tensor_map(
+            pointer, dtype, sizes=(k, m), strides=(stride,), box=(64, tokens), swizzle_bytes=128
+        )
 
 
 @cache

@@ -163,8 +163,9 @@ graph = torch.cuda.CUDAGraph()
 with torch.inference_mode(), torch.cuda.graph(graph):
     found = [torch.ops.q6k.linear(x[:m], tiles, None, 40, "auto") for m in (1, 5, 20)]
     found.append(torch.ops.q6k.dequantize(tiles, 40, torch.float32))
-for each in found:
-    each.fill_(float("nan"))
+with torch.inference_mode():
+    for each in found:
+        each.fill_(float("nan"))
 graph.replay()
 for each, m in zip(found, (1, 5, 20)):
     assert torch.equal(each, torch.ops.q6k.linear(x[:m], tiles, None, 40, "auto")), m

@@ -38,6 +38,13 @@ def users(k: int) -> list[nn.Module]:
     return [Q6KLinear(k, 16, device="cuda"), nn.Linear(1, 1)]
 
 
+def kernels() -> Kernels:
+    """Their memory set by copies, as that is what initcheck sees."""
+    run = Kernels(torch.device("cuda", 0), DTYPE)
+    run._best = moved(torch.zeros(2, dtype=torch.int64))
+    return run
+
+
 def check(found: Any, expected: Any) -> None:
     torch.cuda.synchronize()
     torch.testing.assert_close(found.halves.cpu(), expected.halves, rtol=4e-3, atol=4e-3)
@@ -48,7 +55,7 @@ def check(found: Any, expected: Any) -> None:
 def test_sums_and_norms(k: int) -> None:
     hidden, delta = random(1, k), random(1, k, seed=1)
     after, norm = (Norm(random(k, dtype=torch.float32, seed=each), 1e-5) for each in (2, 3))
-    run = Kernels(torch.device("cuda", 0), DTYPE)
+    run = kernels()
     total, found = run.add_norm(moved(hidden), moved(delta), moved(after), moved(norm), users(k))
     expected_total, expected = Reference().add_norm(hidden, delta, after, norm, [])
     check(found, expected)
@@ -57,7 +64,7 @@ def test_sums_and_norms(k: int) -> None:
 
 def test_gates() -> None:
     gate, up = random(1, 768), random(1, 768, seed=1)
-    run = Kernels(torch.device("cuda", 0), DTYPE)
+    run = kernels()
     check(run.gate(moved(gate), moved(up), "silu", users(768)), Reference().gate(gate, up, "silu", []))
 
 
@@ -70,8 +77,9 @@ def test_attention(dim: int, window: int, position: int) -> None:
     q, k, v = (random(1, count * dim, seed=3 + count) for count in (12, 4, 4))
     cached = Cached(*(random(1, 4, 104 if window else 200, dim, seed=each) for each in (9, 10)), window)
     at = torch.tensor([position])
-    run = Kernels(torch.device("cuda", 0), DTYPE)
+    run = kernels()
     run.reserve(heads)
+    run._counters = moved(torch.zeros(len(run._counters), dtype=torch.int32))
     there = moved(cached)
     found = run.attend(moved(q), moved(k), moved(v), moved(heads), there, moved(at), users(12 * dim))
     check(found, Reference().attend(q, k, v, heads, cached, at, []))
@@ -83,7 +91,7 @@ def test_choices() -> None:
     state = [torch.tensor([each]) for each in (3, 7)], torch.zeros(9, dtype=torch.int64), torch.tensor([1])
     choice = Choice(*state[0], state[1], state[2], 0.7)
     there = moved(choice)
-    Kernels(torch.device("cuda", 0), DTYPE).choose(moved(logits), None, there)
+    kernels().choose(moved(logits), None, there)
     Reference().choose(logits, None, choice)
     assert there.token.cpu() == choice.token
     assert there.position.cpu() == 4

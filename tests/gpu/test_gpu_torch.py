@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 import fp64  # noqa: E402
 import gpu_weights  # noqa: E402
 from gpu_weights import bias_of, inputs, linear, weight  # noqa: E402
-from q6k_kernels import jit, variants  # noqa: E402
+from q6k_kernels import gemm_wgmma, jit, variants  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -118,6 +118,26 @@ def test_threads_share_a_weight() -> None:
     for thread in threads:
         thread.join()
     assert not problems, problems[0]
+
+
+@pytest.mark.parametrize("m", [1, 8, 40])
+def test_a_thread_that_has_not_used_cuda_yet(m: int) -> None:
+    """Its output's memory is cached, so that torch has no need to make a context its own, either."""
+    w, x = weight("genuine", 250, 1024, "bf16"), inputs(m, 1024, BF16)
+    right = linear(x, w)
+    for cached in (gemm_wgmma._tile_map, gemm_wgmma._x_map):
+        cached.cache_clear()
+    found = list[Any]()
+
+    def work() -> None:
+        with torch.no_grad():
+            found.append(OPS.linear(x, w.tiles, None, w.n, "auto"))
+
+    OPS.linear(x, w.tiles, None, w.n, "auto")  # leaves its memory behind
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    fp64.assert_same_bits(found[0], right, f"M={m}")
 
 
 @pytest.mark.parametrize("scales", ["bf16", "exact"])

@@ -104,6 +104,8 @@ void launch_wgmma(const Product& product, Scratch& scratch) {
                       ticket().fetch_add(1), product.bias_kind, integer(product.m), integer(product.n),
                       integer(product.k), integer(product.n), integer(plan.whole));
   const int64_t bytes = tile_bytes(product.exact), width = bytes / TILE_PIECES, blocks = product.k / SUPER_BLOCK;
+  // The driver encodes for the thread's current context only; one that has not used CUDA yet has none.
+  const Current current(primary_context(product.device->index));
   alignas(128) CUtensorMap map;
   const cuuint64_t tile_sizes[] = {u64(width), u64(blocks * TILE_PIECES), u64(product.row_tiles)};
   const cuuint64_t tile_strides[] = {u64(width), u64(blocks * bytes)};
