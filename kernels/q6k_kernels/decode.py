@@ -104,7 +104,7 @@ def choices(tokens: int, k: int, tiles: float, exact: bool, device: Device) -> l
     # Activations that come after a full ring of tiles wait for it: where a launch is short, or activations are
     # long, blocks that quantise them ask for them first.
     short = 10 < tiles <= 48
-    fused = tokens <= 2 and (k <= 4096 or (tiles <= 48 and k < 16384))
+    fused = tokens <= 2 and k < 16384 and (k <= 4096 or tiles <= 48 or (tokens == 2 and k > 8192))
     fused = fused or (2 < tokens <= FUSED_TOKENS and k <= 4096 and tiles > 10)
     early = not short and k <= 8192 and tokens <= 2
     if device.shared_bytes < 160 << 10:
@@ -118,7 +118,7 @@ def choices(tokens: int, k: int, tiles: float, exact: bool, device: Device) -> l
     if fused and tokens <= 2:
         overlapping = tokens == 1 and k <= 4096 and tiles > 48
         return two + large if short else [Choice.of((8, 2 if exact else 3, 2), fused, early)] * overlapping + large
-    if fused:
+    if fused or (tokens == 2 and k > 8192):
         return large
     small = [Choice.of((8, 2, 1), False)]
     if k > 8192:

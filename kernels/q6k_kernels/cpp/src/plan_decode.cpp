@@ -25,7 +25,7 @@ Choice choice_of(Shape shape, bool fused, bool early = true, int64_t resident = 
 
 std::vector<Choice> choices(int64_t tokens, int64_t k, double tiles, bool exact, const Device& device) {
   const bool is_short = 10 < tiles && tiles <= 48;
-  const bool fused = (tokens <= 2 && (k <= 4096 || (tiles <= 48 && k < 16384))) ||
+  const bool fused = (tokens <= 2 && k < 16384 && (k <= 4096 || tiles <= 48 || (tokens == 2 && k > 8192))) ||
                      (2 < tokens && tokens <= FUSED_TOKENS && k <= 4096 && tiles > 10);
   const bool early = !is_short && k <= 8192 && tokens <= 2;
   if (device.shared_bytes < 160 << 10) return {choice_of({8, 2, 1}, fused, early)};
@@ -46,7 +46,7 @@ std::vector<Choice> choices(int64_t tokens, int64_t k, double tiles, bool exact,
     if (is_short) return then_large(two);
     return overlapping ? then_large({choice_of({8, exact ? 2 : 3, 2}, fused, early)}) : large;
   }
-  if (fused) return large;
+  if (fused || (tokens == 2 && k > 8192)) return large;
   const std::vector<Choice> small = {choice_of({8, 2, 1}, false)};
   if (k > 8192) return then_large(small);
   if (tokens <= 4) return tiles > 10 ? then_large(two) : large;
