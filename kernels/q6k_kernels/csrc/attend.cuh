@@ -192,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   wait_for_previous_grid();
   for (int vector = warp; vector <= heads; vector += WARPS) {
     const bool is_key = vector == heads;
-    if (vector != warp) rotation.load(k_norm, here_cosines, here_sines);
+    if (vector != warp) rotation.load(is_key ? k_norm : q_norm, here_cosines, here_sines);
     rotation.apply(is_key ? k + head * DIM : q + (row * heads + vector) * DIM, (is_key ? k_norm : q_norm) != nullptr,
                    epsilon, queries[is_key ? HEADS : vector]);
   }
