@@ -33,8 +33,8 @@
 #define Q6K_SPLIT 0
 #endif
 
-// Of a decoding step, whose other launches' blocks shall find room beside these.
-#if Q6K_TOKENS == 1 && !Q6K_FUSED && Q6K_WARPS * Q6K_OCCUPANCY >= 16
+// Of a decoding step, whose other launches' blocks shall find room beside these. Elsewhere so few would spill.
+#if Q6K_TOKENS == 1 && !Q6K_FUSED && Q6K_WARPS * Q6K_OCCUPANCY >= 16 && __CUDA_ARCH__ == 900
 #define Q6K_LIMITS __maxnreg__(104)
 #else
 #define Q6K_LIMITS __launch_bounds__(THREADS, Q6K_OCCUPANCY)
