@@ -41,7 +41,8 @@ MOST_BLOCKS = (1 << 31) - 1, 65535, 65535
 _ASM = re.compile(r"\basm\b(?:\s+volatile)?\s*\(")
 _DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
 _KERNEL = re.compile(
-    r'extern "C" __global__ void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\(([^)]*)\)'
+    r'extern "C" __global__ void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*|[A-Z0-9_]+\s+)?'
+    r"(\w+)\s*\(([^)]*)\)"
 )
 
 
