@@ -165,7 +165,7 @@ def test_a_run_interrupted_at_any_step_exits_130_and_leaves_nothing_behind(
         def run(at: int = at) -> None:
             strike(at, number)()
             # The command without its parser, which would take most of the time.
-            cli.convert(model, out, force=True, jobs=1)
+            cli.convert(str(model), out, force=True, jobs=1)
 
         code, said = fork(run, log).wait()
         codes.add(code)
