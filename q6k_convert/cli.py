@@ -1,4 +1,4 @@
-"""The command line: parse, call, print."""
+"""The command line: parse, call, print. Here is what concerns bundles; `cli_models` has what runs them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,12 @@ from typing import Annotated, Literal
 import typer
 
 from q6k_convert import __version__
+from q6k_convert.cli_models import build_ops, doctor, export, generate
+from q6k_convert.cli_options import EXIT_CODES, HUB_REFERENCE, JsonOption, QuietOption, VerboseOption
 from q6k_convert.command_group import ConvertByDefault
 from q6k_convert.errors import ExitCode
 from q6k_convert.reporting import peak_memory, reporting
 from q6k_convert.text import parse_size
-
-EXIT_CODES = """\
-Exit codes: 0 done; 1 a bug; 2 usage; 3 input rejected; 4 I/O or output conflict; 5 verification failed;
-6 environment (a compiled piece, a package or a GPU is missing); 130 interrupted."""
-HUB_REFERENCE = (
-    "a Hugging Face Hub's: ORG/REPO:QUANTISATION or ORG/REPO/FILE.gguf; ORG/REPO@REVISION for a revision."
-)
-
 
 app = typer.Typer(
     cls=ConvertByDefault,
@@ -46,15 +40,6 @@ def program(
 
     `q6k-convert MODEL.gguf OUT/` is short for `q6k-convert convert MODEL.gguf OUT/`.
     """
-
-
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document on stdout, all else on stderr.", show_default="off")
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", show_default="off")]
-VerboseOption = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.", show_default="off")
-]
 
 
 @app.command(epilog=EXIT_CODES)
@@ -255,110 +240,8 @@ def verify(
             raise typer.Exit(int(ExitCode.VERIFICATION_FAILED))
 
 
-@app.command(epilog=EXIT_CODES)
-def generate(
-    bundle: Annotated[Path, typer.Argument(metavar="OUT/", help="A bundle.")],
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            "--prompt", "-p", metavar="TEXT", help="What to continue; - reads it from stdin.", show_default="none"
-        ),
-    ] = None,
-    chat: Annotated[
-        bool,
-        typer.Option("--chat", help="Ask it as a user, by the model's chat template.", show_default="off"),
-    ] = False,
-    system: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="What the model is told first, with --chat.", show_default="none"),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=1 << 24, metavar="N", help="Stop after as many.")] = 128,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, max=100.0, help="0: always the best token; above: one by its probability.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Of the choices by probability.")] = 0,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if all it takes is there, else the CPU.")
-    ] = "auto",
-    dtype: Annotated[
-        Literal["auto", "bf16", "fp16", "fp32"],
-        typer.Option(help="Of activations and unpacked weights; auto: bf16 on a GPU, fp32 on the CPU."),
-    ] = "auto",
-    activations: Annotated[
-        Literal["auto", "int8", "bf16"],
-        typer.Option(help="How packed weights are multiplied; auto: int8 for few rows, by measurement."),
-    ] = "auto",
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="A Hugging Face tokenizer instead of the model's.", show_default="none"),
-    ] = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Continue a text with a bundle's model, or answer it."""
-    with reporting(as_json, quiet, verbose) as terminal:
-        from q6k_convert.generate import Request, run
-
-        request = Request(
-            bundle=bundle,
-            prompt=prompt,
-            chat=chat,
-            system=system,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            activations=activations,
-            tokenizer=tokenizer,
-        )
-        terminal.document(run(request, terminal.stream, terminal.note, terminal.progress))
-
-
-@app.command(epilog=EXIT_CODES)
-def doctor(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
-    """Say what of torch, driver, GPUs and compiler is here, and test the kernels."""
-    with reporting(as_json, False, verbose) as terminal:
-        from q6k_convert.doctor import examine
-
-        report = examine()
-        terminal.examination(report)
-        terminal.document(report)
-        if report["status"] != "ok":
-            raise typer.Exit(int(ExitCode.ENVIRONMENT))
-
-
-@app.command(epilog=EXIT_CODES)
-def build_ops(
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where the library goes.", show_default="ops in the cache of kernels"),
-    ] = None,
-    arch: Annotated[
-        list[int] | None,
-        typer.Option(
-            metavar="XY",
-            help="Compute capability to compile kernels for, 90 for 9.0; repeatable.",
-            show_default="80, 86, 89, 90, 100, 120",
-        ),
-    ] = None,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, max=256, help="Compilers at a time.", show_default="processors")
-    ] = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Build the operations as a C++ library, for C++ programs and for cheaper calls; needs cmake and nvcc."""
-    with reporting(as_json, quiet, verbose) as terminal:
-        from q6k_convert.build_ops import build
-
-        report = build(out, arch or [], jobs, terminal.note)
-        if as_json:
-            terminal.document(report)
-        else:
-            terminal.value("library", report["library"])
+for command in (generate, export, doctor, build_ops):
+    app.command(epilog=EXIT_CODES)(command)
 
 
 def main() -> None:

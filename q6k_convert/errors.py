@@ -75,6 +75,12 @@ class IOFailedError(Q6KConvertError):
     exit_code = ExitCode.IO
 
 
+class VerificationFailedError(Q6KConvertError):
+    """What was made is not what it was made from."""
+
+    exit_code = ExitCode.VERIFICATION_FAILED
+
+
 class EnvironmentMissingError(Q6KConvertError):
     """The installation or the machine lacks a piece the command needs."""
 

@@ -7,28 +7,33 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from q6k_convert import text
-from q6k_convert.errors import EnvironmentMissingError, InterruptedRunError, UsageError
+from q6k_convert.errors import UsageError
+from q6k_convert.running import (
+    Activations,
+    Device,
+    Dtype,
+    check_packages,
+    described,
+    device_of,
+    dtype_of,
+    interruptible,
+    name_of,
+)
 from q6k_kernels import manifest as manifests
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from q6k_kernels.generate import Generator
     from q6k_kernels.metadata import Metadata
     from q6k_kernels.tokenizer import Tokenizer
 
-Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["auto", "bf16", "fp16", "fp32"]
-Activations = Literal["auto", "int8", "bf16"]
 Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 MAX_PROMPT_BYTES = 1 << 24
-_INSTALL = "Install what generating takes: `pip install 'q6k-convert[inference]'`."
 
 
 @dataclass(frozen=True)
@@ -68,15 +73,15 @@ def run(
     """
     prompt = _prompt(request)
     manifest = manifests.read(request.bundle)
-    _check_packages()
+    check_packages("generating")
     from q6k_kernels.architectures import architecture_of
     from q6k_kernels.metadata import read_metadata
 
     # Before all that takes long, or that may fail for a reason which would not matter then.
     metadata = read_metadata(request.bundle)
     architecture_of(metadata)
-    device = _device(request.device, note)
-    with _interruptible():
+    device = device_of(request.device, note)
+    with interruptible():
         run = _Run(request, prompt, device, write, note)
         _check_length(metadata, len(run.ids), request.max_new_tokens)
         return run.document(manifest, progress)
@@ -90,9 +95,9 @@ class _Run:
 
         self.request, self.write, self.note = request, write, note
         self.device = torch.device(device)
-        self.dtype = _dtype(request.dtype, device)
+        self.dtype = dtype_of(request.dtype, device)
         self.seconds = dict[str, float]()
-        note(f"{request.bundle}: {_name(self.dtype)} on {_described(self.device)}")
+        note(f"{request.bundle}: {name_of(self.dtype)} on {described(self.device)}")
         with self._timed("tokenizer"):
             self.tokenizer, self.ids = _tokenized(request, prompt)
 
@@ -133,7 +138,7 @@ class _Run:
             "bundle": str(request.bundle),
             "architecture": manifest.architecture,
             "device": str(self.device),
-            "dtype": _name(self.dtype),
+            "dtype": name_of(self.dtype),
             "activations": request.activations,
             "temperature": request.temperature,
             "seed": request.seed,
@@ -228,45 +233,6 @@ def _prompt(request: Request) -> str:
     return prompt
 
 
-def _check_packages() -> None:
-    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
-    if missing:
-        raise EnvironmentMissingError(f"generating needs {' and '.join(missing)}: not installed", _INSTALL)
-
-
-def _device(asked: Device, note: Callable[[str], None]) -> str:
-    from q6k_convert.verify_device import missing_for_cuda
-
-    if asked == "cpu":
-        return "cpu"
-    missing = missing_for_cuda()
-    if missing is None:
-        return "cuda"
-    if asked == "cuda":
-        remedy = f"{missing.remedy} --device cpu runs the reference on the CPU, slowly."
-        raise EnvironmentMissingError(f"--device cuda cannot run: {missing.what}", remedy)
-    note(f"on the CPU, slowly: {missing.what}")
-    return "cpu"
-
-
-def _dtype(asked: Dtype, device: str) -> torch.dtype:
-    import torch
-
-    if asked == "auto":
-        return torch.bfloat16 if device == "cuda" else torch.float32
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[asked]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _described(device: torch.device) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-
-
 def _tokenized(request: Request, prompt: str) -> tuple[Tokenizer, list[int]]:
     from q6k_kernels.tokenizer import load_tokenizer
 
@@ -291,17 +257,3 @@ def _check_length(metadata: Metadata, prompt: int, new: int) -> None:
             if longest > prompt
             else "Give a shorter prompt.",
         )
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """An interruption stays one, whatever the code that it went through made of it."""
-    try:
-        yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, InterruptedRunError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is not None and cause is not error:
-            raise cause from None
-        raise

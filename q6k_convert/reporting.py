@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
     """Turns whatever goes wrong inside into a message and an exit code."""
     from q6k_convert.terminal import Terminal
-    from q6k_kernels.errors import CudaError, ModelError, PackageMissingError
+    from q6k_kernels.errors import CudaError, ExportFailedError, ModelError, PackageMissingError
     from q6k_kernels.manifest import BundleError
 
     terminal = Terminal(as_json=as_json, quiet=quiet)
@@ -43,7 +43,7 @@ def reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
         yield terminal
     except Q6KConvertError as error:
         fail(error.exit_code, error.cause, error.remedy)
-    except (CudaError, PackageMissingError) as error:
+    except (CudaError, ExportFailedError, PackageMissingError) as error:
         fail(ExitCode.ENVIRONMENT, error.cause, error.remedy)
     except ModelError as error:
         fail(ExitCode.INPUT_REJECTED, error.cause, error.remedy)

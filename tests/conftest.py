@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,3 +65,56 @@ def cuda(fake_driver: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCud
     fake = FakeCuda(fake_driver)
     yield fake
     fake.reset()
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A tiny model with a window in one layer and none in the other, exported on the CPU.
+
+    Attributes:
+        bundle: what it was made from.
+        package: the file.
+        report: what the command printed.
+    """
+
+    bundle: Path
+    package: Path
+    report: dict[str, Any]
+
+    def changed(self, path: Path, change: Callable[[str], str]) -> None:
+        """Writes the package anew, its description changed."""
+        from torch.export.pt2_archive._package import PT2ArchiveReader, PT2ArchiveWriter
+
+        with PT2ArchiveReader(str(self.package)) as old, PT2ArchiveWriter(str(path)) as new:
+            for name in old.get_file_names():
+                if name.startswith((".data", "byteorder", "archive_", "version")):
+                    continue  # the writer's own
+                content = old.read_bytes(name)
+                if name == "extra/q6k_program":
+                    before = content.decode()
+                    assert change(before) != before
+                    content = change(before).encode()
+                new.write_bytes(name, content)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> ExportedModel:
+    """By the command; compiling takes a while, so that all tests share it."""
+    from typer.testing import CliRunner
+
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not on PATH")
+    from dataclasses import replace
+
+    from q6k_convert.cli import app
+    from test_model_architectures import GEMMA2
+
+    folder = tmp_path_factory.mktemp("exported")
+    bundle, _ = replace(GEMMA2, config=GEMMA2.config | {"num_hidden_layers": 2}).bundle(folder, scales="bf16")
+    package = folder / "package" / "model.pt2"
+    package.parent.mkdir()
+    options = ["--device", "cpu", "--capacity", "128", "--json", "--quiet"]
+    result = CliRunner().invoke(app, ["export", str(bundle), str(package), *options])
+    assert result.exit_code == 0, result.output
+    return ExportedModel(bundle, package, json.loads(result.stdout))

@@ -21,7 +21,7 @@ import q6k_kernels
 from bundle_helpers import failed, invoke
 from gguf_builder import Builder, key_value, small_model, weight
 from q6k_convert import generate as rooms
-from q6k_convert import terminal, verify_device
+from q6k_convert import running, terminal, verify_device
 from q6k_convert.convert import convert
 from q6k_convert.errors import InterruptedRunError
 from q6k_convert.plan import Options
@@ -159,7 +159,7 @@ def test_what_is_missing_has_its_own_code(bundle: Path, tmp_path: Path, monkeypa
     missing = verify_device.Missing("no CUDA GPU was found", "Run it where `nvidia-smi` lists a GPU.")
     monkeypatch.setattr(verify_device, "missing_for_cuda", lambda: missing)
     failed(invoke("generate", bundle, "-p", "x", "--device", "cuda"), 6, "--device cuda cannot run", "--device cpu")
-    monkeypatch.setattr(rooms, "find_spec", lambda name: None if name == "transformers" else object())
+    monkeypatch.setattr(running, "find_spec", lambda name: None if name == "transformers" else object())
     failed(invoke("generate", bundle, *prompt), 6, "transformers: not installed", "q6k-convert[inference]")
 
 
@@ -189,7 +189,7 @@ def test_an_interruption_stays_one_whatever_wraps_it() -> None:
         except InterruptedRunError as error:
             raise RuntimeError("while compiling") from error
 
-    with pytest.raises(InterruptedRunError), rooms._interruptible():
+    with pytest.raises(InterruptedRunError), running.interruptible():
         wrapped()
 
 

@@ -118,20 +118,19 @@ def _products(
     softcap: float | None,
 ) -> Tensor:
     heads, length, size = query.shape[1:]
-    repeats = heads // key.shape[1]
-    if length == 1:
-        query = _rows(query, repeats)
-    else:
-        key, value = (shared.repeat_interleave(repeats, dim=1) for shared in (key, value))
-    scores = (query @ key.transpose(2, 3)).float() * (size**-0.5 if scaling is None else scaling)
+    key_heads = key.shape[1]
+    # Heads that share keys as rows of one query.
+    rows = query.reshape(1, key_heads, -1, size)
+    scores = (rows @ key.transpose(2, 3)).float() * (size**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is None and length > 1:
-        attention_mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril()
+        attention_mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+    scores = scores.view(1, key_heads, heads // key_heads, length, -1)
     if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, -torch.inf)
-    out = scores.softmax(dim=-1).to(value.dtype) @ value
-    return out.reshape(1, 1, heads, -1) if length == 1 else out.transpose(1, 2).contiguous()
+        scores = scores.masked_fill(~attention_mask[:, :, None], -torch.inf)
+    weights = scores.softmax(dim=-1).to(value.dtype).view(1, key_heads, rows.shape[2], -1)
+    return (weights @ value).view(1, heads, length, -1).transpose(1, 2).contiguous()
 
 
 def _rows(query: Tensor, repeats: int) -> Tensor:

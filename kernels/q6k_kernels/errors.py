@@ -92,3 +92,11 @@ class WeightsError(ModelError):
 
 class PackageMissingError(ModelError):
     """A Python package that building models needs is not installed, or too old."""
+
+
+class ProgramError(ModelError):
+    """An exported model is damaged, or not for this machine."""
+
+
+class ExportFailedError(ModelError):
+    """torch could not trace or compile a module, or what it made has no packed operation."""

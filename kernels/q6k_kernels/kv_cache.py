@@ -56,10 +56,10 @@ class KeyValueCache:
         self.capacity = capacity
         self.device = device
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.kinds = _layer_kinds(config)
+        self.kinds = layer_kinds(config)
         self.window = int(config.sliding_window) if SLIDING in self.kinds else 0
-        self.slots = _aligned(capacity)
-        self.ring = min(self.slots, _aligned(self.window + SLACK))
+        self.slots = aligned(capacity)
+        self.ring = min(self.slots, aligned(self.window + SLACK))
         self._layers = [_Layer(kind, self.slots if kind == FULL else self.ring) for kind in self.kinds]
         self._slots = torch.arange(self.slots, device=device)
         # The forward pass under way: of one token at `position`, or of a stretch of the prompt from `start`.
@@ -161,11 +161,17 @@ class KeyValueCache:
         return {FULL: full, SLIDING: sliding}
 
 
-def _aligned(slots: int) -> int:
+def aligned(slots: int) -> int:
+    """The next multiple of `ALIGNMENT`."""
     return -(-slots // ALIGNMENT) * ALIGNMENT
 
 
-def _layer_kinds(config: Any) -> list[str]:
+def layer_kinds(config: Any) -> list[str]:
+    """`FULL` or `SLIDING` of each layer.
+
+    Raises:
+        UnsupportedModelError: a layer is neither.
+    """
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         kind = FULL if getattr(config, "sliding_window", None) is None else SLIDING

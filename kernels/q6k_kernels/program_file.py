@@ -1,0 +1,268 @@
+"""An exported model as one file: a PT2 archive with two compiled programs, and their weights once, as packed.
+
+A PT2 archive is a ZIP file whose entries are stored as they are and begin at multiples of 64 bytes.
+
+    data/aotinductor/prefill/…   AOTInductor's program for 2 tokens or more, without weights
+    data/aotinductor/decode/…    for one token
+    data/weights/q6k_0 …         weights, each the bytes of a contiguous tensor
+    extra/q6k_program            text, UTF-8, a line each:
+      q6k-program 1                          the format's name and version, the first line
+      torch 2.11.0                           what compiled it; the same minor version runs it
+      device cuda 9.0                        with the compute capability it is for, or: device cpu
+      architecture llama                     GGUF's name of it
+      dtype bfloat16                         of activations and cache
+      capacity 4096                          positions in the cache
+      stretch 2048                           the most tokens of one call
+      vocabulary 128256                      V of logits
+      constant q6k_0 uint8 8016x16x3584 NAME entry in data/weights, dtype, shape (`scalar` for none), and the
+                                             programs' name of it; several names may share an entry
+      state bfloat16 1x8x4096x128 NAME       a part of the cache: zeros at first, written in place
+
+Both take int64 tokens (1, T), positions (T,) and slots (S,), see `exportable`, and give float32 logits (1, V).
+Whoever runs them gives both the same tensors, by name, as constants that are the user's: so weights and cache
+are in memory once. The programs are machine code: run only packages from those you trust.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export.pt2_archive._package import PT2ArchiveReader, PT2ArchiveWriter
+from torch.export.pt2_archive.constants import AOTINDUCTOR_DIR, EXTRA_DIR, WEIGHTS_DIR
+
+from q6k_kernels.errors import ProgramError
+
+MAGIC = "q6k-program"
+VERSION = 1
+ENTRY = f"{EXTRA_DIR}q6k_program"
+PROGRAMS = ("prefill", "decode")
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
+}
+MAX_TEXT = 1 << 24
+_EXPORT = "Export it again: `q6k-convert export BUNDLE MODEL.pt2`."
+
+
+@dataclass(frozen=True)
+class Array:
+    """A constant or a part of the state.
+
+    Attributes:
+        name: which the programs know it by.
+        dtype: one of `DTYPES`.
+        shape: of a contiguous tensor.
+        entry: below data/weights; empty for state.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    entry: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Info:
+    """What `extra/q6k_program` says.
+
+    Attributes:
+        compiled_by: torch's version, "2.11.0" say.
+        device: "cpu" or "cuda".
+        capability: compute capability, (9, 0) say; None for the CPU.
+        architecture: GGUF's name of it.
+        dtype: of activations and cache.
+        capacity: positions in the cache.
+        stretch: the most tokens of one call.
+        vocabulary: V of logits (1, V).
+        constants: weights.
+        state: the cache.
+    """
+
+    compiled_by: str
+    device: str
+    capability: tuple[int, int] | None
+    architecture: str
+    dtype: torch.dtype
+    capacity: int
+    stretch: int
+    vocabulary: int
+    constants: tuple[Array, ...]
+    state: tuple[Array, ...]
+
+
+def arrays_of(tensors: Mapping[str, Tensor]) -> tuple[tuple[Array, ...], list[Tensor]]:
+    """What a file of these constants lists, and the tensors of its entries: one for all names that share memory."""
+    entries, arrays = dict[tuple[Any, ...], int](), []
+    stored = list[Tensor]()
+    for name, tensor in tensors.items():
+        key = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        if key not in entries or not tensor.numel():
+            entries[key] = len(stored)
+            stored.append(tensor)
+        arrays.append(Array(name, tensor.dtype, tuple(tensor.shape), f"q6k_{entries[key]}"))
+    return tuple(arrays), stored
+
+
+def write(path: Path, info: Info, programs: Mapping[str, Iterable[str]], stored: Iterable[Tensor]) -> None:
+    """Writes a package.
+
+    Args:
+        path: its file, which must end in .pt2.
+        info: what it holds.
+        programs: the files that AOTInductor made of each of `PROGRAMS`.
+        stored: the entries' tensors, from `arrays_of`; copied to the host one at a time.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with PT2ArchiveWriter(str(path)) as archive:
+        for name in PROGRAMS:
+            for file in programs[name]:
+                archive.write_file(f"{AOTINDUCTOR_DIR}{name}/{Path(file).name}", file)
+        archive.write_string(ENTRY, _text(info))
+        for index, tensor in enumerate(stored):
+            host = tensor.detach().cpu().contiguous()
+            storage = host.reshape(-1).view(torch.uint8).clone() if host.storage_offset() else host
+            record = f"{WEIGHTS_DIR}q6k_{index}"
+            archive.archive_file.write_record(record, storage.untyped_storage(), host.nbytes)  # type: ignore[arg-type]
+
+
+def is_program(path: Path) -> bool:
+    """Whether a file is such a package, of any version."""
+    try:
+        with PT2ArchiveReader(str(path)) as archive:
+            return ENTRY in archive.get_file_names()
+    except (RuntimeError, OSError):
+        return False
+
+
+def read(path: Path) -> tuple[Info, dict[str, Tensor]]:
+    """What a package holds, and its constants by name, on the CPU: a private view of the file, which must stay.
+
+    Raises:
+        ProgramError: it is no such package, or its parts contradict each other.
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    try:
+        with PT2ArchiveReader(str(path)) as archive:
+            names = set(archive.get_file_names())
+            if ENTRY not in names:
+                raise ProgramError(f"{path}: a package, but not of an exported model: it has no {ENTRY}", _EXPORT)
+            content = archive.read_bytes(ENTRY)
+            if len(content) > MAX_TEXT:
+                raise ProgramError(
+                    f"{path}: {ENTRY} has {len(content)} bytes, at most {MAX_TEXT} are read", _EXPORT
+                )
+            info = _parsed(path, content.decode("utf-8", errors="replace"))
+            offsets = dict[str, int]()
+            for each in info.constants:
+                record = f"{WEIGHTS_DIR}{each.entry}"
+                if record not in names:
+                    raise ProgramError(f"{path}: no entry {record}, which {ENTRY} names", _EXPORT)
+                if (found := archive.archive_file.get_record_size(record)) != each.nbytes:
+                    raise ProgramError(
+                        f"{path}: {record} has {found} bytes, and is to be {each.name} of {each.nbytes}", _EXPORT
+                    )
+                offsets[each.entry] = archive.archive_file.get_record_offset(record)  # type: ignore[attr-defined]
+    except RuntimeError as error:
+        if isinstance(error, ProgramError):
+            raise
+        first = str(error).partition("\n")[0]
+        raise ProgramError(f"{path}: not a PT2 archive: {first}", _EXPORT) from error
+    whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    constants = dict[str, Tensor]()
+    for each in info.constants:
+        begin, end = offsets[each.entry], offsets[each.entry] + each.nbytes
+        if end > size or begin % each.dtype.itemsize:
+            raise ProgramError(
+                f"{path}: {each.name} should be at {begin} to {end}, in a file of {size} bytes", _EXPORT
+            )
+        constants[each.name] = whole[begin:end].view(each.dtype).view(each.shape)
+    return info, constants
+
+
+def _text(info: Info) -> str:
+    capability = "" if info.capability is None else f" {info.capability[0]}.{info.capability[1]}"
+    lines = [
+        f"{MAGIC} {VERSION}",
+        f"torch {info.compiled_by}",
+        f"device {info.device}{capability}",
+        f"architecture {info.architecture}",
+        f"dtype {_name(info.dtype)}",
+        f"capacity {info.capacity}",
+        f"stretch {info.stretch}",
+        f"vocabulary {info.vocabulary}",
+        *(f"constant {each.entry} {_name(each.dtype)} {_shape(each)} {each.name}" for each in info.constants),
+        *(f"state {_name(each.dtype)} {_shape(each)} {each.name}" for each in info.state),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(array: Array) -> str:
+    return "x".join(map(str, array.shape)) or "scalar"
+
+
+_LINES = {
+    "constant": re.compile(r"(q6k_\d{1,9}) (\w{1,16}) ((?:\d{1,12}x){0,7}\d{1,12}|scalar) (\S+)"),
+    "state": re.compile(r"()(\w{1,16}) ((?:\d{1,12}x){0,7}\d{1,12}|scalar) (\S+)"),
+    "device": re.compile(r"(cpu|cuda (\d{1,2})\.(\d))"),
+    **dict.fromkeys(("capacity", "stretch", "vocabulary"), re.compile(r"([1-9]\d{0,9})")),
+    **dict.fromkeys(("torch", "architecture", "dtype"), re.compile(r"(\S{1,64})")),
+}
+
+
+def _parsed(path: Path, text: str) -> Info:
+    lines = text.split("\n")
+    if lines[0] != f"{MAGIC} {VERSION}":
+        raise ProgramError(f"{path}: {ENTRY} begins with {lines[0][:40]!r}, expected '{MAGIC} {VERSION}'", _EXPORT)
+    found: dict[str, list[re.Match[str]]] = {key: [] for key in _LINES}
+    for number, line in enumerate(lines[1:-1], 2):
+        key, _, rest = line.partition(" ")
+        match = _LINES[key].fullmatch(rest) if key in _LINES else None
+        if match is None:
+            raise ProgramError(f"{path}: line {number} of {ENTRY} is {line[:80]!r}, which means nothing", _EXPORT)
+        found[key].append(match)
+    one = {key: matches[0] for key, matches in found.items() if len(matches) == 1}
+    if missing := [key for key in _LINES if key not in one and key not in ("constant", "state")]:
+        raise ProgramError(f"{path}: {ENTRY} should have one line of {', '.join(missing)}", _EXPORT)
+    on_gpu = one["device"][2] is not None
+    return Info(
+        compiled_by=one["torch"][1],
+        device="cuda" if on_gpu else "cpu",
+        capability=(int(one["device"][2]), int(one["device"][3])) if on_gpu else None,
+        architecture=one["architecture"][1],
+        dtype=_dtype(path, one["dtype"][1]),
+        capacity=int(one["capacity"][1]),
+        stretch=int(one["stretch"][1]),
+        vocabulary=int(one["vocabulary"][1]),
+        constants=tuple(_array(path, match) for match in found["constant"]),
+        state=tuple(_array(path, match) for match in found["state"]),
+    )
+
+
+def _array(path: Path, match: re.Match[str]) -> Array:
+    shape = () if match[3] == "scalar" else tuple(map(int, match[3].split("x")))
+    return Array(match[4], _dtype(path, match[2]), shape, match[1])
+
+
+def _dtype(path: Path, name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ProgramError(f"{path}: {ENTRY} names a dtype {name}; known are {', '.join(DTYPES)}", _EXPORT)
+    return DTYPES[name]
