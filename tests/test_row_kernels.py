@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,20 @@ def test_threads_may_run_in_any_order(gpu: Memory, scales: str) -> None:
     finally:
         for kernel in kernels:
             kernel.order = 0
+
+
+@pytest.mark.parametrize(("arch", "early"), [(80, False), (90, True), (100, True)])
+def test_gathering_alone_may_start_early(arch: int, early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for the launch before; the others do not, nor must what packing writes be read too early."""
+    tiles, launches = prepack.pack(*planes((37, 768), "bf16")), list[Any]()
+    kernel = SimpleNamespace(launch=lambda *_, **how: launches.append(how.get("dependent", False)))
+    monkeypatch.setattr(row_kernels.jit, "load", lambda *variant: kernel)
+    monkeypatch.setattr(row_kernels.launching, "stream", lambda on: 0)
+    monkeypatch.setattr(row_kernels, "_device", lambda **tensors: device_like(arch))
+    row_kernels.embedding(torch.tensor([3]), tiles, 37, torch.bfloat16)
+    row_kernels.dequantize(tiles, 37, torch.bfloat16)
+    row_kernels.pack(*planes((37, 768), "bf16"))
+    assert launches == [early, False, False]
 
 
 def out_of(*shape: int) -> torch.Tensor:

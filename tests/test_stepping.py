@@ -92,7 +92,7 @@ def test_the_best_tokens_are_those_of_transformers(family: str) -> None:
     generator.reset()  # and one step serves all lengths
     generator.prefill(prompt())
     generator.prepare(100)
-    assert list(generator._steps) == [generator.cache.slots]
+    assert list(generator._recorder.made) == [(generator.cache.slots, 1)]
     assert list(generator.generate(100))[:ANSWER] == answer
 
 

@@ -5,13 +5,12 @@
     for token in generator.generate(128, stop={2}): ...
 
 A decoding step begins and ends on the device: embedding, layers, head, choice of the token, which becomes the next
-step's input, and the position. On a GPU it is recorded as a CUDA graph and replayed; the host reads tokens some
-steps late, from pinned memory, and never makes the device wait. So it learns of a stop token after some steps too
-many, whose tokens are dropped.
+step's input, and the position. On a GPU it is recorded as a CUDA graph and replayed (`recording`); the host reads
+tokens some steps late, from pinned memory, and never makes the device wait. So it learns of a stop token after some
+steps too many, whose tokens are dropped.
 
 The step is our own (`stepping`), one graph for any length of the text, or the forward pass of transformers' model,
-compiled or not. That reads as much of the cache as it is recorded for, so there is a graph for each of a few
-lengths, each four times the one before, and a short text does not pay for a long cache.
+compiled or not.
 """
 
 from __future__ import annotations
@@ -27,16 +26,13 @@ from q6k_kernels.attention import Attention, implementation
 from q6k_kernels.errors import ModelError, UnsupportedModelError
 from q6k_kernels.kv_cache import KeyValueCache
 from q6k_kernels.mailbox import GpuMailbox, Mailbox
+from q6k_kernels.recording import Recorder, bucket
 from q6k_kernels.sampling import choose
 from q6k_kernels.step_reference import Choice, Reference
 from q6k_kernels.stepping import Operations, Step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-SMALLEST_BUCKET, BUCKET_FACTOR = 1024, 4
-"""Of the cache's lengths that steps are recorded for: compiling one takes as long as some thousand tokens do, and
-what a step reads in vain of a cache four times too long is less than it reads of most models' weights."""
 
 
 class CapacityError(ValueError):
@@ -98,11 +94,11 @@ class Generator:
         self.fused = self._fused_step is not None
         if self.fused and compile:
             raise ValueError("compile is for steps that are not fused; found compile=True and fused steps")
-        self._compile = self._on_gpu and not self.fused if compile is None else compile
-        if attention == "flex" and not self.fused and self._on_gpu != self._compile:
+        compiled = self._on_gpu and not self.fused if compile is None else compile
+        if attention == "flex" and not self.fused and self._on_gpu != compiled:
             raise ValueError(
                 f"attention 'flex' is for steps that are compiled on a GPU, or not compiled on the CPU; found "
-                f"compile={self._compile} on {self.device}"
+                f"compile={compiled} on {self.device}"
             )
         self._attention = implementation(attention)
         self._model = model
@@ -116,8 +112,7 @@ class Generator:
         self._seed = torch.tensor([seed], dtype=torch.int64, device=self.device)
         self._choice = Choice(self.cache.position, self._token, self._chosen, self._seed, temperature)
         self._temperature = torch.tensor([temperature], device=self.device) if temperature else None
-        self._steps = dict[int, Callable[[], object]]()
-        self._pool: Any = None
+        self._recorder = Recorder((self._token, self.cache.position), compiled=compiled, several=self.fused)
         # The last token of an answer: not in the cache yet, and to go through the model before what follows it.
         self._unseen: list[int] = []
         self._ready = False
@@ -173,8 +168,10 @@ class Generator:
             CapacityError, RuntimeError: as `generate`.
         """
         self._check_decode(tokens)
-        for keys in sorted({self._bucket(at) for at in range(self.length, self.length + tokens - 1)}):
-            self._step_for(keys)
+        for at in {self._bucket(at): at for at in range(self.length, self.length + tokens - 1)}.values():
+            self._steps(at)
+        if tokens >= 2 * self._recorder.together:  # `_generate` will run so many at once
+            self._steps(self.length, self._recorder.together)
 
     def generate(self, tokens: int, stop: Collection[int] = ()) -> Iterator[int]:
         """The tokens that follow, one by one.
@@ -198,10 +195,14 @@ class Generator:
         posted, read = 1, 0
         try:
             while read < tokens:
-                while posted < tokens and posted - read <= mailbox.lag:
-                    self._step_for(self._bucket(start + posted - 1))()
-                    mailbox.post(start + posted)
-                    posted += 1
+                while posted < tokens and (ahead := posted - read) <= mailbox.lag:
+                    # Several steps at once follow as many that are under way, and whose tokens are read meanwhile:
+                    # the device never waits for the host, and the first tokens of an answer come one by one.
+                    together = self._recorder.together
+                    count = together if together <= min(ahead, tokens - posted) else 1
+                    self._steps(start + posted - 1, count)()
+                    mailbox.post(start + posted, count)
+                    posted += count
                 token = mailbox.read()
                 read += 1
                 self.length, self._unseen = start + read, [token]
@@ -273,50 +274,11 @@ class Generator:
 
     def _bucket(self, position: int) -> int:
         """How many slots a step at this position looks at."""
-        if self.fused:
-            return self.cache.slots
-        keys = SMALLEST_BUCKET
-        while keys <= position:
-            keys *= BUCKET_FACTOR
-        # One of nearly the whole cache would be recorded for little.
-        return keys if 2 * keys <= self.capacity else self.cache.slots
+        return self.cache.slots if self.fused else bucket(position, self.capacity, self.cache.slots)
 
-    def _step_for(self, keys: int) -> Callable[[], object]:
-        if keys not in self._steps:
-            step: Callable[[int], None] = self.step
-            if self._compile:
-                # Inductor's own CUDA graphs stay off, as they are in its default mode: the recording is ours.
-                step = torch.compile(step, fullgraph=True, dynamic=False)
-            self._steps[keys] = self._recorded(step, keys) if self._on_gpu else self._in_eager(step, keys)
-        return self._steps[keys]
-
-    def _in_eager(self, step: Callable[[int], None], keys: int) -> Callable[[], object]:
-        def run() -> None:
-            with self._our_attention(), self._many_lengths():
-                step(keys)
-
-        return run
-
-    def _recorded(self, step: Callable[[int], None], keys: int) -> Callable[[], object]:
-        """The step as a CUDA graph. It runs first as it is, to compile all it takes; that leaves no trace."""
-        token, position = self._token.clone(), self.cache.position.clone()
-        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), self._our_attention(), self._many_lengths():
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    step(keys)
-                    # The same slot again: what is written there is written anew by the first step that counts.
-                    self._token.copy_(token)
-                    self.cache.position.copy_(position)
-            torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.synchronize()
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self._pool):
-                step(keys)
-        return graph.replay
+    def _steps(self, position: int, count: int = 1) -> Callable[[], object]:
+        """What runs so many steps, the first at this position."""
+        return self._recorder.form(self.step, self._bucket(position + count - 1), count, self._our_attention)
 
     @contextmanager
     def _our_attention(self) -> Iterator[None]:
@@ -328,17 +290,6 @@ class Generator:
             yield
         finally:
             config._attn_implementation = before
-
-    @contextmanager
-    def _many_lengths(self) -> Iterator[None]:
-        """Lets the step be compiled for every length of a long cache, in every generator."""
-        if not self._compile:
-            yield
-            return
-        from torch._dynamo import config
-
-        with config.patch(recompile_limit=64):
-            yield
 
     def _check_room(self, length: int) -> None:
         if length > self.capacity:

@@ -7,11 +7,9 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from q6k_kernels.kv_cache import SLACK
-
 LAG = 8
-"""Steps on a GPU between one being started and its token being read; as many may turn out to be too many."""
-assert LAG < SLACK  # noqa: S101 -- the cache can take back no more
+"""Steps on a GPU between one being started and its token being read. As many, and those that are started with the
+last of them (`recording.TOGETHER`), may turn out to be too many."""
 
 
 class Mailbox:
@@ -27,9 +25,9 @@ class Mailbox:
         self._chosen = chosen
         self._posted = deque[int]()
 
-    def post(self, at: int) -> None:
-        """The step that chooses the token at this position has been started."""
-        self._posted.append(at)
+    def post(self, at: int, count: int = 1) -> None:
+        """Steps have been started that choose the token at this position and those after it, `count` in all."""
+        self._posted.extend(range(at, at + count))
 
     def read(self) -> int:
         """The oldest token that was posted and not read."""
@@ -50,14 +48,14 @@ class GpuMailbox(Mailbox):
         self._stream = torch.cuda.Stream(chosen.device)  # type: ignore[no-untyped-call]
         self._arrived = deque[torch.cuda.Event]()
 
-    def post(self, at: int) -> None:  # noqa: D102
-        super().post(at)
+    def post(self, at: int, count: int = 1) -> None:  # noqa: D102
+        super().post(at, count)
         self._stream.wait_stream(torch.cuda.current_stream(self._chosen.device))
         with torch.cuda.stream(self._stream):
-            self._host[at : at + 1].copy_(self._chosen[at : at + 1], non_blocking=True)
+            self._host[at : at + count].copy_(self._chosen[at : at + count], non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
-        self._arrived.append(arrived)
+        self._arrived.extend([arrived] * count)
 
     def read(self) -> int:  # noqa: D102
         self._arrived.popleft().synchronize()

@@ -91,6 +91,7 @@ def embedding(indices: Tensor, tiles: Tensor, n: int, dtype: torch.dtype) -> Ten
         THREADS,
         _GATHER.pack(tiles.data_ptr(), rows.data_ptr(), out.data_ptr(), pairs, n, k),
         stream=launching.stream(device),
+        dependent=device.arch >= 90,
     )
     return out
 

@@ -32,8 +32,8 @@ ATTEND_WARPS, ATTEND_STATIC = (8, 4), 8 << 10
 """Of a block, whichever fits; bytes of shared memory that it has at most besides keys and values."""
 MOST_HEADS, MOST_BLOCKS = 8, 32
 """Query heads of a block, and blocks that share their keys."""
-CHOOSE_THREADS, CHOOSE_VALUES = 256, 4
-"""Of a block, and logits of a thread, if there are enough blocks."""
+CHOOSE_THREADS, CHOOSE_VALUES, CHOOSE_BLOCKS = 128, 8, 256
+"""Of a block, logits that a thread reads at once, and the most blocks; as in `csrc/choose.cuh`."""
 GATES = {"silu": 0, "gelu_tanh": 1}
 """`Gate` in `csrc/step.cuh`."""
 _ADD_NORM, _GATE = struct.Struct("@PPPPPPPPfi"), struct.Struct("@PPPPPii")
@@ -55,7 +55,8 @@ class Kernels:
         self._macros = (*common_macros(False, dtype is torch.float16), *_ONE_TOKEN)
         self._partials = torch.empty(0, device=device)
         self._counters = torch.zeros(0, dtype=torch.int32, device=device)
-        self._best = torch.zeros(2, dtype=torch.int64, device=device)  # and a counter
+        self._bests = torch.empty(CHOOSE_BLOCKS, dtype=torch.int64, device=device)
+        self._counted = torch.zeros(1, dtype=torch.int32, device=device)
 
     def supports(self, hidden: int, between: int, heads: Heads) -> str:
         """See `step_reference`."""
@@ -170,15 +171,15 @@ class Kernels:
         blocks = -(-vocabulary // (CHOOSE_THREADS * CHOOSE_VALUES))
         self._launch(
             (CHOOSE_FILE, CHOOSE, self._macros[:2]),
-            (min(blocks, self._device.multiprocessors), 1, 1),
+            (min(blocks, CHOOSE_BLOCKS), 1, 1),
             CHOOSE_THREADS,
             _CHOOSE.pack(
                 logits.data_ptr(),
                 choice.position.data_ptr(),
                 choice.token.data_ptr(),
                 choice.chosen.data_ptr(),
-                self._best.data_ptr(),
-                self._best.data_ptr() + 8,
+                self._bests.data_ptr(),
+                self._counted.data_ptr(),
                 choice.seed.data_ptr(),
                 softcap or 0.0,
                 choice.temperature,

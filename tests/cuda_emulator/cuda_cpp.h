@@ -68,7 +68,7 @@ static inline void __syncwarp(uint32_t mask = ~0u) {
 
 template <typename T, typename Source>
 static inline T emulated_shuffle(const char* operation, uint32_t mask, T value, Source source) {
-  static_assert(sizeof(T) == 4, "32 bits");
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "32 or 64 bits");
   if (mask != ~0u) emulator::fail("a shuffle of a part of a warp");
   struct Operand { T value, result; int source; } operand{value, value, source(emulator::current->number % 32)};
   emulator::together(operation, operand, [](Operand** all) {

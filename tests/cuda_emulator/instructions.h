@@ -117,6 +117,19 @@ static inline void cp_async_wait_group(int pending) {
   copies.erase(copies.begin(), copies.begin() + at);
 }
 
+// ---- global memory that blocks share ------------------------------------------------------------------------
+
+template <typename T>
+static inline void ld_global_cg_u64(T& value, const T* from) {
+  static_assert(sizeof(T) == 8, "64 bits");
+  value = *from;
+}
+// Blocks run one after another.
+static inline void atom_acq_rel_gpu_global_add_u32(uint32_t& before, uint32_t* at, uint32_t by) {
+  before = *at;
+  *at += by;
+}
+
 // ---- clusters and launches ---------------------------------------------------------------------------------
 
 static inline uint32_t emulated_cluster_ctarank() { return emulator::current->block->rank; }

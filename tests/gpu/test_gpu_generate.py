@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from q6k_kernels import generate as rooms  # noqa: E402
+from q6k_kernels import recording  # noqa: E402
 from q6k_kernels.generate import Generator  # noqa: E402
 from q6k_kernels.sampling import gumbel_noise  # noqa: E402
 
@@ -95,7 +95,7 @@ def test_logits_are_the_models_at_every_length(family: str) -> None:
 
 
 def test_the_same_graph_serves_text_after_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rooms, "SMALLEST_BUCKET", 64)
+    monkeypatch.setattr(recording, "SMALLEST_BUCKET", 64)
     model = tiny("Gemma3Text")
     generator = Generator(model, capacity=600, compile=False)
     answers = []
@@ -104,7 +104,7 @@ def test_the_same_graph_serves_text_after_text(monkeypatch: pytest.MonkeyPatch) 
         generator.prefill(prompt(30))
         answers.append(list(generator.generate(100)))
     assert answers[0] == answers[1] == answers[2]
-    assert sorted(generator._steps) == [64, 256]
+    assert sorted(generator._recorder.made) == [(64, 1), (256, 1)]
     single = Generator(model, capacity=600, compile=False)
     single.prefill(prompt(30))
     assert next(iter(single._generate(1, ()))) == answers[0][0]
@@ -130,7 +130,7 @@ def test_a_step_neither_waits_nor_allocates() -> None:
     generator = Generator(tiny("Gemma3Text"), capacity=600, compile=False)
     generator.prefill(prompt())
     generator.prepare(100)
-    step = generator._step_for(generator.capacity)
+    step = generator._steps(PROMPT)
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     torch.cuda.set_sync_debug_mode("error")

@@ -157,3 +157,35 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_an_embedding_waits_for_what_is_before_it(graph: bool) -> None:
+    """Indices are ready no sooner than a launch before, and rows are read by one whose memory the next may take."""
+    n, k = 1001, 512
+    w = weight("genuine", n, k, "bf16")
+    rows = w.weights(torch.bfloat16)
+    start = torch.randint(0, n, (70,), generator=random_source(0), device="cuda")
+    sums, indices = torch.zeros(70, k, dtype=torch.float64, device="cuda"), start.clone()
+
+    def follow() -> None:
+        for _ in range(50):
+            sums.add_(torch.ops.q6k.embedding(indices, w.tiles, n, torch.bfloat16))
+            indices.mul_(7).add_(3).remainder_(n)
+
+    if graph:
+        follow()
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            follow()
+        sums.zero_()
+        indices.copy_(start)
+        recorded.replay()
+    else:
+        follow()
+    expected, at = torch.zeros_like(sums), start.clone()
+    for _ in range(50):
+        expected += rows[at]
+        at = (at * 7 + 3) % n
+    assert torch.equal(indices, at)
+    assert torch.equal(sums, expected)

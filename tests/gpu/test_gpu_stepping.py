@@ -205,7 +205,7 @@ def test_choices(dtype: torch.dtype, vocabulary: int, temperature: float, softca
             assert 0 <= results[0][1] < vocabulary
         else:
             assert results[0] == results[1] == (41 + seed, results[0][1])
-    assert not run._best.any()
+    assert not run._counted.any()
 
 
 def models() -> dict[str, Any]:

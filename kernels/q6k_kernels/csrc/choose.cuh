@@ -1,9 +1,14 @@
 // The next token: the best logit, or the best of logit / temperature + noise (`sampling` has the formulas).
 //
 // What a thread has seen is one number, the score in an order that integers have, then the token, smaller ones first.
-// The last block to be done writes the token where the next step reads it.
+// The last block to be done compares what all have found, and writes the token where the next step reads it. Nearly
+// all of the time is spent waiting for memory: for the logits, the counter, and what other blocks have found.
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 128;
+constexpr int WARPS = THREADS / 32;
+constexpr int VALUES = 8;         // that a thread reads at once, 16 bytes
+constexpr int MOST_BLOCKS = 256;  // 262,144 tokens before threads take a second turn
+constexpr u32 NO_NUMBERS = 0x7FFF7FFFu;
 
 // A bijection of 32-bit numbers, every bit of which depends on every other.
 __device__ __forceinline__ u32 mixed(u32 x) {
@@ -18,37 +23,95 @@ __device__ __forceinline__ float gumbel_noise(u32 token, u32 key) {
   return -logf(-log1pf(-uniform));
 }
 
-// Parameters: logits 16-bit (vocabulary,); position, of the last token; token, the next, also put at chosen[position +
-// 1]; best and counter, 0 between launches; seed; softcap of logits, or 0: none; temperature, or 0: no noise.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    q6k_choose(const u16* logits, i64* position, i64* token, i64* chosen, u64* best, u32* counter, const i64* seed,
-               float softcap, float temperature, int vocabulary) {
-  wait_for_previous_grid();
-  const i64 following = *position + 1;
-  const u32 key = mixed(mixed((u32)*seed + 0x9E3779B9u) ^ (u32)following);
-  u64 most = 0;
-  for (int at = blockIdx.x * THREADS + threadIdx.x; at < vocabulary; at += gridDim.x * THREADS) {
-    float score = half_to_float(logits[at]);
-    if (temperature > 0.0f) {
-      if (softcap != 0.0f) score = softcap * tanhf(score / softcap);
-      score = score / temperature + gumbel_noise(at, key);
-    }
-    if (score != score) continue;  // not a number
-    const u32 bits = __float_as_uint(score + 0.0f);  // -0 is 0
-    const u32 order = bits >> 31 ? ~bits : bits | 0x80000000u;
-    most = max(most, (u64)order << 32 | (0xFFFFFFFFu - at));
-  }
+__device__ __forceinline__ u64 load_of_others(const u64* from) {  // past the cache of this multiprocessor
+  u64 value;
+  asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ u64 ranked(float score, u32 token) {
+  if (score != score) return 0;  // not a number
+  const u32 bits = __float_as_uint(score + 0.0f);  // -0 is 0
+  const u32 order = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return (u64)order << 32 | (0xFFFFFFFFu - token);
+}
+
+template <int LANES>
+__device__ __forceinline__ u64 best_of(u64 most) {  // of a warp's first LANES, in each of them
 #pragma unroll
-  for (int apart = 16; apart; apart >>= 1) most = max(most, __shfl_xor_sync(0xFFFFFFFFu, most, apart));
-  if ((threadIdx.x & 31) == 0) atomicMax(best, most);
-  __threadfence();
+  for (int apart = LANES / 2; apart; apart >>= 1) most = max(most, __shfl_xor_sync(0xFFFFFFFFu, most, apart));
+  return most;
+}
+
+// Parameters: logits 16-bit (vocabulary,), aligned to 16 bytes; position, of the last token; token, the next, also put
+// at chosen[position + 1]; bests (MOST_BLOCKS,); counter, 0 between launches; seed; softcap of logits, or 0: none;
+// temperature, or 0: no noise. Grid: at most MOST_BLOCKS.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    q6k_choose(const u16* logits, i64* position, i64* token, i64* chosen, u64* bests, u32* counter, const i64* seed,
+               float softcap, float temperature, int vocabulary) {
+  __shared__ u64 of_warps[WARPS];
+  const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, size = (u32)vocabulary;
+  let_dependents_start();
+  wait_for_previous_grid();
+  // No multiprocessor's cache may keep the position: the next step reads it before its wait (attend.cuh).
+  const i64 following = (i64)load_of_others((const u64*)position) + 1;
+  u64 most = 0;
+  for (u32 first = (blockIdx.x * THREADS + threadIdx.x) * VALUES; first < size; first += gridDim.x * THREADS * VALUES) {
+    uint4 raw;
+    if (first + VALUES <= size) {
+      raw = *(const uint4*)(logits + first);
+    } else {
+      u32 pairs[VALUES / 2];
+#pragma unroll
+      for (u32 i = 0; i < VALUES / 2; ++i) {
+        pairs[i] = NO_NUMBERS;
+        if (first + 2 * i < size) pairs[i] = (pairs[i] & 0xFFFF0000u) | logits[first + 2 * i];
+        if (first + 2 * i + 1 < size) pairs[i] = (pairs[i] & 0xFFFFu) | (u32)logits[first + 2 * i + 1] << 16;
+      }
+      raw = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+    if (temperature > 0.0f) {
+      const u32 key = mixed(mixed((u32)*seed + 0x9E3779B9u) ^ (u32)following);
+#pragma unroll 1  // not eight times the logarithms' code: it comes from memory once a step
+      for (u32 i = 0; i < VALUES; ++i) {
+        float score = half_to_float(raw.x & 0xFFFFu);
+        raw = make_uint4(raw.x >> 16 | raw.y << 16, raw.y >> 16 | raw.z << 16, raw.z >> 16 | raw.w << 16, raw.w >> 16);
+        if (softcap != 0.0f) score = softcap * tanhf(score / softcap);
+        most = max(most, ranked(score / temperature + gumbel_noise(first + i, key), first + i));
+      }
+    } else {
+#pragma unroll
+      for (u32 i = 0; i < VALUES; ++i) {
+        most = max(most, ranked(half_to_float(word_of(raw, i / 2) >> 16 * (i & 1) & 0xFFFFu), first + i));
+      }
+    }
+  }
+  most = best_of<32>(most);
+  if (lane == 0) of_warps[warp] = most;
   __syncthreads();
-  if (threadIdx.x != 0 || atomicAdd(counter, 1u) != gridDim.x - 1) return;
-  __threadfence();
-  const u64 found = atomicExch(best, 0);
-  *counter = 0;
+  if (warp != 0) return;
+  most = best_of<WARPS>(of_warps[lane % WARPS]);
+  u32 before = 0;
+  if (lane == 0) {
+    bests[blockIdx.x] = most;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  }
+  if (__shfl_sync(0xFFFFFFFFu, before, 0) != gridDim.x - 1) return;
+  __syncwarp();
+  u64 found[MOST_BLOCKS / 32];
+#pragma unroll
+  for (u32 i = 0; i < MOST_BLOCKS / 32; ++i) {  // all at once
+    const u32 block = i * 32 + lane;
+    found[i] = block < gridDim.x ? load_of_others(bests + block) : 0;
+  }
+  most = 0;
+#pragma unroll
+  for (u32 i = 0; i < MOST_BLOCKS / 32; ++i) most = max(most, found[i]);
+  most = best_of<32>(most);
+  if (lane != 0) return;
   // Where no logit is a number, a token all the same, within bounds.
-  const i64 next = found ? 0xFFFFFFFFu - (u32)found : vocabulary - 1;
+  const i64 next = most ? 0xFFFFFFFFu - (u32)most : size - 1;
+  *counter = 0;  // for the next launch
   *token = next;
   chosen[following] = next;
   *position = following;

@@ -121,7 +121,8 @@ __device__ __forceinline__ void store_super_block(const RowPart& part, int t, u8
   }
 }
 
-// Grid (ceil(count * k/256 / 64), 1, 1), 256 threads.
+// Grid (ceil(count * k/256 / 64), 1, 1), 256 threads. Begins a step: launches after this one, which may read the text's
+// position before their own wait (attend.cuh), start only when all before it have ended.
 //   tiles    (ceil(n/16), k/256, TILE_BYTES), aligned to 16 bytes
 //   indices  (count); one outside 0..n-1 traps, which ends the process's use of the device
 //   out      (count, k), aligned to 16 bytes
@@ -134,6 +135,8 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) q6k_gather(
   const bool active = wanted < pairs;
   const u32 pair = active ? wanted : pairs - 1;  // lanes past the end read what another does
   const u32 at = pair / super_blocks;
+  wait_for_previous_grid();  // indices may be its result, and `out` what it reads
+  let_dependents_start();
   const Index row = indices[at];
   if (row < 0 || row >= n) __trap();
   const int t = threadIdx.x & 3;

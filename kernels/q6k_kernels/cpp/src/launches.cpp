@@ -156,7 +156,8 @@ void launch_gather(const void* tiles, const void* indices, bool int32, void* out
     throw std::invalid_argument("indices: expected less than a terabyte of rows, found " + std::to_string(count) +
                                 " of " + std::to_string(k));
   }
-  const Launch how = {ceil_div(pairs * 4, ROW_THREADS), 1, ROW_THREADS, stream};
+  Launch how = {ceil_div(pairs * 4, ROW_THREADS), 1, ROW_THREADS, stream};
+  how.dependent = overlaps(device);
   load(Key(ROWS, {exact, out_kind, int32}), "q6k_gather", device)
       .launch(how, Arguments(tiles, indices, out, static_cast<unsigned int>(pairs), integer(n), integer(k)));
 }
