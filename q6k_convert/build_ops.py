@@ -1,4 +1,4 @@
-"""Building the C++ library of the operations: the tools it takes, CMake, and what the kernels in it take.
+"""Building the C++ library of the operations: the tools it takes, and CMake.
 
 In DIR it leaves `libq6k_ops.so` and `build/`, which is CMake's: building again compiles only what has changed, and
 `build/build.log` has all that was printed.
@@ -6,7 +6,6 @@ In DIR it leaves `libq6k_ops.so` and `build/`, which is CMake's: building again 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from q6k_convert import __version__, text
+from q6k_convert import __version__, built_kernels, text
 from q6k_convert.doctor import OLDEST_TORCH
 from q6k_convert.errors import EnvironmentMissingError, UsageError
 from q6k_kernels import compiler, cubin_cache
@@ -95,8 +94,8 @@ def build(
     with (work / "build.log").open("w", encoding="utf-8") as log:
         _configure(tools, work, chosen, only, note, log.write)
         _compile(tools, work, jobs, note, log.write)
-    rows = kernels(work / "generated")
-    for line in table(rows):
+    rows = built_kernels.rows(work / "generated")
+    for line in built_kernels.table(rows):
         note(line)
     library = _install(work / LIBRARY, folder / LIBRARY)
     _expect_loads(library, chosen)
@@ -143,32 +142,6 @@ def find_tools() -> Tools:
         )
     generator = "Ninja" if shutil.which("ninja") else "Unix Makefiles"
     return Tools(cmake, nvcc, _version(nvcc, r"release (\d+)\.(\d+)"), generator, _torch())
-
-
-def kernels(generated: Path) -> list[dict[str, Any]]:
-    """A row for each kernel that was compiled: file, macros, and what `compiler.Resources` has.
-
-    Args:
-        generated: the folder that `q6k_kernels.cpp.generate` wrote to, its cubins compiled.
-    """
-    rows = []
-    for name, unit in json.loads((generated / "units.json").read_text(encoding="utf-8")).items():
-        taken = json.loads((generated / "cubins" / f"{name}.cubin.json").read_text(encoding="utf-8"))
-        known = {key: unit[key] for key in ("arch", "file", "defines")}
-        rows += [{**known, "kernel": kernel, **taken[kernel]} for kernel in sorted(taken)]
-    return rows
-
-
-def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Lines for people."""
-    lines = [f"{'arch':>4}  {'kernel':16} registers  spills  stack  shared  macros"]
-    for row in rows:
-        macros = " ".join(f"{name.removeprefix('Q6K_')}={value}" for name, value in row["defines"].items())
-        lines.append(
-            f"{row['arch']:>4}  {row['kernel']:16} {row['registers']:>9}  {row['spill_bytes']:>6}  "
-            f"{row['stack_bytes']:>5}  {row['shared_bytes']:>6}  {macros}"
-        )
-    return lines
 
 
 def _torch() -> str:

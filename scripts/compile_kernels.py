@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
 """Do all kernels compile for all architectures, without spilling? Prints what each takes; 1 if not.
 
-    python scripts/compile_kernels.py [--compiler auto|nvcc|nvrtc] [--arch 80 ...] [--json FILE]
+    python scripts/compile_kernels.py [--compiler auto|nvcc|nvrtc] [--arch 80 ...] [--whole 90 ...] [--json FILE]
 
 Needs no GPU. `auto` is nvcc where it is on PATH, else NVRTC, the compiler that kernels meet at run time. Figures
 are the assembler's: registers, spilled bytes, stack (local arrays and calls), static shared memory; and the
 largest dynamic shared memory that launches ask for, empty where no launch of a common size chooses the kernel.
+
+`--whole 90` goes with `q6k-convert build-ops`, which compiles the kernels of the operations for all
+architectures: all kernels for 9.0, and for the others only those of decoding steps, which its library has not.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -26,27 +29,13 @@ from rich.console import Console
 from rich.table import Table
 
 from q6k_kernels import compiler
-from q6k_kernels.compiler import Defines
-from q6k_kernels.cpp.units import Unit, compile_with_nvcc, plan
+from q6k_kernels.cpp.units import OF_STEPS, Unit, Variant, compile_with_nvcc, dynamic_shared, plan
 from q6k_kernels.errors import CudaError, GpuTooOldError
 
 Row = dict[str, Any]
-Variant = tuple[str, str, Defines]
-"""File, kernel, macros."""
 CompileUnit = Callable[[str, str, tuple[str, ...]], str]
 """Source, name and options to a log."""
 FIGURES = ("registers", "spill_bytes", "stack_bytes", "shared_bytes", "dynamic_shared_bytes")
-
-
-def dynamic_shared(units: Iterable[Unit]) -> dict[tuple[int, Variant], int]:
-    """Bytes that launches of kernels ask for, by architecture and variant, where it is known."""
-    from q6k_kernels.variants import shared_bytes
-
-    return {
-        (arch, variant): size
-        for arch in dict.fromkeys(arch for arch, _, _ in units)
-        for variant, size in shared_bytes(arch).items()
-    }
 
 
 def with_nvrtc(source: str, file: str, options: tuple[str, ...]) -> str:
@@ -119,6 +108,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compiler", choices=("auto", "nvcc", "nvrtc"), default="auto")
     parser.add_argument("--arch", type=architecture, nargs="+", default=(), metavar="XY", help="80, 90, …; all")
+    parser.add_argument(
+        "--whole",
+        type=architecture,
+        nargs="+",
+        metavar="XY",
+        help="all kernels for these alone; for the others those that `q6k-convert build-ops` does not compile",
+    )
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="write the rows there too")
     args = parser.parse_args(arguments)
@@ -136,7 +132,14 @@ def main(arguments: list[str] | None = None) -> int:
             compile_unit("", "probe", compiler.options((), compiler.architecture(divmod(arch, 10))))
         except CudaError as error:
             parser.error(f"argument --arch: {arch} is not one that the compiler knows: {error.cause}")
-    units = plan(args.arch)
+    planned = plan(args.arch)
+    if absent := set(args.whole or ()) - {arch for arch, _, _ in planned}:
+        parser.error(f"argument --whole: {min(absent)} is not among the architectures to compile for")
+    units = {
+        unit: kernels
+        for unit, kernels in planned.items()
+        if args.whole is None or unit[0] in args.whole or unit[1] in OF_STEPS
+    }
     dynamic = dynamic_shared(units)
     started = time.perf_counter()
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -149,6 +152,9 @@ def main(arguments: list[str] | None = None) -> int:
         args.json.write_text(json.dumps({"compiler": by, "kernels": rows}, indent=1) + "\n", encoding="utf-8")
     seconds = time.perf_counter() - started
     print(f"{len(rows)} kernels in {len(units)} units, {seconds:.0f} s; {len(failed)} failed or spill")
+    if left := sum(map(len, planned.values())) - len(rows):
+        whole = ", ".join(map(str, dict.fromkeys(args.whole)))
+        print(f"{left} kernels for other architectures than {whole} are left to `q6k-convert build-ops`")
     if not rows:
         print("error: there was nothing to compile", file=sys.stderr)
     return int(bool(failed) or not rows)

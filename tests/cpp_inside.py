@@ -68,7 +68,7 @@ def test_schemas_and_tags_are_the_same() -> None:
 def test_what_the_library_is() -> None:
     about = ops_library.load(LIBRARY)
     assert about.path == LIBRARY.resolve()
-    assert about.architectures == (90,)
+    assert 90 in about.architectures
     assert ops_library.load(LIBRARY) is about
     with pytest.raises(ValueError, match="another library of these operations is loaded"):
         ops_library.load(__file__)

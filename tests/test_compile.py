@@ -39,6 +39,7 @@ def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     sources.mkdir()
     (sources / "common.cuh").write_text("typedef unsigned u32;\n")
     (sources / "fine.cuh").write_text(FINE)
+    (sources / "choose.cuh").write_text(FINE)
     (sources / "spills.cuh").write_text(SPILLING)
     (sources / "wrong.cuh").write_text("nonsense")
     monkeypatch.setattr(compiler, "SOURCES", sources)
@@ -97,6 +98,36 @@ def test_a_kernel_that_is_not_right_fails(
     assert ("error:" in captured.err) == bool(wrong["log"])
     if "spills" in error:
         assert wrong["spill_bytes"] > 0
+
+
+def test_what_the_library_has_is_left_out_but_for_one_architecture(
+    gate: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variants = [VARIANT, ("fine.cuh", "also", VARIANT[2]), ("choose.cuh", "fine", VARIANT[2])]
+    arguments = ("--compiler", "nvrtc", "--whole", "90")
+    assert gate.run(variants, *arguments, architectures=(80, 90, 120)) == 0
+    assert [(row["arch"], row["file"]) for row in gate.rows()] == [
+        ("sm_80", "choose.cuh"),
+        *(("sm_90a", file) for file in ("fine.cuh", "fine.cuh", "choose.cuh")),
+        ("sm_120", "choose.cuh"),
+    ]
+    told = "4 kernels for other architectures than 90 are left to `q6k-convert build-ops`"
+    assert capsys.readouterr().out.splitlines()[-1] == told
+    assert gate.run(variants, *arguments, "80", "--arch", "80", "90") == 0
+    assert len(gate.rows()) == 6
+    assert "are left" not in capsys.readouterr().out
+    # One that is not right fails wherever it is compiled, and nowhere else.
+    wrong = ("choose.cuh", "absent", VARIANT[2])
+    assert gate.run([VARIANT, wrong], *arguments) == 1
+    assert [row["error"] is None for row in gate.rows()] == [False, True, False]
+
+
+def test_the_architecture_that_is_compiled_whole_is_one_of_those_compiled(
+    gate: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        gate.run([VARIANT], "--compiler", "nvrtc", "--arch", "80", "86", "--whole", "90")
+    assert "argument --whole: 90 is not among the architectures to compile for" in capsys.readouterr().err
 
 
 def test_nothing_to_compile_is_a_failure(gate: Any, capsys: pytest.CaptureFixture[str]) -> None:

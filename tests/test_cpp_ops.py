@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cpp_library import library
-from q6k_convert import build_ops
+from q6k_convert import build_ops, built_kernels
 from q6k_convert.cli import app
 from q6k_convert.errors import EnvironmentMissingError
 from q6k_kernels.cpp import compile_unit, generate, units
@@ -145,15 +145,29 @@ def test_a_failing_build_says_where_its_log_is(
 
 
 def test_what_kernels_take_is_reported(built: Path) -> None:
-    rows = build_ops.kernels(built.parent / "build" / "generated")
+    rows = built_kernels.rows(built.parent / "build" / "generated")
     assert {row["kernel"] for row in rows} >= {"q6k_decode", "q6k_quantize", "q6k_gemm_wgmma", "q6k_gemm_mma"}
     assert all(0 < row["registers"] <= 255 and row["spill_bytes"] == 0 for row in rows)
-    lines = build_ops.table(rows)
+    for kernel, least in (("q6k_gemm_wgmma", 1024), ("q6k_gemm_mma", 1024), ("q6k_reduce", 0)):
+        asked = {row["dynamic_shared_bytes"] for row in rows if row["kernel"] == kernel}
+        assert least <= min(asked) <= max(asked) <= 227 << 10
+    lines = built_kernels.table(rows)
     assert len(lines) == len(rows) + 1
+    assert lines[0].split() == [
+        *("arch", "kernel", "registers", "spills", "stack", "shared", "dynamic", "macros")
+    ]  # fmt: skip
     assert "TOKENS=8" in "".join(lines)
 
 
-def test_a_kernel_that_spills_fails_the_build(
+def test_a_table_has_every_figure_in_its_column() -> None:
+    row = {"arch": 90, "file": "f.cuh", "kernel": "q6k_f", "registers": 40, "spill_bytes": 1, "stack_bytes": 2}
+    row |= {"shared_bytes": 3, "dynamic_shared_bytes": 4096, "defines": {"Q6K_TOKENS": 8, "OTHER": 0}}
+    _, known, unknown = built_kernels.table([row, row | {"dynamic_shared_bytes": None}])
+    assert known.split() == ["90", "q6k_f", "40", "1", "2", "3", "4096", "TOKENS=8", "OTHER=0"]
+    assert unknown == known.replace("4096", "    ")
+
+
+def test_a_unit_that_spills_is_no_cubin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = (
@@ -168,6 +182,16 @@ def test_a_kernel_that_spills_fails_the_build(
     assert compile_unit.main("nvcc", str(described), "u", str(tmp_path / "u.cubin")) == 1
     assert "error: u: q6k_pack spills 32 bytes; it has no kernel q6k_other" in capsys.readouterr().err
     assert not (tmp_path / "u.cubin").exists()
+
+
+def test_a_kernel_that_spills_fails_the_build(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel of eight rows' sums, made to share a multiprocessor's registers with seven more of its blocks."""
+    sums = {"Q6K_EXACT": 1, "Q6K_TOKENS": 8, "Q6K_WARPS": 8}.items()
+    name = next(units.name_of(unit) for unit in units.plan([90]) if sums <= dict(unit[2]).items())
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-DQ6K_OCCUPANCY=8")
+    with pytest.raises(EnvironmentMissingError, match=rf"code 1: error: {name}: q6k_decode spills [1-9]\d+ bytes"):
+        build_ops.build(tmp_path, [90], 1, print, f"^{name}$")
+    assert not (tmp_path / build_ops.LIBRARY).exists()
 
 
 def test_source_that_does_not_compile(built: Path) -> None:

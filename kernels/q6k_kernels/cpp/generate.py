@@ -4,7 +4,7 @@
 
 | file | what |
 |---|---|
-| units.json | every unit: file, kernels, options |
+| units.json | every unit: file, kernels, the dynamic shared memory that they ask for, options |
 | units.cmake | their names, and the device code that they are made of |
 | cubins.S | their cubins, one behind the other |
 | cubins.inc | which is which: architecture, file, values of macros |
@@ -115,12 +115,16 @@ def main(arguments: list[str] | None = None) -> None:
     units = {library.name_of(unit): unit for unit in wanted if re.search(args.only, library.name_of(unit))}
     for unit in units.values():
         library.check(unit)
+    dynamic = library.dynamic_shared(units.values())
     described = {
         name: {
             "arch": unit[0],
             "file": unit[1],
             "defines": dict(unit[2]),
             "kernels": wanted[unit],
+            "dynamic_shared_bytes": {
+                kernel: dynamic.get((unit[0], (unit[1], kernel, unit[2]))) for kernel in wanted[unit]
+            },
             "options": library.options_of(unit),
         }
         for name, unit in units.items()

@@ -1,14 +1,14 @@
 """What the library's kernels are compiled from: a unit for each file and set of macros, by nvcc, ahead of time.
 
 A unit is what `jit` compiles at run time, to the same cubin but for the compiler's version. Which there are, only
-`q6k_kernels.variants` says. Needs no torch, but for `plan`.
+`q6k_kernels.variants` says. Needs no torch, but for `plan` and `dynamic_shared`.
 """
 
 from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from q6k_kernels.errors import CompileFailedError
 
 Unit = tuple[int, str, Defines]
 """Compute capability, file, macros: compiled once, whatever kernels it has."""
+Variant = tuple[str, str, Defines]
+"""File, kernel, macros."""
 
 MACROS: dict[str, tuple[tuple[str, ...], ...]] = {
     "decode.cuh": (
@@ -65,6 +67,17 @@ def plan(architectures: Sequence[int] = ()) -> dict[Unit, list[str]]:
         for file, kernel, defines in all_variants(arch):
             units.setdefault((arch, file, defines), []).append(kernel)
     return units
+
+
+def dynamic_shared(units: Iterable[Unit]) -> dict[tuple[int, Variant], int]:
+    """Bytes that launches of kernels ask for, by compute capability and variant, where it is known."""
+    from q6k_kernels.variants import shared_bytes
+
+    return {
+        (arch, variant): size
+        for arch in dict.fromkeys(arch for arch, _, _ in units)
+        for variant, size in shared_bytes(arch).items()
+    }
 
 
 def check(unit: Unit) -> None:

@@ -1,0 +1,73 @@
+"""Exported modules and models on a GPU: what AOTInductor compiles there, with the operations inside."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+import lowering  # noqa: E402
+from q6k_convert import export  # noqa: E402
+from q6k_kernels import load_model  # noqa: E402
+from q6k_kernels.cuda import DECODE_M, PREFILL_M  # noqa: E402
+from q6k_kernels.program import Program  # noqa: E402
+from test_generate import Generator  # noqa: E402
+from test_model_architectures import GEMMA2, LLAMA  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+SIZES = (2, 4, DECODE_M, DECODE_M + 1, 64, PREFILL_M - 1, PREFILL_M, 300, 4096)
+
+
+@pytest.mark.parametrize("scales", ["bf16", "exact"])
+def test_a_weight_from_gguf_to_a_compiled_program(scales: str, tmp_path: Path) -> None:
+    lowering.check(tmp_path, scales, "cuda", torch.bfloat16, SIZES)
+
+
+@pytest.mark.parametrize("model", [replace(GEMMA2, config=GEMMA2.config | {"num_hidden_layers": 2}), LLAMA])
+def test_a_whole_model(model: Any, tmp_path: Path) -> None:
+    """Its logits are the model's, in stretches, past where a ring has wrapped, and for a second text."""
+    out, _ = model.bundle(tmp_path, scales="bf16")
+    package = tmp_path / "model.pt2"
+    before = torch.cuda.memory_allocated()
+    report = export.run(export.Request(out, package, capacity=192, device="cuda"), print, no_progress)
+    assert report["check"]["relative_difference"] <= report["check"]["allowed"]
+    assert report["operations"]["decode"]["packed"] > 0
+    program = Program(package)
+    held = torch.cuda.memory_allocated() - before
+    assert held < report["weights_bytes"] + report["state_bytes"] + (1 << 20)  # once for both programs
+    packed = load_model(out, device="cuda")
+    ids = torch.randint(3, 96, (100,), generator=torch.Generator().manual_seed(4)).tolist()
+    for begin in (0, 30):
+        text = ids[begin:]
+        program.reset()
+        generator = Generator(packed, capacity=192, fused=False, compile=False)
+        first = program.prefill(text)
+        close(first[0], generator.prefill(text))
+        for token in list(program.generate(9, first))[:-1]:
+            text = [*text, token]
+        program.reset()
+        generator.reset()
+        close(program.prefill(text)[0], generator.prefill(text))
+
+
+def close(found: Any, expected: Any) -> None:
+    """As near as bf16 and 8-bit codes of activations leave two orders of rounding."""
+    assert float((found - expected).norm() / expected.norm()) < 0.05
+
+
+class no_progress:  # noqa: N801 -- in the place of a function
+    """A display that shows nothing."""
+
+    def __init__(self, total: int, word: str) -> None:
+        self.total, self.word = total, word
+
+    def __enter__(self) -> Any:
+        return lambda nbytes: None
+
+    def __exit__(self, *_: object) -> None: ...
