@@ -61,7 +61,7 @@ def close(found: Any, expected: Any) -> None:
     assert float((found - expected).norm() / expected.norm()) < 0.05
 
 
-class no_progress:  # noqa: N801 -- in the place of a function
+class no_progress:
     """A display that shows nothing."""
 
     def __init__(self, total: int, word: str) -> None:
