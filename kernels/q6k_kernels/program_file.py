@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,27 +158,29 @@ def read(path: Path) -> tuple[Info, dict[str, Tensor]]:
     """
     size = path.stat().st_size
     try:
-        with PT2ArchiveReader(str(path)) as archive:
-            names = set(archive.get_file_names())
-            if ENTRY not in names:
+        with zipfile.ZipFile(path) as files, PT2ArchiveReader(str(path)) as archive:
+            # Below the folder that all entries are in.
+            entries = {entry.filename.partition("/")[2]: entry for entry in files.infolist()}
+            if ENTRY not in entries:
                 raise ProgramError(f"{path}: a package, but not of an exported model: it has no {ENTRY}", _EXPORT)
-            content = archive.read_bytes(ENTRY)
-            if len(content) > MAX_TEXT:
-                raise ProgramError(
-                    f"{path}: {ENTRY} has {len(content)} bytes, at most {MAX_TEXT} are read", _EXPORT
-                )
-            info = _parsed(path, content.decode("utf-8", errors="replace"))
+            if (found := entries[ENTRY].file_size) > MAX_TEXT:
+                raise ProgramError(f"{path}: {ENTRY} has {found} bytes, at most {MAX_TEXT} are read", _EXPORT)
+            info = _parsed(path, archive.read_bytes(ENTRY).decode("utf-8", errors="replace"))
             offsets = dict[str, int]()
             for each in info.constants:
                 record = f"{WEIGHTS_DIR}{each.entry}"
-                if record not in names:
+                if record not in entries:
                     raise ProgramError(f"{path}: no entry {record}, which {ENTRY} names", _EXPORT)
-                if (found := archive.archive_file.get_record_size(record)) != each.nbytes:
+                entry = entries[record]
+                if entry.file_size != each.nbytes or entry.compress_type != zipfile.ZIP_STORED:
+                    packed = "" if entry.compress_type == zipfile.ZIP_STORED else ", compressed"
                     raise ProgramError(
-                        f"{path}: {record} has {found} bytes, and is to be {each.name} of {each.nbytes}", _EXPORT
+                        f"{path}: {record} has {entry.file_size} bytes{packed}, and is to be {each.name} "
+                        f"of {each.nbytes} as they are",
+                        _EXPORT,
                     )
                 offsets[each.entry] = archive.archive_file.get_record_offset(record)  # type: ignore[attr-defined]
-    except RuntimeError as error:
+    except (RuntimeError, zipfile.BadZipFile) as error:
         if isinstance(error, ProgramError):
             raise
         first = str(error).partition("\n")[0]
