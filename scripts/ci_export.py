@@ -8,6 +8,7 @@ MODEL is a GGUF file, or the name of one on the Hugging Face Hub (ORG/REPO[@REVI
     convert      OUT/bundle
     verify       the bundle: structure, checksums, every tensor against MODEL, the operations on a device
     answer       the model reads a text and goes on with it: perplexity and repetition have to stay in bounds
+    export       OUT/model.pt2, a program that runs without Python, where a GPU is to run it
     provenance   OUT/provenance.spdx.json: files, their hashes, what they were made of and by
     checksums    OUT/SHA256SUMS, for `sha256sum -c`
 
@@ -23,11 +24,12 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import typer
+from ci_files import sha256, stamps, write
 from sanity import PROMPT
 
 from q6k_convert import __version__, contents
@@ -42,9 +44,10 @@ from q6k_convert.terminal import Terminal
 from q6k_kernels import manifest as manifests
 
 Row = dict[str, Any]
-STEPS = ("download", "convert", "verify", "answer", "provenance", "checksums")
+STEPS = ("download", "convert", "verify", "answer", "export", "provenance", "checksums")
 STATE = ".ci_export.json"
 REPORT, PROVENANCE, CHECKSUMS = "report.json", "provenance.spdx.json", "SHA256SUMS"
+PROGRAM = "model.pt2"
 
 
 class Export:
@@ -94,7 +97,7 @@ class Export:
             self.terminal.note(f"{name}: begins")
             self.did.append(name)
             # What speaks of a state that is no more; the bundle itself is replaced once the new one is whole.
-            for stale in (REPORT, *((PROVENANCE, CHECKSUMS) if name == "convert" else ())):
+            for stale in (REPORT, *((PROGRAM, PROVENANCE, CHECKSUMS) if name == "convert" else ())):
                 (self.out / stale).unlink(missing_ok=True)
             self.state.pop(name, None)
             self._write_state()
@@ -172,6 +175,31 @@ class Export:
 
         return answer(self.bundle, self.args, self.terminal)
 
+    def _export(self) -> Row:
+        from q6k_convert.export import Request, run
+
+        reason = self._no_program()
+        if reason is not None:
+            (self.out / PROGRAM).unlink(missing_ok=True)  # of an earlier run, elsewhere
+            self.terminal.note(f"export: nothing to do, {reason}")
+            return {"status": "left out", "reason": reason}
+        args = self.args
+        request = Request(self.bundle, self.out / PROGRAM, args.capacity, args.device, force=True)
+        row = run(request, self.terminal.note, self.terminal.progress)
+        names = ("device", "capability", "dtype", "torch", "capacity", "stretch", "bytes", "operations", "check")
+        return {"file": PROGRAM, **{name: row[name] for name in names}}
+
+    def _no_program(self) -> str | None:
+        """Why no program is made, if none is."""
+        from q6k_convert.verify_device import missing_for_cuda
+
+        if self.args.export == "always":
+            return None
+        if self.args.device == "cpu":
+            return "as --device is cpu"
+        missing = missing_for_cuda()
+        return missing.what if missing else None
+
     def _provenance(self) -> Row:
         from spdx import hashed, provenance
 
@@ -185,7 +213,7 @@ class Export:
         files = sorted([*manifest.files, manifests.NAME])
         document = provenance(
             parts[0].name.removesuffix(".gguf"),
-            [hashed(self.bundle / name, f"bundle/{name}") for name in files],
+            [hashed(path, name) for name, path in self._made(files).items()],
             [hashed(path, path.name) for path in parts],
             origin=self.download or None,
             license_words=words if isinstance(words, str) else "",
@@ -205,9 +233,14 @@ class Export:
 
     def _listed(self) -> dict[str, Path]:
         """The files that checksums are of, by their names in OUT."""
-        names = [f"bundle/{path.name}" for path in self.bundle.iterdir()]
-        names += [PROVENANCE] if (self.out / PROVENANCE).exists() else []
-        return {name: self.out / name for name in sorted(names)}
+        made = self._made(path.name for path in self.bundle.iterdir())
+        more = {PROVENANCE: self.out / PROVENANCE} if (self.out / PROVENANCE).exists() else {}
+        return dict(sorted((made | more).items()))
+
+    def _made(self, files: Iterable[str]) -> dict[str, Path]:
+        """The bundle's files, and the program if there is one, by their names in OUT."""
+        names = [*(f"bundle/{name}" for name in files), *([PROGRAM] if (self.out / PROGRAM).exists() else [])]
+        return {name: self.out / name for name in names}
 
     def _key(self, step: str) -> str:
         """A hash of what a step depends on."""
@@ -215,6 +248,7 @@ class Export:
         with open_gguf(self.source) as model:
             source = [[part.path.name, part.size, part.stat.st_mtime_ns] for part in model.parts]
         bundle = stamps(self.bundle.iterdir()) if self.bundle.is_dir() else []
+        program = stamps([self.out / PROGRAM])
         where = {name: self.download.get(name) for name in ("hub", "repository", "commit")}
         parts: dict[str, list[Any]] = {
             "convert": [source, args.scales, args.other],
@@ -222,7 +256,8 @@ class Export:
             "answer": [
                 bundle, args.device, args.prompt, args.max_new_tokens, args.max_perplexity, args.max_repetition
             ],
-            "provenance": [source, bundle, where, os.environ.get("SOURCE_DATE_EPOCH")],
+            "export": [bundle, args.device, args.capacity, self._no_program() if step == "export" else None],
+            "provenance": [source, bundle, program, where, os.environ.get("SOURCE_DATE_EPOCH")],
             "checksums": [stamps(self._listed().values())] if self.bundle.is_dir() else [],
         }  # fmt: skip
         return hashlib.sha256(json.dumps([__version__, step, parts[step]]).encode()).hexdigest()
@@ -231,7 +266,7 @@ class Export:
         """What a step's outputs look like now."""
         if step == "convert":
             return stamps(self.bundle.iterdir()) if self.bundle.is_dir() else []
-        files = {"provenance": PROVENANCE, "checksums": CHECKSUMS}
+        files = {"export": PROGRAM, "provenance": PROVENANCE, "checksums": CHECKSUMS}
         return stamps([self.out / files[step]]) if step in files else []
 
     def _read_state(self) -> Row:
@@ -260,27 +295,6 @@ class Export:
         write(self.out / REPORT, report | ({"failure": failure} if failure else {}))
 
 
-def stamps(paths: Any) -> list[Any]:
-    """Name, size and time of files; what is not there has none."""
-    found = [(path.name, path.stat()) for path in sorted(paths) if path.exists()]
-    return [[name, each.st_size, each.st_mtime_ns] for name, each in found]
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write(path: Path, content: Row | str) -> None:
-    """A text or JSON file that is there whole or not at all."""
-    text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
-
-
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(
@@ -292,17 +306,21 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--skip", action="append", choices=STEPS, default=[], metavar="STEP", help="leave it out; repeatable")
     add("--scales", choices=("bf16", "exact"), default="bf16")
     add("--other", choices=("bf16", "raw", "skip", "error"), default="bf16")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="for verify and answer")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="for verify, answer and export")
     add("--prompt", default=PROMPT, metavar="TEXT", help="what the model reads; by default a well-known sentence")
     add("--max-new-tokens", type=int, default=48, metavar="N", help="of the answer")
     add("--max-perplexity", type=float, default=100.0, metavar="P", help="of the prompt")
     add("--max-repetition", type=float, default=0.9, metavar="R", help="share of tokens that were there before")
+    add("--export", choices=("auto", "always"), default="auto", help="auto: only if --device finds a GPU")
+    add("--capacity", type=int, metavar="N", help="tokens that the program has room for; as `q6k-convert export`")
     add("--force", action="store_true", help="replace a bundle in OUT that this script did not make")
     add("--quiet", action="store_true", help="errors only")
     add("--verbose", action="store_true", help="the traceback of an error")
     args = parser.parse_args(arguments)
     if args.max_new_tokens < 1:
         parser.error("--max-new-tokens: expected 1 or more")
+    if args.capacity is not None and args.capacity < 8:
+        parser.error("--capacity: expected 8 or more")
     return args
 
 

@@ -78,7 +78,7 @@ def test_everything_is_made_once(gguf: Path, out: Path, capsys: pytest.CaptureFi
     report = export(gguf, out)
     assert {path.name for path in out.iterdir()} == MADE
     assert report["status"] == "passed"
-    assert list(report["steps"]) == ["convert", "verify", "answer", "provenance", "checksums"]
+    assert list(report["steps"]) == ["convert", "verify", "answer", "export", "provenance", "checksums"]
     states = {stage["stage"]: stage["state"] for stage in report["steps"]["verify"]["stages"]}
     assert states == dict.fromkeys(("structure", "content", "source", "device"), "passed")
     checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=out, capture_output=True, text=True, check=True)
@@ -136,11 +136,47 @@ def test_provenance_names_every_file_with_its_hashes(
     assert export(gguf, out, code=2)["failure"]["step"] == "provenance"
 
 
-@pytest.mark.parametrize("step", ["verify", "answer", "provenance", "checksums"])
+def test_a_program_is_made_where_a_gpu_is(
+    gguf: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a compiler that only writes what it is asked: tests/test_export.py has the real one."""
+    report = export(gguf, out)
+    assert report["steps"]["export"] == {"status": "left out", "reason": "as --device is cpu"}
+    asked = []
+
+    def compiled(request: Any, *_: Any) -> dict[str, Any]:
+        asked.append(request)
+        request.target.write_bytes(b"program of " + (request.bundle / "bundle.json").read_bytes())
+        return dict.fromkeys(
+            ("device", "capability", "dtype", "torch", "capacity", "stretch", "bytes", "operations", "check"), 1
+        )
+
+    monkeypatch.setattr("q6k_convert.export.run", compiled)
+    for turn in range(2):
+        report = export(gguf, out, "--export", "always", "--capacity", "64")
+        assert report["steps"]["export"]["file"] == "model.pt2"
+        assert len(asked) == 1, turn
+    assert asked[0].capacity == 64
+    assert {path.name for path in out.iterdir()} == MADE | {"model.pt2"}
+    digest = hashlib.sha256((out / "model.pt2").read_bytes()).hexdigest()
+    assert f"{digest}  model.pt2\n" in (out / "SHA256SUMS").read_text()
+    assert digest in (out / "provenance.spdx.json").read_text()
+    # A GPU that is not used is none; and what was made for another bundle goes with it.
+    export(gguf, out, "--scales", "exact", "--skip", "export")
+    assert not (out / "model.pt2").exists()
+    assert "model.pt2" not in (out / "SHA256SUMS").read_text() + (out / "provenance.spdx.json").read_text()
+    export(gguf, out, "--export", "always")
+    assert len(asked) == 2
+    export(gguf, out)
+    assert not (out / "model.pt2").exists()
+    assert "model.pt2" not in (out / "SHA256SUMS").read_text()
+
+
+@pytest.mark.parametrize("step", ["verify", "answer", "export", "provenance", "checksums"])
 def test_each_step_can_be_left_out(step: str, gguf: Path, out: Path) -> None:
     report = export(gguf, out, "--skip", step)
     assert step not in report["steps"]
-    assert len(report["steps"]) == 4
+    assert len(report["steps"]) == 5
     assert report["skipped"] == [step]
     missing = {"provenance": "provenance.spdx.json", "checksums": "SHA256SUMS"}.get(step)
     assert {path.name for path in out.iterdir()} == MADE - {missing}
@@ -168,13 +204,13 @@ def test_a_run_that_failed_is_gone_on_with(
         report = export(gguf, out, code=4)
     assert report["status"] == "failed"
     assert report["failure"]["step"] == "provenance"
-    assert list(report["steps"]) == ["convert", "verify", "answer"]
+    assert list(report["steps"]) == ["convert", "verify", "answer", "export"]
     capsys.readouterr()
     assert export(gguf, out)["status"] == "passed"
     said = capsys.readouterr().err
     assert [line for line in said.splitlines() if line.endswith((": begins", ": done before"))] == [
         "convert: done before", "verify: done before", "answer: done before",
-        "provenance: begins", "checksums: begins",
+        "export: done before", "provenance: begins", "checksums: begins",
     ]  # fmt: skip
 
 

@@ -1,0 +1,29 @@
+"""Files of a CI run: whether they have changed, their hashes, and how they are written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+
+def stamps(paths: Any) -> list[Any]:
+    """Name, size and time of files; what is not there has none."""
+    found = [(path.name, path.stat()) for path in sorted(paths) if path.exists()]
+    return [[name, each.st_size, each.st_mtime_ns] for name, each in found]
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(path: Path, content: dict[str, Any] | str) -> None:
+    """A text or JSON file that is there whole or not at all."""
+    text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
