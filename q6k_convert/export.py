@@ -84,18 +84,19 @@ def run(request: Request, note: Note, progress: Progress) -> dict[str, Any]:
     architecture_of(metadata)
     capacity = _capacity(request, metadata)
     device = device_of(request.device, note)
+    dtype = dtype_of(request.dtype, device)
     _check_compilers(device)
     with interruptible():
-        return _Run(request, device, capacity, note).document(manifest, progress)
+        return _Run(request, device, dtype, capacity, note).document(manifest, progress)
 
 
 class _Run:
-    def __init__(self, request: Request, device: str, capacity: int, note: Note) -> None:
+    def __init__(self, request: Request, device: str, dtype: torch.dtype, capacity: int, note: Note) -> None:
         import torch
 
         self.request, self.note, self.capacity = request, note, capacity
         self.device = torch.device(device)
-        self.dtype = dtype_of(request.dtype, device)
+        self.dtype = dtype
         self.seconds = dict[str, float]()
         note(
             f"{request.bundle} -> {request.target}: {name_of(self.dtype)} on {described(self.device)}, "

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
-from q6k_convert.errors import EnvironmentMissingError, InterruptedRunError
+from q6k_convert.errors import EnvironmentMissingError, InterruptedRunError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -53,9 +53,15 @@ def device_of(asked: Device, note: Callable[[str], None]) -> str:
 
 
 def dtype_of(asked: Dtype, device: str) -> torch.dtype:
-    """Of activations and of weights that are not packed."""
+    """Of activations and of weights that are not packed.
+
+    Raises:
+        UsageError: fp32 on a GPU, whose kernels take 16 bits.
+    """
     import torch
 
+    if asked == "fp32" and device == "cuda":
+        raise UsageError("--dtype fp32 is for the CPU; kernels on a GPU take 16 bits", "Give bf16 or fp16.")
     if asked == "auto":
         return torch.bfloat16 if device == "cuda" else torch.float32
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[asked]

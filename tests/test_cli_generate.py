@@ -163,6 +163,13 @@ def test_what_is_missing_has_its_own_code(bundle: Path, tmp_path: Path, monkeypa
     failed(invoke("generate", bundle, *prompt), 6, "transformers: not installed", "q6k-convert[inference]")
 
 
+@pytest.mark.parametrize("name", ["generate", "export"])
+def test_kernels_take_16_bits(name: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_device, "missing_for_cuda", lambda: None)
+    target = ["-p", "x"] if name == "generate" else [tmp_path / "model.pt2"]
+    failed(invoke(name, bundle, *target, "--dtype", "fp32"), 2, "--dtype fp32 is for the CPU", "bf16 or fp16")
+
+
 def test_an_interruption_ends_it_cleanly(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from q6k_kernels.tokenizer import TextStream
 
