@@ -29,6 +29,7 @@ from q6k_convert.running import (
 from q6k_kernels import manifest as manifests
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from q6k_kernels.exportable import ExportableModel

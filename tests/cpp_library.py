@@ -84,7 +84,15 @@ def library() -> Path:
     digest = hashlib.sha256(f"{only} {torch.__version__} {build_ops.find_tools()}".encode())
     for path in sorted(
         path
-        for pattern in ("csrc/*.cuh", "cpp/**/*.*", "compiler.py", "variants.py", "decode.py", "gemm_*.py")
+        for pattern in (
+            "csrc/*.cuh",
+            "cpp/*.*",
+            "cpp/src/*",
+            "compiler.py",
+            "variants.py",
+            "decode.py",
+            "gemm_*.py",
+        )
         for path in PACKAGE.glob(pattern)
         if path.suffix != ".pyc"
     ):

@@ -167,6 +167,10 @@ CHANGES = [
     (" uint8 ", " uint8 9x", "bytes, and is to be model"),
     ("constant q6k_0 ", "constant ../../x ", "means nothing"),
     ("keys_0\n", "keys_9\n", "asks for keys_0"),
+    ("values_0\n", "keys_0\n", "has keys_0 twice"),
+    ("stretch 72\n", "stretch 129\n", "stretches of 129 tokens for 128 positions"),
+    ("stretch 72\n", "stretch ٧٢\n", "means nothing"),
+    ("values_1\n", "values_1", "ends within the line 'state .* values_1'"),
 ]
 
 

@@ -27,7 +27,7 @@ SLOTS_AT_ONCE = 256
 
 
 class Program:
-    """An exported model with one text.
+    """An exported model with one text, for one thread at a time.
 
     Attributes:
         info: what the package says of itself.
@@ -49,7 +49,8 @@ class Program:
         self.device = _device(file, self.info, device)
         ops.implement()
         index = -1 if self.device.index is None else self.device.index
-        runners = load_pt2(str(file), device_index=index).aoti_runners
+        # By themselves in their thread: so that no call waits for the device to end the one before.
+        runners = load_pt2(str(file), run_single_threaded=True, device_index=index).aoti_runners
         held = _moved(constants, self.device)
         held |= {
             each.name: torch.zeros(each.shape, dtype=each.dtype, device=self.device) for each in self.info.state

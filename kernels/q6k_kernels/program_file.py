@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,11 +223,12 @@ def _shape(array: Array) -> str:
     return "x".join(map(str, array.shape)) or "scalar"
 
 
+_ARRAY = r"(\w{1,16}) ((?:\d{1,12}x){0,7}\d{1,12}|scalar) (\S+)"
 _LINES = {
-    "constant": re.compile(r"(q6k_\d{1,9}) (\w{1,16}) ((?:\d{1,12}x){0,7}\d{1,12}|scalar) (\S+)"),
-    "state": re.compile(r"()(\w{1,16}) ((?:\d{1,12}x){0,7}\d{1,12}|scalar) (\S+)"),
-    "device": re.compile(r"(cpu|cuda (\d{1,2})\.(\d))"),
-    **dict.fromkeys(("capacity", "stretch", "vocabulary"), re.compile(r"([1-9]\d{0,9})")),
+    "constant": re.compile(rf"(q6k_\d{{1,9}}) {_ARRAY}", re.ASCII),
+    "state": re.compile(rf"(){_ARRAY}", re.ASCII),
+    "device": re.compile(r"(cpu|cuda (\d{1,2})\.(\d))", re.ASCII),
+    **dict.fromkeys(("capacity", "stretch", "vocabulary"), re.compile(r"([1-9]\d{0,9})", re.ASCII)),
     **dict.fromkeys(("torch", "architecture", "dtype"), re.compile(r"(\S{1,64})")),
 }
 
@@ -235,6 +237,8 @@ def _parsed(path: Path, text: str) -> Info:
     lines = text.split("\n")
     if lines[0] != f"{MAGIC} {VERSION}":
         raise ProgramError(f"{path}: {ENTRY} begins with {lines[0][:40]!r}, expected '{MAGIC} {VERSION}'", _EXPORT)
+    if lines[-1]:
+        raise ProgramError(f"{path}: {ENTRY} ends within the line {lines[-1][:80]!r}", _EXPORT)
     found: dict[str, list[re.Match[str]]] = {key: [] for key in _LINES}
     for number, line in enumerate(lines[1:-1], 2):
         key, _, rest = line.partition(" ")
@@ -246,7 +250,7 @@ def _parsed(path: Path, text: str) -> Info:
     if missing := [key for key in _LINES if key not in one and key not in ("constant", "state")]:
         raise ProgramError(f"{path}: {ENTRY} should have one line of {', '.join(missing)}", _EXPORT)
     on_gpu = one["device"][2] is not None
-    return Info(
+    info = Info(
         compiled_by=one["torch"][1],
         device="cuda" if on_gpu else "cpu",
         capability=(int(one["device"][2]), int(one["device"][3])) if on_gpu else None,
@@ -258,6 +262,14 @@ def _parsed(path: Path, text: str) -> Info:
         constants=tuple(_array(path, match) for match in found["constant"]),
         state=tuple(_array(path, match) for match in found["state"]),
     )
+    names = [each.name for each in (*info.constants, *info.state)]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ProgramError(f"{path}: {ENTRY} has {twice[0]} twice", _EXPORT)
+    if info.stretch > info.capacity:
+        raise ProgramError(
+            f"{path}: {ENTRY} has stretches of {info.stretch} tokens for {info.capacity} positions", _EXPORT
+        )
+    return info
 
 
 def _array(path: Path, match: re.Match[str]) -> Array:

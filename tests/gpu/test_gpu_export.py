@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from q6k_convert import export  # noqa: E402
 from q6k_kernels import load_model  # noqa: E402
 from q6k_kernels.cuda import DECODE_M, PREFILL_M  # noqa: E402
 from q6k_kernels.program import Program  # noqa: E402
+from test_cpp_example import IN_PYTHON, called, example, generated  # noqa: E402, F401 -- a fixture
 from test_generate import Generator  # noqa: E402
 from test_model_architectures import GEMMA2, LLAMA  # noqa: E402
 
@@ -54,6 +58,23 @@ def test_a_whole_model(model: Any, tmp_path: Path) -> None:
         program.reset()
         generator.reset()
         close(program.prefill(text)[0], generator.prefill(text))
+
+
+def test_without_python(example: Path, tmp_path: Path) -> None:
+    """The C++ example gives Python's tokens, with the library that the environment names."""
+    library = os.environ.get("Q6K_OPS_LIBRARY")
+    if library is None:
+        pytest.skip("Q6K_OPS_LIBRARY names no library with this GPU's kernels")
+    out, _ = LLAMA.bundle(tmp_path, scales="bf16")
+    package = tmp_path / "model.pt2"
+    export.run(export.Request(out, package, capacity=192, device="cuda"), print, no_progress)
+    texts = [(torch.randint(3, 96, (length,)).tolist(), count) for length, count in ((1, 9), (100, 60), (150, 43))]
+    of_python = called(sys.executable, "-c", IN_PYTHON, library, package, json.dumps(texts)).splitlines()
+    for (ids, count), expected in zip(texts, of_python, strict=True):
+        done = generated(example, package, library, count, *ids)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == f"{expected}\n"
+        assert len(expected.split()) == count
 
 
 def close(found: Any, expected: Any) -> None:

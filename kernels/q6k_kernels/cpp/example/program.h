@@ -1,0 +1,45 @@
+// An exported model with one text, run as program.py runs it.
+#pragma once
+#include <c10/core/Device.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "package.h"
+
+namespace q6k {
+
+class Program {
+ public:
+  // Weights are copied to the device, once for all names they have; on the CPU the file's own memory is used. Throws a
+  // Failure of Exit::PACKAGE if its two compiled programs do not go with its text.
+  Program(Package package, c10::Device device);
+
+  const Info& info() const { return info_; }
+
+  // Takes in the next tokens of the text: one or more, each of the vocabulary, and no more than the cache has room for.
+  // Returns the best token after them, int64 (1, 1) on the device; nothing waits for it.
+  at::Tensor prefill(const std::vector<int64_t>& ids);
+  // The best token after one, as `prefill` and `decode` return it, for which the cache must have room.
+  at::Tensor decode(const at::Tensor& token);
+
+ private:
+  using Loader = torch::inductor::AOTIModelPackageLoader;
+
+  std::unique_ptr<Loader> load(const std::string& name);
+  void add_state();
+  at::Tensor run(const at::Tensor& tokens);
+  [[noreturn]] void refuse(const std::string& what) const;
+
+  std::string path_;
+  Info info_;
+  c10::Device device_;
+  Tensors held_;  // constants and state by name; the programs keep none of them alive
+  std::unique_ptr<Loader> prefill_, decode_;
+  at::Tensor slots_;
+  int64_t length_ = 0;
+};
+
+}  // namespace q6k
