@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,12 +15,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from conftest import ExportedModel  # noqa: E402
-from cpp_library import PACKAGE, library  # noqa: E402
-from q6k_kernels import cubin_cache  # noqa: E402
+from cpp_example import IN_PYTHON, NAME, TORCH, build_example, called, generated  # noqa: E402
+from cpp_library import library  # noqa: E402
 
-SOURCE = PACKAGE / "cpp" / "example"
-NAME = "q6k_generate"
-TORCH = Path(torch.__file__).parent
 VERSION = torch.__version__.partition("+")[0]
 TEXTS = [(1, 12), (2, 3), (72, 5), (73, 20), (100, 29)]
 """Tokens of a prompt, and new ones: in one stretch and in two, the last of one token; past where a ring of 72 slots
@@ -34,36 +26,7 @@ has wrapped; and until the cache is full."""
 
 @pytest.fixture(scope="session")
 def example() -> Path:
-    """The program, built if none of the same sources is there."""
-    if missing := [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]:
-        pytest.skip(f"{', '.join(missing)} not on PATH")
-    digest = hashlib.sha256(f"{TORCH} {torch.__version__} {shutil.which('c++')}".encode())
-    for path in sorted(SOURCE.iterdir()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    kept = cubin_cache.directory() / "tests"
-    folder = kept / f"example-{digest.hexdigest()[:16]}"
-    if not folder.exists():
-        kept.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept, ignore_cleanup_errors=True) as made:
-            called("cmake", "-S", SOURCE, "-B", made, f"-DPython_EXECUTABLE={sys.executable}")
-            called("cmake", "--build", made, "--parallel", os.cpu_count())
-            with contextlib.suppress(OSError):  # another process was faster
-                Path(made).rename(folder)
-    return folder / NAME
-
-
-def called(*command: object, **environment: str) -> str:
-    """What a command prints, which has to succeed."""
-    words = list(map(str, command))
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **environment})
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def generated(program: Path, *arguments: object) -> Any:
-    # More threads only wait for each other with matrices this small.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    return build_example()
 
 
 def check_refused(done: Any, code: int, told: str) -> None:
@@ -105,18 +68,6 @@ def attentive(exported: ExportedModel, tmp_path_factory: pytest.TempPathFactory)
 
 def text(length: int) -> list[int]:
     return torch.randint(0, 96, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-
-
-IN_PYTHON = """
-import json, sys
-from q6k_kernels import ops_library
-from q6k_kernels.program import Program
-ops_library.load(sys.argv[1])
-program = Program(sys.argv[2])
-for ids, count in json.loads(sys.argv[3]):
-    program.reset()
-    print(*program.generate(count, program.prefill(ids)))
-"""
 
 
 def test_tokens_are_those_of_python_and_of_transformers(example: Path, attentive: tuple[Path, Any]) -> None:

@@ -15,11 +15,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 import lowering  # noqa: E402
+from cpp_example import IN_PYTHON, build_example, called, generated  # noqa: E402
 from q6k_convert import export  # noqa: E402
 from q6k_kernels import load_model  # noqa: E402
 from q6k_kernels.cuda import DECODE_M, PREFILL_M  # noqa: E402
 from q6k_kernels.program import Program  # noqa: E402
-from test_cpp_example import IN_PYTHON, called, example, generated  # noqa: E402, F401 -- a fixture
 from test_generate import Generator  # noqa: E402
 from test_model_architectures import GEMMA2, LLAMA  # noqa: E402
 
@@ -60,11 +60,12 @@ def test_a_whole_model(model: Any, tmp_path: Path) -> None:
         close(program.prefill(text)[0], generator.prefill(text))
 
 
-def test_without_python(example: Path, tmp_path: Path) -> None:
+def test_without_python(tmp_path: Path) -> None:
     """The C++ example gives Python's tokens, with the library that the environment names."""
     library = os.environ.get("Q6K_OPS_LIBRARY")
     if library is None:
         pytest.skip("Q6K_OPS_LIBRARY names no library with this GPU's kernels")
+    example = build_example()
     out, _ = LLAMA.bundle(tmp_path, scales="bf16")
     package = tmp_path / "model.pt2"
     export.run(export.Request(out, package, capacity=192, device="cuda"), print, no_progress)
