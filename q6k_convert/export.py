@@ -39,9 +39,10 @@ if TYPE_CHECKING:
 Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 Note = Callable[[str], None]
 DEFAULT_CAPACITY = 4096
-ALLOWED = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05}
-"""Largest relative difference of logits: the compiler fuses what the model rounds in between, and where activations
-become 8-bit codes a rounding may tip a code over. A wrong program is off by about 1."""
+ALLOWED = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.15}
+"""Largest difference of logits, relative to how far they change from one token to the next. The compiler fuses what
+the model rounds in between, and where activations become 8-bit codes a rounding may tip a code over: 0.02 to 0.04
+were seen in 16 bits. A program that mistakes one token or position for another is off by about 1."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class _Run:
             temporary.unlink(missing_ok=True)
         size = target.stat().st_size
         self.note(
-            f"checked: logits differ by {difference:.2e} of their size from the model's; "
+            f"checked: logits differ from the model's by {difference:.2e} of what one token changes in them; "
             f"{text.size(size)} in {text.seconds(sum(self.seconds.values()))}"
         )
         info = exported.info
@@ -175,19 +176,19 @@ class _Run:
         return export_model(module, path, architecture=architecture, note=self.note)
 
     def _difference(self, path: Path, expected: list[Tensor]) -> float:
-        """The largest difference between the program's logits and those expected, relative to their size."""
+        """The largest difference between the program's logits and those expected, see `ALLOWED`."""
         from q6k_kernels.program import Program
 
         program = Program(path, self.device)
         ids = _sample(program.info.vocabulary)
         found = [program.prefill(ids[:-1]), program.prefill(ids[-1:])]
-        differences = [
-            float((one - other).norm() / other.norm()) for one, other in zip(found, expected, strict=True)
-        ]
-        worst, allowed = max(differences), ALLOWED[name_of(self.dtype)]
+        change = (expected[1] - expected[0]).norm()
+        worst = max(float((one - other).norm() / change) for one, other in zip(found, expected, strict=True))
+        allowed = ALLOWED[name_of(self.dtype)]
         if not worst <= allowed:  # NaN, too
             raise VerificationFailedError(
-                f"the program's logits differ from the model's by {worst:.3g} of their size; allowed is {allowed}",
+                f"the program's logits differ from the model's by {worst:.3g} of what one token changes in them; "
+                f"allowed is {allowed}",
                 "Verify the bundle; if it is right, this is a bug: report it with what `q6k-convert doctor` says.",
             )
         return worst

@@ -26,7 +26,7 @@ elif ORDER == "load":
     ops_library.load(LIBRARY)
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-NAMES = ("linear", "embedding", "dequantize", "pack")
+NAMES = ("linear", "embedding", "dequantize", "pack", "embedding_named", "dequantize_named")
 BF16 = torch.bfloat16
 
 
@@ -89,6 +89,9 @@ def test_packing_and_rows_are_right_to_the_bit(n: int, k: int, lead: tuple[int, 
         assert torch.equal(ops.embedding(indices, one, n, dtype), weights[indices])
         assert torch.equal(ops.embedding(indices.T.int(), one, n, dtype), weights[indices.T])
         assert ops.embedding(indices[:0], one, n, dtype).shape == (0, 5, k)
+        name = str(dtype).removeprefix("torch.")
+        assert torch.equal(torch.ops.q6k.dequantize_named(one, n, name), weights)
+        assert torch.equal(torch.ops.q6k.embedding_named(indices, one, n, name), weights[indices])
 
 
 def strided(plane: torch.Tensor) -> torch.Tensor:
@@ -172,7 +175,14 @@ def test_arguments_are_refused_in_pythons_words() -> None:
         *((ql, qh[:-1], scale, steps), (ql, qh, scale, None), (ql, qh, scale.to(BF16), steps)),
         *((ql, qh, scale, steps.float()), (ql, qh, scale, steps[:, :-1]), (ql, qh.to("meta"), scale, steps)),
     ]
-    cases = zip(ops._OPERATIONS, NAMES, (linears, embeddings, dequantizes, packs), strict=True)
+    named = (
+        [
+            (index.float(), tiles, n, "float16"),
+            *((index, tiles, n, bad) for bad in ("float64", "", "torch.float32")),
+        ],
+        [(tiles, 0, "bfloat16"), (tiles, n, "half")],
+    )
+    cases = zip(ops._OPERATIONS, NAMES, (linears, embeddings, dequantizes, packs, *named), strict=True)
     for (_, on_cpu, *_), name, calls in cases:
         for arguments in calls:
             with pytest.raises((ValueError, IndexError)) as expected:
@@ -180,7 +190,7 @@ def test_arguments_are_refused_in_pythons_words() -> None:
             if any(isinstance(each, torch.Tensor) and each.is_meta for each in arguments):
                 continue  # torch hands that to the function for fake tensors
             with pytest.raises(expected.type) as found:
-                getattr(ops, name)(*arguments)
+                getattr(torch.ops.q6k, name)(*arguments)
             assert str(found.value) == str(expected.value)
 
 

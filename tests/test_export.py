@@ -109,7 +109,7 @@ def test_the_graphs_hold_the_operation(exported: ExportedModel) -> None:
     for name, program in exporting.trace(module).items():
         found = exporting.packed_operations(program)
         assert found.count("q6k.linear.default") == len(layers)
-        assert found.count("q6k.embedding.default") == 1
+        assert found.count("q6k.embedding_named.default") == 1
         assert exported.report["operations"][name]["packed"] == len(layers) + 1
 
 
@@ -264,7 +264,7 @@ def test_a_program_with_other_logits_is_not_kept(
     monkeypatch.setattr(export, "_logits_of_module", lambda module: [2 * each for each in expected(module)])
     result = command(*arguments)
     assert result.exit_code == 5
-    assert "differ from the model's by 0.5 " in result.stderr
+    assert "differ from the model's by " in result.stderr
     assert target.read_text() == "an earlier one"
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
     monkeypatch.setattr(export, "_logits_of_module", expected)

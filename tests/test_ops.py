@@ -342,3 +342,17 @@ def test_autocast_changes_nothing(device: str) -> None:
     with torch.autocast(device, dtype=torch.bfloat16):
         y = ops.linear(x, tiles, None, N, "bf16")
     assert torch.equal(y, ops.linear(x, tiles, None, N, "bf16"))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_dtypes_by_name(dtype: torch.dtype, device: str) -> None:
+    """What compiled programs call."""
+    tiles, at = tiles_of(planes(N, K, "exact", device)), torch.tensor([3, 0, 19], device=device)
+    name = str(dtype).removeprefix("torch.")
+    assert torch.equal(torch.ops.q6k.dequantize_named(tiles, N, name), ops.dequantize(tiles, N, dtype))
+    assert torch.equal(torch.ops.q6k.embedding_named(at, tiles, N, name), ops.embedding(at, tiles, N, dtype))
+    torch.library.opcheck(torch.ops.q6k.embedding_named.default, (at, tiles, N, name))
+    torch.library.opcheck(torch.ops.q6k.dequantize_named.default, (tiles, N, name))
+    for bad in ("float64", "half", ""):
+        with pytest.raises(ValueError, match=f"expected bfloat16, float16 or float32, found '{bad}'"):
+            torch.ops.q6k.dequantize_named(tiles, N, bad)

@@ -101,6 +101,7 @@ def traced(module: nn.Module, arguments: tuple[Any, ...], dynamic_shapes: Any = 
             )
     except (RuntimeError, ValueError, torch._dynamo.exc.UserError) as error:
         raise _failed(f"torch.export refuses {type(module).__name__}", error, _TRACING) from error
+    _name_dtypes(program)
     layers = sum(isinstance(each, Q6KLinear | Q6KEmbedding) for each in module.modules())
     found = len(packed_operations(program))
     if found < layers:
@@ -109,6 +110,24 @@ def traced(module: nn.Module, arguments: tuple[Any, ...], dynamic_shapes: Any = 
             "Call every packed layer in its forward, or take those out that it does not use.",
         )
     return program
+
+
+def _name_dtypes(program: ExportedProgram) -> None:
+    """Has operations take dtypes by name: AOTInductor of torch 2.11 hands a ScalarType on as another."""
+    named = {
+        torch.ops.q6k.embedding.default: torch.ops.q6k.embedding_named.default,
+        torch.ops.q6k.dequantize.default: torch.ops.q6k.dequantize_named.default,
+    }
+    for node in program.graph.nodes:
+        if node.target in named:
+            node.target = named[node.target]
+            node.args = tuple(_name(each) for each in node.args)
+            node.kwargs = {key: _name(each) for key, each in node.kwargs.items()}
+    program.graph_module.recompile()
+
+
+def _name(argument: Any) -> Any:
+    return str(argument).removeprefix("torch.") if isinstance(argument, torch.dtype) else argument
 
 
 def packed_operations(program: ExportedProgram) -> list[str]:

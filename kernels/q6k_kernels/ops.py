@@ -4,7 +4,10 @@
     q6k::embedding(Tensor indices, Tensor tiles, SymInt n, ScalarType dtype) -> Tensor
     q6k::dequantize(Tensor tiles, SymInt n, ScalarType dtype) -> Tensor
     q6k::pack(Tensor ql, Tensor qh, Tensor scale, Tensor? steps) -> Tensor
+    q6k::embedding_named(Tensor indices, Tensor tiles, SymInt n, str dtype) -> Tensor
+    q6k::dequantize_named(Tensor tiles, SymInt n, str dtype) -> Tensor
 
+The last two are for compiled programs (see `exporting`): AOTInductor of torch 2.11 makes another ScalarType of one.
 `tiles` is what `prepack` describes, of a weight with n rows; `q6k_kernels.weight` has functions that take both as
 one. Importing this module registers the ops. They work under `torch.compile`, `torch.export` and in CUDA graphs,
 and have no gradient: a tensor that requires one is refused while gradients are recorded.
@@ -193,6 +196,19 @@ def _pack_fake(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None) -> T
     return ql.new_empty(_check_pack(ql, qh, scale, steps))
 
 
+def _named(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same with the dtype's name, "bfloat16" say, for the dtype."""
+
+    def call(*arguments: Any) -> Tensor:
+        *others, name = arguments
+        for dtype in reference.FLOATS:
+            if str(dtype) == f"torch.{name}":
+                return function(*others, dtype)
+        raise ValueError(f"dtype: expected {reference.either(reference.FLOATS)}, found {name!r}")
+
+    return call
+
+
 _OPERATIONS = (
     (
         "linear(Tensor x, Tensor tiles, Tensor? bias, SymInt n, str activations) -> Tensor",
@@ -213,6 +229,18 @@ _OPERATIONS = (
         _dequantize_fake,
     ),
     ("pack(Tensor ql, Tensor qh, Tensor scale, Tensor? steps) -> Tensor", _pack_cpu, _pack_cuda, _pack_fake),
+    (
+        "embedding_named(Tensor indices, Tensor tiles, SymInt n, str dtype) -> Tensor",
+        _named(_embedding_cpu),
+        _named(_embedding_cuda),
+        _named(_embedding_fake),
+    ),
+    (
+        "dequantize_named(Tensor tiles, SymInt n, str dtype) -> Tensor",
+        _named(_dequantize_cpu),
+        _named(_dequantize_cuda),
+        _named(_dequantize_fake),
+    ),
 )
 
 

@@ -276,15 +276,15 @@ def check_input(x: Tensor, n: int, k: int, bias: Tensor | None, dtypes: tuple[to
         ValueError: a wrong dtype or shape.
     """
     if x.ndim == 0 or x.dtype not in dtypes or x.shape[-1] != k:
-        raise ValueError(f"x: expected {_either(dtypes)} (..., {k}), found {_found(x)}")
+        raise ValueError(f"x: expected {either(dtypes)} (..., {k}), found {_found(x)}")
     if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,)):
-        raise ValueError(f"bias: expected {_either(FLOATS)} ({n},), found {_found(bias)}")
+        raise ValueError(f"bias: expected {either(FLOATS)} ({n},), found {_found(bias)}")
 
 
 def check_dtype(dtype: torch.dtype) -> None:
     """Whether weights can be rounded to `dtype`; ValueError if not."""
     if dtype not in FLOATS:
-        raise ValueError(f"dtype: expected {_either(FLOATS)}, found {dtype}")
+        raise ValueError(f"dtype: expected {either(FLOATS)}, found {dtype}")
 
 
 def check_activations(activations: str) -> None:
@@ -293,7 +293,8 @@ def check_activations(activations: str) -> None:
         raise ValueError(f"activations: expected auto, int8 or bf16, found {activations!r}")
 
 
-def _either(dtypes: tuple[torch.dtype, ...]) -> str:
+def either(dtypes: tuple[torch.dtype, ...]) -> str:
+    """Dtypes in words: "bfloat16 or float16"."""
     *others, last = map(_plain, dtypes)
     return f"{', '.join(others)} or {last}"
 

@@ -156,6 +156,7 @@ def test_a_graph_replays_with_other_inputs(m: int, formula: str, scales: str) ->
     x = torch.zeros(m, k, dtype=BF16, device="cuda")
     at = torch.zeros(m, dtype=torch.int64, device="cuda")
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # where the indices become numbers of rows
     with torch.cuda.stream(side):
         step(at, x)
     side.synchronize()

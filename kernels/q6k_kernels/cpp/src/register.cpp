@@ -55,20 +55,27 @@ void linear(StableIValue* stack, uint64_t, uint64_t) {
   give(stack, (CUDA ? linear_cuda : linear_cpu)(x, tiles, bias, n, k, activations_of(activations)));
 }
 
-template <bool CUDA>
+// A dtype, or its name.
+template <bool NAMED>
+int32_t take_dtype(StableIValue value) {
+  if constexpr (NAMED) return dtype_named(take_string(value));
+  return torch::stable::detail::to<int32_t>(value);
+}
+
+template <bool CUDA, bool NAMED>
 void embedding(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor indices = take_tensor(stack[0]), tiles = take_tensor(stack[1]);
   const int64_t n = take_integer(stack[2]);
-  const auto dtype = torch::stable::detail::to<int32_t>(stack[3]);
+  const int32_t dtype = take_dtype<NAMED>(stack[3]);
   const int64_t k = check_embedding(indices, tiles, n, dtype);
   give(stack, (CUDA ? embedding_cuda : embedding_cpu)(indices, tiles, n, k, dtype));
 }
 
-template <bool CUDA>
+template <bool CUDA, bool NAMED>
 void dequantize(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor tiles = take_tensor(stack[0]);
   const int64_t n = take_integer(stack[1]);
-  const auto dtype = torch::stable::detail::to<int32_t>(stack[2]);
+  const int32_t dtype = take_dtype<NAMED>(stack[2]);
   const int64_t k = check_dequantize(tiles, n, dtype);
   give(stack, (CUDA ? dequantize_cuda : dequantize_cpu)(tiles, n, k, dtype));
 }
@@ -90,11 +97,15 @@ struct Operation {
 constexpr Operation OPERATIONS[] = {
     {"linear", "linear(Tensor x, Tensor tiles, Tensor? bias, SymInt n, str activations) -> Tensor", linear<false>,
      linear<true>},
-    {"embedding", "embedding(Tensor indices, Tensor tiles, SymInt n, ScalarType dtype) -> Tensor", embedding<false>,
-     embedding<true>},
-    {"dequantize", "dequantize(Tensor tiles, SymInt n, ScalarType dtype) -> Tensor", dequantize<false>,
-     dequantize<true>},
+    {"embedding", "embedding(Tensor indices, Tensor tiles, SymInt n, ScalarType dtype) -> Tensor",
+     embedding<false, false>, embedding<true, false>},
+    {"dequantize", "dequantize(Tensor tiles, SymInt n, ScalarType dtype) -> Tensor", dequantize<false, false>,
+     dequantize<true, false>},
     {"pack", "pack(Tensor ql, Tensor qh, Tensor scale, Tensor? steps) -> Tensor", pack<false>, pack<true>},
+    {"embedding_named", "embedding_named(Tensor indices, Tensor tiles, SymInt n, str dtype) -> Tensor",
+     embedding<false, true>, embedding<true, true>},
+    {"dequantize_named", "dequantize_named(Tensor tiles, SymInt n, str dtype) -> Tensor", dequantize<false, true>,
+     dequantize<true, true>},
 };
 
 // What registers while the library loads. Nothing here throws: an exception would end the process.

@@ -52,6 +52,13 @@ std::string dtype_name(int32_t dtype) {
   return "dtype " + std::to_string(dtype);
 }
 
+int32_t dtype_named(const std::string& name) {
+  for (const int32_t dtype : {dtypes().bf16, dtypes().fp16, dtypes().fp32}) {
+    if (dtype_name(dtype) == name) return dtype;
+  }
+  throw std::invalid_argument("dtype: expected bfloat16, float16 or float32, found '" + name + "'");
+}
+
 Tensor::Tensor(AtenTensorHandle owned) : handle_(owned) {
   int64_t *sizes, *strides;
   Q6K_TORCH(aoti_torch_get_dim(handle_, &dim_));

@@ -29,6 +29,8 @@ inline const Dtypes& dtypes() {
 
 // "bfloat16", as torch has it without its prefix.
 std::string dtype_name(int32_t dtype);
+// One of bfloat16, float16 and float32, by its name.
+int32_t dtype_named(const std::string& name);
 // The place of a dtype in `reference.FLOATS`, bf16, fp16, fp32; -1 if it is none of them.
 inline int float_kind(int32_t dtype) {
   const Dtypes& all = dtypes();
