@@ -180,6 +180,8 @@ class _Run:
         from q6k_kernels.program import Program
 
         program = Program(path, self.device)
+        for each in program.state.values():
+            each.normal_()  # no slot may tell before it is written
         ids = _sample(program.info.vocabulary)
         found = [program.prefill(ids[:-1]), program.prefill(ids[-1:])]
         change = (expected[1] - expected[0]).norm()

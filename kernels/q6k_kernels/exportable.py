@@ -96,13 +96,14 @@ class ExportableModel(nn.Module):
 
     def _masks(self, positions: Tensor, slots: Tensor) -> Masks:
         """(1, 1, T, keys), True where a key counts, of layers of each kind."""
-        last = positions[:, None]
-        masks: dict[str, Tensor | None] = {FULL: (slots <= last)[None, None]}
+        last, before = positions[:, None], positions[:1] - 1
+        new = positions <= last
+        old = (slots <= before).expand(positions.shape[0], -1)
+        masks: dict[str, Tensor | None] = {FULL: torch.cat([old, new], dim=1)[None, None]}
         if self.window:
-            before = positions[:1] - 1
             held = before - (before - torch.arange(self.ring, device=positions.device)) % self.ring
             old = (held >= 0) & (held > last - self.window)
-            new = (positions <= last) & (positions > last - self.window)
+            new = new & (positions > last - self.window)
             masks[SLIDING] = torch.cat([old, new], dim=1)[None, None]
         # One mask for a model whose layers are of one kind, else a mask for each.
         return masks if len(set(self.kinds)) > 1 else masks[self.kinds[0]]
@@ -118,13 +119,11 @@ class _Cache:
         """Stores a layer's new keys and values, (1, heads, T, head size); gives those its mask is about."""
         owner = self._owner
         keys, values = (owner.get_buffer(f"{name}_{layer_idx}") for name in ("keys", "values"))
-        if owner.kinds[layer_idx] == FULL:
-            keys.index_copy_(2, self._positions, key)
-            values.index_copy_(2, self._positions, value)
-            return keys[:, :, : self._seen], values[:, :, : self._seen]
-        # Joined before they are written: the new may take the places of what the first of them still see.
-        seen = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
-        slots = self._positions % owner.ring
+        full = owner.kinds[layer_idx] == FULL
+        slots, count = (self._positions, self._seen) if full else (self._positions % owner.ring, owner.ring)
+        # Never read back: in a ring the new may take the places of what the first of them still see; and the mask
+        # leaves out what is written here, so that it does not matter when a compiler has it read.
+        seen = torch.cat([keys[:, :, :count], key], dim=2), torch.cat([values[:, :, :count], value], dim=2)
         keys.index_copy_(2, slots, key)
         values.index_copy_(2, slots, value)
         return seen

@@ -33,6 +33,7 @@ class Program:
         info: what the package says of itself.
         device: where it runs.
         length: tokens so far.
+        state: the cache's tensors by name.
 
     Args:
         path: the package; it must stay as it is while the program is used.
@@ -65,6 +66,7 @@ class Program:
                 {each: held[each] for each in wanted}, check_full_update=True, user_managed=True
             )
         self._prefill, self._decode = (runners[name] for name in program_file.PROGRAMS)
+        self.state = {each.name: held[each.name] for each in self.info.state}
         self.length = 0
 
     def reset(self) -> None:
