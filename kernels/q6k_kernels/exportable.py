@@ -32,7 +32,7 @@ class ExportableModel(nn.Module):
     """One text, continued by a model, as a module without Python objects between its calls.
 
     Attributes:
-        model: transformers', whose attention becomes `attention.implementation("plain")`.
+        model: transformers', whose attention becomes `attention.implementation("sdpa")`.
         capacity: positions in the cache.
         stretch: the most tokens of one call.
         vocabulary: V of the logits (1, V).
@@ -65,7 +65,9 @@ class ExportableModel(nn.Module):
             shape = (1, config.num_key_value_heads, slots, inner.layers[index].self_attn.head_dim)
             for name in (f"keys_{index}", f"values_{index}"):
                 self.register_buffer(name, torch.zeros(shape, dtype=model.dtype, device=model.device))
-        model.config._attn_implementation = implementation("plain")
+        # A kernel of torch's for every length: with two products and a softmax, compiled by torch 2.11 for a GPU,
+        # what slots held that the mask leaves out told in the logits of decode.
+        model.config._attn_implementation = implementation("sdpa")
 
     @property
     def state(self) -> dict[str, Tensor]:
