@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from exported_model import ExportedModel
 from fake_cuda import FakeCuda, build
 from gguf_builder import small_model
 from q6k_kernels import driver
@@ -65,36 +64,6 @@ def cuda(fake_driver: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCud
     fake = FakeCuda(fake_driver)
     yield fake
     fake.reset()
-
-
-@dataclass(frozen=True)
-class ExportedModel:
-    """A tiny model with a window in one layer and none in the other, exported on the CPU.
-
-    Attributes:
-        bundle: what it was made from.
-        package: the file.
-        report: what the command printed.
-    """
-
-    bundle: Path
-    package: Path
-    report: dict[str, Any]
-
-    def changed(self, path: Path, change: Callable[[str], str]) -> None:
-        """Writes the package anew, its description changed."""
-        from torch.export.pt2_archive._package import PT2ArchiveReader, PT2ArchiveWriter
-
-        with PT2ArchiveReader(str(self.package)) as old, PT2ArchiveWriter(str(path)) as new:
-            for name in old.get_file_names():
-                if name.startswith((".data", "byteorder", "archive_", "version")):
-                    continue  # the writer's own
-                content = old.read_bytes(name)
-                if name == "extra/q6k_program":
-                    before = content.decode()
-                    assert change(before) != before
-                    content = change(before).encode()
-                new.write_bytes(name, content)
 
 
 @pytest.fixture(scope="session")

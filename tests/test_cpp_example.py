@@ -14,9 +14,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from conftest import ExportedModel  # noqa: E402
 from cpp_example import IN_PYTHON, NAME, TORCH, build_example, called, generated  # noqa: E402
 from cpp_library import library  # noqa: E402
+from exported_model import ExportedModel  # noqa: E402
 
 VERSION = torch.__version__.partition("+")[0]
 TEXTS = [(1, 12), (2, 3), (72, 5), (73, 20), (100, 29)]

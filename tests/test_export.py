@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 import lowering  # noqa: E402
-from conftest import ExportedModel  # noqa: E402
+from exported_model import ExportedModel  # noqa: E402
 from q6k_convert.cli import app  # noqa: E402
 from q6k_kernels import Q6KLinear, exporting, load_model, program_file  # noqa: E402
 from q6k_kernels.errors import ExportFailedError, ProgramError  # noqa: E402

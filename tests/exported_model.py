@@ -1,0 +1,38 @@
+"""What tests of exported models share; `conftest.exported` makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A tiny model with a window in one layer and none in the other, exported on the CPU.
+
+    Attributes:
+        bundle: what it was made from.
+        package: the file.
+        report: what the command printed.
+    """
+
+    bundle: Path
+    package: Path
+    report: dict[str, Any]
+
+    def changed(self, path: Path, change: Callable[[str], str]) -> None:
+        """Writes the package anew, its description changed."""
+        from torch.export.pt2_archive._package import PT2ArchiveReader, PT2ArchiveWriter
+
+        with PT2ArchiveReader(str(self.package)) as old, PT2ArchiveWriter(str(path)) as new:
+            for name in old.get_file_names():
+                if name.startswith((".data", "byteorder", "archive_", "version")):
+                    continue  # the writer's own
+                content = old.read_bytes(name)
+                if name == "extra/q6k_program":
+                    before = content.decode()
+                    assert change(before) != before
+                    content = change(before).encode()
+                new.write_bytes(name, content)
