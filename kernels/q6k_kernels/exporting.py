@@ -141,7 +141,6 @@ def export_module(
     path: str | os.PathLike[str],
     *,
     dynamic_shapes: Any = None,
-    options: Mapping[str, Any] | None = None,
 ) -> ExportedProgram:
     """Compiles one module into a package of its own, which `torch._inductor.aoti_load_package(path)` loads.
 
@@ -150,7 +149,6 @@ def export_module(
         arguments: an example of its positional arguments.
         path: of the package, ending in .pt2; replaced if it is there.
         dynamic_shapes: as torch.export takes them; `{0: Dim("M", min=2)}` for a number of rows.
-        options: for inductor.
 
     Returns:
         What was compiled.
@@ -162,9 +160,7 @@ def export_module(
     target = _target(path)
     program = traced(module, arguments, dynamic_shapes)
     with _replacing(target) as temporary, _compiling(type(module).__name__):
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(temporary), inductor_configs=dict(options or {})
-        )
+        torch._inductor.aoti_compile_and_package(program, package_path=str(temporary))
     return program
 
 

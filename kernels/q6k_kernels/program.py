@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.export.pt2_archive._package import load_pt2
 
-from q6k_kernels import ops, program_file
+from q6k_kernels import ops, program_file  # noqa: F401 -- ops registers what programs call
 from q6k_kernels.errors import ProgramError
 from q6k_kernels.program_file import Info
 
@@ -48,7 +48,6 @@ class Program:
         file = Path(path)
         self.info, constants = program_file.read(file)
         self.device = _device(file, self.info, device)
-        ops.implement()
         index = -1 if self.device.index is None else self.device.index
         # By themselves in their thread: so that no call waits for the device to end the one before.
         runners = load_pt2(str(file), run_single_threaded=True, device_index=index).aoti_runners

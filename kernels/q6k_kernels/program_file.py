@@ -141,15 +141,6 @@ def write(path: Path, info: Info, programs: Mapping[str, Iterable[str]], stored:
             archive.archive_file.write_record(record, storage.untyped_storage(), host.nbytes)  # type: ignore[arg-type]
 
 
-def is_program(path: Path) -> bool:
-    """Whether a file is such a package, of any version."""
-    try:
-        with PT2ArchiveReader(str(path)) as archive:
-            return ENTRY in archive.get_file_names()
-    except (RuntimeError, OSError):
-        return False
-
-
 def read(path: Path) -> tuple[Info, dict[str, Tensor]]:
     """What a package holds, and its constants by name, on the CPU: a private view of the file, which must stay.
 
