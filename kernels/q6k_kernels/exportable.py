@@ -65,8 +65,6 @@ class ExportableModel(nn.Module):
             shape = (1, config.num_key_value_heads, slots, inner.layers[index].self_attn.head_dim)
             for name in (f"keys_{index}", f"values_{index}"):
                 self.register_buffer(name, torch.zeros(shape, dtype=model.dtype, device=model.device))
-        # A kernel of torch's for every length: with two products and a softmax, compiled by torch 2.11 for a GPU,
-        # what slots held that the mask leaves out told in the logits of decode.
         model.config._attn_implementation = implementation("sdpa")
 
     @property
@@ -123,8 +121,9 @@ class _Cache:
         keys, values = (owner.get_buffer(f"{name}_{layer_idx}") for name in ("keys", "values"))
         full = owner.kinds[layer_idx] == FULL
         slots, count = (self._positions, self._seen) if full else (self._positions % owner.ring, owner.ring)
-        # Never read back: in a ring the new may take the places of what the first of them still see; and the mask
-        # leaves out what is written here, so that it does not matter when a compiler has it read.
+        # Never read back: in a ring the new may take the places of what the first of them still see. Besides, with
+        # keys read back, torch 2.11 compiled a decode for GPUs in which slots told that the mask leaves out; so the
+        # mask leaves out what is written here, and it does not matter when a compiler has it read.
         seen = torch.cat([keys[:, :, :count], key], dim=2), torch.cat([values[:, :, :count], value], dim=2)
         keys.index_copy_(2, slots, key)
         values.index_copy_(2, slots, value)

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from torch import Tensor, nn  # noqa: E402
 
-from q6k_kernels import Q6KLinear  # noqa: E402
+from q6k_kernels import Q6KLinear, step_kernels  # noqa: E402
 from q6k_kernels.step_kernels import Kernels  # noqa: E402
 from q6k_kernels.step_reference import Cached, Choice, Heads, Norm, Reference  # noqa: E402
 
@@ -68,9 +68,13 @@ def test_gates() -> None:
     check(run.gate(moved(gate), moved(up), "silu", users(768)), Reference().gate(gate, up, "silu", []))
 
 
-@pytest.mark.parametrize(("dim", "window", "position"), [(64, 0, 150), (128, 40, 250), (256, 0, 8)])
-def test_attention(dim: int, window: int, position: int) -> None:
-    """Several blocks, some of them without keys; three query heads for each key head."""
+@pytest.mark.parametrize(
+    ("dim", "window", "position", "blocks"),
+    [(64, 0, 150, 32), (64, 0, 150, 1), (128, 40, 250, 32), (256, 0, 8, 32)],
+)
+def test_attention(dim: int, window: int, position: int, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks, some without keys, or one, whose warps take turns; three query heads for each key head."""
+    monkeypatch.setattr(step_kernels, "MOST_BLOCKS", blocks)
     angles = [random(300, dim // 2, dtype=torch.float32, seed=each) for each in (0, 1)]
     norm = Norm(random(dim, dtype=torch.float32, seed=2), 1e-5)
     heads = Heads(12, 4, dim, dim**-0.5, 5.0 if window else None, norm, norm, *angles)

@@ -154,6 +154,13 @@ def test_attention_at_all_positions(dtype: torch.dtype, position: int) -> None:
     attention(dtype, 128, 4, 4096, 0, position, True, None)
 
 
+@pytest.mark.parametrize("position", [127, 128, 255, 256, 300, 1000, 4095])
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+def test_attention_where_warps_take_turns(position: int, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_kernels, "MOST_BLOCKS", blocks)
+    attention(torch.bfloat16, 128, 4, 4096, 0, position, True, None)
+
+
 @pytest.mark.parametrize("position", [0, 30, 39, 40, 103, 104, 105, 150, 1000, 3001])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_attention_in_a_window(position: int, softcap: float | None) -> None:

@@ -172,18 +172,27 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   u16* const head_values = values + (i64)head * slots * DIM;
   u8* const own_shared = shared + warp * WARP_BYTES;
   const u32 keys_at = shared_address(own_shared), values_at = keys_at + KEYS * ROW;
-  auto load = [&](int first) {
-    for (int at = lane; at < KEYS * (DIM / 8); at += 32) {
-      const int r = at / (DIM / 8), inside = at % (DIM / 8), slot = first + r;
-      const bool copy = slot < end && slot != own_slot;
-      const i64 from = (i64)(copy ? slot : 0) * DIM + inside * 8;
-      copy_or_clear_16(keys_at + r * ROW + inside * 16, head_keys + from, copy);
-      copy_or_clear_16(values_at + r * ROW + inside * 16, head_values + from, copy);
+  // A group of copies of its own, if only an empty one.
+  auto load = [&](const u16* from, u32 to, int first) {
+    if (first < end) {
+      for (int at = lane; at < KEYS * (DIM / 8); at += 32) {
+        const int r = at / (DIM / 8), inside = at % (DIM / 8), slot = first + r;
+        const bool copy = slot < end && slot != own_slot;
+        copy_or_clear_16(to + r * ROW + inside * 16, from + (i64)(copy ? slot : 0) * DIM + inside * 8, copy);
+      }
     }
     commit_copies();
   };
+  auto put_own = [&](u8* to, const u16* vector, int first) {
+    if (first <= own_slot && own_slot < first + KEYS) {
+      uint4* const row = reinterpret_cast<uint4*>(to + (own_slot - first) * ROW);
+      for (int at = lane; at < DIM / 8; at += 32) row[at] = reinterpret_cast<const uint4*>(vector)[at];
+    }
+    __syncwarp();
+  };
   int first = begin + warp * KEYS;
-  if (first < end) load(first);
+  load(head_keys, keys_at, first);
+  load(head_values, values_at, first);
   const float* const here_cosines = cosines + here * (DIM / 2);
   const float* const here_sines = sines + here * (DIM / 2);
   Rotation rotation;
@@ -211,17 +220,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   // sums[i]: dims 16 i + g and + 8, heads 2t and 2t + 1, of which `largest` and `weight` are, too.
   float sums[DIM / 16][4] = {}, largest[2] = {minus_infinity(), minus_infinity()}, weight[2] = {};
   for (; first < end; first += WARPS * KEYS) {
-    if (first != begin + warp * KEYS) load(first);
-    wait_copies<0>();
+    wait_copies<1>();  // for the keys; the values may still be on their way
     __syncwarp();
-    if (first <= own_slot && own_slot < first + KEYS) {
-      uint4* const to = reinterpret_cast<uint4*>(own_shared + (own_slot - first) * ROW);
-      for (int at = lane; at < DIM / 8; at += 32) {
-        to[at] = reinterpret_cast<const uint4*>(queries[HEADS])[at];
-        to[KEYS * ROW / 16 + at] = reinterpret_cast<const uint4*>(own_value)[at];
-      }
-      __syncwarp();
-    }
+    put_own(own_shared, queries[HEADS], first);
     float scores[4] = {};  // keys g and g + 8, heads 2t and 2t + 1
     const u32 key_at = keys_at + (lane & 15) * ROW + (lane >> 4) * 16;
 #pragma unroll
@@ -231,6 +232,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       const u16* const b = &queries[g][c * 16 + t * 2];
       multiply(scores, a[0], a[1], a[2], a[3], *reinterpret_cast<const u32*>(b), *reinterpret_cast<const u32*>(b + 8));
     }
+    __syncwarp();
+    load(head_keys, keys_at, first + WARPS * KEYS);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int slot = first + g + i / 2 * 8;
@@ -256,6 +259,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     const u32 b0 = transposed(pack_halves(scores[0], scores[1]));
     const u32 b1 = transposed(pack_halves(scores[2], scores[3]));
+    wait_copies<1>();  // for the values; the next keys may still be on their way
+    __syncwarp();
+    put_own(own_shared + KEYS * ROW, own_value, first);
     const u32 value_at = values_at + ((lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 16;
 #pragma unroll
     for (int i = 0; i < DIM / 16; ++i) {
@@ -264,6 +270,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       multiply(sums[i], a[0], a[1], a[2], a[3], b0, b1);
     }
     __syncwarp();
+    load(head_values, values_at, first + WARPS * KEYS);
   }
 
   // Warps first. A warp's sums take the place of its keys: HEADS rows of DIM + 8 floats, as many bytes.

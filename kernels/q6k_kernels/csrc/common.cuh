@@ -102,12 +102,25 @@ __device__ __forceinline__ u32 load_shared_4(u32 address) {
   return v;
 }
 
-// Whole tiles are copied by one warp, 16 bytes a lane.
-__device__ __forceinline__ void copy_tile_async(u32 to_shared, const u8* tile, int lane) {
+// Of bytes that are read once: the first to leave the L2 cache, which then keeps what launches hand to each other.
+__device__ __forceinline__ u64 evict_first() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ void copy_async_16(u32 to_shared, const void* from, u64 policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "l"(policy)
+               : "memory");
+}
+
+// Whole tiles are copied by one warp, 16 bytes a lane; `policy`, if any, as `evict_first`.
+template <typename... Policy>
+__device__ __forceinline__ void copy_tile_async(u32 to_shared, const u8* tile, int lane, Policy... policy) {
 #pragma unroll
   for (int at = 0; at < TILE_CHUNKS; at += 32) {
     if (at + 32 <= TILE_CHUNKS || at + lane < TILE_CHUNKS) {
-      copy_async_16(to_shared + (at + lane) * 16, tile + (at + lane) * 16);
+      copy_async_16(to_shared + (at + lane) * 16, tile + (at + lane) * 16, policy...);
     }
   }
 }

@@ -185,7 +185,7 @@ extern "C" __global__ void Q6K_LIMITS
   const u8* from = tiles + ((i64)(first_row + first_of_warp) * blocks + first_block + copy_block) * TILE_BYTES;
   auto copy_next = [&](int stage) {
     if (copy_at < end) {
-      copy_tile_async(ring + stage * TILE_BYTES, from, lane);
+      copy_tile_async(ring + stage * TILE_BYTES, from, lane, evict_first());
       ++copy_at;
       from += TILE_BYTES;
       if (++copy_block == depth) {
