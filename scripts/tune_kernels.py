@@ -20,14 +20,14 @@ import kernel_timing as timing
 import torch
 from torch import Tensor
 
-from q6k_kernels import decode, gemm_wgmma, launching
+from q6k_kernels import decode, decode_plan, gemm_wgmma, launching
 from q6k_kernels.storage import Scales
 
 Launch = Callable[[Tensor], None]
 """Multiplies with one copy of the weight."""
 
 
-def _decode(plan: decode.Plan, x: Tensor, n: int, y: Tensor, device: launching.Device, tiles: Tensor) -> None:
+def _decode(plan: decode_plan.Plan, x: Tensor, n: int, y: Tensor, device: launching.Device, tiles: Tensor) -> None:
     decode._launch(plan, x, tiles, None, n, y, device)
 
 
@@ -38,11 +38,13 @@ def _gemm(plan: gemm_wgmma.Plan, x: Tensor, n: int, y: Tensor, device: launching
 def decode_plans(x: Tensor, y: Tensor, exact: bool, device: launching.Device) -> Iterator[tuple[str, bool, Launch]]:
     """Every plan that fits, its name, whether it is the chosen one, and what launches it."""
     (m, k), n = x.shape, y.shape[1]
-    chosen = decode.plan(m, n, k, exact, device)
-    for shape, cluster in itertools.product(decode.SHAPES, decode.CLUSTERS if device.arch >= 90 else (1,)):
+    chosen = decode_plan.plan(m, n, k, exact, device)
+    for shape, cluster in itertools.product(
+        decode_plan.SHAPES, decode_plan.CLUSTERS if device.arch >= 90 else (1,)
+    ):
         kinds = itertools.product((False, True), (False, True), range(1, shape[2] + 1))
-        for choice in {decode.Choice.of(shape, *kind) for kind in kinds}:
-            plan = decode.plan(m, n, k, exact, device, (cluster, choice)) if cluster <= k // 256 else None
+        for choice in {decode_plan.Choice.of(shape, *kind) for kind in kinds}:
+            plan = decode_plan.plan(m, n, k, exact, device, (cluster, choice)) if cluster <= k // 256 else None
             if plan is not None:
                 how = f"{'fused' if plan.fused else 'separate'}, {'early' if plan.early else 'late'}"
                 name = "{} warps, {} stages, {} blocks".format(*shape)

@@ -19,6 +19,7 @@ from cpp_library import DECODE, H200, MMA, PRODUCTS, WGMMA, Functions, Product
 from fake_cuda import FakeCuda
 from q6k_kernels import (
     decode,
+    decode_plan,
     driver,
     gemm_mma,
     gemm_wgmma,
@@ -60,7 +61,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
 def test_decode_plans(functions: Functions, gpu: launching.Device) -> None:
     some = 0
     for n, k, exact, m in itertools.product(ROWS, COLUMNS, (False, True), range(1, 9)):
-        plan = decode.plan(m, n, k, exact, gpu)
+        plan = decode_plan.plan(m, n, k, exact, gpu)
         wanted = None
         if plan is not None:
             some += 1

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from q6k_convert import build_ops
-from q6k_kernels import compiler, cubin_cache, decode, gemm_mma, gemm_wgmma, launching
+from q6k_kernels import compiler, cubin_cache, decode, decode_plan, gemm_mma, gemm_wgmma, launching
 from q6k_kernels.cpp import units
 
 PACKAGE = Path(compiler.__file__).parent
@@ -59,10 +59,10 @@ def _kernels(product: Product) -> Iterator[launching.Variant]:
         yield gemm_mma._variant((plan.tokens, plan.parts), plan.slots, exact, fp16)
     else:
         for rows in {min(m, 8), (m - 1) % 8 + 1}:
-            chosen = decode.plan(rows, n, k, exact, H200)
+            chosen = decode_plan.plan(rows, n, k, exact, H200)
             while chosen is None:
                 rows //= 2
-                chosen = decode.plan(rows, n, k, exact, H200)
+                chosen = decode_plan.plan(rows, n, k, exact, H200)
             yield decode._variant(chosen.kernel, chosen.cluster > 1, exact, fp16)
 
 
@@ -90,7 +90,7 @@ def library() -> Path:
             "cpp/src/*",
             "compiler.py",
             "variants.py",
-            "decode.py",
+            "decode*.py",
             "gemm_*.py",
         )
         for path in PACKAGE.glob(pattern)
@@ -134,7 +134,7 @@ class Functions:
         return function(*arguments, self._device(device), out), list(out)
 
     def decode(self, m: int, n: int, k: int, exact: bool, device: launching.Device) -> list[int] | None:
-        """`decode.plan`'s values."""
+        """`decode_plan.plan`'s values."""
         some, out = self._plan(self.library.q6k_ops_plan_decode, (m, n, k, exact), device, 9)
         return out if some else None
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from q6k_kernels import cuda, decode, gemm_wgmma, prefill, variants
+from q6k_kernels import cuda, decode, decode_plan, gemm_wgmma, prefill, variants
 from q6k_kernels.launching import Device
 from q6k_kernels.prepack import TILE_BYTES
 
@@ -32,7 +32,7 @@ def part(total: int, index: int, parts: int) -> int:
 @pytest.mark.parametrize("m", range(1, 9))
 def test_decode_plans_fit_and_cover(gpu: Device, exact: bool, m: int) -> None:
     for n, k in SHAPES:
-        plan = decode.plan(m, n, k, exact, gpu)
+        plan = decode_plan.plan(m, n, k, exact, gpu)
         if plan is None:  # then fewer rows at a time; one always fits
             assert m > 1
             continue
@@ -60,30 +60,32 @@ def test_decode_plans_fit_and_cover(gpu: Device, exact: bool, m: int) -> None:
 
 
 def test_decode_splits_k_where_activations_would_not_fit() -> None:
-    assert decode.plan(8, 5376, 21504, False, H200).cluster > 1
-    assert decode.plan(1, 5376, 21504, False, H200).cluster == 1
-    assert decode.plan(8, 5376, 21504, False, replace(H200, arch=80)) is None
+    assert decode_plan.plan(8, 5376, 21504, False, H200).cluster > 1
+    assert decode_plan.plan(1, 5376, 21504, False, H200).cluster == 1
+    assert decode_plan.plan(8, 5376, 21504, False, replace(H200, arch=80)) is None
 
 
 def test_decode_never_copies_activations_for_row_tile_after_row_tile() -> None:
     for n in (262144, 1 << 20):
-        plan = decode.plan(8, n, 13568, True, H200)
+        plan = decode_plan.plan(8, n, 13568, True, H200)
         assert plan is None or plan.ranges <= 4 * H200.multiprocessors * plan.occupancy
 
 
 @pytest.mark.parametrize(("arch", "most"), [(80, 65536), (86, 36864), (90, 262144)])
 def test_activations_that_fit_are_known(arch: int, most: int) -> None:
     gpu = variants.device_like(arch)
-    assert decode.fits(4096, most, False, gpu)
-    assert not decode.fits(4096, 1 << 20, False, gpu)
+    assert decode_plan.fits(4096, most, False, gpu)
+    assert not decode_plan.fits(4096, 1 << 20, False, gpu)
 
 
 def test_a_forced_plan_is_taken_or_refused() -> None:
-    choice = decode.Choice.of((8, 2, 2), fused=True, early=False, resident=1)
-    plan = decode.plan(4, 4096, 4096, False, H200, (2, choice))
+    choice = decode_plan.Choice.of((8, 2, 2), fused=True, early=False, resident=1)
+    plan = decode_plan.plan(4, 4096, 4096, False, H200, (2, choice))
     assert (plan.warps, plan.stages, plan.occupancy, plan.cluster) == (8, 2, 2, 2)
     assert (plan.fused, plan.early, plan.ranges * plan.cluster) == (True, False, 132)
-    assert decode.plan(8, 4096, 21504, False, H200, (1, decode.Choice.of((16, 3, 1), fused=False))) is None
+    assert (
+        decode_plan.plan(8, 4096, 21504, False, H200, (1, decode_plan.Choice.of((16, 3, 1), fused=False))) is None
+    )
 
 
 def test_activations_too_long_for_shared_memory_are_an_error() -> None:
@@ -130,7 +132,7 @@ def test_every_plan_is_among_the_compiled_variants() -> None:
     for gpu in GPUS:
         known = set(variants.all_variants(gpu.arch))
         for (n, k), m, exact in itertools.product(SHAPES, range(1, 9), (False, True)):
-            plan = decode.plan(m, n, k, exact, gpu)
+            plan = decode_plan.plan(m, n, k, exact, gpu)
             if plan is not None:
                 assert decode._variant(plan.kernel, plan.cluster > 1, exact, False) in known
         if gpu.arch == gemm_wgmma.ARCH:

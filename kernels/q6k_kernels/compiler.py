@@ -20,7 +20,7 @@ PREAMBLE = "common.cuh"
 FOUNDATIONS = {
     "decode.cuh": ("quantize.cuh",),
     "step.cuh": ("quantize.cuh",),
-    "attend.cuh": ("quantize.cuh",),
+    "attend.cuh": ("quantize.cuh", "heads.cuh"),
     "gemm_wgmma.cuh": ("wgmma.cuh",),
 }
 """What some files build on besides, compiled between the two."""

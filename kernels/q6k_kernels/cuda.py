@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from q6k_kernels import decode, gemm_mma, gemm_wgmma, launching, prefill, row_kernels
+from q6k_kernels import decode, decode_plan, gemm_mma, gemm_wgmma, launching, prefill, row_kernels
 
 DECODE_M = 8
 """Rows of x up to which "auto" quantises activations, if one fits: up to there one launch does them all, and it is
@@ -49,7 +49,11 @@ def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, activations: s
         return y
     if bias is not None:
         bias = bias.detach().contiguous()
-    if activations == "auto" and m <= DECODE_M and decode.fits(n, x.shape[-1], launching.is_exact(tiles), device):
+    if (
+        activations == "auto"
+        and m <= DECODE_M
+        and decode_plan.fits(n, x.shape[-1], launching.is_exact(tiles), device)
+    ):
         activations = "int8"
     if activations == "int8":
         decode.linear(rows, tiles, bias, n, outputs, device)

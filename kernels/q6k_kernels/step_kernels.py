@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from q6k_kernels import decode, jit, launching
+from q6k_kernels import decode, decode_plan, jit, launching
 from q6k_kernels.launching import Device, Variant, common_macros
 from q6k_kernels.linear import Q6KLinear
 from q6k_kernels.step_reference import Activation, Activations, Cached, Choice, Heads, Norm
@@ -191,13 +191,13 @@ class Kernels:
         if not isinstance(module, Q6KLinear) or module.activations == "bf16":
             return False
         exact = launching.is_exact(module.tiles)
-        return decode.fits(module.out_features, module.in_features, exact, self._device)
+        return decode_plan.fits(module.out_features, module.in_features, exact, self._device)
 
     def _activations(self, k: int, users: list[nn.Module]) -> Activations:
         coded = [self._takes_codes(user) for user in users]
         return Activations(
             halves=None if all(coded) else torch.empty(1, k, dtype=self._dtype, device=self._torch_device),
-            codes=torch.empty(sum(decode.code_bytes(k)), dtype=torch.uint8, device=self._torch_device)
+            codes=torch.empty(sum(decode_plan.code_bytes(k)), dtype=torch.uint8, device=self._torch_device)
             if any(coded)
             else None,
             k=k,
@@ -206,7 +206,7 @@ class Kernels:
     def _outputs(self, out: Activations) -> tuple[int, int, int]:
         """Pointers: 16-bit values, codes, steps."""
         codes = _pointer(out.codes)
-        return _pointer(out.halves), codes, codes and codes + decode.code_bytes(out.k)[0]
+        return _pointer(out.halves), codes, codes and codes + decode_plan.code_bytes(out.k)[0]
 
     def _grid(self, heads: Heads) -> tuple[int, int, int]:
         """Rows of blocks, blocks that share the keys of one, and query heads of it."""

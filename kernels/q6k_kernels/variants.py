@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
-from q6k_kernels import decode, gemm_mma, gemm_wgmma, row_kernels, step_kernels
+from q6k_kernels import decode, decode_plan, gemm_mma, gemm_wgmma, row_kernels, step_kernels
 from q6k_kernels.launching import Device, Variant
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -13,7 +13,7 @@ _SHARED_KB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110
 """Of a block; a multiprocessor has 1 KB more."""
 _SHAPES = tuple(product((1024, 4096, 16384, 65536, 262144), (1024, 4096, 8192, 16384, 21504, 32768)))
 """Weights (N, K), of the sizes that models have, whose plans `shared_bytes` asks for."""
-_TOKENS = (*range(1, decode.MOST_TOKENS + 1), 16, 32, 64)
+_TOKENS = (*range(1, decode_plan.MOST_TOKENS + 1), 16, 32, 64)
 """Rows of activations that it asks for: every kernel's sizes."""
 _Key = tuple[str, bool, tuple[int, ...]]
 """Of the kernels that a plan may choose: which, exact scales or not, and its own macros' values."""
@@ -93,7 +93,7 @@ def _of_plans(device: Device) -> dict[_Key, int]:
         for (n, k), m in product(_SHAPES, _TOKENS):
             mma = gemm_mma.plan(m, n, k, exact, device)
             meet(gemm_mma.KERNEL, exact, (mma.tokens, mma.parts, mma.slots), mma.shared_bytes)
-            chosen = decode.plan(m, n, k, exact, device) if m <= decode.MOST_TOKENS else None
+            chosen = decode_plan.plan(m, n, k, exact, device) if m <= decode_plan.MOST_TOKENS else None
             if chosen is not None:
                 meet(decode.KERNEL, exact, (*chosen.kernel, chosen.cluster > 1), chosen.shared_bytes)
         for config in gemm_wgmma.CONFIGS:

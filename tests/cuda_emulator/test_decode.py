@@ -12,7 +12,7 @@ import cuda_emulator
 torch = pytest.importorskip("torch")
 
 from cuda_emulator.memory import Memory, emulate  # noqa: E402
-from q6k_kernels import decode, jit, prepack  # noqa: E402
+from q6k_kernels import decode, decode_plan, jit, prepack  # noqa: E402
 from q6k_kernels.accuracy import error_in_tolerances, linear_fp64, tolerance  # noqa: E402
 from q6k_kernels.launching import Device  # noqa: E402
 
@@ -69,11 +69,13 @@ def test_products_are_right_in_every_order_of_threads(
     multiprocessors: int,
 ) -> None:
     on = device(90, multiprocessors)
-    plan, plans = decode.plan, []
+    plan, plans = decode_plan.plan, []
 
-    def forced(*sizes: int | bool | Device) -> decode.Plan | None:
-        fused = sizes[0] <= decode.FUSED_TOKENS and sizes[0] != 2  # two rows: quantised by a kernel of their own
-        plans.append(plan(*sizes, forced=(cluster, decode.Choice.of(decode.SHAPES[-1], fused, early=cluster > 1))))
+    def forced(*sizes: int | bool | Device) -> decode_plan.Plan | None:
+        # Two rows are quantised by a kernel of their own.
+        fused = sizes[0] <= decode_plan.FUSED_TOKENS and sizes[0] != 2
+        choice = decode_plan.Choice.of(decode_plan.SHAPES[-1], fused, early=cluster > 1)
+        plans.append(plan(*sizes, forced=(cluster, choice)))
         return plans[-1]
 
     monkeypatch.setattr(decode, "plan", forced)
@@ -101,7 +103,7 @@ def test_products_are_right_in_every_order_of_threads(
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
     value, magnitude = linear_fp64(x, *weight, *([None] * (4 - len(weight))), bias, activations="int8")
     # As csrc/decode.cuh counts them.
-    roundings = k // 32 + 3 + decode.SHAPES[-1][0] * cluster
+    roundings = k // 32 + 3 + decode_plan.SHAPES[-1][0] * cluster
     errors = error_in_tolerances(outputs[0], value, tolerance(value, magnitude, k, dtype, roundings))
     assert errors.max() <= 1, (
         f"{np.argwhere(errors > 1)[0]} of {errors.shape}, {np.count_nonzero(errors > 1)} in all"

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 import fp64  # noqa: E402
 from gpu_weights import DEVICE, bias_of, inputs, linear, poisoned_call, random_source, weight  # noqa: E402
-from q6k_kernels import decode, gemm_mma, gemm_wgmma, launching, prefill, prepack, reference  # noqa: E402
+from q6k_kernels import decode, decode_plan, gemm_mma, gemm_wgmma, launching, prefill, prepack, reference  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -23,22 +23,22 @@ def this_gpu() -> launching.Device:
 
 
 @pytest.mark.parametrize("scales", ["bf16", "exact"])
-@pytest.mark.parametrize("tokens", decode.TOKENS)
+@pytest.mark.parametrize("tokens", decode_plan.TOKENS)
 def test_decode_with_every_split(tokens: int, scales: str) -> None:
     """Every shape of a block, activations quantised by it or before it, clusters of 1 to 8, rows that end within a
     tile, fewer tokens than there is room."""
     device, n, k = this_gpu(), 133, 2304
     w, bias = weight("random", n, k, scales), bias_of(n, BF16)
-    clusters = [cluster for cluster in decode.CLUSTERS if cluster == 1 or device.arch >= 90]
+    clusters = [cluster for cluster in decode_plan.CLUSTERS if cluster == 1 or device.arch >= 90]
     met = set()
     for dtype in (BF16, FP16):
         x = inputs(tokens, k, dtype)
         exact = fp64.linear(x, w.q, w.s, "int8").plus(bias)
-        quantised = (False, True) if tokens <= decode.FUSED_TOKENS else (False,)
-        kinds = itertools.product(decode.SHAPES, quantised, clusters, {tokens, tokens // 2 + 1})
+        quantised = (False, True) if tokens <= decode_plan.FUSED_TOKENS else (False,)
+        kinds = itertools.product(decode_plan.SHAPES, quantised, clusters, {tokens, tokens // 2 + 1})
         for shape, fused, cluster, m in kinds:
-            choice = decode.Choice.of(shape, fused, early=m == tokens)
-            plan = decode.plan(m, n, k, scales == "exact", device, (cluster, choice))
+            choice = decode_plan.Choice.of(shape, fused, early=m == tokens)
+            plan = decode_plan.plan(m, n, k, scales == "exact", device, (cluster, choice))
             if plan is None:  # takes more shared memory than this GPU has
                 continue
             met.add((fused, cluster))

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 import fp64  # noqa: E402
 from gpu_weights import bias_of, inputs, linear, weight  # noqa: E402
-from q6k_kernels import cuda, decode  # noqa: E402
+from q6k_kernels import cuda, decode_plan  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -25,7 +25,7 @@ HUGE_N = 100_000
 MS = {"int8": (1, 3, 8, 16, 33), "bf16": (1, 3, 8, 16, 33, 128)}
 LARGE_MS = (512, 2048)
 ALL_MS = [*range(18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 512, 2048]
-THRESHOLDS = sorted({cuda.DECODE_M, decode.MOST_TOKENS, 16, 32, 64, 128, cuda.PREFILL_M})
+THRESHOLDS = sorted({cuda.DECODE_M, decode_plan.MOST_TOKENS, 16, 32, 64, 128, cuda.PREFILL_M})
 CASES = [
     (n, k, scales, dtype)
     for (n, k), scales, dtype in itertools.product([*SMALL, *SHAPES], ("bf16", "exact"), (BF16, FP16))

@@ -29,7 +29,7 @@ torch = pytest.importorskip("torch")
 
 import fp64  # noqa: E402
 import gpu_weights  # noqa: E402
-from q6k_kernels import decode, gemm_mma, gemm_wgmma, launching, prefill, prepack, reference  # noqa: E402
+from q6k_kernels import decode, decode_plan, gemm_mma, gemm_wgmma, launching, prefill, prepack, reference  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitize]
 
@@ -97,10 +97,10 @@ def test_decode(
     if cluster > 1 and gpu.arch < 90:
         pytest.skip(f"clusters are of compute capability 9.0 and later, this GPU has {gpu.arch / 10}")
     case = Case(m, 150, K, scales, dtype, "int8")
-    for each in (shape, decode.SHAPES[-1]):  # the last one fits in every GPU's shared memory
+    for each in (shape, decode_plan.SHAPES[-1]):  # the last one fits in every GPU's shared memory
         few = replace(gpu, multiprocessors=-(-ranges * cluster // each[2]))
-        choice = decode.Choice.of(each, kind != "separate", kind != "late")
-        plan = decode.plan(m, case.n, K, case.exact, few, (cluster, choice))
+        choice = decode_plan.Choice.of(each, kind != "separate", kind != "late")
+        plan = decode_plan.plan(m, case.n, K, case.exact, few, (cluster, choice))
         if plan is not None:
             break
     assert plan is not None

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 from torch import Tensor, nn  # noqa: E402
 
-from q6k_kernels import Q6KLinear, decode, launching, load_model, step_kernels  # noqa: E402
+from q6k_kernels import Q6KLinear, decode, decode_plan, launching, load_model, step_kernels  # noqa: E402
 from q6k_kernels.generate import Generator  # noqa: E402
 from q6k_kernels.step_kernels import HEAD_DIMS, Kernels  # noqa: E402
 from q6k_kernels.step_reference import Cached, Choice, Heads, Norm, Reference  # noqa: E402
@@ -53,7 +53,7 @@ def assert_quantised(found: Any, k: int) -> None:
         assert found.codes is None
         return
     device = launching.device(0)
-    chosen = decode.plan(1, 16, k, False, device, quantized=True)
+    chosen = decode_plan.plan(1, 16, k, False, device, quantized=True)
     assert chosen is not None
     expected = decode._quantize(found.halves, chosen, False, device)
     assert torch.equal(found.codes, expected)

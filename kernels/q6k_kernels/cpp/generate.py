@@ -21,7 +21,18 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from q6k_kernels import compiler, cuda, decode, gemm_mma, gemm_wgmma, launching, prefill, prepack, row_kernels
+from q6k_kernels import (
+    compiler,
+    cuda,
+    decode,
+    decode_plan,
+    gemm_mma,
+    gemm_wgmma,
+    launching,
+    prefill,
+    prepack,
+    row_kernels,
+)
 from q6k_kernels.cpp import units as library
 from q6k_kernels.cpp.units import FILES, Unit
 
@@ -37,9 +48,9 @@ def tables() -> str:
         "ALIGNMENT": launching.ALIGNMENT,
         "DECODE_M": cuda.DECODE_M,
         "PREFILL_M": cuda.PREFILL_M,
-        "MOST_TOKENS": decode.MOST_TOKENS,
-        "FUSED_TOKENS": decode.FUSED_TOKENS,
-        "MOST_WAVES": decode.MOST_WAVES,
+        "MOST_TOKENS": decode_plan.MOST_TOKENS,
+        "FUSED_TOKENS": decode_plan.FUSED_TOKENS,
+        "MOST_WAVES": decode_plan.MOST_WAVES,
         "QUANTIZE_THREADS": decode.QUANTIZE_THREADS,
         "WGMMA_ARCH": gemm_wgmma.ARCH,
         "TILE_PIECES": gemm_wgmma.TILE_PIECES,
@@ -63,9 +74,9 @@ def tables() -> str:
         "#include <cstdint>",
         "namespace q6k {",
         *(f"constexpr int64_t {name} = {value};" for name, value in numbers.items()),
-        f"constexpr int64_t TOKENS[] = {_list(decode.TOKENS)};",
-        f"constexpr int64_t CLUSTERS[] = {_list(decode.CLUSTERS)};",
-        f"constexpr int64_t SHAPES[][3] = {_list(map(_list, decode.SHAPES))};",
+        f"constexpr int64_t TOKENS[] = {_list(decode_plan.TOKENS)};",
+        f"constexpr int64_t CLUSTERS[] = {_list(decode_plan.CLUSTERS)};",
+        f"constexpr int64_t SHAPES[][3] = {_list(map(_list, decode_plan.SHAPES))};",
         f"constexpr int64_t WGMMA_CONFIGS[][6] = {_list(map(_list, configs))};",
         f"constexpr int64_t MMA_CONFIGS[][2] = {_list(map(_list, gemm_mma.CONFIGS))};",
         f"constexpr int64_t SMALL_SHARED[] = {_list(gemm_mma.SMALL_SHARED)};",

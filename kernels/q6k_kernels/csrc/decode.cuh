@@ -163,7 +163,7 @@ __device__ __forceinline__ float sum_of_warps(u32 values, int pitch, int total, 
 // Parameters: tiles (T, K/256, TILE_BYTES); x, if FUSED 16-bit (m, k), rows 16-byte aligned and `stride`
 // elements apart, else what q6k_quantize made of it, steps behind codes; y 16-bit (m, n); bias (n,) of `bias_kind`,
 // or null; m <= TOKENS; early, 1 unless FUSED: whether to ask for tiles before activations.
-// Grid: blocks of a cluster x ranges of row tiles. Shared memory: `decode.py` has the sizes.
+// Grid: blocks of a cluster x ranges of row tiles. Shared memory: `decode_plan.py` has the sizes.
 // No pointer is __restrict__: loads of what an earlier launch writes must not move above the wait for it.
 extern "C" __global__ void Q6K_LIMITS
     q6k_decode(const u8* tiles, const void* x, u16* y, const void* bias, i64 stride, int bias_kind, int m, int n, int k,

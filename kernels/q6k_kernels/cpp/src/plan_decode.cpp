@@ -1,4 +1,4 @@
-// decode.py's `plan`, line by line.
+// decode_plan.py's `plan`, line by line.
 #include <algorithm>
 #include <iterator>
 #include <vector>

@@ -1,4 +1,4 @@
-// Which launch does a product: decode.py, gemm_wgmma.py and gemm_mma.py in C++, from the same tables (tables.h).
+// Which launch does a product: decode_plan.py, gemm_wgmma.py and gemm_mma.py in C++, from the same tables (tables.h).
 //
 // Plans depend on sizes and the GPU alone, and are those of Python: tests compare them on a grid of sizes.
 #pragma once
@@ -20,7 +20,7 @@ struct Device {
   int64_t arch, multiprocessors, shared_bytes, multiprocessor_shared_bytes;
 };
 
-// `decode.Plan`.
+// `decode_plan.Plan`.
 struct DecodePlan {
   int64_t tokens, fused, warps, stages, occupancy, cluster, ranges, early, shared_bytes;
 };

@@ -1,0 +1,91 @@
+// What attention is made of: matrix instructions on 16-bit values, and a head's norm and rotary embedding.
+//
+//   Q6K_HEAD_DIM  values of a head, a multiple of 32 up to 256
+
+#ifndef Q6K_HEAD_DIM
+#define Q6K_HEAD_DIM 128
+#endif
+
+constexpr int DIM = Q6K_HEAD_DIM;
+
+__device__ __forceinline__ void multiply(float (&sums)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if Q6K_FP16
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+#endif
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void load_matrices(u32 (&parts)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(parts[0]), "=r"(parts[1]), "=r"(parts[2]), "=r"(parts[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void load_transposed(u32 (&parts)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(parts[0]), "=r"(parts[1]), "=r"(parts[2]), "=r"(parts[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ u32 transposed(u32 pairs) {  // of an 8 x 8 matrix of 16-bit values
+  u32 result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pairs));
+  return result;
+}
+
+__device__ __forceinline__ float sum_of_warp(float value) {
+#pragma unroll
+  for (int apart = 16; apart; apart >>= 1) value += __shfl_xor_sync(0xFFFFFFFFu, value, apart);
+  return value;
+}
+
+// What a lane knows of a head's vector, values lane, lane + 32 and so on, before it is there.
+struct Rotation {
+  float cosines[DIM / 32], sines[DIM / 32], weights[DIM / 32];
+
+  // `weight` of the norm, or null; cosines and sines of half the vector.
+  __device__ __forceinline__ void load(const float* weight, const float* of_cosines, const float* of_sines) {
+#pragma unroll
+    for (int i = 0; i < DIM / 32; ++i) {
+      const int d = (threadIdx.x & 31) + 32 * i, angle = d < DIM / 2 ? d : d - DIM / 2;
+      cosines[i] = of_cosines[angle];
+      sines[i] = of_sines[angle];
+      weights[i] = weight == nullptr ? 1.0f : weight[d];
+    }
+  }
+
+  // A warp's: the norm, if there is one, then the rotation; rounded after each, as 16-bit layers do.
+  __device__ __forceinline__ void apply(const u16* from, bool normed, float epsilon, u16* vector) const {
+    const int lane = threadIdx.x & 31;
+    float values[DIM / 32], squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < DIM / 32; ++i) {
+      values[i] = half_to_float(from[lane + 32 * i]);
+      squares = fmaf(values[i], values[i], squares);
+    }
+    if (normed) {
+      const float inverse = rsqrtf(sum_of_warp(squares) / DIM + epsilon);
+#pragma unroll
+      for (int i = 0; i < DIM / 32; ++i) values[i] = half_to_float(to_half(values[i] * inverse * weights[i]));
+    }
+#pragma unroll
+    for (int i = 0; i < DIM / 32; ++i) vector[lane + 32 * i] = to_half(values[i]);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < DIM / 32; ++i) {
+      const int d = lane + 32 * i;
+      const float other = half_to_float(d < DIM / 2 ? vector[d + DIM / 2] ^ 0x8000u : vector[d - DIM / 2]);
+      values[i] = fmaf(values[i], cosines[i], other * sines[i]);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < DIM / 32; ++i) vector[lane + 32 * i] = to_half(values[i]);
+  }
+};
