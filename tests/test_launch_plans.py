@@ -115,14 +115,14 @@ def test_gemm_plans_cover_every_output_once(m: int) -> None:
         assert 0 <= pairs < 1 << 31
         if plan.shared:
             assert plan.whole % plan.blocks == 0
-            assert plan.blocks <= pairs  # no part is empty
+            assert plan.whole or plan.blocks <= pairs  # no block has nothing to do
         assert 4 * plan.scratch_floats + 8 * plan.scratch_flags <= 64 << 20
 
 
 def test_outputs_that_leave_some_of_the_gpu_idle_are_shared() -> None:
     config = next(c for c in gemm_wgmma.CONFIGS if c.tokens == 256)
     plan = gemm_wgmma.plan_of(config, 1, True, 512, 21504, 5376, H200)
-    assert (plan.blocks, plan.whole, plan.shared) == (132, 132, 336 - 132)
+    assert (plan.blocks, plan.whole, plan.shared) == (132, 264, 336 - 264)
     assert gemm_wgmma.plan_of(config, 1, False, 512, 21504, 5376, H200).shared == 0
     even = gemm_wgmma.plan_of(config, 1, True, 512, 132 * 128, 5376, H200)
     assert (even.whole, even.shared, even.scratch_floats) == (264, 0, 0)

@@ -121,8 +121,7 @@ def plan_of(config: Config, resident: int, share: bool, m: int, n: int, k: int, 
     Args:
         config: which.
         resident: thread blocks on a multiprocessor, at most what the configuration is compiled for.
-        share: whether outputs that do not fill the GPU evenly are shared. Of those that do, as many are
-            shared along with them as fill it once: so blocks have left their sums well before they are asked for.
+        share: whether those outputs are shared that are left when the GPU has been filled as often as it can be.
         m: rows of activations.
         n: rows of the weight.
         k: columns of both.
@@ -130,11 +129,11 @@ def plan_of(config: Config, resident: int, share: bool, m: int, n: int, k: int, 
     """
     token_blocks, row_blocks = -(-m // config.tokens), -(-n // config.rows)
     outputs, blocks = token_blocks * row_blocks, device.multiprocessors * resident
-    whole = max(0, outputs // blocks - 1) * blocks if share and outputs % blocks else outputs
+    whole = outputs // blocks * blocks if share else outputs
     pairs = (outputs - whole) * (k // SUPER_BLOCK)
     if not 0 < pairs < 1 << 31:
         return Plan(config, token_blocks, row_blocks, min(outputs, blocks), outputs)
-    return Plan(config, token_blocks, row_blocks, min(pairs, blocks), whole)
+    return Plan(config, token_blocks, row_blocks, blocks if whole else min(pairs, blocks), whole)
 
 
 @lru_cache(maxsize=4096)
@@ -170,7 +169,10 @@ def _cost(candidate: Plan, k: int, device: Device) -> float:
         alone = 1.35 if config.tokens <= 64 else 1.2 if candidate.shared else 1.5
     ends = 4000.0
     if candidate.shared:
-        ends += 2500 + 32 * config.tokens * config.consumers + 3000 * (resident - 1)
+        # Leaving sums, and collecting those of an output's other parts.
+        sums = config.tokens * config.consumers
+        ends += 4500 + 10 * sums + 3000 * (resident - 1)
+        ends += 4 * sums * min(3.0, max(0.0, candidate.blocks / candidate.shared - 1))
     return pairs * resident * config.cycles * alone + ends
 
 

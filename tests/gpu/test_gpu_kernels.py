@@ -69,6 +69,21 @@ def test_gemm_wgmma_with_every_configuration(config: gemm_wgmma.Config, monkeypa
                 fp64.assert_right(y, exact.rows(m), f"M={m} {plan} {scales} scales {dtype}")
 
 
+def test_gemm_wgmma_with_less_to_share_than_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six outputs of two super-blocks, by five blocks that share the sixth."""
+    device, config = this_gpu(), gemm_wgmma.CONFIGS[0]
+    if device.arch != gemm_wgmma.ARCH:
+        pytest.skip(f"wgmma is of compute capability 9.0, this GPU has {device.arch / 10}")
+    monkeypatch.setattr(gemm_wgmma, "_scratch", poisoned)
+    m, n, k = config.tokens + 3, 2 * config.rows + 21, 512
+    w, x = weight("random", n, k, "bf16"), inputs(m, k, BF16)
+    plan = gemm_wgmma.plan_of(config, 1, True, m, n, k, replace(device, multiprocessors=5))
+    assert (plan.blocks, plan.whole, plan.shared) == (5, 5, 1)
+    y = torch.full((m, n), float("nan"), dtype=BF16, device=DEVICE)
+    gemm_wgmma.linear(x, w.tiles, None, n, y, device, plan)
+    fp64.assert_right(y, fp64.linear(x, w.q, w.s, "bf16"), str(plan))
+
+
 def poisoned(launch: gemm_wgmma.Plan, device: torch.device) -> torch.Tensor:
     """Scratch memory in which every sum is NaN."""
     scratch = torch.empty(4 * launch.scratch_floats + 8 * launch.scratch_flags, dtype=torch.uint8, device=device)

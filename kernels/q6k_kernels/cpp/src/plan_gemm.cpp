@@ -11,13 +11,12 @@ WgmmaPlan wgmma_of(const WgmmaConfig& config, int64_t resident, bool share, int6
                    const Device& device) {
   const int64_t token_blocks = ceil_div(m, config.tokens), row_blocks = ceil_div(n, config.rows());
   const int64_t outputs = token_blocks * row_blocks, blocks = device.multiprocessors * resident;
-  const int64_t whole =
-      share && outputs % blocks ? std::max<int64_t>(0, outputs / blocks - 1) * blocks : outputs;
+  const int64_t whole = share ? outputs / blocks * blocks : outputs;
   const int64_t pairs = (outputs - whole) * (k / SUPER_BLOCK);
   if (!(0 < pairs && pairs < int64_t{1} << 31)) {
     return {config, token_blocks, row_blocks, std::min(outputs, blocks), outputs};
   }
-  return {config, token_blocks, row_blocks, std::min(pairs, blocks), whole};
+  return {config, token_blocks, row_blocks, whole ? blocks : std::min(pairs, blocks), whole};
 }
 
 double wgmma_cost(const WgmmaPlan& plan, int64_t k, const Device& device) {
@@ -32,7 +31,10 @@ double wgmma_cost(const WgmmaPlan& plan, int64_t k, const Device& device) {
   if (resident < config.occupancy) alone = config.tokens <= 64 ? 1.35 : plan.shared() ? 1.2 : 1.5;
   double ends = 4000.0;
   if (plan.shared()) {
-    ends += static_cast<double>(2500 + 32 * config.tokens * config.consumers + 3000 * (resident - 1));
+    const int64_t sums = config.tokens * config.consumers;
+    ends += static_cast<double>(4500 + 10 * sums + 3000 * (resident - 1));
+    const double others = static_cast<double>(plan.blocks) / static_cast<double>(plan.shared()) - 1;
+    ends += static_cast<double>(4 * sums) * std::min(3.0, std::max(0.0, others));
   }
   return pairs * static_cast<double>(resident) * static_cast<double>(config.cycles) * alone + ends;
 }
