@@ -195,9 +195,10 @@ extern "C" __global__ void Q6K_LIMITS
     }
     commit_copies();
   };
-  auto fill_ring = [&]() {
+  auto fill_ring = [&](int begin, int end) {
 #pragma unroll
     for (int stage = 0; stage < STAGES; ++stage) {
+      if (stage < begin || stage >= end) continue;
       copy_next(stage);
       // All at once would be in the way of whatever the launch before still has to read.
       if (!Q6K_FUSED) wait_copies<0>();
@@ -207,14 +208,15 @@ extern "C" __global__ void Q6K_LIMITS
   const int most_depth = (blocks + cluster - 1) / cluster;  // so that all blocks of a cluster lay out memory alike
   float* const steps = reinterpret_cast<float*>(codes + most_depth * CODES_A_BLOCK);
   const u32 partials = shared_address(steps) + most_depth * STEPS_A_BLOCK;
-  // Activations that come after a full ring of tiles wait for it, so a small product that has to quantise them asks
-  // for them first.
-  if (early) fill_ring();
+  // Activations that come after a full ring of tiles wait for it, so who has to quantise them asks for them after
+  // two stages, and for a small product first.
+  constexpr int EARLY_STAGES = Q6K_FUSED && STAGES > 2 ? 2 : STAGES;
+  if (early) fill_ring(0, EARLY_STAGES);
   wait_for_previous_grid();
 #if Q6K_FUSED
   const u16* const rows_of_x = static_cast<const u16*>(x) + first_block * SUPER_BLOCK;
   quantize_rows<THREADS>(rows_of_x, stride, m, depth * SUPER_BLOCK, codes, steps, [&]() {
-    if (!early) fill_ring();
+    fill_ring(early ? EARLY_STAGES : 0, STAGES);
   });
 #else
   const u8* const x_codes = static_cast<const u8*>(x);
