@@ -24,14 +24,18 @@ from typing import Any
 import torch
 
 Row = dict[str, Any]
-SMALL, LONG, WIDE = ((4096, 4096), (1024, 4096)), (5376, 21504), ((14336, 4096), (4096, 14336))
+SQUARE, SMALLEST, TALL, LONG = (4096, 4096), (1024, 4096), (21504, 5376), (5376, 21504)
+WIDE = (14336, 4096), (4096, 14336)
+BOTH = ("bf16", "exact")
 CASES: tuple[tuple[int, tuple[int, int], str], ...] = (
-    *((1, shape, "bf16") for shape in (*SMALL, LONG, (21504, 5376))),
-    *((1, shape, "exact") for shape in (LONG, (21504, 5376))),
-    *((8, shape, scales) for shape in (*SMALL, *WIDE) for scales in ("bf16", "exact")),
-    *((m, (21504, 5376), "bf16") for m in (16, 32)),
-    *((m, (4096, 4096), "bf16") for m in (16, 32, 64, 256)),
-    *((2048, shape, scales) for shape in (LONG, (14336, 4096)) for scales in ("bf16", "exact")),
+    *((1, shape, scales) for shape in (SQUARE, SMALLEST, LONG, TALL) for scales in BOTH),
+    *((2, WIDE[1], scales) for scales in BOTH),
+    *((4, shape, "bf16") for shape in (SQUARE, SMALLEST, WIDE[0])),
+    *((8, shape, scales) for shape in (SQUARE, SMALLEST, *WIDE, LONG, TALL) for scales in BOTH),
+    *((m, TALL, scales) for m in (16, 32, 64) for scales in BOTH),
+    *((m, SQUARE, "bf16") for m in (16, 32, 64, 256, 512)),
+    *((512, shape, "exact") for shape in (SQUARE, LONG)),
+    *((2048, shape, scales) for shape in (LONG, WIDE[0]) for scales in BOTH),
 )
 """M, (N, K) and scales of what is furthest from its target."""
 COLUMNS = (
