@@ -37,7 +37,7 @@ class Plan:
         occupancy: blocks on a multiprocessor.
         cluster: blocks that split K.
         ranges: blocks, or clusters, that split the row tiles.
-        early: whether rings are filled before activations are asked for.
+        early: whether rings are filled, if `fused` two stages of them, before activations are asked for.
         shared_bytes: shared memory of a block.
     """
 
