@@ -78,7 +78,7 @@ class ExportableModel(nn.Module):
         Args:
             tokens: int64 (1, T), T from 1 to `stretch`.
             positions: int64 (T,), theirs: the first begins where the text so far ends, or at 0 for a new text.
-            slots: int64 (S,), 0, 1, 2 and so on; S is more than the last position, 2 at least, `capacity` at most.
+            slots: int64 (S,), 0, 1, 2 and so on; S is the first position at least, and 2, `capacity` at most.
 
         Returns:
             Logits of the token after them, float32 (1, V).
