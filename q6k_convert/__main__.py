@@ -1,6 +1,6 @@
 """`python -m q6k_convert` is `q6k-convert`."""
 
-from q6k_convert.cli import main
+from q6k_convert.cli.main import main
 
 if __name__ == "__main__":
     main()

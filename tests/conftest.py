@@ -13,7 +13,7 @@ import pytest
 from exported_model import ExportedModel
 from fake_cuda import FakeCuda, build
 from gguf_builder import small_model
-from q6k_kernels import driver
+from q6k_kernels.jit import driver
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -76,8 +76,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> ExportedModel:
         pytest.skip("g++ is not on PATH")
     from dataclasses import replace
 
-    from q6k_convert.cli import app
-    from test_model_architectures import GEMMA2
+    from model_cases import GEMMA2
+    from q6k_convert.cli.main import app
 
     folder = tmp_path_factory.mktemp("exported")
     bundle, _ = replace(GEMMA2, config=GEMMA2.config | {"num_hidden_layers": 2}).bundle(folder, scales="bf16")

@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from q6k_kernels.linear import Q6KEmbedding, Q6KLinear
-    from q6k_kernels.model import load_model
-    from q6k_kernels.reader import Bundle, open_bundle
-    from q6k_kernels.weight import PackedWeight, dequantize, embedding, q6k_linear
+    from q6k_kernels.models.assemble import load_model
+    from q6k_kernels.weights.layers import Q6KEmbedding, Q6KLinear
+    from q6k_kernels.weights.reader import Bundle, open_bundle
+    from q6k_kernels.weights.weight import PackedWeight, dequantize, embedding, q6k_linear
 
 __all__ = [
     "Bundle",
@@ -27,15 +27,15 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Bundle": "reader",
-    "PackedWeight": "weight",
-    "Q6KEmbedding": "linear",
-    "Q6KLinear": "linear",
-    "dequantize": "weight",
-    "embedding": "weight",
-    "load_model": "model",
-    "open_bundle": "reader",
-    "q6k_linear": "weight",
+    "Bundle": "weights.reader",
+    "PackedWeight": "weights.weight",
+    "Q6KEmbedding": "weights.layers",
+    "Q6KLinear": "weights.layers",
+    "dequantize": "weights.weight",
+    "embedding": "weights.weight",
+    "load_model": "models.assemble",
+    "open_bundle": "weights.reader",
+    "q6k_linear": "weights.weight",
 }
 
 

@@ -20,10 +20,10 @@ MANY_TESTS = 40
 """From so many on, compiling all kernels at once, in as many processes as there are processors, saves time."""
 COMPILE = """
 import ast, contextlib, sys
-from q6k_kernels import jit
+from q6k_kernels.jit import loader
 for file, defines in ast.literal_eval(sys.argv[2]):
     with contextlib.suppress(Exception):
-        jit.cubin(file, defines, sys.argv[1])
+        loader.cubin(file, defines, sys.argv[1])
 """
 
 
@@ -49,9 +49,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _library() -> None:
     """The operations are those of the C++ library that the environment names."""
     if (path := os.environ.get("Q6K_OPS_LIBRARY")) and _reason_to_skip() is None:
-        from q6k_kernels import ops_library
+        from q6k_kernels.ops import library
 
-        ops_library.load(path)
+        library.load(path)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,7 +63,8 @@ def _compiled(request: pytest.FixtureRequest) -> None:
         return
     import torch
 
-    from q6k_kernels import compiler, variants
+    from q6k_kernels.cpp import variants
+    from q6k_kernels.jit import compiler
 
     major, minor = torch.cuda.get_device_capability()
     units = sorted({(file, defines) for file, _, defines in variants.all_variants(10 * major + minor)})

@@ -18,9 +18,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import fp64  # noqa: E402
-from gpu_weights import bias_of, inputs, linear, poisoned_call, weight  # noqa: E402
-from q6k_kernels import cuda, gemm_mma, prefill, prepack  # noqa: E402
+import fp64
+from gpu_weights import bias_of, inputs, linear, poisoned_call, weight
+from q6k_kernels.cuda import dispatch, expand, gemm_mma
+from q6k_kernels.formats import tiles as prepack
 
 LIBRARY = os.environ.get("Q6K_OPS_LIBRARY", "")
 pytestmark = [
@@ -60,7 +61,7 @@ def test_products(m: int, n: int, k: int, scales: str, dtype: torch.dtype) -> No
         for bias in (None, bias_of(n, BF16), bias_of(n, FP32), bias_of(2 * n, FP16)[::2]):
             found = linear(x, w, bias, formula)
             fp64.assert_same_bits(
-                found, cuda.linear(x, w.tiles, bias, n, formula), f"{formula}, {bias is not None}"
+                found, dispatch.linear(x, w.tiles, bias, n, formula), f"{formula}, {bias is not None}"
             )
 
 
@@ -71,7 +72,7 @@ def test_what_other_gpus_would_take(m: int, scales: str, dtype: torch.dtype, exp
     for n, k in ((1001, 2560), (133, 768), (14336, 4096)):
         w, x = weight("genuine", n, k, scales), inputs(m, k, dtype)
         for bias in (None, bias_of(n, BF16), bias_of(n, FP32)):
-            for which, python in ((1, gemm_mma.linear), (2, prefill.linear)):
+            for which, python in ((1, gemm_mma.linear), (2, expand.linear)):
                 exported.q6k_ops_force_gemm(which)
                 found, right = linear(x, w, bias, "bf16"), torch.empty(m, n, dtype=dtype, device=x.device)
                 python(x, w.tiles, bias, n, right)
@@ -102,17 +103,17 @@ def test_rows_that_lie_anywhere() -> None:
 def test_packing_and_rows(n: int, k: int, scales: str) -> None:
     w = weight("extreme", n, k, scales)
     tiles = poisoned_call(OPS.pack, *w.planes)
-    fp64.assert_same_bits(tiles, cuda.pack(*w.planes))
+    fp64.assert_same_bits(tiles, dispatch.pack(*w.planes))
     fp64.assert_same_bits(tiles, prepack.pack(*w.planes))
     apart = (None if plane is None else strided(plane) for plane in w.planes)
     fp64.assert_same_bits(poisoned_call(OPS.pack, *apart), tiles)
     at = torch.randint(0, n, (7, 9), device="cuda")
     for dtype in (BF16, FP16, FP32):
         whole = poisoned_call(OPS.dequantize, tiles, n, dtype)
-        fp64.assert_same_bits(whole, cuda.dequantize(tiles, n, dtype))
+        fp64.assert_same_bits(whole, dispatch.dequantize(tiles, n, dtype))
         for indices in (at, at.int(), at.T, at[:0]):
             rows = poisoned_call(OPS.embedding, indices, tiles, n, dtype)
-            fp64.assert_same_bits(rows, cuda.embedding(indices, tiles, n, dtype))
+            fp64.assert_same_bits(rows, dispatch.embedding(indices, tiles, n, dtype))
             fp64.assert_same_bits(rows, whole[indices.long()])
 
 
@@ -147,13 +148,13 @@ def test_in_a_graph(m: int) -> None:
         still.copy_(again)
         y.fill_(float("nan"))
         graph.replay()
-        fp64.assert_same_bits(y, cuda.linear(again, w.tiles, None, w.n), f"seed {seed}")
+        fp64.assert_same_bits(y, dispatch.linear(again, w.tiles, None, w.n), f"seed {seed}")
     fp64.assert_same_bits(rows, OPS.dequantize(w.tiles, w.n, BF16)[:3])
 
 
 FIRST_USE = """
 import sys, torch
-from q6k_kernels import ops_library
+from q6k_kernels.ops import library as ops_library
 ops_library.load(sys.argv[1])
 tiles = torch.zeros(3, 2, 3584, dtype=torch.uint8, device="cuda")
 tiles[..., :3072].random_(0, 256, generator=torch.Generator("cuda").manual_seed(0))
@@ -186,7 +187,7 @@ def test_first_use_inside_a_capture() -> None:
 def test_the_current_stream_is_used(m: int) -> None:
     """Inputs are made in that stream right before, after much other work."""
     w, x = weight("genuine", 1001, 2560, "exact"), inputs(m, 2560, BF16)
-    right, load = cuda.linear(x, w.tiles, None, w.n), torch.randn(8192, 8192, device="cuda", dtype=BF16)
+    right, load = dispatch.linear(x, w.tiles, None, w.n), torch.randn(8192, 8192, device="cuda", dtype=BF16)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -203,7 +204,7 @@ def test_the_current_stream_is_used(m: int) -> None:
 def test_many_threads() -> None:
     """Threads that have never used CUDA."""
     w, x = weight("genuine", 1001, 2560, "bf16"), inputs(40, 2560, FP16)
-    rights = [cuda.linear(x[:m], w.tiles, None, w.n) for m in (1, 8, 40)]
+    rights = [dispatch.linear(x[:m], w.tiles, None, w.n) for m in (1, 8, 40)]
     found: list[Any] = []
 
     def run() -> None:
@@ -227,5 +228,5 @@ def test_another_gpu_than_the_current_one() -> None:
     for m in (1, 8, 64):
         y = OPS.linear(x[:m].to("cuda:1"), w.tiles.to("cuda:1"), None, w.n, "auto")
         assert y.device == torch.device("cuda:1")
-        fp64.assert_same_bits(y.to("cuda:0"), cuda.linear(x[:m], w.tiles, None, w.n))
+        fp64.assert_same_bits(y.to("cuda:0"), dispatch.linear(x[:m], w.tiles, None, w.n))
     assert torch.cuda.current_device() == 0

@@ -14,14 +14,14 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-import lowering  # noqa: E402
-from cpp_example import IN_PYTHON, build_example, called, generated  # noqa: E402
-from q6k_convert import export  # noqa: E402
-from q6k_kernels import load_model  # noqa: E402
-from q6k_kernels.cuda import DECODE_M, PREFILL_M  # noqa: E402
-from q6k_kernels.program import Program  # noqa: E402
-from test_generate import Generator  # noqa: E402
-from test_model_architectures import GEMMA2, LLAMA  # noqa: E402
+import lowering
+from cpp_example import IN_PYTHON, build_example, called, generated
+from model_cases import GEMMA2, LLAMA
+from q6k_convert.run import export_command
+from q6k_kernels import load_model
+from q6k_kernels.cuda.dispatch import DECODE_M, PREFILL_M
+from q6k_kernels.export.program import Program
+from q6k_kernels.generate.generator import Generator
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +38,9 @@ def test_a_whole_model(model: Any, tmp_path: Path) -> None:
     """Its logits are the model's, in stretches, past where a ring has wrapped, and for a second text."""
     out, _ = model.bundle(tmp_path, scales="bf16")
     package = tmp_path / "model.pt2"
-    report = export.run(export.Request(out, package, capacity=192, device="cuda"), print, no_progress)
+    report = export_command.run(
+        export_command.Request(out, package, capacity=192, device="cuda"), print, no_progress
+    )
     assert report["check"]["relative_difference"] <= report["check"]["allowed"]
     assert report["operations"]["decode"]["packed"] > 0
     before = torch.cuda.memory_allocated()
@@ -68,7 +70,7 @@ def test_without_python(tmp_path: Path) -> None:
     example = build_example()
     out, _ = LLAMA.bundle(tmp_path, scales="bf16")
     package = tmp_path / "model.pt2"
-    export.run(export.Request(out, package, capacity=192, device="cuda"), print, no_progress)
+    export_command.run(export_command.Request(out, package, capacity=192, device="cuda"), print, no_progress)
     texts = [(torch.randint(3, 96, (length,)).tolist(), count) for length, count in ((1, 9), (100, 60), (150, 43))]
     of_python = called(sys.executable, "-c", IN_PYTHON, library, package, json.dumps(texts)).splitlines()
     for (ids, count), expected in zip(texts, of_python, strict=True):

@@ -10,10 +10,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import fp64  # noqa: E402
-import gpu_weights  # noqa: E402
-import oracles  # noqa: E402
-from q6k_kernels import accuracy, planar  # noqa: E402
+import fp64
+import gpu_weights
+import oracles
+from q6k_kernels.formats import planes
+from q6k_kernels.ops import accuracy
 
 DTYPES = [torch.bfloat16, torch.float16]
 KINDS = ["genuine", "random", "extreme"]
@@ -74,7 +75,7 @@ def test_the_reference_and_the_tolerance_are_those_of_accuracy(
 def test_planes_are_those_of_the_format() -> None:
     q = torch.randint(-32, 32, (3, 4, 512), dtype=torch.int8)
     ql, qh = gpu_weights.planes_of(q)
-    expected = planar.pack(q.numpy())
+    expected = planes.pack(q.numpy())
     np.testing.assert_array_equal(ql.numpy(), expected[0])
     np.testing.assert_array_equal(qh.numpy(), expected[1])
     row = oracles.planes_of_row(q[2, 3].tolist())

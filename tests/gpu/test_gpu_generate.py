@@ -9,9 +9,9 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from q6k_kernels import recording  # noqa: E402
-from q6k_kernels.generate import Generator  # noqa: E402
-from q6k_kernels.sampling import gumbel_noise  # noqa: E402
+from q6k_kernels.generate import recording
+from q6k_kernels.generate.generator import Generator
+from q6k_kernels.generate.sampling import gumbel_noise
 
 pytestmark = pytest.mark.gpu
 

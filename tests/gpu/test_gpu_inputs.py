@@ -8,9 +8,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import fp64  # noqa: E402
-import gpu_weights  # noqa: E402
-from gpu_weights import bias_of, inputs, linear, weight  # noqa: E402
+import fp64
+import gpu_weights
+from gpu_weights import bias_of, inputs, linear, weight
 
 pytestmark = pytest.mark.gpu
 

@@ -9,9 +9,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import fp64  # noqa: E402
-from gpu_weights import DEVICE, bias_of, inputs, linear, poisoned_call, random_source, weight  # noqa: E402
-from q6k_kernels import decode, decode_plan, gemm_mma, gemm_wgmma, launching, prefill, prepack, reference  # noqa: E402
+import fp64
+from gpu_weights import DEVICE, bias_of, inputs, linear, poisoned_call, random_source, weight
+from q6k_kernels.cuda import decode, decode_plan, expand, gemm_mma, gemm_wgmma
+from q6k_kernels.cuda import device as launching
+from q6k_kernels.formats import tiles
+from q6k_kernels.ops import reference
 
 pytestmark = pytest.mark.gpu
 
@@ -111,12 +114,12 @@ def test_expanding_slices_for_cublas(scales: str, monkeypatch: pytest.MonkeyPatc
     """On every GPU; in one slice and in several, the last a part of a tile."""
     n, k, m = 133, 768, 40
     w, bias = weight("random", n, k, scales), bias_of(n, BF16)
-    for scratch in (prefill.SCRATCH_BYTES, 1 << 17, 1):
-        monkeypatch.setattr(prefill, "SCRATCH_BYTES", scratch)
+    for scratch in (expand.SCRATCH_BYTES, 1 << 17, 1):
+        monkeypatch.setattr(expand, "SCRATCH_BYTES", scratch)
         for dtype in (BF16, FP16):
             x = inputs(m, k, dtype)
             y = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
-            poisoned_call(prefill.linear, x, w.tiles, bias, n, y)
+            poisoned_call(expand.linear, x, w.tiles, bias, n, y)
             fp64.assert_right(y, fp64.linear(x, w.q, w.s, "bf16").plus(bias), f"{scratch} bytes, {dtype}")
 
 
@@ -144,7 +147,7 @@ def test_rows_that_lie_anywhere(formula: str) -> None:
 def test_pack(scales: str) -> None:
     for n, k, stack in ((1, 256, None), (33, 768, None), (17, 512, 3)):
         w = weight("random", n, k, scales, stack)
-        expected = prepack.pack(*(None if p is None else p.cpu() for p in w.planes))
+        expected = tiles.pack(*(None if p is None else p.cpu() for p in w.planes))
         fp64.assert_same_bits(poisoned_call(torch.ops.q6k.pack, *w.planes), expected)
 
 

@@ -9,9 +9,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import fp64  # noqa: E402
-from gpu_weights import bias_of, inputs, linear, weight  # noqa: E402
-from q6k_kernels import cuda, decode_plan  # noqa: E402
+import fp64
+from gpu_weights import bias_of, inputs, linear, weight
+from q6k_kernels.cuda import decode_plan, dispatch
 
 pytestmark = pytest.mark.gpu
 
@@ -25,7 +25,7 @@ HUGE_N = 100_000
 MS = {"int8": (1, 3, 8, 16, 33), "bf16": (1, 3, 8, 16, 33, 128)}
 LARGE_MS = (512, 2048)
 ALL_MS = [*range(18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 512, 2048]
-THRESHOLDS = sorted({cuda.DECODE_M, decode_plan.MOST_TOKENS, 16, 32, 64, 128, cuda.PREFILL_M})
+THRESHOLDS = sorted({dispatch.DECODE_M, decode_plan.MOST_TOKENS, 16, 32, 64, 128, dispatch.PREFILL_M})
 CASES = [
     (n, k, scales, dtype)
     for (n, k), scales, dtype in itertools.product([*SMALL, *SHAPES], ("bf16", "exact"), (BF16, FP16))
@@ -66,8 +66,8 @@ def test_every_number_of_rows(n: int, k: int, scales: str, dtype: torch.dtype, f
 @pytest.mark.parametrize(("n", "k"), [(17, 768), (4096, 4096), (5376, 21504)])
 def test_auto_is_int8_for_few_rows_and_16_bits_for_more(n: int, k: int, scales: str) -> None:
     w, x = weight("genuine", n, k, scales), inputs(2048, k, BF16)
-    for m in (1, cuda.DECODE_M, cuda.DECODE_M + 1, 128, 2048):
-        formula = "int8" if m <= cuda.DECODE_M else "bf16"
+    for m in (1, dispatch.DECODE_M, dispatch.DECODE_M + 1, 128, 2048):
+        formula = "int8" if m <= dispatch.DECODE_M else "bf16"
         fp64.assert_same_bits(linear(x[:m], w), linear(x[:m], w, None, formula), f"M={m}")
 
 

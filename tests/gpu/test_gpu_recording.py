@@ -10,13 +10,13 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("libgguf")
 
-from torch import Tensor  # noqa: E402
+from torch import Tensor
 
-from q6k_kernels import load_model  # noqa: E402
-from q6k_kernels.generate import Generator  # noqa: E402
-from q6k_kernels.recording import TOGETHER  # noqa: E402
-from q6k_kernels.step_kernels import Kernels  # noqa: E402
-from test_model_architectures import MODELS  # noqa: E402
+from model_cases import MODELS
+from q6k_kernels import load_model
+from q6k_kernels.generate.generator import Generator
+from q6k_kernels.generate.recording import TOGETHER
+from q6k_kernels.generate.step_cuda import Kernels
 
 pytestmark = pytest.mark.gpu
 

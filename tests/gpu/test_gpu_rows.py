@@ -9,11 +9,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import fp64  # noqa: E402
-import gpu_weights  # noqa: E402
-from gpu_weights import poisoned_call, random_source, weight  # noqa: E402
-from q6k_kernels import prepack, reference  # noqa: E402
-from q6k_kernels.weight import PackedWeight  # noqa: E402
+import fp64
+import gpu_weights
+from gpu_weights import poisoned_call, random_source, weight
+from q6k_kernels.formats import tiles as prepack
+from q6k_kernels.ops import reference
+from q6k_kernels.weights.weight import PackedWeight
 
 pytestmark = pytest.mark.gpu
 

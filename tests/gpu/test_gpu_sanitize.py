@@ -27,9 +27,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import fp64  # noqa: E402
-import gpu_weights  # noqa: E402
-from q6k_kernels import decode, decode_plan, gemm_mma, gemm_wgmma, launching, prefill, prepack, reference  # noqa: E402
+import fp64
+import gpu_weights
+from q6k_kernels.cuda import decode, decode_plan, device, expand, gemm_mma, gemm_wgmma
+from q6k_kernels.formats import tiles as prepack
+from q6k_kernels.ops import reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitize]
 
@@ -44,8 +46,8 @@ def _inputs_on_the_cpu() -> Iterator[None]:
         yield
 
 
-def this_gpu() -> launching.Device:
-    return launching.device(torch.cuda.current_device())
+def this_gpu() -> device.Device:
+    return device.device(torch.cuda.current_device())
 
 
 def unwritten(m: int, n: int, dtype: torch.dtype) -> torch.Tensor:
@@ -189,7 +191,7 @@ def test_pack_dequantize_and_gather(scales: str, dtype: torch.dtype) -> None:
 def test_expanding_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three slices for cuBLAS, the last one row."""
     case = Case(5, 33, 256, "exact", FP16, "bf16", None)
-    monkeypatch.setattr(prefill, "SCRATCH_BYTES", 1)
-    assert prefill.slice_rows(case.m, case.k) == 16
-    prefill.linear(case.x, case.tiles, case.bias, case.n, case.y)
+    monkeypatch.setattr(expand, "SCRATCH_BYTES", 1)
+    assert expand.slice_rows(case.m, case.k) == 16
+    expand.linear(case.x, case.tiles, case.bias, case.n, case.y)
     case.check()

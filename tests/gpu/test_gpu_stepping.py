@@ -11,13 +11,16 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor, nn
 
-from q6k_kernels import Q6KLinear, decode, decode_plan, launching, load_model, step_kernels  # noqa: E402
-from q6k_kernels.generate import Generator  # noqa: E402
-from q6k_kernels.step_kernels import HEAD_DIMS, Kernels  # noqa: E402
-from q6k_kernels.step_reference import Cached, Choice, Heads, Norm, Reference  # noqa: E402
-from q6k_kernels.stepping import Step  # noqa: E402
+from q6k_kernels import Q6KLinear, load_model
+from q6k_kernels.cuda import decode, decode_plan
+from q6k_kernels.cuda import device as launching
+from q6k_kernels.generate import step_cuda
+from q6k_kernels.generate.generator import Generator
+from q6k_kernels.generate.step import Step
+from q6k_kernels.generate.step_cuda import HEAD_DIMS, Kernels
+from q6k_kernels.generate.step_reference import Cached, Choice, Heads, Norm, Reference
 
 pytestmark = pytest.mark.gpu
 
@@ -157,7 +160,7 @@ def test_attention_at_all_positions(dtype: torch.dtype, position: int) -> None:
 @pytest.mark.parametrize("position", [127, 128, 255, 256, 300, 1000, 4095])
 @pytest.mark.parametrize("blocks", [1, 2, 5])
 def test_attention_where_warps_take_turns(position: int, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_kernels, "MOST_BLOCKS", blocks)
+    monkeypatch.setattr(step_cuda, "MOST_BLOCKS", blocks)
     attention(torch.bfloat16, 128, 4, 4096, 0, position, True, None)
 
 
@@ -169,7 +172,7 @@ def test_attention_in_a_window(position: int, softcap: float | None) -> None:
 
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 def test_attention_where_a_block_has_less_shared_memory(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_kernels, "ATTEND_WARPS", (4,))
+    monkeypatch.setattr(step_cuda, "ATTEND_WARPS", (4,))
     for group in (4, 8):  # the vectors of eight heads take a warp three turns
         attention(torch.bfloat16, dim, group, 520, 0, 300, True, None)
 
@@ -217,7 +220,7 @@ def test_choices(dtype: torch.dtype, vocabulary: int, temperature: float, softca
 
 def models() -> dict[str, Any]:
     pytest.importorskip("libgguf")
-    from test_model_architectures import MODELS
+    from model_cases import MODELS
 
     return {name: MODELS[name] for name in ("llama 3.1", "mistral as llama", "qwen2", "qwen3", "gemma2", "gemma3")}
 

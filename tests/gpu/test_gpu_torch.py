@@ -9,10 +9,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import fp64  # noqa: E402
-import gpu_weights  # noqa: E402
-from gpu_weights import bias_of, inputs, linear, weight  # noqa: E402
-from q6k_kernels import gemm_wgmma, jit, variants  # noqa: E402
+import fp64
+import gpu_weights
+from gpu_weights import bias_of, inputs, linear, weight
+from q6k_kernels.cpp import variants
+from q6k_kernels.cuda import gemm_wgmma
+from q6k_kernels.jit import loader
 
 pytestmark = pytest.mark.gpu
 
@@ -32,7 +34,7 @@ def test_memory_is_poisoned() -> None:
 def test_every_kernel_loads_and_keeps_to_registers() -> None:
     major, minor = torch.cuda.get_device_capability()
     for file, name, defines in variants.all_variants(10 * major + minor):
-        kernel = jit.load(file, name, defines, torch.cuda.current_device())
+        kernel = loader.load(file, name, defines, torch.cuda.current_device())
         assert kernel.local_bytes == 0, f"{name} {defines} spills, with {kernel.registers} registers"
 
 
@@ -216,14 +218,14 @@ def test_first_use_inside_a_capture() -> None:
     w, x = weight("genuine", 48, 512, "exact"), inputs(7, 512, torch.float16)
     w.tiles  # noqa: B018
     torch.cuda.synchronize()
-    kept = dict(jit._kernels)
-    jit._kernels.clear()
+    kept = dict(loader._kernels)
+    loader._kernels.clear()
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = OPS.linear(x, w.tiles, None, 48, "int8")
     finally:
-        jit._kernels.update(kept)
+        loader._kernels.update(kept)
     y.fill_(float("nan"))
     graph.replay()
     fp64.assert_right(y, fp64.linear(x, w.q, w.s, "int8"), "captured at once")

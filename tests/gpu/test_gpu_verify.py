@@ -11,10 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from gguf_builder import small_model, weight
-from q6k_convert import cli, q6k, stream
-from q6k_convert.convert import convert
-from q6k_convert.plan import Options
-from q6k_kernels import planar
+from q6k_convert.cli import main
+from q6k_convert.convert import repack, stream
+from q6k_convert.convert.pipeline import convert
+from q6k_convert.convert.plan import Options
+from q6k_kernels.formats import planes
 
 torch = pytest.importorskip("torch")
 
@@ -25,12 +26,12 @@ LARGER = [weight("blk.1.ffn_up.weight", (1000, 2048), seed=8), weight("blk.1.exp
 
 def to_planes(blocks: Any, arrays: dict[str, Any], scales: str) -> int | None:
     """In numpy: the compiled repacker need not be installed where kernels are tested."""
-    raw = np.frombuffer(blocks, np.uint8).reshape(-1, q6k.BLOCK_BYTES)
-    codes, scale = q6k.decode(raw)
-    ql, qh = planar.pack(codes)
-    found = {"ql": ql, "qh": qh, "scale": planar.round_to_bf16(scale)}
+    raw = np.frombuffer(blocks, np.uint8).reshape(-1, repack.BLOCK_BYTES)
+    codes, scale = repack.decode(raw)
+    ql, qh = planes.pack(codes)
+    found = {"ql": ql, "qh": qh, "scale": planes.round_to_bf16(scale)}
     if scales == "exact":
-        found |= {"scale": raw[:, q6k.SCALES_AT : q6k.D_AT], "steps": raw[:, q6k.D_AT :]}
+        found |= {"scale": raw[:, repack.SCALES_AT : repack.D_AT], "steps": raw[:, repack.D_AT :]}
     for role, array in found.items():
         np.frombuffer(arrays[role], np.uint8)[:] = np.ascontiguousarray(array).view(np.uint8).ravel()
     return None
@@ -48,7 +49,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("device", ["cuda", "auto"])
 def test_every_packed_tensor_is_right_on_the_gpu(bundle: Path, device: str) -> None:
-    result = CliRunner().invoke(cli.app, ["verify", str(bundle), "--device", device, "--json"])
+    result = CliRunner().invoke(main.app, ["verify", str(bundle), "--device", device, "--json"])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     (stage,) = [stage for stage in report["stages"] if stage["stage"] == "device"]

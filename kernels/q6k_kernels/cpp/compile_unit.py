@@ -12,9 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-from q6k_kernels import compiler
 from q6k_kernels.cpp.units import compile_with_nvcc
 from q6k_kernels.errors import CudaError
+from q6k_kernels.jit import compiler
 
 
 def main(nvcc: str, units: str, name: str, cubin: str) -> int:

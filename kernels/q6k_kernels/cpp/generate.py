@@ -21,20 +21,12 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from q6k_kernels import (
-    compiler,
-    cuda,
-    decode,
-    decode_plan,
-    gemm_mma,
-    gemm_wgmma,
-    launching,
-    prefill,
-    prepack,
-    row_kernels,
-)
 from q6k_kernels.cpp import units as library
 from q6k_kernels.cpp.units import FILES, Unit
+from q6k_kernels.cuda import decode, decode_plan, device, dispatch, expand, gemm_mma, gemm_wgmma
+from q6k_kernels.cuda import rows as row_kernels
+from q6k_kernels.formats import tiles
+from q6k_kernels.jit import compiler
 
 MOST_VALUES = 8
 """Of the macros of a unit; `Key` in `src/kernels.h` has room for as many."""
@@ -43,11 +35,11 @@ MOST_VALUES = 8
 def tables() -> str:
     """The header of numbers that Python's launch plans are made from."""
     numbers = {
-        "TILE_BYTES_BF16": prepack.TILE_BYTES["bf16"],
-        "TILE_BYTES_EXACT": prepack.TILE_BYTES["exact"],
-        "ALIGNMENT": launching.ALIGNMENT,
-        "DECODE_M": cuda.DECODE_M,
-        "PREFILL_M": cuda.PREFILL_M,
+        "TILE_BYTES_BF16": tiles.TILE_BYTES["bf16"],
+        "TILE_BYTES_EXACT": tiles.TILE_BYTES["exact"],
+        "ALIGNMENT": device.ALIGNMENT,
+        "DECODE_M": dispatch.DECODE_M,
+        "PREFILL_M": dispatch.PREFILL_M,
         "MOST_TOKENS": decode_plan.MOST_TOKENS,
         "FUSED_TOKENS": decode_plan.FUSED_TOKENS,
         "MOST_WAVES": decode_plan.MOST_WAVES,
@@ -60,7 +52,7 @@ def tables() -> str:
         "MMA_STAGE_BYTES": gemm_mma.STAGE_BYTES,
         "MOST_SPLITS": gemm_mma.MOST_SPLITS,
         "MOST_WORKSPACE": gemm_mma.MOST_WORKSPACE,
-        "EXPAND_BYTES": prefill.SCRATCH_BYTES,
+        "EXPAND_BYTES": expand.SCRATCH_BYTES,
         "PACK_WARPS": row_kernels.PACK_WARPS,
         "ROW_THREADS": row_kernels.THREADS,
     }

@@ -1,7 +1,7 @@
 """What the library's kernels are compiled from: a unit for each file and set of macros, by nvcc, ahead of time.
 
 A unit is what `jit` compiles at run time, to the same cubin but for the compiler's version. Which there are, only
-`q6k_kernels.variants` says. Needs no torch, but for `plan` and `dynamic_shared`.
+`q6k_kernels.cpp.variants` says. Needs no torch, but for `plan` and `dynamic_shared`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from q6k_kernels import compiler
-from q6k_kernels.compiler import Defines
 from q6k_kernels.errors import CompileFailedError
+from q6k_kernels.jit import compiler
+from q6k_kernels.jit.compiler import Defines
 
 Unit = tuple[int, str, Defines]
 """Compute capability, file, macros: compiled once, whatever kernels it has."""
@@ -60,7 +60,7 @@ class Compiled:
 
 def plan(architectures: Sequence[int] = ()) -> dict[Unit, list[str]]:
     """The kernels wanted of each unit, for all architectures if none is given."""
-    from q6k_kernels.variants import ARCHITECTURES, all_variants  # they import torch
+    from q6k_kernels.cpp.variants import ARCHITECTURES, all_variants  # they import torch
 
     units: dict[Unit, list[str]] = {}
     for arch in architectures or ARCHITECTURES:
@@ -71,7 +71,7 @@ def plan(architectures: Sequence[int] = ()) -> dict[Unit, list[str]]:
 
 def dynamic_shared(units: Iterable[Unit]) -> dict[tuple[int, Variant], int]:
     """Bytes that launches of kernels ask for, by compute capability and variant, where it is known."""
-    from q6k_kernels.variants import shared_bytes
+    from q6k_kernels.cpp.variants import shared_bytes
 
     return {
         (arch, variant): size

@@ -1,0 +1,3 @@
+"""The q6k-planar bundle on disk: shards, manifest, writer, structure and content checks, metadata. Imports formats
+and gguf; no torch, no GPU.
+"""

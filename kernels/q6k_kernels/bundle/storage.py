@@ -1,0 +1,82 @@
+"""How a GGML tensor is stored in a bundle: which arrays, of which dtype and shape.
+
+| storage     | arrays                                                                     |
+|-------------|----------------------------------------------------------------------------|
+| planar      | `X.ql`, `X.qh`, `X.scale`, with exact scales also `X.steps` (see `planar`) |
+| plain       | `X`, as it was: float, bf16 and integer types                              |
+| dequantized | `X`, bf16                                                                  |
+| raw         | `X`, uint8 rows of GGUF blocks                                             |
+| skipped     | none                                                                       |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from q6k_kernels.bundle.shards import ArraySpec
+from q6k_kernels.formats.ggml import GROUP, SUPER_BLOCK, TYPE_SIZES, GGMLType
+
+Scales = Literal["bf16", "exact"]
+Storage = Literal["planar", "plain", "dequantized", "raw", "skipped"]
+
+STORAGES: tuple[Storage, ...] = get_args(Storage)
+PLAIN_DTYPES = {
+    "F64": "F64",
+    "F32": "F32",
+    "F16": "F16",
+    "BF16": "BF16",
+    "I64": "I64",
+    "I32": "I32",
+    "I16": "I16",
+    "I8": "I8",
+}
+"""GGML type -> safetensors dtype, for the types stored as they are."""
+
+
+def arrays_of(
+    name: str, ggml_type: str, shape: Sequence[int], storage: Storage, scales: Scales
+) -> dict[str, ArraySpec]:
+    """The arrays of a tensor by role: ql, qh, scale, steps; or data; none if it is skipped.
+
+    Args:
+        name: the tensor's GGUF name.
+        ggml_type: its type's name, `Q6_K` say.
+        shape: torch order; (N, K) or (E, N, K) for planar storage.
+        storage: how it is stored.
+        scales: which scales planar tensors have.
+
+    Raises:
+        ValueError: a tensor of this type or shape cannot be stored so.
+    """
+    *lead, last = shape or (1,)
+    if storage == "planar":
+        if ggml_type != "Q6_K" or len(shape) not in (2, 3) or last % SUPER_BLOCK:
+            raise ValueError(f"{ggml_type} of shape {list(shape)} has no planar form")
+        arrays = {
+            "ql": ArraySpec(f"{name}.ql", "U8", (*lead, last // 2)),
+            "qh": ArraySpec(f"{name}.qh", "U8", (*lead, last // 4)),
+            "scale": ArraySpec(f"{name}.scale", "BF16" if scales == "bf16" else "I8", (*lead, last // GROUP)),
+        }
+        if scales == "exact":
+            arrays["steps"] = ArraySpec(f"{name}.steps", "F16", (*lead, last // SUPER_BLOCK))
+        return arrays
+    if storage == "plain":
+        if ggml_type not in PLAIN_DTYPES:
+            raise ValueError(f"{ggml_type} is not stored as it is")
+        return {"data": ArraySpec(name, PLAIN_DTYPES[ggml_type], tuple(shape))}
+    if storage == "dequantized":
+        return {"data": ArraySpec(name, "BF16", tuple(shape))}
+    if storage == "raw":
+        return {"data": ArraySpec(name, "U8", (*lead, _row_bytes(ggml_type, last)))}
+    return {}
+
+
+def _row_bytes(ggml_type: str, weights: int) -> int:
+    kind = GGMLType.__members__.get(ggml_type)
+    if kind is None:
+        raise ValueError(f"unknown GGML type {ggml_type}")
+    block_weights, block_bytes = TYPE_SIZES[kind]
+    if weights % block_weights:
+        raise ValueError(f"{ggml_type} rows are multiples of {block_weights} weights, not {weights}")
+    return weights // block_weights * block_bytes

@@ -1,0 +1,103 @@
+"""Every kernel there is, by GPU architecture: what a build for that architecture has to get through."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from q6k_kernels.cuda import decode, decode_plan, gemm_mma, gemm_wgmma, rows
+from q6k_kernels.cuda.device import Device, Variant
+from q6k_kernels.generate import step_cuda
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+"""Compute capabilities that kernels are compiled for in tests; others of 8.0 and later are like one of them."""
+_SHARED_KB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+"""Of a block; a multiprocessor has 1 KB more."""
+_SHAPES = tuple(product((1024, 4096, 16384, 65536, 262144), (1024, 4096, 8192, 16384, 21504, 32768)))
+"""Weights (N, K), of the sizes that models have, whose plans `shared_bytes` asks for."""
+_TOKENS = (*range(1, decode_plan.MOST_TOKENS + 1), 16, 32, 64)
+"""Rows of activations that it asks for: every kernel's sizes."""
+_Key = tuple[str, bool, tuple[int, ...]]
+"""Of the kernels that a plan may choose: which, exact scales or not, and its own macros' values."""
+
+
+def device_like(arch: int) -> Device:
+    """A GPU of that architecture, with 100 multiprocessors and the shared memory that it has.
+
+    That is what the CUDA Programming Guide documents ("Technical Specifications per Compute Capability"). An
+    architecture that is not listed there gets the least that one of its major version has, 99 KB a block for 8.x
+    and 12.x and 227 KB for 9.x, 10.x and 11.x; an unknown major version the least of all, 99 KB.
+
+    Args:
+        arch: compute capability, 90 for 9.0.
+
+    Raises:
+        ValueError: it is below 80, which no kernel is for.
+    """
+    if arch < 80:
+        raise ValueError(f"arch: expected a compute capability of 80 or later, as 90 for 9.0, found {arch}")
+    family = [kb for known, kb in _SHARED_KB.items() if known // 10 == arch // 10]
+    block = _SHARED_KB.get(arch) or min(family or _SHARED_KB.values())
+    return Device(0, arch, 100, block << 10, block + 1 << 10)
+
+
+def all_variants(arch: int) -> list[Variant]:
+    """The kernels that may be loaded on a GPU of that architecture.
+
+    Raises:
+        ValueError: it is below 80.
+    """
+    device = device_like(arch)
+    return [
+        *decode.variants(device),
+        *gemm_wgmma.variants(device),
+        *gemm_mma.variants(arch),
+        *rows.variants(arch),
+        *step_cuda.variants(device),
+    ]
+
+
+def shared_bytes(arch: int) -> dict[Variant, int]:
+    """The largest dynamic shared memory, in bytes of a block, that launches of each kernel ask for.
+
+    Exact for kernels whose shared memory does not depend on sizes; for `decode` the largest of plans for common
+    sizes of weights. Kernels that none of these plans chooses are left out; those that use none have 0.
+
+    Raises:
+        ValueError: `arch` is below 80.
+    """
+    largest = _of_plans(device_like(arch))
+    found = dict[Variant, int]()
+    for variant in all_variants(arch):
+        _, kernel, defines = variant
+        if kernel == step_cuda.ATTEND:
+            found[variant] = step_cuda.attend_bytes(dict(defines))
+        elif kernel not in (decode.KERNEL, gemm_wgmma.KERNEL, gemm_mma.KERNEL):
+            found[variant] = 0
+        elif (key := _key(kernel, dict(defines))) in largest:
+            found[variant] = largest[key]
+    return found
+
+
+def _key(kernel: str, macros: dict[str, int]) -> _Key:
+    own = (value for name, value in macros.items() if name not in ("Q6K_EXACT", "Q6K_FP16"))
+    return kernel, bool(macros["Q6K_EXACT"]), tuple(own)
+
+
+def _of_plans(device: Device) -> dict[_Key, int]:
+    largest = dict[_Key, int]()
+
+    def meet(kernel: str, exact: bool, own: tuple[int, ...], taken: int) -> None:
+        key = kernel, exact, tuple(map(int, own))
+        largest[key] = max(taken, largest.get(key, 0))
+
+    for exact in (False, True):
+        for (n, k), m in product(_SHAPES, _TOKENS):
+            mma = gemm_mma.plan(m, n, k, exact, device)
+            meet(gemm_mma.KERNEL, exact, (mma.tokens, mma.parts, mma.slots), mma.shared_bytes)
+            chosen = decode_plan.plan(m, n, k, exact, device) if m <= decode_plan.MOST_TOKENS else None
+            if chosen is not None:
+                meet(decode.KERNEL, exact, (*chosen.kernel, chosen.cluster > 1), chosen.shared_bytes)
+        for config in gemm_wgmma.CONFIGS:
+            own = config.tokens, config.consumers, config.tile_stages, config.x_stages, config.occupancy
+            meet(gemm_wgmma.KERNEL, exact, own, config.shared_bytes(exact))
+    return largest

@@ -1,0 +1,3 @@
+"""Each CUDA kernel beside what launches it, the plans that choose a launch, and the dispatch over all of them.
+Imports formats and jit; knows no model.
+"""

@@ -1,0 +1,96 @@
+"""What every launch needs to know: the GPU's limits, the current stream, numbers that kernels and hosts share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from q6k_kernels.formats.tiles import SCALES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Variant = tuple[str, str, tuple[tuple[str, int], ...]]
+"""A kernel to compile: file, name, macros."""
+
+ALIGNMENT = 16
+"""Of whatever kernels read or write, in bytes."""
+BIAS_KINDS: Mapping[torch.dtype, int] = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+"""`BiasKind` in `cuda/common.cuh`; 0 is none."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a GPU offers a launch.
+
+    Attributes:
+        index: its ordinal.
+        arch: compute capability, 90 for 9.0.
+        multiprocessors: how many.
+        shared_bytes: shared memory that a block may have.
+        multiprocessor_shared_bytes: and all blocks of a multiprocessor together, 1 KB of overhead each.
+    """
+
+    index: int
+    arch: int
+    multiprocessors: int
+    shared_bytes: int
+    multiprocessor_shared_bytes: int
+
+
+@cache
+def device(index: int) -> Device:
+    """The GPU with that ordinal."""
+    properties = torch.cuda.get_device_properties(index)
+    return Device(
+        index,
+        properties.major * 10 + properties.minor,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # missing in torch's stubs
+        properties.shared_memory_per_multiprocessor,
+    )
+
+
+def stream(on: Device) -> int:
+    """The CUstream in which torch works now on that GPU."""
+    return int(torch.cuda.current_stream(on.index).cuda_stream)
+
+
+def check_aligned(tiles: Tensor) -> None:
+    """Kernels copy tiles 16 bytes at a time.
+
+    Raises:
+        ValueError: they begin elsewhere, as a view into other memory may.
+    """
+    if tiles.data_ptr() % ALIGNMENT:
+        raise ValueError(
+            f"tiles: expected memory aligned to {ALIGNMENT} bytes, found {tiles.data_ptr():#x}; clone them"
+        )
+
+
+def end_write(tiles: Tensor) -> None:
+    """Puts something between the launch that wrote tiles and the next.
+
+    Kernels that multiply begin to copy tiles while the launch before them ends (programmatic dependent launch), so
+    that launch must not be the one that wrote them. A memset, which nothing overlaps with, comes between.
+    """
+    torch.zeros(1, dtype=torch.uint8, device=tiles.device)
+
+
+def is_exact(tiles: Tensor) -> bool:
+    """Whether tiles have exact scales."""
+    return SCALES[tiles.shape[-1]] == "exact"
+
+
+def common_macros(exact: bool, fp16: bool) -> tuple[tuple[str, int], ...]:
+    """What `cuda/common.cuh` is specialised by."""
+    return ("Q6K_EXACT", int(exact)), ("Q6K_FP16", int(fp16))
+
+
+def bias_arguments(bias: Tensor | None) -> tuple[int, int]:
+    """Pointer and `BiasKind`."""
+    return (0, 0) if bias is None else (bias.data_ptr(), BIAS_KINDS[bias.dtype])

@@ -1,0 +1,82 @@
+"""The operations on CUDA GPUs: which kernel does what. Arguments were checked by `ops`.
+
+| rows of x (M) | activations | kernel |
+|---|---|---|
+| 1 to `DECODE_M` | int8 | `decode`: quantises on the way, or in a launch of its own |
+| more | bf16 | Hopper: `gemm_wgmma`. Other GPUs: `gemm_mma`, and from `PREFILL_M` on `prefill` |
+
+That is what "auto" picks; "int8" and "bf16" can be forced at any M. Nothing here waits for the GPU, and all of it
+can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from q6k_kernels.cuda import decode, decode_plan, expand, gemm_mma, gemm_wgmma
+from q6k_kernels.cuda import device as launching
+from q6k_kernels.cuda import rows as row_kernels
+
+DECODE_M = 8
+"""Rows of x up to which "auto" quantises activations, if one fits: up to there one launch does them all, and it is
+faster (4.0 against 8.3 us at M = 1, 5.6 against 8.3 at M = 8 on the smallest layer measured)."""
+PREFILL_M = 256
+"""Rows from which on expanding the weights for cuBLAS pays, on GPUs other than Hopper. Not measured there."""
+
+
+def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, activations: str = "auto") -> Tensor:
+    """The product of x and the transposed weights, plus the bias.
+
+    Args:
+        x: bfloat16 or float16 (..., K), any strides.
+        tiles: uint8 (T, K/256, tile_bytes), on the same GPU.
+        bias: bfloat16, float16 or float32 (n,), or None.
+        n: rows of the weight.
+        activations: "auto", "int8" or "bf16".
+
+    Returns:
+        (..., n) of x's dtype.
+
+    Raises:
+        CudaError: this GPU cannot run kernels, or something they need is missing (see `errors`).
+        ValueError: tiles not aligned to 16 bytes, or "int8" with rows of activations too long for shared memory.
+    """
+    launching.check_aligned(tiles)
+    device = launching.device(x.device.index)
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    rows, outputs = aligned_rows(x), y.view(-1, n)
+    m = len(rows)
+    if m == 0:
+        return y
+    if bias is not None:
+        bias = bias.detach().contiguous()
+    if (
+        activations == "auto"
+        and m <= DECODE_M
+        and decode_plan.fits(n, x.shape[-1], launching.is_exact(tiles), device)
+    ):
+        activations = "int8"
+    if activations == "int8":
+        decode.linear(rows, tiles, bias, n, outputs, device)
+    elif device.arch == gemm_wgmma.ARCH:
+        gemm_wgmma.linear(rows, tiles, bias, n, outputs, device)
+    elif m < PREFILL_M:
+        gemm_mma.linear(rows, tiles, bias, n, outputs)
+    else:
+        expand.linear(rows, tiles, bias, n, outputs)
+    return y
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """The activations as (M, K), rows contiguous and 16-byte aligned: a view if they are so, else a copy."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    apart = rows.stride(0)
+    if rows.stride(1) == 1 and apart % 8 == 0 and apart >= rows.shape[1] and not rows.data_ptr() % 16:
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
+embedding = row_kernels.embedding
+dequantize = row_kernels.dequantize
+pack = row_kernels.pack

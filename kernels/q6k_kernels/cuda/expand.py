@@ -1,0 +1,45 @@
+"""Many rows of 16-bit activations on GPUs that `gemm_wgmma` does not serve: expand a slice of weights, multiply.
+
+A slice of rows is expanded into scratch memory small enough to stay near the L2 cache, and cuBLAS multiplies
+with it, before the next slice. Products are summed and returned in fp32, then rounded once with the bias.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from q6k_kernels.cuda import rows as row_kernels
+from q6k_kernels.ops.reference import TILE_ROWS
+
+SCRATCH_BYTES = 48 << 20
+"""Weights of a slice and their products, together."""
+
+
+def slice_rows(m: int, k: int) -> int:
+    """Rows of weights in a slice: a multiple of 16, at least 16."""
+    return max(TILE_ROWS, SCRATCH_BYTES // (2 * k + 4 * m) // TILE_ROWS * TILE_ROWS)
+
+
+def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, y: Tensor) -> None:
+    """Computes what `q6k_kernels.cuda.dispatch.linear` has checked.
+
+    Args:
+        x: bf16 or fp16 (M, K), M >= 1.
+        tiles: uint8 (T, K/256, tile_bytes).
+        bias: (n,) or None.
+        n: rows of the weight.
+        y: x's dtype (M, n), contiguous.
+    """
+    m, k = x.shape
+    step = min(slice_rows(m, k), n)
+    weights = torch.empty(step, k, dtype=x.dtype, device=x.device)
+    for first in range(0, n, step):
+        rows = min(step, n - first)
+        part = weights[:rows]
+        row_kernels.dequantize_rows(tiles, first, rows, n, part)
+        sums = torch.mm(x, part.T, out_dtype=torch.float32)
+        if bias is not None:
+            sums += bias[first : first + rows]
+        y[:, first : first + rows] = sums
+        del sums  # before the next slice's: both would not fit in the scratch

@@ -1,0 +1,274 @@
+"""Many rows of 16-bit activations on Hopper: how `cuda/gemm_wgmma.cuh` is launched.
+
+A block computes ROWS x TOKENS outputs. Few tokens: small blocks, two to a multiprocessor. Many: the largest blocks,
+since weights are expanded once for each block of tokens. Outputs that do not fill the GPU evenly are cut along K:
+then every block has the same share, and what a block has of another's output passes through scratch memory.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import count, product
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from q6k_kernels.cuda.device import Device, Variant, bias_arguments, common_macros, is_exact, stream
+from q6k_kernels.formats.ggml import SUPER_BLOCK
+from q6k_kernels.formats.tiles import TILE_BYTES
+from q6k_kernels.jit import driver, loader
+from q6k_kernels.ops.reference import TILE_ROWS
+
+FILE, KERNEL = "gemm_wgmma.cuh", "q6k_gemm_wgmma"
+ARCH = 90
+"""The one architecture with these instructions."""
+TILE_PIECES = 14
+"""Rows that a tile is copied as: a copy's box is at most 256 wide, and rows are multiples of 16 bytes."""
+_ARGUMENTS = struct.Struct("@PPPPQiiiiii48x128s128s")
+_tickets = count(int.from_bytes(os.urandom(8), "little") >> 1)
+"""What marks a launch's words in memory that others used before. A graph's replays share one, one after another."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the kernel is compiled for; the macros of `cuda/gemm_wgmma.cuh` say more.
+
+    Attributes:
+        tokens: of a block's outputs.
+        consumers: warpgroups that multiply, 64 rows each.
+        tile_stages: super-blocks of tiles on their way.
+        x_stages: steps of 64 columns of x on their way.
+        occupancy: blocks on a multiprocessor.
+        cycles: clock cycles that a super-block takes one of `occupancy` blocks, divided by `occupancy`; fitted
+            to measurements on an H200, like the constants of `_cost`.
+    """
+
+    tokens: int
+    consumers: int
+    tile_stages: int
+    x_stages: int
+    occupancy: int
+    cycles: int
+
+    @property
+    def rows(self) -> int:
+        """Of a block's outputs."""
+        return 64 * self.consumers
+
+    @property
+    def threads(self) -> int:
+        """Of a block: the consumers, and those that copy."""
+        return self.consumers * 128 + (128 if self.tokens > 128 else 64)
+
+    def shared_bytes(self, exact: bool) -> int:
+        """Of a block; on top of 1 KB to align."""
+        tile = TILE_BYTES["exact" if exact else "bf16"]
+        rings = self.x_stages * self.tokens * 128 + self.tile_stages * self.rows // TILE_ROWS * tile
+        return rings + self.consumers * 4 * 512 + (self.x_stages + self.tile_stages) * 16
+
+
+CONFIGS = (
+    Config(16, 2, 2, 6, 2, 1590),
+    Config(32, 2, 2, 4, 2, 1650),
+    Config(64, 2, 2, 4, 2, 1960),
+    Config(128, 1, 3, 4, 2, 1740),
+    Config(128, 2, 2, 4, 1, 3290),
+    Config(256, 2, 3, 4, 1, 5000),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One launch.
+
+    Attributes:
+        config: the kernel.
+        token_blocks: blocks of tokens that the outputs are in.
+        row_blocks: blocks of rows.
+        blocks: thread blocks.
+        whole: outputs that are computed whole, by one thread block; the others are shared.
+    """
+
+    config: Config
+    token_blocks: int
+    row_blocks: int
+    blocks: int
+    whole: int
+
+    @property
+    def shared(self) -> int:
+        """Outputs that thread blocks share."""
+        return self.token_blocks * self.row_blocks - self.whole
+
+    @property
+    def scratch_floats(self) -> int:
+        """fp32 values in scratch memory: the sums that each thread block may leave to another."""
+        return self.blocks * self.config.rows * self.config.tokens if self.shared else 0
+
+    @property
+    def scratch_flags(self) -> int:
+        """Words of 8 bytes in scratch memory: a flag for each warp that leaves sums."""
+        return self.blocks * self.config.consumers * 4 if self.shared else 0
+
+
+def plan_of(config: Config, resident: int, share: bool, m: int, n: int, k: int, device: Device) -> Plan:
+    """The launch of a configuration.
+
+    Args:
+        config: which.
+        resident: thread blocks on a multiprocessor, at most what the configuration is compiled for.
+        share: whether those outputs are shared that are left when the GPU has been filled as often as it can be.
+        m: rows of activations.
+        n: rows of the weight.
+        k: columns of both.
+        device: what the GPU offers.
+    """
+    token_blocks, row_blocks = -(-m // config.tokens), -(-n // config.rows)
+    outputs, blocks = token_blocks * row_blocks, device.multiprocessors * resident
+    whole = outputs // blocks * blocks if share else outputs
+    pairs = (outputs - whole) * (k // SUPER_BLOCK)
+    if not 0 < pairs < 1 << 31:
+        return Plan(config, token_blocks, row_blocks, min(outputs, blocks), outputs)
+    return Plan(config, token_blocks, row_blocks, blocks if whole else min(pairs, blocks), whole)
+
+
+@lru_cache(maxsize=4096)
+def plan(m: int, n: int, k: int, device: Device) -> Plan:
+    """The launch that should be fastest.
+
+    Args:
+        m: rows of activations, at least 1.
+        n: rows of the weight.
+        k: columns of both.
+        device: what the GPU offers.
+    """
+    candidates = [
+        plan_of(config, resident, share, m, n, k, device)
+        for config in CONFIGS
+        for resident, share in product({1, config.occupancy}, (False, True))
+    ]
+    return min(candidates, key=lambda candidate: _cost(candidate, k, device))
+
+
+def _cost(candidate: Plan, k: int, device: Device) -> float:
+    """Clock cycles of the fullest multiprocessor, roughly."""
+    config, depth = candidate.config, k // SUPER_BLOCK
+    resident = -(-candidate.blocks // device.multiprocessors)
+    rounds = -(-candidate.whole // candidate.blocks)
+    # Blocks that share are at different columns of x, so all of it should be in the L2 cache.
+    x_mb = candidate.token_blocks * config.tokens * k * 2 / 1e6
+    far = 1 + min(0.25, max(0.0, x_mb - 10) / 200)
+    pairs = rounds * depth + -(-candidate.shared * depth // candidate.blocks) * far
+    # Nobody to hide behind; with many tokens, blocks wait for the tensor cores rather than for memory.
+    alone = 1.0
+    if resident < config.occupancy:
+        alone = 1.35 if config.tokens <= 64 else 1.2 if candidate.shared else 1.5
+    ends = 4000.0
+    if candidate.shared:
+        # Leaving sums, and collecting those of an output's other parts.
+        sums = config.tokens * config.consumers
+        ends += 4500 + 10 * sums + 3000 * (resident - 1)
+        ends += 4 * sums * min(3.0, max(0.0, candidate.blocks / candidate.shared - 1))
+    return pairs * resident * config.cycles * alone + ends
+
+
+def linear(
+    x: Tensor,
+    tiles: Tensor,
+    bias: Tensor | None,
+    n: int,
+    y: Tensor,
+    device: Device,
+    chosen: Plan | None = None,
+) -> None:
+    """Launches what `q6k_kernels.cuda.dispatch.linear` has checked.
+
+    Args:
+        x: bf16 or fp16 (M, K), M >= 1, rows and start 16-byte aligned.
+        tiles: uint8 (T, K/256, tile_bytes).
+        bias: (n,) or None.
+        n: rows of the weight.
+        y: x's dtype (M, n), contiguous.
+        device: of all of them, of compute capability 9.0.
+        chosen: forces a plan, to measure it.
+    """
+    (m, k), fp16, exact = x.shape, x.dtype == torch.float16, is_exact(tiles)
+    launch = plan(m, n, k, device) if chosen is None else chosen
+    kernel = loader.load(*_variant(launch.config, exact, fp16), device.index)
+    scratch, (bias_at, bias_kind) = _scratch(launch, y.device), bias_arguments(bias)
+    arguments = _ARGUMENTS.pack(
+        y.data_ptr(),
+        bias_at,
+        scratch.data_ptr(),
+        scratch.data_ptr() + 4 * launch.scratch_floats,
+        next(_tickets),
+        bias_kind,
+        m,
+        n,
+        k,
+        y.stride(0),
+        launch.whole,
+        _tile_map(device.index, tiles.data_ptr(), *tiles.shape, launch.config.rows),
+        _x_map(device.index, x.data_ptr(), fp16, m, k, x.stride(0) * 2, launch.config.tokens),
+    )
+    kernel.launch(
+        (launch.blocks, 1, 1),
+        launch.config.threads,
+        arguments,
+        stream=stream(device),
+        shared_bytes=launch.config.shared_bytes(exact),
+        dependent=True,
+    )
+
+
+def _scratch(launch: Plan, device: torch.device) -> Tensor:
+    """Memory for a launch's sums, then its flags, with whatever is in it."""
+    return torch.empty(4 * launch.scratch_floats + 8 * launch.scratch_flags, dtype=torch.uint8, device=device)
+
+
+# The driver encodes for a thread's current context only, and a thread that has not used CUDA yet has none.
+
+
+@lru_cache(maxsize=4096)
+def _tile_map(device: int, pointer: int, row_tiles: int, blocks: int, tile_bytes: int, rows: int) -> bytes:
+    width = tile_bytes // TILE_PIECES
+    with driver.current(driver.primary_context(device)):
+        return driver.encode_tensor_map(
+            pointer,
+            "uint8",
+            sizes=(width, blocks * TILE_PIECES, row_tiles),
+            strides=(width, blocks * tile_bytes),
+            box=(width, TILE_PIECES, rows // TILE_ROWS),
+        )
+
+
+@lru_cache(maxsize=256)
+def _x_map(device: int, pointer: int, fp16: bool, m: int, k: int, stride: int, tokens: int) -> bytes:
+    dtype: Literal["bf16", "fp16"] = "fp16" if fp16 else "bf16"
+    with driver.current(driver.primary_context(device)):
+        return driver.encode_tensor_map(
+            pointer, dtype, sizes=(k, m), strides=(stride,), box=(64, tokens), swizzle_bytes=128
+        )
+
+
+@cache
+def _variant(config: Config, exact: bool, fp16: bool) -> Variant:
+    macros = (
+        ("Q6K_TOKENS", config.tokens),
+        ("Q6K_CONSUMERS", config.consumers),
+        ("Q6K_TILE_STAGES", config.tile_stages),
+        ("Q6K_X_STAGES", config.x_stages),
+        ("Q6K_OCCUPANCY", config.occupancy),
+    )
+    return FILE, KERNEL, common_macros(exact, fp16) + macros
+
+
+def variants(device: Device) -> list[Variant]:
+    """All that `linear` may load on a GPU."""
+    if device.arch != ARCH:
+        return []
+    return [_variant(config, exact, fp16) for config, exact, fp16 in product(CONFIGS, (False, True), (False, True))]

@@ -1,0 +1,203 @@
+"""Packing on the GPU, and rows of packed weights as plain numbers: how `cuda/pack.cuh` and `cuda/rows.cuh` are
+launched.
+
+All of them are bound by memory, and all are right to the bit: `prepack.pack` and `reference.dequantize` say what.
+"""
+
+from __future__ import annotations
+
+import struct
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from q6k_kernels.cuda import device as launching
+from q6k_kernels.cuda.device import ALIGNMENT, Device, Variant
+from q6k_kernels.formats.ggml import SUPER_BLOCK
+from q6k_kernels.formats.tiles import check_tiles, tiles_shape
+from q6k_kernels.jit import loader
+from q6k_kernels.ops.reference import FLOATS, TILE_ROWS, check_dtype, check_planes
+
+PACK_WARPS = 8
+"""Of a block, a tile each."""
+THREADS = 256
+"""Of a block of the kernels that read tiles."""
+_PACK, _GATHER, _DEQUANTIZE = struct.Struct("@PPPPPiiq"), struct.Struct("@PPPIii"), struct.Struct("@PPiii")
+
+
+def pack(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None = None) -> Tensor:
+    """Planes to tiles: `prepack.pack`, which says what it takes and returns, on a GPU.
+
+    Raises:
+        ValueError: a wrong dtype, shapes that do not agree, or planes that are not all on one GPU.
+        CudaError: a kernel cannot be compiled or launched.
+    """
+    shape = check_planes(ql, qh, scale, steps, stack=True)
+    device = _device(ql=ql, qh=qh, scale=scale, steps=steps)
+    tiles = torch.empty(
+        tiles_shape(shape, "bf16" if steps is None else "exact"), dtype=torch.uint8, device=ql.device
+    )
+    planes = [None if plane is None else _aligned(plane) for plane in (ql, qh, scale, steps)]
+    count = tiles.numel() // tiles.shape[-1]
+    loader.load(*_pack_variant(steps is not None), device.index).launch(
+        (-(-count // PACK_WARPS), 1, 1),
+        32 * PACK_WARPS,
+        _PACK.pack(
+            *(0 if plane is None else plane.data_ptr() for plane in planes),
+            tiles.data_ptr(),
+            shape[-2],
+            shape[-1],
+            count,
+        ),
+        stream=launching.stream(device),
+    )
+    launching.end_write(tiles)
+    return tiles
+
+
+def embedding(indices: Tensor, tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """Rows by index.
+
+    An index outside 0..n-1 stops the kernel, as it does in `torch.nn.functional.embedding` on a GPU: the next
+    call that waits for the GPU raises, and the process can no longer use it.
+
+    Args:
+        indices: int32 or int64, any shape, also without elements.
+        tiles: uint8 (T, B, tile_bytes).
+        n: rows N.
+        dtype: bfloat16, float16 or float32, rounded to once.
+
+    Returns:
+        (..., K) of `dtype`, new.
+
+    Raises:
+        ValueError: a wrong dtype, shape or n, or tensors that are not all on one GPU.
+        CudaError: a kernel cannot be compiled or launched.
+    """
+    k = _check_tiles(tiles, n)
+    check_dtype(dtype)
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"indices: expected int32 or int64, found {str(indices.dtype).removeprefix('torch.')}")
+    device = _device(indices=indices, tiles=tiles)
+    out = torch.empty(*indices.shape, k, dtype=dtype, device=tiles.device)
+    count = indices.numel()
+    if count == 0:
+        return out
+    rows = indices.contiguous()
+    pairs = count * (k // SUPER_BLOCK)
+    variant = _gather_variant(launching.is_exact(tiles), dtype, rows.dtype is torch.int32)
+    loader.load(*variant, device.index).launch(
+        (-(-pairs * 4 // THREADS), 1, 1),
+        THREADS,
+        _GATHER.pack(tiles.data_ptr(), rows.data_ptr(), out.data_ptr(), pairs, n, k),
+        stream=launching.stream(device),
+        dependent=device.arch >= 90,
+    )
+    return out
+
+
+def dequantize(tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """All rows.
+
+    Args:
+        tiles: uint8 (T, B, tile_bytes).
+        n: rows N.
+        dtype: bfloat16, float16 or float32, rounded to once.
+
+    Returns:
+        (N, K) of `dtype`, new.
+
+    Raises:
+        ValueError: a wrong dtype, shape or n, or tiles that are not on a GPU.
+        CudaError: a kernel cannot be compiled or launched.
+    """
+    k = _check_tiles(tiles, n)
+    check_dtype(dtype)
+    out = torch.empty(n, k, dtype=dtype, device=tiles.device)
+    dequantize_rows(tiles, 0, n, n, out)
+    return out
+
+
+def dequantize_rows(tiles: Tensor, first_row: int, rows: int, n: int, out: Tensor) -> None:
+    """Consecutive rows, into a tensor that is there.
+
+    Args:
+        tiles: uint8 (T, B, tile_bytes).
+        first_row: a multiple of 16.
+        rows: how many; also none.
+        n: rows N, at least `first_row + rows`.
+        out: bfloat16, float16 or float32 (rows, K), contiguous and 16-byte aligned.
+
+    Raises:
+        ValueError: a wrong dtype, shape, row or n, or tensors that are not all on one GPU.
+        CudaError: a kernel cannot be compiled or launched.
+    """
+    k = _check_tiles(tiles, n)
+    check_dtype(out.dtype)
+    if first_row % TILE_ROWS or first_row < 0 or rows < 0 or first_row + rows > n:
+        raise ValueError(
+            f"rows: expected a first row that is a multiple of {TILE_ROWS}, and rows below n = {n}, "
+            f"found {rows} from {first_row}"
+        )
+    if out.shape != (rows, k) or not out.is_contiguous() or out.data_ptr() % ALIGNMENT:
+        raise ValueError(
+            f"out: expected contiguous ({rows}, {k}), aligned to {ALIGNMENT} bytes, found {tuple(out.shape)}, "
+            f"strides {out.stride()}, at {out.data_ptr():#x}"
+        )
+    device = _device(tiles=tiles, out=out)
+    if rows == 0:
+        return
+    half_tiles = 2 * -(-rows // TILE_ROWS) * (k // SUPER_BLOCK)
+    loader.load(*_dequantize_variant(launching.is_exact(tiles), out.dtype), device.index).launch(
+        (-(-half_tiles * 32 // THREADS), 1, 1),
+        THREADS,
+        _DEQUANTIZE.pack(tiles.data_ptr(), out.data_ptr(), first_row, rows, k),
+        stream=launching.stream(device),
+    )
+
+
+def _check_tiles(tiles: Tensor, n: int) -> int:
+    k = check_tiles(tiles, n)
+    launching.check_aligned(tiles)
+    return k
+
+
+def _device(**tensors: Tensor | None) -> Device:
+    """The GPU that all tensors are on."""
+    found = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    first, *others = found.values()
+    if first.type != "cuda" or any(other != first for other in others):
+        listed = ", ".join(f"{name} on {device}" for name, device in found.items())
+        raise ValueError(f"expected all tensors on one GPU, found {listed}")
+    return launching.device(first.index)
+
+
+def _aligned(plane: Tensor) -> Tensor:
+    """The plane as the kernel reads it: a view into other memory may begin anywhere."""
+    return (
+        plane.clone(memory_format=torch.contiguous_format) if plane.data_ptr() % ALIGNMENT else plane.contiguous()
+    )
+
+
+def _pack_variant(exact: bool) -> Variant:
+    return "pack.cuh", "q6k_pack", (("Q6K_EXACT", int(exact)),)
+
+
+def _dequantize_variant(exact: bool, dtype: torch.dtype) -> Variant:
+    return "rows.cuh", "q6k_dequantize", (("Q6K_EXACT", int(exact)), ("Q6K_OUT", FLOATS.index(dtype)))
+
+
+def _gather_variant(exact: bool, dtype: torch.dtype, int32: bool) -> Variant:
+    macros = ("Q6K_EXACT", int(exact)), ("Q6K_OUT", FLOATS.index(dtype)), ("Q6K_INDEX32", int(int32))
+    return "rows.cuh", "q6k_gather", macros
+
+
+def variants(arch: int) -> list[Variant]:  # noqa: ARG001  # the same for all
+    """All that this module may load on a GPU of that compute capability, 90 for 9.0."""
+    both = (False, True)
+    return [
+        *(_pack_variant(exact) for exact in both),
+        *(_dequantize_variant(exact, dtype) for exact, dtype in product(both, FLOATS)),
+        *(_gather_variant(exact, dtype, int32) for exact, dtype, int32 in product(both, FLOATS, both)),
+    ]

@@ -1,0 +1,3 @@
+"""Models as programs: torch.export and AOTInductor, the package they make, running it, and ExecuTorch's classes.
+Imports everything below.
+"""

@@ -1,0 +1,283 @@
+"""The layout of packed weights in memory: tiles, as the matrix units of a GPU read them.
+
+A bundle keeps a weight as planes (see `planar`), which any program can make and read; kernels want every
+byte where the thread that needs it looks. So at load planes become tiles, of the same content and size.
+
+A weight (N, K) is one uint8 tensor `tiles` (T, B, tile_bytes), T = ceil(N / 16) tiles of rows, B = K / 256
+super-blocks; a stack (E, N, K) is (E, T, B, tile_bytes), so that `tiles[e]` is an expert, without a copy. It is
+contiguous and 16-byte aligned. Rows past N are zero bytes, which are weights of zero.
+
+A tile is 16 rows of 256 weights, q in -32..31 as two's complement of 6 bits:
+
+    v = q & 63,  high = v >> 2 (4 bits),  low = v & 3
+    lane = 4g + t         g = 0..7, t = 0..3: a thread of a warp
+    row r = g + 8h        h = 0..1
+    group j = 0..15       16 weights with one scale
+    element e = 2t + (b & 1) + 8(b >> 1)    of a group; b = 0..3 are the four that a lane holds
+
+    [0, 2048)     byte (2h + c) 512 + 16 lane + 4i + b, c = 0..1, i = 0..3: row r, element e, high of group 8c + 2i
+                  in bits 0-3, of group 8c + 2i + 1 in bits 4-7
+    [2048, 3072)  byte 2048 + 512h + 16 lane + 4i + b: row r, element e, low of groups 4i + {0,1,2,3} in bits
+                  {0-1,2-3,4-5,6-7}
+    with bf16 scales, tile_bytes = 3584:
+    [3072, 3584)  bfloat16 at 3072 + 32r + 2j: the scale of row r, group j
+    with exact scales, tile_bytes = 3360:
+    [3072, 3328)  byte 3072 + 16r + j: sub-scale + 128 of row r, group j
+    [3328, 3360)  float16 at 3328 + 2r: d of row r
+
+Lane and b are the order of fragment A of `mma.m16n8k16` with 16-bit types (PTX ISA, "Matrix Fragments for
+mma.m16n8k16"): a lane's 16 bytes are its fragments of eight groups. Two's complement needs no offset of 32. The
+rows of a tile are apart in pieces of 64 bytes, so that a gather of one row reads little else.
+
+Everything here is torch, on any device. Bits move in words of 64, as one byte at a time would take far longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from q6k_kernels.bundle.storage import Scales
+from q6k_kernels.formats.ggml import GROUP, SUPER_BLOCK
+from q6k_kernels.ops.reference import TILE_ROWS, check_planes, group_scales
+
+HIGH_BYTES, LOW_BYTES = 2048, 1024
+TILE_BYTES: dict[Scales, int] = {"bf16": 3584, "exact": 3360}
+SCALES: dict[int, Scales] = {size: scales for scales, size in TILE_BYTES.items()}
+"""Which scales tiles have, by their size."""
+_SIZES = tuple(SCALES)  # a tuple, as sizes may be symbols, which have no hash
+PACK_WEIGHTS = 1 << 19
+"""Weights packed or unpacked at a time; at most 8 bytes each, so 4 MB: they stay in a cache."""
+
+_CODES = HIGH_BYTES + LOW_BYTES
+_GROUPS = SUPER_BLOCK // GROUP
+_SUB_SCALES = _CODES + TILE_ROWS * _GROUPS
+# The same bits of each of the eight bytes of a word.
+_PAIRS, _NIBBLES, _SIX, _SIGNS = 0x0303030303030303, 0x0F0F0F0F0F0F0F0F, 0x3F3F3F3F3F3F3F3F, 0x2020202020202020
+
+
+def tiles_shape(shape: tuple[int, ...], scales: Scales) -> tuple[int, ...]:
+    """Of the tiles of a weight (N, K) or a stack (E, N, K)."""
+    *lead, n, k = shape
+    return *lead, -(-n // TILE_ROWS), k // SUPER_BLOCK, TILE_BYTES[scales]
+
+
+def check_tiles(tiles: Tensor, n: int, *, stack: bool = False) -> int:
+    """K of tiles that hold n rows each.
+
+    Raises:
+        ValueError: they are no tiles (T, B, tile_bytes), or with `stack` (E, T, B, tile_bytes), or not of n rows.
+    """
+    shape = tiles.shape
+    if (
+        tiles.dtype is not torch.uint8
+        or not (len(shape) == 3 or (stack and len(shape) == 4 and shape[0] > 0))
+        or shape[-1] not in _SIZES
+        or shape[-2] < 1
+        or not tiles.is_contiguous()
+    ):
+        shapes = "(T, B, tile_bytes)" + (" or (E, T, B, tile_bytes)" if stack else "")
+        sizes = " or ".join(f"{size} ({scales} scales)" for scales, size in TILE_BYTES.items())
+        more = "" if stack or len(shape) != 4 else "; of a stack of experts take one, weight[expert]"
+        raise ValueError(
+            f"tiles: expected contiguous uint8 {shapes} with tile_bytes {sizes}, found "
+            f"{str(tiles.dtype).removeprefix('torch.')} {tuple(shape)}, strides {tiles.stride()}{more}"
+        )
+    if n < 1 or shape[-3] != (n + TILE_ROWS - 1) // TILE_ROWS:
+        raise ValueError(
+            f"n: {shape[-3]} tiles of {TILE_ROWS} hold {TILE_ROWS * (shape[-3] - 1) + 1} to "
+            f"{TILE_ROWS * shape[-3]} rows, found {n}"
+        )
+    return shape[-2] * SUPER_BLOCK
+
+
+def pack(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None = None) -> Tensor:
+    """Planes to tiles.
+
+    Args:
+        ql: uint8 (N, K/2) or (E, N, K/2), N >= 1, K a multiple of 256.
+        qh: uint8 (..., K/4).
+        scale: bfloat16 (..., K/16); or int8 (..., K/16), the sub-scales, with `steps`.
+        steps: float16 (..., K/256), d; None with bf16 scales.
+
+    Returns:
+        uint8 (T, B, tile_bytes) or (E, T, B, tile_bytes), new, on the planes' device.
+
+    Raises:
+        ValueError: a wrong dtype, or shapes that do not agree.
+    """
+    shape = check_planes(ql, qh, scale, steps, stack=True)
+    scales: Scales = "bf16" if steps is None else "exact"
+    tiles = torch.empty(tiles_shape(shape, scales), dtype=torch.uint8, device=ql.device)
+    pack_into(tiles, ql, qh, scale, steps)
+    return tiles
+
+
+def pack_into(tiles: Tensor, ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None = None) -> None:
+    """`pack` into tiles that are there: uint8, contiguous, of the shape that `tiles_shape` says."""
+    planes = [plane for plane in (ql, qh, scale, steps) if plane is not None]
+    for index in range(len(ql) if ql.ndim == 3 else 1):
+        out, *matrix = (each[index] if ql.ndim == 3 else each for each in (tiles, *planes))
+        for rows, part in _blocks(matrix[0].shape[0], out):
+            _pack_block(part, *(plane[rows] for plane in matrix))
+
+
+def unpack(tiles: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Tiles to planes, the inverse of `pack`.
+
+    Args:
+        tiles: uint8 (T, B, tile_bytes) or (E, T, B, tile_bytes).
+        n: rows N.
+
+    Returns:
+        ql, qh, scale and steps as `pack` takes them, new, on the tiles' device.
+
+    Raises:
+        ValueError: a wrong dtype, shape or n.
+    """
+    k = check_tiles(tiles, n, stack=True)
+    exact = SCALES[tiles.shape[-1]] == "exact"
+    columns = [(k // 2, torch.uint8), (k // 4, torch.uint8), (k // GROUP, torch.int8 if exact else torch.bfloat16)]
+    if exact:
+        columns.append((k // SUPER_BLOCK, torch.float16))
+    shape = (*tiles.shape[:-3], n)
+    planes = [torch.empty(*shape, width, dtype=dtype, device=tiles.device) for width, dtype in columns]
+    for index in range(len(tiles) if tiles.ndim == 4 else 1):
+        source, *matrix = (each[index] if tiles.ndim == 4 else each for each in (tiles, *planes))
+        for rows, part in _blocks(n, source):
+            for plane, found in zip(matrix, _unpack_block(part), strict=True):
+                plane[rows] = found[: rows.stop - rows.start]
+    ql, qh, scale, *steps = planes
+    return ql, qh, scale, steps[0] if steps else None
+
+
+def order_rows(tiles: Tensor, order: Tensor) -> None:
+    """Puts the rows of a weight in another order, in place: what was row `order[i]` becomes row i.
+
+    Takes more memory for as long as it lasts, 0.6 of what the tiles take.
+
+    Args:
+        tiles: uint8 (T, B, tile_bytes).
+        order: int64 (N,), each of 0 to N-1 once, on the tiles' device.
+    """
+    rest = torch.arange(len(order), TILE_ROWS * len(tiles), device=order.device)
+    rows = torch.cat([order, rest]).view(-1, 2, 8)
+    for field in _fields(tiles):
+        field.copy_(field[rows // TILE_ROWS, rows // 8 % 2, rows % 8])
+
+
+def codes_and_scales(tiles: Tensor, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
+    """Some rows of a weight, as `reference.Rows` gives them.
+
+    Args:
+        tiles: uint8 (T, B, tile_bytes).
+        rows: from start to stop; or an integer tensor (R,) of rows, in any order.
+
+    Returns:
+        q float32 (R, K), -32..31, and s float32 (R, K/16).
+    """
+    if isinstance(rows, slice):
+        first = rows.start // TILE_ROWS
+        fields = _fields(tiles[first : -(-rows.stop // TILE_ROWS)])
+        part = slice(rows.start - first * TILE_ROWS, rows.stop - first * TILE_ROWS)
+        high, low, *scales = (field.flatten(0, 2)[part] for field in fields)
+    else:
+        at = rows // TILE_ROWS, rows // 8 % 2, rows % 8
+        high, low, *scales = (field[at] for field in _fields(tiles))
+    q = _four_q(high, low).view(torch.int8).float().mul_(0.25)
+    scale, steps = _scales(scales)
+    return q, group_scales(scale, steps)
+
+
+def _blocks(n: int, tiles: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows, and their tiles, in blocks of about `PACK_WEIGHTS`."""
+    step = max(1, PACK_WEIGHTS // (TILE_ROWS * SUPER_BLOCK * tiles.shape[1]))
+    for at in range(0, len(tiles), step):
+        part = tiles[at : at + step]
+        yield slice(at * TILE_ROWS, min((at + len(part)) * TILE_ROWS, n)), part
+
+
+def _fields(tiles: Tensor) -> list[Tensor]:
+    """Views of tiles by row, which is dimensions T, h and g of all: high, low, scale, and steps if exact.
+
+    high is int16 (T, h, g, B, c, i, b >> 1, t), low (T, h, g, B, i, b >> 1, t), so that a row's elements are in
+    order, two in each word; scale bfloat16 or uint8 (T, h, g, B, j), steps float16 (T, h, g, B).
+    """
+    t, b, size = tiles.shape
+    high = tiles[..., :HIGH_BYTES].view(torch.int16).view(t, b, 2, 2, 8, 4, 4, 2).permute(0, 2, 4, 1, 3, 6, 7, 5)
+    low = tiles[..., HIGH_BYTES:_CODES].view(torch.int16).view(t, b, 2, 8, 4, 4, 2).permute(0, 2, 3, 1, 5, 6, 4)
+    if SCALES[size] == "bf16":
+        scales = [tiles[..., _CODES:].view(torch.bfloat16).view(t, b, 2, 8, _GROUPS)]
+    else:
+        steps = tiles[..., _SUB_SCALES:].view(torch.float16).view(t, b, 2, 8)
+        scales = [tiles[..., _CODES:_SUB_SCALES].view(t, b, 2, 8, _GROUPS), steps]
+    return [high, low, *(scale.movedim(1, 3) for scale in scales)]
+
+
+def _pack_block(tiles: Tensor, ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None = None) -> None:
+    """Rows of planes into their tiles; in place where that saves memory, as fresh memory is slow."""
+    n, b = len(ql), tiles.shape[1]
+    # Two elements for every byte of ql, in the order of the weights.
+    nibbles = ql.contiguous().to(torch.int16)
+    nibbles |= nibbles << 4
+    v = nibbles.view(torch.int64)  # (R, K/8)
+    v &= _NIBBLES
+    # qh's bytes of even and of odd elements side by side, then their four pairs apart.
+    pairs, odd = (qh.reshape(n, -1, 2, 4)[:, :, parity].to(torch.int64) for parity in (0, 1))  # (R, K/32, 4)
+    pairs |= odd.bitwise_left_shift_(8)
+    pairs |= pairs << 28
+    pairs &= 0x00000F0F00000F0F
+    pairs |= pairs << 14
+    pairs &= _PAIRS
+    v |= pairs.bitwise_left_shift_(4).view(v.shape)
+    v ^= _SIGNS  # q + 32 to two's complement
+    high = (v >> 2).bitwise_and_(_NIBBLES).view(n, b, 8, 2, 2)  # (R, B, byte, group of it, b >> 1)
+    low = v.bitwise_and_(_PAIRS).view(n, b, 4, 4, 2)
+    packed = [
+        (high[..., 0, :] | high[..., 1, :] << 4).view(torch.int16),
+        (low[..., 0, :] | low[..., 1, :] << 2 | low[..., 2, :] << 4 | low[..., 3, :] << 6).view(torch.int16),
+        *([scale] if steps is None else [scale.view(torch.uint8) ^ 0x80, steps]),
+    ]
+    for field, rows in zip(_fields(tiles), packed, strict=True):
+        if n % TILE_ROWS:
+            rows = torch.cat((rows, rows.new_zeros(-n % TILE_ROWS, *rows.shape[1:])))
+        field.copy_(rows.reshape(field.shape))
+
+
+def _unpack_block(tiles: Tensor) -> list[Tensor]:
+    """Planes of all rows of some tiles."""
+    high, low, *scales = (field.flatten(0, 2) for field in _fields(tiles))
+    n = len(high)
+    u = (_four_q(high, low) >> 2 & _SIX) ^ _SIGNS
+    nibbles = (u & _NIBBLES).view(torch.int16)
+    ql = (nibbles | nibbles >> 4).to(torch.uint8)
+    pairs = (u >> 4 & _PAIRS).view(n, -1, 4)
+    both = pairs | pairs >> 14 | pairs >> 28 | pairs >> 42
+    qh = torch.stack((both & 0xFF, both >> 8 & 0xFF), dim=2).to(torch.uint8).view(n, -1)
+    return [ql, qh, *(plane for plane in _scales(scales) if plane is not None)]
+
+
+def _four_q(high: Tensor, low: Tensor) -> Tensor:
+    """int64 (R, K/8), in each byte 4 * q: its sign is the byte's.
+
+    Args:
+        high: int16 (R, B, c, i, b >> 1, t), a field of some rows.
+        low: int16 (R, B, i, b >> 1, t).
+    """
+    r, b = high.shape[:2]
+    high_words = high.contiguous().view(r, b, 64).view(torch.int64).view(r, b, 4, 2, 2)
+    low_words = low.contiguous().view(r, b, 32).view(torch.int64).view(r, b, 4, 2)
+    halves = (high_words & _NIBBLES) << 4, high_words & ~_NIBBLES
+    out = torch.empty(r, b, 4, 4, 2, dtype=torch.int64, device=high.device)  # (R, B, i of low, which, b >> 1)
+    for which in range(4):
+        pair = low_words << 2 if which == 0 else low_words >> 2 * (which - 1)
+        torch.bitwise_or(halves[which % 2][:, :, :, which // 2], pair & _PAIRS << 2, out=out[:, :, :, which])
+    return out.view(r, 32 * b)
+
+
+def _scales(fields: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """The planes (R, K/16) of scale and (R, K/256) of steps, or None, from fields of some rows."""
+    scale, *steps = (field.reshape(len(field), field.shape[1:].numel()) for field in fields)
+    return ((scale ^ 0x80).view(torch.int8), steps[0]) if steps else (scale, None)

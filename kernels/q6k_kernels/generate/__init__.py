@@ -1,0 +1,3 @@
+"""Texts from a model: prompt and decoding, the decoding step in plain torch and in CUDA, cache, recording,
+sampling. Imports models and everything below.
+"""

@@ -1,0 +1,304 @@
+"""Generating tokens with a transformers model: prefill in stretches, then decode without waiting for the device.
+
+    generator = Generator(model, capacity=2048)
+    generator.prefill(ids)
+    for token in generator.generate(128, stop={2}): ...
+
+A decoding step begins and ends on the device: embedding, layers, head, choice of the token, which becomes the next
+step's input, and the position. On a GPU it is recorded as a CUDA graph and replayed (`recording`); the host reads
+tokens some steps late, from pinned memory, and never makes the device wait. So it learns of a stop token after some
+steps too many, whose tokens are dropped.
+
+The step is our own (`stepping`), one graph for any length of the text, or the forward pass of transformers' model,
+compiled or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from q6k_kernels.errors import ModelError, UnsupportedModelError
+from q6k_kernels.generate.attention import Attention, implementation
+from q6k_kernels.generate.kv_cache import KeyValueCache
+from q6k_kernels.generate.mailbox import GpuMailbox, Mailbox
+from q6k_kernels.generate.recording import Recorder, bucket
+from q6k_kernels.generate.sampling import choose
+from q6k_kernels.generate.step import Operations, Step
+from q6k_kernels.generate.step_reference import Choice, Reference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class CapacityError(ValueError):
+    """A text would be longer than the cache."""
+
+
+class NotFiniteError(ModelError):
+    """The model's logits are infinite or not numbers."""
+
+
+class Generator:
+    """One text, continued by a model.
+
+    Attributes:
+        capacity: positions in the cache: the most tokens of prompt and answer together.
+        length: tokens so far, prompt and answer.
+        stop_reason: why the last `generate` ended: "stop" (a stop token), "length", or None while it has not.
+        cache: keys and values.
+        fused: whether decoding steps are our own.
+
+    Args:
+        model: a causal language model of transformers', in eval mode, whole on one device.
+        capacity: 1 or more.
+        temperature: 0 takes the best token, above 0 one by its probability.
+        seed: of the random choices, 0 to 2^32 - 1; the same gives the same tokens.
+        fused: whether decoding steps are our own, see `stepping`; by default on a GPU, if there are kernels for
+            the model's type, dtype and sizes. What follows is for steps that are not.
+        attention: "plain", "sdpa" or "flex" (on a GPU compiled, on the CPU not), see
+            `q6k_kernels.generate.attention`.
+        compile: whether the step is compiled; by default on a GPU. Without, a GPU replays it as it is.
+        stretch: tokens of a prompt that go through the model at once.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        UnsupportedModelError: the model has layers that the cache has no form for, or `fused` is asked for and
+            not possible.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        capacity: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        fused: bool | None = None,
+        attention: Attention = "plain",
+        compile: bool | None = None,  # noqa: A002 -- what torch calls it
+        stretch: int = 2048,
+    ) -> None:
+        if capacity < 1 or stretch < 1 or not 0 <= temperature < float("inf") or not 0 <= seed < 1 << 32:
+            raise ValueError(
+                f"expected capacity and stretch of 1 or more, a temperature of 0 or more and a seed below 2^32; "
+                f"found {capacity}, {stretch}, {temperature} and {seed}"
+            )
+        self.device = model.device
+        self._on_gpu = self.device.type == "cuda"
+        self.cache = KeyValueCache(model.config.get_text_config(decoder=True), capacity, self.device)
+        self._fused_step = self._make_step(model, fused)
+        self.fused = self._fused_step is not None
+        if self.fused and compile:
+            raise ValueError("compile is for steps that are not fused; found compile=True and fused steps")
+        compiled = self._on_gpu and not self.fused if compile is None else compile
+        if attention == "flex" and not self.fused and self._on_gpu != compiled:
+            raise ValueError(
+                f"attention 'flex' is for steps that are compiled on a GPU, or not compiled on the CPU; found "
+                f"compile={compiled} on {self.device}"
+            )
+        self._attention = implementation(attention)
+        self._model = model
+        self._stretch = stretch
+        self.capacity = capacity
+        self.length = 0
+        self.stop_reason: Literal["stop", "length"] | None = None
+        self._token = torch.zeros(1, dtype=torch.int64, device=self.device)
+        # By position, the tokens that were chosen; one more than the cache holds, as the last is never looked at.
+        self._chosen = torch.zeros(capacity + 1, dtype=torch.int64, device=self.device)
+        self._seed = torch.tensor([seed], dtype=torch.int64, device=self.device)
+        self._choice = Choice(self.cache.position, self._token, self._chosen, self._seed, temperature)
+        self._temperature = torch.tensor([temperature], device=self.device) if temperature else None
+        self._recorder = Recorder((self._token, self.cache.position), compiled=compiled, several=self.fused)
+        # The last token of an answer: not in the cache yet, and to go through the model before what follows it.
+        self._unseen: list[int] = []
+        self._ready = False
+
+    def reset(self) -> None:
+        """Forgets the text; keeps the cache's memory and what is compiled and recorded."""
+        self.length, self._unseen, self._ready, self.stop_reason = 0, [], False, None
+
+    @torch.no_grad()
+    def prefill(self, ids: Sequence[int]) -> Tensor:
+        """Takes in the next tokens of the text, and chooses the one after them.
+
+        Args:
+            ids: one or more, each below the model's vocabulary size.
+
+        Returns:
+            Logits of the token after them, float32 (V,), on the device.
+
+        Raises:
+            CapacityError: the text would be longer than the capacity.
+            ValueError: no ids, or one outside the vocabulary.
+            NotFiniteError: the logits are infinite or not numbers.
+        """
+        embedding: Any = self._model.get_input_embeddings()
+        size = embedding.num_embeddings
+        if not ids or min(ids) < 0 or max(ids) >= size:
+            found = f"{min(ids)} to {max(ids)}" if ids else "none"
+            raise ValueError(f"ids: expected one or more of 0 to {size - 1}, found {found}")
+        start, ids = self.length - len(self._unseen), [*self._unseen, *ids]
+        self._check_room(start + len(ids))
+        on_device = torch.tensor(ids, dtype=torch.int64, device=self.device)[None]
+        for at in range(0, len(ids), self._stretch):
+            part = on_device[:, at : at + self._stretch]
+            positions = torch.arange(start + at, start + at + part.shape[1], device=self.device)[None]
+            masks = self.cache.begin_stretch(start + at, part.shape[1])
+            with self._our_attention():
+                logits = self._forward(part, masks, positions)
+        if not bool(torch.isfinite(logits).all()):
+            raise NotFiniteError(
+                f"the model's logits are infinite or not numbers in {self._model.dtype}",
+                "Take bfloat16 or float32 if this is float16, which is too narrow for some models; else verify the "
+                "bundle.",
+            )
+        self.length, self._unseen, self._ready, self.stop_reason = start + len(ids), [], True, None
+        self.cache.position.fill_(self.length - 1)
+        self._choose(logits)
+        return logits[0]
+
+    def prepare(self, tokens: int) -> None:
+        """Compiles and records what decoding that many tokens from here takes, which `generate` would do else.
+
+        Raises:
+            CapacityError, RuntimeError: as `generate`.
+        """
+        self._check_decode(tokens)
+        for at in {self._bucket(at): at for at in range(self.length, self.length + tokens - 1)}.values():
+            self._steps(at)
+        if tokens >= 2 * self._recorder.together:  # `_generate` will run so many at once
+            self._steps(self.length, self._recorder.together)
+
+    def generate(self, tokens: int, stop: Collection[int] = ()) -> Iterator[int]:
+        """The tokens that follow, one by one.
+
+        Args:
+            tokens: how many at most, 1 or more.
+            stop: ids that end the answer; such a token is not given, but is a part of the text.
+
+        Raises:
+            CapacityError: the text would be longer than the capacity.
+            RuntimeError: there is no prompt since the last answer.
+        """
+        self._check_decode(tokens)
+        self._ready = False
+        return self._generate(tokens, stop)
+
+    def _generate(self, tokens: int, stop: Collection[int]) -> Iterator[int]:
+        start = self.length
+        mailbox = GpuMailbox(self._chosen) if self._on_gpu else Mailbox(self._chosen)
+        mailbox.post(start)
+        posted, read = 1, 0
+        try:
+            while read < tokens:
+                while posted < tokens and (ahead := posted - read) <= mailbox.lag:
+                    # Several steps at once follow as many that are under way, and whose tokens are read meanwhile:
+                    # the device never waits for the host, and the first tokens of an answer come one by one.
+                    together = self._recorder.together
+                    count = together if together <= min(ahead, tokens - posted) else 1
+                    self._steps(start + posted - 1, count)()
+                    mailbox.post(start + posted, count)
+                    posted += count
+                token = mailbox.read()
+                read += 1
+                self.length, self._unseen = start + read, [token]
+                if token in stop:
+                    self.stop_reason = "stop"
+                    return
+                if read == tokens:
+                    self.stop_reason = "length"
+                yield token
+        finally:
+            mailbox.close()
+
+    @torch.no_grad()
+    def step(self, keys: int) -> None:
+        """One decoding step, what is compiled and recorded: the last token through the model, the next chosen.
+
+        Args:
+            keys: slots of the cache that it looks at, more than its position.
+        """
+        if self._fused_step is not None:
+            self._fused_step.advance(self._choice)
+            return
+        masks = self.cache.begin_step(keys)
+        # Its position is where its keys and values go.
+        logits = self._forward(self._token[None], masks, self.cache.position[None])
+        self._choose(logits)
+
+    def _make_step(self, model: PreTrainedModel, fused: bool | None) -> Step | None:
+        narrow = model.dtype in (torch.bfloat16, torch.float16)
+        if not (self._on_gpu and narrow if fused is None else fused):
+            return None
+        operations: Operations = Reference()
+        if self._on_gpu:
+            if not narrow:
+                raise UnsupportedModelError(
+                    f"no fused decoding step on a GPU for {model.dtype}: there are bfloat16 and float16",
+                    "Generate with fused=False.",
+                )
+            from q6k_kernels.generate.step_cuda import Kernels
+
+            operations = Kernels(self.device, model.dtype)
+        try:
+            return Step(model, self.cache, operations)
+        except UnsupportedModelError:
+            if fused:
+                raise
+            return None
+
+    def _forward(self, ids: Tensor, masks: object, positions: Tensor) -> Tensor:
+        """Logits of the last token, float32 (1, V)."""
+        out = self._model(
+            input_ids=ids,
+            attention_mask=masks,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
+
+    def _choose(self, logits: Tensor) -> None:
+        """The token after the cache's position, which moves there."""
+        following = self.cache.position + 1
+        token = choose(logits, following, self._seed, self._temperature)
+        self._chosen.index_copy_(0, following, token)
+        self._token.copy_(token)
+        self.cache.position.copy_(following)
+
+    def _bucket(self, position: int) -> int:
+        """How many slots a step at this position looks at."""
+        return self.cache.slots if self.fused else bucket(position, self.capacity, self.cache.slots)
+
+    def _steps(self, position: int, count: int = 1) -> Callable[[], object]:
+        """What runs so many steps, the first at this position."""
+        return self._recorder.form(self.step, self._bucket(position + count - 1), count, self._our_attention)
+
+    @contextmanager
+    def _our_attention(self) -> Iterator[None]:
+        """The model with our attention, for as long as this lasts: it is the caller's, and may serve others too."""
+        config = self._model.config
+        before = config._attn_implementation
+        config._attn_implementation = self._attention
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
+    def _check_room(self, length: int) -> None:
+        if length > self.capacity:
+            raise CapacityError(f"{length} tokens, and the cache holds {self.capacity}: make it with more capacity")
+
+    def _check_decode(self, tokens: int) -> None:
+        if not self._ready:
+            raise RuntimeError("prefill what the answer is to follow first")
+        if tokens < 1:
+            raise ValueError(f"tokens: expected 1 or more, found {tokens}")
+        self._check_room(self.length + tokens)

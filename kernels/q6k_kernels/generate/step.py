@@ -1,0 +1,215 @@
+"""A decoding step of a whole model in few launches: products, and between them norms, attention and gates.
+
+    step = Step(model, cache, operations)
+    step.advance(choice)
+
+transformers' modules hold the weights; what they compute for one token is said here once more, for the
+architectures that bundles become models of. Residual sums, norms and quantisation are one launch, rotation, cache
+and attention another. Nothing depends on how long the text is but numbers on the device, so one CUDA graph serves
+every length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from q6k_kernels.errors import UnsupportedModelError
+from q6k_kernels.generate.kv_cache import SLIDING, KeyValueCache
+from q6k_kernels.generate.step_reference import Activation, Activations, Cached, Choice, Heads, Norm, capped
+from q6k_kernels.models.fusing import GATE_UP, QKV, Group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NORM_OFFSETS = {"llama": 0.0, "mistral": 0.0, "qwen2": 0.0, "qwen3": 0.0, "gemma2": 1.0, "gemma3_text": 1.0}
+"""Model types that steps are for, and what is added to their norms' weights."""
+GATES: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+ROPES = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embeddings whose angles depend on nothing but the position."""
+ANGLES_AT_ONCE = 8192
+"""Positions whose angles are computed together."""
+
+
+class Operations(Protocol):
+    """What a step is made of: `step_reference.Reference` says what each does, `step_kernels.Kernels` is fast."""
+
+    def supports(self, hidden: int, between: int, heads: Heads) -> str: ...  # noqa: D102
+    def reserve(self, heads: Heads) -> None: ...  # noqa: D102
+    def add_norm(  # noqa: D102
+        self, hidden: Tensor, delta: Tensor | None, after: Norm | None, norm: Norm, users: list[nn.Module]
+    ) -> tuple[Tensor, Activations]: ...
+    def gate(  # noqa: D102
+        self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]
+    ) -> Activations: ...
+    def attend(  # noqa: D102
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: Heads,
+        cached: Cached,
+        position: Tensor,
+        users: list[nn.Module],
+    ) -> Activations: ...
+    def multiply(self, module: nn.Module, activations: Activations) -> Tensor: ...  # noqa: D102
+    def choose(self, logits: Tensor, softcap: float | None, choice: Choice) -> None: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class _Projections:
+    """Products that share their input: of one module after the other, and where in all of them each part ends."""
+
+    modules: list[nn.Module]
+    widths: list[int]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    norm: Norm
+    qkv: _Projections
+    heads: Heads
+    output: nn.Module
+    after_attention: Norm | None
+    norm_between: Norm
+    gate_up: _Projections
+    down: nn.Module
+    after: Norm | None
+
+
+class Step:
+    """The decoding step of a model.
+
+    Args:
+        model: a causal language model of transformers', of a type in `NORM_OFFSETS`, whole on one device.
+        cache: made for it. Its buffers must exist when the step is called: a prompt has gone through the model.
+        operations: what it is made of.
+
+    Raises:
+        UnsupportedModelError: of another type, with angles that depend on the text's length or are not for whole
+            heads, or of sizes that the operations are not for.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: KeyValueCache, operations: Operations) -> None:
+        config: Any = model.config
+        if config.model_type not in NORM_OFFSETS:
+            raise _unsupported(f"models of type {config.model_type}: there are {', '.join(NORM_OFFSETS)}")
+        self._offset = NORM_OFFSETS[config.model_type]
+        activation = getattr(config, "hidden_activation", None) or config.hidden_act
+        if activation not in GATES:
+            raise _unsupported(f"the activation function {activation}: there are {', '.join(GATES)}")
+        self._activation = GATES[activation]
+        self._cache, self._operations = cache, operations
+        inner: Any = model.model
+        self._embedding: nn.Module = model.get_input_embeddings()
+        self._head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._norm = self._norm_of(inner.norm)
+        angles = {kind: _angles(inner.rotary_emb, config, kind, cache) for kind in set(cache.kinds)}
+        self._layers = [
+            self._layer(layer, config, angles[kind]) for layer, kind in zip(inner.layers, cache.kinds, strict=True)
+        ]
+        for layer in self._layers:
+            if (rotated := 2 * layer.heads.cosines.shape[-1]) != layer.heads.dim:
+                raise _unsupported(f"heads of {layer.heads.dim} values of which {rotated} are rotated")
+            if reason := operations.supports(config.hidden_size, config.intermediate_size, layer.heads):
+                raise _unsupported(reason)
+            operations.reserve(layer.heads)
+
+    def advance(self, choice: Choice) -> None:
+        """One step: the last token through the model, the next chosen. `choice.position` is the cache's."""
+        self._operations.choose(self._logits(choice.token), self._softcap, choice)
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """One token, int64 (1,), at the cache's position -> logits of the one after it, float32 (1, V)."""
+        return capped(self._logits(token), self._softcap)
+
+    @torch.no_grad()
+    def _logits(self, token: Tensor) -> Tensor:
+        run = self._operations
+        hidden: Tensor = self._embedding(token)
+        delta: Tensor | None = None
+        after: Norm | None = None
+        for index, layer in enumerate(self._layers):
+            hidden, x = run.add_norm(hidden, delta, after, layer.norm, layer.qkv.modules)
+            q, k, v = self._project(layer.qkv, x)
+            keys, values = self._cache.buffers(index)
+            window = self._cache.window if self._cache.kinds[index] == SLIDING else 0
+            cached = Cached(keys, values, window)
+            x = run.attend(q, k, v, layer.heads, cached, self._cache.position, [layer.output])
+            delta, after = run.multiply(layer.output, x), layer.after_attention
+            hidden, x = run.add_norm(hidden, delta, after, layer.norm_between, layer.gate_up.modules)
+            gate, up = self._project(layer.gate_up, x)
+            x = run.gate(gate, up, self._activation, [layer.down])
+            delta, after = run.multiply(layer.down, x), layer.after
+        _, x = run.add_norm(hidden, delta, after, self._norm, [self._head])
+        return run.multiply(self._head, x)
+
+    def _project(self, projections: _Projections, x: Activations) -> tuple[Tensor, ...]:
+        products = [self._operations.multiply(module, x) for module in projections.modules]
+        if len(products) == len(projections.widths):
+            return tuple(products)
+        return torch.split(products[0], projections.widths, dim=1)
+
+    def _layer(self, layer: Any, config: Any, angles: tuple[Tensor, Tensor]) -> _Layer:
+        attention, network = layer.self_attn, layer.mlp
+        q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        # Gemma has norms around each half of a layer, others before each.
+        around = hasattr(layer, "pre_feedforward_layernorm")
+        dim, key_heads = attention.head_dim, config.num_key_value_heads
+        heads = Heads(
+            count=config.num_attention_heads,
+            key_heads=key_heads,
+            dim=dim,
+            scale=attention.scaling,
+            softcap=getattr(attention, "attn_logit_softcapping", None),
+            q_norm=None if q_norm is None else self._norm_of(q_norm),
+            k_norm=None if k_norm is None else self._norm_of(k_norm),
+            cosines=angles[0],
+            sines=angles[1],
+        )
+        between = layer.pre_feedforward_layernorm if around else layer.post_attention_layernorm
+        return _Layer(
+            norm=self._norm_of(layer.input_layernorm),
+            qkv=_projections(attention, QKV, [heads.count * dim, key_heads * dim, key_heads * dim]),
+            heads=heads,
+            output=attention.o_proj,
+            after_attention=self._norm_of(layer.post_attention_layernorm) if around else None,
+            norm_between=self._norm_of(between),
+            gate_up=_projections(network, GATE_UP, [config.intermediate_size] * 2),
+            down=network.down_proj,
+            after=self._norm_of(layer.post_feedforward_layernorm) if around else None,
+        )
+
+    def _norm_of(self, module: Any) -> Norm:
+        epsilon = module.eps if hasattr(module, "eps") else module.variance_epsilon
+        return Norm((module.weight.detach().float() + self._offset).contiguous(), float(epsilon))
+
+
+def _projections(module: Any, group: Group, widths: list[int]) -> _Projections:
+    joined = getattr(module, group.name, None)
+    return _Projections([getattr(module, part) for part in group.parts] if joined is None else [joined], widths)
+
+
+def _angles(rotary: Any, config: Any, kind: str, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position's angles, float32 (slots, dim / 2)."""
+    tables: tuple[list[Tensor], list[Tensor]] = [], []
+    # Gemma 3 turns the heads of windows by other angles.
+    which = (kind,) if config.model_type == "gemma3_text" else ()
+    rope = rotary.rope_type[kind] if which else rotary.rope_type
+    if rope not in ROPES:
+        raise _unsupported(f"rotary embeddings of kind {rope}: there are {', '.join(ROPES)}")
+    dtype_of = torch.empty(0, device=cache.device)
+    for begin in range(0, cache.slots, ANGLES_AT_ONCE):
+        positions = torch.arange(begin, min(begin + ANGLES_AT_ONCE, cache.slots), device=cache.device)
+        for table, both in zip(tables, rotary(dtype_of, positions[None], *which), strict=True):
+            table.append(both[0, :, : both.shape[-1] // 2])
+    cosines, sines = (torch.cat(table).contiguous() for table in tables)
+    return cosines, sines
+
+
+def _unsupported(what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"no fused decoding step for {what}", "Generate with fused=False.")

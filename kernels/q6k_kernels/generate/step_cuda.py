@@ -1,0 +1,278 @@
+"""What lies between the products of a decoding step, on a GPU: how `cuda/step.cuh` and its like are launched.
+
+`step_reference` has the same operations in plain torch, and says what they compute. Here activations that packed
+weights are multiplied with stay in 8 bits on the way: the kernel that makes them quantises them.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from q6k_kernels.cuda import decode, decode_plan
+from q6k_kernels.cuda import device as launching
+from q6k_kernels.cuda.device import Device, Variant, common_macros
+from q6k_kernels.generate.step_reference import Activation, Activations, Cached, Choice, Heads, Norm
+from q6k_kernels.jit import loader
+from q6k_kernels.weights.layers import Q6KLinear
+
+if TYPE_CHECKING:
+    from torch import nn
+
+STEP, ADD_NORM, GATE = "step.cuh", "q6k_add_norm", "q6k_gate"
+ATTEND_FILE, ATTEND = "attend.cuh", "q6k_attend"
+CHOOSE_FILE, CHOOSE = "choose.cuh", "q6k_choose"
+NORM_THREADS, GATE_THREADS, ATTEND_KEYS = 256, 128, 16
+NORM_GROUPS = (1, 2)
+MOST_NORM = 16 * NORM_THREADS * NORM_GROUPS[-1]
+HEAD_DIMS = (64, 96, 128, 256)
+ATTEND_WARPS, ATTEND_STATIC = (8, 4), 8 << 10
+"""Of a block, whichever fits; bytes of shared memory that it has at most besides keys and values."""
+MOST_HEADS, MOST_BLOCKS = 8, 32
+"""Query heads of a block, and blocks that share their keys."""
+CHOOSE_THREADS, CHOOSE_VALUES, CHOOSE_BLOCKS = 128, 8, 256
+"""Of a block, logits that a thread reads at once, and the most blocks; as in `cuda/choose.cuh`."""
+GATES = {"silu": 0, "gelu_tanh": 1}
+"""`Gate` in `cuda/step.cuh`."""
+_ADD_NORM, _GATE = struct.Struct("@PPPPPPPPfi"), struct.Struct("@PPPPPii")
+_CHOOSE = struct.Struct("@PPPPPPPffi")
+_ATTEND = struct.Struct("@PPPPPPPPPPPPPPPfffiiii")
+
+
+class Kernels:
+    """The operations of a step on one GPU, in one dtype.
+
+    Args:
+        device: a GPU.
+        dtype: of activations: bfloat16 or float16.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device = launching.device(torch.cuda.current_device() if device.index is None else device.index)
+        self._torch_device, self._dtype = device, dtype
+        self._macros = (*common_macros(False, dtype is torch.float16), *_ONE_TOKEN)
+        self._partials = torch.empty(0, device=device)
+        self._counters = torch.zeros(0, dtype=torch.int32, device=device)
+        self._bests = torch.empty(CHOOSE_BLOCKS, dtype=torch.int64, device=device)
+        self._counted = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def supports(self, hidden: int, between: int, heads: Heads) -> str:
+        """See `step_reference`."""
+        if hidden > MOST_NORM or hidden % 32:
+            return f"a hidden size of {hidden}: expected a multiple of 32 up to {MOST_NORM}"
+        if between % 32:
+            return f"an intermediate size of {between}: expected a multiple of 32"
+        if heads.dim not in HEAD_DIMS:
+            return f"heads of {heads.dim} values: expected {', '.join(map(str, HEAD_DIMS))}"
+        return ""
+
+    def reserve(self, heads: Heads) -> None:
+        """Takes the memory that `attend` needs; to be called before a step is recorded, for each kind of layer."""
+        rows, blocks, together = self._grid(heads)
+        floats = rows * blocks * together * (heads.dim + 2)
+        self._partials = self._partials.new_empty(max(len(self._partials), floats))
+        self._counters = self._counters.new_zeros(max(len(self._counters), rows))
+
+    def add_norm(
+        self, hidden: Tensor, delta: Tensor | None, after: Norm | None, norm: Norm, users: list[nn.Module]
+    ) -> tuple[Tensor, Activations]:
+        """See `step_reference`. `users` are the products that follow."""
+        total = hidden if delta is None else torch.empty_like(hidden)
+        out = self._activations(hidden.shape[-1], users)
+        self._launch(
+            _norm_variant(self._macros, hidden.shape[-1]),
+            (1, 1, 1),
+            NORM_THREADS,
+            _ADD_NORM.pack(
+                hidden.data_ptr(),
+                _pointer(delta),
+                0 if after is None else after.weight.data_ptr(),
+                norm.weight.data_ptr(),
+                0 if delta is None else total.data_ptr(),
+                *self._outputs(out),
+                norm.epsilon,
+                hidden.shape[-1],
+            ),
+        )
+        return total, out
+
+    def gate(self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]) -> Activations:
+        """See `step_reference`."""
+        out = self._activations(gate.shape[-1], users)
+        self._launch(
+            (STEP, GATE, self._macros),
+            (-(-gate.shape[-1] // (16 * GATE_THREADS)), 1, 1),
+            GATE_THREADS,
+            _GATE.pack(gate.data_ptr(), up.data_ptr(), *self._outputs(out), GATES[activation], gate.shape[-1]),
+        )
+        return out
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: Heads,
+        cached: Cached,
+        position: Tensor,
+        users: list[nn.Module],
+    ) -> Activations:
+        """See `step_reference`."""
+        out = self._activations(heads.count * heads.dim, users)
+        rows, blocks, together = self._grid(heads)
+        warps = _attend_warps(heads.dim, self._device)
+        self._launch(
+            _attend_variant(self._macros, heads.dim, warps),
+            (blocks, rows, 1),
+            32 * warps,
+            _ATTEND.pack(
+                q.data_ptr(),
+                k.data_ptr(),
+                v.data_ptr(),
+                cached.keys.data_ptr(),
+                cached.values.data_ptr(),
+                heads.cosines.data_ptr(),
+                heads.sines.data_ptr(),
+                0 if heads.q_norm is None else heads.q_norm.weight.data_ptr(),
+                0 if heads.k_norm is None else heads.k_norm.weight.data_ptr(),
+                position.data_ptr(),
+                self._partials.data_ptr(),
+                self._counters.data_ptr(),
+                *self._outputs(out),
+                heads.scale,
+                heads.softcap or 0.0,
+                0.0 if heads.q_norm is None else heads.q_norm.epsilon,
+                cached.keys.shape[-2],
+                cached.window,
+                together,
+                heads.count // heads.key_heads,
+            ),
+            shared_bytes=_attend_bytes(heads.dim, warps),
+        )
+        return out
+
+    def multiply(self, module: nn.Module, activations: Activations) -> Tensor:
+        """A product, (1, N)."""
+        if not self._takes_codes(module):
+            assert activations.halves is not None  # noqa: S101 -- as `_activations` has seen to
+            y: Tensor = module(activations.halves)
+            return y
+        assert isinstance(module, Q6KLinear)  # noqa: S101 -- else it would not take them
+        assert activations.codes is not None  # noqa: S101 -- as above
+        y = torch.empty(1, module.out_features, dtype=self._dtype, device=self._torch_device)
+        decode.linear_of_codes(activations.codes, module.tiles, module.bias, module.out_features, y, self._device)
+        return y
+
+    def choose(self, logits: Tensor, softcap: float | None, choice: Choice) -> None:
+        """See `step_reference`."""
+        vocabulary = logits.shape[-1]
+        blocks = -(-vocabulary // (CHOOSE_THREADS * CHOOSE_VALUES))
+        self._launch(
+            (CHOOSE_FILE, CHOOSE, self._macros[:2]),
+            (min(blocks, CHOOSE_BLOCKS), 1, 1),
+            CHOOSE_THREADS,
+            _CHOOSE.pack(
+                logits.data_ptr(),
+                choice.position.data_ptr(),
+                choice.token.data_ptr(),
+                choice.chosen.data_ptr(),
+                self._bests.data_ptr(),
+                self._counted.data_ptr(),
+                choice.seed.data_ptr(),
+                softcap or 0.0,
+                choice.temperature,
+                vocabulary,
+            ),
+        )
+
+    def _takes_codes(self, module: nn.Module) -> bool:
+        if not isinstance(module, Q6KLinear) or module.activations == "bf16":
+            return False
+        exact = launching.is_exact(module.tiles)
+        return decode_plan.fits(module.out_features, module.in_features, exact, self._device)
+
+    def _activations(self, k: int, users: list[nn.Module]) -> Activations:
+        coded = [self._takes_codes(user) for user in users]
+        return Activations(
+            halves=None if all(coded) else torch.empty(1, k, dtype=self._dtype, device=self._torch_device),
+            codes=torch.empty(sum(decode_plan.code_bytes(k)), dtype=torch.uint8, device=self._torch_device)
+            if any(coded)
+            else None,
+            k=k,
+        )
+
+    def _outputs(self, out: Activations) -> tuple[int, int, int]:
+        """Pointers: 16-bit values, codes, steps."""
+        codes = _pointer(out.codes)
+        return _pointer(out.halves), codes, codes and codes + decode_plan.code_bytes(out.k)[0]
+
+    def _grid(self, heads: Heads) -> tuple[int, int, int]:
+        """Rows of blocks, blocks that share the keys of one, and query heads of it."""
+        group = heads.count // heads.key_heads
+        together = max(count for count in range(1, MOST_HEADS + 1) if group % count == 0)
+        rows = heads.count // together
+        return rows, max(1, min(MOST_BLOCKS, self._device.multiprocessors // rows)), together
+
+    def _launch(
+        self,
+        variant: Variant,
+        grid: tuple[int, int, int],
+        threads: int,
+        arguments: bytes,
+        shared_bytes: int = 0,
+    ) -> None:
+        loader.load(*variant, self._device.index).launch(
+            grid,
+            threads,
+            arguments,
+            stream=launching.stream(self._device),
+            shared_bytes=shared_bytes,
+            dependent=self._device.arch >= 90,
+        )
+
+
+_ONE_TOKEN = (("Q6K_TOKENS", 1), ("Q6K_FUSED", 0))
+
+
+@cache
+def _norm_variant(macros: tuple[tuple[str, int], ...], k: int) -> Variant:
+    groups = next(count for count in NORM_GROUPS if k <= 16 * NORM_THREADS * count)
+    return STEP, ADD_NORM, (*macros, ("Q6K_NORM_GROUPS", groups))
+
+
+@cache
+def _attend_variant(macros: tuple[tuple[str, int], ...], dim: int, warps: int) -> Variant:
+    return ATTEND_FILE, ATTEND, (*macros, ("Q6K_HEAD_DIM", dim), ("Q6K_WARPS", warps))
+
+
+def _attend_warps(dim: int, device: Device) -> int:
+    return next(warps for warps in ATTEND_WARPS if _attend_bytes(dim, warps) + ATTEND_STATIC <= device.shared_bytes)
+
+
+def attend_bytes(macros: dict[str, int]) -> int:
+    """Dynamic shared memory of the attention kernel with these macros."""
+    return _attend_bytes(macros["Q6K_HEAD_DIM"], macros["Q6K_WARPS"])
+
+
+def _attend_bytes(dim: int, warps: int) -> int:
+    """Keys and values of a block in shared memory."""
+    return 2 * warps * ATTEND_KEYS * (2 * dim + 16)
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def variants(device: Device) -> list[Variant]:
+    """All that a step may load on a GPU."""
+    found = list[Variant]()
+    for fp16 in (False, True):
+        macros = (*common_macros(False, fp16), *_ONE_TOKEN)
+        found += [(STEP, GATE, macros), (CHOOSE_FILE, CHOOSE, macros[:2])]
+        found += [_norm_variant(macros, 16 * NORM_THREADS * groups) for groups in NORM_GROUPS]
+        found += [_attend_variant(macros, dim, _attend_warps(dim, device)) for dim in HEAD_DIMS]
+    return found

@@ -1,0 +1,1 @@
+"""Kernels compiled when they are first needed: NVRTC, the cubin cache, the driver, loading. Imports no torch."""

@@ -1,0 +1,243 @@
+"""Device code to cubins with NVRTC, the run-time compiler that comes with torch. Needs no GPU and no toolkit.
+
+Which NVRTC: the one `cuda-bindings` finds, which torch requires in the version that fits its own CUDA.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from q6k_kernels.errors import CompileFailedError, CompilerMissingError, GpuTooOldError, SourceMissingError
+
+SOURCES = Path(__file__).parents[1] / "cuda"
+"""Device code, free of #include."""
+PREAMBLE = "common.cuh"
+"""What every other file builds on: compiled in front of it."""
+FOUNDATIONS = {
+    "decode.cuh": ("quantize.cuh",),
+    "step.cuh": ("quantize.cuh",),
+    "attend.cuh": ("quantize.cuh", "heads.cuh"),
+    "gemm_wgmma.cuh": ("wgmma.cuh",),
+}
+"""What some files build on besides, compiled between the two."""
+OLDEST_GPU = (8, 0)
+"""The first compute capability with bf16 tensor cores and asynchronous copies."""
+Defines = tuple[tuple[str, int], ...]
+"""Macros that specialise a kernel: name and value."""
+
+_INSTALL = "A torch for CUDA brings it along; else `pip install cuda-bindings nvidia-cuda-nvrtc`."
+_ENTRY = re.compile(r"Compiling entry function '(\w+)'")
+_FUNCTION = re.compile(
+    r"Function properties for (\w+)\n.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    r"(?:\n.*?Used (\d+) registers(?:.*?(\d+) bytes smem)?)?"
+)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a thread of a kernel takes; bytes but for `registers`, shared memory by block, static only."""
+
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+    shared_bytes: int
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """What kernels for a compute capability are compiled for.
+
+    A GPU's own, not a family's oldest; on Hopper with the features that only sm_90a has (wgmma, setmaxnreg).
+
+    Raises:
+        GpuTooOldError: it is below `OLDEST_GPU`.
+    """
+    major, minor = capability
+    if capability < OLDEST_GPU:
+        raise GpuTooOldError(
+            f"the GPU has compute capability {major}.{minor}, the kernels need 8.0 or later (Ampere)",
+            "Use a newer GPU, or keep the model on the CPU.",
+        )
+    return "sm_90a" if capability == (9, 0) else f"sm_{major}{minor}"
+
+
+def files_of(file: str) -> tuple[str, ...]:
+    """The files of a translation unit, in order."""
+    return tuple(dict.fromkeys((PREAMBLE, *FOUNDATIONS.get(file, ()), file)))
+
+
+def source_text(file: str, sources: Path = SOURCES) -> str:
+    """The translation unit of one file: what it builds on and it, with the lines numbered as in the files.
+
+    Raises:
+        SourceMissingError: one of them cannot be read.
+    """
+    parts = []
+    for name in files_of(file):
+        try:
+            parts.append(f'#line 1 "{name}"\n' + (sources / name).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SourceMissingError(
+                f"device code {sources / name} cannot be read: {error.strerror}", "Install q6k-convert again."
+            ) from error
+    return "\n".join(parts)
+
+
+def options(defines: Defines, arch: str) -> tuple[str, ...]:
+    """What NVRTC, and nvcc as well, is told. The last makes the log say what `resources` reads.
+
+    Raises:
+        ValueError: a macro's name is none.
+    """
+    for name, _ in defines:
+        if not name.isidentifier():
+            raise ValueError(f"defines: expected names of macros, found {name!r}")
+    macros = (f"-D{name}={int(value)}" for name, value in defines)
+    return ("-std=c++17", f"-arch={arch}", *macros, "--ptxas-options=-v")
+
+
+@cache
+def _nvrtc() -> Any:
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        raise CompilerMissingError(f"cuda-bindings is not installed or does not load: {error}", _INSTALL) from error
+    return nvrtc
+
+
+@cache
+def version() -> tuple[int, int]:
+    """NVRTC's, (major, minor).
+
+    Raises:
+        CompilerMissingError: there is none, or it does not load.
+    """
+    try:
+        code, major, minor = _nvrtc().nvrtcVersion()
+    except (RuntimeError, OSError) as error:  # what the library's finder and loader raise
+        reason = " ".join(str(error).split())
+        raise CompilerMissingError(
+            f"NVRTC, the run-time compiler, was not found or does not load: {reason}", _INSTALL
+        ) from error
+    _expect_success(code, "nvrtcVersion")
+    return int(major), int(minor)
+
+
+@cache
+def library_path() -> Path:
+    """The file NVRTC was loaded from. Raises like `version`."""
+    version()
+    from cuda.pathfinder import load_nvidia_dynamic_lib
+
+    return Path(load_nvidia_dynamic_lib("nvrtc").abs_path)
+
+
+@cache
+def identity() -> str:
+    """Tells compilers apart whose cubins may differ: version, and size, as patches keep the version.
+
+    Raises like `version`.
+    """
+    major, minor = version()
+    return f"nvrtc {major}.{minor} {library_path().stat().st_size}"
+
+
+def compile_cubin(source: str, name: str, arguments: tuple[str, ...]) -> tuple[bytes, str]:
+    """One translation unit.
+
+    Args:
+        source: its text.
+        name: what to call it in messages.
+        arguments: from `options`.
+
+    Returns:
+        The cubin, and the log: warnings and what each kernel takes.
+
+    Raises:
+        CompilerMissingError: there is no NVRTC, or it does not know the architecture.
+        CompileFailedError: it refused the source; the text holds the first error, `log` all.
+    """
+    version()
+    nvrtc = _nvrtc()
+    _expect_architecture(arguments)
+    code, program = nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], [])
+    _expect_success(code, "nvrtcCreateProgram")
+    try:
+        flags = [argument.encode() for argument in arguments]
+        (outcome,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
+        log = _fetch("nvrtcGetProgramLog", program).rstrip(b"\0").decode(errors="replace").strip()
+        if outcome != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            errors = [line for line in log.splitlines() if "error" in line] or log.splitlines()
+            first = errors[0] if errors else _error_text(outcome)
+            raise CompileFailedError(
+                f"NVRTC {version()[0]}.{version()[1]} does not compile {name} with {' '.join(arguments)}: {first}",
+                "This is a bug in q6k_kernels, or the compiler is too old: report the log with it.",
+                log,
+            )
+        return _fetch("nvrtcGetCUBIN", program), log
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def resources(log: str) -> dict[str, Resources]:
+    """What each kernel takes, by name, as the log of NVRTC or nvcc with --ptxas-options=-v says.
+
+    What functions that are called, not inlined, spill is counted for every kernel: the log does not say whose
+    they are.
+
+    Raises:
+        ValueError: the log does not say it of a kernel that it names.
+    """
+    entries = dict.fromkeys(_ENTRY.findall(log))
+    called, found = 0, dict[str, tuple[int, ...]]()
+    for name, *figures in _FUNCTION.findall(log):
+        stack, stores, loads, registers, shared = (int(each or 0) for each in figures)
+        if name in entries and registers:
+            found[name] = registers, stack, max(stores, loads), shared
+        else:
+            called += max(stores, loads)
+    if missing := [name for name in entries if name not in found]:
+        raise ValueError(f"the compiler's log does not say what {', '.join(missing)} takes:\n{log}")
+    return {
+        name: Resources(registers, stack, spilled + called, shared)
+        for name, (registers, stack, spilled, shared) in found.items()
+    }
+
+
+def _expect_architecture(arguments: tuple[str, ...]) -> None:
+    nvrtc = _nvrtc()
+    code, known = nvrtc.nvrtcGetSupportedArchs()
+    _expect_success(code, "nvrtcGetSupportedArchs")
+    wanted = next(argument for argument in arguments if argument.startswith("-arch=sm_")).removeprefix("-arch=sm_")
+    if int(wanted.rstrip("af")) not in known:
+        raise CompilerMissingError(
+            f"NVRTC {version()[0]}.{version()[1]} does not know sm_{wanted}; it knows "
+            + ", ".join(f"sm_{each}" for each in known),
+            "Install a torch built for a CUDA version that supports this GPU.",
+        )
+
+
+def _fetch(function: str, program: Any) -> bytes:
+    nvrtc = _nvrtc()
+    code, size = getattr(nvrtc, f"{function}Size")(program)
+    _expect_success(code, f"{function}Size")
+    buffer = bytearray(size)
+    if size:
+        filled = bytes(buffer)
+        (code,) = getattr(nvrtc, function)(program, filled)
+        _expect_success(code, function)
+        return filled
+    return b""
+
+
+def _expect_success(code: Any, function: str) -> None:
+    if code != _nvrtc().nvrtcResult.NVRTC_SUCCESS:
+        raise CompilerMissingError(f"{function} failed: {_error_text(code)}", _INSTALL)
+
+
+def _error_text(code: Any) -> str:
+    _, text = _nvrtc().nvrtcGetErrorString(code)
+    return bytes(text).decode(errors="replace")

@@ -1,0 +1,112 @@
+"""A whole model from a bundle: transformers' own classes, their Q6_K weights packed.
+
+    model = load_model("out/", device="cuda")
+    model.generate(ids, max_new_tokens=20)
+
+Linear layers and embeddings whose weights are Q6_K become `Q6KLinear` and `Q6KEmbedding`; projections that share
+their input run as one (see `fusing`); a tied head shares the embedding's memory. All other weights are cast to
+`dtype`, whatever float type they are stored in, as transformers' layers want weights and activations of one dtype.
+
+The model is built on the meta device, where nothing takes memory. Before a weight is read, all names and shapes
+are held against the bundle. Then one tensor at a time goes from its file to its device (see `filling`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from q6k_kernels.bundle.metadata import Metadata, read_metadata
+from q6k_kernels.errors import PackageMissingError, WeightsError
+from q6k_kernels.models.architecture import Architecture, architecture_of, make_config
+from q6k_kernels.models.filling import CONVERT_WHOLE, Filler
+from q6k_kernels.ops.reference import Activations, check_activations, check_dtype
+from q6k_kernels.weights.reader import Bundle, open_bundle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+OLDEST_TRANSFORMERS = (5, 17)
+"""The first release that models are built with."""
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    device: torch.device | str | int = "cpu",
+    dtype: torch.dtype | None = None,
+    activations: Activations = "auto",
+    progress: Callable[[int], None] = lambda _: None,
+) -> PreTrainedModel:
+    """Builds the model that a bundle holds.
+
+    Args:
+        path: the bundle's directory.
+        device: the CPU or a CUDA GPU.
+        dtype: of activations and of all weights that are not packed: bfloat16, float16, or on the CPU float32. By
+            default bfloat16 on a GPU, float32 on the CPU.
+        activations: "int8", "bf16" or "auto", see `q6k_kernels.q6k_linear`.
+        progress: told the bytes that a tensor takes in the bundle once it is where it belongs: in all, the `nbytes`
+            of `open_bundle(path).manifest.tensors`.
+
+    Returns:
+        A transformers model for causal language modelling, in eval mode, no parameter of which asks for a gradient.
+        Its `generation_config` has the ids that the GGUF names: BOS, padding, and what ends a text or a turn.
+
+    Raises:
+        PackageMissingError: transformers is missing or too old.
+        UnsupportedModelError: an architecture, or something about it, that no model is built for.
+        HyperparameterError: a key of the metadata is missing, impossible, or contradicts the tensors.
+        WeightsError: a tensor is missing, unexpected, mis-shaped, left out, or raw GGUF blocks.
+        BundleError: it is no bundle, or breaks the rules of the format.
+        ValueError: an argument is none of these.
+        OSError: a file cannot be read.
+    """
+    device = torch.device(device)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    check_dtype(dtype)
+    check_activations(activations)
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and dtype is torch.float32):
+        raise ValueError(f"expected a CPU, or a GPU with bfloat16 or float16, found {dtype} on {device}")
+    _check_transformers()
+    bundle, metadata = open_bundle(path), read_metadata(path)
+    architecture = architecture_of(metadata)
+    _check_storage(bundle)
+    model = _on_meta(bundle, metadata, architecture, dtype)
+    Filler(model, bundle, architecture, device, dtype, activations, progress).fill()
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def _check_transformers() -> None:
+    wanted = ".".join(map(str, OLDEST_TRANSFORMERS))
+    remedy = "Install it: `pip install 'q6k-convert[inference]'`."
+    try:
+        from transformers import __version__
+    except ImportError as error:
+        raise PackageMissingError(f"transformers {wanted} or later is needed: {error}", remedy) from error
+    if tuple(map(int, re.findall(r"\d+", __version__)[:2])) < OLDEST_TRANSFORMERS:
+        raise PackageMissingError(f"transformers {wanted} or later is needed, found {__version__}", remedy)
+
+
+def _check_storage(bundle: Bundle) -> None:
+    for tensor in bundle.manifest.tensors:
+        if tensor.storage in ("raw", "skipped"):
+            what = "stored as raw GGUF blocks" if tensor.storage == "raw" else "left out of the bundle"
+            raise WeightsError(f"{bundle.path}: {tensor.name} ({tensor.type}) is {what}", CONVERT_WHOLE)
+
+
+def _on_meta(bundle: Bundle, metadata: Metadata, architecture: Architecture, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    shapes = {tensor.name: tuple(tensor.shape) for tensor in bundle.manifest.tensors}
+    config = make_config(architecture, metadata, shapes)
+    # SDPA knows no soft cap, and some releases of transformers pick it all the same and leave the cap out.
+    attention = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)  # type: ignore[no-untyped-call]
+    return model

@@ -1,0 +1,239 @@
+"""Weights from a bundle into a transformers model that is on the meta device, one tensor at a time.
+
+Names and shapes are checked before the first is read, and at the end that every tensor was read, once, and that
+nothing of the model was left out. Never is there more of a weight twice than one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from q6k_kernels.bundle.storage import Scales
+from q6k_kernels.cuda import device as launching
+from q6k_kernels.errors import WeightsError
+from q6k_kernels.formats import tiles
+from q6k_kernels.models import fusing
+from q6k_kernels.models.architecture import FREQUENCY_FACTORS, Architecture, gguf_names, is_interleaved, row_order
+from q6k_kernels.ops.reference import Activations
+from q6k_kernels.weights.layers import Q6KEmbedding, Q6KLinear
+from q6k_kernels.weights.reader import Bundle
+from q6k_kernels.weights.weight import PackedWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONVERT_WHOLE = "Convert the whole model again, with --other bf16 and without --include and --exclude."
+EXPORT_AGAIN = "The metadata and the tensors do not belong together: export the model again."
+HEAD = "lm_head"
+
+
+class Filler:
+    """Fills one model.
+
+    Args:
+        model: on the meta device.
+        bundle: what to fill it from.
+        architecture: how the bundle's tensors differ from the model's parameters.
+        device: where to.
+        dtype: of what is not packed.
+        activations: of packed linear layers.
+        progress: told the stored bytes of each tensor once it is loaded.
+
+    Raises:
+        UnsupportedModelError: a parameter has no name in GGUF.
+        WeightsError: a tensor is missing, unexpected, or has another shape.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        bundle: Bundle,
+        architecture: Architecture,
+        device: torch.device,
+        dtype: torch.dtype,
+        activations: Activations,
+        progress: Callable[[int], None],
+    ) -> None:
+        self.model, self.bundle, self.architecture = model, bundle, architecture
+        self.device, self.dtype, self.activations = device, dtype, activations
+        self.load, self.progress = bundle.loader(device), progress
+        self.config: Any = model.config
+        self.is_tied: bool = self.config.tie_word_embeddings
+        self.shapes = {
+            name: tuple(parameter.shape)
+            for name, parameter in model.named_parameters()
+            if not (self.is_tied and name == f"{HEAD}.weight")
+        }
+        self.names = gguf_names(architecture, list(self.shapes), self.config.num_hidden_layers)
+        self.unread = {tensor.name for tensor in bundle.manifest.tensors}
+        self._check()
+
+    def _check(self) -> None:
+        wanted = {self.names[parameter]: shape for parameter, shape in self.shapes.items()}
+        if self.architecture.frequency_factors and FREQUENCY_FACTORS in self.bundle:
+            wanted[FREQUENCY_FACTORS] = (self.config.head_dim // 2,)
+        for what, names in (
+            ("lacks", [name for name in wanted if name not in self.unread]),
+            (f"has, and {type(self.model).__name__} has not,", sorted(self.unread - set(wanted))),
+        ):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise WeightsError(f"{self.bundle.path} {what} the tensor {names[0]}{more}", CONVERT_WHOLE)
+        for name, shape in wanted.items():
+            if (found := tuple(self.bundle.info(name).shape)) != shape:
+                raise WeightsError(
+                    f"{self.bundle.path}: {name}: expected shape {shape}, found {found}", EXPORT_AGAIN
+                )
+
+    def fill(self) -> None:
+        """Loads all weights, and computes what no file has.
+
+        Raises:
+            WeightsError: a tensor is of a type, or has values, that its place cannot take.
+            BundleError: a file has changed since the bundle was opened.
+            OSError: a file cannot be read.
+        """
+        modules = dict(self.model.named_modules())
+        for name, module, group in list(fusing.groups(self.model)):
+            if self._fuse(name, module, group):
+                for part in group.parts:
+                    del modules[f"{name}.{part}"]
+        for name, module in modules.items():
+            if isinstance(module, nn.Embedding):
+                self._embedding(name, module)
+            elif isinstance(module, nn.Linear) and not (self.is_tied and name == HEAD):
+                self._linear(name, module)
+            elif name != HEAD:
+                self._parameters(name, module)
+        if self.is_tied:
+            self._tie()
+        self._rotary()
+        self._check_filled()
+
+    def _fuse(self, name: str, module: nn.Module, group: fusing.Group) -> bool:
+        parts = [f"{name}.{part}" for part in group.parts]
+        rows = [self.shapes[f"{part}.weight"][0] for part in parts]
+        biases = [f"{part}.bias" for part in parts if f"{part}.bias" in self.names]
+        packed = all(self._is_packed(f"{part}.weight") for part in parts)
+        if not packed or not fusing.can_join(rows) or len(biases) not in (0, len(parts)):
+            return False
+        k = self.shapes[f"{parts[0]}.weight"][1]
+        scales = cast("Scales", self.bundle.manifest.options["scales"])
+        weight = fusing.join(rows, k, scales, lambda index: self._packed(f"{parts[index]}.weight"), self.device)
+        bias = torch.cat([self._plain(bias) for bias in biases]) if biases else None
+        fusing.fuse(module, group, rows, weight, bias, self.activations)
+        return True
+
+    def _linear(self, name: str, module: nn.Linear) -> None:
+        if not self._is_packed(f"{name}.weight"):
+            self._parameters(name, module)
+            return
+        bias = None if module.bias is None else self._plain(f"{name}.bias")
+        weight = self._packed(f"{name}.weight")
+        self.model.set_submodule(name, Q6KLinear.from_weight(weight, bias, self.activations))
+
+    def _embedding(self, name: str, module: nn.Embedding) -> None:
+        # Of Gemma's embeddings, which are multiplied by it.
+        scale: float | None = getattr(module, "scalar_embed_scale", None)
+        if not self._is_packed(f"{name}.weight"):
+            self._parameters(name, module)
+            if scale is not None:
+                module.embed_scale = torch.tensor(scale, device=self.device)
+            return
+        weight = self._packed(f"{name}.weight")
+        if scale is None:
+            self.model.set_submodule(name, Q6KEmbedding.from_weight(weight, self.dtype))
+        else:
+            scaled = ScaledEmbedding.from_weight(weight, self.dtype)
+            scaled.scale = float(torch.tensor(scale, dtype=self.dtype))
+            self.model.set_submodule(name, scaled)
+
+    def _tie(self) -> None:
+        embedding: Any = self.model.get_input_embeddings()
+        if isinstance(embedding, Q6KEmbedding):
+            self.model.set_submodule(HEAD, Q6KLinear.from_weight(embedding.weight, None, self.activations))
+        else:
+            self.model.get_submodule(HEAD).weight = embedding.weight
+
+    def _parameters(self, name: str, module: nn.Module) -> None:
+        for kind, _ in list(module.named_parameters(recurse=False)):
+            setattr(module, kind, nn.Parameter(self._plain(f"{name}.{kind}"), requires_grad=False))
+
+    def _is_packed(self, parameter: str) -> bool:
+        return self.bundle.info(self.names[parameter]).storage == "planar"
+
+    def _load(self, name: str) -> PackedWeight | Tensor:
+        self.unread.remove(name)
+        tensor = self.load(name)
+        self.progress(self.bundle.info(name).nbytes)
+        return tensor
+
+    def _packed(self, parameter: str) -> PackedWeight:
+        name = self.names[parameter]
+        weight = cast("PackedWeight", self._load(name))
+        if is_interleaved(self.architecture, name):
+            # No value changes, and nothing is unpacked.
+            tiles.order_rows(weight.tiles, row_order(weight.n, self.config.head_dim, weight.device))
+            if weight.tiles.is_cuda:
+                launching.end_write(weight.tiles)
+        return weight
+
+    def _plain(self, parameter: str) -> Tensor:
+        name = self.names[parameter]
+        tensor = self._floats(name)
+        if self.architecture.norm_offset and name.endswith("norm.weight"):
+            tensor = tensor.float() - self.architecture.norm_offset
+        if is_interleaved(self.architecture, name):
+            tensor = tensor[row_order(len(tensor), self.config.head_dim, tensor.device)]
+        return tensor.to(self.dtype)
+
+    def _floats(self, name: str) -> Tensor:
+        tensor = self._load(name)
+        if isinstance(tensor, PackedWeight) or not tensor.is_floating_point():
+            raise WeightsError(
+                f"{self.bundle.path}: {name}: expected floating-point numbers, found {self.bundle.info(name).type}",
+                EXPORT_AGAIN,
+            )
+        return tensor
+
+    def _rotary(self) -> None:
+        """Frequencies of rotary embeddings: computed on the CPU in fp32, so that all devices have the same."""
+        factors = None
+        if FREQUENCY_FACTORS in self.unread:
+            factors = self._floats(FREQUENCY_FACTORS).float().cpu()
+            if not bool((factors.isfinite() & (factors > 0)).all()):
+                raise WeightsError(
+                    f"{self.bundle.path}: {FREQUENCY_FACTORS}: expected positive numbers, found others",
+                    EXPORT_AGAIN,
+                )
+        for name, module in list(self.model.named_modules()):
+            if name.rpartition(".")[2] == "rotary_emb":
+                rotary = type(module)(self.config)
+                for kind, frequencies in list(rotary.named_buffers()):
+                    scaled = frequencies if factors is None else frequencies / factors
+                    setattr(rotary, kind, scaled.to(self.device))
+                self.model.set_submodule(name, rotary)
+
+    def _check_filled(self) -> None:
+        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        left = [name for name, tensor in tensors.items() if tensor.is_meta] + sorted(self.unread)
+        if left:
+            raise WeightsError(
+                f"{self.bundle.path}: {left[0]} has no place in {type(self.model).__name__} as this version of "
+                f"transformers has it, or nothing fills it",
+                "Install the version of transformers that constraints.txt names.",
+            )
+
+
+class ScaledEmbedding(Q6KEmbedding):
+    """Rows of a packed weight times `scale`, rounded to `dtype` before and after, as Gemma's are."""
+
+    scale: float
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Indices of any shape -> (..., K) of `dtype`."""
+        return super().forward(indices) * self.scale

@@ -1,0 +1,238 @@
+"""From a bundle's metadata to the numbers of a transformers configuration, none of them trusted.
+
+Keys are those of llama.cpp, `ARCHITECTURE.attention.head_count` and so on, with its defaults. A size is held
+against the shape of the tensor that has it, so that nothing larger than the bundle itself is ever built. A key that
+changes what a model computes, in a way that is not built here, is refused unless its value has no effect.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from q6k_kernels.bundle.metadata import Metadata
+from q6k_kernels.errors import HyperparameterError, UnsupportedModelError
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of the bundle's tensors, by GGUF name."""
+
+MAX_CONTEXT = (1 << 31) - 1
+EXPORT_AGAIN = "Export the model again with a current converter (convert_hf_to_gguf.py of llama.cpp)."
+ONLY_FUNCTIONS = "Its tensors can still be used one by one: `q6k_kernels.open_bundle`."
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "nextn_predict_layers": (0,),
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.output_scale": (),
+    "attention.scale": (),
+    "attention.shared_kv_layers": (0,),
+    "attention.sliding_window": (0,),
+    "attention.temperature_length": (0,),
+    "attention.temperature_scale": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "embedding_scale": (1.0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "rope.dimension_sections": (),
+    "rope.scaling.alpha": (0.0, 1.0),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_ext_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+}
+"""Keys that change what is computed -> the values with which they do not."""
+
+
+class Keys:
+    """The keys of one architecture: typed, bounded, and named in full when one is wrong.
+
+    Args:
+        metadata: of the bundle.
+        used: keys of `NEUTRAL` that the architecture heeds.
+
+    Raises:
+        UnsupportedModelError: another of them has an effect.
+    """
+
+    def __init__(self, metadata: Metadata, used: frozenset[str] = frozenset()) -> None:
+        self.metadata = metadata
+        self.prefix = metadata.architecture
+        for key, values in NEUTRAL.items():
+            full = f"{self.prefix}.{key}"
+            if key not in used and full in metadata and (value := metadata.value(full)) not in values:
+                raise UnsupportedModelError(
+                    f"{metadata.path}: {full} = {str(value)[:80]}: models of {self.prefix} are built without it",
+                    ONLY_FUNCTIONS,
+                )
+
+    def __contains__(self, key: str) -> bool:
+        return f"{self.prefix}.{key}" in self.metadata
+
+    def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
+        """A whole number from `low` to `high`; `default` if the key is absent.
+
+        Raises:
+            HyperparameterError: it is absent and has no default, or is out of range.
+            BundleError: it is of another type.
+        """
+        return int(self._bounded(key, self.metadata.integer(f"{self.prefix}.{key}"), low, high, default))
+
+    def real(self, key: str, low: float, high: float, default: float | None = None) -> float:
+        """A number from `low` to `high`; as `integer`."""
+        return float(self._bounded(key, self.metadata.real(f"{self.prefix}.{key}"), low, high, default))
+
+    def string(self, key: str, default: str) -> str:
+        """A text; `default` if the key is absent."""
+        value = self.metadata.string(f"{self.prefix}.{key}")
+        return default if value is None else value
+
+    def wrong(self, key: str, problem: str) -> HyperparameterError:
+        """An error about a key."""
+        return HyperparameterError(f"{self.metadata.path}: {self.prefix}.{key}: {problem}", EXPORT_AGAIN)
+
+    def expect(self, key: str, value: int, expected: int, why: str) -> None:
+        """Raises HyperparameterError unless a number is what the tensors say."""
+        if value != expected:
+            raise self.wrong(key, f"expected {expected}, {why}, found {value}")
+
+    def _bounded(self, key: str, value: Any, low: Any, high: Any, default: Any) -> Any:
+        if value is None:
+            value = default
+        if value is None:
+            raise self.wrong(key, "missing")
+        if not low <= value <= high:
+            raise self.wrong(key, f"expected {low} to {high}, found {value}")
+        return value
+
+
+def sizes(keys: Keys, shapes: Shapes) -> dict[str, Any]:
+    """What every architecture here has: sizes, heads, context, epsilon, ids of special tokens, tying.
+
+    Raises:
+        HyperparameterError: a key is missing, out of range or not what the tensors' shapes say.
+        UnsupportedModelError: rotary embeddings of a part of a head, or values of another size than keys.
+    """
+    vocabulary, hidden = _matrix(keys, shapes, "token_embd.weight")
+    keys.expect(
+        "embedding_length", keys.integer("embedding_length", 1, 1 << 24), hidden, "token_embd.weight's rows"
+    )
+    layers = keys.integer("block_count", 1, 1 << 14)
+    found = {int(match[1]) for name in shapes if (match := re.match(r"blk\.(\d{1,9})\.", name))}
+    if found != set(range(layers)):
+        raise keys.wrong("block_count", f"{layers}, but the tensors are those of {len(found)} layers")
+    feed_forward = keys.integer("feed_forward_length", 1, 1 << 24)
+    keys.expect(
+        "feed_forward_length", feed_forward, _matrix(keys, shapes, "blk.0.ffn_up.weight")[0], "ffn_up's rows"
+    )
+    heads = keys.integer("attention.head_count", 1, 1 << 16)
+    kv_heads = keys.integer("attention.head_count_kv", 1, heads, heads)
+    if heads % kv_heads:
+        raise keys.wrong("attention.head_count_kv", f"expected a divisor of {heads} heads, found {kv_heads}")
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": feed_forward,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": _head_dim(keys, shapes, hidden, heads, kv_heads),
+        "max_position_embeddings": keys.integer("context_length", 1, MAX_CONTEXT),
+        "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon", 0.0, 1.0),
+        "tie_word_embeddings": "output.weight" not in shapes,
+        **_special_tokens(keys.metadata, vocabulary),
+    }
+
+
+def _matrix(keys: Keys, shapes: Shapes, name: str) -> tuple[int, int]:
+    shape = shapes.get(name)
+    if shape is None or len(shape) != 2:
+        found = "none" if shape is None else f"one of shape {shape}"
+        raise HyperparameterError(
+            f"{keys.metadata.path.parent}: expected a tensor {name} of two dimensions, found {found}",
+            "Convert the whole model, without --include and --exclude.",
+        )
+    return shape[0], shape[1]
+
+
+def _head_dim(keys: Keys, shapes: Shapes, hidden: int, heads: int, kv_heads: int) -> int:
+    rotary = keys.integer("rope.dimension_count", 1, 1 << 16, max(1, hidden // heads))
+    head_dim = keys.integer("attention.key_length", 1, 1 << 16, rotary)
+    counts = {"attn_q": ("attention.head_count", heads), "attn_k": ("attention.head_count_kv", kv_heads)}
+    for name, (key, count) in (counts | {"attn_v": counts["attn_k"]}).items():
+        rows = _matrix(keys, shapes, f"blk.0.{name}.weight")[0]
+        if rows != count * head_dim:
+            problem = f"{count} heads of {head_dim} (attention.key_length) are {count * head_dim} rows of {name}"
+            raise keys.wrong(key, f"{problem}, found {rows}")
+    for key in ("attention.value_length", "rope.dimension_count", "rope.dimension_count_swa"):
+        if key in keys and keys.integer(key, 0, 1 << 16) != head_dim:
+            raise UnsupportedModelError(
+                f"{keys.metadata.path}: {keys.prefix}.{key} differs from the {head_dim} of a head's keys",
+                ONLY_FUNCTIONS,
+            )
+    if head_dim % 2:
+        raise keys.wrong(
+            "attention.key_length", f"expected an even number, for rotary embeddings, found {head_dim}"
+        )
+    return head_dim
+
+
+def _special_tokens(metadata: Metadata, vocabulary: int) -> dict[str, Any]:
+    """Ids for the configuration: BOS, padding, and all that end a text or a turn."""
+    found = dict[str, int]()
+    for name in ("bos", "padding", "eos", "eot", "eom"):
+        key = f"tokenizer.ggml.{name}_token_id"
+        if (token := metadata.integer(key)) is None:
+            continue
+        if not 0 <= token < vocabulary:
+            raise HyperparameterError(
+                f"{metadata.path}: {key}: expected 0 to {vocabulary - 1}, found {token}", EXPORT_AGAIN
+            )
+        found[name] = token
+    ends = list(dict.fromkeys(found[name] for name in ("eos", "eot", "eom") if name in found))
+    return {
+        "bos_token_id": found.get("bos"),
+        "pad_token_id": found.get("padding"),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+    }
+
+
+def rope(keys: Keys, key: str = "rope.freq_base", theta: float = 10000.0) -> dict[str, Any]:
+    """Rotary embeddings without scaling: theta by a key, or its default."""
+    return {"rope_type": "default", "rope_theta": keys.real(key, 1.0, 1e12, theta)}
+
+
+def scaled_rope(keys: Keys, theta: float = 10000.0) -> dict[str, Any]:
+    """Rotary embeddings with the scaling that the metadata asks for: none, linear or YaRN.
+
+    Raises:
+        UnsupportedModelError: another scaling.
+    """
+    found = rope(keys, theta=theta)
+    # `rope.scale_linear` is what files of 2023 have.
+    factor = keys.real("rope.scale_linear", 0.0, 1e6, 0.0)
+    factor = keys.real("rope.scaling.factor", 0.0, 1e6, factor)
+    kind = keys.string("rope.scaling.type", "linear")
+    if kind == "none" or factor in (0.0, 1.0):
+        return found
+    if kind == "linear":
+        return {**found, "rope_type": "linear", "factor": factor}
+    if kind != "yarn":
+        raise UnsupportedModelError(
+            f"{keys.metadata.path}: {keys.prefix}.rope.scaling.type: expected none, linear or yarn, found {kind!r}",
+            ONLY_FUNCTIONS,
+        )
+    found |= {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": keys.integer("rope.scaling.original_context_length", 1, MAX_CONTEXT),
+    }
+    for name in ("beta_fast", "beta_slow"):
+        if f"rope.scaling.yarn_{name}" in keys:
+            found[name] = keys.real(f"rope.scaling.yarn_{name}", 0.0, 1e6)
+    return found

@@ -1,0 +1,307 @@
+"""The operations on packed weights in plain torch: what runs on the CPU, and what kernels are tested against.
+
+A weight is `w = q * s`, s the scale of its group of 16 (see `planar`); with exact scales `s = steps * scale`.
+
+    W6A16 ("bf16")  y = sum_k x[k] * round(w[k]), the weights rounded to x's dtype
+    W6A8  ("int8")  y = sum_g s[g] * d_a[g//2] * sum_(k in g) q[k] * a[k], with (a, d_a) = quantize_activations(x)
+
+Sums run in fp32 at least, a bias joins there, and one rounding to x's dtype ends it; `accuracy` says the same
+in fp64, and how far the two may be apart. Memory is bounded by working on blocks of rows; speed matters less
+than that every line can be held against the formulas. Nothing here has a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from q6k_kernels.formats.ggml import GROUP, SUPER_BLOCK
+from q6k_kernels.formats.planes import OFFSET
+
+Activations = Literal["auto", "int8", "bf16"]
+Rows = Callable[[slice], tuple[Tensor, Tensor]]
+"""Where weights come from: rows -> q, float32 (rows, K), and s, float32 (rows, K/16), the scales of groups."""
+
+ACTIVATION_GROUP = 32
+"""Activations that share one d_a: two groups of weights."""
+BLOCK_WEIGHTS = 1 << 20
+"""Weights unpacked at a time; at most 24 bytes each, so about 25 MB."""
+BLOCK_M = 32
+"""Rows of x multiplied at a time; the sums of groups take BLOCK_M * BLOCK_WEIGHTS / 16 * 4 bytes = 8 MB."""
+TILE_ROWS = 16
+"""Rows that `prepack` keeps together."""
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes of activations and biases."""
+
+
+def dequantize(
+    ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Planes to weights.
+
+    In fp32 nothing is rounded: with bf16 scales a weight has 8 + 5 significant bits, with exact ones
+    11 + 7 + 5 = 23 (of d, sub-scale and q); the latter are the bits of ggml's `dequantize_row_q6_K`.
+
+    Args:
+        ql: uint8 (N, K/2), K a multiple of 256.
+        qh: uint8 (N, K/4).
+        scale: bfloat16 (N, K/16); or int8 (N, K/16), the sub-scales, with `steps`.
+        steps: float16 (N, K/256), d; None with bf16 scales.
+        dtype: bfloat16, float16 or float32, rounded to once. float16 overflows to infinity past 65504.
+
+    Returns:
+        (N, K) of `dtype`, on the planes' device.
+
+    Raises:
+        ValueError: a wrong dtype, or shapes that do not agree.
+    """
+    check_planes(ql, qh, scale, steps)
+    check_dtype(dtype)
+    return weights(_codes(ql, qh), group_scales(scale, steps), dtype)
+
+
+def weights(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+    """q, float32 (rows, K), times s, float32 (rows, K/16), each for its group; rounded to `dtype` once."""
+    return (q.view(len(q), -1, GROUP) * s.unsqueeze(-1)).view(q.shape).to(dtype)
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations to 8 bits, each row in groups of 32: d_a = amax / 127, a = rint(x / d_a).
+
+    Both divisions are fp32's, correctly rounded, and rint goes to even: (a, d_a) is defined to the bit.
+    A group whose d_a is zero (all zeros, or fp32 below 2**-143 or so) has a = 0. |a| is held to 127, which
+    only matters to fp32 values near 2**-140, where d_a is too coarse a subnormal. A group that holds an
+    infinity or NaN has d_a = NaN and a = 0, so that all outputs of its row are NaN.
+
+    Args:
+        x: bfloat16, float16 or float32 (M, K), K a multiple of 32.
+
+    Returns:
+        a int8 (M, K), values -127..127, and d_a float32 (M, K/32).
+
+    Raises:
+        ValueError: a wrong dtype or shape.
+    """
+    if x.ndim != 2 or x.dtype not in FLOATS or x.shape[1] % ACTIVATION_GROUP:
+        raise ValueError(
+            f"x: expected bfloat16, float16 or float32 (M, K) with K a multiple of {ACTIVATION_GROUP}, "
+            f"found {_found(x)}"
+        )
+    groups = x.detach().float().reshape(x.shape[0], x.shape[1] // ACTIVATION_GROUP, ACTIVATION_GROUP)
+    amax = groups.abs().amax(-1)
+    # By a tensor: torch turns division by a number into multiplication with its reciprocal on GPUs.
+    d_a = amax / torch.full_like(amax, 127)
+    d_a = torch.where(amax.isfinite(), d_a, torch.nan)
+    quotients = groups / d_a.unsqueeze(-1)
+    a = torch.where((d_a > 0).unsqueeze(-1), quotients, 0.0).round().clamp(-127, 127)
+    return a.to(torch.int8).view(x.shape), d_a
+
+
+def linear(
+    x: Tensor,
+    ql: Tensor,
+    qh: Tensor,
+    scale: Tensor,
+    steps: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    activations: Activations = "auto",
+) -> Tensor:
+    """Multiplies x with the transposed weights and adds the bias: the formulas at the top of this module.
+
+    Args:
+        x: bfloat16, float16 or float32 (..., K), strides at will; also no rows at all. With "bf16", float32
+            activations meet float32 weights: nothing but the output is rounded to 16 bits or less.
+        ql: uint8 (N, K/2), N >= 1, K a multiple of 256.
+        qh: uint8 (N, K/4).
+        scale: bfloat16 (N, K/16); or int8 (N, K/16) with `steps`.
+        steps: float16 (N, K/256), or None.
+        bias: bfloat16, float16 or float32 (N,), added in fp32 before the rounding.
+        activations: "int8" for W6A8, "bf16" for W6A16 (in x's dtype). "auto" is "bf16" here: it
+            rounds no activation, and on a CPU "int8" saves little time with few rows (as measured, a tenth of
+            it for one row of bfloat16) and takes twice as long from about 64 on. Kernels may choose otherwise.
+
+    Returns:
+        (..., N) of x's dtype. Infinities and NaN follow IEEE arithmetic with "bf16"; with "int8" they turn
+        their row into NaN.
+
+    Raises:
+        ValueError: a wrong dtype, shape or option, or tensors on different devices.
+    """
+    n, k = check_planes(ql, qh, scale, steps)
+    check_input(x, n, k, bias)
+    devices = {str(t.device) for t in (x, ql, qh, scale, steps, bias) if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"expected all tensors on one device, found them on {', '.join(sorted(devices))}")
+    check_activations(activations)
+
+    def rows(part: slice) -> tuple[Tensor, Tensor]:
+        return _codes(ql[part], qh[part]), group_scales(scale[part], None if steps is None else steps[part])
+
+    return multiply(x, rows, n, k, bias, activations)
+
+
+def multiply(x: Tensor, rows: Rows, n: int, k: int, bias: Tensor | None, activations: Activations) -> Tensor:
+    """`linear` on weights from anywhere, its arguments checked: (..., K) -> (..., N) of x's dtype.
+
+    The same rows are multiplied together wherever they come from, so that every source gives the same bits.
+    """
+    x_rows = x.detach().reshape(-1, k)
+    y = torch.empty(len(x_rows), n, dtype=x.dtype, device=x.device)
+    blocks = [x_rows[at : at + BLOCK_M] for at in range(0, len(x_rows), BLOCK_M)]
+    inputs = [_int8_operands(block) if activations == "int8" else _bf16_operands(block) for block in blocks]
+    for part in row_blocks(n if inputs else 0, k):
+        q, s = rows(part)
+        w = q if activations == "int8" else weights(q, s, x.dtype).to(_product_dtype(x.dtype))
+        for index, (left, d_a) in enumerate(inputs):
+            sums = _bf16_sums(left, w) if d_a is None else _int8_sums(left, d_a, w, s)
+            if bias is not None:
+                sums += bias[part].detach().float()
+            y[index * BLOCK_M : (index + 1) * BLOCK_M, part] = sums
+    return y.view(*x.shape[:-1], n)
+
+
+def row_blocks(n: int, k: int) -> Iterator[slice]:
+    """N rows of K weights in blocks of at most `BLOCK_WEIGHTS`, of whole tiles of 16 rows where those fit."""
+    step = max(1, BLOCK_WEIGHTS // k)
+    step = step // TILE_ROWS * TILE_ROWS or step
+    for at in range(0, n, step):
+        yield slice(at, min(at + step, n))
+
+
+def roundings(k: int, activations: Literal["int8", "bf16"]) -> int:
+    """The fp32 roundings that any one term of `linear`'s sums goes through, at most; for `tolerance`.
+
+    "bf16": one product, the 255 additions of a super-block in any order, an addition for each of K/256
+    super-blocks, and one for the bias. "int8": two products, 15 additions of the groups in a super-block, and
+    again K/256 + 1. Sums that `linear` makes in fp64 round less.
+    """
+    return (1 + 255 if activations == "bf16" else 2 + 15) + k // SUPER_BLOCK + 1
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What "bf16" multiplies in: torch.set_float32_matmul_precision may cut fp32 operands to bf16's 8 bits.
+
+    That leaves bf16 values whole (and the integers of "int8"), but no others: those go through fp64.
+    """
+    return torch.float32 if dtype == torch.bfloat16 else torch.float64
+
+
+def _bf16_operands(x: Tensor) -> tuple[Tensor, None]:
+    """(K/256, M, 256) for `_bf16_sums`."""
+    return x.to(_product_dtype(x.dtype)).view(len(x), -1, SUPER_BLOCK).transpose(0, 1), None
+
+
+def _bf16_sums(x: Tensor, w: Tensor) -> Tensor:
+    """float32 (M, N): a product for each super-block, then their sum, which keeps chains of roundings short."""
+    return (x @ w.view(len(w), -1, SUPER_BLOCK).permute(1, 2, 0)).sum(0).float()
+
+
+def _int8_operands(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A (K/16, M, 16) and d_a (K/16, M, 1) for `_int8_sums`."""
+    a, d_a = quantize_activations(x)
+    groups = a.float().view(len(x), -1, GROUP).transpose(0, 1)
+    return groups, d_a.T.repeat_interleave(ACTIVATION_GROUP // GROUP, 0).unsqueeze(-1)
+
+
+def _int8_sums(a: Tensor, d_a: Tensor, q: Tensor, s: Tensor) -> Tensor:
+    """float32 (M, N).
+
+    The inner sums are integers below 16 * 32 * 127 < 2**16, as are their parts: fp32 holds them exactly in
+    any order of addition, and its operands fit in bf16, so no setting of matmul precision changes them.
+    """
+    terms = a @ q.view(len(q), -1, GROUP).permute(1, 2, 0)  # (K/16, M, N)
+    terms *= s.T.unsqueeze(1)
+    terms *= d_a
+    return terms.view(-1, SUPER_BLOCK // GROUP, *terms.shape[1:]).sum(1).sum(0)
+
+
+def _codes(ql: Tensor, qh: Tensor) -> Tensor:
+    """Planes to q, float32 (N, K)."""
+    rows = len(ql)
+    low = torch.stack((ql & 15, ql >> 4), dim=-1).view(rows, -1)
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=qh.device)
+    # (row, chunk, parity, w, position in the byte), weight 8w + 2 * position + parity of the chunk
+    pairs = qh.reshape(rows, -1, 2, 4, 1) >> shifts & 3
+    high = pairs.permute(0, 1, 3, 4, 2).reshape(rows, -1)
+    return (low | high << 4).float() - OFFSET
+
+
+def group_scales(scale: Tensor, steps: Tensor | None) -> Tensor:
+    """float32 (N, K/16), without rounding."""
+    if steps is None:
+        return scale.float()
+    return scale.float() * steps.float().repeat_interleave(SUPER_BLOCK // GROUP, -1)
+
+
+def check_planes(
+    ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None, *, stack: bool = False
+) -> tuple[int, ...]:
+    """(N, K) of planes, or with `stack` (E, N, K) too.
+
+    Raises:
+        ValueError: a wrong dtype, or shapes that do not agree.
+    """
+    if (
+        ql.ndim not in ((2, 3) if stack else (2,))
+        or ql.dtype != torch.uint8
+        or not ql.numel()
+        or 2 * ql.shape[-1] % SUPER_BLOCK
+    ):
+        shapes = "(N, K/2) or (E, N, K/2)" if stack else "(N, K/2)"
+        raise ValueError(f"ql: expected uint8 {shapes}, N >= 1, K a multiple of {SUPER_BLOCK}, found {_found(ql)}")
+    lead, k = tuple(ql.shape[:-1]), 2 * ql.shape[-1]
+    expected = [("qh", qh, torch.uint8, k // 4)]
+    if steps is None:
+        expected.append(("scale without steps", scale, torch.bfloat16, k // GROUP))
+    else:
+        expected.append(("scale with steps", scale, torch.int8, k // GROUP))
+        expected.append(("steps", steps, torch.float16, k // SUPER_BLOCK))
+    for name, tensor, dtype, width in expected:
+        if tensor.dtype != dtype or tensor.shape != (*lead, width):
+            wanted = f"{_plain(dtype)} {(*lead, width)}"
+            raise ValueError(
+                f"{name}: with ql of shape {tuple(ql.shape)} expected {wanted}, found {_found(tensor)}"
+            )
+    return *lead, k
+
+
+def check_input(x: Tensor, n: int, k: int, bias: Tensor | None, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """Whether x, of one of `dtypes`, and bias go with weights (N, K).
+
+    Raises:
+        ValueError: a wrong dtype or shape.
+    """
+    if x.ndim == 0 or x.dtype not in dtypes or x.shape[-1] != k:
+        raise ValueError(f"x: expected {either(dtypes)} (..., {k}), found {_found(x)}")
+    if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,)):
+        raise ValueError(f"bias: expected {either(FLOATS)} ({n},), found {_found(bias)}")
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Whether weights can be rounded to `dtype`; ValueError if not."""
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype: expected {either(FLOATS)}, found {dtype}")
+
+
+def check_activations(activations: str) -> None:
+    """Whether there is such a formula; ValueError if not."""
+    if activations not in ("auto", "int8", "bf16"):
+        raise ValueError(f"activations: expected auto, int8 or bf16, found {activations!r}")
+
+
+def either(dtypes: tuple[torch.dtype, ...]) -> str:
+    """Dtypes in words: "bfloat16 or float16"."""
+    *others, last = map(_plain, dtypes)
+    return f"{', '.join(others)} or {last}"
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _found(tensor: Tensor) -> str:
+    return f"{_plain(tensor.dtype)} {tuple(tensor.shape)}"

@@ -1,0 +1,281 @@
+"""The operations as torch ops of namespace `q6k`: schemas, argument checks, CPU, CUDA and fake implementations.
+
+    q6k::linear(Tensor x, Tensor tiles, Tensor? bias, SymInt n, str activations) -> Tensor
+    q6k::embedding(Tensor indices, Tensor tiles, SymInt n, ScalarType dtype) -> Tensor
+    q6k::dequantize(Tensor tiles, SymInt n, ScalarType dtype) -> Tensor
+    q6k::pack(Tensor ql, Tensor qh, Tensor scale, Tensor? steps) -> Tensor
+    q6k::embedding_named(Tensor indices, Tensor tiles, SymInt n, str dtype) -> Tensor
+    q6k::dequantize_named(Tensor tiles, SymInt n, str dtype) -> Tensor
+
+The last two are for compiled programs (see `exporting`): AOTInductor of torch 2.11 makes another ScalarType of one.
+`tiles` is what `prepack` describes, of a weight with n rows; `q6k_kernels.weights.weight` has functions that take
+both as one. Importing this module registers the ops. They work under `torch.compile`, `torch.export` and in CUDA
+graphs, and have no gradient: a tensor that requires one is refused while gradients are recorded.
+
+Defined with `torch.library.Library`, as `custom_op` would add 20 microseconds to every call of a decoding step.
+
+The same ops as a C++ library (see `ops_library`) may be loaded before or after: what it has registered is left
+alone here, and what it registers later is used from then on. The functions for fake tensors are always these.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from q6k_kernels.formats import tiles as prepack
+from q6k_kernels.ops import reference
+from q6k_kernels.ops.reference import Activations
+
+DEFINED = "Q6K_OPS_DEFINED"
+"""Environment variable with the number of the process in which the schemas are there: a C++ library that is loaded
+later does not try to define them, which some versions of torch would complain of."""
+HALVES = (torch.bfloat16, torch.float16)
+"""Dtypes of activations on a GPU."""
+
+_Library: Any = torch.library.Library  # whose methods torch leaves without types
+_LIBRARY = _Library("q6k", "FRAGMENT")
+"""Schemas and functions for fake tensors."""
+_implementations: list[Any] = []
+"""What `implement` has registered, for as long as it is."""
+
+
+# What every backend demands. These run at every call, so they build no text unless they fail.
+
+
+def _check_linear(
+    x: Tensor,
+    tiles: Tensor,
+    bias: Tensor | None,
+    n: int,
+    activations: str,
+    dtypes: tuple[torch.dtype, ...] = reference.FLOATS,
+) -> int:
+    """Returns K."""
+    k = prepack.check_tiles(tiles, n)
+    reference.check_input(x, n, k, bias, dtypes)
+    reference.check_activations(activations)
+    if x.device != tiles.device or (bias is not None and bias.device != tiles.device):
+        _refuse_devices(x=x, tiles=tiles, bias=bias)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        name = "x" if x.requires_grad else "bias"
+        raise ValueError(
+            f"{name} requires a gradient, and q6k::linear has none: call it under torch.inference_mode() or "
+            f"torch.no_grad(), or pass {name}.detach()"
+        )
+    return k
+
+
+def _check_embedding(indices: Tensor, tiles: Tensor, n: int, dtype: torch.dtype) -> int:
+    """Returns K."""
+    k = prepack.check_tiles(tiles, n)
+    reference.check_dtype(dtype)
+    if indices.dtype is not torch.int64 and indices.dtype is not torch.int32:
+        raise ValueError(f"indices: expected int64 or int32 of any shape, found {indices.dtype}")
+    if indices.device != tiles.device:
+        _refuse_devices(indices=indices, tiles=tiles)
+    return k
+
+
+def _check_dequantize(tiles: Tensor, n: int, dtype: torch.dtype) -> int:
+    """Returns K."""
+    k = prepack.check_tiles(tiles, n)
+    reference.check_dtype(dtype)
+    return k
+
+
+def _check_pack(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None) -> tuple[int, ...]:
+    """Returns the shape of the tiles."""
+    shape = reference.check_planes(ql, qh, scale, steps, stack=True)
+    for plane in (qh, scale, steps):
+        if plane is not None and plane.device != ql.device:
+            _refuse_devices(ql=ql, qh=qh, scale=scale, steps=steps)
+    return prepack.tiles_shape(shape, "bf16" if steps is None else "exact")
+
+
+def _refuse_devices(**tensors: Tensor | None) -> None:
+    found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None)
+    raise ValueError(f"expected all tensors on one device, found {found}")
+
+
+# On the CPU: the formulas of `reference`, fed from tiles.
+
+
+def _linear_cpu(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, activations: str) -> Tensor:
+    k = _check_linear(x, tiles, bias, n, activations)
+
+    def rows(part: slice) -> tuple[Tensor, Tensor]:
+        return prepack.codes_and_scales(tiles, part)
+
+    return reference.multiply(x, rows, n, k, bias, cast("Activations", activations))
+
+
+def _embedding_cpu(indices: Tensor, tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    k = _check_embedding(indices, tiles, n, dtype)
+    flat = indices.reshape(-1)
+    outside = (flat < 0) | (flat >= n)
+    if outside.any():
+        at = int(outside.nonzero()[0, 0])
+        raise IndexError(f"indices: expected 0 to {n - 1}, found {int(flat[at])} at position {at} of {len(flat)}")
+    result = torch.empty(len(flat), k, dtype=dtype)
+    for part in reference.row_blocks(len(flat), k):
+        result[part] = reference.weights(*prepack.codes_and_scales(tiles, flat[part]), dtype)
+    return result.view(*indices.shape, k)
+
+
+def _dequantize_cpu(tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    k = _check_dequantize(tiles, n, dtype)
+    result = torch.empty(n, k, dtype=dtype)
+    for part in reference.row_blocks(n, k):
+        result[part] = reference.weights(*prepack.codes_and_scales(tiles, part), dtype)
+    return result
+
+
+def _pack_cpu(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None) -> Tensor:
+    _check_pack(ql, qh, scale, steps)
+    return prepack.pack(ql, qh, scale, steps)
+
+
+# On a GPU: kernels that are compiled at their first use, so their module is loaded then.
+
+
+@cache
+def _kernels() -> ModuleType:
+    from q6k_kernels.cuda import dispatch
+
+    return dispatch
+
+
+def _linear_cuda(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, activations: str) -> Tensor:
+    _check_linear(x, tiles, bias, n, activations, HALVES)
+    y: Tensor = _kernels().linear(x, tiles, bias, n, activations)
+    return y
+
+
+def _embedding_cuda(indices: Tensor, tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    _check_embedding(indices, tiles, n, dtype)
+    rows: Tensor = _kernels().embedding(indices, tiles, n, dtype)
+    return rows
+
+
+def _dequantize_cuda(tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    _check_dequantize(tiles, n, dtype)
+    weights: Tensor = _kernels().dequantize(tiles, n, dtype)
+    return weights
+
+
+def _pack_cuda(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None) -> Tensor:
+    _check_pack(ql, qh, scale, steps)
+    tiles: Tensor = _kernels().pack(ql, qh, scale, steps)
+    return tiles
+
+
+# Shapes and dtypes alone, for torch.compile, torch.export and the meta device.
+
+
+def _linear_fake(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, activations: str) -> Tensor:
+    dtypes = HALVES if x.device.type == "cuda" else reference.FLOATS
+    _check_linear(x, tiles, bias, n, activations, dtypes)
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _embedding_fake(indices: Tensor, tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    return tiles.new_empty((*indices.shape, _check_embedding(indices, tiles, n, dtype)), dtype=dtype)
+
+
+def _dequantize_fake(tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    return tiles.new_empty((n, _check_dequantize(tiles, n, dtype)), dtype=dtype)
+
+
+def _pack_fake(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None) -> Tensor:
+    return ql.new_empty(_check_pack(ql, qh, scale, steps))
+
+
+def _named(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same with the dtype's name, "bfloat16" say, for the dtype."""
+
+    def call(*arguments: Any) -> Tensor:
+        *others, name = arguments
+        for dtype in reference.FLOATS:
+            if str(dtype) == f"torch.{name}":
+                return function(*others, dtype)
+        raise ValueError(f"dtype: expected {reference.either(reference.FLOATS)}, found {name!r}")
+
+    return call
+
+
+_OPERATIONS = (
+    (
+        "linear(Tensor x, Tensor tiles, Tensor? bias, SymInt n, str activations) -> Tensor",
+        _linear_cpu,
+        _linear_cuda,
+        _linear_fake,
+    ),
+    (
+        "embedding(Tensor indices, Tensor tiles, SymInt n, ScalarType dtype) -> Tensor",
+        _embedding_cpu,
+        _embedding_cuda,
+        _embedding_fake,
+    ),
+    (
+        "dequantize(Tensor tiles, SymInt n, ScalarType dtype) -> Tensor",
+        _dequantize_cpu,
+        _dequantize_cuda,
+        _dequantize_fake,
+    ),
+    ("pack(Tensor ql, Tensor qh, Tensor scale, Tensor? steps) -> Tensor", _pack_cpu, _pack_cuda, _pack_fake),
+    (
+        "embedding_named(Tensor indices, Tensor tiles, SymInt n, str dtype) -> Tensor",
+        _named(_embedding_cpu),
+        _named(_embedding_cuda),
+        _named(_embedding_fake),
+    ),
+    (
+        "dequantize_named(Tensor tiles, SymInt n, str dtype) -> Tensor",
+        _named(_dequantize_cpu),
+        _named(_dequantize_cuda),
+        _named(_dequantize_fake),
+    ),
+)
+
+
+def _define() -> None:
+    """Registers the schemas that are not there yet, and the functions for fake tensors."""
+    for schema, _, _, fake in _OPERATIONS:
+        name = schema.partition("(")[0]
+        if not hasattr(torch.ops.q6k, name):
+            _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"q6k::{name}", fake, lib=_LIBRARY)
+    os.environ[DEFINED] = str(os.getpid())
+
+
+def implement() -> None:
+    """Registers this module's implementations for the CPU and CUDA where there is none."""
+    library = _Library("q6k", "IMPL")
+    _implementations.append(library)
+    for schema, on_cpu, on_cuda, _ in _OPERATIONS:
+        name = schema.partition("(")[0]
+        for key, function in (("CPU", on_cpu), ("CUDA", on_cuda)):
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"q6k::{name}", key):
+                library.impl(name, function, key)
+
+
+def withdraw() -> None:
+    """Takes them back, for others to come in their place; schemas and functions for fake tensors stay."""
+    while _implementations:
+        _implementations.pop()._destroy()
+
+
+_define()
+implement()
+
+linear: Callable[[Tensor, Tensor, Tensor | None, int, str], Tensor] = torch.ops.q6k.linear.default
+embedding: Callable[[Tensor, Tensor, int, torch.dtype], Tensor] = torch.ops.q6k.embedding.default
+dequantize: Callable[[Tensor, int, torch.dtype], Tensor] = torch.ops.q6k.dequantize.default
+pack: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = torch.ops.q6k.pack.default

@@ -1,0 +1,1 @@
+"""Text to tokens and back: vocabulary, tokenizer, chat template. Imports bundle."""

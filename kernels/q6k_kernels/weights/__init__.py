@@ -1,0 +1,3 @@
+"""Packed weights in memory: the weight, its layers, the bundle's reader, and the way to a device. Imports bundle
+and ops.
+"""

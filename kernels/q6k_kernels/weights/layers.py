@@ -1,0 +1,206 @@
+"""Layers on packed weights: Q6KLinear and Q6KEmbedding, in the places of nn.Linear and nn.Embedding.
+
+    head = Q6KLinear.from_weight(weight)
+    embed = Q6KEmbedding.from_weight(weight, dtype=torch.bfloat16)
+
+Layers made from one `PackedWeight`, as of a tied embedding and head, share its memory. They go on doing so when a
+module that holds them is moved, copied (`copy.deepcopy`), saved with `torch.save` and loaded again, into layers
+that share or with `assign=True`. A state dict has the tiles under both names.
+
+For inference: nothing here has a gradient, and no parameter asks for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from q6k_kernels.bundle.storage import Scales
+from q6k_kernels.formats.ggml import SUPER_BLOCK
+from q6k_kernels.formats.tiles import SCALES, TILE_BYTES, tiles_shape
+from q6k_kernels.ops import schema
+from q6k_kernels.ops.reference import Activations, check_activations, check_dtype
+from q6k_kernels.weights.weight import PackedWeight
+
+Device = torch.device | str | int | None
+
+# For each conversion under way: the tensors it has converted, and into what.
+_converted: WeakKeyDictionary[Callable[[Tensor], Tensor], dict[tuple[Any, ...], tuple[Tensor, Tensor]]]
+_converted = WeakKeyDictionary()
+
+
+class _Packed(nn.Module):
+    """A layer with a weight (N, K) as buffer `tiles`."""
+
+    tiles: Tensor
+
+    def __init__(self, n: int, k: int, scales: Scales, device: Device) -> None:
+        if n < 1 or k < 1 or k % SUPER_BLOCK or scales not in TILE_BYTES:
+            raise ValueError(
+                f"expected one row of weights or more, each a multiple of {SUPER_BLOCK} long, with bf16 or exact "
+                f"scales; found {n} of {k} with {scales!r} scales"
+            )
+        super().__init__()
+        self._shape = (n, k)
+        self.register_buffer("tiles", torch.zeros(tiles_shape((n, k), scales), dtype=torch.uint8, device=device))
+
+    @property
+    def weight(self) -> PackedWeight:
+        """The weight; shares the layer's memory."""
+        return PackedWeight(self.tiles, self._shape)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # A parameter keeps its identity when a module is moved; of a buffer, every module that holds it would get
+        # a copy of its own. So what one conversion made of a tensor is remembered for as long as it lasts: `to`
+        # and its like hand one local function to all modules, and drop it when they are done. The tensor itself
+        # is remembered too, else another might take its address.
+        lasts = "<locals>" not in getattr(fn, "__qualname__", "")
+        done = {} if lasts else _converted.setdefault(fn, {})
+
+        def once(tensor: Tensor) -> Tensor:
+            if tensor is not self.tiles or tensor.is_meta:
+                return fn(tensor)
+            key = tensor.data_ptr(), tensor.device, tensor.shape
+            if key not in done:
+                done[key] = tensor, fn(tensor)
+            return done[key][1]
+
+        super()._apply(once, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def _matrix(weight: PackedWeight) -> tuple[int, ...]:
+    """(N, K)."""
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight: expected (N, K), found a stack {weight.shape}: take one, weight[expert]")
+    return weight.shape
+
+
+class Q6KLinear(_Packed):
+    """y = x Wᵀ + bias, the weight packed: what nn.Linear does, see `q6k_kernels.q6k_linear`.
+
+    Made with a weight of zeros; `load_state_dict` or `from_weight` give it another.
+
+    Args:
+        in_features: K, a multiple of 256.
+        out_features: N.
+        bias: whether there is one, a parameter (N,).
+        scales: "bf16" or "exact", see `PackedWeight.scales`.
+        activations: "auto", "int8" or "bf16", see `q6k_kernels.q6k_linear`.
+        device: where; also "meta".
+        dtype: of the bias: bfloat16, float16 or float32.
+
+    Raises:
+        ValueError: an argument is none of these.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        scales: Scales = "bf16",
+        activations: Activations = "auto",
+        device: Device = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        check_dtype(dtype)
+        check_activations(activations)
+        super().__init__(out_features, in_features, scales, device)
+        self.in_features, self.out_features = in_features, out_features
+        self.activations = activations
+        zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.bias = None if zeros is None else nn.Parameter(zeros, requires_grad=False)
+
+    @classmethod
+    def from_weight(
+        cls, weight: PackedWeight, bias: Tensor | None = None, activations: Activations = "auto"
+    ) -> Self:
+        """A layer that shares the weight's memory, and the bias's.
+
+        Args:
+            weight: (N, K).
+            bias: bfloat16, float16 or float32 (N,), on the weight's device.
+            activations: "auto", "int8" or "bf16".
+
+        Raises:
+            ValueError: a stack of weights, or a bias of another shape, dtype or device.
+        """
+        n, k = _matrix(weight)
+        layer = cls(k, n, scales=weight.scales, activations=activations, device="meta")
+        layer.tiles = weight.tiles
+        if bias is not None:
+            check_dtype(bias.dtype)
+            if bias.shape != (n,) or bias.device != weight.device:
+                found = f"{tuple(bias.shape)} on {bias.device}"
+                raise ValueError(f"bias: expected ({n},) on {weight.device}, found {found}")
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N) of x's dtype."""
+        return schema.linear(x, self.tiles, self.bias, self.out_features, self.activations)
+
+    def extra_repr(self) -> str:
+        """What is shown between the brackets."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"scales={SCALES[self.tiles.shape[-1]]!r}, activations={self.activations!r}"
+        )
+
+
+class Q6KEmbedding(_Packed):
+    """Rows of a packed weight by their numbers: what nn.Embedding does, see `q6k_kernels.embedding`.
+
+    Made with a weight of zeros; `load_state_dict` or `from_weight` give it another.
+
+    Args:
+        num_embeddings: N.
+        embedding_dim: K, a multiple of 256.
+        scales: "bf16" or "exact", see `PackedWeight.scales`.
+        device: where; also "meta".
+        dtype: of the rows: bfloat16, float16 or float32. It stays when the layer is converted to another.
+
+    Raises:
+        ValueError: an argument is none of these.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        scales: Scales = "bf16",
+        device: Device = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        check_dtype(dtype)
+        super().__init__(num_embeddings, embedding_dim, scales, device)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.dtype = dtype
+
+    @classmethod
+    def from_weight(cls, weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> Self:
+        """A layer that shares the memory of a weight (N, K).
+
+        Raises:
+            ValueError: a stack of weights, or another dtype than bfloat16, float16 or float32.
+        """
+        n, k = _matrix(weight)
+        layer = cls(n, k, scales=weight.scales, device="meta", dtype=dtype)
+        layer.tiles = weight.tiles
+        return layer
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Indices of any shape -> (..., K) of `dtype`."""
+        return schema.embedding(indices, self.tiles, self.num_embeddings, self.dtype)
+
+    def extra_repr(self) -> str:
+        """What is shown between the brackets."""
+        scales = SCALES[self.tiles.shape[-1]]
+        return f"{self.num_embeddings}, {self.embedding_dim}, scales={scales!r}, dtype={self.dtype}"

@@ -1,0 +1,210 @@
+"""Loading from a bundle: one tensor at a time, straight to where it will be used.
+
+    bundle = open_bundle("out/")
+    weight = bundle.load("blk.0.attn_q.weight", "cuda")    a PackedWeight
+    norm = bundle.load("blk.0.attn_norm.weight", "cuda")   a Tensor
+    everything = bundle.load_all("cuda")
+
+Opening reads the manifest and the shards' headers, and checks them (see `manifest` and `structure`); no array is
+read before it is asked for, and no file stays open. Planes are packed on the device that they are loaded to, some
+rows at a time, so that loading takes little memory beside the weight itself. Contents are not compared with their
+checksums: `q6k-convert verify` does that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from q6k_kernels.bundle import manifest as manifests
+from q6k_kernels.bundle.manifest import METADATA_NAME, BundleError, Manifest, StoredTensor
+from q6k_kernels.bundle.structure import Entry, check_structure, read_header
+from q6k_kernels.weights.transfer import Arrays, Staging, Stamp, load_plain, load_planar, stamp, way_to
+from q6k_kernels.weights.weight import PackedWeight
+
+
+class NotLoadableError(ValueError):
+    """A tensor is in the bundle in no form that can be loaded; the message says how to convert it otherwise."""
+
+
+def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Opens a bundle for loading.
+
+    Args:
+        path: its directory.
+
+    Raises:
+        BundleError: it is no bundle, or its files break a rule of the format; the message says which.
+        OSError: a file cannot be read.
+    """
+    directory = Path(path)
+    manifest = manifests.read(directory)
+    # Before the headers are read, so that a file that changes from here on is found to have changed.
+    shards = [name for name in manifest.files if name.endswith(".safetensors") and (directory / name).is_file()]
+    stamps = {name: stamp((directory / name).stat()) for name in shards}
+    if findings := check_structure(directory, manifest):
+        more = f" (and {len(findings) - 1} more: see `q6k-convert verify`)" if len(findings) > 1 else ""
+        raise BundleError(f"{directory}: {findings[0]}{more}")
+    entries = {name: read_header(directory / name) for name in shards}
+    return Bundle(directory, manifest, entries, stamps)
+
+
+class Bundle:
+    """What a bundle holds, by GGUF name; made by `open_bundle`.
+
+    Attributes:
+        path: its directory.
+        manifest: all that `bundle.json` says.
+        names: of all tensors, in the order of their data, then those that are tied to another.
+        tied: name -> the name of the tensor that takes its place, as of a head that is the embedding.
+        metadata_path: a GGUF file with the model's key-value pairs, and no tensors.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        entries: dict[str, dict[str, Entry]],
+        stamps: dict[str, Stamp],
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.tied = dict(manifest.tied)
+        self.names = (*(tensor.name for tensor in manifest.tensors), *self.tied)
+        self.metadata_path = path / METADATA_NAME
+        self._tensors = {tensor.name: tensor for tensor in manifest.tensors}
+        self._entries = entries
+        self._stamps = stamps
+
+    def __repr__(self) -> str:
+        return f"Bundle('{self.path}', {self.manifest.architecture}, {len(self)} tensors)"
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors or name in self.tied
+
+    def info(self, name: str) -> StoredTensor:
+        """What the manifest says of a tensor; of a tied one, of that which takes its place.
+
+        Raises:
+            KeyError: there is no tensor of this name.
+        """
+        try:
+            return self._tensors[self.tied.get(name, name)]
+        except KeyError:
+            raise KeyError(f"{self.path} has no tensor {name!r}; `names` lists its {len(self)}") from None
+
+    def load(
+        self, name: str, device: torch.device | str | int = "cpu", *, expert: int | None = None
+    ) -> PackedWeight | Tensor:
+        """Reads one tensor.
+
+        Each call reads it anew. A name that is tied loads the tensor that takes its place; `load_all` makes the two
+        one object. For many tensors `loader` is faster on a GPU.
+
+        Args:
+            name: its GGUF name.
+            device: the CPU or a CUDA GPU.
+            expert: of a stack (E, N, K) only this weight (N, K), 0..E-1.
+
+        Returns:
+            A PackedWeight of a Q6_K tensor, which is on the device with nothing left to wait for but the device's
+            current stream; of others a Tensor as it is stored: floats, bf16 or integers, in torch's order of dims.
+
+        Raises:
+            KeyError: there is no tensor of this name.
+            IndexError: there is no such expert.
+            NotLoadableError: it is stored as raw GGUF blocks, or not at all.
+            BundleError: a file has changed since the bundle was opened, or is shorter than it was.
+            ValueError: another kind of device, or an expert of what is no stack of packed weights.
+            OSError: a file cannot be read.
+        """
+        return self.loader(device)(name, expert=expert)
+
+    def loader(self, device: torch.device | str | int = "cpu") -> Loader:
+        """What reads tensor after tensor to one device.
+
+        Args:
+            device: the CPU or a CUDA GPU.
+
+        Raises:
+            ValueError: another kind of device.
+        """
+        return Loader(self, way_to(device))
+
+    def _load(self, name: str, staging: Staging | None, expert: int | None) -> PackedWeight | Tensor:
+        tensor = self.info(name)
+        if tensor.storage == "raw":
+            raise NotLoadableError(
+                f"{tensor.name} is stored as raw GGUF blocks of {tensor.type}, which are not unpacked here: "
+                f"convert the model with --other bf16"
+            )
+        if tensor.storage == "skipped":
+            raise NotLoadableError(
+                f"{tensor.name} ({tensor.type}) was left out of the bundle: convert the model with --other bf16, "
+                f"without --exclude, and with an --include that names it, if any"
+            )
+        _check_expert(tensor, expert)
+        with ExitStack() as files:
+            arrays = Arrays(self.path, tensor, self._entries, self._stamps, files)
+            if tensor.storage == "planar":
+                return load_planar(arrays, tensor, expert, staging)
+            return load_plain(arrays, tensor, staging)
+
+    def load_all(
+        self, device: torch.device | str | int = "cpu", names: Iterable[str] | None = None
+    ) -> dict[str, PackedWeight | Tensor]:
+        """Reads many tensors; names that are tied get the same object.
+
+        Args:
+            device: the CPU or a CUDA GPU.
+            names: which; by default all.
+
+        Raises:
+            As `load`; also where all are asked for and one of them cannot be loaded.
+        """
+        load = self.loader(device)
+        loaded = dict[str, PackedWeight | Tensor]()
+        found = dict[str, PackedWeight | Tensor]()
+        for name in self.names if names is None else names:
+            stored = self.info(name).name
+            if stored not in loaded:
+                loaded[stored] = load(stored)
+            found[name] = loaded[stored]
+        return found
+
+
+class Loader:
+    """Reads a bundle's tensors to one device; made by `Bundle.loader`.
+
+    On the way to a GPU all of them go through the same page-locked memory, 64 MB, which is there for as long as
+    this is: the first bytes of one are read while the last of the one before are copied.
+    """
+
+    def __init__(self, bundle: Bundle, staging: Staging | None) -> None:
+        self._bundle, self._staging = bundle, staging
+
+    def __call__(self, name: str, *, expert: int | None = None) -> PackedWeight | Tensor:
+        """Reads one tensor, as `Bundle.load`."""
+        return self._bundle._load(name, self._staging, expert)
+
+
+def _check_expert(tensor: StoredTensor, expert: int | None) -> None:
+    if expert is None:
+        return
+    if tensor.storage != "planar" or len(tensor.shape) != 3:
+        raise ValueError(
+            f"expert: {tensor.name} is no stack of packed weights, it is {tensor.storage} of shape {tensor.shape}"
+        )
+    if not 0 <= expert < tensor.shape[0]:
+        raise IndexError(f"expert: {tensor.name} has 0 to {tensor.shape[0] - 1}, found {expert}")

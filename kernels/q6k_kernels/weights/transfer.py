@@ -1,0 +1,208 @@
+"""The way of one tensor from its files to a device: opened, read in slices, copied, packed.
+
+On the CPU, plain arrays are read to where they stay, and planes some rows at a time, to be packed while they are in
+the cache. To a GPU all goes in slices through page-locked memory, one being read while another is copied, and
+planes are packed there.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack, closing, suppress
+from io import FileIO
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from q6k_kernels.bundle.manifest import BundleError, StoredTensor
+from q6k_kernels.bundle.storage import Scales
+from q6k_kernels.bundle.structure import Entry
+from q6k_kernels.formats import tiles as prepack
+from q6k_kernels.ops import schema
+from q6k_kernels.ops.reference import TILE_ROWS
+from q6k_kernels.weights.weight import PackedWeight
+
+CPU_SLICE_BYTES = 4 << 20
+"""Of planes read at a time, and packed while they are in the cache."""
+GPU_SLICE_BYTES = 32 << 20
+"""Of arrays copied to a GPU at a time; two such are under way, one being read and one being copied."""
+HUGE_BYTES = 8 << 20
+"""From here on memory on the CPU is asked for in huge pages, 2 MB each."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+"""safetensors dtype -> torch dtype."""
+PLANES = ("ql", "qh", "scale", "steps")
+
+Stamp = tuple[int, int]
+"""Of a file: what is different once it has been written to."""
+
+
+def stamp(status: os.stat_result) -> Stamp:
+    """Size, and time of the last change in nanoseconds."""
+    return status.st_size, status.st_mtime_ns
+
+
+def way_to(device: torch.device | str | int) -> Staging | None:
+    """The way to a device; None for the CPU."""
+    target = torch.device(device)
+    if target.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, found {target}; load to the CPU and move from there")
+    return Staging(target) if target.type == "cuda" else None
+
+
+class Arrays:
+    """The arrays of one tensor, their files open."""
+
+    def __init__(
+        self,
+        directory: Path,
+        tensor: StoredTensor,
+        entries: dict[str, dict[str, Entry]],
+        stamps: dict[str, Stamp],
+        stack: ExitStack,
+    ) -> None:
+        self._name = tensor.name
+        files = dict[str, FileIO]()
+        for file in sorted({array.file for array in tensor.arrays.values()}):
+            files[file] = stack.enter_context(closing(FileIO(directory / file)))
+            if (found := stamp(os.fstat(files[file].fileno()))) != stamps[file]:
+                size, expected = found[0], stamps[file][0]
+                what = f"{size} bytes, expected {expected}" if size != expected else "it was written to"
+                raise BundleError(
+                    f"{directory / file}, tensor {tensor.name}: the file has changed since the bundle was opened: "
+                    f"{what}. Open the bundle again"
+                )
+        self._places = {
+            role: (files[array.file], entries[array.file][array.key]) for role, array in tensor.arrays.items()
+        }
+
+    def nbytes(self, role: str) -> int:
+        """Of an array."""
+        entry = self._places[role][1]
+        return entry.end - entry.begin
+
+    def read(self, role: str, at: int, out: Tensor) -> None:
+        """Fills `out`, uint8 on the CPU, from byte `at` of an array."""
+        file, entry = self._places[role]
+        view, begin, done = memoryview(cast("Any", out.numpy())), entry.begin + at, 0
+        while done < len(view):
+            try:
+                count = os.preadv(file.fileno(), [view[done:]], begin + done)
+            except OSError as error:
+                error.filename = file.name
+                raise
+            if count == 0:
+                raise BundleError(
+                    f"{file.name}, tensor {self._name}, array {role}: expected {len(view)} bytes from byte {begin} "
+                    f"on, found the end of the file after {done}"
+                )
+            done += count
+
+
+class Staging:
+    """The way to a GPU: two slices of page-locked memory, of which one is read into while one is copied."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._slices = [torch.empty(0, dtype=torch.uint8)] * 2
+        self._copied = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+        self._turn = 0
+
+    def next(self, nbytes: int) -> Tensor:
+        """That much memory to read into; waits until it is free."""
+        self._turn ^= 1
+        self._copied[self._turn].synchronize()
+        if len(self._slices[self._turn]) < nbytes:
+            size = max(nbytes, GPU_SLICE_BYTES)
+            self._slices[self._turn] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return self._slices[self._turn][:nbytes]
+
+    def copy(self, out: Tensor) -> None:
+        """Begins to copy what was read into `next` to `out`, uint8 on the GPU."""
+        out.copy_(self._slices[self._turn][: out.numel()], non_blocking=True)
+        self._copied[self._turn].record(torch.cuda.current_stream(self.device))
+
+
+def load_plain(arrays: Arrays, tensor: StoredTensor, staging: Staging | None) -> Tensor:
+    """A tensor as it is stored: floats, bf16 or integers. `staging` leads to the GPU, None to the CPU."""
+    result = _empty(tensor.shape, DTYPES[tensor.arrays["data"].dtype], staging)
+    out = result.view(-1).view(torch.uint8)
+    if staging is None:
+        arrays.read("data", 0, out)
+    else:
+        for at in range(0, len(out), GPU_SLICE_BYTES):
+            part = out[at : at + GPU_SLICE_BYTES]
+            arrays.read("data", at, staging.next(len(part)))
+            staging.copy(part)
+    return result
+
+
+def load_planar(arrays: Arrays, tensor: StoredTensor, expert: int | None, staging: Staging | None) -> PackedWeight:
+    """A packed weight, a stack, or of a stack the weight `expert`. `staging` leads to the GPU, None to the CPU."""
+    *stack, n, k = tensor.shape
+    roles = [role for role in PLANES if role in tensor.arrays]
+    widths = [arrays.nbytes(role) // math.prod((*stack, n)) for role in roles]
+    shape = (n, k) if expert is not None else (*stack, n, k)
+    scales: Scales = "exact" if "steps" in roles else "bf16"
+    tiles = _empty(prepack.tiles_shape(shape, scales), torch.uint8, staging)
+    # Where the matrices of a stack begin with new tiles, they are one matrix.
+    matrices = 1 if len(shape) == 2 or n % TILE_ROWS == 0 else shape[0]
+    rows = math.prod(shape[:-1]) // matrices
+    first = (expert or 0) * n
+    most = (CPU_SLICE_BYTES if staging is None else GPU_SLICE_BYTES) // sum(widths)
+    step = max(TILE_ROWS, most // TILE_ROWS * TILE_ROWS)
+    planes = _empty((min(step, rows) * sum(widths),), torch.uint8, staging)
+    for matrix, out in enumerate(tiles.view(matrices, -1, *tiles.shape[-2:])):
+        for at in range(0, rows, step):
+            count = min(step, rows - at)
+            memory = planes if staging is None else staging.next(count * sum(widths))
+            begin = first + matrix * rows + at
+            for role, width, part in zip(roles, widths, _parts(memory, widths, count), strict=True):
+                arrays.read(role, begin * width, part)
+            if staging is not None:
+                staging.copy(planes[: count * sum(widths)])
+            each = [
+                part.view(DTYPES[tensor.arrays[role].dtype]).view(count, -1)
+                for role, part in zip(roles, _parts(planes, widths, count), strict=True)
+            ]
+            part = out[at // TILE_ROWS : -(-(at + count) // TILE_ROWS)]
+            if staging is None:
+                prepack.pack_into(part, *each)
+            else:
+                part.copy_(schema.pack(*each, *[None] * (4 - len(each))))
+    return PackedWeight(tiles, shape)
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, staging: Staging | None) -> Tensor:
+    """New memory: on the GPU, or on the CPU, there in huge pages if there is much of it.
+
+    The system clears pages as they are first touched, and taking many small ones is slower than reading a file.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if staging is not None or nbytes < HUGE_BYTES:
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu" if staging is None else staging.device)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # it is only advice, which not every system takes
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
+
+
+def _parts(memory: Tensor, widths: list[int], count: int) -> list[Tensor]:
+    """Where `count` rows of each plane lie in memory, one plane after the other."""
+    ends = list(accumulate(count * width for width in widths))
+    return [memory[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]

@@ -1,0 +1,256 @@
+"""A packed weight as one object, and the operations on it as functions.
+
+    y = q6k_linear(x, weight)              x (..., K), weight (N, K) -> (..., N)
+    rows = embedding(indices, weight)      -> (..., K)
+    w = dequantize(weight, torch.float32)  -> (N, K)
+
+The same code runs on the CPU and on a GPU, wherever the tensors are. Nothing here has a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q6k_kernels.bundle.storage import Scales
+from q6k_kernels.cuda import device as launching
+from q6k_kernels.formats import tiles as prepack
+from q6k_kernels.formats.tiles import SCALES
+from q6k_kernels.ops import schema
+from q6k_kernels.ops.reference import TILE_ROWS, Activations
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PackedWeight:
+    """A weight (N, K), or a stack of them (E, N, K), of 6 bits and scales, as `prepack` lays it out in memory.
+
+    Attributes:
+        tiles: uint8 (T, B, tile_bytes) or (E, T, B, tile_bytes); see `prepack`. Not to be written to.
+        shape: (N, K) or (E, N, K), K a multiple of 256.
+
+    Raises:
+        ValueError: tiles and shape do not belong together.
+    """
+
+    tiles: Tensor
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.shape) not in (2, 3) or self.tiles.ndim != len(self.shape) + 1:
+            raise ValueError(
+                f"shape: expected (N, K) with tiles of 3 dimensions or (E, N, K) with tiles of 4, found "
+                f"{tuple(self.shape)} with tiles of {self.tiles.ndim}"
+            )
+        *stack, n, _ = self.shape
+        found = (*self.tiles.shape[:-3], n, prepack.check_tiles(self.tiles, n, stack=True))
+        if found != tuple(self.shape):
+            raise ValueError(f"shape: the tiles are those of {found}, found {tuple(self.shape)}")
+        object.__setattr__(self, "shape", (*stack, n, found[-1]))
+
+    @property
+    def n(self) -> int:
+        """N, outputs of a linear layer, rows of an embedding; of each weight in a stack."""
+        return self.shape[-2]
+
+    @property
+    def k(self) -> int:
+        """K, inputs of a linear layer, width of an embedding."""
+        return self.shape[-1]
+
+    @property
+    def scales(self) -> Scales:
+        """Which scales it has: "bf16", or "exact" for GGUF's own."""
+        return SCALES[self.tiles.shape[-1]]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tiles are."""
+        return self.tiles.device
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tiles."""
+        return self.tiles.nbytes
+
+    def __repr__(self) -> str:
+        size = f"{self.nbytes / (1 << 20):.1f} MiB"
+        return f"PackedWeight({self.shape}, scales={self.scales!r}, device='{self.device}', {size})"
+
+    def __getitem__(self, expert: int) -> PackedWeight:
+        """One weight (N, K) of a stack; shares its memory."""
+        if len(self.shape) != 3:
+            raise ValueError(f"only a stack (E, N, K) has experts to index, found {self.shape}; see `rows`")
+        if not -self.shape[0] <= expert < self.shape[0]:
+            raise IndexError(f"expert: expected 0 to {self.shape[0] - 1}, found {expert}")
+        return PackedWeight(self.tiles[expert], self.shape[1:])
+
+    def __iter__(self) -> Iterator[PackedWeight]:
+        """The weights of a stack."""
+        return (self[expert] for expert in range(self.shape[0] if len(self.shape) == 3 else 1))
+
+    def rows(self, start: int, stop: int) -> PackedWeight:
+        """Rows of a weight (N, K), from `start` to `stop`; shares its memory.
+
+        Raises:
+            ValueError: a stack, no rows, or an end that is neither a multiple of 16 nor N.
+        """
+        if len(self.shape) != 2:
+            raise ValueError(
+                f"rows: expected a weight (N, K), found a stack {self.shape}: take one, weight[expert]"
+            )
+        if start % TILE_ROWS or not 0 <= start < stop <= self.n or (stop % TILE_ROWS and stop != self.n):
+            raise ValueError(
+                f"rows: expected 0 <= start < stop <= {self.n}, both multiples of {TILE_ROWS} "
+                f"(or stop = {self.n}), found {start} to {stop}"
+            )
+        tiles = self.tiles[start // TILE_ROWS : -(-stop // TILE_ROWS)]
+        return PackedWeight(tiles, (stop - start, self.k))
+
+    @staticmethod
+    def cat(weights: Sequence[PackedWeight]) -> PackedWeight:
+        """Puts weights below each other, as of q, k and v, or gate and up, to multiply them at once.
+
+        Args:
+            weights: of the same K, scales and (stacks) E; N of all but the last multiples of 16.
+
+        Raises:
+            ValueError: they do not fit together.
+        """
+        if not weights:
+            raise ValueError("weights: expected one or more, found none")
+        first = weights[0]
+        for at, weight in enumerate(weights):
+            if (*weight.shape[:-2], weight.k, weight.scales) != (*first.shape[:-2], first.k, first.scales):
+                raise ValueError(
+                    f"weights: expected all but N as in {first.shape} with {first.scales} scales, "
+                    f"found {weight.shape} with {weight.scales} scales at {at}"
+                )
+            if at < len(weights) - 1 and weight.n % TILE_ROWS:
+                raise ValueError(
+                    f"weights: expected N a multiple of {TILE_ROWS} for all but the last, found {weight.n} at {at}"
+                )
+        tiles = torch.cat([weight.tiles for weight in weights], dim=-3)
+        if tiles.is_cuda:
+            launching.end_write(tiles)
+        return PackedWeight(tiles, (*first.shape[:-2], sum(weight.n for weight in weights), first.k))
+
+    @staticmethod
+    def from_planes(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None = None) -> PackedWeight:
+        """Packs the arrays of a bundle (see `planar`), on their device.
+
+        Args:
+            ql: uint8 (N, K/2) or (E, N, K/2), N >= 1, K a multiple of 256.
+            qh: uint8 (..., K/4).
+            scale: bfloat16 (..., K/16); or int8 (..., K/16), the sub-scales, with `steps`.
+            steps: float16 (..., K/256), d; None with bf16 scales.
+
+        Raises:
+            ValueError: a wrong dtype, or shapes or devices that do not agree.
+        """
+        return PackedWeight(schema.pack(ql, qh, scale, steps), (*ql.shape[:-1], 2 * ql.shape[-1]))
+
+    def planes(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The arrays of a bundle again: ql, qh, scale and steps or None, as `from_planes` takes them."""
+        return prepack.unpack(self.tiles, self.n)
+
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """The weights as numbers: (N, K) or (E, N, K) of bfloat16, float16 or float32, rounded once."""
+        if len(self.shape) == 2:
+            return schema.dequantize(self.tiles, self.n, dtype)
+        result = torch.empty(self.shape, dtype=dtype, device=self.device)
+        for expert, tiles in enumerate(self.tiles):
+            result[expert] = schema.dequantize(tiles, self.n, dtype)
+        return result
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> PackedWeight:
+        """On another device; itself if it is there already."""
+        return self._with(self.tiles.to(device, non_blocking=non_blocking))
+
+    def cuda(self) -> PackedWeight:
+        """On the current GPU."""
+        return self.to("cuda")
+
+    def cpu(self) -> PackedWeight:
+        """On the CPU."""
+        return self.to("cpu")
+
+    def pin_memory(self) -> PackedWeight:
+        """In page-locked memory of the CPU, from where `to(gpu, non_blocking=True)` need not be waited for."""
+        return self._with(self.tiles.pin_memory())
+
+    def _with(self, tiles: Tensor) -> PackedWeight:
+        return self if tiles is self.tiles else PackedWeight(tiles, self.shape)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """As tensors alone, for safetensors and the like: `tiles`, and `shape` as int64."""
+        return {"tiles": self.tiles, "shape": torch.tensor(self.shape, dtype=torch.int64)}
+
+    @staticmethod
+    def from_state_dict(state: Mapping[str, Tensor]) -> PackedWeight:
+        """The inverse of `state_dict`.
+
+        Raises:
+            ValueError: something else than `tiles` and `shape`, or they do not belong together.
+        """
+        if set(state) != {"tiles", "shape"}:
+            raise ValueError(f"state: expected tiles and shape, found {', '.join(sorted(state)) or 'nothing'}")
+        return PackedWeight(state["tiles"], tuple(state["shape"].tolist()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Through the constructor, so that what was saved is checked when it is loaded.
+        return PackedWeight, (self.tiles, self.shape)
+
+
+# Lets torch.load(weights_only=True), the default, make one, once this module was imported.
+torch.serialization.add_safe_globals([PackedWeight])
+
+
+def q6k_linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activations: Activations = "auto"
+) -> Tensor:
+    """Multiplies x with the transposed weight, adds the bias: sums in fp32, rounded once (see `reference`).
+
+    Args:
+        x: bfloat16 or float16 (..., K), on the CPU also float32; strides at will, also no rows at all.
+        weight: (N, K), on x's device. On a GPU its copy may begin while the kernel launched just before ends: one
+            that changes the tiles in place must not be that kernel.
+        bias: bfloat16, float16 or float32 (N,).
+        activations: "int8" quantises x to 8 bits in groups of 32 and sums integers, made for a few rows;
+            "bf16" multiplies in x's own dtype; "auto" picks by the number of rows.
+
+    Returns:
+        (..., N) of x's dtype, new.
+
+    Raises:
+        ValueError: a wrong dtype, shape, device or option, a stack of weights, or x or bias requires a gradient
+            while gradients are recorded.
+    """
+    return schema.linear(x, weight.tiles, bias, weight.n, activations)
+
+
+def embedding(indices: Tensor, weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Rows of a weight as numbers.
+
+    Args:
+        indices: int64 or int32, any shape, each 0..N-1, on the weight's device.
+        weight: (N, K).
+        dtype: bfloat16, float16 or float32, rounded to once.
+
+    Returns:
+        (..., K) of `dtype`, new.
+
+    Raises:
+        ValueError: a wrong dtype, shape or device.
+        IndexError: an index is out of range, on the CPU. On a GPU it stops the kernel, as it does that of
+            `torch.nn.functional.embedding`: the next call that waits for the GPU raises.
+    """
+    return schema.embedding(indices, weight.tiles, weight.n, dtype)
+
+
+def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """`PackedWeight.dequantize`."""
+    return weight.dequantize(dtype)

@@ -1,0 +1,210 @@
+"""What is in a GGUF, a plan or a bundle, as plain data: for the tables and for `--json`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from q6k_convert.convert.pipeline import Result
+from q6k_convert.convert.plan import Plan
+from q6k_convert.errors import ExitCode
+from q6k_convert.gguf.file import GGUFFile, KeyValue
+from q6k_convert.gguf.model import GGUFModel
+from q6k_kernels.bundle.manifest import Manifest, StoredTensor
+from q6k_kernels.formats.ggml import TYPE_SIZES, GGMLType
+
+if TYPE_CHECKING:
+    from q6k_convert.verify.source_stage import Exactness
+    from q6k_convert.verify.stages import Verification
+
+Row = dict[str, Any]
+
+
+def plan_contents(plan: Plan) -> Row:
+    """A plan: where from, what happens to each type of tensor, bytes in and out, shards."""
+    rows = _by_type(
+        (t.record.type.name, t.storage, math.prod(t.record.shape), t.record.nbytes, t.bytes_out)
+        for t in plan.tensors
+    )
+    return {
+        "sources": [str(part.path) for part in plan.model.parts],
+        "architecture": plan.model.architecture,
+        "options": plan.options.recorded(),
+        "tensors": len(plan.tensors),
+        "tied_head": plan.model.is_tied(),
+        "types": rows,
+        "bytes_in": plan.bytes_in,
+        "bytes_out": plan.bytes_out,
+        "shards": [{"name": shard.name, "bytes": shard.size} for shard in plan.shards],
+    }
+
+
+def result_contents(result: Result, peak_memory: int) -> Row:
+    """A finished conversion: sizes, bits per weight, time and rate."""
+    stored = [t for t in result.manifest.tensors if t.arrays]
+    planar = [t for t in stored if t.storage == "planar"]
+    return {
+        "output": str(result.output),
+        "tensors_planar": len(planar),
+        "tensors_other": len(stored) - len(planar),
+        "tensors_skipped": len(result.manifest.tensors) - len(stored),
+        "bytes_in": result.bytes_in,
+        "bytes_out": result.bytes_out,
+        "bits_per_weight": _bits_per_weight(stored),
+        "bits_per_weight_planar": _bits_per_weight(planar),
+        "seconds": round(result.seconds, 3),
+        "bytes_in_per_second": round(result.bytes_in / max(result.seconds, 1e-9)),
+        "peak_memory_bytes": peak_memory,
+    }
+
+
+def gguf_contents(model: GGUFModel) -> Row:
+    """A GGUF: files, keys with their values (arrays by type and length only), tensors."""
+    tensors = [
+        {
+            "name": r.name,
+            "type": r.type.name,
+            "shape": list(r.shape),
+            "bytes": r.nbytes,
+            "file": part.path.name,
+            "offset": r.offset,
+        }
+        for part, r in model.tensors()
+    ]
+    return {
+        "kind": "gguf",
+        "files": [
+            {"name": p.path.name, "bytes": p.size, "version": p.version, "alignment": p.alignment}
+            for p in model.parts
+        ],
+        "architecture": model.architecture,
+        "tied_head": model.is_tied(),
+        "types": _by_type((r.type.name, None, math.prod(r.shape), r.nbytes, r.nbytes) for _, r in model.tensors()),
+        "keys": {kv.key: _shown(part, kv) for part, kv in model.key_values()},
+        "tensors": tensors,
+    }
+
+
+def bundle_contents(directory: Path, manifest: Manifest) -> Row:
+    """A bundle: producer, options, sources, files, tensors, and what its arrays take on a GPU."""
+    return {
+        "kind": "bundle",
+        "path": str(directory),
+        "producer": manifest.producer,
+        "architecture": manifest.architecture,
+        "options": manifest.options,
+        "sources": [{"name": s.name, "bytes": s.size, "checksum": s.checksum} for s in manifest.sources],
+        "files": [{"name": name, "bytes": file.size} for name, file in manifest.files.items()],
+        "tied": manifest.tied,
+        "types": _by_type(
+            (t.type, t.storage, math.prod(t.shape), _source_bytes(t), t.nbytes) for t in manifest.tensors
+        ),
+        "gpu_bytes": sum(t.nbytes for t in manifest.tensors),
+        "bits_per_weight": _bits_per_weight([t for t in manifest.tensors if t.arrays]),
+        "tensors": [
+            {
+                "name": t.name,
+                "type": t.type,
+                "shape": t.shape,
+                "storage": t.storage,
+                "bytes": t.nbytes,
+                "arrays": {
+                    role: {"key": a.key, "dtype": a.dtype, "shape": a.shape, "file": a.file}
+                    for role, a in t.arrays.items()
+                },
+            }
+            for t in manifest.tensors
+        ],
+    }
+
+
+def verification_contents(run: Verification, peak_memory: int) -> Row:
+    """A verification: verdict, stages, findings, sizes, and per tensor what is known of it."""
+    manifest = run.manifest
+    bundle = bundle_contents(run.directory, manifest) if manifest else None
+    faults = Counter(finding.tensor for _, finding in run.findings if finding.tensor is not None)
+    return {
+        "status": "failed" if run.failed else "verified",
+        "exit_code": int(ExitCode.VERIFICATION_FAILED if run.failed else ExitCode.DONE),
+        "bundle": str(run.directory),
+        "producer": bundle["producer"] if bundle else "",
+        "architecture": bundle["architecture"] if bundle else "",
+        "options": bundle["options"] if bundle else {},
+        "sources": bundle["sources"] if bundle else [],
+        "types": bundle["types"] if bundle else [],
+        "bytes": bundle["gpu_bytes"] if bundle else 0,
+        "bits_per_weight": bundle["bits_per_weight"] if bundle else None,
+        "stages": [
+            {
+                "stage": stage.name,
+                "state": stage.state,
+                "detail": stage.detail,
+                "seconds": round(stage.seconds, 3),
+                "bytes": stage.bytes,
+            }
+            for stage in run.stages
+        ],
+        "findings": [{"stage": stage, **asdict(finding)} for stage, finding in run.findings],
+        "tensors": [
+            {
+                "name": t.name,
+                "type": t.type,
+                "shape": t.shape,
+                "storage": t.storage,
+                "bytes": t.nbytes,
+                "bits_per_weight": _bits_per_weight([t]) if t.arrays else None,
+                "findings": faults[t.name],
+                "source": _exactness(run.source.tensors.get(t.name)) if run.source else None,
+                "device": [asdict(r) for r in runs] if (runs := run.runs(t.name)) else None,
+            }
+            for t in (manifest.tensors if manifest else [])
+        ],
+        "peak_memory_bytes": peak_memory,
+        "source_totals": _exactness(run.source.total) if run.source and run.source.tensors else None,
+    }
+
+
+def _exactness(found: Exactness | None) -> Row | None:
+    if found is None:
+        return None
+    return {
+        "equal": found.equal,
+        "exact": found.exact,
+        "snr_db": None if found.snr_db is None else round(found.snr_db, 2),
+        "max_scale_error": found.max_scale_error,
+    }
+
+
+def _shown(part: GGUFFile, kv: KeyValue) -> Any:
+    return {"array": kv.element.name, "count": kv.count} if kv.element else part.value(kv.key)
+
+
+def _by_type(tensors: Iterable[tuple[str, str | None, int, int, int]]) -> list[Row]:
+    """Totals per type and storage, largest first."""
+    rows = dict[tuple[str, str | None], Row]()
+    for kind, storage, weights, bytes_in, bytes_out in tensors:
+        row = rows.setdefault(
+            (kind, storage),
+            {"type": kind, "storage": storage, "tensors": 0, "weights": 0, "bytes_in": 0, "bytes_out": 0},
+        )
+        row["tensors"] += 1
+        row["weights"] += weights
+        row["bytes_in"] += bytes_in
+        row["bytes_out"] += bytes_out
+    return sorted(rows.values(), key=lambda row: -row["weights"])
+
+
+def _source_bytes(tensor: StoredTensor) -> int:
+    """What the tensor takes in a GGUF."""
+    kind = GGMLType.__members__.get(tensor.type)
+    block_weights, block_bytes = TYPE_SIZES[kind] if kind is not None else (1, 0)
+    return math.prod(tensor.shape) // block_weights * block_bytes
+
+
+def _bits_per_weight(tensors: list[StoredTensor]) -> float | None:
+    weights = sum(math.prod(t.shape) for t in tensors)
+    return round(8 * sum(t.nbytes for t in tensors) / weights, 4) if weights else None

@@ -1,0 +1,249 @@
+"""The command line: parse, call, print. Here is what concerns bundles; `cli_models` has what runs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from q6k_convert import __version__
+from q6k_convert.cli.group import ConvertByDefault
+from q6k_convert.cli.model_commands import build_ops, doctor, export, generate
+from q6k_convert.cli.options import EXIT_CODES, HUB_REFERENCE, JsonOption, QuietOption, VerboseOption
+from q6k_convert.cli.reporting import peak_memory, reporting
+from q6k_convert.errors import ExitCode
+from q6k_convert.text import parse_size
+
+app = typer.Typer(
+    cls=ConvertByDefault,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EXIT_CODES,
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"q6k-convert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """GGUF files to planar Q6_K bundles for PyTorch on NVIDIA GPUs.
+
+    `q6k-convert MODEL.gguf OUT/` is short for `q6k-convert convert MODEL.gguf OUT/`.
+    """
+
+
+@app.command(epilog=EXIT_CODES)
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="MODEL.gguf", help=f"A GGUF file, any part of a split one, or {HUB_REFERENCE}")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT/", help="The bundle's directory, new or empty.")],
+    scales: Annotated[
+        Literal["bf16", "exact"],
+        typer.Option(help="Scales of Q6_K weights: rounded to bf16, or GGUF's own (lossless, smaller)."),
+    ] = "bf16",
+    other: Annotated[
+        Literal["bf16", "raw", "skip", "error"],
+        typer.Option(
+            help="Other quantised tensors: dequantise to bf16, keep as GGUF blocks, leave out, or refuse."
+        ),
+    ] = "bf16",
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Store only tensors of such names; repeatable.", show_default="all"),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Leave out tensors of such names; repeatable.", show_default="none"),
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Start a new shard past this size: 5GB, 512MiB, …")
+    ] = "5GB",
+    allow_nonfinite: Annotated[
+        bool,
+        typer.Option("--allow-nonfinite", help="Keep blocks whose scale is NaN or infinite.", show_default="off"),
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace an existing bundle, once the new one is whole.", show_default="off"),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop.", show_default="off")
+    ] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=256, help="Worker threads; the output is the same.", show_default="processors, at most 8"
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Convert a GGUF file to a bundle."""
+    with reporting(as_json, quiet, verbose) as terminal:
+        from q6k_convert.cli import contents
+        from q6k_convert.convert.pipeline import check_room, default_jobs, run
+        from q6k_convert.convert.plan import Options, make_plan
+        from q6k_convert.convert.staging import check_output
+        from q6k_convert.errors import UsageError
+        from q6k_convert.gguf.model import open_gguf
+        from q6k_convert.hub.fetch import parse, resolve
+
+        try:
+            shard_bytes = parse_size(max_shard_size)
+        except ValueError as error:
+            raise UsageError(f"--max-shard-size: {error}") from error
+        if shard_bytes < 1:
+            raise UsageError("--max-shard-size must be at least one byte")
+        options = Options(scales, other, tuple(include or ()), tuple(exclude or ()), shard_bytes, allow_nonfinite)
+        if parse(source) is not None:
+            check_output(output, [], force=force)  # before what may take hours
+        found = resolve(source, terminal.note, terminal.progress, download=not dry_run)
+        if found.path is None:
+            terminal.document({"status": "planned"} | found.document)
+            return
+        with open_gguf(found.path) as model:
+            plan = make_plan(model, options)
+            planned = contents.plan_contents(plan)
+            terminal.plan(planned)
+            if dry_run:
+                check_room(plan, output, force=force)
+                terminal.document({"status": "planned", "plan": planned} | found.document)
+                return
+            with terminal.progress(plan.bytes_in, "converting") as progress:
+                result = run(plan, output, jobs=jobs or default_jobs(), force=force, progress=progress)
+        summary = contents.result_contents(result, peak_memory())
+        terminal.result(summary, source)
+        terminal.document({"status": "done", "plan": planned, "result": summary} | found.document)
+
+
+@app.command(epilog=EXIT_CODES)
+def inspect(
+    source: Annotated[
+        str, typer.Argument(metavar="MODEL.gguf|OUT/", help=f"A GGUF file, a bundle, or {HUB_REFERENCE}")
+    ],
+    key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="Print only the whole value of this GGUF key.", show_default="none"),
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """List what is inside a GGUF file or a bundle."""
+    with reporting(as_json, False, verbose) as terminal:
+        from q6k_convert.cli import contents
+        from q6k_convert.errors import UsageError
+        from q6k_convert.gguf.file import GGUFFile
+        from q6k_convert.gguf.model import GGUFModel, open_gguf
+        from q6k_convert.hub.fetch import local_path
+        from q6k_kernels.bundle import manifest
+
+        path = local_path(source, terminal.note, terminal.progress)
+        directory = path.is_dir()
+        if key is not None:
+            # A bundle's metadata may be that of a split model, whose other parts are not there.
+            with GGUFModel([GGUFFile(path / manifest.METADATA_NAME)]) if directory else open_gguf(path) as model:
+                missing = object()
+                value = model.value(key, missing)
+                if value is missing:
+                    raise UsageError(f"{path}: no key {key!r}", "`q6k-convert inspect` without --key lists them.")
+            terminal.value(key, value)
+        elif directory:
+            content = contents.bundle_contents(path, manifest.read(path))
+            terminal.bundle(content)
+            terminal.document(content)
+        else:
+            with open_gguf(path) as model:
+                content = contents.gguf_contents(model)
+            terminal.gguf(content)
+            terminal.document(content)
+
+
+@app.command(epilog=EXIT_CODES)
+def verify(
+    bundle: Annotated[Path, typer.Argument(metavar="OUT/", help="A bundle.")],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL.gguf",
+            help="Recompute every tensor from this GGUF and compare; a Hub's file as with convert.",
+            show_default="none",
+        ),
+    ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Check the structure only, read no array.", show_default="off")
+    ] = False,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        typer.Option(
+            help="Run the packed tensors there too: by the kernels, or the reference on the CPU; "
+            "auto: on a GPU if all it takes is there."
+        ),
+    ] = "auto",
+    all_tensors: Annotated[
+        bool, typer.Option("--all", help="Show every tensor, not only the worst.", show_default="off")
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write a page for people to read.", show_default="none"),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, max=256, help="Threads.", show_default="processors, at most 8"),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Check a bundle: its files, its checksums, its source, its results on a device."""
+    with reporting(as_json, quiet, verbose) as terminal:
+        from q6k_convert.cli import contents
+        from q6k_convert.convert.pipeline import default_jobs
+        from q6k_convert.errors import UsageError
+        from q6k_convert.hub.fetch import local_path
+        from q6k_convert.verify.report import html_report
+        from q6k_convert.verify.stages import verify as run_verification
+
+        if report is not None and (
+            bundle.resolve() in report.resolve().parents
+            or (source is not None and report.exists() and Path(source).exists() and report.samefile(source))
+        ):
+            raise UsageError(
+                f"--report {report} lies in the bundle or is the source, which verifying must not touch",
+                "Give a file elsewhere.",
+            )
+        run = run_verification(
+            bundle,
+            fast=fast,
+            source=None if source is None else local_path(source, terminal.note, terminal.progress),
+            device=device,
+            jobs=jobs or default_jobs(),
+            progress=terminal.progress,
+        )
+        content = contents.verification_contents(run, peak_memory())
+        if report is not None:
+            report.write_text(html_report(content), encoding="utf-8")
+        terminal.verification(content, all_tensors=all_tensors)
+        terminal.document(content)
+        if run.failed:
+            raise typer.Exit(int(ExitCode.VERIFICATION_FAILED))
+
+
+for command in (generate, export, doctor, build_ops):
+    app.command(epilog=EXIT_CODES)(command)
+
+
+def main() -> None:
+    """The entry point of `q6k-convert`."""
+    app(prog_name="q6k-convert")

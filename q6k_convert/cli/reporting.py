@@ -1,0 +1,86 @@
+"""The one place that turns a failure into a message and an exit code; and what a run took."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+
+from q6k_convert.errors import ExitCode, InterruptedRunError, Q6KConvertError
+
+if TYPE_CHECKING:
+    from q6k_convert.cli.terminal import Terminal
+
+
+@contextmanager
+def reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
+    """Turns whatever goes wrong inside into a message and an exit code."""
+    from q6k_convert.cli.terminal import Terminal
+    from q6k_kernels.bundle.manifest import BundleError
+    from q6k_kernels.errors import CudaError, ExportFailedError, ModelError, PackageMissingError
+
+    terminal = Terminal(as_json=as_json, quiet=quiet)
+
+    def fail(code: ExitCode, cause: str, remedy: str = "") -> NoReturn:
+        if verbose:
+            terminal.traceback()
+        terminal.error(cause, remedy)
+        terminal.document({"status": "error", "exit_code": int(code), "error": cause, "remedy": remedy})
+        raise typer.Exit(int(code))
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # `nohup` and background jobs of a shell ask for some of them to be ignored.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+    try:
+        yield terminal
+    except Q6KConvertError as error:
+        fail(error.exit_code, error.cause, error.remedy)
+    except (CudaError, ExportFailedError, PackageMissingError) as error:
+        fail(ExitCode.ENVIRONMENT, error.cause, error.remedy)
+    except ModelError as error:
+        fail(ExitCode.INPUT_REJECTED, error.cause, error.remedy)
+    except BundleError as error:
+        fail(ExitCode.INPUT_REJECTED, str(error), "Make the bundle again from its GGUF file.")
+    except BrokenPipeError:
+        # Whoever read our output has gone; there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise typer.Exit(int(ExitCode.IO)) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        fail(ExitCode.IO, f"{where}{error.strerror or error}", "Check the disk, the path and its permissions.")
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        fail(
+            ExitCode.BUG,
+            f"{type(error).__name__}: {error}",
+            "This is a bug in q6k-convert: run again with --verbose and report the traceback.",
+        )
+
+
+def _interrupt(number: int, _frame: object) -> NoReturn:
+    # Once is enough: what follows is the clean-up, which should not be cut short.
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    raise InterruptedRunError(f"interrupted ({signal.Signals(number).name})", "Run the same command again.")
+
+
+def peak_memory() -> int:
+    """The most memory this process has had resident, in bytes."""
+    try:
+        # Linux's ru_maxrss starts from the parent's figure; this does not.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

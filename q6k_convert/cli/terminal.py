@@ -1,0 +1,335 @@
+"""What a person sees: plan, progress, result, listings and errors. Numbers come from `contents`."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from q6k_convert import text
+from q6k_convert.cli.contents import Row
+from q6k_convert.text import displayable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+_LINE_SECONDS = 5.0
+_FINDINGS = 50
+_WORST = 15
+
+_STORAGE_WORDS = {
+    "planar": "repacked to ql/qh planes",
+    "plain": "stored as they are",
+    "dequantized": "dequantised to bf16",
+    "raw": "kept as GGUF blocks",
+    "skipped": "not stored",
+}
+
+
+class Terminal:
+    """Prints for people; or, with `as_json`, one document on stdout and all else on stderr."""
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+
+    @cached_property
+    def _out(self) -> Console:
+        return _console(stderr=self.as_json, quiet=self.quiet)
+
+    @cached_property
+    def _err(self) -> Console:
+        return _console(stderr=True)
+
+    def document(self, content: Row) -> None:
+        """The JSON document, if one was asked for."""
+        if self.as_json:
+            print(displayable(json.dumps(content, indent=1, ensure_ascii=False)), flush=True)
+
+    def error(self, cause: str, remedy: str = "") -> None:
+        """One red line for the cause, one for the remedy."""
+        for label, line in (("error", cause), ("try", remedy)):
+            if line:
+                self._err.print(f"{label}: {_printable(line)}", style="red", soft_wrap=True)
+
+    def note(self, line: str) -> None:
+        """A line about what is under way, on stderr."""
+        if not self.quiet:
+            self._err.print(_printable(line), soft_wrap=True)
+
+    def stream(self, piece: str) -> None:
+        """A piece of a model's answer, on stdout; nothing where that is for the document."""
+        if not self.as_json:
+            # A model can write anything; on a terminal it may write lines, and nothing that steers it.
+            safe = (c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in displayable(piece))
+            sys.stdout.write("".join(safe) if sys.stdout.isatty() else displayable(piece))
+            sys.stdout.flush()
+
+    def traceback(self) -> None:
+        """The exception being handled, for `--verbose`."""
+        self._err.print_exception()
+
+    def plan(self, plan: Row) -> None:
+        """What is about to happen."""
+        if self.quiet:
+            return
+        sources = plan["sources"]
+        more = f" and {text.plural(len(sources) - 1, 'more part')}" if len(sources) > 1 else ""
+        head = " (head tied to the token embedding)" if plan["tied_head"] else ""
+        architecture = plan["architecture"] or "of unnamed architecture"
+        self._say(f"{sources[0]}{more}: {architecture}, {text.plural(plan['tensors'], 'tensor')}{head}")
+        table = _table("type", "tensors>", "weights>", "what happens", "bytes in>", "bytes out>")
+        for row in plan["types"]:
+            _row(
+                table,
+                row["type"],
+                str(row["tensors"]),
+                f"{row['weights']:,}",
+                _STORAGE_WORDS[row["storage"]],
+                text.size(row["bytes_in"]),
+                text.size(row["bytes_out"]),
+            )
+        self._out.print(table)
+        shards = plan["shards"]
+        files = shards[0]["name"] if len(shards) == 1 else f"{len(shards)} shards"
+        self._say(f"{text.size(plan['bytes_in'])} in, {text.size(plan['bytes_out'])} out, {files}")
+        if not any(row["storage"] == "planar" for row in plan["types"]):
+            self._err.print("note: no tensor of this model is a Q6_K weight", style="yellow")
+
+    def result(self, result: Row, source: str) -> None:
+        """What was done, and what to do next."""
+        if self.quiet:
+            return
+        table = _table("", "", header=False)
+        others = f"{result['tensors_other']} other"
+        skipped = f", {result['tensors_skipped']} not stored" if result["tensors_skipped"] else ""
+        _row(table, "bundle", result["output"])
+        _row(table, "tensors", f"{result['tensors_planar']} planar, {others}{skipped}")
+        _row(table, "size", f"{text.size(result['bytes_in'])} in, {text.size(result['bytes_out'])} out")
+        bits = f"{result['bits_per_weight']:g}"
+        if result["bits_per_weight_planar"]:
+            bits += f" ({result['bits_per_weight_planar']:g} in Q6_K weights)"
+        _row(table, "bits per weight", bits)
+        rate = text.size(result["bytes_in_per_second"])
+        _row(table, "time", f"{text.seconds(result['seconds'])}, {rate}/s")
+        _row(table, "peak memory", text.size(result["peak_memory_bytes"]))
+        _row(table, "look inside", f"q6k-convert inspect {shlex.quote(result['output'])}")
+        _row(
+            table,
+            "verify next",
+            f"q6k-convert verify {shlex.quote(result['output'])} --source {shlex.quote(source)}",
+        )
+        self._out.print(table)
+
+    def gguf(self, content: Row) -> None:
+        """A GGUF's listing."""
+        for file in content["files"]:
+            self._say(
+                f"{file['name']}: GGUF version {file['version']}, alignment {file['alignment']}, "
+                f"{text.size(file['bytes'])}"
+            )
+        keys = _table("key", "value")
+        for key, value in content["keys"].items():
+            _row(keys, key, _value(value))
+        self._out.print(keys)
+        tensors = _table("tensor!", "type", "shape", "bytes>")
+        for t in content["tensors"]:
+            _row(tensors, t["name"], t["type"], text.shape(t["shape"]), text.size(t["bytes"]))
+        self._out.print(tensors)
+        self._totals(content, "bytes_in")
+
+    def bundle(self, content: Row) -> None:
+        """A bundle's listing."""
+        self._say(f"{content['path']}: q6k-planar bundle by {content['producer']}")
+        table = _table("", "", header=False)
+        _row(table, "architecture", content["architecture"])
+        for source in content["sources"]:
+            _row(table, "made from", f"{source['name']}, {text.size(source['bytes'])}, {source['checksum']}")
+        _row(table, "options", ", ".join(f"{k}={v}" for k, v in content["options"].items()))
+        for name, to in content["tied"].items():
+            _row(table, "tied", f"{name} is {to}")
+        for file in content["files"]:
+            _row(table, "file", f"{file['name']}, {text.size(file['bytes'])}")
+        _row(
+            table, "on a GPU", f"{text.size(content['gpu_bytes'])}, {content['bits_per_weight']:g} bits per weight"
+        )
+        self._out.print(table)
+        tensors = _table("tensor!", "type", "shape", "stored", "bytes>")
+        for t in content["tensors"]:
+            _row(tensors, t["name"], t["type"], text.shape(t["shape"]), t["storage"], text.size(t["bytes"]))
+        self._out.print(tensors)
+        self._totals(content, "bytes_out")
+
+    def verification(self, report: Row, *, all_tensors: bool) -> None:
+        """What was checked, what was found, and the tensors, worst first."""
+        self._say(f"{report['bundle']}: {report['architecture'] or 'no readable manifest'}")
+        stages = _table("check", "state", "what")
+        for stage in report["stages"]:
+            style = {"passed": "green", "failed": "red"}.get(stage["state"], "dim")
+            _row(stages, stage["stage"], _styled(stage["state"], style), stage["detail"])
+        self._out.print(stages)
+        if any(t["source"] or t["device"] for t in report["tensors"]):
+            self._worst_first(report["tensors"], most=None if all_tensors else _WORST)
+        if total := report["source_totals"]:
+            exact = "every weight is GGUF's own" if total["exact"] else f"SNR {_decibel(total)} over all tensors"
+            self._say(f"against the source: {exact}; {report['bits_per_weight']:g} bits per weight")
+        for finding in report["findings"][:_FINDINGS]:
+            where = ", ".join(finding[place] for place in ("file", "tensor", "array") if finding[place] is not None)
+            self.error(f"{where}: {finding['problem']}")
+        if (more := len(report["findings"]) - _FINDINGS) > 0:
+            self.error(f"and {more} more; --json lists all")
+        if report["status"] == "failed":
+            self.error("verification failed", "Make the bundle again from its GGUF file, or fetch it again.")
+        else:
+            self._out.print("verified", style="bold green")
+
+    def _worst_first(self, tensors: list[Row], most: int | None) -> None:
+        def badness(tensor: Row) -> tuple[int, float, float]:
+            source, device = tensor["source"] or {}, tensor["device"] or []
+            snr = source.get("snr_db")
+            error = max((run["worst_error_in_tolerances"] for run in device), default=0.0)
+            return (-tensor["findings"], math.inf if snr is None else snr, -error)
+
+        ordered = sorted((t for t in tensors if t["source"] or t["device"]), key=badness)
+        table = _table("tensor!", "type", "bits>", "exact", "SNR dB>", "scale err>", "device>")
+        for t in ordered[:most]:
+            source, device = t["source"] or {}, t["device"] or []
+            error = source.get("max_scale_error")
+            rates = [run["gb_per_s"] for run in device if run["gb_per_s"] is not None]
+            ran = f"{len(device)} runs" + (f", {max(rates):.0f} GB/s" if rates else "")
+            _row(
+                table,
+                t["name"],
+                t["type"],
+                f"{t['bits_per_weight']:g}",
+                {True: "yes", False: "no", None: ""}[source.get("exact")],
+                _decibel(source),
+                "" if error is None else f"{error:.1e}",
+                ran if device else "",
+            )
+        self._out.print(table)
+        if len(ordered) > len(table.rows):
+            self._say(f"the worst {len(table.rows)} of {len(ordered)} tensors; --all shows every one")
+
+    def examination(self, report: Row) -> None:
+        """What of the machine is ready to run kernels, and what to do about the rest."""
+        table = _table("part", "state", "what")
+        for finding in report["findings"]:
+            style = {"ok": "green", "missing": "red", "broken": "red"}.get(finding["state"], "dim")
+            _row(table, finding["name"], _styled(finding["state"], style), finding["detail"])
+        self._out.print(table)
+        for finding in report["findings"]:
+            if finding["state"] in ("missing", "broken"):
+                what = "" if finding["needed"] else ", which kernels run without"
+                self.error(f"{finding['name']} is {finding['state']}{what}", finding["remedy"])
+        if report["status"] == "ok":
+            self._out.print("ready to run models on a GPU", style="bold green")
+        else:
+            self._out.print("not ready to run models on a GPU; converting and verifying need none", style="bold")
+
+    def value(self, key: str, value: Any) -> None:
+        """The whole value of one key."""
+        self.document({"key": key, "value": value})
+        for item in value if isinstance(value, list) else [value]:
+            self._say(str(item))
+
+    @contextmanager
+    def progress(self, total: int, what: str) -> Iterator[Callable[[int], None]]:
+        """Progress over `total` bytes: a bar on a terminal, a line now and then elsewhere."""
+        if self.quiet:
+            yield lambda _: None
+        elif sys.stderr.isatty():
+            from tqdm import tqdm
+
+            with tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+                yield lambda count: (bar.update(count), None)[1]
+        else:
+            yield _Lines(total, what, self._err).add
+
+    def _say(self, line: str) -> None:
+        self._out.print(_printable(line), soft_wrap=True)
+
+    def _totals(self, content: Row, column: str) -> None:
+        for row in content["types"]:
+            stored = f", {row['storage']}" if row["storage"] else ""
+            self._say(
+                f"{row['type']}{stored}: {text.plural(row['tensors'], 'tensor')}, {row['weights']:,} weights, "
+                f"{text.size(row[column])}"
+            )
+
+
+class _Lines:
+    """Progress as plain lines, at most one every few seconds."""
+
+    def __init__(self, total: int, what: str, console: Console) -> None:
+        self.total, self.what, self.console = total, what, console
+        self.done = 0
+        self.started = self.last = time.monotonic()
+
+    def add(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.last >= _LINE_SECONDS:
+            self.last = now
+            rate = self.done / (now - self.started)
+            left = text.seconds((self.total - self.done) / rate)
+            self.console.print(
+                f"{self.what}: {text.size(self.done)} of {text.size(self.total)} "
+                f"({100 * self.done / self.total:.0f}%), {text.size(rate)}/s, {left} left",
+                soft_wrap=True,
+            )
+
+
+def _console(*, stderr: bool, quiet: bool = False) -> Console:
+    from rich.console import Console  # here, for a quiet command needs none
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would exit with a code of its own
+
+    return Plain(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
+
+
+def _table(*columns: str, header: bool = True) -> Table:
+    """A table; a column named `…>` is of numbers, one named `…!` is never folded."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=header, header_style="bold")
+    for column in columns:
+        justify: Literal["left", "right"] = "right" if column.endswith(">") else "left"
+        table.add_column(column.rstrip(">!"), justify=justify, overflow="fold", no_wrap=column.endswith("!"))
+    return table
+
+
+def _styled(word: str, style: str) -> Text:
+    from rich.text import Text
+
+    return Text(word, style)
+
+
+def _row(table: Table, *cells: str | Text) -> None:
+    """Adds a row; what came from a file cannot steer the terminal."""
+    table.add_row(*(_printable(cell) if isinstance(cell, str) else cell for cell in cells))
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value['count']} × {value['array']}"
+    shown = value if isinstance(value, str) else repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}… ({len(shown)} characters)"
+
+
+def _printable(name: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in displayable(name))
+
+
+def _decibel(source: Row) -> str:
+    return "" if source.get("snr_db") is None else f"{source['snr_db']:.1f}"

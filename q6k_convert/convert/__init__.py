@@ -1,0 +1,3 @@
+"""From a GGUF file to a bundle: plan, repacking, streaming, staging of the output. Imports gguf and the kernel
+package's formats and bundle.
+"""

@@ -1,0 +1,196 @@
+"""What a conversion will do, decided before it starts: every tensor, every array, every byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from q6k_convert.errors import InputRejectedError, UsageError
+from q6k_convert.gguf.file import GGUFFile
+from q6k_convert.gguf.model import GGUFModel
+from q6k_convert.gguf.tensors import TensorRecord
+from q6k_convert.text import listing, shape
+from q6k_kernels.bundle.shards import ArraySpec, Shard, plan_shards
+from q6k_kernels.bundle.storage import PLAIN_DTYPES, Scales, Storage, arrays_of
+from q6k_kernels.formats.ggml import TYPE_SIZES, GGMLType
+
+Other = Literal["bf16", "raw", "skip", "error"]
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that shape a bundle; they are recorded in its manifest.
+
+    Attributes:
+        scales: "bf16" (d * sub-scale, rounded) or "exact" (GGUF's own sub-scales and d).
+        other: what to do with quantised tensors that are not 2-D or 3-D Q6_K.
+        include, exclude: shell patterns on tensor names; a tensor is taken if it matches an include
+            pattern (or there are none) and no exclude pattern.
+        max_shard_size: data bytes a shard may hold.
+        allow_nonfinite: keep blocks whose d is NaN or infinite instead of rejecting the file.
+    """
+
+    scales: Scales = "bf16"
+    other: Other = "bf16"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    max_shard_size: int = DEFAULT_SHARD_BYTES
+    allow_nonfinite: bool = False
+
+    def recorded(self) -> dict[str, Any]:
+        """The options as the manifest has them."""
+        return {
+            "scales": self.scales,
+            "other": self.other,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "max_shard_size": self.max_shard_size,
+            "allow_nonfinite": self.allow_nonfinite,
+        }
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What becomes of one tensor: how it is stored, and its arrays by role (ql, qh, …; or data)."""
+
+    part: GGUFFile
+    record: TensorRecord
+    storage: Storage
+    arrays: dict[str, ArraySpec] = field(default_factory=dict)
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes of its arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion, ready to run: the open model, the options, every tensor's fate and the shards."""
+
+    model: GGUFModel
+    options: Options
+    tensors: list[TensorPlan]
+    shards: list[Shard]
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes that will be read: all of the source, for its checksum covers all of it."""
+        return self.model.size
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes of the shards."""
+        return sum(shard.size for shard in self.shards)
+
+
+def make_plan(model: GGUFModel, options: Options) -> Plan:
+    """Decides what becomes of every tensor.
+
+    Raises:
+        InputRejectedError: a tensor cannot be stored as the options ask, or two arrays would have
+            one name.
+        UsageError: a pattern matches no tensor, nothing is left to store, or the shards are too many.
+    """
+    selected = _selection([record.name for _, record in model.tensors()], options)
+    tensors = list[TensorPlan]()
+    refused = list[str]()
+    for part, record in model.tensors():
+        storage = _storage(record, options.other) if record.name in selected else "skipped"
+        if storage is None:
+            refused.append(f"{record.name} ({record.type.name} {shape(record.shape)})")
+            continue
+        if storage == "dequantized":
+            _check_dequantizer(part, record)
+        tensors.append(
+            TensorPlan(
+                part,
+                record,
+                storage,
+                arrays_of(record.name, record.type.name, record.shape, storage, options.scales),
+            )
+        )
+    if refused:
+        raise InputRejectedError(
+            model.parts[0].path,
+            "tensors",
+            f"{len(refused)} neither Q6_K weights nor stored as they are: {listing(refused, most=5)}",
+            remedy="Use --other bf16, raw or skip to say what becomes of them, or --exclude them.",
+        )
+    if not any(tensor.arrays for tensor in tensors):
+        raise UsageError(
+            f"{model.parts[0].path}: none of its {len(tensors)} tensors would be stored",
+            "Check --include, --exclude and --other; `q6k-convert inspect` lists the tensors.",
+        )
+    _check_keys(tensors)
+    try:
+        shards = plan_shards([list(t.arrays.values()) for t in tensors if t.arrays], options.max_shard_size)
+    except ValueError as error:
+        raise UsageError(str(error), "Give a larger --max-shard-size.") from error
+    return Plan(model, options, tensors, shards)
+
+
+def _selection(names: Sequence[str], options: Options) -> set[str]:
+    for option, patterns in (("--include", options.include), ("--exclude", options.exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise UsageError(
+                    f"{option} {pattern!r} matches none of the {len(names)} tensors",
+                    "`q6k-convert inspect` lists their names; quote patterns against the shell.",
+                )
+    return {
+        name
+        for name in names
+        if (not options.include or _matches(name, options.include)) and not _matches(name, options.exclude)
+    }
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _storage(record: TensorRecord, other: Other) -> Storage | None:
+    """How a selected tensor is stored; None if `--other error` forbids it."""
+    if record.type == GGMLType.Q6_K and len(record.shape) in (2, 3):
+        return "planar"
+    if record.type.name in PLAIN_DTYPES:
+        return "plain"
+    by_option: dict[Other, Storage | None] = {
+        "bf16": "dequantized", "raw": "raw", "skip": "skipped", "error": None
+    }  # fmt: skip
+    return by_option[other]
+
+
+def _check_dequantizer(part: GGUFFile, record: TensorRecord) -> None:
+    """Raises InputRejectedError if the gguf package cannot dequantise the tensor's type."""
+    import gguf
+    import numpy as np
+
+    block = np.zeros((1, TYPE_SIZES[record.type][1]), dtype=np.uint8)
+    try:
+        gguf.dequantize(block, gguf.GGMLQuantizationType(record.type))
+    except NotImplementedError as error:
+        raise part.reject(
+            f"tensor {record.name!r}",
+            f"the gguf package has no dequantiser for {record.type.name}",
+            record.record_at,
+            remedy="Use --other raw to keep its blocks as they are, or --exclude it.",
+        ) from error
+
+
+def _check_keys(tensors: Sequence[TensorPlan]) -> None:
+    owners = dict[str, TensorPlan]()
+    for tensor in tensors:
+        for array in tensor.arrays.values():
+            other = owners.setdefault(array.key, tensor)
+            if other is not tensor:
+                raise tensor.part.reject(
+                    f"tensor {tensor.record.name!r}",
+                    f"its array {array.key!r} would have the name of one of tensor {other.record.name!r}",
+                    tensor.record.record_at,
+                    remedy="--exclude one of the two.",
+                )

@@ -1,0 +1,197 @@
+"""The source's bytes through the encoders into the bundle: parallel, in cache-sized pieces, in order.
+
+Workers read a piece, encode it and write its arrays at their places; the calling thread takes the
+finished pieces in source order and adds them to the checksums. So the bytes do not depend on the
+number of workers, and memory depends on nothing but it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from q6k_convert.convert.plan import Plan, TensorPlan
+from q6k_convert.convert.repack import BLOCK_BYTES, D_AT, array_bytes, to_planes
+from q6k_convert.gguf.file import GGUFFile
+from q6k_convert.text import displayable
+from q6k_kernels.bundle.manifest import SourceFile
+from q6k_kernels.bundle.writer import BundleWriter
+from q6k_kernels.formats.ggml import SUPER_BLOCK, TYPE_SIZES
+
+PIECE_BLOCKS = 16384
+"""Q6_K blocks a piece at most: 3.4 MB in, 3.7 MB out; smaller ones cost more in Python than they save."""
+BUFFER_BYTES = 128 << 20
+"""All buffers together, whatever the number of workers."""
+DEQUANTIZED_WEIGHTS = 1 << 17
+"""Weights a piece that the gguf package dequantises: its temporaries are many times as large."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A range of a source file: part of a tensor, or bytes that belong to none (tensor None)."""
+
+    part: GGUFFile
+    offset: int
+    nbytes: int
+    tensor: TensorPlan | None = None
+    at: int = 0  # bytes of the tensor before this piece
+
+
+class _Slot:
+    """The buffers of one piece under way."""
+
+    def __init__(self, plan: Plan, blocks: int) -> None:
+        self.source = memoryview(bytearray(blocks * BLOCK_BYTES))
+        self.arrays = {
+            role: memoryview(bytearray(blocks * each)) for role, each in array_bytes(plan.options.scales).items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A piece that has been written: what is left is to hash it, in order."""
+
+    source: memoryview
+    arrays: list[tuple[str, memoryview]]
+
+
+def stream(plan: Plan, writer: BundleWriter, jobs: int, progress: Callable[[int], None]) -> list[SourceFile]:
+    """Runs the plan: every array written and hashed, every source file hashed.
+
+    Args:
+        plan: what to do, its model open.
+        writer: the bundle, made for the plan's shards.
+        jobs: worker threads.
+        progress: told, in the calling thread, how many source bytes are newly done.
+
+    Returns:
+        The source files with their checksums.
+
+    Raises:
+        InputRejectedError: a block has a scale that is not finite.
+        IOFailedError, OSError: reading or writing failed.
+    """
+    hashes = {part.path: xxhash.xxh3_128() for part in plan.model.parts}
+    under_way = deque[tuple[_Piece, _Slot, Future[_Done]]]()
+    slots = jobs + 2
+    blocks = min(PIECE_BLOCKS, BUFFER_BYTES // (2 * BLOCK_BYTES * slots))
+    free = [_Slot(plan, blocks) for _ in range(slots)]
+    pool = ThreadPoolExecutor(jobs, "encode")
+
+    def finish_oldest() -> None:
+        piece, slot, future = under_way.popleft()
+        done = future.result()
+        hashes[piece.part.path].update(done.source)
+        for key, data in done.arrays:
+            writer.hash(key, data)
+        free.append(slot)
+        progress(piece.nbytes)
+
+    try:
+        for piece in _pieces(plan, blocks * BLOCK_BYTES):
+            if not free:
+                finish_oldest()
+            slot = free.pop()
+            under_way.append((piece, slot, pool.submit(_process, plan, writer, piece, slot)))
+        while under_way:
+            finish_oldest()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    for part in plan.model.parts:
+        part.check_unchanged()
+    return [
+        SourceFile(displayable(part.path.name), part.size, hashes[part.path].hexdigest())
+        for part in plan.model.parts
+    ]
+
+
+def _pieces(plan: Plan, most: int) -> Iterator[_Piece]:
+    """All bytes of all parts in order: what lies between tensors too, for the checksum."""
+    by_part: dict[Any, list[TensorPlan]] = {}
+    for tensor in plan.tensors:
+        by_part.setdefault(tensor.part, []).append(tensor)
+    for part in plan.model.parts:
+        at = 0
+        for tensor in by_part.get(part, []):
+            record = tensor.record
+            yield from _cut(part, at, record.offset, None, most)
+            yield from _cut(part, record.offset, record.offset + record.nbytes, tensor, _piece_bytes(tensor, most))
+            at = record.offset + record.nbytes
+        yield from _cut(part, at, part.size, None, most)
+
+
+def _cut(part: GGUFFile, begin: int, end: int, tensor: TensorPlan | None, step: int) -> Iterator[_Piece]:
+    for offset in range(begin, end, step):
+        yield _Piece(part, offset, min(step, end - offset), tensor, offset - begin)
+
+
+def _piece_bytes(tensor: TensorPlan, most: int) -> int:
+    if tensor.storage != "dequantized":
+        return most
+    block_weights, block_bytes = TYPE_SIZES[tensor.record.type]
+    return min(DEQUANTIZED_WEIGHTS // block_weights, most // block_bytes) * block_bytes
+
+
+def _process(plan: Plan, writer: BundleWriter, piece: _Piece, slot: _Slot) -> _Done:
+    """Reads, encodes and writes one piece. Runs in a worker."""
+    source = slot.source[: piece.nbytes]
+    piece.part.read_into(source, piece.offset)
+    arrays = list[tuple[str, memoryview]]()
+    if piece.tensor is not None:
+        for role, at, data in _encode(plan, piece, source, slot):
+            key = piece.tensor.arrays[role].key
+            writer.write(key, at, data)
+            arrays.append((key, data))
+    return _Done(source, arrays)
+
+
+def _encode(plan: Plan, piece: _Piece, source: memoryview, slot: _Slot) -> Iterator[tuple[str, int, memoryview]]:
+    """The arrays that a piece of a tensor becomes: role, byte position in the array, data."""
+    tensor = piece.tensor
+    assert tensor is not None  # noqa: S101 -- for the type checker
+    if tensor.storage == "planar":
+        first, blocks = piece.at // BLOCK_BYTES, piece.nbytes // BLOCK_BYTES
+        each = array_bytes(plan.options.scales)
+        planes = {role: slot.arrays[role][: blocks * size] for role, size in each.items()}
+        bad = to_planes(source, planes, plan.options.scales)
+        if bad is not None and not plan.options.allow_nonfinite:
+            raise _not_finite(tensor, first + bad)
+        for role, data in planes.items():
+            yield role, first * each[role], data
+    elif tensor.storage == "dequantized":
+        block_weights, block_bytes = TYPE_SIZES[tensor.record.type]
+        yield "data", 2 * (piece.at // block_bytes * block_weights), _dequantized(source, tensor)
+    elif tensor.storage in ("plain", "raw"):
+        yield "data", piece.at, source
+
+
+def _dequantized(source: memoryview, tensor: TensorPlan) -> memoryview:
+    # Here, because they take longer to import than a model without such tensors takes to plan.
+    import gguf
+    import numpy as np
+
+    from q6k_kernels.formats.planes import round_to_bf16
+
+    # As one row: the package works row by row, and narrow rows cost it most of its speed.
+    row = np.frombuffer(source, dtype=np.uint8).reshape(1, -1)
+    with np.errstate(all="ignore"):
+        weights = gguf.dequantize(row, gguf.GGMLQuantizationType(tensor.record.type))
+        bits = round_to_bf16(np.ascontiguousarray(weights, dtype=np.float32).reshape(-1))
+    return bits.view(np.uint8).data
+
+
+def _not_finite(tensor: TensorPlan, block: int) -> Exception:
+    record = tensor.record
+    row, column = divmod(block, record.shape[-1] // SUPER_BLOCK)
+    d_at = record.offset + block * BLOCK_BYTES + D_AT
+    return tensor.part.reject(
+        f"tensor {record.name!r}",
+        f"block {block} (row {row}, block {column} of it) has a scale d that is NaN or infinite",
+        d_at,
+        remedy="The file is damaged or badly quantised; --allow-nonfinite keeps such blocks as they are.",
+    )

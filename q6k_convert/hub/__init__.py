@@ -1,0 +1,1 @@
+"""Files of the Hugging Face Hub by name. Imports nothing of the other rooms."""

@@ -1,0 +1,1 @@
+"""What this machine can do: the doctor, and building the C++ library of the operations."""

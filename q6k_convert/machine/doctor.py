@@ -1,0 +1,267 @@
+"""What of all that running a model takes is on this machine, and what is not.
+
+Each probe stands alone and reports whatever it meets, so that a broken machine gets a report and not a
+traceback. Only the last, the kernels' own test, puts anything on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from q6k_convert import text
+from q6k_kernels.errors import CudaError, DriverMissingError, GpuMissingError
+from q6k_kernels.jit import compiler, cubin_cache, driver
+from q6k_kernels.jit.abi import CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+
+OLDEST_TORCH = (2, 11)
+_DRIVER_VERSION = Path("/proc/driver/nvidia/version")
+_GET_TORCH = "Install torch for CUDA: `pip install torch`."
+_LIKELY = "Run where `nvidia-smi` lists a GPU; in a container, start it with access to GPUs (`--gpus all`)."
+_ANY_ARCHITECTURE = "sm_80"
+"""What the compiler is tried for where no GPU is found that kernels run on."""
+_PROBE = 'extern "C" __global__ void probe(int* p) { *p = 1; }'
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one probe found.
+
+    Attributes:
+        name: what was looked at.
+        state: "ok", "missing", "broken", or "skipped" for want of something else.
+        detail: what was found, or what is wrong.
+        remedy: what to do, if something is.
+        needed: whether kernels do not run without it.
+        facts: what was found, for programs.
+    """
+
+    name: str
+    state: Literal["ok", "missing", "broken", "skipped"]
+    detail: str
+    remedy: str = ""
+    needed: bool = True
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Known:
+    """What later probes need of earlier ones; None if it was not found."""
+
+    torch_cuda: tuple[int, int] | None = None
+    driver_cuda: tuple[int, int] | None = None
+    gpus: int = 0
+    architectures: list[str] = field(default_factory=list)
+
+
+def examine() -> dict[str, Any]:
+    """All findings, for `--json`: `status`, "ok" if kernels run and compute what they should, and `findings`."""
+    known = _Known()
+    findings = [finding for probe in _PROBES for finding in _guarded(probe, known)]
+    if all(finding.state == "ok" for finding in findings if finding.needed):
+        findings += [finding for gpu in range(known.gpus) for finding in _guarded(_self_test, gpu)]
+    else:
+        findings.append(Finding("kernels", "skipped", "not tested, as something they need is not there"))
+    ready = all(finding.state == "ok" for finding in findings if finding.needed)
+    return {"status": "ok" if ready else "not ready", "findings": [asdict(finding) for finding in findings]}
+
+
+def _guarded(probe: Callable[[Any], Iterator[Finding]], known: Any) -> list[Finding]:
+    findings: list[Finding] = []
+    try:
+        findings.extend(probe(known))
+    except CudaError as error:
+        state: Literal["missing", "broken"] = "missing" if isinstance(error, DriverMissingError) else "broken"
+        findings.append(Finding(_name(probe, known), state, error.cause, error.remedy))
+    except Exception as error:
+        findings.append(
+            Finding(
+                _name(probe, known),
+                "broken",
+                f"looking at it failed: {type(error).__name__}: {error}",
+                "This may be a bug in q6k-convert: report it with what `q6k-convert doctor --json` prints.",
+            )
+        )
+    return findings
+
+
+def _name(probe: Callable[[Any], Iterator[Finding]], known: Any) -> str:
+    if probe is _self_test:
+        return f"kernels, GPU {known}"
+    return "GPU" if probe is _gpus else probe.__name__.strip("_")
+
+
+def _python(_: _Known) -> Iterator[Finding]:
+    version = platform.python_version()
+    yield Finding(
+        "python", "ok", f"{version}, {sys.executable}", facts={"version": version, "executable": sys.executable}
+    )
+
+
+def _torch(known: _Known) -> Iterator[Finding]:
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        absent = "not installed" if error.name == "torch" else f"installed without {error.name}"
+        yield Finding("torch", "missing", absent, _GET_TORCH)
+        return
+    except (ImportError, OSError) as error:  # a shared library is missing or of the wrong kind
+        yield Finding("torch", "broken", f"does not load: {error}", "Install it again: `pip install torch`.")
+        return
+    version, cuda = str(torch.__version__), torch.version.cuda
+    facts = {"version": version, "cuda": cuda}
+    if _major_minor(version) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        yield Finding("torch", "broken", f"{version}, needed is {oldest} or later", _GET_TORCH, facts=facts)
+    elif cuda is None:
+        yield Finding("torch", "missing", f"{version}, built without CUDA", _GET_TORCH, facts=facts)
+    else:
+        known.torch_cuda = _major_minor(cuda)
+        yield Finding("torch", "ok", f"{version}, built for CUDA {cuda}", facts=facts)
+
+
+def _driver(known: _Known) -> Iterator[Finding]:
+    version = known.driver_cuda = driver.version()
+    release = _release()
+    facts = {"version": release, "cuda": _dotted(version)}
+    detail = f"{release + ', ' if release else ''}supports CUDA {_dotted(version)}"
+    if known.torch_cuda is not None and version[0] < known.torch_cuda[0]:
+        yield Finding(
+            "driver",
+            "broken",
+            f"{detail}, and torch is built for CUDA {_dotted(known.torch_cuda)}",
+            "Update the driver, or install a torch built for its CUDA version.",
+            facts=facts,
+        )
+    else:
+        yield Finding("driver", "ok", detail, facts=facts)
+
+
+def _gpus(known: _Known) -> Iterator[Finding]:
+    if known.driver_cuda is None:
+        yield Finding("GPU", "missing", "none found, as there is no driver that works", _LIKELY)
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    narrowed = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible!r}"
+    try:
+        known.gpus = driver.device_count()
+    except GpuMissingError:
+        known.gpus = 0
+    if known.gpus == 0:
+        yield Finding("GPU", "missing", f"the driver lists none{narrowed}", _LIKELY)
+        return
+    for gpu in range(known.gpus):
+        major, minor = driver.capability(gpu)
+        memory = driver.device_memory(gpu)
+        units = driver.device_attribute(gpu, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+        facts = {
+            "name": driver.device_name(gpu),
+            "capability": f"{major}.{minor}",
+            "bytes": memory,
+            "multiprocessors": units,
+        }
+        detail = f"{facts['name']}, compute capability {major}.{minor}, {text.size(memory)}, {units} SMs"
+        try:
+            known.architectures.append(compiler.architecture((major, minor)))
+            yield Finding(f"GPU {gpu}", "ok", detail, facts=facts)
+        except CudaError as error:
+            yield Finding(f"GPU {gpu}", "broken", f"{detail}: {error.cause}", error.remedy, facts=facts)
+    yield from _torch_sees(known)
+
+
+def _torch_sees(known: _Known) -> Iterator[Finding]:
+    if known.torch_cuda is None:
+        return
+    import torch
+
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if seen != known.gpus:
+        yield Finding(
+            "GPU",
+            "broken",
+            f"the driver lists {known.gpus}, torch sees {seen}",
+            '`python -c "import torch; torch.cuda.init()"` says why.',
+        )
+
+
+def _compiler(known: _Known) -> Iterator[Finding]:
+    try:
+        version = compiler.version()
+    except CudaError as error:
+        yield Finding("compiler", "missing", error.cause, error.remedy)
+        return
+    path = str(compiler.library_path())
+    facts = {"version": _dotted(version), "path": path}
+    detail = f"NVRTC {_dotted(version)}, {path}"
+    for architecture in dict.fromkeys(known.architectures or [_ANY_ARCHITECTURE]):
+        compiler.compile_cubin(_PROBE, "probe.cu", compiler.options((), architecture))
+    if known.driver_cuda is not None and version[0] > known.driver_cuda[0]:
+        yield Finding(
+            "compiler",
+            "broken",
+            f"{detail}: it is newer than the driver, which supports CUDA {_dotted(known.driver_cuda)}",
+            "Update the driver, or install a torch built for its CUDA version and remove this NVRTC.",
+            facts=facts,
+        )
+    else:
+        yield Finding("compiler", "ok", detail, facts=facts)
+
+
+def _cache(_: _Known) -> Iterator[Finding]:
+    remedy = f"Set {cubin_cache.VARIABLE} to a directory that you can write to; until then every process compiles."
+    try:
+        directory = cubin_cache.directory()
+        cubin_cache.probe()
+        held = cubin_cache.contents()
+    except (OSError, RuntimeError) as error:
+        yield Finding("cache", "broken", f"cannot be used: {error}", remedy, needed=False)
+        return
+    facts = {"path": str(directory), "writable": True, "entries": held.entries, "bytes": held.bytes}
+    detail = f"{directory}, {held.entries} compiled, {text.size(held.bytes)}"
+    yield Finding("cache", "ok", detail, needed=False, facts=facts)
+
+
+def _self_test(gpu: int) -> Iterator[Finding]:
+    from q6k_kernels.ops import self_test
+
+    checks = self_test.run(f"cuda:{gpu}")
+    facts = {"checks": [asdict(check) for check in checks]}
+    wrong = [check for check in checks if not check.passed]
+    if wrong or not checks:
+        first = f"{wrong[0].name}: {wrong[0].detail}" if wrong else "no check was made"
+        yield Finding(
+            f"kernels, GPU {gpu}",
+            "broken",
+            f"{len(wrong)} of {len(checks)} checks failed; {first}",
+            "This is a bug in q6k_kernels or a faulty GPU: report it with what `q6k-convert doctor --json` prints.",
+            facts=facts,
+        )
+    else:
+        yield Finding(f"kernels, GPU {gpu}", "ok", f"{len(checks)} checks against fp64", facts=facts)
+
+
+_PROBES: tuple[Callable[[_Known], Iterator[Finding]], ...] = (_python, _torch, _driver, _gpus, _compiler, _cache)
+
+
+def _release() -> str | None:
+    """The driver's own version, as 580.65.06; None where the kernel does not tell."""
+    try:
+        match = re.search(r"\b(\d{3,}\.\d+(\.\d+)?)\b", _DRIVER_VERSION.read_text(errors="replace"))
+    except OSError:
+        return None
+    return match[1] if match else None
+
+
+def _major_minor(version: str) -> tuple[int, int]:
+    major, minor = re.findall(r"\d+", version)[:2]
+    return int(major), int(minor)
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

@@ -1,0 +1,93 @@
+"""What commands that run a model have in common: the packages it takes, where it runs, and in which dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal
+
+from q6k_convert.errors import EnvironmentMissingError, InterruptedRunError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+Activations = Literal["auto", "int8", "bf16"]
+_INSTALL = "Install what models take: `pip install 'q6k-convert[inference]'`."
+
+
+def check_packages(doing: str) -> None:
+    """Whether torch and transformers are there.
+
+    Args:
+        doing: what needs them.
+
+    Raises:
+        EnvironmentMissingError: one is not.
+    """
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if missing:
+        raise EnvironmentMissingError(f"{doing} needs {' and '.join(missing)}: not installed", _INSTALL)
+
+
+def device_of(asked: Device, note: Callable[[str], None]) -> str:
+    """The device, cpu or cuda.
+
+    Raises:
+        EnvironmentMissingError: "cuda" is asked for, and something that it takes is missing.
+    """
+    from q6k_convert.verify.device_stage import missing_for_cuda
+
+    if asked == "cpu":
+        return "cpu"
+    missing = missing_for_cuda()
+    if missing is None:
+        return "cuda"
+    if asked == "cuda":
+        remedy = f"{missing.remedy} --device cpu runs the reference on the CPU, slowly."
+        raise EnvironmentMissingError(f"--device cuda cannot run: {missing.what}", remedy)
+    note(f"on the CPU, slowly: {missing.what}")
+    return "cpu"
+
+
+def dtype_of(asked: Dtype, device: str) -> torch.dtype:
+    """Of activations and of weights that are not packed.
+
+    Raises:
+        UsageError: fp32 on a GPU, whose kernels take 16 bits.
+    """
+    import torch
+
+    if asked == "fp32" and device == "cuda":
+        raise UsageError("--dtype fp32 is for the CPU; kernels on a GPU take 16 bits", "Give bf16 or fp16.")
+    if asked == "auto":
+        return torch.bfloat16 if device == "cuda" else torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[asked]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """bfloat16, say."""
+    return str(dtype).removeprefix("torch.")
+
+
+def described(device: torch.device) -> str:
+    """The GPU's name, or the CPU."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """An interruption stays one, whatever the code that it went through made of it."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, InterruptedRunError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None and cause is not error:
+            raise cause from None
+        raise

@@ -1,0 +1,261 @@
+"""Whether a device computes with a bundle's weights what the formulas say.
+
+Every planar tensor is multiplied with the same random activations, as in decoding and as in prefills, and held
+against the fp64 statement of the formulas within a derived tolerance. On the CPU that is the reference's work,
+some rows at a time, so memory does not grow with a tensor; on a GPU the kernels' (see `verify_gpu`). torch is
+imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from q6k_convert import text
+from q6k_convert.errors import EnvironmentMissingError
+from q6k_convert.verify.device_runs import SEED, DeviceRun, Rows
+from q6k_kernels.bundle.manifest import Manifest
+from q6k_kernels.bundle.structure import Finding, read_header
+from q6k_kernels.errors import CudaError, DriverMissingError, GpuMissingError
+from q6k_kernels.jit import compiler, driver
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SIZES: tuple[tuple[int, Literal["int8", "bf16"]], ...] = ((1, "int8"), (16, "bf16"))
+"""On the CPU: rows of activations and how they are treated: a decoding step, a short prefill."""
+CHUNK_WEIGHTS = 1 << 21
+"""Weights read and checked at a time on the CPU; fp64 takes about 50 bytes for each, 100 MB."""
+MOST_EXPERTS = 4
+"""Of a larger stack the first, the last and two in between are checked."""
+
+NO_TORCH = "torch is not installed"
+NO_GPU = "no CUDA GPU was found"
+_TRY_CPU = "--device cpu runs the reference"
+_RunMatrix = Callable[["Rows", int, int, Callable[[int], None]], tuple[list["DeviceRun"], list[str]]]
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """What was run, and what came of it.
+
+    Attributes:
+        state: "skipped" if nothing was run.
+        device: what ran it: "cpu", "cuda", or "none".
+        detail: one line: what was run, or why nothing was.
+        runs: by tensor, or `tensor[expert]` for a stack; one run for each size.
+        findings: one for each run that failed, and on a GPU for rows that are not what they should be.
+    """
+
+    state: Literal["passed", "failed", "skipped"]
+    device: str
+    detail: str
+    runs: dict[str, list[DeviceRun]] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+
+def check_device(
+    directory: Path,
+    manifest: Manifest,
+    device: Literal["auto", "cpu", "cuda"],
+    progress: Callable[[int], None],
+) -> DeviceReport:
+    """Runs every planar tensor of a bundle whose structure is sound (see `structure.check_structure`).
+
+    Args:
+        directory: the bundle.
+        manifest: its manifest.
+        device: "cuda" or "cpu" must run, else it is an error; "auto" is a CUDA GPU if everything it takes is
+            there, and otherwise says what is missing.
+        progress: told the bytes of packed arrays that are done, as they are done: in all, those of every
+            planar tensor. Experts that are left out count as done.
+
+    Raises:
+        EnvironmentMissingError: something is missing that `device` needs, or the GPU's memory is exhausted.
+        CudaError: on a GPU that has everything, a kernel cannot be compiled or launched.
+        ValueError: a shard's header breaks a rule of the format.
+        OSError: a shard cannot be read, or is shorter than its header says.
+    """
+    if device == "cpu":
+        if (problem := _torch_problem()) is not None:
+            raise EnvironmentMissingError(
+                f"--device cpu runs the reference in torch, and {problem}", "Install it: `pip install torch`."
+            )
+        return _run(directory, manifest, progress, "cpu", _run_on_cpu, SIZES)
+    missing = missing_for_cuda()
+    if missing is None:
+        from q6k_convert.verify import device_gpu
+
+        return _run(directory, manifest, progress, "cuda", device_gpu.run_matrix, device_gpu.SIZES)
+    if device == "cuda":
+        remedy = f"{missing.remedy} {_TRY_CPU}; --device auto skips the check on a GPU."
+        raise EnvironmentMissingError(f"--device cuda cannot run: {missing.what}", remedy)
+    return DeviceReport("skipped", "none", f"{missing.what}; {_TRY_CPU}")
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Something that a GPU needs, and how to get it, a sentence."""
+
+    what: str
+    remedy: str
+
+
+def missing_for_cuda() -> Missing | None:
+    """The first thing that is missing; torch, which takes seconds to import, is looked for where a GPU is."""
+    likely = "Run it where `nvidia-smi` lists a GPU."
+    try:
+        if driver.device_count() == 0:
+            return Missing(NO_GPU, likely)
+    except GpuMissingError:
+        return Missing(NO_GPU, likely)
+    except DriverMissingError as error:
+        return Missing(f"{NO_GPU}: {error.cause}", error.remedy)
+    except CudaError as error:
+        return Missing(f"the GPU's driver does not work: {error.cause}", error.remedy)
+    for_cuda = "Install torch for CUDA: `pip install torch`."
+    if (problem := _torch_problem()) is not None:
+        return Missing(problem, for_cuda)
+    import torch
+
+    if torch.version.cuda is None:
+        return Missing(f"torch {torch.__version__} is built without CUDA", for_cuda)
+    if not torch.cuda.is_available():
+        return Missing(
+            f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot use the GPU",
+            '`python -c "import torch; torch.cuda.init()"` says why.',
+        )
+    try:
+        compiler.architecture(torch.cuda.get_device_capability())
+        compiler.version()
+    except CudaError as error:
+        return Missing(error.cause, error.remedy)
+    return None
+
+
+def _torch_problem() -> str | None:
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        return NO_TORCH if error.name == "torch" else f"torch is installed without {error.name}"
+    except (ImportError, OSError) as error:  # a shared library is missing or of the wrong kind
+        return f"torch is installed but does not load: {error}"
+    return None
+
+
+def _run(
+    directory: Path,
+    manifest: Manifest,
+    progress: Callable[[int], None],
+    device: Literal["cpu", "cuda"],
+    run_matrix: _RunMatrix,
+    sizes: tuple[tuple[int, Literal["int8", "bf16"]], ...],
+) -> DeviceReport:
+    import torch
+
+    tensors = [tensor for tensor in manifest.tensors if tensor.storage == "planar"]
+    if not tensors:
+        return DeviceReport("skipped", "none", "the bundle has no planar tensors")
+    files = sorted({array.file for tensor in tensors for array in tensor.arrays.values()})
+    headers = {name: read_header(directory / name) for name in files}
+    runs, findings, sampled = dict[str, list[DeviceRun]](), list[Finding](), list[str]()
+    for tensor in tensors:
+        *stack, n, _ = tensor.shape
+        count = math.prod(stack)
+        experts = _sample(count)
+        if len(experts) < count:
+            sampled.append(f"{tensor.name}: experts {', '.join(map(str, experts))} of {count}")
+        rows = Rows(directory, headers, tensor)
+        for expert in experts:
+            label = f"{tensor.name}[{expert}]" if stack else tensor.name
+            try:
+                runs[label], problems = run_matrix(rows, expert * n, n, progress)
+            except torch.OutOfMemoryError as error:
+                raise _no_memory(label, n * rows.bytes_a_row) from error
+            problems = [_problem(run) for run in runs[label] if not run.passed] + problems
+            where = f"expert {expert}, " if stack else ""
+            findings += [Finding(f"{where}{each}", tensor.arrays["ql"].file, tensor.name) for each in problems]
+        progress((count - len(experts)) * n * rows.bytes_a_row)
+    settings = [f"M={m} with {activations} activations" for m, activations in sizes]
+    what = "the reference on the CPU" if device == "cpu" else f"kernels on one {torch.cuda.get_device_name()}"
+    detail = f"torch {torch.__version__}, {what}: {len(runs)} matrices at "
+    detail += f"{', '.join(settings[:-1])} and {settings[-1]}" + "".join(f"; {line}" for line in sampled)
+    return DeviceReport("failed" if findings else "passed", device, detail, runs, findings)
+
+
+def _no_memory(label: str, packed: int) -> EnvironmentMissingError:
+    """The error for a matrix of `packed` bytes."""
+    return EnvironmentMissingError(
+        f"the GPU's memory does not suffice to check {label}: its planes take {packed} bytes "
+        f"({text.size(packed)}), its tiles as much, and the fp64 to compare with about 700 MB",
+        f"End what else uses the GPU, as `nvidia-smi` lists it, or take a larger one; {_TRY_CPU}.",
+    )
+
+
+def _sample(count: int) -> list[int]:
+    """The matrices of a stack that are checked: all, or `MOST_EXPERTS` evenly spread with both ends."""
+    if count <= MOST_EXPERTS:
+        return list(range(count))
+    return [round(i * (count - 1) / (MOST_EXPERTS - 1)) for i in range(MOST_EXPERTS)]
+
+
+def _problem(run: DeviceRun) -> str:
+    return (
+        f"M={run.m} with {run.activations} activations: {run.first_bad}; "
+        f"the worst output is off by {run.worst_error_in_tolerances:.3g} times the tolerance"
+    )
+
+
+class _Tally:
+    """What the chunks of one matrix come to."""
+
+    def __init__(self, m: int, activations: Literal["int8", "bf16"]) -> None:
+        self.m, self.activations = m, activations
+        self.worst, self.seconds = 0.0, 0.0
+        self.first_bad: str | None = None
+
+    def run(self, x: Tensor, arrays: dict[str, Tensor], first: int) -> None:
+        """Multiplies and checks some rows, `first` being the number of the first in its matrix."""
+        from q6k_kernels.ops import accuracy, reference
+
+        started = time.perf_counter()
+        y = reference.linear(x[: self.m], **arrays, activations=self.activations)
+        self.seconds += time.perf_counter() - started
+        exact, magnitude = accuracy.linear_fp64(x[: self.m], **arrays, activations=self.activations)
+        k = x.shape[1]
+        chain = reference.roundings(k, self.activations)
+        allowed = accuracy.tolerance(exact, magnitude, k, y.dtype, chain)
+        errors = accuracy.error_in_tolerances(y, exact, allowed)
+        self.worst = max(self.worst, float(errors.max()))
+        if self.first_bad is None and (errors > 1).any():
+            row, column = map(int, np.argwhere(errors > 1)[0])
+            self.first_bad = (
+                f"y[{row}, {first + column}] is {float(y[row, column]):.6g}, "
+                f"expected {exact[row, column]:.6g} within {allowed[row, column]:.2g}"
+            )
+
+    def result(self) -> DeviceRun:
+        return DeviceRun(self.m, self.activations, self.worst, self.worst <= 1, self.seconds, None, self.first_bad)
+
+
+def _run_on_cpu(rows: Rows, at: int, n: int, progress: Callable[[int], None]) -> tuple[list[DeviceRun], list[str]]:
+    """The `n` rows from row `at` on, at every size."""
+    import torch
+
+    generator = torch.Generator().manual_seed(SEED)
+    x = torch.randn(max(m for m, _ in SIZES), rows.k, generator=generator).bfloat16()
+    tallies = [_Tally(m, activations) for m, activations in SIZES]
+    step = max(1, CHUNK_WEIGHTS // rows.k)
+    for first in range(0, n, step):
+        count = min(step, n - first)
+        arrays = rows.read(at + first, count)
+        for tally in tallies:
+            tally.run(x, arrays, first)
+        progress(count * rows.bytes_a_row)
+    return [tally.result() for tally in tallies], []

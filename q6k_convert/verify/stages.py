@@ -1,0 +1,176 @@
+"""Is a bundle right? On disk, against its source, and through the operations on a device.
+
+Stages run in order and each rests on the one before: structure, content, source, device. A stage that
+fails ends the run, for what lies behind it could no longer be trusted to be what it is called.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from q6k_convert.errors import InputRejectedError
+from q6k_convert.gguf.file import GGUFFile
+from q6k_convert.verify.device_runs import DeviceRun
+from q6k_convert.verify.device_stage import DeviceReport, check_device
+from q6k_convert.verify.source_stage import SourceReport, check_source, source_bytes
+from q6k_kernels.bundle import manifest as manifests
+from q6k_kernels.bundle.content import check_content, content_bytes
+from q6k_kernels.bundle.manifest import METADATA_NAME, Manifest
+from q6k_kernels.bundle.structure import Finding, check_structure
+
+State = Literal["passed", "failed", "skipped"]
+Device = Literal["auto", "cpu", "cuda"]
+Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass
+class Stage:
+    """One part of the verification: what came of it, in words, seconds and bytes read."""
+
+    name: str
+    state: State = "skipped"
+    detail: str = ""
+    seconds: float = 0.0
+    bytes: int = 0
+
+
+@dataclass
+class Verification:
+    """Everything a verification found.
+
+    Attributes:
+        manifest: None if `bundle.json` itself is damaged.
+        findings: (stage, finding), in the order they were found.
+        source, device: the figures of those stages, if they ran.
+    """
+
+    directory: Path
+    manifest: Manifest | None = None
+    stages: list[Stage] = field(default_factory=list)
+    findings: list[tuple[str, Finding]] = field(default_factory=list)
+    source: SourceReport | None = None
+    device: DeviceReport | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything is wrong."""
+        return any(stage.state == "failed" for stage in self.stages)
+
+    def runs(self, name: str) -> list[DeviceRun] | None:
+        """The runs of a tensor on the device, if there were any."""
+        if self.device is None or not self.device.runs:
+            return None
+        # The experts of a stack have entries of their own: NAME[3].
+        mine = [runs for key, runs in self.device.runs.items() if key == name or key.startswith(f"{name}[")]
+        return [run for runs in mine for run in runs] or None
+
+
+@contextmanager
+def _silent(_total: int, _what: str) -> Iterator[Callable[[int], None]]:
+    yield lambda _: None
+
+
+def verify(
+    directory: str | Path,
+    *,
+    fast: bool = False,
+    source: str | Path | None = None,
+    device: Device = "auto",
+    jobs: int = 2,
+    progress: Progress = _silent,
+) -> Verification:
+    """Verifies a bundle.
+
+    Args:
+        directory: the bundle.
+        fast: stop after the structure.
+        source: a GGUF file (or part) to compare with; none: that stage is skipped.
+        device: where to run the packed tensors: "cpu", "cuda", or "auto" (a GPU if there is one).
+        jobs: threads.
+        progress: makes a progress display from a total in bytes and a word for what is done.
+
+    Raises:
+        BundleError: the directory is no bundle at all.
+        Q6KConvertError: the source cannot be read, or the device is missing.
+        OSError: a file cannot be read.
+    """
+    run = Verification(Path(directory))
+    with _stage(run, "structure") as stage:
+        try:
+            run.manifest = manifests.read(run.directory)
+        except manifests.BundleError as error:
+            if not manifests.is_bundle(run.directory):
+                raise
+            run.findings.append((stage.name, Finding(str(error), manifests.NAME)))
+            return run
+        stage.detail = f"{len(run.manifest.tensors)} tensors in {len(run.manifest.files)} files"
+        _record(run, stage, check_structure(run.directory, run.manifest))
+    manifest = run.manifest
+    skipped = "only the structure was asked for" if fast else "the structure is not sound"
+    if fast or run.failed:
+        run.stages += [Stage(name, detail=skipped) for name in ("content", "source", "device")]
+        return run
+    with _stage(run, "content") as stage:
+        stage.bytes = content_bytes(manifest)
+        with progress(stage.bytes, "checking content") as tell:
+            _record(run, stage, check_content(run.directory, manifest, jobs=jobs, progress=tell))
+        _record(run, stage, list(_check_metadata(run)))
+        stage.detail = "every checksum, every scale, metadata.gguf"
+    if run.failed:
+        run.stages += [Stage(name, detail="the content is not sound") for name in ("source", "device")]
+        return run
+    if source is None:
+        run.stages.append(Stage("source", detail="no --source was given"))
+    else:
+        with _stage(run, "source") as stage:
+            stage.bytes = source_bytes(manifest)
+            with progress(stage.bytes, "comparing with source") as tell:
+                run.source = check_source(run.directory, manifest, Path(source), jobs=jobs, progress=tell)
+            _record(run, stage, run.source.findings)
+            stage.detail = f"{len(run.source.tensors)} tensors recomputed from {Path(source).name}"
+    with _stage(run, "device") as stage:
+        stage.bytes = _packed_bytes(manifest)
+        with progress(stage.bytes, "running tensors") as tell:
+            run.device = check_device(run.directory, manifest, device, tell)
+        _record(run, stage, run.device.findings)
+        stage.state, stage.detail = run.device.state, run.device.detail
+    return run
+
+
+@contextmanager
+def _stage(run: Verification, name: str) -> Iterator[Stage]:
+    stage = Stage(name, "passed")
+    run.stages.append(stage)
+    started = time.monotonic()
+    yield stage
+    stage.seconds = time.monotonic() - started
+    if any(where == name for where, _ in run.findings):
+        stage.state = "failed"
+
+
+def _packed_bytes(manifest: Manifest) -> int:
+    return sum(tensor.nbytes for tensor in manifest.tensors if tensor.storage == "planar")
+
+
+def _record(run: Verification, stage: Stage, findings: list[Finding]) -> None:
+    run.findings += [(stage.name, finding) for finding in findings]
+
+
+def _check_metadata(run: Verification) -> Iterator[Finding]:
+    """Whether `metadata.gguf` is a GGUF, holds no tensors, and speaks of the same model."""
+    assert run.manifest is not None  # noqa: S101 -- for the type checker
+    try:
+        with GGUFFile(run.directory / METADATA_NAME) as file:
+            if file.tensors:
+                yield Finding(f"holds {len(file.tensors)} tensors, expected none", METADATA_NAME)
+            architecture = file.value("general.architecture", "")
+            if architecture != run.manifest.architecture:
+                problem = f"is of architecture {architecture!r}, the manifest says {run.manifest.architecture!r}"
+                yield Finding(problem, METADATA_NAME)
+    except InputRejectedError as error:
+        yield Finding(error.cause, METADATA_NAME)

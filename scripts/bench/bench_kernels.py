@@ -1,0 +1,292 @@
+#!/usr/bin/env python3
+"""How fast are the kernels? Prints tables with targets and peers, and writes JSON. Needs an NVIDIA GPU.
+
+    python scripts/bench/bench_kernels.py [--quick] [--only REGEX] [--json FILE] [--plot FILE.svg]
+    python scripts/bench/bench_kernels.py --plot-only FILE.json [--plot FILE.svg]
+
+1. The machine's bandwidth: a kernel that only reads, a copy.
+2. `q6k::linear` on the shapes of real models, both scale formats, the activations as the operation chooses them
+   ("auto") and as forced; beside cuBLAS in bf16 on dense weights, and dequantising every time before cuBLAS.
+   Every output is compared with the dense product, so that nothing wrong is timed: past a relative L2 distance
+   of 0.02 the row fails.
+3. Embedding rows, dequantising and packing, as a share of the copy's bandwidth.
+4. The machine's rate in a bf16 product of 8192 x 8192 x 8192.
+
+What computes much heats the GPU, and its clock stays low for a while after. So first come up to 8 rows of all
+shapes, then 3., then 16 to 64 rows, then more; within each of these cuBLAS on a shape comes after the operation;
+and before the first of a series of figures the same calls run for 20 ms.
+
+Time is a CUDA graph's, per call: median of 7 replays, weights rotated past the L2, random data. GB/s are those
+of packed bytes. Scratch is what a call takes from torch's allocator beside its result, cuBLAS's own workspace
+not counted. Peers come from `peer_figures.json`, which says where they were measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as dense_linear
+
+import bench_kernels_rows as rows_of
+import kernel_timing as timing
+from bench_kernels_plot import figure
+from bench_kernels_rows import FFN, HEAD, HEADING, PHASES, Row, Shape
+from q6k_kernels.bundle.storage import Scales
+from q6k_kernels.formats import tiles as prepack
+from q6k_kernels.ops import schema as _registers_them  # noqa: F401
+
+Call = Callable[[], Tensor]
+INT8_MOST = 64
+"""Rows up to which int8 is timed when it is forced."""
+MOST_ERROR = 0.02
+GATHERED, GATHERS = 4096, 8
+PEER_FIGURES = Path(__file__).with_name("peer_figures.json")
+
+
+class Bench:
+    """One run: which cases, the ceilings they are held against, and what came out, in `report`."""
+
+    def __init__(
+        self, *, quick: bool, only: re.Pattern[str], modes: Sequence[str], scales: Sequence[Scales], to: Path
+    ) -> None:
+        self._to = to
+        self._quick, self._only, self._modes, self._scales = quick, only, modes, scales
+        self._peers = json.loads(PEER_FIGURES.read_text(encoding="utf-8"))["linear"]
+        self._kept_bytes = 0
+        self.report: Row = {"machine": machine(), "ceilings": {}, "linear": [], "operations": []}
+
+    def run(self) -> None:
+        """Everything, printed as it comes."""
+        started = time.perf_counter()
+        print(json.dumps(self.report["machine"]))
+        self.report["ceilings"] = bandwidths()
+        print(json.dumps(self.report["ceilings"]), f"\n{rows_of.LEGEND}", flush=True)
+        for phase in PHASES:
+            for shape, tables in rows_of.plan(phase, quick=self._quick, only=self._only, scales=self._scales):
+                self._linears(phase, shape, tables)
+                self.save()  # an interrupted run keeps what it has
+            if phase == "decode":
+                self._operations()
+                self.save()
+        self.report["ceilings"]["matmul_8192_tflops"] = round(timing.matmul_tflops(8192))
+        print(f"\nmatmul_8192_tflops: {self.report['ceilings']['matmul_8192_tflops']}")
+        self.report["seconds"] = round(time.perf_counter() - started, 1)
+
+    def save(self) -> None:
+        """Writes the report."""
+        self._to.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
+
+    def _linears(self, phase: str, shape: Shape, tables: dict[Scales, list[Row]]) -> None:
+        """One shape's rows of one phase: the operation, by scale format and mode; then cuBLAS; then the tables."""
+        n, k = shape
+        for scales, rows in tables.items():
+            tiles = timing.rotated(timing.random_tiles(n, k, scales))
+            weights = timing.dense(tiles[0], n)
+            series = [partial(self._mode, mode, tiles, weights) for mode in self._modes]
+            if phase != "decode" and scales == "bf16":
+                series.append(partial(self._dequantizing, tiles))
+            for measure, row in product(series, rows):
+                if "failed" not in row:
+                    try:
+                        measure(row, settle=row is rows[0])
+                    except Exception as error:
+                        row["failed"] = _failure(error)
+            del tiles, series, measure
+        cublas = self._cublas(weights, sorted({row["m"] for rows in tables.values() for row in rows}))
+        del weights
+        torch.cuda.empty_cache()
+        for scales, rows in tables.items():
+            megabytes = math.prod(prepack.tiles_shape(shape, scales)) / 1e6
+            print(f"\n{phase}: {n}x{k}, {scales} scales, {megabytes:.1f} MB\n{HEADING}")
+            for row in rows:
+                self._finish(row, cublas[row["m"]])
+                print(rows_of.line(row), flush=True)
+
+    def _mode(self, mode: str, tiles: list[Tensor], weights: Tensor, row: Row, *, settle: bool) -> None:
+        """One M in one mode, checked, then timed."""
+        n, k, m = row["n"], row["k"], row["m"]
+        if mode == "int8" and m > INT8_MOST:
+            return
+        x = _input(m, k)
+        exact = dense_linear(x, weights)  # also brings cuBLAS's workspace, before scratch is counted
+        calls = [partial(torch.ops.q6k.linear, x, each, None, n, mode) for each in tiles]
+        scratch, kept = timing.scratch_bytes(calls[0])
+        self._kept_bytes += kept
+        error = float((calls[-1]().float() - exact.float()).norm() / exact.float().norm())
+        if not error <= MOST_ERROR:
+            raise ArithmeticError(f"{mode}: relative L2 error {error:.3g}, right is at most {MOST_ERROR}")
+        us = _time(calls, m, n, k, settle)
+        row[f"{mode}_us"] = round(us, 3)
+        if mode == self._modes[0]:
+            gb_per_s = tiles[0].nbytes / us / 1e3
+            row |= {
+                "us": round(us, 3),
+                "gb_per_s": round(gb_per_s),
+                "read_share": round(gb_per_s / self.report["ceilings"]["read_gb_per_s"], 4),
+                "tflops": round(2 * m * n * k / us / 1e6, 2),
+                # What an earlier call took for good serves this one too.
+                "scratch_mb": round((scratch + self._kept_bytes - kept) / 1e6, 2),
+                "error": round(error, 5),
+            }
+
+    def _dequantizing(self, tiles: list[Tensor], row: Row, *, settle: bool) -> None:
+        """One M, dequantising before cuBLAS."""
+        n, k, m = row["n"], row["k"], row["m"]
+        x = _input(m, k)
+        calls = [partial(_dequantize_and_multiply, x, each, n) for each in tiles]
+        row["dequantize_cublas_us"] = round(_time(calls, m, n, k, settle), 2)
+
+    def _cublas(self, weights: Tensor, ms: list[int]) -> dict[int, float]:
+        """Microseconds of the dense product, by M."""
+        (n, k), copies, times = weights.shape, timing.rotated(weights), {}
+        for m in ms:
+            x = _input(m, k)
+            times[m] = _time([partial(dense_linear, x, copy) for copy in copies], m, n, k, m == ms[0])
+        return times
+
+    def _finish(self, row: Row, cublas_us: float) -> None:
+        """Into the report, with what others take."""
+        of = row["n"], row["k"], row["m"]
+        row["peers"] = {p["peer"]: p["us"] for p in self._peers if (p["n"], p["k"], p["m"]) == of}
+        row["cublas_us"] = round(cublas_us, 2)
+        if "us" in row:
+            row["times_cublas"] = round(cublas_us / row["us"], 3)
+            first = next((r["us"] for r in self.report["linear"] if _same_weight(r, row) and "us" in r), None)
+            if row["m"] > 1 and first:
+                row["times_m1"] = round(row["us"] / first, 3)
+        rows_of.judge(row)
+        self.report["linear"].append(row)
+
+    def _operations(self) -> None:
+        print("\nGather, dequantise, pack: bytes read and written")
+        for operation, shape in (("gather", HEAD), ("dequantize", FFN[0]), ("pack", FFN[0])):
+            for scales in self._scales:
+                row: Row = {"operation": operation, "n": shape[0], "k": shape[1], "scales": scales}
+                if self._only.search(rows_of.label(row)):
+                    self._operation(row, scales)
+                    rows_of.judge(row)
+                    self.report["operations"].append(row)
+                    print(rows_of.operation_line(row), flush=True)
+                    torch.cuda.empty_cache()
+
+    def _operation(self, row: Row, scales: Scales) -> None:
+        n, k = row["n"], row["k"]
+        tiles = timing.random_tiles(n, k, scales)
+        if row["operation"] == "gather":
+            indices = torch.randint(0, n, (GATHERS, GATHERED), device="cuda", generator=timing.generator())
+            calls = [partial(torch.ops.q6k.embedding, each, tiles, n, torch.bfloat16) for each in indices]
+            right, moved = timing.dense(tiles, n)[indices[0]], GATHERED * (tiles.nbytes // n + 2 * k)
+        elif row["operation"] == "dequantize":
+            calls = [partial(torch.ops.q6k.dequantize, each, n, torch.bfloat16) for each in timing.rotated(tiles)]
+            right, moved = timing.dense(tiles, n), tiles.nbytes + 2 * n * k
+        else:
+            planes = prepack.unpack(tiles, n)
+            copies = [tuple(p if p is None else p.clone() for p in planes) for _ in timing.rotated(tiles)]
+            calls = [partial(torch.ops.q6k.pack, *each) for each in copies]
+            right, moved = tiles, 2 * tiles.nbytes
+        try:
+            if not torch.equal(calls[0](), right):
+                raise ArithmeticError("the result is not, bit for bit, what plain torch makes of the same tiles")
+            us = timing.time_calls(calls, moved / 4.8e6, keep=True, settle=True)
+            gb_per_s = moved / us / 1e3
+            row |= {"us": round(us, 2), "gb_per_s": round(gb_per_s)}
+            row["copy_share"] = round(gb_per_s / self.report["ceilings"]["copy_gb_per_s"], 4)
+        except Exception as error:
+            row["failed"] = _failure(error)
+
+
+def machine() -> Row:
+    """What the figures were measured on."""
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": gpu.name,
+        "capability": f"{gpu.major}.{gpu.minor}",
+        "sms": gpu.multi_processor_count,
+        "l2_mb": round(gpu.L2_cache_size / 2**20),
+        "memory_gb": round(gpu.total_memory / 1e9),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
+
+
+def bandwidths() -> Row:
+    """What no reading and no copying on this machine exceeds, by measurement."""
+    nbytes = min(timing.READ_BYTES, torch.cuda.mem_get_info()[0] // 4) >> 12 << 12
+    figures = {
+        "read_gb_per_s": round(timing.read_gb_per_s(nbytes)),
+        "copy_gb_per_s": round(timing.copy_gb_per_s(nbytes)),
+    }
+    torch.cuda.empty_cache()
+    return figures
+
+
+def _input(m: int, k: int) -> Tensor:
+    return torch.randn(m, k, device="cuda", generator=timing.generator()).bfloat16()
+
+
+def _dequantize_and_multiply(x: Tensor, tiles: Tensor, n: int) -> Tensor:
+    return dense_linear(x, torch.ops.q6k.dequantize(tiles, n, x.dtype))
+
+
+def _time(calls: Sequence[Call], m: int, n: int, k: int, settle: bool) -> float:
+    """Microseconds of a linear, which takes no less than its packed bytes at 4.8 TB/s or 800 TFLOP/s."""
+    return timing.time_calls(calls, max(0.8 * n * k / 4.8e6, 2 * m * n * k / 8e8), settle=settle)
+
+
+def _same_weight(one: Row, other: Row) -> bool:
+    """Whether `one` is M = 1 of the other's weight."""
+    return one["m"] == 1 and all(one[key] == other[key] for key in ("n", "k", "scales"))
+
+
+def _failure(error: Exception) -> str:
+    # An error of the GPU that stays makes whatever follows worthless; this raises it again.
+    torch.cuda.synchronize()
+    return f"{type(error).__name__}: {error}"
+
+
+def main() -> None:
+    """Parses, runs, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="three shapes, a few M: for tuning")
+    add("--only", type=re.compile, default=re.compile(""), metavar="REGEX",
+        help="only cases like this: `21504x5376 M=(1|2) bf16`, `gather`")  # fmt: skip
+    add("--modes", nargs="+", choices=("auto", "int8", "bf16"), default=["auto", "int8", "bf16"],
+        help="what `activations` is; targets are held against the first (default: all)")  # fmt: skip
+    add("--scales", nargs="+", choices=("bf16", "exact"), default=["bf16", "exact"])
+    add("--json", type=Path, default=Path("bench-kernels.json"), metavar="FILE")
+    add("--plot", type=Path, metavar="FILE.svg", help="draw the figures, too")
+    add("--plot-only", type=Path, metavar="FILE.json", help="draw those of an earlier run, and stop")
+    args = parser.parse_args()
+    peers = json.loads(PEER_FIGURES.read_text(encoding="utf-8"))
+    if args.plot_only:
+        report = json.loads(args.plot_only.read_text(encoding="utf-8"))
+        (args.plot or args.plot_only.with_suffix(".svg")).write_text(figure(report, peers), encoding="utf-8")
+        return
+    if not torch.cuda.is_available():
+        sys.exit("bench_kernels: torch sees no CUDA GPU; --plot-only draws the figures of an earlier run")
+    bench = Bench(quick=args.quick, only=args.only, modes=args.modes, scales=args.scales, to=args.json)
+    bench.run()
+    bench.save()
+    if args.plot:
+        args.plot.write_text(figure(bench.report, peers), encoding="utf-8")
+    print(rows_of.summary(bench.report))
+    if any("failed" in row for row in (*bench.report["linear"], *bench.report["operations"])):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

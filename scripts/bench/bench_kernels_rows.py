@@ -1,0 +1,164 @@
+"""The rows of bench_kernels.py: what each should reach, and how it is printed. A row is a dict of figures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from q6k_kernels.bundle.storage import Scales
+
+Row = dict[str, Any]
+Shape = tuple[int, int]
+
+HEAD = (262144, 5376)
+SMALL = (1024, 4096)
+FFN = ((21504, 5376), (5376, 21504))
+BATCHED = ((4096, 4096), (14336, 4096), (4096, 14336), *FFN)
+SHAPES: tuple[Shape, ...] = (SMALL, *BATCHED, HEAD)
+"""(N, K) of Llama 3 8B and Gemma 3 27B."""
+DECODE = (1, 2, 3, 4, 5, 6, 7, 8)
+MIDDLE = (16, 32, 64)
+PREFILL = (128, 256, 512, 1024, 2048, 4096)
+PHASES: dict[str, tuple[int, ...]] = {"decode": DECODE, "middle": MIDDLE, "prefill": PREFILL}
+"""Rows of activations, in the order they are timed: what computes most leaves the GPU hot, its clock low, for
+longer than the next row takes."""
+QUICK_SHAPES: tuple[Shape, ...] = ((4096, 4096), *FFN)
+QUICK_MS = (1, 2, 4, 8, 16, 64, 128, 1024)
+PEERS = ("ET PR", "ET main")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What rows should reach: `figure`, a key of theirs, at most or at least `bound`.
+
+    `ms` and `shapes` say which linears it is for; those of other operations are None.
+    """
+
+    figure: str
+    sense: Literal["<=", ">="]
+    bound: float
+    words: str
+    ms: tuple[int, ...] | None = None
+    shapes: tuple[Shape, ...] | None = None
+
+    def applies(self, row: Row) -> bool:
+        """Whether it is for this row. One that lacks the figure (its M = 1 was not run, say) has no say in it."""
+        if self.figure not in row and "failed" not in row:
+            return False
+        if self.ms is None or self.shapes is None:
+            return "m" not in row
+        return row.get("m") in self.ms and (row["n"], row["k"]) in self.shapes
+
+    def met(self, row: Row) -> bool:
+        """Whether the row reaches it; a row that failed does not."""
+        value = row.get(self.figure)
+        if "failed" in row or value is None:
+            return False
+        return bool(value <= self.bound if self.sense == "<=" else value >= self.bound)
+
+
+TARGETS = (
+    Target("read_share", ">=", 0.85, "85% of read", (1,), FFN),
+    Target("read_share", ">=", 0.90, "90% of read", (1,), (HEAD,)),
+    Target("us", "<=", 5.0, "5.0 us", (1,), ((4096, 4096),)),
+    Target("us", "<=", 3.5, "3.5 us", (1,), (SMALL,)),
+    Target("times_m1", "<=", 1.20, "1.20x M=1", DECODE[1:], SHAPES),
+    Target("times_cublas", ">=", 2.0, "2.0x cuBLAS", (16,), BATCHED),
+    Target("times_cublas", ">=", 1.7, "1.7x cuBLAS", (32,), BATCHED),
+    Target("times_cublas", ">=", 1.3, "1.3x cuBLAS", (64,), BATCHED),
+    Target("times_cublas", ">=", 0.95, "0.95x cuBLAS", PREFILL, BATCHED),
+    Target("scratch_mb", "<=", 64.0, "64 MB scratch", PREFILL, BATCHED),
+    Target("copy_share", ">=", 0.70, "70% of copy"),
+)
+COLUMNS = (
+    ("M", "m", "{}", 5),
+    ("us", "us", "{:.2f}", 8),
+    ("int8", "int8_us", "{:.2f}", 8),
+    ("bf16", "bf16_us", "{:.2f}", 8),
+    ("GB/s", "gb_per_s", "{}", 6),
+    ("read", "read_share", "{:.0%}", 5),
+    ("TFLOP/s", "tflops", "{:.1f}", 8),
+    ("/M=1", "times_m1", "{:.2f}", 6),
+    ("cuBLAS", "cublas_us", "{:.1f}", 8),
+    ("x", "times_cublas", "{:.2f}", 6),
+    ("deq+", "dequantize_cublas_us", "{:.1f}", 8),
+    ("MB", "scratch_mb", "{:.1f}", 6),
+)
+HEADING = "".join(f"{title:>{width}}" for title, _, _, width in COLUMNS) + "".join(f"{p:>8}" for p in PEERS)
+LEGEND = """\
+us: the first mode asked for, int8 and bf16: forced; read: share of the read bandwidth; /M=1: times its own M=1;
+x: times as fast as cuBLAS; deq+: dequantising, then cuBLAS; MB: scratch memory; then peers' us"""
+
+
+def plan(
+    phase: str, *, quick: bool, only: re.Pattern[str], scales: Sequence[Scales]
+) -> Iterator[tuple[Shape, dict[Scales, list[Row]]]]:
+    """The shapes of a phase; for each the rows to time, by scale format, without figures yet."""
+    for shape in QUICK_SHAPES if quick else SHAPES:
+        if phase != "decode" and shape not in BATCHED:
+            continue
+        tables: dict[Scales, list[Row]] = {}
+        for each in scales:
+            rows: list[Row] = [{"n": shape[0], "k": shape[1], "m": m, "scales": each} for m in PHASES[phase]]
+            rows = [row for row in rows if (not quick or row["m"] in QUICK_MS) and only.search(label(row))]
+            if rows:
+                tables[each] = rows
+        if tables:
+            yield shape, tables
+
+
+def judge(row: Row) -> None:
+    """Adds the targets that apply to a row, and whether each is met."""
+    row["targets"] = [{"target": t.words, "met": t.met(row)} for t in TARGETS if t.applies(row)]
+
+
+def label(row: Row) -> str:
+    """What --only looks at: `21504x5376 M=1 bf16`, `gather 262144x5376 exact`."""
+    what = f"M={row['m']}" if "m" in row else ""
+    return " ".join(filter(None, (row.get("operation"), f"{row['n']}x{row['k']}", what, row["scales"])))
+
+
+def verdict(row: Row) -> str:
+    """Its targets, and why it failed if it did."""
+    words = [f"{t['target']} {'met' if t['met'] else 'MISSED'}" for t in row["targets"]]
+    return ", ".join(words) + (f"  FAILED {row['failed']}" if "failed" in row else "")
+
+
+def line(row: Row) -> str:
+    """A row of the table of linears."""
+    cells = [f"{'' if row.get(key) is None else form.format(row[key]):>{width}}" for _, key, form, width in COLUMNS]
+    cells += [f"{row['peers'].get(peer, ''):>8}" for peer in PEERS]
+    return f"{''.join(cells)}  {verdict(row)}".rstrip()
+
+
+def operation_line(row: Row) -> str:
+    """A row of the table of other operations."""
+    figures = "" if "failed" in row else f"{row['us']} us, {row['gb_per_s']} GB/s, {row['copy_share']:.0%} of copy"
+    return f"  {label(row)}: {figures}  {verdict(row)}"
+
+
+def summary(report: Row) -> str:
+    """How many targets are met, and every row that misses one or failed."""
+    rows = [*report["linear"], *report["operations"]]
+    targets = [target for row in rows for target in row["targets"]]
+    parts = [f"\n{sum(t['met'] for t in targets)} of {len(targets)} targets met; {report['seconds']:.0f} s"]
+    for row in rows:
+        missed = [target["target"] for target in row["targets"] if not target["met"]]
+        if missed or "failed" in row:
+            words = f"target {', '.join(missed)}" if missed else "no target"
+            parts.append(f"  {label(row)}: {row.get('failed') or _reached(row)} ({words})")
+    return "\n".join(parts)
+
+
+def _reached(row: Row) -> str:
+    forms = {
+        "us": "{} us",
+        "read_share": "{:.0%} of read",
+        "times_m1": "{} times its M=1",
+        "times_cublas": "{} x cuBLAS",
+        "scratch_mb": "{} MB",
+        "copy_share": "{:.0%} of copy",
+    }
+    return ", ".join(form.format(row[key]) for key, form in forms.items() if row.get(key) is not None)

@@ -1,0 +1,317 @@
+#!/usr/bin/env python3
+"""How fast is a whole model? Prints a table with targets and peers, and writes JSON.
+
+    python scripts/bench/bench_model.py [--scales bf16|exact] [--layers N] [--keep DIR] [--json FILE]
+                                        [--profile FILE]
+    python scripts/bench/bench_model.py --device cpu --shape tiny --contexts 8 --prompts 16 --tokens 4
+
+1. A GGUF as Llama 3.1 8B is made, every matrix Q6_K, its weights random; and converted.
+2. The bandwidth of a kernel that only reads.
+3. The bundle is loaded, twice, its files in the page cache: the second time counts, all kernels compiled.
+4. Decoding: whole runs of `--tokens` tokens after each of `--contexts`, tokens read by the host as they come; one
+   token at a time, the best, no stop token. Compiling, if any, and recording come before and are not counted.
+5. Prompts of each of `--prompts` tokens, from the call to the logits.
+6. With --profile: the kernels that ran in each of these, and the gaps between them.
+7. The rate of a bf16 product of 8192 x 8192 x 8192; last, as it heats the GPU.
+
+Rates are medians of `--rounds` runs. The roofline is what these bytes and products take at the measured bandwidth
+and rate. Memory is the most that torch's allocator had given out at once, from before loading to the end. Peers
+come from `peer_figures.json`, and are shown on the GPU that they were measured on. The JSON is written anew after
+each step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+import bench_model_rows as rows_of
+import kernel_timing as timing
+from bench_model_facts import held_bytes, load_the_classes, machine, needed_bytes, packed_bytes, read_all
+from bench_model_rows import Row
+from profile_kernels import profiled, table
+from q6k_convert import convert_gguf
+from q6k_convert.convert.plan import Options
+from q6k_kernels import load_model
+from q6k_kernels.generate.attention import Attention
+from q6k_kernels.generate.generator import Generator
+from q6k_kernels.ops.reference import Activations
+from synthetic_model import SHAPES, Shape, write_model
+
+PEER_FIGURES = Path(__file__).with_name("peer_figures.json")
+PROFILED_TOKENS = 32
+CAPACITY_STEP = 128
+"""Of the cache, whose slots attention kernels like in whole tiles."""
+
+
+class Bench:
+    """One run: the options it was started with, and what came out, in `report`."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._shape: Shape = SHAPES[args.shape].with_layers(args.layers or SHAPES[args.shape].layers)
+        self._device = torch.device(args.device)
+        self._on_gpu = self._device.type == "cuda"
+        self._whole = rows_of.is_whole(self._shape) and self._on_gpu
+        self._peers: list[Row] = []
+        self._started = time.perf_counter()
+        self._profiles: list[Row] = []
+        self.report: Row = {
+            "machine": machine(self._device),
+            "options": {key: value for key, value in vars(args).items() if key not in ("keep", "json", "profile")},
+            "shape": vars(self._shape),
+            "ceilings": {},
+            "phases": {},
+            "rows": [],
+        }
+        figures = json.loads(PEER_FIGURES.read_text(encoding="utf-8"))
+        if self.report["machine"].get("gpu") == figures["machine"]["gpu"]:
+            self._peers = [figure for figure in figures["whole_model"] if figure["peer"] == "llama.cpp"]
+
+    def run(self, folder: Path) -> None:
+        """Everything, printed as it comes; files go to `folder`."""
+        print(json.dumps(self.report["machine"]), flush=True)
+        bundle = self._bundle(folder)
+        if self._on_gpu:
+            with self._phase("bandwidth"):
+                nbytes = min(timing.READ_BYTES, torch.cuda.mem_get_info()[0] // 4) >> 12 << 12
+                self.report["ceilings"]["read_gb_per_s"] = timing.read_gb_per_s(nbytes)
+                torch.cuda.empty_cache()
+            print(json.dumps(self.report["ceilings"]))
+        model = self._loaded(bundle)
+        needed = max(*(n + self._args.tokens + 1 for n in self._args.contexts), *self._args.prompts)
+        capacity = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
+        how: dict[str, Any] = {"fused": True}
+        if not self._args.fused:
+            how = {"attention": self._args.attention, "compile": self._args.compile and self._on_gpu}
+        generator = Generator(model, capacity=capacity, **how)
+        packed = needed_bytes(model)
+        print(f"{rows_of.LEGEND}\n{rows_of.HEADING}")
+        for context in self._args.contexts:
+            self._decode(generator, context, packed)
+        for tokens in self._args.prompts:
+            self._prefill(generator, tokens, packed)
+        self._memory(model, generator)
+        if self._on_gpu:
+            with self._phase("matmul rate"):
+                self.report["ceilings"]["matmul_tflops"] = timing.matmul_tflops(8192)
+            for row in self.report["rows"]:
+                rows_of.judge(row, self.report["ceilings"], self._peers, whole=self._whole)
+        self.report["seconds"] = time.perf_counter() - self._started
+        self._save()
+
+    def _bundle(self, folder: Path) -> Path:
+        """Writes the model and converts it, unless an earlier run has."""
+        name = f"{self._shape.name}-{self._shape.layers}"
+        source, bundle = folder / f"{name}.gguf", folder / f"{name}-{self._args.scales}"
+        threads = len(os.sched_getaffinity(0))
+        if not source.exists():
+            with self._phase("write"):
+                write_model(source, self._shape, threads)
+        self.report["gguf_bytes"] = source.stat().st_size
+        if not bundle.exists():
+            with self._phase("convert"):
+                result = convert_gguf(source, bundle, Options(scales=self._args.scales))
+            self.report["convert"] = {"seconds": result.seconds, "gb_per_s": result.bytes_in / result.seconds / 1e9}
+            print(f"convert: {result.seconds:.2f} s, {result.bytes_in / result.seconds / 1e9:.2f} GB/s of GGUF")
+        with self._phase("read files"):
+            self.report["bundle_bytes"] = read_all(bundle)
+        return bundle
+
+    def _loaded(self, bundle: Path) -> Any:
+        """The model, loaded for the second time."""
+        if self._on_gpu:
+            torch.zeros(1, device=self._device)  # what CUDA takes to start
+            torch.cuda.reset_peak_memory_stats()
+        load_the_classes()
+        seconds = []
+        for name in ("load", "load again"):
+            model = None  # before there is another
+            gc.collect()
+            with self._phase(name):
+                start = time.perf_counter()
+                model = load_model(bundle, device=self._device, activations=self._args.activations)
+                self._wait()
+                seconds.append(time.perf_counter() - start)
+        self._load_peak = torch.cuda.max_memory_allocated() if self._on_gpu else None
+        row = {
+            "what": "load",
+            "first_seconds": seconds[0],
+            "seconds": seconds[1],
+            "gb_per_s": self.report["bundle_bytes"] / seconds[1] / 1e9,
+        }
+        self._add(row, rows_of.load_line)
+        return model
+
+    def _decode(self, generator: Generator, context: int, packed: int) -> None:
+        prompt = self._prompt(context)
+        # The first of the tokens was chosen by prefill; so it takes one more.
+        count = self._args.tokens + 1
+
+        def prepare() -> None:
+            generator.reset()
+            generator.prefill(prompt)
+            generator.prepare(count)
+
+        def decode() -> None:
+            for _ in generator.generate(count):
+                pass
+
+        with self._phase(f"record, decode @{context}"):
+            prepare()
+            decode()
+        with self._phase(f"decode @{context}"):
+            ms, gpu_ms = self._timed(decode, prepare)
+        self._add(rows_of.decode_row(self._shape, context, self._args.tokens, packed, ms, gpu_ms), rows_of.line)
+        if self._args.profile:
+            prepare()
+            steps = min(PROFILED_TOKENS, self._args.tokens)
+            self._profile(lambda: [*generator.generate(steps + 1)], f"decode @{context}, {steps} tokens", steps)
+
+    def _prefill(self, generator: Generator, tokens: int, packed: int) -> None:
+        prompt = self._prompt(tokens)
+        with self._phase(f"prefill {tokens}"):
+            for _ in range(2):
+                generator.reset()
+                generator.prefill(prompt)
+            ms, gpu_ms = self._timed(lambda: generator.prefill(prompt), generator.reset)
+        self._add(rows_of.prefill_row(self._shape, tokens, packed, ms, gpu_ms), rows_of.line)
+        if self._args.profile:
+            generator.reset()
+            self._profile(lambda: generator.prefill(prompt), f"prefill {tokens}", tokens)
+
+    def _timed(self, work: Callable[[], object], before: Callable[[], object]) -> tuple[list[float], list[float]]:
+        """Milliseconds of each round, by the host's clock and the GPU's; `before` comes before each, uncounted."""
+        ms, gpu_ms = list[float](), list[float]()
+        for _ in range(self._args.rounds):
+            before()
+            self._wait()
+            marks = [_mark(), _mark()] if self._on_gpu else []
+            start = time.perf_counter()
+            if marks:
+                marks[0].record()
+            work()
+            if marks:
+                marks[1].record()
+            self._wait()
+            ms.append((time.perf_counter() - start) * 1e3)
+            if marks:
+                gpu_ms.append(marks[0].elapsed_time(marks[1]))
+        return ms, gpu_ms
+
+    def _profile(self, work: Callable[[], object], name: str, steps: int) -> None:
+        with self._phase(f"profile {name}"):
+            found = profiled(work, name, steps)
+        print(table(found), flush=True)
+        self._profiles.append(found)
+        _write(self._args.profile, self._profiles)
+
+    def _memory(self, model: nn.Module, generator: Generator) -> None:
+        packed = packed_bytes(model)
+        row: Row = {"what": "memory", "packed_bytes": packed, "kv_bytes": generator.cache.nbytes}
+        row["held_bytes"] = held_bytes(model)
+        row["capacity"] = generator.capacity
+        if self._on_gpu:
+            peak = torch.cuda.max_memory_allocated()
+            row |= {
+                "load_peak_bytes": self._load_peak,
+                "peak_bytes": peak,
+                "reserved_bytes": torch.cuda.max_memory_reserved(),
+                "share_of_packed": peak / packed,
+                "share_of_needed": peak / (packed + row["kv_bytes"]),
+            }
+        self._add(row, rows_of.memory_line)
+
+    def _prompt(self, tokens: int) -> list[int]:
+        ids = random.Random(tokens)  # noqa: S311 -- any will do
+        return [ids.randrange(self._shape.vocabulary) for _ in range(tokens)]
+
+    def _add(self, row: Row, line: Callable[[Row], str]) -> None:
+        rows_of.judge(row, self.report["ceilings"], self._peers, whole=self._whole)
+        self.report["rows"].append(row)
+        print(line(row), flush=True)
+        self._save()
+
+    def _wait(self) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize()
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Prints when it begins, so that a run that is cut off still tells where; keeps how long it takes."""
+        start = time.perf_counter()
+        print(f"[{start - self._started:6.1f} s] {name}", flush=True)
+        yield
+        self.report["phases"][name] = time.perf_counter() - start
+        self._save()
+
+    def _save(self) -> None:
+        _write(self._args.json, self.report)
+
+
+def _mark() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _write(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default=rows_of.MODEL)
+    add("--layers", type=int, metavar="N", help="another number of layers than the shape has: for tuning")
+    add("--scales", choices=("bf16", "exact"), default="bf16")
+    add("--device", choices=("cuda", "cpu"), default="cuda")
+    add("--activations", choices=get_args(Activations), default="auto")
+    add("--fused", action=argparse.BooleanOptionalAction, default=True, help="our own decoding steps")
+    add("--attention", choices=get_args(Attention), default="plain", help="of steps that are not")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="such steps, on a GPU")
+    add("--contexts", type=int, nargs="+", default=[512, 2043], metavar="N", help="tokens before those decoded")
+    add("--prompts", type=int, nargs="+", default=[512, 2048], metavar="N", help="tokens of the prompts")
+    add("--tokens", type=int, default=128, help="to decode")
+    add("--rounds", type=int, default=5)
+    add("--keep", type=Path, metavar="DIR", help="leave the GGUF and the bundle there, and take them if they are")
+    add("--json", type=Path, default=Path("bench-model.json"), metavar="FILE")
+    add("--profile", type=Path, metavar="FILE.json", help="profile each, and write the figures there")
+    args = parser.parse_args(arguments)
+    numbers = [*args.contexts, *args.prompts, args.tokens, args.rounds, args.layers or 1]
+    if min(numbers) < 1:
+        parser.error(f"contexts, prompts, tokens, rounds and layers: expected 1 or more, found {min(numbers)}")
+    if args.profile and args.device == "cpu":
+        parser.error("--profile is of kernels: it needs --device cuda")
+    return args
+
+
+def main() -> None:
+    """Parses, runs, prints, writes."""
+    args = parsed()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("bench_model: torch sees no CUDA GPU; --device cpu --shape tiny shows what is measured")
+    bench = Bench(args)
+    if args.keep:
+        args.keep.mkdir(parents=True, exist_ok=True)
+        bench.run(args.keep)
+    else:
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=Path()) as folder:
+            bench.run(Path(folder))
+    print(rows_of.summary(bench.report))
+
+
+if __name__ == "__main__":
+    main()

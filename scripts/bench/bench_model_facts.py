@@ -1,0 +1,68 @@
+"""What bench_model.py asks of the machine, the bundle and the model."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bench_model_rows import Row
+from q6k_kernels import Q6KEmbedding, Q6KLinear
+
+READ_PIECE = 64 << 20
+
+
+def machine(device: torch.device) -> Row:
+    """What the figures were measured on."""
+    import transformers
+
+    row: Row = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        row |= {"gpu": gpu.name, "memory_gb": round(gpu.total_memory / 1e9), "cuda": torch.version.cuda}
+    return row
+
+
+def load_the_classes() -> None:
+    """What transformers imports for the first model, before loading is timed."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        config = AutoConfig.for_model("llama", hidden_size=16, num_hidden_layers=1, num_attention_heads=1)
+        AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+
+
+def read_all(bundle: Path) -> int:
+    """Reads a bundle's arrays once, for the page cache; returns their bytes."""
+    total, buffer = 0, bytearray(READ_PIECE)
+    for path in sorted(bundle.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                total += count
+    return total
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Of all packed weights, what is shared counted once."""
+    layers = [module for module in model.modules() if isinstance(module, Q6KLinear | Q6KEmbedding)]
+    return sum({layer.tiles.data_ptr(): layer.tiles.nbytes for layer in layers}.values())
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Of all parameters and buffers, what is shared counted once."""
+    return sum({each.data_ptr(): each.nbytes for each in (*model.parameters(), *model.buffers())}.values())
+
+
+def needed_bytes(model: nn.Module) -> int:
+    """Of packed weights that a token needs: all linear layers, and its row of the embedding."""
+    linear = sum(module.tiles.nbytes for module in model.modules() if isinstance(module, Q6KLinear))
+    embeddings = [module for module in model.modules() if isinstance(module, Q6KEmbedding)]
+    return linear + sum(each.tiles.nbytes // each.num_embeddings for each in embeddings)

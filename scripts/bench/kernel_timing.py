@@ -1,0 +1,200 @@
+"""Timing on a GPU: CUDA graphs over calls on rotated data, the machine's ceilings, random packed weights.
+
+Work is captured once and replayed, so no time of Python or of launching is in it. Weights are rotated: a
+graph goes over as many copies as it takes to pass four times the L2, so that none is found there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import struct
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from q6k_kernels.bundle.storage import Scales
+from q6k_kernels.formats import tiles as prepack
+from q6k_kernels.jit import loader
+from q6k_kernels.ops.reference import TILE_ROWS
+
+REPLAYS = 7
+WARM_UP = 2
+SETTLE_SECONDS = 0.02
+"""Of replays before the first of several figures, so that the GPU's clock is what these calls make it."""
+GRAPH_MICROSECONDS = 1500
+"""A graph takes about as long at least, beside which its own launch does not count."""
+MOST_CALLS = 400
+L2_PASSES = 4
+READ_BYTES = 4 << 30
+READ_ALL = """
+extern "C" __global__ void read_all(const uint4* data, u64 count, u32* out) {
+  const u64 stride = (u64)gridDim.x * blockDim.x;
+  u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  u32 sum = 0;
+  for (; at + (UNROLL - 1) * stride < count; at += UNROLL * stride) {
+    uint4 v[UNROLL];
+#pragma unroll
+    for (int i = 0; i < UNROLL; ++i) {
+      asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(v[i].x), "=r"(v[i].y), "=r"(v[i].z), "=r"(v[i].w)
+                   : "l"(data + at + i * stride));
+    }
+#pragma unroll
+    for (int i = 0; i < UNROLL; ++i) sum += v[i].x ^ v[i].y ^ v[i].z ^ v[i].w;
+  }
+  for (; at < count; at += stride) sum += data[at].x ^ data[at].y ^ data[at].z ^ data[at].w;
+  if (sum == 0xDEADBEEF) *out = sum;  // hardly ever; but the compiler cannot know
+}
+"""
+
+
+def generator() -> torch.Generator:
+    """The one source of random numbers, seeded alike in every run."""
+    return torch.Generator("cuda").manual_seed(0)
+
+
+def random_tiles(n: int, k: int, scales: Scales) -> Tensor:
+    """A packed weight (N, K), N a multiple of 16, of random codes, its scales as real models have them.
+
+    Returns:
+        uint8 (N/16, K/256, tile_bytes), every code and sub-scale equally likely, d normal around 2e-5.
+    """
+    if n % TILE_ROWS:
+        raise ValueError(f"n: expected a multiple of {TILE_ROWS}, found {n}")
+    random = generator()
+    shape = prepack.tiles_shape((n, k), scales)
+    tiles = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda", generator=random)
+    d = torch.randn(*shape[:2], 16, device="cuda", generator=random) * 2e-5
+    if scales == "exact":
+        tiles[..., -32:] = d.half().view(torch.uint8)
+    else:
+        sub_scales = torch.randint(-128, 128, (*shape[:2], 16, 16), device="cuda", generator=random)
+        values = (d.half().float().unsqueeze(-1) * sub_scales).bfloat16()
+        tiles[..., -512:] = values.flatten(2).view(torch.uint8)
+    return tiles
+
+
+def dense(tiles: Tensor, n: int) -> Tensor:
+    """The weights of tiles in bf16 (N, K), by plain torch: the measure of a quick check."""
+    parts = []
+    for at in range(0, n, 2048):
+        q, s = prepack.codes_and_scales(tiles, slice(at, min(at + 2048, n)))
+        parts.append((q.view(*s.shape, 16) * s.unsqueeze(-1)).flatten(1).bfloat16())
+    return torch.cat(parts)
+
+
+def rotated(tensor: Tensor) -> list[Tensor]:
+    """Copies of a tensor, itself the first, that together pass `L2_PASSES` times the L2, two at least."""
+    l2: int = torch.cuda.get_device_properties(tensor.device).L2_cache_size
+    count = max(2, math.ceil(L2_PASSES * l2 / tensor.nbytes))
+    return [tensor, *(tensor.clone() for _ in range(count - 1))]
+
+
+def time_calls(
+    calls: Sequence[Callable[[], object]], guess_us: float, *, keep: bool = False, settle: bool = False
+) -> float:
+    """Microseconds of one call: the median replay of a graph that makes all calls, in turn.
+
+    Args:
+        calls: what to make; those over rotated data come whole rounds.
+        guess_us: about how long one takes at least: decides how many rounds make a graph long enough.
+        keep: let all results of a graph live until its end, so that none lies where the last did.
+        settle: replay for `SETTLE_SECONDS` before, as the first of several figures.
+    """
+    rounds = max(1, math.ceil(min(GRAPH_MICROSECONDS / guess_us, MOST_CALLS) / len(calls)))
+    sequence = list(itertools.chain.from_iterable([calls] * (1 if keep else rounds)))
+    torch.cuda.synchronize()
+    with torch.cuda.stream(_stream()):
+        calls[0]()
+        calls[-1]()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin()
+        try:
+            kept = []
+            for call in sequence:
+                result = call()
+                if keep:
+                    kept.append(result)
+        finally:
+            graph.capture_end()
+        marks = [_mark() for _ in range(WARM_UP + REPLAYS + 1)]
+        settled = time.perf_counter() + (SETTLE_SECONDS if settle else 0)
+        while time.perf_counter() < settled:
+            graph.replay()
+            torch.cuda.synchronize()
+        marks[0].record()
+        for mark in marks[1:]:
+            graph.replay()
+            mark.record()
+        torch.cuda.synchronize()
+    times = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)][WARM_UP:]
+    del kept
+    graph.reset()
+    return float(statistics.median(times)) * 1000 / len(sequence)
+
+
+@cache
+def _stream() -> torch.cuda.Stream:
+    """One for all, as cuBLAS takes a workspace for each."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
+def _mark() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def scratch_bytes(call: Callable[[], Tensor]) -> tuple[int, int]:
+    """What a call takes from torch's allocator beside its result: the most while it runs, and for good."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    most, after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    return most - before - result.nbytes, after - before - result.nbytes
+
+
+def read_gb_per_s(nbytes: int) -> float:
+    """What a kernel that only reads reaches: the best of some launch shapes, each the median of its runs."""
+    data = torch.randint(0, 1 << 31, (nbytes // 8,), dtype=torch.int64, device="cuda", generator=generator())
+    out = torch.empty(1, dtype=torch.int32, device="cuda")
+    arguments = struct.pack("QQQ", data.data_ptr(), data.nbytes // 16, out.data_ptr())
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    times = []
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "common.cuh").write_text("typedef unsigned int u32; typedef unsigned long long u64;\n")
+        Path(folder, "read_all.cuh").write_text(READ_ALL)
+        for unroll, threads, blocks in itertools.product((4, 8), (512, 1024), (1, 2)):
+            defines = (("UNROLL", unroll),)
+            kernel = loader.load(
+                "read_all.cuh", "read_all", defines, torch.cuda.current_device(), sources=Path(folder)
+            )
+            grid = (processors * blocks * 1024 // threads, 1, 1)
+
+            def call(
+                kernel: loader.Kernel = kernel, grid: tuple[int, int, int] = grid, threads: int = threads
+            ) -> None:
+                kernel.launch(grid, threads, arguments, stream=torch.cuda.current_stream().cuda_stream)
+
+            times.append(time_calls([call], nbytes / 5e6))
+    return data.nbytes / min(times) / 1e3
+
+
+def copy_gb_per_s(nbytes: int) -> float:
+    """What a copy on the device reaches, bytes read and bytes written together."""
+    source = torch.randint(0, 1 << 31, (nbytes // 8,), dtype=torch.int64, device="cuda", generator=generator())
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / time_calls([lambda: target.copy_(source)], nbytes / 2e6) / 1e3
+
+
+def matmul_tflops(size: int) -> float:
+    """What cuBLAS reaches in a square product of random bf16."""
+    a, b = (torch.randn(size, size, device="cuda", generator=generator()).bfloat16() for _ in range(2))
+    return 2 * size**3 / time_calls([lambda: a @ b.T] * 10, 2 * size**3 / 1e9) / 1e6

@@ -1,0 +1,340 @@
+"""From a GGUF file to a bundle that can be shipped, step by step, for CI.
+
+    scripts/ci_export MODEL OUT [--skip STEP]...
+
+MODEL is a GGUF file, or the name of one on the Hugging Face Hub (ORG/REPO[@REVISION]:QUANTISATION). The steps:
+
+    download     what the Hub has and the cache has not
+    convert      OUT/bundle
+    verify       the bundle: structure, checksums, every tensor against MODEL, the operations on a device
+    answer       the model reads a text and goes on with it: perplexity and repetition have to stay in bounds
+    export       OUT/model.pt2, a program that runs without Python, where a GPU is to run it
+    provenance   OUT/provenance.spdx.json: files, their hashes, what they were made of and by
+    checksums    OUT/SHA256SUMS, for `sha256sum -c`
+
+OUT/report.json says what came of each. Nothing is asked. A step that was done, and whose inputs and outputs are as
+they were, is not done again; so a run that was cut short goes on, and one too many does nothing. Exit codes are
+q6k-convert's: an answer out of bounds is 5, as is a failed verification.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ci_files import sha256, stamps, write
+from q6k_convert import __version__
+from q6k_convert.cli import contents
+from q6k_convert.cli.reporting import peak_memory, reporting
+from q6k_convert.cli.terminal import Terminal
+from q6k_convert.convert.pipeline import default_jobs
+from q6k_convert.convert.pipeline import run as run_conversion
+from q6k_convert.convert.plan import Options, make_plan
+from q6k_convert.errors import ExitCode, UsageError
+from q6k_convert.gguf.model import open_gguf
+from q6k_convert.hub.fetch import resolve
+from q6k_kernels.bundle import manifest as manifests
+from sanity import PROMPT
+
+Row = dict[str, Any]
+STEPS = ("download", "convert", "verify", "answer", "export", "provenance", "checksums")
+STATE = ".ci_export.json"
+REPORT, PROVENANCE, CHECKSUMS = "report.json", "provenance.spdx.json", "SHA256SUMS"
+PROGRAM = "model.pt2"
+
+
+class Export:
+    """One run: what is known of the steps, and what came of them."""
+
+    def __init__(self, args: argparse.Namespace, terminal: Terminal) -> None:
+        self.args, self.terminal = args, terminal
+        self.out: Path = args.out
+        self.bundle = self.out / "bundle"
+        self.did = list[str]()
+        self.step = "download"
+        self.source = Path()
+        self.download: Row = {}
+        self.state: Row = {}
+
+    def run(self) -> None:
+        """All steps that are not skipped; then the report.
+
+        Raises:
+            typer.Exit: the bundle or the model is not right.
+            Q6KConvertError, BundleError, ModelError, OSError: as the commands do.
+        """
+        self.state = self._read_state()
+        try:
+            # Without it no later step knows what it works on; skipped, it fetches nothing.
+            self._download()
+            for name in STEPS[1:]:
+                self._step(name)
+        except typer.Exit:
+            raise
+        except Exception as error:
+            self._report({"step": self.step, "error": str(error)})
+            raise
+        if self.did or not (self.out / REPORT).exists():
+            self._report(None)
+            self.terminal.note(f"done: {', '.join(self.did) or 'the report'}; see {self.out / REPORT}")
+        else:
+            self.terminal.note(f"nothing to do: {self.out} is up to date")
+
+    def _step(self, name: str) -> None:
+        self.step = name
+        if name in self.args.skip:
+            self.terminal.note(f"{name}: skipped")
+        elif self._is_done(name):
+            self.terminal.note(f"{name}: done before")
+        else:
+            self.terminal.note(f"{name}: begins")
+            self.did.append(name)
+            # What speaks of a state that is no more; the bundle itself is replaced once the new one is whole.
+            for stale in (REPORT, *((PROGRAM, PROVENANCE, CHECKSUMS) if name == "convert" else ())):
+                (self.out / stale).unlink(missing_ok=True)
+            self.state.pop(name, None)
+            self._write_state()
+            key = self._key(name)
+            work: Callable[[], Row] = getattr(self, f"_{name}")
+            result = work()
+            if result.get("status") == "failed":
+                self._report({"step": name, "result": result})
+                raise typer.Exit(int(ExitCode.VERIFICATION_FAILED))
+            self.state[name] = {"inputs": key, "outputs": self._outputs(name), "result": result}
+            self._write_state()
+
+    def _is_done(self, name: str) -> bool:
+        known = self.state.get(name)
+        return (
+            isinstance(known, dict)
+            and known.get("inputs") == self._key(name)
+            and known.get("outputs") == self._outputs(name)
+        )
+
+    # Steps
+
+    def _download(self) -> None:
+        found = resolve(
+            self.args.model,
+            self.terminal.note,
+            self.terminal.progress,
+            download="download" not in self.args.skip,
+        )
+        if found.path is None:
+            raise UsageError(
+                f"{self.args.model} is not in the cache, and --skip download was given", "Leave it out."
+            )
+        self.source = found.path
+        self.download = found.document.get("download", {})
+        if self.download.get("bytes_to_download"):
+            self.did.append("download")
+
+    def _convert(self) -> Row:
+        args = self.args
+        # What an earlier run of this script put there may be replaced by this one.
+        force = args.force or bool(self.state.get("made_bundle"))
+        with open_gguf(self.source) as model:
+            plan = make_plan(model, Options(args.scales, args.other))
+            self.terminal.plan(contents.plan_contents(plan))
+            with self.terminal.progress(plan.bytes_in, "converting") as progress:
+                result = run_conversion(plan, self.bundle, jobs=default_jobs(), force=force, progress=progress)
+        self.state["made_bundle"] = True
+        row = contents.result_contents(result, 0)
+        names = ("tensors_planar", "tensors_other", "tensors_skipped", "bytes_in", "bytes_out", "bits_per_weight")
+        return {"options": result.manifest.options, **{name: row[name] for name in names}}
+
+    def _verify(self) -> Row:
+        from q6k_convert.verify.stages import verify
+
+        run = verify(
+            self.bundle,
+            source=self.source,
+            device=self.args.device,
+            jobs=default_jobs(),
+            progress=self.terminal.progress,
+        )
+        row = contents.verification_contents(run, peak_memory())
+        self.terminal.verification(row, all_tensors=False)
+        stages = [{name: stage[name] for name in ("stage", "state", "detail")} for stage in row["stages"]]
+        return {
+            "status": row["status"],
+            "stages": stages,
+            "findings": row["findings"],
+            "source_totals": row["source_totals"],
+        }
+
+    def _answer(self) -> Row:
+        from sanity import answer
+
+        return answer(self.bundle, self.args, self.terminal)
+
+    def _export(self) -> Row:
+        from q6k_convert.run.export_command import Request, run
+
+        reason = self._no_program()
+        if reason is not None:
+            (self.out / PROGRAM).unlink(missing_ok=True)  # of an earlier run, elsewhere
+            self.terminal.note(f"export: nothing to do, {reason}")
+            return {"status": "left out", "reason": reason}
+        args = self.args
+        request = Request(self.bundle, self.out / PROGRAM, args.capacity, args.device, force=True)
+        row = run(request, self.terminal.note, self.terminal.progress)
+        names = ("device", "capability", "dtype", "torch", "capacity", "stretch", "bytes", "operations", "check")
+        return {"file": PROGRAM, **{name: row[name] for name in names}}
+
+    def _no_program(self) -> str | None:
+        """Why no program is made, if none is."""
+        from q6k_convert.verify.device_stage import missing_for_cuda
+
+        if self.args.export == "always":
+            return None
+        if self.args.device == "cpu":
+            return "as --device is cpu"
+        missing = missing_for_cuda()
+        return missing.what if missing else None
+
+    def _provenance(self) -> Row:
+        from spdx import hashed, provenance
+
+        manifest = manifests.read(self.bundle)
+        with open_gguf(self.source) as model:
+            parts = [part.path for part in model.parts]
+            words = model.value("general.license", "")
+        epoch = os.environ.get("SOURCE_DATE_EPOCH")
+        if epoch is not None and not (epoch.isdecimal() and int(epoch) < 1 << 37):
+            raise UsageError(f"SOURCE_DATE_EPOCH is {epoch!r}, expected seconds since 1970", "Set or unset it.")
+        files = sorted([*manifest.files, manifests.NAME])
+        document = provenance(
+            parts[0].name.removesuffix(".gguf"),
+            [hashed(path, name) for name, path in self._made(files).items()],
+            [hashed(path, path.name) for path in parts],
+            origin=self.download or None,
+            license_words=words if isinstance(words, str) else "",
+            options=manifest.options,
+            version=__version__,
+            epoch=None if epoch is None else int(epoch),
+        )
+        write(self.out / PROVENANCE, document)
+        return {"file": PROVENANCE, "namespace": document["documentNamespace"]}
+
+    def _checksums(self) -> Row:
+        lines = [f"{sha256(path)}  {name}\n" for name, path in self._listed().items()]
+        write(self.out / CHECKSUMS, "".join(lines))
+        return {"file": CHECKSUMS, "files": len(lines)}
+
+    # What is known
+
+    def _listed(self) -> dict[str, Path]:
+        """The files that checksums are of, by their names in OUT."""
+        made = self._made(path.name for path in self.bundle.iterdir())
+        more = {PROVENANCE: self.out / PROVENANCE} if (self.out / PROVENANCE).exists() else {}
+        return dict(sorted((made | more).items()))
+
+    def _made(self, files: Iterable[str]) -> dict[str, Path]:
+        """The bundle's files, and the program if there is one, by their names in OUT."""
+        names = [*(f"bundle/{name}" for name in files), *([PROGRAM] if (self.out / PROGRAM).exists() else [])]
+        return {name: self.out / name for name in names}
+
+    def _key(self, step: str) -> str:
+        """A hash of what a step depends on."""
+        args = self.args
+        with open_gguf(self.source) as model:
+            source = [[part.path.name, part.size, part.stat.st_mtime_ns] for part in model.parts]
+        bundle = stamps(self.bundle.iterdir()) if self.bundle.is_dir() else []
+        program = stamps([self.out / PROGRAM])
+        where = {name: self.download.get(name) for name in ("hub", "repository", "commit")}
+        parts: dict[str, list[Any]] = {
+            "convert": [source, args.scales, args.other],
+            "verify": [source, bundle, args.device],
+            "answer": [
+                bundle, args.device, args.prompt, args.max_new_tokens, args.max_perplexity, args.max_repetition
+            ],
+            "export": [bundle, args.device, args.capacity, self._no_program() if step == "export" else None],
+            "provenance": [source, bundle, program, where, os.environ.get("SOURCE_DATE_EPOCH")],
+            "checksums": [stamps(self._listed().values())] if self.bundle.is_dir() else [],
+        }  # fmt: skip
+        return hashlib.sha256(json.dumps([__version__, step, parts[step]]).encode()).hexdigest()
+
+    def _outputs(self, step: str) -> list[Any]:
+        """What a step's outputs look like now."""
+        if step == "convert":
+            return stamps(self.bundle.iterdir()) if self.bundle.is_dir() else []
+        files = {"export": PROGRAM, "provenance": PROVENANCE, "checksums": CHECKSUMS}
+        return stamps([self.out / files[step]]) if step in files else []
+
+    def _read_state(self) -> Row:
+        try:
+            state = json.loads((self.out / STATE).read_bytes())
+        except (FileNotFoundError, ValueError):  # none, or cut short: every step is to be done
+            return {}
+        return state if isinstance(state, dict) else {}
+
+    def _write_state(self) -> None:
+        write(self.out / STATE, self.state)
+
+    def _report(self, failure: Row | None) -> None:
+        known = [name for name in STEPS if name in self.state and self._is_done(name)]
+        steps = {name: self.state[name]["result"] for name in known}
+        if self.download:
+            of = {name: self.download[name] for name in ("hub", "repository", "revision", "commit")}
+            steps = {"download": of} | steps
+        report = {
+            "status": "failed" if failure else "passed",
+            "producer": f"q6k-convert {__version__}",
+            "model": self.args.model if self.download else self.source.name,
+            "skipped": [name for name in STEPS if name in self.args.skip],
+            "steps": steps,
+        }
+        write(self.out / REPORT, report | ({"failure": failure} if failure else {}))
+
+
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        prog="ci_export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a GGUF file, or its name on the Hub")
+    add("out", metavar="OUT", type=Path, help="a directory, new or of an earlier run")
+    add("--skip", action="append", choices=STEPS, default=[], metavar="STEP", help="leave it out; repeatable")
+    add("--scales", choices=("bf16", "exact"), default="bf16")
+    add("--other", choices=("bf16", "raw", "skip", "error"), default="bf16")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="for verify, answer and export")
+    add("--prompt", default=PROMPT, metavar="TEXT", help="what the model reads; by default a well-known sentence")
+    add("--max-new-tokens", type=int, default=48, metavar="N", help="of the answer")
+    add("--max-perplexity", type=float, default=100.0, metavar="P", help="of the prompt")
+    add("--max-repetition", type=float, default=0.9, metavar="R", help="share of tokens that were there before")
+    add("--export", choices=("auto", "always"), default="auto", help="auto: only if --device finds a GPU")
+    add("--capacity", type=int, metavar="N", help="tokens that the program has room for; as `q6k-convert export`")
+    add("--force", action="store_true", help="replace a bundle in OUT that this script did not make")
+    add("--quiet", action="store_true", help="errors only")
+    add("--verbose", action="store_true", help="the traceback of an error")
+    args = parser.parse_args(arguments)
+    if args.max_new_tokens < 1:
+        parser.error("--max-new-tokens: expected 1 or more")
+    if args.capacity is not None and args.capacity < 8:
+        parser.error("--capacity: expected 8 or more")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parses, runs; returns the exit code."""
+    args = parsed(arguments)
+    try:
+        with reporting(False, args.quiet, args.verbose) as terminal:
+            Export(args, terminal).run()
+    except typer.Exit as stopped:
+        return stopped.exit_code
+    return int(ExitCode.DONE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

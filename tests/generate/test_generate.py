@@ -1,0 +1,215 @@
+"""Generating on the CPU: tokens and logits against transformers' own, with tiny random models of every family."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from families import ANSWER, FAMILIES, PROMPT, VOCABULARY, WINDOW, expected, prompt, tiny
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from q6k_kernels.errors import UnsupportedModelError
+from q6k_kernels.generate import mailbox, recording
+from q6k_kernels.generate.generator import CapacityError, Generator, NotFiniteError
+from q6k_kernels.generate.kv_cache import SLACK
+from q6k_kernels.generate.sampling import choose, gumbel_noise
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [*((family, "sdpa") for family in FAMILIES), ("gemma3", "plain"), ("gemma2", "flex")],
+)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_best_tokens_are_those_of_transformers(family: str, attention: Any) -> None:
+    model, before = tiny(family), tiny(family).config._attn_implementation
+    generator = Generator(model, capacity=PROMPT + ANSWER, attention=attention)
+    logits = generator.prefill(prompt())
+    torch.testing.assert_close(logits, model(torch.tensor([prompt()])).logits[0, -1], atol=3e-5, rtol=0)
+    answer = list(generator.generate(ANSWER))
+    assert answer == expected(family)
+    assert (generator.length, generator.stop_reason) == (PROMPT + ANSWER, "length")
+    # And of one pass over the whole text, without any cache: the ring has wrapped by then.
+    whole = model(torch.tensor([prompt() + answer])).logits[0, PROMPT - 1 : -1]
+    assert whole.argmax(dim=-1).tolist() == answer
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3"])
+@pytest.mark.parametrize("stretch", [1, WINDOW, 9])
+def test_a_prompt_in_stretches_is_the_prompt_at_once(family: str, stretch: int) -> None:
+    ids = prompt(100)  # longer than a ring of window and slack
+    generator = Generator(tiny(family), capacity=120, stretch=stretch)
+    whole = tiny(family)(torch.tensor([ids])).logits[0, -1]
+    torch.testing.assert_close(generator.prefill(ids), whole, atol=3e-5, rtol=0)
+    at_once = Generator(tiny(family), capacity=120)
+    at_once.prefill(ids)
+    assert list(generator.generate(20)) == list(at_once.generate(20))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("lag", [0, 8])
+def test_steps_too_many_leave_no_trace(family: str, lag: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mailbox.Mailbox, "lag", lag)  # as on a GPU, where tokens are read late
+    first, more = expected(family)[:60], prompt(7)
+    generator = Generator(tiny(family), capacity=200)
+    generator.prefill(prompt())
+    tokens = generator.generate(120)
+    assert [next(tokens) for _ in first] == first
+    tokens.close()
+    whole = tiny(family)(torch.tensor([prompt() + first + more])).logits[0, -1]
+    torch.testing.assert_close(generator.prefill(more), whole, atol=3e-5, rtol=0)
+    assert generator.length == PROMPT + 60 + 7
+
+
+def test_a_stop_token_ends_the_answer_and_is_not_given() -> None:
+    answer = expected("llama")
+    stop = answer[12]
+    end = answer.index(stop)
+    generator = Generator(tiny("llama"), capacity=200)
+    generator.prefill(prompt())
+    assert list(generator.generate(ANSWER, stop={stop, VOCABULARY + 5})) == answer[:end]
+    assert generator.stop_reason == "stop"
+    assert generator.length == PROMPT + end + 1
+    generator.reset()
+    generator.prefill(prompt())
+    assert list(generator.generate(ANSWER)) == answer
+
+
+def test_a_cache_of_several_lengths_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "SMALLEST_BUCKET", 16)
+    generator = Generator(tiny("gemma3"), capacity=2 * (PROMPT + ANSWER))
+    generator.prefill(prompt())
+    assert list(generator.generate(ANSWER)) == expected("gemma3")
+    assert sorted(generator._recorder.made) == [(64, 1), (168, 1)]
+    generator.reset()
+    generator.prefill(prompt(5))
+    generator.prepare(20)
+    assert (16, 1) in generator._recorder.made
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on the CPU")
+def test_compiled_steps_choose_the_same() -> None:
+    torch.compiler.reset()
+    generator = Generator(tiny("gemma3"), capacity=PROMPT + ANSWER, attention="plain", compile=True)
+    generator.prefill(prompt())
+    assert list(generator.generate(ANSWER)) == expected("gemma3")
+
+
+@pytest.mark.parametrize("family", ["qwen2-sliding", "gemma2"])
+def test_the_step_is_one_graph(family: str) -> None:
+    torch.compiler.reset()
+    generator = Generator(tiny(family), capacity=64)
+    generator.prefill(prompt())
+    tokens = [int(generator._token)]
+    with generator._our_attention():
+        step = torch.compile(generator.step, backend="eager", fullgraph=True, dynamic=False)
+        for _ in range(30):
+            step(64)
+            tokens.append(int(generator._token))
+    assert tokens == expected(family)[:31]
+
+
+def test_a_seed_decides_and_nothing_else() -> None:
+    def answer(seed: int, **more: Any) -> list[int]:
+        generator = Generator(tiny("llama"), capacity=64, temperature=1.5, seed=seed, **more)
+        generator.prefill(prompt())
+        return list(generator.generate(30))
+
+    assert answer(3) == answer(3) == answer(3, stretch=4)
+    assert len({tuple(answer(seed)) for seed in range(4)}) == 4
+    assert answer(0) != expected("llama")[:30]
+
+
+def test_choices_follow_the_softmax() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -30.0, 1.5]])
+    seed, temperature = torch.tensor([7]), torch.tensor([0.8])
+    draws = 4_000
+    chosen = [int(choose(logits, torch.tensor([at]), seed, temperature)) for at in range(draws)]
+    counts = torch.bincount(torch.tensor(chosen), minlength=6).double()
+    share = torch.softmax(logits[0].double() / 0.8, dim=0) * draws
+    assert counts[4] == 0
+    likely = share > 5
+    chi_square = float(((counts - share)[likely] ** 2 / share[likely]).sum())
+    assert chi_square < 20.5  # of 4 degrees of freedom, passed by 0.04% of honest draws
+    # Neighbours in position are independent: pairs of the two likeliest come as often as their product says.
+    pairs = sum(a == 0 and b == 0 for a, b in pairwise(chosen)) / draws
+    assert abs(pairs - float(share[0] / draws) ** 2) < 0.02
+
+
+def test_noise_is_gumbels_in_every_way_of_counting() -> None:
+    tokens, mean = torch.arange(200_000), 0.5772157
+    for at, seed in ((0, 0), (1, 0), (0, 1), (5, (1 << 32) - 1)):
+        noise = gumbel_noise(tokens, torch.tensor([at]), torch.tensor([seed])).double()
+        assert noise.isfinite().all()
+        assert abs(noise.mean() - mean) < 0.015
+        assert abs(noise.std() - 1.2825) < 0.015
+        assert abs(torch.corrcoef(torch.stack([noise[1:], noise[:-1]]))[0, 1]) < 0.012
+        assert noise.unique().numel() > 195_000
+    a, b = (gumbel_noise(tokens, torch.tensor([at]), torch.tensor([0])) for at in (3, 4))
+    assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.012
+
+
+def test_what_does_not_fit_is_named() -> None:
+    generator = Generator(tiny("llama"), capacity=30)
+    with pytest.raises(RuntimeError, match="prefill what the answer is to follow first"):
+        generator.generate(1)
+    with pytest.raises(CapacityError, match="31 tokens, and the cache holds 30"):
+        generator.prefill(prompt(31))
+    generator.prefill(prompt())
+    for tokens in (10, 1000):
+        with pytest.raises(CapacityError, match=f"{PROMPT + tokens} tokens, and the cache holds 30"):
+            generator.generate(tokens)
+    assert len(list(generator.generate(9))) == 9
+    for ids in ([], [-1], [VOCABULARY]):
+        with pytest.raises(ValueError, match="ids: expected one or more of 0 to 96"):
+            generator.prefill(ids)
+    for wrong in ({"capacity": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"seed": 1 << 32}):
+        with pytest.raises(ValueError, match="expected capacity and stretch"):
+            Generator(tiny("llama"), **{"capacity": 30, **wrong})
+    with pytest.raises(ValueError, match="expected one of plain, sdpa, flex, found 'flash'"):
+        Generator(tiny("llama"), capacity=30, attention="flash")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not compiled on the CPU; found compile=True on cpu"):
+        Generator(tiny("llama"), capacity=30, attention="flex", compile=True)
+
+
+def test_logits_that_are_no_numbers_are_an_error() -> None:
+    import copy
+
+    model = copy.deepcopy(tiny("llama"))
+    model.model.norm.weight.fill_(float("inf"))
+    with pytest.raises(NotFiniteError, match="infinite or not numbers in torch.float32"):
+        Generator(model, capacity=30).prefill(prompt())
+
+
+def test_layers_of_another_kind_are_refused() -> None:
+    import copy
+
+    model = copy.deepcopy(tiny("llama"))
+    model.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
+    with pytest.raises(UnsupportedModelError, match="layers of kind chunked_attention"):
+        Generator(model, capacity=30)
+
+
+def test_nothing_grows_while_decoding() -> None:
+    generator = Generator(tiny("gemma3"), capacity=400)
+    generator.prefill(prompt())
+    held, at = generator.cache.nbytes, [layer.keys.data_ptr() for layer in generator.cache._layers]
+    assert held == 2 * 4 * 2 * 8 * (400 + 2 * (WINDOW + SLACK))
+    assert len(list(generator.generate(150))) == 150
+    assert generator.cache.nbytes == held
+    assert [layer.keys.data_ptr() for layer in generator.cache._layers] == at

@@ -1,0 +1,242 @@
+"""What is no reference, what the Hub refuses or says wrongly, and what cannot be."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bundle_helpers import failed, invoke, listing
+from gguf_builder import small_model
+from hub_server import FakeHub, fresh
+from q6k_convert.hub import cache, client
+from q6k_convert.hub import fetch as hub_module
+from q6k_convert.hub import names as hub_names
+from q6k_convert.hub.names import parse
+
+MODEL = small_model().build()
+NAME = "tiny-Q6_K.gguf"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with fresh(tmp_path, monkeypatch) as served:
+        served.add("org/tiny", {NAME: MODEL})
+        yield served
+
+
+def absent(name: str) -> str:
+    raise PackageNotFoundError(name)
+
+
+# Paths and references
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "models/foo.gguf", "foo.gguf", "./org/tiny/foo.gguf", "/org/tiny/foo.gguf", "../org/tiny/foo.gguf",
+        "here/tiny/foo.gguf", "org/tiny/../foo.gguf", "org/tiny", "org/tiny/foo.bin", "org/tiny.gguf:Q6_K",
+        "org/ti--ny:Q6_K", "org/ti..ny:Q6_K", "org/tiny@../x:Q6_K", "org/tiny@a/b:Q6_K", "org:Q6_K", "org/tiny:",
+        "-org/tiny:Q6_K", "org/tiny@-x:Q6_K", "org/tiny:../x", "org/tiny@v\n:Q6_K", "org/tïny:Q6_K",
+    ],
+)  # fmt: skip
+def test_a_mistyped_path_is_an_error_as_ever(path: str, hub: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in path).removeprefix("./")
+    failed(invoke("convert", "--", path, "out"), 4, f"{shown}: No such file", "Check the path and its permissions.")
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("path", ["org/tiny:Q6_K", f"org/tiny/{NAME}", f"org/tiny@main/{NAME}"])
+def test_what_exists_is_no_reference(path: str, hub: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_bytes(MODEL)
+    assert invoke(path, "out").exit_code == 0
+    assert hub.asked == []
+    (tmp_path / path).unlink()
+    (tmp_path / path).symlink_to("nowhere")
+    failed(invoke(path, "more"), 4, "No such file", "Check the path")
+    assert hub.asked == []
+
+
+def test_what_may_be_either_is_said_to_be_neither(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "modles/tiny/foo.gguf"
+    both = f"{path}: No such file or directory; and taken for a file of the Hub: "
+    failed(invoke(path, "out"), 4, f"{both}http://127.0.0.1", "Check the path and its permissions; or, if the Hub")
+    hub.listing_failures = [500] * 3
+    failed(invoke("org/tiny/foo.gguf", "out"), 4, "answers with HTTP status 500", "Run the same")
+    monkeypatch.setattr(hub_module, "version", absent)
+    failed(invoke(path, "out"), 4, f"{both}for files of the Hub huggingface_hub", "q6k-convert[hub]")
+
+
+def test_without_the_extra_a_reference_is_exit_6(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, what in ((absent, "none"), (lambda _: "0.36.2", "0.36.2")):
+        monkeypatch.setattr(hub_module, "version", found)
+        for args in (("org/tiny:Q6_K", "out"), ("inspect", f"org/tiny@main/{NAME}")):
+            failed(invoke(*args), 6, f"1 or later is needed, and {what} is installed", "'q6k-convert[hub]'")
+    assert hub.asked == []
+
+
+def test_a_reference_is_taken_apart() -> None:
+    found = parse("a.b/c_d@refs/pr/12/e f/g-00001-of-00002.gguf")
+    assert found is not None
+    assert (found.repository, found.revision, found.file) == (
+        "a.b/c_d", "refs/pr/12", "e f/g-00001-of-00002.gguf"
+    )  # fmt: skip
+    assert found.certain
+
+
+# What is not there
+
+
+def test_what_is_not_there_is_exit_3(hub: FakeHub) -> None:
+    failed(invoke("org/none:Q6_K", "out"), 3, "has no repository org/none, or it takes an HF_TOKEN", "/org/none")
+    failed(invoke("org/tiny@v9:Q6_K", "out"), 3, "org/tiny has no revision 'v9'", "Look at http")
+    failed(invoke("org/tiny@main/x.gguf", "out"), 3, f"no such file; there are: {NAME}", "Name one")
+    hub.add("org/text", {"README.md": b"x"})
+    failed(invoke("org/text:Q6_K", "out"), 3, "has no GGUF file", "another repository")
+    hub.add("org/part", {"a-Q6_K-00002-of-00003.gguf": MODEL})
+    failed(invoke("org/part:Q6_K", "out"), 3, "00001-of-00003.gguf, a-Q6_K-00003-of-00003.gguf", "whole")
+    assert hub.contents() == []
+
+
+def test_a_quantisation_that_no_file_or_several_have_is_listed(hub: FakeHub) -> None:
+    names = ("a-Q4_K_M", "a.IQ2_xxs", "a_f16", "Q8_0/a", "a-UD-Q6_K_XL", "a-Q6_K-00001-of-00001", "mmproj-a-BF16")
+    hub.add("org/many", {f"{name}.gguf": MODEL for name in names})
+    for wrong in ("Q5_K", "Q6_K_XL", "K", "BF16"):
+        cause = "no file of this quantisation; there are: F16, IQ2_XXS, Q4_K_M, Q6_K, Q8_0, UD-Q6_K_XL"
+        failed(invoke(f"org/many:{wrong}", "out"), 3, cause, "Name one of those")
+    hub.add("org/two", {f"{name}-Q6_K.gguf": MODEL for name in ("a", "b/c")})
+    remedy = "Name the file: `org/two@main/a-Q6_K.gguf`"
+    failed(invoke("org/two:Q6_K", "out"), 3, "2 files of this quantisation: a-Q6_K.gguf, b/c-Q6_K.gguf", remedy)
+    hub.add("org/lots", {f"{number}-Q6_K.gguf": MODEL for number in range(50)})
+    failed(invoke("org/lots:Q6_K", "out"), 3, "and 30 more", "Name the file")
+    assert hub.contents() == []
+
+
+@pytest.mark.parametrize("status", [500, 503, 418])
+def test_a_hub_in_trouble_is_exit_4(status: int, hub: FakeHub) -> None:
+    hub.listing_failures = [status] * 3
+    failed(invoke("org/tiny:Q6_K", "out"), 4, f"answers with HTTP status {status}", "again later")
+    hub.listing_failures = [503, 503]
+    hub.failures = [("status", status)] * 6
+    failed(invoke("org/tiny:Q6_K", "out"), 4, f"answers with HTTP status {status}", "again later")
+
+
+# What cannot be
+
+
+def entry(**changes: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda listing: listing | {"siblings": [listing["siblings"][0] | changes]}
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    **{
+        f"name {name[:20]!r}": entry(rfilename=name)
+        for name in (
+            "../x-Q6_K.gguf", "/x-Q6_K.gguf", "a/../../x-Q6_K.gguf", "a//x-Q6_K.gguf", "./x-Q6_K.gguf",
+            "a\\x-Q6_K.gguf", "a\x1b[31m-Q6_K.gguf", "a\0-Q6_K.gguf", "a" * 256 + "-Q6_K.gguf",
+            "a/" * 500 + "x-Q6_K.gguf", "C:x-Q6_K.gguf", "\ud800-Q6_K.gguf",
+        )
+    },
+    "name missing": entry(rfilename=None),
+    "twice": lambda listing: listing | {"siblings": listing["siblings"] * 2},
+    **{f"size {size!r}": entry(size=size) for size in (-1, 0, 23, 1 << 60, 1e9, True, "8480", None)},
+    **{
+        f"hash {str(lfs)[:20]}": entry(lfs=lfs)
+        for lfs in ({"sha256": "../" * 21 + "x"}, {"sha256": "a" * 63}, {"sha256": 5}, {}, [], "x")
+    },
+    "hash of git": entry(lfs=None, blobId="../x"),
+    **{f"commit {sha!r}": lambda listing, sha=sha: listing | {"sha": sha} for sha in ("../x", "main", None, 5)},
+    "files no list": lambda listing: listing | {"siblings": {"a": 1}},
+    "files of numbers": lambda listing: listing | {"siblings": [1]},
+    "no object": lambda listing: [listing],
+    "no JSON": lambda _: b"<html>",
+    "no UTF-8": lambda _: b"\xff\xfe{",
+    "nested": lambda _: b"[" * 100_000,
+    "long": lambda listing: listing | {"more": "x" * 400_000},
+    "many": lambda listing: listing | {"siblings": [{"rfilename": "x"}] * 1001},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tamper", HOSTILE.values(), ids=HOSTILE)
+def test_an_answer_that_cannot_be_is_refused(
+    tamper: Callable[[dict[str, Any]], Any], hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (client, hub_names):
+        monkeypatch.setattr(module, "MAX_LISTING_BYTES", 300_000)
+    monkeypatch.setattr(hub_names, "MAX_FILES", 1000)
+    hub.tamper = tamper
+    result = invoke("org/tiny:Q6_K", "out")
+    failed(result, 3, "on the Hub: its answer cannot be: ", "Check HF_ENDPOINT")
+    assert not {"\x1b", "\0"} & set(result.output)
+    assert hub.contents() == []
+    assert listing(tmp_path) == {}
+
+
+def test_content_that_is_not_what_was_listed_is_refused(hub: FakeHub, tmp_path: Path) -> None:
+    for corrupt, cause in (
+        (lambda content: content[:-1] + b"!", "and was to have"),
+        (lambda content: content + b"!", "more than the 8480 bytes come"),
+        (lambda content: content[:-1], "it ended tiny-Q6_K.gguf after 8479 of 8480 bytes"),
+    ):
+        hub.corrupt = corrupt
+        failed(invoke("org/tiny:Q6_K", "out"), 4, cause, "again")
+        files = [path for path in (tmp_path / "home" / "hub").rglob("*") if path.is_file()]
+        assert all(path.name.endswith(".q6k.incomplete") and path.stat().st_size <= 8480 for path in files)
+        shutil.rmtree(tmp_path / "home" / "hub")
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_part_that_is_too_long_or_wrong_is_begun_anew(hub: FakeHub, tmp_path: Path) -> None:
+    hub.failures = [("cut", 3000), *[("cut", 0)] * 5]
+    assert invoke("org/tiny:Q6_K", "out").exit_code == 4
+    (partial,) = (tmp_path / "home" / "hub").rglob("*.q6k.incomplete")
+    partial.write_bytes(bytes(9000))
+    assert invoke("org/tiny:Q6_K", "out").exit_code == 0
+    hub.add("org/tiny", {NAME: MODEL + bytes(32)})
+    hub.failures = [("cut", 3000), *[("cut", 0)] * 5]
+    assert invoke("org/tiny:Q6_K", "more").exit_code == 4
+    (partial,) = (tmp_path / "home" / "hub").rglob("*.q6k.incomplete")
+    partial.write_bytes(bytes(3000))
+    failed(invoke("org/tiny:Q6_K", "more"), 4, "and was to have", "has been removed: run the same command again")
+    assert invoke("org/tiny:Q6_K", "more").exit_code == 0
+
+
+def test_a_damaged_cache_is_named(hub: FakeHub, tmp_path: Path) -> None:
+    assert invoke("org/tiny:Q6_K", "out").exit_code == 0
+    (blob,) = (tmp_path / "home" / "hub" / "models--org--tiny" / "blobs").iterdir()
+    blob.write_bytes(MODEL[:100])
+    failed(invoke("org/tiny:Q6_K", "more"), 4, "has 100 bytes, and tiny-Q6_K.gguf has 8480 on the Hub", "remove")
+
+
+def test_two_runs_do_not_write_to_one_file(hub: FakeHub, tmp_path: Path) -> None:
+    hub.failures = [("cut", 3000), *[("cut", 0)] * 5]
+    assert invoke("org/tiny:Q6_K", "out").exit_code == 4
+    (path,) = (tmp_path / "home" / "hub").rglob("*.q6k.incomplete")
+    with path.open("r+b") as held:
+        cache._lock(held, path)
+        failed(invoke("org/tiny:Q6_K", "out"), 4, "another run is downloading it", "Wait until it has ended")
+    assert invoke("org/tiny:Q6_K", "out").exit_code == 0
+
+
+def test_what_cannot_end_well_is_not_begun(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    failed(invoke("org/tiny:Q6_K", "taken"), 4, "the output taken is not empty", "Give a new directory")
+    assert hub.asked == []
+    monkeypatch.setattr(hub_module, "_MAX_DOWNLOAD", 8000)
+    failed(invoke("org/tiny:Q6_K", "out"), 3, "has 8.48 kB; over HTTP it serves up to", f"org/tiny {NAME}")
+    monkeypatch.undo()
+
+
+def test_a_full_disk_is_found_before_the_download(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: real._replace(free=8479))
+    failed(invoke("org/tiny:Q6_K", "out"), 4, "takes 8.48 kB (8480 bytes), 8.48 kB are free", "HF_HUB_CACHE")
+    assert hub.contents() == []

@@ -1,0 +1,550 @@
+"""Kernels from source to launch, with the real compiler and a driver that writes down what it is asked."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fake_cuda import FakeCuda
+from q6k_kernels.errors import (
+    CompileFailedError,
+    CompilerMissingError,
+    CudaError,
+    DriverCallError,
+    GpuTooOldError,
+    SourceMissingError,
+)
+from q6k_kernels.jit import compiler, cubin_cache, driver, loader
+from q6k_kernels.jit.compiler import Defines
+from q6k_kernels.jit.cubin_cache import CacheWarning
+
+COMMON = "typedef unsigned u32;\n"
+KERNEL = 'extern "C" __global__ void k(u32* p) {\n  *p = VALUE;\n}\nextern "C" __global__ void other() {}\n'
+ARCHITECTURES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 100: "sm_100", 120: "sm_120"}
+ONE: Defines = (("VALUE", 1),)
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    folder = tmp_path / "csrc"
+    folder.mkdir()
+    (folder / "common.cuh").write_text(COMMON)
+    (folder / "k.cuh").write_text(KERNEL)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(cubin_cache.VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The options of every compilation that really happens."""
+    calls, compile_cubin = list[tuple[str, ...]](), compiler.compile_cubin
+
+    def counted(source: str, name: str, arguments: tuple[str, ...]) -> tuple[bytes, str]:
+        calls.append(arguments)
+        return compile_cubin(source, name, arguments)
+
+    monkeypatch.setattr(compiler, "compile_cubin", counted)
+    return calls
+
+
+# The compiler
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_a_kernel_compiles_for_every_architecture(capability: int, sources: Path) -> None:
+    arch = compiler.architecture(divmod(capability, 10))
+    assert arch == ARCHITECTURES[capability]
+    cubin, log = compiler.compile_cubin(
+        compiler.source_text("k.cuh", sources), "k.cuh", compiler.options(ONE, arch)
+    )
+    assert cubin.startswith(b"\x7fELF")
+    assert struct.unpack_from("<H", cubin, 18)[0] == 190  # EM_CUDA
+    assert set(compiler.resources(log)) == {"k", "other"}
+    assert compiler.resources(log)["k"].registers > 0
+
+
+def test_hopper_kernels_may_use_what_only_sm_90a_has() -> None:
+    source = 'extern "C" __global__ void k() { asm volatile("wgmma.fence.sync.aligned;"); }'
+    compiler.compile_cubin(source, "k", compiler.options((), "sm_90a"))
+    with pytest.raises(CompileFailedError, match="wgmma"):
+        compiler.compile_cubin(source, "k", compiler.options((), "sm_90"))
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (7, 0), (6, 1), (0, 0)])
+def test_gpus_that_are_too_old_are_refused(capability: tuple[int, int]) -> None:
+    with pytest.raises(GpuTooOldError, match=rf"{capability[0]}\.{capability[1]}, the kernels need 8.0"):
+        compiler.architecture(capability)
+
+
+def test_a_mistake_is_reported_where_it_is(sources: Path) -> None:
+    (sources / "k.cuh").write_text(KERNEL.replace("*p", "*q"))
+    with pytest.raises(CompileFailedError) as caught:
+        loader.cubin("k.cuh", ONE, "sm_80", sources)
+    assert 'k.cuh(2): error: identifier "q" is undefined' in caught.value.cause
+    assert "-DVALUE=1" in caught.value.cause
+    assert "^" in caught.value.log
+    (sources / "common.cuh").write_text("\n\nnonsense\n")
+    with pytest.raises(CompileFailedError, match=re.escape("common.cuh(3): error")):
+        loader.cubin("k.cuh", ONE, "sm_80", sources)
+
+
+def test_a_source_that_is_missing(tmp_path: Path, sources: Path) -> None:
+    with pytest.raises(SourceMissingError, match="absent.cuh cannot be read: No such file"):
+        loader.cubin("absent.cuh", (), "sm_80", sources)
+    with pytest.raises(SourceMissingError, match="common.cuh cannot be read"):
+        loader.cubin("k.cuh", (), "sm_80", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "A B", "A;rm", "-O0", "1A"])
+def test_a_macro_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="expected names of macros"):
+        compiler.options(((name, 1),), "sm_80")
+
+
+def test_an_architecture_that_the_compiler_does_not_know() -> None:
+    with pytest.raises(CompilerMissingError, match=r"does not know sm_999; it knows .*sm_90"):
+        compiler.compile_cubin("", "k", compiler.options((), "sm_999"))
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Forgets which compiler there is, before and after."""
+
+    def forget() -> None:
+        for each in (compiler._nvrtc, compiler.version, compiler.library_path, compiler.identity):
+            each.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_no_bindings(monkeypatch: pytest.MonkeyPatch, sources: Path) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(CompilerMissingError, match="cuda-bindings is not installed") as caught:
+        loader.cubin("k.cuh", ONE, "sm_80", sources)
+    assert "pip install cuda-bindings" in caught.value.remedy
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("error", [RuntimeError, OSError])
+def test_no_nvrtc(error: type[Exception], monkeypatch: pytest.MonkeyPatch, sources: Path) -> None:
+    def version() -> None:
+        raise error("libnvrtc.so.13:\n no such file")
+
+    monkeypatch.setattr(compiler, "_nvrtc", lambda: SimpleNamespace(nvrtcVersion=version))
+    with pytest.raises(CompilerMissingError, match="NVRTC.* was not found .*: libnvrtc.so.13: no such file"):
+        loader.cubin("k.cuh", ONE, "sm_80", sources)
+    monkeypatch.undo()
+
+
+def test_the_compiler_says_what_it_is() -> None:
+    assert compiler.version() >= (12, 8)
+    assert compiler.library_path().name.startswith("libnvrtc.so")
+    assert compiler.identity().startswith(f"nvrtc {compiler.version()[0]}.")
+
+
+# What kernels take
+
+
+NVCC = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'two' for 'sm_80'
+ptxas info    : Function properties for two
+    40 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 24 registers, used 1 barriers, 40 bytes cumulative stack size, 1024 bytes smem
+ptxas info    : Compile time = 1.000 ms
+ptxas info    : Compiling entry function 'one' for 'sm_80'
+ptxas info    : Function properties for one
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 10 registers, used 0 barriers, 352 bytes cmem[0]
+"""
+CALLED = """\
+ptxas info    : Function properties for _Z6calledPf
+    0 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        ("", {}),
+        (NVCC, {"two": (24, 40, 12, 1024), "one": (10, 0, 0, 0)}),
+        (NVCC.replace("    ", "ptxas         .     "), {"two": (24, 40, 12, 1024), "one": (10, 0, 0, 0)}),
+        (NVCC + CALLED, {"two": (24, 40, 16, 1024), "one": (10, 0, 4, 0)}),
+    ],
+)
+def test_the_log_is_read(log: str, expected: dict[str, tuple[int, ...]]) -> None:
+    found = compiler.resources(log)
+    assert {name: tuple(vars(taken).values()) for name, taken in found.items()} == expected
+
+
+def test_a_log_without_figures_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not say what two, one takes"):
+        compiler.resources(NVCC.replace("Used", "Took"))
+
+
+def test_figures_of_a_real_kernel() -> None:
+    source = """
+extern "C" __global__ void k(float* p, int n) {
+  __shared__ float s[300];
+  float local[50];
+  for (int i = 0; i < 50; i++) local[i] = 0;
+  for (int i = 0; i < n; i++) local[i * n % 50] += p[i];
+  s[threadIdx.x] = local[n];
+  __syncthreads();
+  *p = s[n];
+}"""
+    taken = compiler.resources(compiler.compile_cubin(source, "k", compiler.options((), "sm_80"))[1])["k"]
+    assert (taken.stack_bytes, taken.spill_bytes, taken.shared_bytes) == (200, 0, 1200)
+
+
+# The cache
+
+
+def test_a_compiled_kernel_is_found_again(sources: Path, cache: Path, compiled: list[Any]) -> None:
+    first = loader.cubin("k.cuh", ONE, "sm_80", sources)
+    assert loader.cubin("k.cuh", ONE, "sm_80", sources) == first
+    assert len(compiled) == 1
+    (entry,) = cache.iterdir()
+    # The format, byte by byte, as its docstring has it.
+    assert entry.read_bytes() == b"q6k cubin 1\n\0\0\0\0" + hashlib.sha256(first).digest() + first
+    assert cubin_cache.contents() == cubin_cache.Contents(1, 48 + len(first))
+
+
+CHANGES: dict[str, Callable[[pytest.MonkeyPatch, Path, dict[str, Any]], object]] = {
+    "source": lambda _, sources, __: (sources / "k.cuh").write_text(KERNEL + "\n"),
+    "preamble": lambda _, sources, __: (sources / "common.cuh").write_text(COMMON + "\n"),
+    "value": lambda _, __, call: call.update(defines=(("VALUE", 2),)),
+    "macro": lambda _, __, call: call.update(defines=(*ONE, ("MORE", 1))),
+    "architecture": lambda _, __, call: call.update(arch="sm_86"),
+    "compiler": lambda patch, _, __: patch.setattr(compiler, "identity", lambda: "nvrtc 99.9 1"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_makes_another_kernel_compiles(
+    change: str, sources: Path, cache: Path, compiled: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = {"file": "k.cuh", "defines": ONE, "arch": "sm_80", "sources": sources}
+    loader.cubin(**call)
+    CHANGES[change](monkeypatch, sources, call)
+    for _ in range(2):
+        loader.cubin(**call)
+    assert (len(compiled), len(list(cache.iterdir()))) == (2, 2)
+
+
+def test_parts_of_a_key_do_not_run_into_each_other() -> None:
+    keys = {cubin_cache.key(*parts) for parts in [("ab", "c"), ("a", "bc"), ("abc",), ("abc", ""), ("", "abc")]}
+    assert len(keys) == 5
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda _: b"",
+    "cut in the header": lambda entry: entry[:40],
+    "cut in the cubin": lambda entry: entry[:-1],
+    "one byte more": lambda entry: entry + b"\0",
+    "a bit of the magic": lambda entry: bytes([entry[0] ^ 1]) + entry[1:],
+    "a bit of the checksum": lambda entry: entry[:20] + bytes([entry[20] ^ 1]) + entry[21:],
+    "a bit of the cubin": lambda entry: entry[:-1] + bytes([entry[-1] ^ 0x80]),
+    "a bare cubin": lambda entry: entry[48:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_entry_is_made_again(damage: str, sources: Path, cache: Path, compiled: list[Any]) -> None:
+    right = loader.cubin("k.cuh", ONE, "sm_80", sources)
+    (entry,) = cache.iterdir()
+    content = entry.read_bytes()
+    entry.write_bytes(DAMAGES[damage](content))
+    with pytest.warns(CacheWarning, match="has a damaged entry"):
+        assert loader.cubin("k.cuh", ONE, "sm_80", sources) == right
+    assert entry.read_bytes() == content
+    assert len(compiled) == 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_cache_that_cannot_be_used_costs_a_warning(sources: Path, cache: Path) -> None:
+    cache.write_text("a file where the directory should be")
+    with pytest.warns(CacheWarning) as caught:
+        assert loader.cubin("k.cuh", ONE, "sm_80", sources).startswith(b"\x7fELF")
+    assert [str(each.message).split(": ")[0] for each in caught] == [
+        f"the cache of compiled kernels, {cache}, cannot be read",
+        f"the cache of compiled kernels, {cache}, cannot be written",
+    ]
+    assert all("Q6K_KERNELS_CACHE names another directory" in str(each.message) for each in caught)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_cache_that_may_only_be_read(sources: Path, cache: Path) -> None:
+    cache.mkdir(mode=0o500)
+    with pytest.warns(CacheWarning, match="cannot be written: .*Permission denied"):
+        assert loader.cubin("k.cuh", ONE, "sm_80", sources).startswith(b"\x7fELF")
+
+
+def test_a_failed_write_leaves_nothing(sources: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.warns(CacheWarning, match="cannot be written: .*No space left"):
+        loader.cubin("k.cuh", ONE, "sm_80", sources)
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"Q6K_KERNELS_CACHE": "/c", "XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/c"),
+        ({"Q6K_KERNELS_CACHE": "", "XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/x/q6k-kernels"),
+        ({"XDG_CACHE_HOME": "relative", "HOME": "/h"}, "/h/.cache/q6k-kernels"),
+        ({"HOME": "/h"}, "/h/.cache/q6k-kernels"),
+    ],
+)
+def test_the_cache_directory(environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("Q6K_KERNELS_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cubin_cache.directory() == Path(expected)
+
+
+def test_processes_share_a_cache(sources: Path, cache: Path) -> None:
+    program = (
+        "import hashlib, sys; from pathlib import Path; from q6k_kernels.jit import loader as jit\n"
+        "for value in range(8):\n"
+        "    code = jit.cubin('k.cuh', (('VALUE', value),), 'sm_80', Path(sys.argv[1]))\n"
+        "    print(hashlib.sha256(code).hexdigest())\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", program, str(sources)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    outputs = [each.communicate()[0] for each in running]
+    assert [each.returncode for each in running] == [0] * 4
+    assert len(set(outputs)) == 1
+    assert len(set(outputs[0].split())) == 8
+    assert sorted(path.suffix for path in cache.iterdir()) == [".cubin"] * 8
+
+
+# Loading
+
+
+def test_a_kernel_is_loaded_once_for_each_gpu(cuda: FakeCuda, sources: Path, compiled: list[Any]) -> None:
+    cuda.reset(devices=2)
+    kernels = {(name, gpu): loader.load("k.cuh", name, ONE, gpu, sources=sources)
+               for _ in range(2) for name in ("k", "other") for gpu in (0, 1)}  # fmt: skip
+    assert len({id(kernel) for kernel in kernels.values()}) == 4
+    assert kernels["k", 1] is loader.load("k.cuh", "k", ONE, 1, sources=sources)
+    assert len(compiled) == 1
+    assert cuda.lines("library") == ["library mode=2"]
+    assert cuda.lines("function") == [f"function device={gpu} mode=2" for gpu in (0, 1, 0, 1)]
+    assert (cuda.depth, cuda.mode) == (0, 0)
+    kernel = kernels["k", 1]
+    assert (kernel.name, kernel.device, kernel.registers, kernel.local_bytes, kernel.shared_bytes) == (
+        "k", 1, 77, 16, 0,
+    )  # fmt: skip
+
+
+def test_threads_that_want_the_same_kernel_compile_it_once(
+    cuda: FakeCuda, sources: Path, compiled: list[Any]
+) -> None:
+    found, barrier = list[Any](), threading.Barrier(8)
+
+    def load(value: int) -> None:
+        barrier.wait()
+        found.append(loader.load("k.cuh", "k", (("VALUE", value),), 0, sources=sources))
+
+    threads = [threading.Thread(target=load, args=(index % 2,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len({id(kernel) for kernel in found}) == len(compiled) == len(cuda.lines("library")) == 2
+
+
+@pytest.mark.parametrize(("capability", "arch"), ARCHITECTURES.items())
+def test_a_gpu_gets_code_of_its_own(
+    capability: int, arch: str, cuda: FakeCuda, sources: Path, compiled: list[tuple[str, ...]]
+) -> None:
+    cuda.reset(capability=capability)
+    loader.load("k.cuh", "k", ONE, 0, sources=sources)
+    assert [options[1] for options in compiled] == [f"-arch={arch}"]
+
+
+def test_an_old_gpu_is_refused(cuda: FakeCuda, sources: Path, compiled: list[Any]) -> None:
+    cuda.reset(capability=75)
+    with pytest.raises(GpuTooOldError, match=r"compute capability 7\.5"):
+        loader.load("k.cuh", "k", ONE, 0, sources=sources)
+    assert compiled == []
+
+
+def test_a_kernel_that_the_file_does_not_have(cuda: FakeCuda, sources: Path) -> None:
+    with pytest.raises(SourceMissingError, match="k.cuh has no kernel absent"):
+        loader.load("k.cuh", "absent", ONE, 0, sources=sources)
+    loader.load("k.cuh", "k", ONE, 0, sources=sources)
+    cuda.fail("cuLibraryGetKernel", 1)
+    with pytest.raises(DriverCallError, match="cuLibraryGetKernel for other failed"):
+        loader.load("k.cuh", "other", ONE, 0, sources=sources)
+
+
+def test_code_that_the_driver_cannot_use(cuda: FakeCuda, sources: Path) -> None:
+    cuda.fail("cuLibraryLoadData", 209)
+    with pytest.raises(DriverCallError) as caught:
+        loader.load("k.cuh", "k", ONE, 0, sources=sources)
+    assert "cuLibraryLoadData for k.cuh for sm_90a failed: CUDA_ERROR_NO_BINARY_FOR_GPU (209)" in caught.value.cause
+    assert f"NVRTC {compiler.version()[0]}.{compiler.version()[1]} (" in caught.value.cause
+    assert caught.value.cause.endswith("and the driver supports CUDA 13.0")
+    assert (cuda.depth, cuda.mode) == (0, 0)
+    cuda.fail("cuLibraryLoadData", 719)
+    with pytest.raises(DriverCallError, match=r"\(719\), some words about it. A kernel launched earlier"):
+        loader.load("k.cuh", "k", ONE, 0, sources=sources)
+
+
+def test_a_failure_is_not_remembered(cuda: FakeCuda, sources: Path) -> None:
+    (sources / "k.cuh").write_text("nonsense")
+    with pytest.raises(CudaError):
+        loader.load("k.cuh", "k", ONE, 0, sources=sources)
+    (sources / "k.cuh").write_text(KERNEL)
+    assert loader.load("k.cuh", "k", ONE, 0, sources=sources).name == "k"
+
+
+# Launching
+
+
+@pytest.fixture
+def kernel(cuda: FakeCuda, sources: Path) -> loader.Kernel:
+    return loader.load("k.cuh", "k", ONE, 0, sources=sources)
+
+
+ARGUMENTS = struct.pack("@Pif", 0x7F00DEAD0010, -2, 1.5)
+HEX = "1000adde007f0000feffffff0000c03f"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "shared=0 stream=0"),
+        ({"stream": 1 << 46}, "shared=0 stream=70368744177664"),
+        ({"shared_bytes": 49152}, "shared=49152 stream=0"),
+        ({"cluster": 2}, "shared=0 stream=0 cluster=2,1,1"),
+        ({"dependent": True}, "shared=0 stream=0 dependent=1"),
+        ({"cluster": 8, "dependent": True}, "shared=0 stream=0 cluster=8,1,1 dependent=1"),
+    ],
+)
+def test_a_launch_says_what_was_asked(
+    options: dict[str, Any], expected: str, kernel: loader.Kernel, cuda: FakeCuda
+) -> None:
+    for arguments, shown in ((ARGUMENTS, HEX), (b"", ""), (bytes(499), "00" * 499)):
+        kernel.launch((16, 3, 2), 96, arguments, **{"stream": 0} | options)
+        # Twice with another between: nothing of one launch stays in the next.
+        kernel.launch((8, 1, 1), 32, b"\1", stream=7)
+        assert cuda.lines("launch")[-2:] == [
+            f"launch device=0 grid=16,3,2 block=96,1,1 {expected} arguments={shown}",
+            "launch device=0 grid=8,1,1 block=32,1,1 shared=0 stream=7 arguments=01",
+        ]
+    assert cuda.lines("set") == []
+
+
+def test_all_shared_memory_is_asked_for_when_more_is_needed(kernel: loader.Kernel, cuda: FakeCuda) -> None:
+    """Once: no other holder of the function may be left with less than it was promised."""
+    for size in (1000, 100_000, 60_000, 100_000, 200_000, 49_153):
+        kernel.launch((1, 1, 1), 32, b"", stream=0, shared_bytes=size)
+    assert cuda.lines("set") == [f"set shared={227 << 10} device=0"]
+    with pytest.raises(DriverCallError, match="cuFuncSetAttribute for dynamic shared memory of k to 300000 failed"):
+        kernel.launch((1, 1, 1), 32, b"", stream=0, shared_bytes=300_000)
+    kernel.launch((1, 1, 1), 32, b"", stream=0, shared_bytes=200_000)
+    assert len(cuda.lines("launch")) == 7
+
+
+def test_static_shared_memory_counts(cuda: FakeCuda, sources: Path) -> None:
+    cuda.reset(static_shared=1024)
+    kernel = loader.load("k.cuh", "k", ONE, 0, sources=sources)
+    assert kernel.shared_bytes == 1024
+    for size in (48 * 1024 - 1024, 48 * 1024 - 1023):
+        kernel.launch((1, 1, 1), 32, b"", stream=0, shared_bytes=size)
+    assert cuda.lines("set") == [f"set shared={226 << 10} device=0"]
+
+
+def test_large_clusters_are_permitted_once(kernel: loader.Kernel, cuda: FakeCuda) -> None:
+    for _ in range(2):
+        kernel.launch((32, 1, 1), 32, b"", stream=0, cluster=16)
+    assert cuda.lines("set") == ["set cluster=1 device=0"]
+    assert cuda.lines("launch")[0].endswith("cluster=16,1,1 arguments=")
+
+
+def test_permissions_are_each_gpus_own(cuda: FakeCuda, sources: Path) -> None:
+    cuda.reset(devices=2)
+    for gpu in (0, 1):
+        loader.load("k.cuh", "k", ONE, gpu, sources=sources).launch(
+            (1, 1, 1), 32, b"", stream=0, shared_bytes=65536
+        )
+    assert cuda.lines("set") == [f"set shared={227 << 10} device={gpu}" for gpu in (0, 1)]
+
+
+@pytest.mark.parametrize("at", [None, 0, 1])
+def test_a_launch_goes_to_its_kernels_gpu_whatever_is_current(
+    at: int | None, cuda: FakeCuda, sources: Path
+) -> None:
+    cuda.reset(devices=2)
+    kernels = [loader.load("k.cuh", "k", ONE, gpu, sources=sources) for gpu in (0, 1)]
+    before = 0
+    if at is not None:
+        driver.library().cuCtxPushCurrent_v2(0x1000 + at)
+        before = 1
+    for kernel in kernels:
+        kernel.launch((1, 1, 1), 32, b"", stream=0)
+    assert [line.split()[1] for line in cuda.lines("launch")] == ["device=0", "device=1"]
+    assert cuda.depth == before
+
+
+def test_a_launch_that_fails_says_how(kernel: loader.Kernel, cuda: FakeCuda) -> None:
+    with pytest.raises(DriverCallError) as caught:
+        kernel.launch((3, 1, 1), 64, b"", stream=0, cluster=2, shared_bytes=16)
+    assert caught.value.cause == (
+        "cuLaunchKernelEx for k on GPU 0 (grid (3, 1, 1), 64 threads, 16 bytes of dynamic shared memory, clusters "
+        "of 2) failed: CUDA_ERROR_INVALID_VALUE (1), some words about it"
+    )
+    assert cuda.depth == 0
+
+
+def test_threads_launch_side_by_side(kernel: loader.Kernel, cuda: FakeCuda) -> None:
+    cuda.slow(50)
+    threads = [
+        threading.Thread(
+            target=lambda thread: [
+                kernel.launch((n + 1, 1, 1), 32, struct.pack("<II", thread, n), stream=thread) for n in range(100)
+            ],
+            args=(thread,),
+        )
+        for thread in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = {
+        f"launch device=0 grid={n + 1},1,1 block=32,1,1 shared=0 stream={thread} "
+        f"arguments={struct.pack('<II', thread, n).hex()}"
+        for thread in range(8)
+        for n in range(100)
+    }
+    lines = cuda.lines("launch")
+    assert len(lines) == 800
+    assert set(lines) == expected

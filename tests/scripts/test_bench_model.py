@@ -1,0 +1,242 @@
+"""What bench_model.py writes, measures and makes of it, on a tiny model without a GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+import torch
+
+from q6k_convert.convert.pipeline import convert
+from q6k_convert.gguf.model import open_gguf
+from q6k_kernels import load_model
+from tiny_models import llama3_factors
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+import bench_model
+import bench_model_rows as rows_of
+import profile_kernels
+import synthetic_model
+from profile_kernels import Kernel, shares
+from synthetic_model import SHAPES
+
+TINY, LLAMA = SHAPES["tiny"], SHAPES["llama-8b"]
+PEERS = json.loads((SCRIPTS / "bench" / "peer_figures.json").read_text())["whole_model"]
+CEILINGS = {"read_gb_per_s": 4000.0, "matmul_tflops": 800.0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    synthetic_model.write_model(path, TINY, threads=2)
+    return path
+
+
+def test_llama_has_the_published_sizes() -> None:
+    weights = sum(n * k for n, k in LLAMA.linears.values()) + LLAMA.vocabulary * LLAMA.hidden
+    assert weights + len(LLAMA.norms) * LLAMA.hidden == 8_030_261_248
+    assert LLAMA.kv_bytes == 131072
+    np.testing.assert_allclose(
+        synthetic_model.frequency_factors(LLAMA), llama3_factors(128, 500_000.0, 8.0, 1.0, 4.0, 8192), rtol=1e-6
+    )
+
+
+def test_a_written_model_is_a_whole_gguf_of_random_weights(model: Path) -> None:
+    assert [each.name for each in model.parent.iterdir()] == [model.name]
+    with open_gguf(model) as source:
+        tensors = {record.name: (part, record) for part, record in source.tensors()}
+        assert source.size == model.stat().st_size
+        assert {name for name, (_, r) in tensors.items() if r.type.name == "Q6_K"} == {
+            "token_embd.weight",
+            *TINY.linears,
+        }
+        seen = set[bytes]()
+        for name, (part, record) in tensors.items():
+            raw = np.frombuffer(part.read(record.offset, record.nbytes), dtype=np.uint8)
+            kind = gguf.GGMLQuantizationType(record.type)
+            values = gguf.dequantize(raw.reshape(record.shape[0], -1), kind)
+            if name in (*TINY.linears, "token_embd.weight"):
+                assert values.shape == TINY.linears.get(name, (512, 256))
+                assert np.isfinite(values).all()
+                assert values.std() == pytest.approx(0.02, rel=0.2)
+                rows = {row.tobytes() for row in raw.reshape(record.shape[0], -1)}
+                assert len(rows) == record.shape[0]
+                seen.add(raw.tobytes())
+            elif name != "rope_freqs.weight":
+                np.testing.assert_array_equal(values.reshape(-1), np.ones(256, dtype=np.float32))
+        assert len(seen) == len(TINY.linears) + 1
+
+
+def test_a_pattern_that_ends_within_a_tensor_goes_on_from_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synthetic_model, "PATTERN_BLOCKS", 7)
+    monkeypatch.setattr(synthetic_model, "WRITE_BYTES", 1000)
+    path = tmp_path / "short.gguf"
+    synthetic_model.write_model(path, TINY, threads=1)
+    pattern = synthetic_model.random_blocks(7)
+    with open_gguf(path) as source:
+        for part, record in source.tensors():
+            if record.type.name == "Q6_K":
+                blocks = np.frombuffer(part.read(record.offset, record.nbytes), dtype=np.uint8).reshape(-1, 210)
+                first = next(i for i in range(7) if np.array_equal(pattern[i], blocks[0]))
+                expected = pattern[(np.arange(len(blocks)) + first) % 7]
+                np.testing.assert_array_equal(blocks, expected)
+
+
+def test_a_written_model_loads_and_its_logits_are_finite(model: Path, tmp_path: Path) -> None:
+    convert(model, tmp_path / "out")
+    loaded: Any = load_model(tmp_path / "out")
+    with torch.no_grad():
+        logits = loaded(torch.arange(40)[None] * 7).logits
+    assert logits.shape == (1, 40, 512)
+    assert bool(logits.isfinite().all())
+    assert float(logits.std()) > 0.01
+
+
+def test_the_command_reports_every_step_and_takes_what_was_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--contexts", "8", "20", "--prompts", "16", "--tokens", "4", "--rounds", "3", "--keep", "kept"]
+    monkeypatch.setattr(sys, "argv", ["bench_model.py", "--device", "cpu", "--shape", "tiny", *options])
+    printed = list[str]()
+    for _ in range(2):
+        bench_model.main()
+        printed.append(capsys.readouterr().out)
+    assert ("] write" in printed[0], "] write" in printed[1]) == (True, False)
+    assert ("] convert" in printed[0], "] convert" in printed[1]) == (True, False)
+    report = json.loads((tmp_path / "bench-model.json").read_text())
+    found = {row.get("label", row["what"]): row for row in report["rows"]}
+    assert list(found) == ["load", "decode @8", "decode @20", "prefill 16", "memory"]
+    # 7.0 bits a weight; the head and the embedding are not one.
+    matrices = sum(n * k for n, k in TINY.linears.values())
+    assert found["memory"]["packed_bytes"] == (matrices + 512 * 256) * 7 // 8
+    assert (found["memory"]["capacity"], found["memory"]["kv_bytes"]) == (128, 128 * 2 * 2 * 2 * 64 * 4)
+    assert found["decode @8"]["bytes_read"] == (matrices + 256) * 7 // 8 + TINY.kv_bytes * 10.5
+    row = found["decode @20"]
+    assert len(row["all_ms"]) == 3
+    assert row["tokens_per_s"] == pytest.approx(4e3 / sorted(row["all_ms"])[1])
+    assert row["ms"] == pytest.approx(sorted(row["all_ms"])[1] / 4)
+    assert found["prefill 16"]["tokens_per_s"] == pytest.approx(16e3 / found["prefill 16"]["ms"])
+    assert found["load"]["gb_per_s"] == pytest.approx(report["bundle_bytes"] / found["load"]["seconds"] / 1e9)
+    assert printed[1].splitlines()[-1].startswith("no targets for this run; ")
+    for label in ("decode @8", "decode @20", "prefill 16"):
+        assert printed[1].count(f"{label:>14} ") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--tokens", "0"], "expected 1 or more, found 0"),
+        (["--layers", "-1"], "expected 1 or more, found -1"),
+        (["--profile", "x.json", "--device", "cpu"], "it needs --device cuda"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    options: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        bench_model.parsed(options)
+    assert problem in capsys.readouterr().err
+
+
+def test_without_a_gpu_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench_model.py"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="torch sees no CUDA GPU"):
+        bench_model.main()
+    assert not list(tmp_path.iterdir())
+
+
+def judged(row: dict[str, Any], *, whole: bool = True) -> dict[str, Any]:
+    rows_of.judge(row, CEILINGS, PEERS, whole=whole)
+    return row
+
+
+def test_the_roofline_of_a_token_is_the_time_of_its_bytes() -> None:
+    packed = 6_600_000_000
+    row = judged(rows_of.decode_row(LLAMA, 2043, 128, packed, [256.0, 300.0, 200.0], [250.0, 290.0, 190.0]))
+    read = packed + 131072 * (2043 + 64.5)
+    assert row["roofline_tokens_per_s"] == pytest.approx(4e12 / read)
+    assert (row["tokens_per_s"], row["gpu_tokens_per_s"], row["ms"]) == (500.0, 512.0, 2.0)
+    assert row["roofline_share"] == pytest.approx(500 * read / 4e12)
+    assert row["peer_tokens_per_s"] == 201.3
+    assert row["targets"] == [{"target": "455 tokens/s", "met": True}]
+    assert "targets" in judged(row, whole=False)
+    assert row["targets"] == []
+
+
+def test_the_roofline_of_a_prompt_is_the_longer_of_bytes_and_products() -> None:
+    row = judged(rows_of.prefill_row(LLAMA, 2048, 6_600_000_000, [100.0], []))
+    body = sum(n * k for name, (n, k) in LLAMA.linears.items() if name != "output.weight")
+    flops = 2 * 2048 * body + 2 * 128256 * 4096 + 32 * 32 * 2 * 2 * 128 * 2048**2 / 2
+    assert row["roofline_tokens_per_s"] == pytest.approx(2048 * 8e14 / flops, rel=1e-9)
+    assert row["roofline_share"] == pytest.approx(flops / 8e14 / 0.1, rel=1e-9)
+    assert row["gpu_tokens_per_s"] is None
+    assert (row["peer_tokens_per_s"], row["targets"]) == (8545, [{"target": "25,000 tokens/s", "met": False}])
+    assert rows_of.line(row).endswith("8545  25,000 tokens/s MISSED")
+    short = judged(rows_of.prefill_row(LLAMA, 2, 6_600_000_000, [100.0], []))
+    assert short["roofline_tokens_per_s"] == pytest.approx(2 * 4e12 / (6_600_000_000 + 2 * 131072))
+
+
+def test_what_was_not_measured_bounds_nothing() -> None:
+    row = rows_of.prefill_row(LLAMA, 512, 6_600_000_000, [100.0], [])
+    rows_of.judge(row, {"read_gb_per_s": 4000.0}, PEERS, whole=True)
+    assert "roofline_share" not in row
+    assert row["peer_tokens_per_s"] == 8038
+
+
+@pytest.mark.parametrize(("peak", "met"), [(8.03e9, True), (8.04e9, False)])
+def test_memory_is_held_against_all_that_is_needed(peak: float, met: bool) -> None:
+    row = judged({"what": "memory", "share_of_needed": peak / 7.3e9})
+    assert row["targets"] == [{"target": "packed + KV + 10%", "met": met}]
+
+
+def test_what_kernels_add_and_the_gaps_are_all_of_the_time() -> None:
+    # b begins while a ends, c after a gap, d within c.
+    times = [("a", 10, 20), ("b", 18, 25), ("c", 30, 40), ("d", 31, 35), ("a", 40, 44)]
+    kernels = [Kernel(*each) for each in times]
+    found = shares(kernels)
+    totals = [found[key] for key in ("span_us", "busy_us", "gaps_us", "gaps", "launches")]
+    assert totals == [34, 29, 5, 1, 5]
+    by_name = {row["name"]: row for row in found["kernels"]}
+    assert {name: (row["us"], row["added_us"], row["gap_us"]) for name, row in by_name.items()} == {
+        "a": (14, 14, 0),
+        "b": (7, 5, 0),
+        "c": (10, 10, 5),
+        "d": (4, 0, 0),
+    }
+    assert [row["name"] for row in found["kernels"]] == ["a", "c", "b", "d"]
+    assert sum(row["added_us"] for row in found["kernels"]) + found["gaps_us"] == found["span_us"]
+    text = profile_kernels.table({"name": "decode", "steps": 2, **found})
+    assert "decode: 17.0 us a token, 2.5 launches; idle 14.7%, 0.5 gaps" in text
+
+
+def test_a_trace_is_what_ran_on_the_gpu() -> None:
+    def event(name: str, category: str, ts: float, phase: str = "X") -> dict[str, Any]:
+        return {"name": name, "cat": category, "ph": phase, "ts": ts, "dur": 2.5, "args": {"stream": 7}}
+
+    events = [
+        event("second", "kernel", 5.0),
+        event("first", "kernel", 1.0),
+        event("Memset (Device)", "gpu_memset", 3.0),
+        event("Memcpy DtoH (Device -> Pinned)", "gpu_memcpy", 4.0),
+        event("cudaGraphLaunch", "cuda_runtime", 0.0),
+        {"name": "first", "ph": "f", "ts": 1.0},
+    ]
+    kernels = profile_kernels.kernels_of({"traceEvents": events})
+    assert kernels == [Kernel("first", 1.0, 3.5), Kernel("Memset (Device)", 3.0, 5.5), Kernel("second", 5.0, 7.5)]
+    with pytest.raises(ValueError, match="saw no kernel"):
+        profile_kernels.kernels_of({"traceEvents": events[3:]})

@@ -1,0 +1,177 @@
+"""The C++ library for tests: built once with the few kernels that they launch, and its functions through ctypes."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import itertools
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from q6k_convert.machine import build_ops
+from q6k_kernels.cpp import units
+from q6k_kernels.cuda import decode, decode_plan, gemm_mma, gemm_wgmma
+from q6k_kernels.cuda import device as launching
+from q6k_kernels.jit import compiler, cubin_cache
+
+PACKAGE = Path(compiler.__file__).parent
+H200 = launching.Device(0, 90, 132, 227 << 10, 228 << 10)
+DECODE, WGMMA, MMA = 0, 1, 2
+KEPT_SECONDS = 7 * 86400
+
+
+@dataclass(frozen=True)
+class Product:
+    """One that is launched by Python and by the library."""
+
+    kind: int
+    m: int
+    n: int
+    k: int
+    exact: bool
+    fp16: bool
+
+
+PRODUCTS = [
+    *(Product(DECODE, m, 4096, 4096, exact, False) for m, exact in itertools.product((1, 2, 4, 8), (False, True))),
+    *(Product(DECODE, *size, True) for size in ((1, 133, 768, True), (3, 133, 768, False), (17, 37, 512, True))),
+    *(Product(DECODE, m, 5376, 21504, False, False) for m in (1, 8)),
+    *(Product(WGMMA, m, 4096, 4096, False, False) for m in (9, 64, 512)),
+    *(Product(WGMMA, *size, True) for size in ((9, 1001, 2560, True), (300, 133, 768, False))),
+    *(Product(MMA, m, 150, 4096, exact, exact) for m, exact in ((9, True), (64, False), (300, False))),
+]
+
+
+def _kernels(product: Product) -> Iterator[launching.Variant]:
+    """What Python launches of it."""
+    m, n, k, exact, fp16 = product.m, product.n, product.k, product.exact, product.fp16
+    if product.kind == WGMMA:
+        yield gemm_wgmma._variant(gemm_wgmma.plan(m, n, k, H200).config, exact, fp16)
+    elif product.kind == MMA:
+        plan = gemm_mma.plan(m, n, k, exact, H200)
+        yield gemm_mma._variant((plan.tokens, plan.parts), plan.slots, exact, fp16)
+    else:
+        for rows in {min(m, 8), (m - 1) % 8 + 1}:
+            chosen = decode_plan.plan(rows, n, k, exact, H200)
+            while chosen is None:
+                rows //= 2
+                chosen = decode_plan.plan(rows, n, k, exact, H200)
+            yield decode._variant(chosen.kernel, chosen.cluster > 1, exact, fp16)
+
+
+def missing_tools() -> str | None:
+    """Why the library cannot be built here."""
+    missing = [tool for tool in ("cmake", "nvcc", "c++") if shutil.which(tool) is None]
+    return f"{', '.join(missing)} not on PATH" if missing else None
+
+
+@cache
+def library() -> Path:
+    """The library, built if none of the same sources is there; it has the kernels of PRODUCTS, for sm_90a."""
+    if (reason := missing_tools()) is not None:
+        pytest.skip(reason)
+    import torch
+
+    names = sorted({units.name_of((90, file, macros)) for p in PRODUCTS for file, _, macros in _kernels(p)})
+    only = f"^({'|'.join(names)})$"
+    digest = hashlib.sha256(f"{only} {torch.__version__} {build_ops.find_tools()}".encode())
+    for path in sorted(
+        path
+        for pattern in (
+            "csrc/*.cuh",
+            "cpp/*.*",
+            "cpp/src/*",
+            "compiler.py",
+            "variants.py",
+            "decode*.py",
+            "gemm_*.py",
+        )
+        for path in PACKAGE.glob(pattern)
+        if path.suffix != ".pyc"
+    ):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    kept = cubin_cache.directory() / "tests"
+    folder = kept / digest.hexdigest()[:16]
+    if not folder.exists():
+        kept.mkdir(parents=True, exist_ok=True)
+        for old in kept.iterdir():  # of earlier sources, unless others use them now
+            if time.time() - old.stat().st_mtime > KEPT_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=kept, ignore_cleanup_errors=True) as made:
+            build_ops.build(Path(made), [90], None, print, only)
+            with contextlib.suppress(OSError):  # another process was faster
+                Path(made).rename(folder)
+    return folder / build_ops.LIBRARY
+
+
+class Functions:
+    """What the library exports; loading it registers its operations."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.q6k_ops_slice_rows.restype = ctypes.c_int64
+        self._size = ctypes.c_int64
+
+    def _device(self, device: launching.Device) -> Any:
+        return (self._size * 5)(
+            device.index,
+            device.arch,
+            device.multiprocessors,
+            device.shared_bytes,
+            device.multiprocessor_shared_bytes,
+        )
+
+    def _plan(self, function: Any, sizes: tuple[int, ...], device: launching.Device, room: int) -> tuple[int, Any]:
+        out = (self._size * room)()
+        arguments = [self._size(size) for size in sizes[:3]] + [int(size) for size in sizes[3:]]
+        return function(*arguments, self._device(device), out), list(out)
+
+    def decode(self, m: int, n: int, k: int, exact: bool, device: launching.Device) -> list[int] | None:
+        """`decode_plan.plan`'s values."""
+        some, out = self._plan(self.library.q6k_ops_plan_decode, (m, n, k, exact), device, 9)
+        return out if some else None
+
+    def wgmma(self, m: int, n: int, k: int, device: launching.Device) -> list[int]:
+        """The configuration of `gemm_wgmma.plan`, its other values, and scratch memory."""
+        return list(self._plan(self.library.q6k_ops_plan_wgmma, (m, n, k), device, 12)[1])
+
+    def mma(self, m: int, n: int, k: int, exact: bool, device: launching.Device) -> list[int]:
+        """`gemm_mma.plan`'s values."""
+        return list(self._plan(self.library.q6k_ops_plan_mma, (m, n, k, exact), device, 6)[1])
+
+    def slice_rows(self, m: int, k: int) -> int:
+        """`prefill.slice_rows`."""
+        return int(self.library.q6k_ops_slice_rows(self._size(m), self._size(k)))
+
+    def launch(
+        self,
+        product: Product,
+        device: launching.Device,
+        pointers: list[int],
+        *,
+        stride: int,
+        bias_kind: int,
+        ticket: int,
+    ) -> str | None:
+        """Launches a product on x, tiles, bias, y, in a stream, with scratch memory; what went wrong."""
+        numbers = (product.m, product.n, product.k, stride, -(-product.n // 16), bias_kind)
+        error = ctypes.create_string_buffer(2000)
+        code = self.library.q6k_ops_launch(
+            product.kind,
+            self._device(device),
+            (self._size * 8)(*numbers, product.exact, product.fp16),
+            (ctypes.c_void_p * 6)(*pointers),
+            ctypes.c_uint64(ticket),
+            error,
+            ctypes.c_size_t(len(error)),
+        )
+        return error.value.decode() if code else None

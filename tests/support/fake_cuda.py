@@ -1,0 +1,85 @@
+"""Builds `fake_cuda.c` and puts it in the driver's place."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import site
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from q6k_kernels.jit import driver, loader
+
+COMPILER = shutil.which("gcc") or "cc"
+SOURCE = Path(__file__).with_name("fake_cuda.c")
+CACHES = (
+    driver.library,
+    driver._loaded,
+    driver.device_handle,
+    driver.capability,
+    driver._primary_context,
+    driver.encode_tensor_map,
+)
+
+
+def headers() -> Path:
+    """The folder of NVIDIA's cuda.h: of the package nvidia-cuda-runtime, or of a toolkit."""
+    places = [Path(each) / "nvidia" / "cu13" / "include" for each in site.getsitepackages()]
+    for place in (*places, Path("/usr/local/cuda/include")):
+        if (place / "cuda.h").exists():
+            return place
+    pytest.skip("no cuda.h: install nvidia-cuda-runtime")
+
+
+def build(folder: Path) -> Path:
+    """Compiles it."""
+    library = folder / "libcuda.so.1"
+    command = [COMPILER, "-shared", "-fPIC", "-O1", "-D_GNU_SOURCE", f"-I{headers()}"]
+    subprocess.run([*command, str(SOURCE), "-o", str(library), "-lpthread"], check=True)
+    return library
+
+
+class FakeCuda:
+    """What the tests say to it, and read from it."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._library.fake_record.restype = ctypes.c_char_p
+        self._library.fake_fail.argtypes = (ctypes.c_char_p, ctypes.c_int)
+        self.reset()
+
+    def reset(
+        self, *, version: int = 13000, devices: int = 1, capability: int = 90, static_shared: int = 0
+    ) -> None:
+        self._library.fake_reset(version, devices, capability, static_shared)
+        for each in CACHES:
+            each.cache_clear()
+        for known in (loader._locks, loader._libraries, loader._kernels):
+            known.clear()
+
+    def fail(self, function: str, code: int) -> None:
+        self._library.fake_fail(function.encode(), code)
+
+    def slow(self, microseconds: int) -> None:
+        """Takes that long to look at a launch: time for another thread to spoil it."""
+        self._library.fake_slow(microseconds)
+
+    def lines(self, first: str = "") -> list[str]:
+        """What was recorded, of one kind."""
+        return [each for each in self._library.fake_record().decode().splitlines() if each.startswith(first)]
+
+    def layout(self, count: int) -> list[int]:
+        """Sizes and offsets as the C compiler has them."""
+        return list((ctypes.c_size_t * count).in_dll(self._library, "fake_layout"))
+
+    @property
+    def depth(self) -> int:
+        """Contexts on the calling thread's stack."""
+        return int(self._library.fake_depth())
+
+    @property
+    def mode(self) -> int:
+        """The calling thread's capture mode; 0, global, at first."""
+        return int(self._library.fake_mode())

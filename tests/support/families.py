@@ -1,0 +1,45 @@
+"""A tiny random model of every family, and what transformers itself generates with it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import transformers
+
+VOCABULARY, WINDOW, PROMPT, ANSWER = 97, 8, 21, 60
+SLIDING, FULL = "sliding_attention", "full_attention"
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": WINDOW}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-sliding": ("Qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {}),
+    # A soft cap that matters, and the one form of transformers' that has it.
+    "gemma2": ("Gemma2", {"sliding_window": WINDOW, "attn_logit_softcapping": 2.0, "attn_implementation": "eager"}),
+    "gemma3": ("Gemma3Text", {"sliding_window": WINDOW, "layer_types": [SLIDING, FULL, SLIDING]}),
+}
+
+
+@lru_cache
+def tiny(family: str) -> Any:
+    name, more = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, initializer_range=0.5, pad_token_id=0, eos_token_id=None,
+        bos_token_id=None, **({"query_pre_attn_scalar": 8} if "gemma" in family else {}), **more,
+    )  # fmt: skip
+    return getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).eval()
+
+
+def prompt(length: int = PROMPT) -> list[int]:
+    return torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@lru_cache
+def expected(family: str) -> list[int]:
+    """The best tokens by transformers' own way of generating."""
+    ids = torch.tensor([prompt()])
+    return tiny(family).generate(ids, max_new_tokens=ANSWER, do_sample=False)[0, PROMPT:].tolist()

@@ -1,0 +1,243 @@
+"""A Hub on loopback: listing, files with ranges and redirections, and everything that can go wrong with them.
+
+Written from the Hub's API as its documentation and clients have it; shares no code with the client under test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
+
+from q6k_convert.hub import client
+
+SMALL = 1000
+"""Files up to this size are kept in git itself, with git's hash; larger ones have a SHA-256."""
+
+
+@dataclass
+class Asked:
+    """A request that came."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+
+
+@dataclass
+class FakeRepository:
+    """A repository: its files by revision, and who may see it."""
+
+    revisions: dict[str, dict[str, bytes]]
+    commits: dict[str, str] = field(default_factory=dict)
+    gated: bool = False
+    token: str | None = None  # needed to see it at all
+
+    def __post_init__(self) -> None:
+        for revision, files in self.revisions.items():
+            content = revision.encode() + b"".join(name.encode() + files[name] for name in sorted(files))
+            self.commits.setdefault(revision, hashlib.sha1(content).hexdigest())
+
+    def files(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        """The commit and the files of a branch, tag or commit."""
+        for name, commit in self.commits.items():
+            if revision in (name, commit):
+                return commit, self.revisions[name]
+        return None
+
+
+class FakeHub:
+    """The server's state: repositories, what was asked, and what goes wrong next.
+
+    Attributes:
+        failures: for the next requests of files' content: ("status", number), or ("cut", bytes) and ("stall",
+            bytes) for a connection that is closed, or falls silent, after so many.
+        stalled: set once a connection has fallen silent.
+        listing_failures: statuses for the next requests of listings.
+        tamper: changes a listing before it is sent.
+        storage: another server's address that content is redirected to.
+        ranges: whether parts of files are served.
+        shift: how far behind what was asked for they begin.
+    """
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, FakeRepository] = {}
+        self.asked: list[Asked] = []
+        self.failures: list[tuple[str, int]] = []
+        self.listing_failures: list[int] = []
+        self.tamper: Callable[[dict[str, Any]], Any] = lambda listing: listing
+        self.corrupt: Callable[[bytes], bytes] = lambda content: content
+        self.storage: str | None = None
+        self.ranges = True
+        self.shift = 0
+        self.stalled = threading.Event()
+        self.ended = threading.Event()
+        self.endpoint = ""
+
+    def add(self, name: str, files: dict[str, bytes], revision: str = "main", **more: Any) -> FakeRepository:
+        """A repository with one revision, or that revision more."""
+        known = self.repositories.get(name)
+        revisions = (known.revisions if known else {}) | {revision: files}
+        self.repositories[name] = FakeRepository(revisions, **more)
+        return self.repositories[name]
+
+    def contents(self) -> list[Asked]:
+        """The requests of files' content."""
+        return [asked for asked in self.asked if "/resolve/" in asked.path]
+
+
+def digest(content: bytes) -> str:
+    """A file's hash as the Hub has it, which is also its ETag."""
+    if len(content) > SMALL:
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def listing(name: str, commit: str, files: dict[str, bytes]) -> dict[str, Any]:
+    """What `/api/models/NAME/revision/REVISION?blobs=true` answers."""
+    siblings = []
+    for path, content in files.items():
+        entry: dict[str, Any] = {"rfilename": path, "size": len(content), "blobId": digest(content)}
+        if len(content) > SMALL:
+            lfs = {"sha256": digest(content), "size": len(content), "pointerSize": 135}
+            entry |= {"blobId": "0" * 40, "lfs": lfs}
+        siblings.append(entry)
+    return {"id": name, "sha": commit, "gated": False, "private": False, "siblings": siblings}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: FakeHub
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._handle()
+
+    def do_GET(self) -> None:
+        self._handle()
+
+    def _handle(self) -> None:
+        headers = {key.lower(): value for key, value in self.headers.items()}
+        self.hub.asked.append(Asked(self.command, self.path, headers))
+        path = unquote(urlsplit(self.path).path)
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path):
+            if self.hub.listing_failures:
+                self._refuse(self.hub.listing_failures.pop(0))
+            elif found := self._visible(match[1], match[2]):
+                body = self.hub.tamper(listing(match[1], *found))
+                self._send(200, body if isinstance(body, bytes) else json.dumps(body).encode())
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            if found := self._visible(match[1], match[2], content=True):
+                self._file(*found, match[3], headers)
+        else:
+            self._refuse(404)
+
+    def _visible(self, name: str, revision: str, *, content: bool = False) -> tuple[str, dict[str, bytes]] | None:
+        repository = self.hub.repositories.get(name)
+        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if repository is None or (repository.token and not repository.gated and given != repository.token):
+            self._refuse(401, "RepoNotFound")
+        elif content and repository.gated and given != repository.token:
+            self._refuse(403 if given else 401, "GatedRepo", "Access to model is restricted. " + given)
+        elif (found := repository.files(revision)) is None:
+            self._refuse(404, "RevisionNotFound")
+        else:
+            return found
+        return None
+
+    def _file(self, commit: str, files: dict[str, bytes], name: str, headers: dict[str, str]) -> None:
+        if self.hub.storage is not None:
+            self._send(302, b"", {"Location": self.hub.storage + self.path + "?signature=very-secret"})
+            return
+        if name not in files:
+            self._refuse(404, "EntryNotFound")
+            return
+        content = self.hub.corrupt(files[name])
+        kind, number = self.hub.failures.pop(0) if self.hub.failures else ("", 0)
+        if kind == "status":
+            self._refuse(number)
+            return
+        start = int(headers["range"].removeprefix("bytes=").removesuffix("-")) if "range" in headers else 0
+        status, more = 200, {"ETag": f'"{digest(content)}"', "Accept-Ranges": "bytes", "X-Repo-Commit": commit}
+        if start and self.hub.ranges:
+            status = 206
+            more["Content-Range"] = f"bytes {start + self.hub.shift}-{len(content) - 1}/{len(content)}"
+            content = content[start + self.hub.shift :]
+        self._send(status, content, more, cut=number if kind else None, stall=kind == "stall")
+
+    def _refuse(self, status: int, code: str = "", message: str = "") -> None:
+        headers = {"X-Error-Code": code} if code else {}
+        self._send(status, json.dumps({"error": message or f"no {self.path}"}).encode(), headers)
+
+    def _send(
+        self,
+        status: int,
+        body: bytes,
+        headers: dict[str, str] | None = None,
+        cut: int | None = None,
+        stall: bool = False,
+    ) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body if cut is None else body[:cut])
+        if stall:
+            self.hub.stalled.set()
+            self.hub.ended.wait(30)
+        if cut is not None:
+            self.close_connection = True
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        pass  # a client that closes a connection early is none
+
+
+@contextmanager
+def serving() -> Iterator[FakeHub]:
+    """A hub that answers at its `endpoint` until the block ends."""
+    hub = FakeHub()
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.ended.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextmanager
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub that commands inside this process ask, an empty cache, and no token; `tmp_path` is where they run."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with serving() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        # Of no use to this program, but to huggingface_hub's own download.
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(client, "_WAIT_SECONDS", 0.0)
+        yield hub

@@ -1,0 +1,100 @@
+"""One weight all the way: Q6_K blocks by ggml, GGUF, bundle, module, exported, compiled, run, compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import libgguf
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+import gguf_builder
+from q6k_convert.convert.pipeline import convert
+from q6k_convert.convert.plan import Options
+from q6k_kernels import PackedWeight, Q6KLinear, open_bundle, q6k_linear
+from q6k_kernels.export import exporting
+
+N, K = 200, 512
+LONGEST = 4096
+OPERATION = "q6k.linear.default"
+
+
+class Decode(nn.Module):
+    """A decode-shaped module: a layer without bias."""
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        self.layer = Q6KLinear.from_weight(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+class Keyword(nn.Module):
+    """The functional form, its bias a keyword."""
+
+    def __init__(self, weight: PackedWeight, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("tiles", weight.tiles)
+        self.register_buffer("offset", bias)
+        self.shape = weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = PackedWeight(self.get_buffer("tiles"), self.shape)
+        return q6k_linear(x, weight, bias=self.get_buffer("offset"))
+
+
+def packed(folder: Path, scales: str, device: str) -> tuple[PackedWeight, np.ndarray]:
+    """The weight as it comes out of a bundle, and as ggml's own dequantisation has it, float64 (N, K)."""
+    values = np.random.default_rng(5).standard_normal((N, K)).astype(np.float32) * 0.05
+    blocks = np.asarray(libgguf.quantize_rows(values, gguf_builder.Q6_K)).tobytes()
+    tensor = gguf_builder.Tensor("w.weight", (N, K), gguf_builder.Q6_K, blocks)
+    source = gguf_builder.Builder([tensor]).write(folder / "w.gguf")
+    convert(source, folder / "out", Options(scales=scales))  # type: ignore[arg-type]
+    rows = np.frombuffer(blocks, dtype=np.uint8).reshape(N, -1)
+    exact = gguf.dequantize(rows, gguf.GGMLQuantizationType.Q6_K).astype(np.float64)
+    weight = open_bundle(folder / "out").load("w.weight", device=device)
+    assert isinstance(weight, PackedWeight)
+    return weight, exact
+
+
+def check(folder: Path, scales: str, device: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+    """Exports the two modules, runs what was compiled, and compares with the original weight's product.
+
+    Args:
+        folder: for files.
+        scales: of the bundle.
+        device: "cpu" or "cuda".
+        dtype: of activations.
+        sizes: M of the second; both sides of every number at which another kernel is taken.
+    """
+    weight, exact = packed(folder, scales, device)
+    random = torch.Generator().manual_seed(7)
+    x = torch.randn(LONGEST, K, generator=random).to(device, dtype)
+    bias = torch.randn(N, generator=random).to(device, dtype)
+    rows, any_rows = x[:4], {0: Dim("M", min=2, max=LONGEST)}
+
+    def compare(found: Any, m: int, offset: Tensor | None, eager: Tensor) -> None:
+        assert found.shape == (m, N)
+        assert found.dtype == dtype
+        assert torch.equal(found, eager), f"not what the operation gives, at M = {m}"
+        expected = x[:m].cpu().double().numpy() @ exact.T
+        if offset is not None:
+            expected += offset.cpu().double().numpy()
+        error = np.linalg.norm(found.cpu().double().numpy() - expected) / np.linalg.norm(expected)
+        assert error < 0.01, f"{error} at M = {m}"
+
+    decode, keyword = Decode(weight).eval(), Keyword(weight, bias).eval()
+    for module, shapes, tried in ((decode, None, (4,)), (keyword, (any_rows,), sizes)):
+        path = folder / f"{type(module).__name__}.pt2"
+        program = exporting.export_module(module, (rows.clone(),), path, dynamic_shapes=shapes)
+        assert exporting.packed_operations(program) == [OPERATION]
+        assert not [each for each in program.state_dict.values() if each.is_floating_point() and each.ndim > 1]
+        loaded = torch._inductor.aoti_load_package(str(path))
+        for m in tried:
+            given = x[:m].clone()
+            compare(loaded(given), m, bias if module is keyword else None, module(given))

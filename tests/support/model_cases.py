@@ -1,0 +1,149 @@
+"""Tiny models of every architecture and peculiarity, and how far their logits are apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiny_models import Tiny, llama3_factors
+
+IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
+LATE = torch.arange(400, 424).expand(2, -1)  # positions where scaled frequencies tell
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+THETA = {"rope_type": "default", "rope_theta": 2e5}
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+GEMMA2_KEYS = {
+    "attention.sliding_window": 8,
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 3.0,
+    "rope.freq_base": 1e4,
+}
+GEMMA3_KEYS = {
+    "attention.sliding_window": 8,
+    "rope.freq_base": 5e5,
+    "rope.scaling.type": "linear",
+    "rope.scaling.factor": 8.0,
+}
+
+LLAMA = Tiny("llama", "llama", {"rms_norm_eps": 1e-3, "rope_parameters": THETA}, {"rope.freq_base": 2e5})
+GEMMA2 = Tiny(
+    "gemma2",
+    "gemma2",
+    {
+        "num_hidden_layers": 3,
+        "sliding_window": 8,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 64,
+    },
+    GEMMA2_KEYS,
+)
+GEMMA3 = Tiny(
+    "gemma3",
+    "gemma3_text",
+    {
+        "num_hidden_layers": 7,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 64,
+        "rope_parameters": GEMMA3_ROPES,
+        "eos_token_id": 2,
+    },
+    GEMMA3_KEYS,
+)
+MODELS = {
+    "llama": LLAMA,
+    "llama, tied": replace(LLAMA, config=LLAMA.config | {"tie_word_embeddings": True}),
+    "llama, biases": replace(LLAMA, config=LLAMA.config | {"attention_bias": True, "mlp_bias": True}),
+    "llama, default theta": Tiny("llama", "llama"),
+    "llama, as many key heads as heads": replace(
+        LLAMA, config=LLAMA.config | {"num_key_value_heads": 8}, keys=LLAMA.keys | {"attention.head_count_kv": None}
+    ),
+    "llama 3.1": Tiny(
+        "llama",
+        "llama",
+        {"rope_parameters": LLAMA3},
+        {"rope.freq_base": 5e5},
+        freqs=llama3_factors(64, 5e5, 8.0, 1.0, 4.0, 256),
+    ),
+    "llama, linear": Tiny(
+        "llama", "llama", {"rope_parameters": LINEAR}, {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+    ),
+    "llama, linear as in 2023": Tiny("llama", "llama", {"rope_parameters": LINEAR}, {"rope.scale_linear": 4.0}),
+    "mistral as llama": Tiny("llama", "mistral", {"sliding_window": 8}, {"attention.sliding_window": 8}),
+    "mistral": Tiny("mistral", "mistral", {"sliding_window": None}),
+    "qwen2": Tiny(
+        "qwen2",
+        "qwen2",
+        {"hidden_size": 512, "num_key_value_heads": 2, "rope_parameters": THETA},
+        {"rope.freq_base": 2e5},
+    ),
+    "qwen2, tied, YaRN": Tiny(
+        "qwen2",
+        "qwen2",
+        {"hidden_size": 512, "rope_parameters": YARN, "tie_word_embeddings": True},
+        {
+            "rope.freq_base": 1e6,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 64,
+        },
+    ),
+    "qwen3": Tiny("qwen3", "qwen3", {"rope_parameters": THETA}, {"rope.freq_base": 2e5}),
+    "qwen3, tied": Tiny("qwen3", "qwen3", {"tie_word_embeddings": True}),
+    "gemma2": GEMMA2,
+    "gemma2, untied": replace(GEMMA2, config=GEMMA2.config | {"tie_word_embeddings": False}),
+    "gemma3": GEMMA3,
+    "gemma3, untied, capped": replace(
+        GEMMA3,
+        config=GEMMA3.config
+        | {
+            "tie_word_embeddings": False,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 16,
+            "num_hidden_layers": 3,
+            "layer_types": ALTERNATING,
+            "rope_parameters": {**GEMMA3_ROPES, "sliding_attention": {"rope_type": "default", "rope_theta": 300.0}},
+        },
+        keys=GEMMA3.keys
+        | {
+            "final_logit_softcapping": 3.0,
+            "attention.scale": 0.25,
+            "attention.sliding_window_pattern": [True, False, True],
+            "rope.freq_base_swa": 300.0,
+        },
+    ),
+    "gemma3, no windows": replace(
+        GEMMA3,
+        config=GEMMA3.config | {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+        keys=GEMMA3.keys | {"attention.sliding_window": None},
+    ),
+}
+
+
+def logits(model: Any) -> Tensor:
+    """At positions where everything that is told apart here has an effect."""
+    with torch.inference_mode():
+        result: Tensor = model(IDS, position_ids=LATE).logits
+    return result
+
+
+def largest_difference(found: Tensor, expected: Tensor) -> float:
+    """Over the spread of the expected values."""
+    return float((found - expected).abs().max() / expected.std())

@@ -1,0 +1,226 @@
+"""Tiny random models of transformers, and the GGUF files that llama.cpp's converter would make of them.
+
+What it does to names, rows, norms and keys is written here from its documentation and its source,
+`convert_hf_to_gguf.py`, and shares nothing with the code under test. Weights are quantised by ggml itself
+(`libgguf`), and a model's own weights are then set to what the file says, so that both compute the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import gguf
+import libgguf
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from q6k_convert.convert.pipeline import convert
+from q6k_convert.convert.plan import Options
+
+Q6_K, Q8_0, F16, F32 = (gguf.GGMLQuantizationType[name] for name in ("Q6_K", "Q8_0", "F16", "F32"))
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,  # not hidden_size / num_attention_heads
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+IN_LAYERS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+}
+NORMS = {
+    False: {"post_attention_layernorm": "ffn_norm"},
+    True: {
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+}
+OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A model to make.
+
+    Attributes:
+        architecture: GGUF's name of it.
+        kind: transformers' name of it.
+        config: fields of its configuration besides `SIZES`.
+        keys: of the metadata, `ARCHITECTURE.` left out, besides those that every model has; None takes one away.
+        types: patterns of GGUF names -> the type of such tensors; Q6_K wherever it can be by default.
+        freqs: of `rope_freqs.weight`.
+    """
+
+    architecture: str
+    kind: str
+    config: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, Any] = field(default_factory=dict)
+    types: dict[str, Any] = field(default_factory=dict)
+    freqs: list[float] | None = None
+    seed: int = 0
+
+    @property
+    def is_gemma(self) -> bool:
+        """Whether norms have 1 added, and there are more of them."""
+        return self.architecture.startswith("gemma")
+
+    @property
+    def is_llama(self) -> bool:
+        """Whether q and k are permuted."""
+        return self.architecture in ("llama", "mistral")
+
+    def make(self) -> Any:
+        """The model, random in all its parameters."""
+        torch.manual_seed(self.seed)
+        layers = {"num_hidden_layers": 2}
+        config = AutoConfig.for_model(self.kind, **{**SIZES, **layers, **self.config})
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+        model.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            around = 1.0 if name.endswith("norm.weight") and not self.is_gemma else 0.0
+            parameter.normal_(around, 0.3 if parameter.ndim == 1 else 0.06)
+        return model
+
+    def gguf_name(self, parameter: str) -> str:
+        """The GGUF name of one of transformers' parameters."""
+        module, kind = parameter.rsplit(".", 1)
+        if module in OUTSIDE:
+            return f"{OUTSIDE[module]}.{kind}"
+        _, _, layer, inner = module.split(".", 3)
+        return f"blk.{layer}.{(IN_LAYERS | NORMS[self.is_gemma])[inner]}.{kind}"
+
+    def bundle(self, directory: Path, scales: str = "exact", other: str = "bf16") -> tuple[Path, Any]:
+        """The bundle, and the model whose weights are what the bundle holds."""
+        model = self.make()
+        writer = gguf.GGUFWriter(directory / "model.gguf", self.architecture)
+        for key, value in self._all_keys(model.config).items():
+            _add(writer, key if key.startswith("tokenizer.") else f"{self.architecture}.{key}", value)
+        for name, parameter in model.named_parameters():
+            self._add_tensor(writer, name, parameter, scales)
+        if self.freqs is not None:
+            writer.add_tensor("rope_freqs.weight", np.array(self.freqs, dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        out = directory / "out"
+        convert(directory / "model.gguf", out, Options(scales=scales, other=other))  # type: ignore[arg-type]
+        return out, model
+
+    def _all_keys(self, config: Any) -> dict[str, Any]:
+        keys = {
+            "context_length": config.max_position_embeddings,
+            "embedding_length": config.hidden_size,
+            "block_count": config.num_hidden_layers,
+            "feed_forward_length": config.intermediate_size,
+            "attention.head_count": config.num_attention_heads,
+            "attention.head_count_kv": config.num_key_value_heads,
+            "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+            "tokenizer.ggml.bos_token_id": config.bos_token_id,
+            "tokenizer.ggml.eos_token_id": config.eos_token_id,
+            "tokenizer.ggml.padding_token_id": config.pad_token_id,
+        }
+        if self.is_llama:
+            keys |= {"rope.dimension_count": config.head_dim, "vocab_size": config.vocab_size}
+        if self.kind != "qwen2":
+            keys |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
+        return {key: value for key, value in (keys | self.keys).items() if value is not None}
+
+    def _add_tensor(self, writer: Any, parameter: str, values: Tensor, scales: str) -> None:
+        name = self.gguf_name(parameter)
+        kind = next((kind for pattern, kind in self.types.items() if fnmatch(name, pattern)), None)
+        if kind is None:
+            kind = F32 if values.ndim == 1 else F16 if values.shape[1] % 256 else Q6_K
+        rows = values.numpy()
+        if kind in (Q6_K, Q8_0):
+            data = quantised(rows, kind)
+            values.copy_(read_back(data, kind, scales))
+        else:
+            data = rows.astype(np.float16 if kind == F16 else np.float32)
+            values.copy_(torch.from_numpy(data.astype(np.float32)))
+            if self.is_gemma and name.endswith("norm.weight"):
+                data = data + np.float32(1)
+        heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(name.split(".")[-2])
+        if self.is_llama and heads:
+            data = permuted(data, {**SIZES, **self.config}[heads])
+        writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=kind)
+
+
+def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows as the converter's `permute` puts them: the two halves of each head are dealt out in turn."""
+    return rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def quantised(rows: np.ndarray, kind: Any) -> np.ndarray:
+    """Blocks of rows, uint8 (N, bytes of a row), by ggml; many tests have the same weights."""
+    key = hashlib.sha256(rows.tobytes()).digest(), rows.shape, int(kind)
+    if key not in _QUANTISED:
+        blocks = np.frombuffer(libgguf.quantize_rows(rows, int(kind)), dtype=np.uint8)
+        _QUANTISED[key] = blocks.reshape(len(rows), -1)
+    return _QUANTISED[key]
+
+
+_QUANTISED: dict[Any, np.ndarray] = {}
+
+
+def read_back(blocks: np.ndarray, kind: Any, scales: str) -> Tensor:
+    """What a bundle holds of quantised rows, in fp32."""
+    exact = torch.from_numpy(gguf.dequantize(blocks, kind))
+    if kind != Q6_K:
+        return exact.bfloat16().float()
+    if scales == "exact":
+        return exact
+    # Of each block the last 18 bytes: 16 sub-scales, and d.
+    each = blocks.reshape(-1, 210)
+    d = torch.from_numpy(each[:, 208:].copy().view(np.float16).astype(np.float32))
+    products = (d * torch.from_numpy(each[:, 192:208].copy().view(np.int8).astype(np.float32))).view(-1, 1)
+    groups = exact.view(-1, 16)
+    codes = torch.where(products == 0, 0.0, groups / products)
+    return (codes * products.bfloat16().float()).view(exact.shape)
+
+
+def llama3_factors(
+    head_dim: int, theta: float, factor: float, low: float, high: float, context: int
+) -> list[float]:
+    """`rope_freqs.weight` as the converter computes it for Llama 3.1."""
+    factors = []
+    for pair in range(head_dim // 2):
+        wavelength = 2 * math.pi * theta ** (2 * pair / head_dim)
+        if wavelength < context / high:
+            factors.append(1.0)
+        elif wavelength > context / low:
+            factors.append(factor)
+        else:
+            smooth = (context / wavelength - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return factors
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    else:
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](key, value)

@@ -1,0 +1,165 @@
+"""Tokenizers from GGUF metadata: ids against independent ones, text back, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+
+import tokenizer_files as files
+from q6k_kernels.tokenizer import vocabulary
+from q6k_kernels.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from q6k_kernels.tokenizer.vocabulary import TokenizerError
+from tokenizer_files import SAMPLES, byte_level, byte_level_keys, sentencepiece, sentencepiece_ids, write
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def loaded(directory: Path, keys: dict[str, Any], **more: Any) -> Tokenizer:
+    return load_tokenizer(write(directory / "m", keys | {key.replace("__", "."): v for key, v in more.items()}))
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_ids_are_those_of_its_rule(tmp_path: Path, prefix: bool) -> None:
+    keys = sentencepiece() | {"ggml.add_space_prefix": prefix}
+    tokenizer = loaded(tmp_path, keys)
+    seen = set[int]()
+    for text in SAMPLES:
+        ids = tokenizer.encode(text)
+        assert ids[0] == 1
+        assert ids[1:] == sentencepiece_ids(keys, text), text
+        seen |= {keys["ggml.token_type"][i] for i in ids[1:]}
+        if not prefix:
+            assert tokenizer.decode(ids) == text
+        elif text and "  " not in text:  # behind a user-defined token there is another prefix
+            assert tokenizer.decode(ids) == " " + text
+    assert seen == {files.NORMAL, files.BYTE, files.USER_DEFINED}
+    assert tokenizer.stop_ids == {2, 259}
+    assert len(tokenizer) == len(keys["ggml.tokens"])
+
+
+@pytest.mark.parametrize(
+    ("pre", "splits", "more"),
+    [
+        ("gpt-2", [], {}),
+        ("smollm", [], {"digits": True}),
+        ("qwen2", [QWEN2], {}),
+        ("llama-bpe", [LLAMA3], {"whole_words": True}),
+    ],
+)
+def test_byte_level_ids_are_those_of_the_tokenizer_it_came_from(
+    tmp_path: Path, pre: str, splits: list[str], more: dict[str, bool]
+) -> None:
+    original = byte_level(splits, **more)
+    keys = byte_level_keys(original, pre)
+    tokenizer = loaded(tmp_path, keys)
+    bos = [keys["ggml.bos_token_id"]] if pre == "llama-bpe" else []
+    for text in SAMPLES:
+        ids = tokenizer.encode(text)
+        assert ids == bos + original.encode(text).ids, text
+        assert tokenizer.decode(ids) == text
+    count = keys["ggml.bos_token_id"]
+    assert tokenizer.stop_ids == {count, count + 1}  # <|endoftext|> ends too
+    # A user-defined token is matched whole, a control token is text.
+    assert tokenizer.encode("x<think>y") == [*bos, *original.encode("x").ids, count + 2, *original.encode("y").ids]
+    assert tokenizer.encode("<|im_end|>") == bos + original.encode("<|im_end|>").ids
+
+
+def test_the_default_split_is_llama_cpps(tmp_path: Path) -> None:
+    original = byte_level([])
+    tokenizer = loaded(tmp_path, byte_level_keys(original, "default"))
+    split = tokenizer.vocabulary.backend.pre_tokenizer.pre_tokenize_str
+    # Punctuation apart from all else, digits in threes.
+    assert [part for part, _ in split("a.b 12345")] == ["a", ".", "b", "Ġ", "123", "45"]
+
+
+def test_bos_and_eos_are_as_the_file_says(tmp_path: Path) -> None:
+    keys = sentencepiece()
+    body = sentencepiece_ids(keys, "The dog")
+    assert loaded(tmp_path, keys, ggml__add_bos_token=False).encode("The dog") == body
+    assert loaded(tmp_path, keys, ggml__add_eos_token=True).encode("The dog") == [1, *body, 2]
+    qwen = byte_level_keys(byte_level([QWEN2]), "qwen2")
+    tokenizer = loaded(tmp_path, qwen, ggml__add_bos_token=True)
+    assert tokenizer.encode("")[0] == tokenizer.bos_id == qwen["ggml.bos_token_id"]
+    del keys["ggml.bos_token_id"]
+    with pytest.raises(TokenizerError, match="bos_token_id: missing, but every text is to have BOS"):
+        loaded(tmp_path, keys)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_stream_gives_the_same_text_and_no_half_characters(tmp_path: Path, kind: str) -> None:
+    keys = sentencepiece() if kind == "llama" else byte_level_keys(byte_level([]), "gpt-2")
+    tokenizer = loaded(tmp_path, keys)
+    for text in (*SAMPLES, "🦙☃👩‍👧 é"):
+        ids, stream = tokenizer.encode(text), tokenizer.stream()
+        pieces = [stream.push(token) for token in ids]
+        assert "".join(pieces) + stream.end() == tokenizer.decode(ids)
+        assert not any("\ufffd" in piece for piece in pieces)
+    ids = tokenizer.encode("🦙")
+    stream = tokenizer.stream()
+    assert [stream.push(token) for token in ids[-4:-1]] == ["", "", ""]
+    assert stream.end() == "\ufffd"
+    # A broken character does not hold up what follows.
+    after = ids[-4:-1] + tokenizer.encode("dog")
+    stream = tokenizer.stream()
+    assert "dog" in "".join(stream.push(token) for token in after)
+    assert tokenizer.decode([10**6, -1]) == ""
+
+
+def test_what_makes_no_tokenizer_is_named(tmp_path: Path) -> None:
+    spm, bpe = sentencepiece(), byte_level_keys(byte_level([]), "gpt-2")
+    for keys, words in (
+        ({}, "tokenizer.ggml.model is missing"),
+        (spm | {"ggml.model": "t5"}, "is 't5', expected 'llama' or 'gpt2'"),
+        (bpe | {"ggml.pre": "tekken"}, "tokenizer.ggml.pre is 'tekken'; known are .*, default, .*, qwen2,"),
+        ({key: value for key, value in bpe.items() if key != "ggml.pre"}, "tokenizer.ggml.pre is missing"),
+        (bpe | {"ggml.merges": ["a"]}, "merge 0, 'a', does not join two tokens"),
+        (bpe | {"ggml.merges": ["a zzz"]}, "merge 0, 'a zzz', does not join two tokens"),
+        (spm | {"ggml.scores": [0.0]}, "scores: expected .*, one for each token, found 1"),
+        (spm | {"ggml.token_type": [1]}, "token_type: expected .*, found 1"),
+        (spm | {"ggml.eos_token_id": 10**6}, "eos_token_id: expected 0 to .*, found 1000000"),
+        (spm | {"ggml.unknown_token_id": 10**6}, "unknown_token_id: expected 0 to"),
+    ):
+        with pytest.raises(TokenizerError, match=words) as caught:
+            load_tokenizer(write(tmp_path / "m", keys))
+        assert "--tokenizer DIR" in caught.value.remedy
+
+
+def test_a_token_too_long_to_be_taken_apart_costs_nothing(tmp_path: Path) -> None:
+    keys = sentencepiece()
+    keys["ggml.tokens"] += ["a" * (vocabulary.MAX_TOKEN_CHARACTERS + 1)]
+    keys["ggml.scores"] += [1.0]
+    keys["ggml.token_type"] += [files.NORMAL]
+    tokenizer = loaded(tmp_path, keys)
+    assert tokenizer.encode("The dog")[1:] == sentencepiece_ids(keys, "The dog")
+
+
+def test_a_directory_takes_the_files_place(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    original = byte_level([])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=original, eos_token="<|end|>")
+    fast.chat_template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    fast.save_pretrained(tmp_path / "hf")
+    tokenizer = load_tokenizer(tmp_path / "nowhere", tmp_path / "hf")
+    end = fast.eos_token_id
+    assert tokenizer.stop_ids == {end}
+    for text in (*SAMPLES, "<|end|>"):
+        assert tokenizer.encode(text) == original.encode(text).ids
+        assert tokenizer.decode([*tokenizer.encode(text), end]) == text
+    assert tokenizer.encode_chat([{"role": "user", "content": "dog"}]) == [*original.encode("dog").ids, end]
+    with pytest.raises(TokenizerError, match=r"a message contains '<\|end\|>'"):
+        tokenizer.encode_chat([{"role": "user", "content": "dog<|end|>"}])
+    (tmp_path / "empty").mkdir()
+    for directory, words in (("empty", "no tokenizer loads from it"), ("absent", "is not a directory")):
+        with pytest.raises(TokenizerError, match=words):
+            load_tokenizer(tmp_path / "nowhere", tmp_path / directory)

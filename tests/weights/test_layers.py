@@ -1,0 +1,235 @@
+"""Layers: the same numbers as the operations, and at home in everything that is done to modules."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from packed import numbers, weight
+
+torch = pytest.importorskip("torch")
+
+from torch import nn
+
+from q6k_kernels.weights.layers import Q6KEmbedding, Q6KLinear
+from q6k_kernels.weights.weight import PackedWeight, q6k_linear
+
+X = torch.randn(3, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
+TOKENS = torch.tensor([[0, 39], [7, 7]])
+
+
+class Tied(nn.Module):
+    """An embedding and its head, as language models have them, in different places of the tree."""
+
+    def __init__(self, packed: PackedWeight) -> None:
+        super().__init__()
+        self.body = nn.ModuleDict({"embed": Q6KEmbedding.from_weight(packed), "norm": nn.LayerNorm(packed.k)})
+        self.head = Q6KLinear.from_weight(packed)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body["embed"](tokens))
+
+    def shares(self) -> bool:
+        first, second = self.body["embed"].tiles, self.head.tiles
+        return bool(first.untyped_storage()._cdata == second.untyped_storage()._cdata)
+
+
+@pytest.mark.parametrize("activations", ["auto", "int8", "bf16"])
+@pytest.mark.parametrize("scales", ["bf16", "exact"])
+def test_linear_is_the_operation(scales: str, activations: Any) -> None:
+    packed, bias = weight((40, 512), scales), torch.linspace(-1, 1, 40).bfloat16()
+    layer = Q6KLinear.from_weight(packed, activations=activations)
+    assert torch.equal(layer(X), q6k_linear(X, packed, activations=activations))
+    layer = Q6KLinear.from_weight(packed, bias, activations)
+    assert torch.equal(layer(X), q6k_linear(X, packed, bias, activations))
+    assert layer.tiles.data_ptr() == packed.tiles.data_ptr()
+    assert layer.bias is not None
+    assert layer.bias.data_ptr() == bias.data_ptr()
+    assert (layer.weight.shape, layer.weight.tiles is packed.tiles) == ((40, 512), True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_embedding_is_the_operation(dtype: torch.dtype) -> None:
+    layer = Q6KEmbedding.from_weight(weight((40, 512)), dtype)
+    rows = layer(TOKENS)
+    assert (rows.shape, rows.dtype) == ((2, 2, 512), dtype)
+    assert torch.equal(rows, numbers((40, 512), dtype=dtype)[TOKENS])
+    assert torch.equal(layer.half()(TOKENS), rows)
+
+
+def test_like_torchs_own_layers() -> None:
+    packed = weight((40, 512))
+    theirs = nn.Linear(512, 40, bias=False, dtype=torch.bfloat16)
+    theirs.weight = nn.Parameter(numbers((40, 512)))
+    ours = Q6KLinear.from_weight(packed)
+    torch.testing.assert_close(ours(X).float(), theirs(X).detach().float(), rtol=2**-7, atol=1e-5)
+    assert (ours.in_features, ours.out_features, ours.bias) == (512, 40, None)
+    embedding = Q6KEmbedding.from_weight(packed)
+    assert (embedding.num_embeddings, embedding.embedding_dim) == (40, 512)
+    assert torch.equal(embedding(TOKENS), nn.functional.embedding(TOKENS, numbers((40, 512))))
+
+
+def test_a_new_layer_is_zero_and_has_no_gradient() -> None:
+    layer = Q6KLinear(512, 40, bias=True, dtype=torch.float32)
+    assert not layer(X).any()
+    assert [(name, p.dtype, p.requires_grad) for name, p in layer.named_parameters()] == [
+        ("bias", torch.float32, False)
+    ]
+    assert not Q6KEmbedding(40, 512)(TOKENS).any()
+    with pytest.raises(ValueError, match="x requires a gradient"):
+        layer(X.clone().requires_grad_())
+
+
+def test_what_is_shown() -> None:
+    shown = "Q6KLinear(in_features=512, out_features=40, bias=True, scales='exact', activations='int8')"
+    assert repr(Q6KLinear(512, 40, bias=True, scales="exact", activations="int8")) == shown
+    assert repr(Q6KEmbedding(40, 512)) == "Q6KEmbedding(40, 512, scales='bf16', dtype=torch.bfloat16)"
+
+
+@pytest.mark.parametrize(("device", "assign"), [("cpu", False), ("cpu", True), ("meta", True)])
+@pytest.mark.parametrize("scales", ["bf16", "exact"])
+def test_state_dicts(scales: Any, device: str, assign: bool) -> None:
+    bias = torch.linspace(-1, 1, 40)
+    source = Q6KLinear.from_weight(weight((40, 512), scales), bias)
+    assert {name: tensor.dtype for name, tensor in source.state_dict().items()} == {
+        "bias": torch.float32,
+        "tiles": torch.uint8,
+    }
+    file = io.BytesIO()
+    torch.save(source.state_dict(), file)
+    file.seek(0)
+    layer = Q6KLinear(512, 40, bias=True, scales=scales, device=device, dtype=torch.float32)
+    layer.load_state_dict(torch.load(file, weights_only=True), assign=assign)
+    assert torch.equal(layer(X), source(X))
+    assert layer.bias is not None
+    assert not layer.bias.requires_grad
+    with pytest.raises(RuntimeError, match="size mismatch for tiles"):
+        Q6KLinear(256, 40).load_state_dict({"tiles": source.tiles})
+
+
+def by_torch_save(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert isinstance(loaded, nn.Module)
+    return loaded
+
+
+CONVERSIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "half": lambda module: module.half(),
+    "bfloat16": lambda module: module.bfloat16(),
+    "double": lambda module: module.double(),
+    "to dtype": lambda module: module.to(torch.float16),
+    "to device": lambda module: module.to("cpu"),
+    "a copy of every tensor": lambda module: module._apply(lambda tensor: tensor.clone()),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch.save": by_torch_save,
+    "share_memory": lambda module: module.share_memory(),
+}
+
+
+@pytest.mark.parametrize("how", CONVERSIONS)
+def test_tiles_come_through_and_stay_shared(how: str) -> None:
+    packed = weight((40, 512), "exact")
+    model = Tied(packed)
+    before = model(TOKENS)
+    assert model.shares()
+    size = packed.tiles.clone()
+    converted = CONVERSIONS[how](model)
+    assert isinstance(converted, Tied)
+    assert converted.shares()
+    assert torch.equal(converted.head.tiles, size)
+    assert torch.equal(converted(TOKENS), before)
+    assert torch.equal(packed.tiles, size)
+
+
+def test_a_layer_in_two_places_is_converted_once() -> None:
+    head = Q6KLinear.from_weight(weight((40, 512)))
+    both = nn.ModuleList([nn.Sequential(head), nn.Sequential(head), Q6KLinear.from_weight(head.weight)])
+    before = head(X)
+    both._apply(lambda tensor: tensor.clone())
+    assert both[0][0] is both[1][0]
+    assert all(torch.equal(layer(X), before) for layer in both)
+
+
+def test_moving_one_of_two_leaves_the_other() -> None:
+    packed = weight((40, 512))
+    first, second = Q6KLinear.from_weight(packed), Q6KLinear.from_weight(packed)
+    first.to("meta")
+    assert (first.tiles.device.type, second.tiles.device.type, packed.device.type) == ("meta", "cpu", "cpu")
+    assert torch.equal(second(X), q6k_linear(X, packed))
+
+
+def test_a_function_that_lasts_is_not_remembered() -> None:
+    """Else two conversions, far apart, would have one result."""
+    packed = weight((40, 512))
+    layers = [Q6KLinear.from_weight(packed)._apply(torch.clone) for _ in range(2)]
+    assert layers[0].tiles.data_ptr() != layers[1].tiles.data_ptr()
+    assert torch.equal(layers[0].tiles, layers[1].tiles)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_state_of_a_tied_model(device: str) -> None:
+    source = Tied(weight((40, 512), seed=1))
+    file = io.BytesIO()
+    torch.save(source.state_dict(), file)
+    assert len(file.getvalue()) < 1.6 * source.head.tiles.nbytes  # it is in there once
+    file.seek(0)
+    model = Tied(weight((40, 512), seed=2)).to(device)
+    assert device == "meta" or model.shares()
+    model.load_state_dict(torch.load(file, weights_only=True), assign=device == "meta")
+    assert model.shares()
+    assert model._apply(lambda tensor: tensor.clone()).shares()
+    assert torch.equal(model(TOKENS), source(TOKENS))
+
+
+def test_meta_layers_can_be_filled() -> None:
+    layer = Q6KLinear(512, 40, device="meta").to_empty(device="cpu")
+    assert layer.tiles.device.type == "cpu"
+    layer.load_state_dict(Q6KLinear.from_weight(weight((40, 512))).state_dict())
+    assert torch.equal(layer(X), q6k_linear(X, weight((40, 512))))
+    with torch.device("meta"):
+        assert Q6KEmbedding(40, 512).tiles.is_meta
+        assert Q6KLinear(512, 40, bias=True).bias.is_meta  # type: ignore[union-attr]
+
+
+def test_compiling_a_tied_model() -> None:
+    model = Tied(weight((40, 512)))
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for tokens in (TOKENS, TOKENS[:1]):
+        assert torch.equal(compiled(tokens), model(tokens))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Q6KLinear(500, 40), "multiple of 256 long.*found 40 of 500 with 'bf16' scales"),
+        (lambda: Q6KLinear(512, 0), "found 0 of 512"),
+        (lambda: Q6KEmbedding(40, 0), "found 40 of 0"),
+        (lambda: Q6KLinear(512, 40, scales="fp8"), "found 40 of 512 with 'fp8' scales"),
+        (lambda: Q6KLinear(512, 40, activations="fp8"), "activations: expected auto, int8 or bf16, found 'fp8'"),
+        (lambda: Q6KLinear(512, 40, dtype=torch.int8), "dtype: expected bfloat16, .*, found torch.int8"),
+        (lambda: Q6KEmbedding(40, 512, dtype=torch.float64), "dtype: expected bfloat16, .*, found torch.float64"),
+        (lambda: Q6KLinear.from_weight(weight((3, 20, 256))), r"expected \(N, K\), found a stack \(3, 20, 256\)"),
+        (lambda: Q6KEmbedding.from_weight(weight((3, 20, 256))), r"take one, weight\[expert\]"),
+        (
+            lambda: Q6KLinear.from_weight(weight((40, 512)), torch.zeros(41)),
+            r"bias: expected \(40,\) on cpu, found \(41,\) on cpu",
+        ),
+        (
+            lambda: Q6KLinear.from_weight(weight((40, 512)), torch.zeros(40, device="meta")),
+            r"bias: expected \(40,\) on cpu, found \(40,\) on meta",
+        ),
+        (lambda: Q6KLinear.from_weight(weight((40, 512)), torch.zeros(40).int()), "found torch.int32"),
+    ],
+)
+def test_layers_say_what_they_refuse(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
