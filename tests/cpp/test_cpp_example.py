@@ -125,7 +125,7 @@ def test_a_text_that_does_not_go_with_the_programs(
     example: Path, exported: ExportedModel, tmp_path: Path, old: str, new: str, told: str
 ) -> None:
     path = tmp_path / "model.pt2"
-    exported.changed(path, lambda content: content.replace(old, new, 1))
+    exported.changed(path, lambda content: content.replace(old.encode(), new.encode(), 1))
     check_refused(generated(example, path, library(), 1, 5, 6), 3, told)
 
 

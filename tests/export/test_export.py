@@ -182,8 +182,16 @@ def test_damaged_packages_are_refused(
     exported: ExportedModel, tmp_path: Path, old: str, new: str, told: str
 ) -> None:
     path = tmp_path / "changed.pt2"
-    exported.changed(path, lambda content: content.replace(old, new, 1))
+    exported.changed(path, lambda content: content.replace(old.encode(), new.encode(), 1))
     with pytest.raises(ProgramError, match=told):
+        Program(path)
+
+
+def test_a_program_with_a_runtime_of_its_own_is_refused(exported: ExportedModel, tmp_path: Path) -> None:
+    """It would crash as torch loads it, so it is not loaded."""
+    path = tmp_path / "static.pt2"
+    exported.changed(path, lambda content: content.replace(b"libstdc++.so.6\0", b"libother++.so1\0"), ".so")
+    with pytest.raises(ProgramError, match=r"\.so has a C\+\+ runtime of its own.* Export it again"):
         Program(path)
 
 

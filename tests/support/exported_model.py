@@ -22,8 +22,8 @@ class ExportedModel:
     package: Path
     report: dict[str, Any]
 
-    def changed(self, path: Path, change: Callable[[str], str]) -> None:
-        """Writes the package anew, its description changed."""
+    def changed(self, path: Path, change: Callable[[bytes], bytes], ending: str = "q6k_program") -> None:
+        """Write the package anew, with another description or other entries that end so."""
         from torch.export.pt2_archive._package import PT2ArchiveReader, PT2ArchiveWriter
 
         with PT2ArchiveReader(str(self.package)) as old, PT2ArchiveWriter(str(path)) as new:
@@ -31,8 +31,7 @@ class ExportedModel:
                 if name.startswith((".data", "byteorder", "archive_", "version")):
                     continue  # the writer's own
                 content = old.read_bytes(name)
-                if name == "extra/q6k_program":
-                    before = content.decode()
-                    assert change(before) != before
-                    content = change(before).encode()
+                if name.endswith(ending):
+                    assert change(content) != content
+                    content = change(content)
                 new.write_bytes(name, content)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from q6k_kernels.errors import ExportFailedError
-from q6k_kernels.export import program_file
+from q6k_kernels.export import cpp_runtime, program_file
 from q6k_kernels.export.exportable import ExportableModel
 from q6k_kernels.export.program_file import Info
 from q6k_kernels.weights.layers import Q6KEmbedding, Q6KLinear
@@ -160,7 +160,9 @@ def export_module(
     target = _target(path)
     program = traced(module, arguments, dynamic_shapes)
     with _replacing(target) as temporary, _compiling(type(module).__name__):
-        torch._inductor.aoti_compile_and_package(program, package_path=str(temporary))
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(temporary), inductor_configs=cpp_runtime.link_options()
+        )
     return program
 
 
@@ -188,6 +190,8 @@ def export_model(
     target = _target(path)
     note("tracing prefill and decode")
     programs = trace(module)
+    with _compiling(type(module).__name__):
+        options = _OPTIONS | cpp_runtime.link_options()
     operations, files = dict[str, Operations](), dict[str, list[str]]()
     for name, program in programs.items():
         calls = sum(node.op == "call_function" for node in program.graph.nodes)
@@ -195,7 +199,7 @@ def export_model(
         note(f"compiling {name}: {calls} operations, {operations[name].packed} of them on packed weights")
         inputs, named = program.example_inputs or ((), {})
         with _compiling(name):
-            made: Any = torch._inductor.aot_compile(program.module(), inputs, named, options=_OPTIONS)
+            made: Any = torch._inductor.aot_compile(program.module(), inputs, named, options=options)
         files[name] = made
     state = module.state
     constants, stored = program_file.arrays_of(_constants(programs.values(), state))

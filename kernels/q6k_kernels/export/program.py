@@ -41,7 +41,8 @@ class Program:
         device: by default what it was compiled for: the CPU, or the current GPU.
 
     Raises:
-        ProgramError: it is no such package, is damaged, or is not for this torch, this device or this GPU.
+        ProgramError: it is no such package, is damaged, has a C++ runtime of its own, or is not for this torch,
+            this device or this GPU.
         OSError: it cannot be read.
     """
 
@@ -49,6 +50,7 @@ class Program:
         file = Path(path)
         self.info, constants = program_file.read(file)
         self.device = _device(file, self.info, device)
+        program_file.check_runtime(file)
         index = -1 if self.device.index is None else self.device.index
         # By themselves in their thread: so that no call waits for the device to end the one before.
         runners = load_pt2(str(file), run_single_threaded=True, device_index=index).aoti_runners

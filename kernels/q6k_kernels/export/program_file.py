@@ -40,6 +40,7 @@ from torch.export.pt2_archive._package import PT2ArchiveReader, PT2ArchiveWriter
 from torch.export.pt2_archive.constants import AOTINDUCTOR_DIR, EXTRA_DIR, WEIGHTS_DIR
 
 from q6k_kernels.errors import ProgramError
+from q6k_kernels.export import cpp_runtime
 
 MAGIC = "q6k-program"
 VERSION = 1
@@ -187,6 +188,21 @@ def read(path: Path) -> tuple[Info, dict[str, Tensor]]:
             )
         constants[each.name] = whole[begin:end].view(each.dtype).view(each.shape)
     return info, constants
+
+
+def check_runtime(path: Path) -> None:
+    """Check that a package's programs use the C++ runtime that torch does, before torch loads them.
+
+    Raises:
+        ProgramError: one has a copy of its own, see `cpp_runtime`.
+    """
+    with zipfile.ZipFile(path) as files:
+        for name in files.namelist():
+            if AOTINDUCTOR_DIR in name and name.endswith(".so") and not cpp_runtime.is_shared(files.read(name)):
+                raise ProgramError(
+                    f"{path}: {name} has a C++ runtime of its own, and would crash in a process that has torch's",
+                    _EXPORT,
+                )
 
 
 def _text(info: Info) -> str:
