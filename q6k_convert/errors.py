@@ -87,7 +87,15 @@ class EnvironmentMissingError(Q6KConvertError):
     exit_code = ExitCode.ENVIRONMENT
 
 
-class InterruptedRunError(Q6KConvertError):
-    """Ctrl-C or a termination signal."""
+class InterruptedRunError(KeyboardInterrupt):
+    """Ctrl-C or a termination signal.
+
+    Like every KeyboardInterrupt it is no Exception, so that a library that catches those lets it pass.
+    """
 
     exit_code = ExitCode.INTERRUPTED
+
+    def __init__(self, cause: str, remedy: str = "") -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.remedy = remedy

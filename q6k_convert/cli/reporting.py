@@ -41,7 +41,7 @@ def reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
             signal.signal(number, _interrupt)
     try:
         yield terminal
-    except Q6KConvertError as error:
+    except (Q6KConvertError, InterruptedRunError) as error:
         fail(error.exit_code, error.cause, error.remedy)
     except (CudaError, ExportFailedError, PackageMissingError) as error:
         fail(ExitCode.ENVIRONMENT, error.cause, error.remedy)
