@@ -98,7 +98,7 @@ def convert(
         from q6k_convert.convert.staging import check_output
         from q6k_convert.errors import UsageError
         from q6k_convert.gguf.model import open_gguf
-        from q6k_convert.hub.fetch import parse, resolve
+        from q6k_convert.hub import parse, resolve
 
         try:
             shard_bytes = parse_size(max_shard_size)
@@ -146,7 +146,7 @@ def inspect(
         from q6k_convert.errors import UsageError
         from q6k_convert.gguf.file import GGUFFile
         from q6k_convert.gguf.model import GGUFModel, open_gguf
-        from q6k_convert.hub.fetch import local_path
+        from q6k_convert.hub import local_path
         from q6k_kernels.bundle import manifest
 
         path = local_path(source, terminal.note, terminal.progress)
@@ -211,7 +211,7 @@ def verify(
         from q6k_convert.cli import contents
         from q6k_convert.convert.pipeline import default_jobs
         from q6k_convert.errors import UsageError
-        from q6k_convert.hub.fetch import local_path
+        from q6k_convert.hub import local_path
         from q6k_convert.verify.report import html_report
         from q6k_convert.verify.stages import verify as run_verification
 

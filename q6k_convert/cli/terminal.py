@@ -277,7 +277,7 @@ class _Lines:
     def add(self, count: int) -> None:
         self.done += count
         now = time.monotonic()
-        if now - self.last >= _LINE_SECONDS:
+        if now - self.last >= _LINE_SECONDS and self.done > 0:  # 0: a download that had to start anew
             self.last = now
             rate = self.done / (now - self.started)
             left = text.seconds((self.total - self.done) / rate)

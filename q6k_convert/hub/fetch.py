@@ -1,34 +1,36 @@
-"""A GGUF file of the Hugging Face Hub by its name, brought into the cache before it is opened.
+"""A GGUF file of the Hugging Face Hub by its name, brought into the cache and checked before it is opened.
 
-What a name means is in `hub_names.py`, what the Hub is asked in `hub_client.py`, where files go in
-`hub_cache.py`; here are the order of things, the plan, and the errors in words.
+Requests, downloads and the cache are huggingface_hub's. Here are the order of the steps, the plan, offline mode.
+Of the documented layout of the cache this is used:
+
+    HF_HUB_CACHE/models--ORG--REPO/refs/REVISION           the commit that the revision was when last fetched
+                                   snapshots/COMMIT/FILE   a link to
+                                   blobs/HASH              the content
 """
 
 from __future__ import annotations
 
-import shlex
+import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from q6k_convert import text
-from q6k_convert.errors import EnvironmentMissingError, InputRejectedError, IOFailedError, Q6KConvertError
-from q6k_convert.hub.names import SHOWN_FILES, HubFile, Reference, listing, parse, selected
+from q6k_convert import __version__, text
+from q6k_convert.errors import EnvironmentMissingError, InputRejectedError, IOFailedError, UsageError
+from q6k_convert.hub.failures import in_words
+from q6k_convert.hub.hashes import Progress, Tell, check
+from q6k_convert.hub.names import COMMIT, SHOWN_FILES, HubFile, Reference, listing, parse, selected
 
 if TYPE_CHECKING:
-    from q6k_convert.hub.cache import Cache
-    from q6k_convert.hub.client import Client
+    from tqdm import tqdm
 
-__all__ = ["Source", "local_path", "parse", "resolve"]
-
-Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
-
-_OLDEST_PACKAGE = 1
-_MAX_DOWNLOAD = 50_000_000_000  # what the Hub serves of a file over plain HTTP
+_OLDEST_PACKAGE = (1, 31)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Source:
     """A GGUF to open.
 
     Attributes:
-        path: where it is, or None if it would have had to be downloaded and that was not wanted.
+        path: where it is; None if it would have had to be downloaded and that was not wanted.
         document: for `--json`: what is downloaded; empty for a file that was no reference.
     """
 
@@ -45,14 +47,14 @@ class Source:
 
 
 def local_path(source: str, note: Callable[[str], None], progress: Progress) -> Path:
-    """`resolve`, with whatever is missing downloaded."""
+    """Return `resolve`'s path, with whatever is missing downloaded."""
     found = resolve(source, note, progress).path
     assert found is not None  # noqa: S101 -- for the type checker
     return found
 
 
 def resolve(source: str, note: Callable[[str], None], progress: Progress, *, download: bool = True) -> Source:
-    """The file that a command's argument stands for: itself, or what it refers to, brought into the cache.
+    """Find the file that a command's argument stands for: itself, or what it refers to, brought into the cache.
 
     Args:
         source: a path or a reference.
@@ -61,165 +63,222 @@ def resolve(source: str, note: Callable[[str], None], progress: Progress, *, dow
         download: if False, say what would be downloaded and do not.
 
     Raises:
-        InputRejectedError: the Hub has no such file, keeps it from us, has several, or says what cannot be.
-        IOFailedError: the Hub or the disk fails, or is full; or it may not be asked and the cache lacks it.
-        EnvironmentMissingError: huggingface_hub is not installed.
+        InputRejectedError: the Hub has no such file, keeps it from us, has several, or its answer is malformed.
+        IOFailedError: the Hub or the disk fails, or is full; a file's hash is wrong; or the Hub may not be asked
+            and the cache lacks the file.
+        EnvironmentMissingError: huggingface_hub is not installed, or too old.
+        UsageError: HF_TOKEN or HF_ENDPOINT is malformed.
     """
     reference = parse(source)
     if reference is None:
         return Source(Path(source))
     _check_package(reference)
-    from huggingface_hub import constants
-
-    from q6k_convert.hub.cache import Cache
-    from q6k_convert.hub.client import Client
-
-    cache = Cache(reference.repository)
-    if constants.is_offline_mode():
-        return _cached(reference, cache, note)
-    client = Client()
-    with _explained(reference, client):
-        commit, listed = listing(reference, client.listing(reference.repository, reference.revision))
-        files = selected(reference, listed)
-        document = _planned(reference, cache, commit, files, client.base)
-        _announce(reference, document, note, client.base)
+    hub = _Hub(reference)
+    with in_words(reference, hub.address, hub.has_token):
+        commit, files = hub.files()
+        cached = [hub.is_cached(commit, file) for file in files]
+        document = hub.plan(commit, files, cached)
+        _announce(document, note, "the cache alone" if hub.offline else hub.address)
         missing = document["bytes_to_download"]
-        result = Source(cache.path(commit, files[0].name), {"download": document})
         if missing and not download:
-            return Source(None, result.document)
-        if missing:
-            _check_room(reference, cache, files, document)
+            return Source(None, {"download": document})
+        _check_room(document)
         with progress(missing, "downloading") if missing else nullcontext(lambda _: None) as tell:
-            for file in files:
-                cache.fetch(client, commit, file, tell)
-        cache.remember(reference.revision, commit)
-    return result
+            paths = [hub.fetch(commit, file, tell) for file in files]
+    check(files, paths, cached, progress)
+    hub.remember(commit)
+    return Source(paths[0], {"download": document})
+
+
+class _Hub:
+    """The Hub that HF_ENDPOINT names, as the holder of HF_TOKEN sees it, and the cache of one repository.
+
+    Attributes:
+        address: the Hub's, without a name and password: what may be printed.
+        has_token: whether HF_TOKEN is set.
+        offline: whether the Hub may not be asked.
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        from huggingface_hub import HfApi, constants, is_offline_mode, logging
+
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call] # warnings quote addresses
+        # Only from the environment: a token that lies in a file was not meant for this program.
+        token = os.environ.get("HF_TOKEN", "").strip()
+        if token and not re.fullmatch(r"[!-~]{1,1000}", token):
+            raise UsageError("HF_TOKEN holds characters that no token has", "Set it to the token and nothing else.")
+        self.address = _public(constants.ENDPOINT)
+        self.offline = is_offline_mode()
+        self._reference = reference
+        self.has_token = bool(token)
+        self._timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        self._api = HfApi(token=token or False, library_name="q6k-convert", library_version=__version__)
+        self._cache = Path(constants.HF_HUB_CACHE)
+        self._folder = self._cache / f"models--{reference.repository.replace('/', '--')}"
+        self._ref = self._folder / "refs" / reference.revision
+
+    def files(self) -> tuple[str, list[HubFile]]:
+        """Return the commit that the reference means now, and its files."""
+        reference = self._reference
+        if self.offline:
+            return self._cached_files()
+        try:
+            info = self._api.model_info(
+                reference.repository, revision=reference.revision, files_metadata=True, timeout=self._timeout
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise reference.malformed("it does not describe a repository") from None
+        commit, listed = listing(reference, info)
+        return commit, selected(reference, listed)
+
+    def _cached_files(self) -> tuple[str, list[HubFile]]:
+        """Return the commit that the revision was when last fetched, and its files that are in the cache."""
+        known = self._ref.read_text(errors="replace") if self._ref.is_file() else self._reference.revision
+        commit = known if COMMIT.fullmatch(known) else ""
+        snapshot = self._folder / "snapshots" / commit
+        paths = sorted(path for path in snapshot.rglob("*") if path.is_file()) if commit else []
+        files = [
+            HubFile(
+                path.relative_to(snapshot).as_posix(),
+                path.stat().st_size,
+                path.readlink().name if path.is_symlink() else "",
+            )
+            for path in paths
+            if path.suffix.lower() == ".gguf"
+        ]
+        try:
+            return commit, selected(self._reference, files)
+        except InputRejectedError as error:
+            missing = f"the Hub may not be asked (HF_HUB_OFFLINE), and the cache {self._folder} does not have it"
+            raise self._reference.absent(
+                IOFailedError,
+                missing + (f": {error.cause.removeprefix(self._reference.where)}" if files else ""),
+                "Run once without HF_HUB_OFFLINE, or point HF_HOME to the cache that has it.",
+            ) from None
+
+    def is_cached(self, commit: str, file: HubFile) -> bool:
+        """Check whether a file need not be downloaded."""
+        repository = self._reference.repository
+        found = self._api.hf_hub_download(repository, file.name, revision=commit, dry_run=True)
+        if found.commit_hash != commit:
+            raise self._reference.malformed(f"{file.name} is not of commit {commit}")
+        return found.is_cached
+
+    def fetch(self, commit: str, file: HubFile, tell: Tell) -> Path:
+        """Return where a file is in the cache, downloaded if it is not there; its hash is yet to be checked."""
+        bar = _bar(tell)
+        try:
+            return Path(
+                self._api.hf_hub_download(self._reference.repository, file.name, revision=commit, tqdm_class=bar)
+            )
+        except ValueError as error:  # over 50 GB, and Xet is disabled or not installed
+            raise IOFailedError(
+                f"{file.name}: huggingface_hub refuses to download it: {error}",
+                "Install hf_xet, and leave HF_HUB_DISABLE_XET unset.",
+            ) from None
+        except RuntimeError:  # Xet's; its text has addresses
+            raise IOFailedError(
+                f"{file.name}: Xet could not download it",
+                "Run the same command again; HF_HUB_DISABLE_XET=1 downloads over plain HTTP.",
+            ) from None
+
+    def remember(self, commit: str) -> None:
+        """Note which commit the revision is, for when the Hub may not be asked."""
+        if commit != self._reference.revision:
+            with suppress(OSError):  # a cache that somebody else keeps may be read-only
+                self._ref.parent.mkdir(parents=True, exist_ok=True)
+                self._ref.write_text(commit)
+
+    def plan(self, commit: str, files: Sequence[HubFile], cached: Sequence[bool]) -> dict[str, Any]:
+        """Return what is downloaded and what is there already, for `--json`."""
+        place = next(path for path in (self._folder, *self._folder.absolute().parents) if path.exists())
+        there = [file.size if found else 0 for file, found in zip(files, cached, strict=True)]
+        total = sum(file.size for file in files)
+        return {
+            "hub": self.address,
+            "repository": self._reference.repository,
+            "revision": self._reference.revision,
+            "commit": commit,
+            "files": [
+                {"name": file.name, "bytes": file.size, "bytes_in_cache": size}
+                for file, size in zip(files, there, strict=True)
+            ],
+            "bytes": total,
+            "bytes_to_download": total - sum(there),
+            "cache": str(self._cache),
+            "bytes_free": shutil.disk_usage(place).free,
+        }
 
 
 def _check_package(reference: Reference) -> None:
+    """Check that huggingface_hub is installed and new enough."""
     try:
         found = version("huggingface_hub")
     except PackageNotFoundError:
         found = "none"
-    if not found.partition(".")[0].isdecimal() or int(found.partition(".")[0]) < _OLDEST_PACKAGE:
+    number = re.match(r"(\d+)\.(\d+)", found)
+    if number is None or (int(number[1]), int(number[2])) < _OLDEST_PACKAGE:
+        oldest = ".".join(map(str, _OLDEST_PACKAGE))
         raise reference.absent(
             EnvironmentMissingError,
-            f"for files of the Hub huggingface_hub {_OLDEST_PACKAGE} or later is needed, and {found} is installed",
+            f"for files of the Hub huggingface_hub {oldest} or later is needed, and {found} is installed",
             "Install it: `pip install 'q6k-convert[hub]'`.",
         )
 
 
-def _cached(reference: Reference, cache: Cache, note: Callable[[str], None]) -> Source:
-    """What the cache has, for the Hub may not be asked."""
-    from q6k_convert.hub.client import public_address
+def _public(endpoint: str) -> str:
+    """Return the Hub's address without a name and password.
 
-    commit = cache.commit(reference.revision)
-    missing = f"the Hub may not be asked (HF_HUB_OFFLINE), and the cache {cache.folder} does not have it"
-    files = cache.files(commit) if commit else []
+    Raises:
+        UsageError: it is no address. It is not repeated, for it may be secret.
+    """
     try:
-        chosen = selected(reference, files)
-    except InputRejectedError as error:
-        raise reference.absent(
-            IOFailedError,
-            missing + (f": {error.cause.removeprefix(reference.where)}" if files else ""),
-            "Run once without HF_HUB_OFFLINE, or point HF_HOME to the cache that has it.",
-        ) from None
-    assert commit is not None  # noqa: S101 -- or there would be no files
-    document = _planned(reference, cache, commit, chosen, public_address())
-    _announce(reference, document, note, "the cache alone")
-    return Source(cache.path(commit, chosen[0].name), {"download": document})
+        parts = urlsplit(endpoint)
+        host = (parts.hostname or "") + (f":{parts.port}" if parts.port else "")
+    except ValueError:
+        host = ""
+    if not host or parts.scheme not in ("http", "https"):
+        raise UsageError("HF_ENDPOINT is not an address like https://huggingface.co", "Unset or correct it.")
+    return f"{parts.scheme}://{host}"
 
 
-def _planned(reference: Reference, cache: Cache, commit: str, files: Sequence[HubFile], hub: str) -> dict[str, Any]:
-    """What is downloaded and what is there already, for `--json`."""
-    present = [cache.present(commit, file) for file in files]
-    place = next(path for path in (cache.folder, *cache.folder.absolute().parents) if path.exists())
-    return {
-        "hub": hub,
-        "repository": reference.repository,
-        "revision": reference.revision,
-        "commit": commit,
-        "files": [
-            {"name": file.name, "bytes": file.size, "bytes_in_cache": there}
-            for file, there in zip(files, present, strict=True)
-        ],
-        "bytes": sum(file.size for file in files),
-        "bytes_to_download": sum(file.size for file in files) - sum(present),
-        "cache": str(cache.root),
-        "bytes_free": shutil.disk_usage(place).free,
-    }
-
-
-def _check_room(reference: Reference, cache: Cache, files: Sequence[HubFile], document: dict[str, Any]) -> None:
-    """Raises unless the download can be had and fits on the cache's disk."""
-    for file, row in zip(files, document["files"], strict=True):
-        if file.size > _MAX_DOWNLOAD and row["bytes_in_cache"] < file.size:
-            raise reference.reject(
-                f"{file.name} has {text.size(file.size)}; over HTTP it serves up to {text.size(_MAX_DOWNLOAD)}",
-                f"Run `hf download {reference.repository} {shlex.quote(file.name)}`, then this again.",
-            )
-    needed, free = document["bytes_to_download"], document["bytes_free"]
-    if needed > free:
-        raise IOFailedError(
-            f"{cache.root}: the download takes {text.size(needed)} ({needed} bytes), {text.size(free)} are free",
-            "Free some space, or name a cache on another disk with HF_HUB_CACHE.",
-        )
-
-
-def _announce(reference: Reference, document: dict[str, Any], note: Callable[[str], None], where: str) -> None:
-    note(f"{reference.repository} at {reference.revision} (commit {document['commit'][:12]}), from {where}")
+def _announce(document: dict[str, Any], note: Callable[[str], None], where: str) -> None:
+    """Say what will be downloaded and what is in the cache."""
+    note(f"{document['repository']} at {document['revision']} (commit {document['commit'][:12]}), from {where}")
     for file in document["files"][:SHOWN_FILES]:
-        there = file["bytes_in_cache"]
-        cached = f", {text.size(there)} of it in the cache" if there < file["bytes"] else ", in the cache"
-        note(f"  {file['name']}, {text.size(file['bytes'])}{cached if there else ''}")
+        note(f"  {file['name']}, {text.size(file['bytes'])}{', in the cache' if file['bytes_in_cache'] else ''}")
     if (more := len(document["files"]) - SHOWN_FILES) > 0:
         note(f"  and {more} more")
     if missing := document["bytes_to_download"]:
         note(f"{text.size(missing)} to download, {text.size(document['bytes_free'])} free in {document['cache']}")
 
 
-@contextmanager
-def _explained(reference: Reference, client: Client) -> Iterator[None]:
-    """Turns what the Hub refuses, or fails to do, into one of this program's errors."""
-    from q6k_convert.hub.client import RefusedError, UnreachableError
-
-    try:
-        yield
-    except UnreachableError as error:
-        raise reference.absent(
-            IOFailedError,
-            f"{client.base} does not answer as it should: {error}",
-            "Run the same command again: it goes on where it was; HF_HUB_OFFLINE=1 uses what the cache has.",
-        ) from None
-    except RefusedError as error:
-        raise _refusal(reference, client, error.status, error.code) from None
+def _check_room(document: dict[str, Any]) -> None:
+    """Check that the download fits on the cache's disk."""
+    needed, free = document["bytes_to_download"], document["bytes_free"]
+    if needed > free:
+        raise IOFailedError(
+            f"{document['cache']}: the download takes {text.size(needed)} ({needed} bytes), "
+            f"{text.size(free)} are free",
+            "Free some space, or name a cache on another disk with HF_HUB_CACHE.",
+        )
 
 
-def _refusal(reference: Reference, client: Client, status: int, code: str) -> Q6KConvertError:
-    page = f"{client.base}/{reference.repository}"
-    token = "the account of HF_TOKEN may not see it" if client.has_token else "it takes an HF_TOKEN to see it"
-    if code == "GatedRepo":
-        has = "HF_TOKEN is of an account without access" if client.has_token else "no HF_TOKEN is set"
-        return reference.reject(
-            f"{reference.repository} is gated: its terms have to be accepted, and {has}",
-            f"Accept them at {page}, and set HF_TOKEN to a token of that account.",
-        )
-    if code == "RevisionNotFound":
-        return reference.reject(
-            f"{reference.repository} has no revision {reference.revision!r}", f"Look at {page}/tree/main."
-        )
-    if code == "EntryNotFound":
-        return reference.reject("a file that it lists is not there", "Run again; name a commit if it stays so.")
-    if status in (401, 404):
-        problem = f"{client.base} has no repository {reference.repository}, or {token}"
-        remedy = f"Check the name at {page}; if it is private, set HF_TOKEN to a token that may read it."
-        if reference.certain:
-            return reference.reject(problem, remedy)
-        return reference.absent(IOFailedError, problem, remedy)
-    if status in (403, 451):
-        return reference.reject(
-            f"{reference.repository} is closed to us (HTTP status {status})", f"Look at {page}."
-        )
-    return IOFailedError(
-        f"{reference.text}: {client.base} answers with HTTP status {status}", "Run the same command again later."
-    )
+def _bar(tell: Tell) -> type[tqdm[Any]]:
+    """Make the class of progress bars that huggingface_hub updates: they draw nothing and tell `tell` of bytes."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *_: object, **__: object) -> None:
+            super().__init__(disable=True)
+
+        def update(self, n: float | None = 1) -> None:
+            tell(int(n or 0))  # of the file; below 0 where a server makes it start anew
+
+        def update_transfer(self, n: float | None = 1) -> None:
+            """Ignore what Xet needs of the network for them, which is less where it knows a part already."""
+
+        def set_transfer_postfix_str(self, *_: object, **__: object) -> None:
+            pass
+
+    return Bar

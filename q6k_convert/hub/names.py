@@ -1,32 +1,34 @@
-"""What a reference to a file of the Hugging Face Hub means, and which of a repository's files that is.
+"""What a reference to a file of the Hugging Face Hub means, and which of a repository's files it selects.
 
     reference = ORG/REPO[@REVISION]:QUANTISATION      the one model of that quantisation, all its parts
               | ORG/REPO[@REVISION]/PATH/FILE.gguf    that file, and the other parts if it is one of several
     revision  = branch, tag or commit without a slash, or refs/pr/NUMBER; `main` if none is given
 
-What exists here is never a reference. Neither is `DIR/FILE.gguf`, nor `DIR/…/FILE.gguf` if there is a DIR here:
-those are mistyped paths. All that the Hub says is untrusted: names, sizes and hashes are checked before use.
+What exists on this machine is never a reference. Neither is `DIR/FILE.gguf`, nor `DIR/…/FILE.gguf` where DIR
+exists: those are mistyped paths. The Hub is not trusted: its names, sizes and hashes are checked before use.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING
 
 from q6k_convert.errors import InputRejectedError, IOFailedError, Q6KConvertError
 from q6k_convert.text import listing as joined
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
 MAX_FILES = 100_000
-MAX_LISTING_BYTES = 32 << 20
+SHOWN_FILES = 20
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _MIN_BYTES = 24  # of a GGUF's header
 _MAX_BYTES = 1 << 46  # more than any disk
 _MAX_NAME, _MAX_COMPONENT = 1000, 255
-SHOWN_FILES = 20
 _NAME = r"[a-z0-9_](?:[a-z0-9_.-]{0,94}[a-z0-9_])?"
 _REFERENCE = re.compile(
     rf"(?P<repository>(?P<org>{_NAME})/{_NAME})"
@@ -43,32 +45,41 @@ _LABEL = re.compile(
 
 @dataclass(frozen=True)
 class Reference:
-    """What was asked for: a quantisation or a file of a repository at a revision.
+    """A quantisation or a file of a repository at a revision.
 
     Attributes:
+        quantisation, file: one of the two; the other is "".
         certain: whether it cannot be meant as a path: it names a quantisation or a revision.
     """
 
     text: str
     repository: str
     revision: str
-    quantisation: str | None
-    file: str | None
+    quantisation: str
+    file: str
     certain: bool
 
     @property
     def where(self) -> str:
-        """What the text of `reject`'s errors begins with."""
+        """The beginning of the text of `reject`'s errors."""
         return f"{Path(self.text)}: on the Hub: "
 
     def reject(self, problem: str, remedy: str) -> InputRejectedError:
-        """An error about what the Hub has, or says that it has."""
+        """Return an error about what the Hub has, or says that it has."""
         return InputRejectedError(Path(self.text), "on the Hub", problem, remedy=remedy)
 
+    def malformed(self, what: str) -> InputRejectedError:
+        """Return an error about an answer that no Hub gives."""
+        return self.reject(f"its answer is malformed: {what}", "Check HF_ENDPOINT, or run again later.")
+
     def absent(self, kind: type[Q6KConvertError], problem: str, remedy: str) -> Q6KConvertError:
-        """An error that leaves open whether the Hub was meant, if it does."""
+        """Return an error of this kind; or, where a mistyped path may be meant, one of exit code 4 that says so."""
         if self.certain:
-            return kind(f"{self.text}: {problem}", remedy)
+            return (
+                self.reject(problem, remedy)
+                if kind is InputRejectedError
+                else kind(f"{self.text}: {problem}", remedy)
+            )
         return IOFailedError(
             f"{self.text}: No such file or directory; and taken for a file of the Hub: {problem}",
             f"Check the path and its permissions; or, if the Hub is meant: {remedy}",
@@ -77,102 +88,85 @@ class Reference:
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository: its path there, its bytes, and its hash.
+    """A file of a repository.
 
     Attributes:
-        digest: SHA-256 of the content in hex (64 digits) or, for what is kept in git itself, git's id of it
-            (40); "" where nothing but the cache was asked.
+        name: its path there.
+        size: in bytes.
+        digest: SHA-256 of the content in hex (64 digits) or, for a file kept in git itself, git's id of it (40).
     """
 
     name: str
     size: int
-    digest: str = ""
+    digest: str
 
 
 def parse(source: str) -> Reference | None:
-    """The reference that a command's argument is; None if it is a path, also a mistyped one."""
+    """Return the reference that a command's argument is; None if it is a path, also a mistyped one."""
     match = _REFERENCE.fullmatch(source)
     if match is None or os.path.lexists(source):
         return None
-    repository, file = match["repository"], match["file"]
-    certain = file is None or match["revision"] is not None
-    looks_wrong = (
-        "--" in repository or ".." in repository + (match["revision"] or "")
-    ) or repository.lower().endswith((".gguf", ".git"))
-    if looks_wrong or (file is not None and not _is_safe(file)) or (not certain and Path(match["org"]).exists()):
+    repository, revision, quantisation, file = (
+        match[part] or "" for part in ("repository", "revision", "quantisation", "file")
+    )
+    certain = bool(quantisation or revision)
+    if (
+        "--" in repository
+        or ".." in repository + revision
+        or repository.lower().endswith((".gguf", ".git"))
+        or (file and not _is_safe(file))
+        or (not certain and Path(match["org"]).exists())
+    ):
         return None
-    return Reference(source, repository, match["revision"] or "main", match["quantisation"], file, certain)
+    return Reference(source, repository, revision or "main", quantisation, file, certain)
 
 
-def listing(reference: Reference, answer: bytes) -> tuple[str, list[HubFile]]:
-    """The commit and the GGUF files in the Hub's answer, every field checked."""
+def listing(reference: Reference, info: ModelInfo) -> tuple[str, list[HubFile]]:
+    """Check the Hub's answer about a repository, and return the commit and the GGUF files that it lists.
 
-    def wrong(what: str) -> InputRejectedError:
-        return reference.reject(f"its answer cannot be: {what}", "Check HF_ENDPOINT, or run again later.")
-
-    if len(answer) > MAX_LISTING_BYTES:
-        raise wrong(f"more than {MAX_LISTING_BYTES} bytes")
-    try:
-        info: Any = json.loads(answer.decode())
-    except (ValueError, RecursionError):
-        raise wrong("no JSON, or nested too deeply") from None
-    commit, entries = (info.get("sha"), info.get("siblings")) if isinstance(info, dict) else (None, None)
-    if not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{40}", commit):
-        raise wrong("it states no commit")
-    if not isinstance(entries, list) or len(entries) > MAX_FILES:
-        raise wrong(f"no list of at most {MAX_FILES} files")
+    Raises:
+        InputRejectedError: a field is missing or malformed, or it is another commit than the one asked for.
+    """
+    commit, siblings = info.sha, info.siblings
+    if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
+        raise reference.malformed("it states no commit")
+    if COMMIT.fullmatch(reference.revision) and commit != reference.revision:
+        raise reference.malformed(f"it is about commit {commit}")
+    if siblings is None or len(siblings) > MAX_FILES:
+        raise reference.malformed(f"no list of at most {MAX_FILES} files")
     files = dict[str, HubFile]()
-    for entry in entries:
-        name = entry.get("rfilename") if isinstance(entry, dict) else None
+    for sibling in siblings:
+        name, size = sibling.rfilename, sibling.size
         if not isinstance(name, str):
-            raise wrong("a file without a name")
+            raise reference.malformed("a file without a name")
         if not name.lower().endswith(".gguf"):
             continue
         if not _is_safe(name) or name in files:
-            raise wrong(f"a file named {name[:200]!r}{' twice' if name in files else ''}")
-        size, lfs = entry.get("size"), entry.get("lfs")
-        # Of a small file, kept in git itself, there is only git's own hash.
-        digest = lfs.get("sha256") if isinstance(lfs, dict) else entry.get("blobId")
-        digits = 64 if isinstance(lfs, dict) else 40
-        if lfs is not None and not isinstance(lfs, dict):
-            raise wrong(f"{name} has no hash")
-        if (
-            type(size) is not int
-            or not isinstance(digest, str)
-            or not re.fullmatch(f"[0-9a-f]{{{digits}}}", digest)
-        ):
-            raise wrong(f"{name} has no size or no hash")
-        if not _MIN_BYTES <= size <= _MAX_BYTES:
-            raise wrong(f"{name} has {size} bytes")
+            raise reference.malformed(f"a file named {name[:200]!r}{' twice' if name in files else ''}")
+        # Of a small file, kept in git itself, there is git's own hash only.
+        digest, digits = (sibling.lfs.sha256, 64) if sibling.lfs else (sibling.blob_id, 40)
+        if not isinstance(digest, str) or not re.fullmatch(f"[0-9a-f]{{{digits}}}", digest):
+            raise reference.malformed(f"{name} has no hash")
+        if type(size) is not int or not _MIN_BYTES <= size <= _MAX_BYTES:
+            raise reference.malformed(f"{name} has {size!r:.50} bytes")
         files[name] = HubFile(name, size, digest)
     return commit, list(files.values())
 
 
 def selected(reference: Reference, files: Sequence[HubFile]) -> list[HubFile]:
-    """The files that the reference means, in order: one, or all parts of a split one."""
+    """Return the files that the reference means, in order: one, or all parts of a split one.
+
+    Raises:
+        InputRejectedError: there is none, a part is missing, or several files have the quantisation.
+    """
     named = {file.name: file for file in files}
     if not named:
         raise reference.reject("the repository has no GGUF file at this revision", "Name another repository.")
-    if (chosen := reference.file) is not None:
-        if chosen not in named:
-            raise reference.reject(
-                f"no such file; there are: {joined(list(named), most=SHOWN_FILES)}", "Name one of those."
-            )
-    else:
-        assert reference.quantisation is not None  # noqa: S101 -- for the type checker
-        models = {_first_part(name): _label(name) for name in named}
-        wanted = reference.quantisation.casefold()
-        matching = [name for name, label in models.items() if label == wanted]
-        if not matching:
-            labels = sorted({label.upper() for label in models.values() if label})
-            has = joined(labels or sorted(models), most=SHOWN_FILES)
-            raise reference.reject(f"no file of this quantisation; there are: {has}", "Name one of those.")
-        if len(matching) > 1:
-            raise reference.reject(
-                f"{len(matching)} files of this quantisation: {joined(matching, most=SHOWN_FILES)}",
-                f"Name the file: `{reference.repository}@{reference.revision}/{matching[0]}`.",
-            )
-        chosen = matching[0]
+    chosen = reference.file or _quantised(reference, named)
+    if reference.file and chosen not in named:
+        raise reference.reject(
+            f"no such file; there are: {joined(list(named), most=SHOWN_FILES)}", "Name one of those."
+        )
     part = _PART.fullmatch(chosen)
     if part is None:
         return [named[chosen]]
@@ -185,13 +179,31 @@ def selected(reference: Reference, files: Sequence[HubFile]) -> list[HubFile]:
     return [named[name] for name in names]
 
 
+def _quantised(reference: Reference, named: dict[str, HubFile]) -> str:
+    """Return the name of the one file, or first part, of the reference's quantisation."""
+    models = {_first_part(name): _label(name) for name in named}
+    wanted = reference.quantisation.casefold()
+    matching = [name for name, label in models.items() if label == wanted]
+    if not matching:
+        labels = sorted({label.upper() for label in models.values() if label})
+        has = joined(labels or sorted(models), most=SHOWN_FILES)
+        raise reference.reject(f"no file of this quantisation; there are: {has}", "Name one of those.")
+    if len(matching) > 1:
+        raise reference.reject(
+            f"{len(matching)} files of this quantisation: {joined(matching, most=SHOWN_FILES)}",
+            f"Name the file: `{reference.repository}@{reference.revision}/{matching[0]}`.",
+        )
+    return matching[0]
+
+
 def _first_part(name: str) -> str:
+    """Return the name of a file's first part; its own if it is not one of several."""
     part = _PART.fullmatch(name)
     return f"{part['stem']}-00001-of-{part['count']}.gguf" if part else name
 
 
 def _label(name: str) -> str:
-    """The quantisation that a file's name ends in, or else its directory's; "" for none, in lower case."""
+    """Return the quantisation that a file's name ends in, or else its directory's, in lower case; "" for none."""
     path = PurePosixPath(name)
     if path.name.lower().startswith("mmproj"):  # the part of a model that sees; not the model
         return ""
@@ -203,7 +215,7 @@ def _label(name: str) -> str:
 
 
 def _is_safe(name: str) -> bool:
-    """Whether a file's name is a plain relative path that leads downwards."""
+    """Check whether a file's name is a plain relative path that leads downwards."""
     components = name.split("/")
     return (
         len(name) <= _MAX_NAME

@@ -40,7 +40,7 @@ from q6k_convert.convert.pipeline import run as run_conversion
 from q6k_convert.convert.plan import Options, make_plan
 from q6k_convert.errors import ExitCode, UsageError
 from q6k_convert.gguf.model import open_gguf
-from q6k_convert.hub.fetch import resolve
+from q6k_convert.hub import resolve
 from q6k_kernels.bundle import manifest as manifests
 from sanity import PROMPT
 

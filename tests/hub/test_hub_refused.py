@@ -1,7 +1,8 @@
-"""What is no reference, what the Hub refuses or says wrongly, and what cannot be."""
+"""What is no reference, what the Hub refuses or says wrongly, and content that is not what it lists."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError
@@ -9,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from bundle_helpers import failed, invoke, listing
 from gguf_builder import small_model
-from hub_server import FakeHub, fresh
-from q6k_convert.hub import cache, client
-from q6k_convert.hub import fetch as hub_module
-from q6k_convert.hub import names as hub_names
-from q6k_convert.hub.names import parse
+from hub_server import FakeHub, digest, fresh
+from q6k_convert.hub import fetch, hashes, names, parse
 
 MODEL = small_model().build()
 NAME = "tiny-Q6_K.gguf"
@@ -68,17 +67,17 @@ def test_what_may_be_either_is_said_to_be_neither(hub: FakeHub, monkeypatch: pyt
     path = "modles/tiny/foo.gguf"
     both = f"{path}: No such file or directory; and taken for a file of the Hub: "
     failed(invoke(path, "out"), 4, f"{both}http://127.0.0.1", "Check the path and its permissions; or, if the Hub")
-    hub.listing_failures = [500] * 3
-    failed(invoke("org/tiny/foo.gguf", "out"), 4, "answers with HTTP status 500", "Run the same")
-    monkeypatch.setattr(hub_module, "version", absent)
+    hub.listing_failures = [500]
+    failed(invoke(path, "out"), 4, f"{both}http://127.0.0.1", "if the Hub is meant: Run the same command again")
+    monkeypatch.setattr(fetch, "version", absent)
     failed(invoke(path, "out"), 4, f"{both}for files of the Hub huggingface_hub", "q6k-convert[hub]")
 
 
 def test_without_the_extra_a_reference_is_exit_6(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    for found, what in ((absent, "none"), (lambda _: "0.36.2", "0.36.2")):
-        monkeypatch.setattr(hub_module, "version", found)
+    for found, what in ((absent, "none"), (lambda _: "0.36.2", "0.36.2"), (lambda _: "1.30.9", "1.30.9")):
+        monkeypatch.setattr(fetch, "version", found)
         for args in (("org/tiny:Q6_K", "out"), ("inspect", f"org/tiny@main/{NAME}")):
-            failed(invoke(*args), 6, f"1 or later is needed, and {what} is installed", "'q6k-convert[hub]'")
+            failed(invoke(*args), 6, f"1.31 or later is needed, and {what} is installed", "'q6k-convert[hub]'")
     assert hub.asked == []
 
 
@@ -106,8 +105,8 @@ def test_what_is_not_there_is_exit_3(hub: FakeHub) -> None:
 
 
 def test_a_quantisation_that_no_file_or_several_have_is_listed(hub: FakeHub) -> None:
-    names = ("a-Q4_K_M", "a.IQ2_xxs", "a_f16", "Q8_0/a", "a-UD-Q6_K_XL", "a-Q6_K-00001-of-00001", "mmproj-a-BF16")
-    hub.add("org/many", {f"{name}.gguf": MODEL for name in names})
+    many = ("a-Q4_K_M", "a.IQ2_xxs", "a_f16", "Q8_0/a", "a-UD-Q6_K_XL", "a-Q6_K-00001-of-00001", "mmproj-a-BF16")
+    hub.add("org/many", {f"{name}.gguf": MODEL for name in many})
     for wrong in ("Q5_K", "Q6_K_XL", "K", "BF16"):
         cause = "no file of this quantisation; there are: F16, IQ2_XXS, Q4_K_M, Q6_K, Q8_0, UD-Q6_K_XL"
         failed(invoke(f"org/many:{wrong}", "out"), 3, cause, "Name one of those")
@@ -121,14 +120,33 @@ def test_a_quantisation_that_no_file_or_several_have_is_listed(hub: FakeHub) -> 
 
 @pytest.mark.parametrize("status", [500, 503, 418])
 def test_a_hub_in_trouble_is_exit_4(status: int, hub: FakeHub) -> None:
-    hub.listing_failures = [status] * 3
-    failed(invoke("org/tiny:Q6_K", "out"), 4, f"answers with HTTP status {status}", "again later")
-    hub.listing_failures = [503, 503]
-    hub.failures = [("status", status)] * 6
+    for failures in (hub.listing_failures, hub.head_failures):
+        failures.extend([status] * 20)
+        failed(invoke("org/tiny:Q6_K", "out"), 4, f"answers with HTTP status {status}", "again later")
+        failures.clear()
+    hub.failures = [("status", status)]
     failed(invoke("org/tiny:Q6_K", "out"), 4, f"answers with HTTP status {status}", "again later")
 
 
-# What cannot be
+def test_a_file_that_is_closed_or_gone_is_exit_3(hub: FakeHub) -> None:
+    hub.failures = [("status", 403)]
+    failed(invoke("org/tiny:Q6_K", "out"), 3, "org/tiny is closed to us (HTTP status 403)", "Look at http")
+    hub.tamper = entry(rfilename="other-Q6_K.gguf")
+    failed(invoke("org/tiny:Q6_K", "out"), 3, "a file that it lists is not there", "name a commit")
+
+
+@pytest.mark.parametrize("status", [("cut", 10), ("stall", 10)])
+def test_a_connection_that_gets_nowhere_is_given_up(
+    status: tuple[str, int], hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    hub.failures = [status, *[(status[0], 0)] * 10]
+    reason = {"cut": "RemoteProtocolError", "stall": "ReadTimeout"}[status[0]]
+    failed(invoke("org/tiny:Q6_K", "out"), 4, f"cannot be read from: {reason}", "Run the same command again")
+    hub.ended.set()
+
+
+# What is malformed
 
 
 def entry(**changes: Any) -> Callable[[dict[str, Any]], Any]:
@@ -148,8 +166,11 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "twice": lambda listing: listing | {"siblings": listing["siblings"] * 2},
     **{f"size {size!r}": entry(size=size) for size in (-1, 0, 23, 1 << 60, 1e9, True, "8480", None)},
     **{
-        f"hash {str(lfs)[:20]}": entry(lfs=lfs)
-        for lfs in ({"sha256": "../" * 21 + "x"}, {"sha256": "a" * 63}, {"sha256": 5}, {}, [], "x")
+        f"hash {str(lfs)[:30]}": entry(lfs=lfs)
+        for lfs in (
+            *({"sha256": sha256, "size": 8480, "pointerSize": 135} for sha256 in ("../" * 21 + "x", "a" * 63, 5)),
+            {"sha256": "a" * 64}, [5], "x",
+        )
     },
     "hash of git": entry(lfs=None, blobId="../x"),
     **{f"commit {sha!r}": lambda listing, sha=sha: listing | {"sha": sha} for sha in ("../x", "main", None, 5)},
@@ -159,70 +180,115 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no JSON": lambda _: b"<html>",
     "no UTF-8": lambda _: b"\xff\xfe{",
     "nested": lambda _: b"[" * 100_000,
-    "long": lambda listing: listing | {"more": "x" * 400_000},
     "many": lambda listing: listing | {"siblings": [{"rfilename": "x"}] * 1001},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("tamper", HOSTILE.values(), ids=HOSTILE)
-def test_an_answer_that_cannot_be_is_refused(
+def test_a_malformed_answer_is_refused(
     tamper: Callable[[dict[str, Any]], Any], hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (client, hub_names):
-        monkeypatch.setattr(module, "MAX_LISTING_BYTES", 300_000)
-    monkeypatch.setattr(hub_names, "MAX_FILES", 1000)
+    monkeypatch.setattr(names, "MAX_FILES", 1000)
     hub.tamper = tamper
     result = invoke("org/tiny:Q6_K", "out")
-    failed(result, 3, "on the Hub: its answer cannot be: ", "Check HF_ENDPOINT")
+    failed(result, 3, "on the Hub: its answer is malformed: ", "Check HF_ENDPOINT")
     assert not {"\x1b", "\0"} & set(result.output)
     assert hub.contents() == []
     assert listing(tmp_path) == {}
 
 
+def test_a_commit_is_that_commit_or_refused(hub: FakeHub) -> None:
+    commit, other = hub.repositories["org/tiny"].commits["main"], "0" * 40
+    hub.tamper = lambda listing: listing | {"sha": other}
+    failed(
+        invoke(f"org/tiny@{commit}:Q6_K", "out"), 3, f"malformed: it is about commit {other}", "Check HF_ENDPOINT"
+    )
+    hub.tamper = lambda listing: listing
+    hub.commit = other
+    failed(invoke("org/tiny:Q6_K", "out"), 3, f"malformed: {NAME} is not of commit {commit}", "Check HF_ENDPOINT")
+    assert hub.contents() == []
+
+
+# Content
+
+
+def blobs(tmp_path: Path) -> list[Path]:
+    return list((tmp_path / "home" / "hub" / "models--org--tiny" / "blobs").iterdir())
+
+
 def test_content_that_is_not_what_was_listed_is_refused(hub: FakeHub, tmp_path: Path) -> None:
-    for corrupt, cause in (
-        (lambda content: content[:-1] + b"!", "and was to have"),
-        (lambda content: content + b"!", "more than the 8480 bytes come"),
-        (lambda content: content[:-1], "it ended tiny-Q6_K.gguf after 8479 of 8480 bytes"),
+    for corrupt, cause, remedy in (
+        (
+            lambda content: content[:-1] + b"!",
+            f"expected {digest(MODEL)}",
+            "has been removed: run the same command",
+        ),
+        (lambda content: content + b"!", "a file of another length than announced", "Run the same command again"),
+        (lambda content: content[:-1], "a file of another length than announced", "Run the same command again"),
     ):
         hub.corrupt = corrupt
-        failed(invoke("org/tiny:Q6_K", "out"), 4, cause, "again")
-        files = [path for path in (tmp_path / "home" / "hub").rglob("*") if path.is_file()]
-        assert all(path.name.endswith(".q6k.incomplete") and path.stat().st_size <= 8480 for path in files)
-        shutil.rmtree(tmp_path / "home" / "hub")
+        failed(invoke("org/tiny:Q6_K", "out"), 4, cause, remedy)
+        assert blobs(tmp_path) == []
         assert not (tmp_path / "out").exists()
-
-
-def test_a_part_that_is_too_long_or_wrong_is_begun_anew(hub: FakeHub, tmp_path: Path) -> None:
-    hub.failures = [("cut", 3000), *[("cut", 0)] * 5]
-    assert invoke("org/tiny:Q6_K", "out").exit_code == 4
-    (partial,) = (tmp_path / "home" / "hub").rglob("*.q6k.incomplete")
-    partial.write_bytes(bytes(9000))
+    hub.corrupt = lambda content: content
     assert invoke("org/tiny:Q6_K", "out").exit_code == 0
-    hub.add("org/tiny", {NAME: MODEL + bytes(32)})
-    hub.failures = [("cut", 3000), *[("cut", 0)] * 5]
-    assert invoke("org/tiny:Q6_K", "more").exit_code == 4
-    (partial,) = (tmp_path / "home" / "hub").rglob("*.q6k.incomplete")
-    partial.write_bytes(bytes(3000))
-    failed(invoke("org/tiny:Q6_K", "more"), 4, "and was to have", "has been removed: run the same command again")
-    assert invoke("org/tiny:Q6_K", "more").exit_code == 0
 
 
-def test_a_damaged_cache_is_named(hub: FakeHub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_damaged_cache_is_named(
+    offline: bool, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert invoke("org/tiny:Q6_K", "out").exit_code == 0
-    (blob,) = (tmp_path / "home" / "hub" / "models--org--tiny" / "blobs").iterdir()
-    blob.write_bytes(MODEL[:100])
-    failed(invoke("org/tiny:Q6_K", "more"), 4, "has 100 bytes, and tiny-Q6_K.gguf has 8480 on the Hub", "remove")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    (blob,) = blobs(tmp_path)
+    before = blob.stat()
+    for content in (MODEL[:100], MODEL[:-1] + b"!"):
+        blob.write_bytes(content)
+        os.utime(blob, ns=(before.st_atime_ns, before.st_mtime_ns))
+        failed(invoke("org/tiny:Q6_K", "more"), 4, f"expected {digest(MODEL)}", f"damaged: remove {blob} and run")
+    assert len(hub.contents()) == 1
 
 
-def test_two_runs_do_not_write_to_one_file(hub: FakeHub, tmp_path: Path) -> None:
-    hub.failures = [("cut", 3000), *[("cut", 0)] * 5]
-    assert invoke("org/tiny:Q6_K", "out").exit_code == 4
-    (path,) = (tmp_path / "home" / "hub").rglob("*.q6k.incomplete")
-    with path.open("r+b") as held:
-        cache._lock(held, path)
-        failed(invoke("org/tiny:Q6_K", "out"), 4, "another run is downloading it", "Wait until it has ended")
-    assert invoke("org/tiny:Q6_K", "out").exit_code == 0
+def test_a_check_is_remembered_while_the_file_stays_the_same(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = list[str]()
+
+    def counted(file: names.HubFile, *more: Any) -> str:
+        checked.append(file.name)
+        return real(file, *more)
+
+    real = hashes._digest
+    monkeypatch.setattr(hashes, "_digest", counted)
+    for _ in range(2):
+        assert invoke("inspect", "org/tiny:Q6_K").exit_code == 0
+    assert checked == [NAME]
+    (blob,) = blobs(tmp_path)
+    blob.touch()
+    assert invoke("inspect", "org/tiny:Q6_K").exit_code == 0
+    assert checked == [NAME] * 2
+    # Where nothing can be remembered, every run checks.
+    shutil.rmtree(tmp_path / "home" / "assets")
+    (tmp_path / "home" / "assets").touch()
+    for _ in range(2):
+        assert invoke("inspect", "org/tiny:Q6_K").exit_code == 0
+    assert checked == [NAME] * 4
+
+
+def test_a_cache_without_links_is_checked_against_the_listing(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    for _ in range(2):
+        assert invoke("inspect", "org/tiny:Q6_K").exit_code == 0
+    assert len(hub.contents()) == 1
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    failed(
+        invoke("inspect", "org/tiny:Q6_K"),
+        4,
+        f"{NAME}: the cache does not say its hash",
+        "give the file by this path",
+    )
 
 
 def test_what_cannot_end_well_is_not_begun(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,12 +296,8 @@ def test_what_cannot_end_well_is_not_begun(hub: FakeHub, tmp_path: Path, monkeyp
     (tmp_path / "taken" / "file").touch()
     failed(invoke("org/tiny:Q6_K", "taken"), 4, "the output taken is not empty", "Give a new directory")
     assert hub.asked == []
-    monkeypatch.setattr(hub_module, "_MAX_DOWNLOAD", 8000)
-    failed(invoke("org/tiny:Q6_K", "out"), 3, "has 8.48 kB; over HTTP it serves up to", f"org/tiny {NAME}")
-    monkeypatch.undo()
-
-
-def test_a_full_disk_is_found_before_the_download(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 8000)
+    failed(invoke("org/tiny:Q6_K", "out"), 4, f"{NAME}: huggingface_hub refuses to download it", "Install hf_xet")
     real = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: real._replace(free=8479))
     failed(invoke("org/tiny:Q6_K", "out"), 4, "takes 8.48 kB (8480 bytes), 8.48 kB are free", "HF_HUB_CACHE")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants, get_token
 
-from bundle_helpers import failed, invoke, run_cli
+from bundle_helpers import failed, invoke
 from gguf_builder import small_model
 from hub_server import FakeHub, fresh, serving
 
@@ -29,33 +29,46 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub: FakeHub, monkeypatch: p
     monkeypatch.setenv("HF_TOKEN", TOKEN + "\n")
     with serving() as storage:
         storage.repositories = hub.repositories
-        hub.storage = storage.endpoint
+        hub.storage = storage.endpoint.replace("127.0.0.1", "localhost")  # another host by its name
         assert invoke("org/tiny:Q6_K", "out").exit_code == 0
-        assert [asked.headers["authorization"] for asked in hub.asked] == [f"Bearer {TOKEN}"] * 2
+        assert {asked.headers["authorization"] for asked in hub.asked} == {f"Bearer {TOKEN}"}
         assert ["authorization" in asked.headers for asked in storage.asked] == [False]
 
 
-def test_a_token_in_a_file_is_not_used(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_token_in_a_file_is_not_used(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "token").write_text(TOKEN)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path)}
-    assert run_cli("org/tiny:Q6_K", "out", env=environment, cwd=tmp_path).returncode == 0
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    assert get_token() == TOKEN
+    assert invoke("org/tiny:Q6_K", "out").exit_code == 0
+    assert len(hub.contents()) == 1
     assert all("authorization" not in asked.headers for asked in hub.asked)
 
 
-def break_listing(hub: FakeHub) -> None:
-    hub.listing_failures = [503] * 3
+Patch = pytest.MonkeyPatch
 
 
-def break_storage(hub: FakeHub) -> None:
+def break_listing(hub: FakeHub, monkeypatch: Patch) -> None:
+    hub.listing_failures = [503]
+
+
+def break_storage(hub: FakeHub, monkeypatch: Patch) -> None:
     hub.storage = "http://127.0.0.1:1"
 
 
-def gate(hub: FakeHub) -> None:
+def break_xet(hub: FakeHub, monkeypatch: Patch) -> None:
+    """Its package's errors quote addresses."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("error sending request for url (http://storage?signature=very-secret)")
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", fail)
+
+
+def gate(hub: FakeHub, monkeypatch: Patch) -> None:
     hub.add("org/tiny", {NAME: MODEL}, gated=True, token="another")
 
 
-def hide(hub: FakeHub) -> None:
+def hide(hub: FakeHub, monkeypatch: Patch) -> None:
     hub.add("org/tiny", {NAME: MODEL}, token="another")
 
 
@@ -63,16 +76,17 @@ def hide(hub: FakeHub) -> None:
     ("spoil", "code", "cause"),
     [
         (break_listing, 4, "answers with HTTP status 503"),
-        (break_storage, 4, "does not answer as it should: Connection refused"),
+        (break_storage, 4, "cannot be read from: Connection refused"),
+        (break_xet, 4, f"{NAME}: Xet could not download it"),
         (gate, 3, "org/tiny is gated: its terms have to be accepted, and HF_TOKEN is of an account without access"),
         (hide, 3, "has no repository org/tiny, or the account of HF_TOKEN may not see it"),
     ],
 )
 def test_the_token_is_never_shown(
-    spoil: Callable[[FakeHub], None], code: int, cause: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+    spoil: Callable[[FakeHub, Patch], None], code: int, cause: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    spoil(hub)
+    spoil(hub, monkeypatch)
     result = invoke("org/tiny:Q6_K", "out", "--verbose", "--json")
     assert result.exit_code == code
     assert cause in json.loads(result.stdout)["error"]
@@ -82,8 +96,8 @@ def test_the_token_is_never_shown(
         assert secret not in result.output
 
 
-def test_without_a_token_a_gated_repository_says_so(hub: FakeHub) -> None:
-    gate(hub)
+def test_without_a_token_a_gated_repository_says_so(hub: FakeHub, monkeypatch: Patch) -> None:
+    gate(hub, monkeypatch)
     failed(invoke("org/tiny:Q6_K", "out"), 3, "is gated: its terms have to be accepted, and no HF_TOKEN", "Accept")
 
 

@@ -1,14 +1,16 @@
-"""A Hub on loopback: listing, files with ranges and redirections, and everything that can go wrong with them.
+"""A Hub on loopback: listing, files with ranges and redirections, and what can go wrong with them.
 
-Written from the Hub's API as its documentation and clients have it; shares no code with the client under test.
+Written from the Hub's API as its documentation and clients have it. It speaks plain HTTP; Xet is disabled.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,8 +21,6 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from huggingface_hub import constants
-
-from q6k_convert.hub import client
 
 SMALL = 1000
 """Files up to this size are kept in git itself, with git's hash; larger ones have a SHA-256."""
@@ -64,11 +64,12 @@ class FakeHub:
         failures: for the next requests of files' content: ("status", number), or ("cut", bytes) and ("stall",
             bytes) for a connection that is closed, or falls silent, after so many.
         stalled: set once a connection has fallen silent.
-        listing_failures: statuses for the next requests of listings.
+        listing_failures, head_failures: statuses for the next requests of listings, and of files' headers.
         tamper: changes a listing before it is sent.
+        corrupt: changes content before it is sent, but not what is said of it.
+        commit: what files' headers name instead of their commit.
         storage: another server's address that content is redirected to.
         ranges: whether parts of files are served.
-        shift: how far behind what was asked for they begin.
     """
 
     def __init__(self) -> None:
@@ -76,11 +77,12 @@ class FakeHub:
         self.asked: list[Asked] = []
         self.failures: list[tuple[str, int]] = []
         self.listing_failures: list[int] = []
+        self.head_failures: list[int] = []
         self.tamper: Callable[[dict[str, Any]], Any] = lambda listing: listing
         self.corrupt: Callable[[bytes], bytes] = lambda content: content
         self.storage: str | None = None
+        self.commit: str | None = None
         self.ranges = True
-        self.shift = 0
         self.stalled = threading.Event()
         self.ended = threading.Event()
         self.endpoint = ""
@@ -94,7 +96,7 @@ class FakeHub:
 
     def contents(self) -> list[Asked]:
         """The requests of files' content."""
-        return [asked for asked in self.asked if "/resolve/" in asked.path]
+        return [asked for asked in self.asked if asked.method == "GET" and "/resolve/" in asked.path]
 
 
 def digest(content: bytes) -> str:
@@ -159,23 +161,33 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _file(self, commit: str, files: dict[str, bytes], name: str, headers: dict[str, str]) -> None:
-        if self.hub.storage is not None:
-            self._send(302, b"", {"Location": self.hub.storage + self.path + "?signature=very-secret"})
-            return
         if name not in files:
             self._refuse(404, "EntryNotFound")
             return
-        content = self.hub.corrupt(files[name])
+        content = files[name]
+        etag, commit = f'"{digest(content)}"', self.hub.commit or commit
+        if self.command == "HEAD" and self.hub.head_failures:
+            self._refuse(self.hub.head_failures.pop(0))
+            return
+        if self.hub.storage is not None:
+            linked = {"X-Linked-ETag": etag, "X-Linked-Size": str(len(content)), "X-Repo-Commit": commit}
+            self._send(302, b"", linked | {"Location": self.hub.storage + self.path + "?signature=very-secret"})
+            return
+        more = {"ETag": etag, "Accept-Ranges": "bytes", "X-Repo-Commit": commit}
+        if self.command == "HEAD":
+            self._send(200, content, more)
+            return
+        content = self.hub.corrupt(content)
         kind, number = self.hub.failures.pop(0) if self.hub.failures else ("", 0)
         if kind == "status":
             self._refuse(number)
             return
         start = int(headers["range"].removeprefix("bytes=").removesuffix("-")) if "range" in headers else 0
-        status, more = 200, {"ETag": f'"{digest(content)}"', "Accept-Ranges": "bytes", "X-Repo-Commit": commit}
+        status = 200
         if start and self.hub.ranges:
             status = 206
-            more["Content-Range"] = f"bytes {start + self.hub.shift}-{len(content) - 1}/{len(content)}"
-            content = content[start + self.hub.shift :]
+            more["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            content = content[start:]
         self._send(status, content, more, cut=number if kind else None, stall=kind == "stall")
 
     def _refuse(self, status: int, code: str = "", message: str = "") -> None:
@@ -232,12 +244,24 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A hub that commands inside this process ask, an empty cache, and no token; `tmp_path` is where they run."""
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # huggingface_hub waits before it tries again
     with serving() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        # Of no use to this program, but to huggingface_hub's own download.
         template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(client, "_WAIT_SECONDS", 0.0)
+        monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "home" / "assets"))
+        for name, value in {
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
         yield hub
+
+
+def environment(tmp_path: Path, hub: FakeHub, **more: str) -> dict[str, str]:
+    """What a process needs in its environment to ask the hub, with a cache in `tmp_path`."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    own |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+    return own | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"} | more

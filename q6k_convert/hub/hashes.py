@@ -1,0 +1,100 @@
+"""The check that files in the Hub's cache are those that the Hub lists: by hash, whoever brought them there.
+
+Hashing takes as long as reading. A check that passed is therefore remembered, for as long as the file keeps its
+inode, its size and its times, the last of which no program can set back:
+
+    HF_ASSETS_CACHE/q6k-convert/checked/HASH    device, inode, size, modified and changed (ns) of the file checked
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+
+from q6k_convert.errors import IOFailedError
+from q6k_convert.hub.names import HubFile
+
+Tell = Callable[[int], None]
+Progress = Callable[[int, str], AbstractContextManager[Tell]]
+
+_PIECE = 1 << 20
+
+
+def check(files: Sequence[HubFile], paths: Sequence[Path], cached: Sequence[bool], progress: Progress) -> None:
+    """Compare the hash of each file with the listed one.
+
+    Args:
+        files: as they are listed.
+        paths: where they are.
+        cached: whether they were there before this run; one that was not is removed if it is wrong.
+        progress: makes a progress display from a total in bytes and a word for what is done.
+
+    Raises:
+        IOFailedError: a file has another hash, or the cache does not say which it should have.
+    """
+    rows = [row for row in zip(files, paths, cached, strict=True) if not _is_remembered(row[0], row[1])]
+    if not rows:
+        return
+    with progress(sum(file.size for file, _, _ in rows), "checking") as tell:
+        for file, path, was_cached in rows:
+            _check(file, path, was_cached, tell)
+
+
+def _check(file: HubFile, path: Path, was_cached: bool, tell: Tell) -> None:
+    """Compare one file's hash, and remember that it is right."""
+    if not file.digest:
+        raise IOFailedError(
+            f"{path}: the cache does not say its hash, for it holds no links",
+            "Run without HF_HUB_OFFLINE, or give the file by this path.",
+        )
+    stamp = _stamp(path)
+    found = _digest(file, path, tell)
+    if found == file.digest:
+        note = _note(file)
+        with suppress(OSError):  # without it the next run checks again
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(stamp)
+        return
+    content = path.resolve()
+    if was_cached:
+        remedy = f"The cache is damaged: remove {content} and run again."
+    else:
+        content.unlink()
+        remedy = "It was damaged on the way and has been removed: run the same command again."
+    raise IOFailedError(f"{path}: it has the hash {found}, expected {file.digest}", remedy)
+
+
+def _digest(file: HubFile, path: Path, tell: Tell) -> str:
+    """Return a file's hash in hex, of the kind that is listed."""
+    if len(file.digest) == 40:  # git's id of a file: the SHA-1 of its length and its content
+        hasher = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    else:
+        hasher = hashlib.sha256()
+    with path.open("rb") as content:
+        while piece := content.read(_PIECE):
+            hasher.update(piece)
+            tell(len(piece))
+    return hasher.hexdigest()
+
+
+def _is_remembered(file: HubFile, path: Path) -> bool:
+    """Check whether this very file, unchanged, has passed before."""
+    try:
+        return bool(file.digest) and _note(file).read_text() == _stamp(path)
+    except OSError:
+        return False
+
+
+def _note(file: HubFile) -> Path:
+    """Return where a passed check is remembered."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_ASSETS_CACHE, "q6k-convert", "checked", file.digest)
+
+
+def _stamp(path: Path) -> str:
+    """Describe a file so that any change to it changes the description."""
+    status = path.stat()
+    return f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
