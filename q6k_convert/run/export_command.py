@@ -23,7 +23,6 @@ from q6k_convert.run.running import (
     described,
     device_of,
     dtype_of,
-    interruptible,
     name_of,
 )
 from q6k_kernels.bundle import manifest as manifests
@@ -88,8 +87,7 @@ def run(request: Request, note: Note, progress: Progress) -> dict[str, Any]:
     device = device_of(request.device, note)
     dtype = dtype_of(request.dtype, device)
     _check_compilers(device)
-    with interruptible():
-        return _Run(request, device, dtype, capacity, note).document(manifest, progress)
+    return _Run(request, device, dtype, capacity, note).document(manifest, progress)
 
 
 class _Run:

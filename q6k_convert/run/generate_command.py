@@ -20,7 +20,6 @@ from q6k_convert.run.running import (
     described,
     device_of,
     dtype_of,
-    interruptible,
     name_of,
 )
 from q6k_kernels.bundle import manifest as manifests
@@ -81,10 +80,9 @@ def run(
     metadata = read_metadata(request.bundle)
     architecture_of(metadata)
     device = device_of(request.device, note)
-    with interruptible():
-        run = _Run(request, prompt, device, write, note)
-        _check_length(metadata, len(run.ids), request.max_new_tokens)
-        return run.document(manifest, progress)
+    run = _Run(request, prompt, device, write, note)
+    _check_length(metadata, len(run.ids), request.max_new_tokens)
+    return run.document(manifest, progress)
 
 
 class _Run:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
-from q6k_convert.errors import EnvironmentMissingError, InterruptedRunError, UsageError
+from q6k_convert.errors import EnvironmentMissingError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -77,17 +76,3 @@ def described(device: torch.device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """An interruption stays one, whatever the code that it went through made of it."""
-    try:
-        yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, InterruptedRunError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is not None and cause is not error:
-            raise cause from None
-        raise
