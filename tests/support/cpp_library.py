@@ -23,7 +23,7 @@ from q6k_kernels.cuda import decode, decode_plan, gemm_mma, gemm_wgmma
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.jit import compiler, cubin_cache
 
-PACKAGE = Path(compiler.__file__).parent
+PACKAGE = Path(compiler.__file__).parents[1]
 H200 = launching.Device(0, 90, 132, 227 << 10, 228 << 10)
 DECODE, WGMMA, MMA = 0, 1, 2
 KEPT_SECONDS = 7 * 86400
