@@ -41,7 +41,6 @@ from torch.nn.functional import linear as dense_linear
 
 import bench_kernels_rows as rows_of
 import kernel_timing as timing
-from bench_kernels_plot import figure
 from bench_kernels_rows import FFN, HEAD, HEADING, PHASES, Row, Shape
 from q6k_kernels.bundle.storage import Scales
 from q6k_kernels.formats import tiles as prepack
@@ -268,13 +267,16 @@ def main() -> None:
         help="what `activations` is; targets are held against the first (default: all)")  # fmt: skip
     add("--scales", nargs="+", choices=("bf16", "exact"), default=["bf16", "exact"])
     add("--json", type=Path, default=Path("bench-kernels.json"), metavar="FILE")
-    add("--plot", type=Path, metavar="FILE.svg", help="draw the figures, too")
+    add("--plot", type=Path, metavar="FILE.svg", help='draw the figures, too, with matplotlib (extra "bench")')
     add("--plot-only", type=Path, metavar="FILE.json", help="draw those of an earlier run, and stop")
     args = parser.parse_args()
     peers = json.loads(PEER_FIGURES.read_text(encoding="utf-8"))
+    if args.plot or args.plot_only:
+        # Before anything is timed: only drawing needs matplotlib, and a run of minutes must not end by its lack.
+        from bench_kernels_plot import draw
     if args.plot_only:
         report = json.loads(args.plot_only.read_text(encoding="utf-8"))
-        (args.plot or args.plot_only.with_suffix(".svg")).write_text(figure(report, peers), encoding="utf-8")
+        draw(report, peers, args.plot or args.plot_only.with_suffix(".svg"))
         return
     if not torch.cuda.is_available():
         sys.exit("bench_kernels: torch sees no CUDA GPU; --plot-only draws the figures of an earlier run")
@@ -282,7 +284,7 @@ def main() -> None:
     bench.run()
     bench.save()
     if args.plot:
-        args.plot.write_text(figure(bench.report, peers), encoding="utf-8")
+        draw(bench.report, peers, args.plot)
     print(rows_of.summary(bench.report))
     if any("failed" in row for row in (*bench.report["linear"], *bench.report["operations"])):
         sys.exit(1)
