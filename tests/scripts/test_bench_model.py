@@ -14,11 +14,8 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-import torch
 
-from q6k_convert.convert.pipeline import convert
 from q6k_convert.gguf.model import open_gguf
-from q6k_kernels import load_model
 from tiny_models import llama3_factors
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -77,33 +74,6 @@ def test_a_written_model_is_a_whole_gguf_of_random_weights(model: Path) -> None:
         assert len(seen) == len(TINY.linears) + 1
 
 
-def test_a_pattern_that_ends_within_a_tensor_goes_on_from_its_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(synthetic_model, "PATTERN_BLOCKS", 7)
-    monkeypatch.setattr(synthetic_model, "WRITE_BYTES", 1000)
-    path = tmp_path / "short.gguf"
-    synthetic_model.write_model(path, TINY, threads=1)
-    pattern = synthetic_model.random_blocks(7)
-    with open_gguf(path) as source:
-        for part, record in source.tensors():
-            if record.type.name == "Q6_K":
-                blocks = np.frombuffer(part.read(record.offset, record.nbytes), dtype=np.uint8).reshape(-1, 210)
-                first = next(i for i in range(7) if np.array_equal(pattern[i], blocks[0]))
-                expected = pattern[(np.arange(len(blocks)) + first) % 7]
-                np.testing.assert_array_equal(blocks, expected)
-
-
-def test_a_written_model_loads_and_its_logits_are_finite(model: Path, tmp_path: Path) -> None:
-    convert(model, tmp_path / "out")
-    loaded: Any = load_model(tmp_path / "out")
-    with torch.no_grad():
-        logits = loaded(torch.arange(40)[None] * 7).logits
-    assert logits.shape == (1, 40, 512)
-    assert bool(logits.isfinite().all())
-    assert float(logits.std()) > 0.01
-
-
 def test_the_command_reports_every_step_and_takes_what_was_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,31 +105,6 @@ def test_the_command_reports_every_step_and_takes_what_was_kept(
         assert printed[1].count(f"{label:>14} ") == 2
 
 
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        (["--tokens", "0"], "expected 1 or more, found 0"),
-        (["--layers", "-1"], "expected 1 or more, found -1"),
-        (["--profile", "x.json", "--device", "cpu"], "it needs --device cuda"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused(
-    options: list[str], problem: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        bench_model.parsed(options)
-    assert problem in capsys.readouterr().err
-
-
-def test_without_a_gpu_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["bench_model.py"])
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="torch sees no CUDA GPU"):
-        bench_model.main()
-    assert not list(tmp_path.iterdir())
-
-
 def judged(row: dict[str, Any], *, whole: bool = True) -> dict[str, Any]:
     rows_of.judge(row, CEILINGS, PEERS, whole=whole)
     return row
@@ -189,19 +134,6 @@ def test_the_roofline_of_a_prompt_is_the_longer_of_bytes_and_products() -> None:
     assert rows_of.line(row).endswith("8545  25,000 tokens/s MISSED")
     short = judged(rows_of.prefill_row(LLAMA, 2, 6_600_000_000, [100.0], []))
     assert short["roofline_tokens_per_s"] == pytest.approx(2 * 4e12 / (6_600_000_000 + 2 * 131072))
-
-
-def test_what_was_not_measured_bounds_nothing() -> None:
-    row = rows_of.prefill_row(LLAMA, 512, 6_600_000_000, [100.0], [])
-    rows_of.judge(row, {"read_gb_per_s": 4000.0}, PEERS, whole=True)
-    assert "roofline_share" not in row
-    assert row["peer_tokens_per_s"] == 8038
-
-
-@pytest.mark.parametrize(("peak", "met"), [(8.03e9, True), (8.04e9, False)])
-def test_memory_is_held_against_all_that_is_needed(peak: float, met: bool) -> None:
-    row = judged({"what": "memory", "share_of_needed": peak / 7.3e9})
-    assert row["targets"] == [{"target": "packed + KV + 10%", "met": met}]
 
 
 def test_what_kernels_add_and_the_gaps_are_all_of_the_time() -> None:

@@ -121,20 +121,6 @@ def test_a_gguf_is_measured_with_all_scales_and_activations(spoken: Any, run: An
     )
 
 
-def test_a_bundle_is_measured_by_its_source_or_by_itself(spoken: Any, run: Any, tmp_path: Path) -> None:
-    source = spoken[0]
-    bundle = source.with_name("out")
-    by_itself = run(bundle, "--activations", "bf16", "--windows", "2")
-    assert by_itself["reference"] == "the bundle's own weights"
-    assert (by_itself["windows"], by_itself["tokens"]) == (2, 38)
-    assert by_itself["dtype"] == "bf16"
-    assert [row["scales"] for row in by_itself["rows"]] == ["dense", "exact"]
-    by_source = run(bundle, "--source", source, "--activations", "bf16", "--windows", "2")
-    assert by_source["reference"] == "gguf.dequantize"
-    # In bf16 both are the same numbers.
-    assert by_source["rows"][0]["perplexity"] == by_itself["rows"][0]["perplexity"]
-
-
 def test_a_worse_model_is_told(run: Any, spoken: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     right = eval_quality.load_model
 
@@ -151,15 +137,6 @@ def test_a_worse_model_is_told(run: Any, spoken: Any, monkeypatch: pytest.Monkey
     assert [row.get("met") for row in rows] == [None, False]
 
 
-def test_bundles_are_kept_and_taken(spoken: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = [spoken[0], "--scales", "bf16", "--activations", "int8", "--windows", "1", "--keep", "kept"]
-    first = run(*options)
-    assert [path.name for path in Path("kept").iterdir()] == ["model-bf16"]
-    monkeypatch.setattr(eval_quality, "convert_gguf", None)
-    again = run(*options)
-    assert [row["perplexity"] for row in again["rows"]] == [row["perplexity"] for row in first["rows"]]
-
-
 def test_windows_begin_with_bos_and_leave_no_token_out() -> None:
     assert eval_quality.windows([5, 6, 7, 8, 9], 1, 3) == [[1, 5, 6], [1, 7, 8], [1, 9]]
     assert eval_quality.windows([5, 6, 7, 8, 9], None, 3) == [[5, 6, 7], [8, 9]]
@@ -172,24 +149,3 @@ def test_a_ratio_has_the_error_of_its_differences() -> None:
     assert found["perplexity"] == pytest.approx(math.exp(2.55))
     assert found["ratio"] == pytest.approx(math.exp(0.05))
     assert found["ratio_error"] == pytest.approx(math.exp(0.05) * 0.1 / 2)
-
-
-def test_the_text_is_long_enough_and_plain() -> None:
-    text = eval_quality.TEXT.read_text(encoding="utf-8")
-    assert 1500 < len(text.split()) < 3000
-    assert text.isascii()
-
-
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        (["--window", "2"], "3 tokens or more"),
-        (["--windows", "0"], "1 or more"),
-        (["--source", "x.gguf"], "a GGUF is its own source"),
-        (["--device", "cuda", "--dtype", "fp32"], "is for the CPU"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused(options: list[str], problem: str, capsys: Any) -> None:
-    with pytest.raises(SystemExit):
-        eval_quality.parsed(["model.gguf", *options])
-    assert problem in capsys.readouterr().err
