@@ -210,11 +210,12 @@ def before(module: object, name: str, action: Callable[[], object]) -> Callable[
     return patch
 
 
-def strike(at: int, number: signal.Signals) -> Callable[[], None]:
+def strike(at: int, number: signal.Signals, *, lines: bool) -> Callable[[], None]:
     """A patch: the process gets a signal at its `at`-th step.
 
-    A step is a line of the output's transaction or of the conversion around it, or the time just
-    before or after a file is made, written or synced, so that no state of the disk goes unseen.
+    A step is the time just before or after a call that changes the disk, so that none of its states goes unseen;
+    with `lines` also each line of the output's transaction and of the conversion around it, between which
+    variables change, too. A process that is killed leaves only what is on the disk.
     """
     files = {staging.__file__, convert_module.run.__code__.co_filename}
     steps = count()
@@ -243,10 +244,16 @@ def strike(at: int, number: signal.Signals) -> Callable[[], None]:
         setattr(os, name, wrapped)
 
     def patch() -> None:
-        for name in ("open", "pwrite", "fsync"):
+        for name in (
+            "open",
+            "pwrite",
+            "fsync",
+            *(() if lines else ("mkdir", "rename", "replace", "unlink", "rmdir")),
+        ):
             around(name)
-        # Not before: tracing all of the command line's set-up is slow, and nothing is at stake there.
-        before(convert_module, "run", lambda: sys.settrace(trace))()
+        if lines:
+            # Not before: tracing all of the command line's set-up is slow, and nothing is at stake there.
+            before(convert_module, "run", lambda: sys.settrace(trace))()
 
     return patch
 
