@@ -23,8 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def signal_handlers() -> Iterator[None]:
-    """The command installs handlers; run inside pytest it would take Ctrl-C away from it."""
+    """Gives SIGINT its default, and every handler back after a test: the command installs its own.
+
+    A suite that is started in the background ignores SIGINT, and so would the commands that tests interrupt.
+    """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
