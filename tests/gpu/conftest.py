@@ -1,4 +1,4 @@
-"""The GPU's tests: skipped where there is none, kernels compiled beforehand.
+"""The GPU's tests: not collected where there is none, kernels compiled beforehand.
 
     pytest tests/gpu -m gpu
     Q6K_OPS_LIBRARY=libq6k_ops.so pytest tests/gpu -m gpu      # the same with the C++ library in Python's place
@@ -27,7 +27,7 @@ for file, defines in ast.literal_eval(sys.argv[2]):
 """
 
 
-def _reason_to_skip() -> str | None:
+def _without_gpu() -> str | None:
     try:
         import torch
     except ModuleNotFoundError:
@@ -37,18 +37,20 @@ def _reason_to_skip() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no CUDA GPU"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs a GPU where there is none, and says why."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if marked and (reason := _reason_to_skip()) is not None:
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason=reason))
+REASON = _without_gpu()
+collect_ignore_glob = ["*"] if REASON else []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says why none of these tests is among those that ran."""
+    if REASON:
+        terminalreporter.write_line(f"tests/gpu is not collected: {REASON}")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _library() -> None:
     """The operations are those of the C++ library that the environment names."""
-    if (path := os.environ.get("Q6K_OPS_LIBRARY")) and _reason_to_skip() is None:
+    if path := os.environ.get("Q6K_OPS_LIBRARY"):
         from q6k_kernels.ops import library
 
         library.load(path)
@@ -58,8 +60,6 @@ def _library() -> None:
 def _compiled(request: pytest.FixtureRequest) -> None:
     """Fills the disk cache with this GPU's kernels. One that does not compile fails in the test that needs it."""
     if len([item for item in request.session.items if item.get_closest_marker("gpu")]) < MANY_TESTS:
-        return
-    if _reason_to_skip() is not None:
         return
     import torch
 
@@ -81,10 +81,7 @@ def _compiled(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_gradients() -> Iterator[None]:
-    try:
-        import torch
-    except ModuleNotFoundError:
-        yield
-        return
+    import torch
+
     with torch.no_grad():
         yield

@@ -14,17 +14,11 @@ from gguf_builder import q6k_blocks
 
 torch = pytest.importorskip("torch")
 
+from devices import DEVICES
 from q6k_kernels.formats import tiles as prepack
 from q6k_kernels.ops import reference, schema
 from q6k_kernels.ops.accuracy import error_in_tolerances, linear_fp64, tolerance
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")],
-    ),
-]
 HALVES = [torch.bfloat16, torch.float16]
 FLOATS = [*HALVES, torch.float32]
 N, K = 20, 512

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 
+from devices import DEVICES
 from gguf_builder import F16, F32, Q4_K, Builder, key_value, small_model, weight
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
@@ -23,13 +24,6 @@ from q6k_kernels.weights import transfer
 from q6k_kernels.weights.reader import NotLoadableError, open_bundle
 from q6k_kernels.weights.weight import PackedWeight, embedding, q6k_linear
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")],
-    ),
-]
 F64, BF16, I8, I16, I32, I64 = 28, 30, 24, 25, 26, 27
 
 
