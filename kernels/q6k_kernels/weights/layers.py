@@ -3,18 +3,17 @@
     head = Q6KLinear.from_weight(weight)
     embed = Q6KEmbedding.from_weight(weight, dtype=torch.bfloat16)
 
-Layers made from one `PackedWeight`, as of a tied embedding and head, share its memory. They go on doing so when a
-module that holds them is moved, copied (`copy.deepcopy`), saved with `torch.save` and loaded again, into layers
-that share or with `assign=True`. A state dict has the tiles under both names.
-
-For inference: nothing here has a gradient, and no parameter asks for one.
+The tiles are a parameter `tiles`, uint8, that asks for no gradient. Layers made from one `PackedWeight`, as of a
+tied embedding and head, have the same parameter, so torch treats them as it does tied layers of its own: they share
+it when a module that holds them is moved, copied (`copy.deepcopy`), or saved with `torch.save` and loaded again. A
+state dict has the tiles under both names. Like torch's own, layers need tying again where torch makes parameters
+anew: after `load_state_dict(assign=True)`, `to_empty` from the meta device, and conversions with
+`torch.__future__.set_overwrite_module_params_on_conversion(True)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Self
-from weakref import WeakKeyDictionary
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +27,9 @@ from q6k_kernels.weights.weight import PackedWeight
 
 Device = torch.device | str | int | None
 
-# For each conversion under way: the tensors it has converted, and into what.
-_converted: WeakKeyDictionary[Callable[[Tensor], Tensor], dict[tuple[Any, ...], tuple[Tensor, Tensor]]]
-_converted = WeakKeyDictionary()
-
 
 class _Packed(nn.Module):
-    """A layer with a weight (N, K) as buffer `tiles`."""
+    """A layer with a weight (N, K) as parameter `tiles`."""
 
     tiles: Tensor
 
@@ -46,31 +41,13 @@ class _Packed(nn.Module):
             )
         super().__init__()
         self._shape = (n, k)
-        self.register_buffer("tiles", torch.zeros(tiles_shape((n, k), scales), dtype=torch.uint8, device=device))
+        zeros = torch.zeros(tiles_shape((n, k), scales), dtype=torch.uint8, device=device)
+        self.tiles = nn.Parameter(zeros, requires_grad=False)
 
     @property
     def weight(self) -> PackedWeight:
-        """The weight; shares the layer's memory."""
+        """The weight; shares the layer's parameter."""
         return PackedWeight(self.tiles, self._shape)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # A parameter keeps its identity when a module is moved; of a buffer, every module that holds it would get
-        # a copy of its own. So what one conversion made of a tensor is remembered for as long as it lasts: `to`
-        # and its like hand one local function to all modules, and drop it when they are done. The tensor itself
-        # is remembered too, else another might take its address.
-        lasts = "<locals>" not in getattr(fn, "__qualname__", "")
-        done = {} if lasts else _converted.setdefault(fn, {})
-
-        def once(tensor: Tensor) -> Tensor:
-            if tensor is not self.tiles or tensor.is_meta:
-                return fn(tensor)
-            key = tensor.data_ptr(), tensor.device, tensor.shape
-            if key not in done:
-                done[key] = tensor, fn(tensor)
-            return done[key][1]
-
-        super()._apply(once, recurse)  # type: ignore[no-untyped-call]
-        return self
 
 
 def _matrix(weight: PackedWeight) -> tuple[int, ...]:
@@ -122,7 +99,7 @@ class Q6KLinear(_Packed):
     def from_weight(
         cls, weight: PackedWeight, bias: Tensor | None = None, activations: Activations = "auto"
     ) -> Self:
-        """A layer that shares the weight's memory, and the bias's.
+        """Make a layer that shares the weight's parameter, and the bias's memory.
 
         Args:
             weight: (N, K).
@@ -134,7 +111,7 @@ class Q6KLinear(_Packed):
         """
         n, k = _matrix(weight)
         layer = cls(k, n, scales=weight.scales, activations=activations, device="meta")
-        layer.tiles = weight.tiles
+        layer.tiles = weight.parameter()
         if bias is not None:
             check_dtype(bias.dtype)
             if bias.shape != (n,) or bias.device != weight.device:
@@ -186,14 +163,14 @@ class Q6KEmbedding(_Packed):
 
     @classmethod
     def from_weight(cls, weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> Self:
-        """A layer that shares the memory of a weight (N, K).
+        """Make a layer that shares the parameter of a weight (N, K).
 
         Raises:
             ValueError: a stack of weights, or another dtype than bfloat16, float16 or float32.
         """
         n, k = _matrix(weight)
         layer = cls(n, k, scales=weight.scales, device="meta", dtype=dtype)
-        layer.tiles = weight.tiles
+        layer.tiles = weight.parameter()
         return layer
 
     def forward(self, indices: Tensor) -> Tensor:

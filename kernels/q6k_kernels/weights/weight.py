@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from q6k_kernels.bundle.storage import Scales
 from q6k_kernels.cuda import device as launching
@@ -29,7 +29,7 @@ class PackedWeight:
     """A weight (N, K), or a stack of them (E, N, K), of 6 bits and scales, as `prepack` lays it out in memory.
 
     Attributes:
-        tiles: uint8 (T, B, tile_bytes) or (E, T, B, tile_bytes); see `prepack`. Not to be written to.
+        tiles: uint8 (T, B, tile_bytes) or (E, T, B, tile_bytes), see `prepack`; not to be written to.
         shape: (N, K) or (E, N, K), K a multiple of 256.
 
     Raises:
@@ -50,6 +50,15 @@ class PackedWeight:
         if found != tuple(self.shape):
             raise ValueError(f"shape: the tiles are those of {found}, found {tuple(self.shape)}")
         object.__setattr__(self, "shape", (*stack, n, found[-1]))
+
+    def parameter(self) -> nn.Parameter:
+        """Return the tiles as a parameter without a gradient: one for all layers that are made from this weight.
+
+        `tiles` itself becomes that parameter, so a weight and its layers stay one when a module moves them.
+        """
+        if not isinstance(self.tiles, nn.Parameter):
+            object.__setattr__(self, "tiles", nn.Parameter(self.tiles, requires_grad=False))
+        return cast("nn.Parameter", self.tiles)
 
     @property
     def n(self) -> int:
@@ -187,7 +196,7 @@ class PackedWeight:
 
     def state_dict(self) -> dict[str, Tensor]:
         """As tensors alone, for safetensors and the like: `tiles`, and `shape` as int64."""
-        return {"tiles": self.tiles, "shape": torch.tensor(self.shape, dtype=torch.int64)}
+        return {"tiles": self.tiles.detach(), "shape": torch.tensor(self.shape, dtype=torch.int64)}
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Tensor]) -> PackedWeight:
