@@ -145,7 +145,7 @@ class _Run:
             "activations": self.request.activations,
             "torch": info.compiled_by,
             "capacity": info.capacity,
-            "stretch": info.stretch,
+            "chunk": info.chunk,
             "vocabulary": info.vocabulary,
             "weights_bytes": exported.weights_bytes,
             "state_bytes": state_bytes,
@@ -206,7 +206,7 @@ def _sample(vocabulary: int) -> list[int]:
 
 
 def _logits_of_module(module: ExportableModel) -> list[Tensor]:
-    """Of the model itself: after a stretch of tokens, and after one more."""
+    """Of the model itself: after a chunk of tokens, and after one more."""
     import torch
 
     device = module.model.device

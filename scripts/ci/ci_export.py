@@ -187,7 +187,7 @@ class Export:
         args = self.args
         request = Request(self.bundle, self.out / PROGRAM, args.capacity, args.device, force=True)
         row = run(request, self.terminal.note, self.terminal.progress)
-        names = ("device", "capability", "dtype", "torch", "capacity", "stretch", "bytes", "operations", "check")
+        names = ("device", "capability", "dtype", "torch", "capacity", "chunk", "bytes", "operations", "check")
         return {"file": PROGRAM, **{name: row[name] for name in names}}
 
     def _no_program(self) -> str | None:

@@ -20,7 +20,7 @@ from exported_model import ExportedModel
 
 VERSION = torch.__version__.partition("+")[0]
 TEXTS = [(1, 12), (2, 3), (72, 5), (73, 20), (100, 29)]
-"""Tokens of a prompt, and new ones: in one stretch and in two, the last of one token; past where a ring of 72 slots
+"""Tokens of a prompt, and new ones: in one chunk and in two, the last of one token; past where a ring of 72 slots
 has wrapped; and until the cache is full."""
 
 
@@ -137,7 +137,7 @@ device cpu
 architecture llama
 dtype float32
 capacity 16
-stretch 8
+chunk 8
 vocabulary 9
 constant q6k_0 float32 2x4 weight
 constant q6k_0 float32 2x4 other
@@ -163,8 +163,8 @@ def written(path: Path, content: str = LINES) -> Path:
         ("device cpu", "device tpu", 3, "as line 3 'device tpu', which means nothing"),
         ("device cpu", "device cuda 9", 3, "means nothing"),
         ("device cpu\n", "", 3, "one line of device, found 0"),
-        ("stretch 8\n", "stretch 8\nstretch 8\n", 3, "one line of stretch, found 2"),
-        ("stretch 8", "stretch 17", 3, "stretches of 17 tokens, more than its capacity of 16"),
+        ("chunk 8\n", "chunk 8\nchunk 8\n", 3, "one line of chunk, found 2"),
+        ("chunk 8", "chunk 17", 3, "chunks of 17 tokens, more than its capacity of 16"),
         ("capacity 16", "capacity -1", 3, "means nothing"),
         ("capacity 16", "capacity 99999999999", 3, "means nothing"),
         ("vocabulary 9", "vocabulary 0x10", 3, "means nothing"),

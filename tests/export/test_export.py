@@ -45,14 +45,14 @@ def test_a_weight_from_gguf_to_a_compiled_program(scales: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_exportable_model_is_transformers(family: str) -> None:
-    """In stretches as they come, past where rings wrap, stale memory in every slot that was not written yet."""
+    """In chunks as they come, past where rings wrap, stale memory in every slot that was not written yet."""
     model = tiny(family)
     before = model.config._attn_implementation
     ids = text(190)
     expected = model(torch.tensor([ids])).logits[0]
     module = ExportableModel(model, capacity=195).eval()
     assert module.capacity == 200
-    assert module.stretch == (72 if module.window else 200)
+    assert module.chunk == (72 if module.window else 200)
     for buffer in module.state.values():
         buffer.normal_()
     try:
@@ -171,8 +171,8 @@ CHANGES = [
     ("constant q6k_0 ", "constant ../../x ", "means nothing"),
     ("keys_0\n", "keys_9\n", "asks for keys_0"),
     ("values_0\n", "keys_0\n", "has keys_0 twice"),
-    ("stretch 72\n", "stretch 129\n", "stretches of 129 tokens for 128 positions"),
-    ("stretch 72\n", "stretch ٧٢\n", "means nothing"),
+    ("chunk 72\n", "chunk 129\n", "chunks of 129 tokens for 128 positions"),
+    ("chunk 72\n", "chunk ٧٢\n", "means nothing"),
     ("values_1\n", "values_1", "ends within the line 'state .* values_1'"),
 ]
 
@@ -220,7 +220,7 @@ def test_the_report(exported: ExportedModel) -> None:
     assert report["status"] == "done"
     assert report["bytes"] == exported.package.stat().st_size
     assert (report["device"], report["dtype"], report["architecture"]) == ("cpu", "float32", "gemma2")
-    assert (report["capacity"], report["stretch"], report["vocabulary"]) == (128, 72, 96)
+    assert (report["capacity"], report["chunk"], report["vocabulary"]) == (128, 72, 96)
     assert 0 <= report["check"]["relative_difference"] <= report["check"]["allowed"] == 1e-3
     assert not [path for path in exported.package.parent.iterdir() if path.name.startswith(".")]
 

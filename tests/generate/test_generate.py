@@ -50,10 +50,10 @@ def test_the_best_tokens_are_those_of_transformers(family: str, attention: Any) 
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3"])
-@pytest.mark.parametrize("stretch", [1, WINDOW, 9])
-def test_a_prompt_in_stretches_is_the_prompt_at_once(family: str, stretch: int) -> None:
+@pytest.mark.parametrize("chunk", [1, WINDOW, 9])
+def test_a_prompt_in_chunks_is_the_prompt_at_once(family: str, chunk: int) -> None:
     ids = prompt(100)  # longer than a ring of window and slack
-    generator = Generator(tiny(family), capacity=120, stretch=stretch)
+    generator = Generator(tiny(family), capacity=120, chunk=chunk)
     whole = tiny(family)(torch.tensor([ids])).logits[0, -1]
     torch.testing.assert_close(generator.prefill(ids), whole, atol=3e-5, rtol=0)
     at_once = Generator(tiny(family), capacity=120)
@@ -130,7 +130,7 @@ def test_a_seed_decides_and_nothing_else() -> None:
         generator.prefill(prompt())
         return list(generator.generate(30))
 
-    assert answer(3) == answer(3) == answer(3, stretch=4)
+    assert answer(3) == answer(3) == answer(3, chunk=4)
     assert len({tuple(answer(seed)) for seed in range(4)}) == 4
     assert answer(0) != expected("llama")[:30]
 
@@ -179,7 +179,7 @@ def test_what_does_not_fit_is_named() -> None:
         with pytest.raises(ValueError, match="ids: expected one or more of 0 to 96"):
             generator.prefill(ids)
     for wrong in ({"capacity": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"seed": 1 << 32}):
-        with pytest.raises(ValueError, match="expected capacity and stretch"):
+        with pytest.raises(ValueError, match="expected capacity and chunk"):
             Generator(tiny("llama"), **{"capacity": 30, **wrong})
     with pytest.raises(ValueError, match="expected one of plain, sdpa, flex, found 'flash'"):
         Generator(tiny("llama"), capacity=30, attention="flash")  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ def test_a_weight_from_gguf_to_a_compiled_program(scales: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("model", [replace(GEMMA2, config=GEMMA2.config | {"num_hidden_layers": 2}), LLAMA])
 def test_a_whole_model(model: Any, tmp_path: Path) -> None:
-    """Its logits are the model's, in stretches, past where a ring has wrapped, and for a second text."""
+    """Its logits are the model's, in chunks, past where a ring has wrapped, and for a second text."""
     out, _ = model.bundle(tmp_path, scales="bf16")
     package = tmp_path / "model.pt2"
     report = export_command.run(
@@ -55,7 +55,7 @@ def test_a_whole_model(model: Any, tmp_path: Path) -> None:
             each.normal_()  # no slot may tell before it is written
         program.reset()
         text, new = list[int](), ids[begin:]
-        for _ in range(6):  # a stretch, then one by one
+        for _ in range(6):  # a chunk, then one by one
             logits, text = program.prefill(new), [*text, *new]
             generator.reset()
             close(logits[0], generator.prefill(text))

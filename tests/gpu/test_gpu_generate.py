@@ -89,7 +89,7 @@ def test_replayed_steps_choose_what_eager_ones_do(
 @pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
 def test_logits_are_the_models_at_every_length(family: str) -> None:
     model = tiny(family)
-    generator = Generator(model, capacity=600, compile=False, stretch=64)
+    generator = Generator(model, capacity=600, compile=False, chunk=64)
     whole = model(torch.tensor([prompt(500)], device="cuda")).logits[0, -1]
     torch.testing.assert_close(generator.prefill(prompt(500)), whole, atol=2e-3, rtol=0)
 

@@ -146,7 +146,7 @@ def test_a_program_is_made_where_a_gpu_is(
         asked.append(request)
         request.target.write_bytes(b"program of " + (request.bundle / "bundle.json").read_bytes())
         return dict.fromkeys(
-            ("device", "capability", "dtype", "torch", "capacity", "stretch", "bytes", "operations", "check"), 1
+            ("device", "capability", "dtype", "torch", "capacity", "chunk", "bytes", "operations", "check"), 1
         )
 
     monkeypatch.setattr("q6k_convert.run.export_command.run", compiled)

@@ -5,7 +5,7 @@
 
 Layers that attend to everything have a slot for every position, layers with a window a ring of slots (see
 `kv_cache`). They are buffers, written in place: what is exported keeps the text so far between calls. A text is
-taken in stretches of `stretch` tokens at most, and a ring has room for as many new ones beside those still seen.
+taken in chunks of `chunk` tokens at most, and a ring has room for as many new ones beside those still seen.
 
 How many slots are looked at is an input, or rather its length is, as a length is what a program can depend on
 without waiting for the device.
@@ -24,7 +24,7 @@ from q6k_kernels.generate.kv_cache import ALIGNMENT, FULL, SLACK, SLIDING, Masks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LONGEST_STRETCH = 2048
+LONGEST_CHUNK = 2048
 SHORTEST_CAPACITY = 8
 
 
@@ -34,7 +34,7 @@ class ExportableModel(nn.Module):
     Attributes:
         model: transformers', whose attention becomes `attention.implementation("sdpa")`.
         capacity: positions in the cache.
-        stretch: the most tokens of one call.
+        chunk: the most tokens of one call.
         vocabulary: V of the logits (1, V).
 
     Args:
@@ -56,7 +56,7 @@ class ExportableModel(nn.Module):
         self.window = int(config.sliding_window) if SLIDING in self.kinds else 0
         self.capacity = aligned(capacity)
         self.ring = min(self.capacity, aligned(self.window + SLACK)) if self.window else self.capacity
-        self.stretch = min(self.ring, LONGEST_STRETCH)
+        self.chunk = min(self.ring, LONGEST_CHUNK)
         self.vocabulary = int(model.get_output_embeddings().out_features)  # type: ignore[no-untyped-call]
         inner: Any = model.model
         for index, kind in enumerate(self.kinds):
@@ -76,7 +76,7 @@ class ExportableModel(nn.Module):
         """The next tokens of the text.
 
         Args:
-            tokens: int64 (1, T), T from 1 to `stretch`.
+            tokens: int64 (1, T), T from 1 to `chunk`.
             positions: int64 (T,), theirs: the first begins where the text so far ends, or at 0 for a new text.
             slots: int64 (S,), 0, 1, 2 and so on; S is the first position at least, and 2, `capacity` at most.
 

@@ -66,9 +66,9 @@ def trace(module: ExportableModel) -> dict[str, ExportedProgram]:
         ExportFailedError: torch.export refuses the model, or its graph lacks packed operations.
     """
     device = module.model.device
-    longest = min(EXAMPLE, module.stretch)
+    longest = min(EXAMPLE, module.chunk)
     slots = torch.arange(longest, device=device)
-    length, seen = Dim("tokens", min=2, max=module.stretch), Dim("slots", min=2, max=module.capacity)
+    length, seen = Dim("tokens", min=2, max=module.chunk), Dim("slots", min=2, max=module.capacity)
     one = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     # Not as many tokens as slots, or the trace would take the two for one number.
     many = torch.zeros(1, longest - 1, dtype=torch.int64, device=device), slots[: longest - 1].clone()
@@ -211,7 +211,7 @@ def export_model(
         architecture=architecture,
         dtype=module.model.dtype,
         capacity=module.capacity,
-        stretch=module.stretch,
+        chunk=module.chunk,
         vocabulary=module.vocabulary,
         constants=constants,
         state=tuple(replace(each, entry="") for each in program_file.arrays_of(state)[0]),

@@ -94,8 +94,8 @@ class Program:
                 + (f" of {min(ids)} to {max(ids)}" if ids else "")
             )
         tokens = torch.tensor([list(ids)], dtype=torch.int64, device=self.device)
-        for at in range(0, len(ids), self.info.stretch):
-            logits = self._run(tokens[:, at : at + self.info.stretch])
+        for at in range(0, len(ids), self.info.chunk):
+            logits = self._run(tokens[:, at : at + self.info.chunk])
         return logits
 
     def generate(self, count: int, first: Tensor) -> Iterator[int]:

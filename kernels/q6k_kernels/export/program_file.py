@@ -12,7 +12,7 @@ A PT2 archive is a ZIP file whose entries are stored as they are and begin at mu
       architecture llama                     GGUF's name of it
       dtype bfloat16                         of activations and cache
       capacity 4096                          positions in the cache
-      stretch 2048                           the most tokens of one call
+      chunk 2048                             the most tokens of one call
       vocabulary 128256                      V of logits
       constant q6k_0 uint8 8016x16x3584 NAME entry in data/weights, dtype, shape (`scalar` for none), and the
                                              programs' name of it; several names may share an entry
@@ -87,7 +87,7 @@ class Info:
         architecture: GGUF's name of it.
         dtype: of activations and cache.
         capacity: positions in the cache.
-        stretch: the most tokens of one call.
+        chunk: the most tokens of one call.
         vocabulary: V of logits (1, V).
         constants: weights.
         state: the cache.
@@ -99,7 +99,7 @@ class Info:
     architecture: str
     dtype: torch.dtype
     capacity: int
-    stretch: int
+    chunk: int
     vocabulary: int
     constants: tuple[Array, ...]
     state: tuple[Array, ...]
@@ -214,7 +214,7 @@ def _text(info: Info) -> str:
         f"architecture {info.architecture}",
         f"dtype {_name(info.dtype)}",
         f"capacity {info.capacity}",
-        f"stretch {info.stretch}",
+        f"chunk {info.chunk}",
         f"vocabulary {info.vocabulary}",
         *(f"constant {each.entry} {_name(each.dtype)} {_shape(each)} {each.name}" for each in info.constants),
         *(f"state {_name(each.dtype)} {_shape(each)} {each.name}" for each in info.state),
@@ -235,7 +235,7 @@ _LINES = {
     "constant": re.compile(rf"(q6k_\d{{1,9}}) {_ARRAY}", re.ASCII),
     "state": re.compile(rf"(){_ARRAY}", re.ASCII),
     "device": re.compile(r"(cpu|cuda (\d{1,2})\.(\d))", re.ASCII),
-    **dict.fromkeys(("capacity", "stretch", "vocabulary"), re.compile(r"([1-9]\d{0,9})", re.ASCII)),
+    **dict.fromkeys(("capacity", "chunk", "vocabulary"), re.compile(r"([1-9]\d{0,9})", re.ASCII)),
     **dict.fromkeys(("torch", "architecture", "dtype"), re.compile(r"(\S{1,64})")),
 }
 
@@ -264,7 +264,7 @@ def _parsed(path: Path, text: str) -> Info:
         architecture=one["architecture"][1],
         dtype=_dtype(path, one["dtype"][1]),
         capacity=int(one["capacity"][1]),
-        stretch=int(one["stretch"][1]),
+        chunk=int(one["chunk"][1]),
         vocabulary=int(one["vocabulary"][1]),
         constants=tuple(_array(path, match) for match in found["constant"]),
         state=tuple(_array(path, match) for match in found["state"]),
@@ -272,9 +272,9 @@ def _parsed(path: Path, text: str) -> Info:
     names = [each.name for each in (*info.constants, *info.state)]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ProgramError(f"{path}: {ENTRY} has {twice[0]} twice", _EXPORT)
-    if info.stretch > info.capacity:
+    if info.chunk > info.capacity:
         raise ProgramError(
-            f"{path}: {ENTRY} has stretches of {info.stretch} tokens for {info.capacity} positions", _EXPORT
+            f"{path}: {ENTRY} has chunks of {info.chunk} tokens for {info.capacity} positions", _EXPORT
         )
     return info
 

@@ -1,4 +1,4 @@
-"""Generating tokens with a transformers model: prefill in stretches, then decode without waiting for the device.
+"""Generating tokens with a transformers model: prefill in chunks, then decode without waiting for the device.
 
     generator = Generator(model, capacity=2048)
     generator.prefill(ids)
@@ -63,7 +63,7 @@ class Generator:
         attention: "plain", "sdpa" or "flex" (on a GPU compiled, on the CPU not), see
             `q6k_kernels.generate.attention`.
         compile: whether the step is compiled; by default on a GPU. Without, a GPU replays it as it is.
-        stretch: tokens of a prompt that go through the model at once.
+        chunk: tokens of a prompt that go through the model at once.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -81,12 +81,12 @@ class Generator:
         fused: bool | None = None,
         attention: Attention = "plain",
         compile: bool | None = None,  # noqa: A002 -- what torch calls it
-        stretch: int = 2048,
+        chunk: int = 2048,
     ) -> None:
-        if capacity < 1 or stretch < 1 or not 0 <= temperature < float("inf") or not 0 <= seed < 1 << 32:
+        if capacity < 1 or chunk < 1 or not 0 <= temperature < float("inf") or not 0 <= seed < 1 << 32:
             raise ValueError(
-                f"expected capacity and stretch of 1 or more, a temperature of 0 or more and a seed below 2^32; "
-                f"found {capacity}, {stretch}, {temperature} and {seed}"
+                f"expected capacity and chunk of 1 or more, a temperature of 0 or more and a seed below 2^32; "
+                f"found {capacity}, {chunk}, {temperature} and {seed}"
             )
         self.device = model.device
         self._on_gpu = self.device.type == "cuda"
@@ -103,7 +103,7 @@ class Generator:
             )
         self._attention = implementation(attention)
         self._model = model
-        self._stretch = stretch
+        self._chunk = chunk
         self.capacity = capacity
         self.length = 0
         self.stop_reason: Literal["stop", "length"] | None = None
@@ -145,10 +145,10 @@ class Generator:
         start, ids = self.length - len(self._unseen), [*self._unseen, *ids]
         self._check_room(start + len(ids))
         on_device = torch.tensor(ids, dtype=torch.int64, device=self.device)[None]
-        for at in range(0, len(ids), self._stretch):
-            part = on_device[:, at : at + self._stretch]
+        for at in range(0, len(ids), self._chunk):
+            part = on_device[:, at : at + self._chunk]
             positions = torch.arange(start + at, start + at + part.shape[1], device=self.device)[None]
-            masks = self.cache.begin_stretch(start + at, part.shape[1])
+            masks = self.cache.begin_chunk(start + at, part.shape[1])
             with self._our_attention():
                 logits = self._forward(part, masks, positions)
         if not bool(torch.isfinite(logits).all()):

@@ -62,7 +62,7 @@ class KeyValueCache:
         self.ring = min(self.slots, aligned(self.window + SLACK))
         self._layers = [_Layer(kind, self.slots if kind == FULL else self.ring) for kind in self.kinds]
         self._slots = torch.arange(self.slots, device=device)
-        # The forward pass under way: of one token at `position`, or of a stretch of the prompt from `start`.
+        # The forward pass under way: of one token at `position`, or of a chunk of the prompt from `start`.
         self._keys, self._start = 0, 0
 
     @property
@@ -86,7 +86,7 @@ class KeyValueCache:
             self._in_window(self.position, self.position)[None, None, None] if self.window else None,
         )
 
-    def begin_stretch(self, start: int, length: int) -> Masks:
+    def begin_chunk(self, start: int, length: int) -> Masks:
         """Before a forward pass of `length` tokens at `start` and after, which must be the next that are due.
 
         Returns:

@@ -73,9 +73,9 @@ at::Tensor Program::prefill(const std::vector<int64_t>& ids) {
   const auto count = static_cast<int64_t>(ids.size());
   const at::Tensor host = at::from_blob(const_cast<int64_t*>(ids.data()), {1, count}, at::kLong);
   at::Tensor logits;
-  for (int64_t at = 0; at < count; at += info_.stretch) {
+  for (int64_t at = 0; at < count; at += info_.chunk) {
     // Copied, so that it begins where memory does, and the ids may go.
-    logits = run(host.narrow(1, at, std::min(info_.stretch, count - at)).clone().to(device_));
+    logits = run(host.narrow(1, at, std::min(info_.chunk, count - at)).clone().to(device_));
   }
   return logits.argmax(-1, true);
 }

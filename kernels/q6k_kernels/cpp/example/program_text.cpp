@@ -65,12 +65,12 @@ class Parser {
         refuse("has as line " + std::to_string(i + 1) + " " + quoted(lines[i]) + ", which means nothing");
       }
     }
-    for (const char* key : {"torch", "device", "architecture", "dtype", "capacity", "stretch", "vocabulary"}) {
+    for (const char* key : {"torch", "device", "architecture", "dtype", "capacity", "chunk", "vocabulary"}) {
       const auto lines_of = seen_[key];
       if (lines_of != 1) refuse("should have one line of " + std::string(key) + ", found " + std::to_string(lines_of));
     }
-    if (info_.stretch > info_.capacity) {
-      refuse("has stretches of " + std::to_string(info_.stretch) + " tokens, more than its capacity of " +
+    if (info_.chunk > info_.capacity) {
+      refuse("has chunks of " + std::to_string(info_.chunk) + " tokens, more than its capacity of " +
              std::to_string(info_.capacity));
     }
     return std::move(info_);
@@ -90,7 +90,7 @@ class Parser {
     if (key == "device") return take_device(words);
     if (words.size() != 2) return false;
     if (key == "capacity") return take_count(words[1], info_.capacity);
-    if (key == "stretch") return take_count(words[1], info_.stretch);
+    if (key == "chunk") return take_count(words[1], info_.chunk);
     if (key == "vocabulary") return take_count(words[1], info_.vocabulary);
     if (!is_word(words[1]) || words[1].size() > LONGEST_WORD) return false;
     if (key == "dtype") {

@@ -32,7 +32,7 @@ struct Info {
   std::string architecture;              // GGUF's name of it
   c10::ScalarType dtype = c10::ScalarType::Undefined;  // of activations and cache
   int64_t capacity = 0;                                // positions in the cache
-  int64_t stretch = 0;                                 // the most tokens of one call
+  int64_t chunk = 0;                                   // the most tokens of one call
   int64_t vocabulary = 0;                              // V of logits (1, V)
   std::vector<Array> constants, state;
 };
