@@ -177,8 +177,6 @@ class _Run:
             capacity=len(self.ids) + request.max_new_tokens,
             temperature=request.temperature,
             seed=request.seed,
-            # Where steps are not fused, as in fp32: compiling takes longer than most answers do.
-            compile=False,
         )
         if self.device.type == "cuda":
             self.note("preparing kernels")

@@ -9,7 +9,7 @@
 2. The bandwidth of a kernel that only reads.
 3. The bundle is loaded, twice, its files in the page cache: the second time counts, all kernels compiled.
 4. Decoding: whole runs of `--tokens` tokens after each of `--contexts`, tokens read by the host as they come; one
-   token at a time, the best, no stop token. Compiling, if any, and recording come before and are not counted.
+   token at a time, the best, no stop token. Recording comes before and is not counted.
 5. Prompts of each of `--prompts` tokens, from the call to the logits.
 6. With --profile: the kernels that ran in each of these, and the gaps between them.
 7. The rate of a bf16 product of 8192 x 8192 x 8192; last, as it heats the GPU.
@@ -46,7 +46,6 @@ from profile_kernels import profiled, table
 from q6k_convert import convert_gguf
 from q6k_convert.convert.plan import Options
 from q6k_kernels import load_model
-from q6k_kernels.generate.attention import Attention
 from q6k_kernels.generate.generator import Generator
 from q6k_kernels.ops.reference import Activations
 from synthetic_model import SHAPES, Shape, write_model
@@ -94,10 +93,7 @@ class Bench:
         model = self._loaded(bundle)
         needed = max(*(n + self._args.tokens + 1 for n in self._args.contexts), *self._args.prompts)
         capacity = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
-        how: dict[str, Any] = {"fused": True}
-        if not self._args.fused:
-            how = {"attention": self._args.attention, "compile": self._args.compile and self._on_gpu}
-        generator = Generator(model, capacity=capacity, **how)
+        generator = Generator(model, capacity=capacity, fused=self._args.fused)
         packed = needed_bytes(model)
         print(f"{rows_of.LEGEND}\n{rows_of.HEADING}")
         for context in self._args.contexts:
@@ -280,8 +276,6 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--activations", choices=get_args(Activations), default="auto")
     add("--fused", action=argparse.BooleanOptionalAction, default=True, help="our own decoding steps")
-    add("--attention", choices=get_args(Attention), default="plain", help="of steps that are not")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="such steps, on a GPU")
     add("--contexts", type=int, nargs="+", default=[512, 2043], metavar="N", help="tokens before those decoded")
     add("--prompts", type=int, nargs="+", default=[512, 2048], metavar="N", help="tokens of the prompts")
     add("--tokens", type=int, default=128, help="to decode")

@@ -159,9 +159,7 @@ def test_models_without_such_a_step_are_named() -> None:
         Step(tiny("llama"), cache, Few())
 
 
-def test_what_cannot_be_asked_for() -> None:
-    with pytest.raises(ValueError, match="found compile=True and fused steps"):
-        Generator(tiny("llama"), capacity=30, fused=True, compile=True)
+def test_a_step_comes_after_a_prompt() -> None:
     generator = Generator(tiny("llama"), capacity=30, fused=True)
     with pytest.raises(RuntimeError, match="layer 2 has no keys yet: a prompt comes first"):
         generator.cache.buffers(2)

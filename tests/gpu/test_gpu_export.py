@@ -49,7 +49,7 @@ def test_a_whole_model(model: Any, tmp_path: Path) -> None:
     assert held < report["weights_bytes"] + report["state_bytes"] + (1 << 20)  # once for both programs
     packed = load_model(out, device="cuda")
     ids = torch.randint(3, 96, (150,), generator=torch.Generator().manual_seed(4)).tolist()
-    generator = Generator(packed, capacity=192, fused=False, compile=False)
+    generator = Generator(packed, capacity=192, fused=False)
     for begin in (0, 30, 99):
         for each in program.state.values():
             each.normal_()  # no slot may tell before it is written

@@ -1,42 +1,30 @@
-"""Attention for `generate`, registered with transformers under names of their own.
+"""Attention for `generate` and `export`, registered with transformers under names of their own.
 
-    plain  two products and a softmax in fp32
-    sdpa   torch's scaled_dot_product_attention
-    flex   torch's FlexAttention; needs compiling
+    plain  decodes by two products and a softmax in fp32
+    sdpa   decodes by torch's scaled_dot_product_attention, which exported programs call as one operation
 
-They differ in how a single token is decoded; prompts always go through SDPA. Query heads that share keys become
-rows of one query then, so that the keys are read once and never repeated. Which keys count is known on the device
-alone, so a mask says it. With a mask, SDPA has no kernel that splits the keys: each head that has keys is the
-work of one block, while the products of `plain` are spread wider. FlexAttention splits keys by the blocks of its
-block mask, of which a mask by scores has one. On an H200, one layer of 8 heads of keys after 2043 tokens takes
-13, 46 and 112 us. Scores with a soft cap (Gemma 2) are what SDPA cannot do: there prompts go through the two
-products, too.
+Prompts always go through SDPA. Where a single token is decoded, query heads that share keys become rows of one query,
+so that the keys are read once and never repeated. Which keys count is known on the device alone, so a mask says it;
+with a mask, SDPA has no kernel that splits the keys, while the products of `plain` are spread wider. Scores with a
+soft cap (Gemma 2) are what SDPA cannot do: they go through the two products, in prompts too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-Attention = Literal["plain", "sdpa", "flex"]
 
-
-def implementation(attention: Attention) -> str:
-    """The name by which transformers knows it; registers it first.
-
-    Raises:
-        ValueError: there is none of this name.
-    """
+def implementation(attention: Literal["plain", "sdpa"]) -> str:
+    """Register an attention with transformers, and return the name by which that knows it."""
     from transformers import AttentionInterface
 
-    if attention not in get_args(Attention):
-        raise ValueError(f"attention: expected one of {', '.join(get_args(Attention))}, found {attention!r}")
     name = f"q6k_{attention}"
-    forms: dict[str, Callable[..., tuple[Tensor, None]]] = {"sdpa": _sdpa, "flex": _flex, "plain": _plain}
+    forms: dict[str, Callable[..., tuple[Tensor, None]]] = {"sdpa": _sdpa, "plain": _plain}
     AttentionInterface.register(name, forms[attention])
     return name
 
@@ -66,31 +54,6 @@ def _sdpa(
         # With a mask and shared keys, SDPA has only its slowest form, which takes memory for all scores.
         key, value = (shared.repeat_interleave(repeats, dim=1) for shared in (key, value))
         out = scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _flex(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if query.shape[2] > 1 or attention_mask is None:
-        return _sdpa(module, query, key, value, attention_mask, scaling, softcap)
-    seen = attention_mask[0, 0, 0]
-
-    def score(score: Tensor, _batch: Tensor, _head: Tensor, _query: Tensor, at: Tensor) -> Tensor:
-        if softcap is not None:
-            score = softcap * torch.tanh(score / softcap)
-        return torch.where(seen[at], score, -torch.inf)
-
-    out = flex_attention(query, key, value, score_mod=score, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -9,8 +9,7 @@ step's input, and the position. On a GPU it is recorded as a CUDA graph and repl
 tokens some steps late, from pinned memory, and never makes the device wait. So it learns of a stop token after some
 steps too many, whose tokens are dropped.
 
-The step is our own (`stepping`), one graph for any length of the text, or the forward pass of transformers' model,
-compiled or not.
+The step is our own (`step`), one graph for any length of the text, or the forward pass of transformers' model.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from q6k_kernels.errors import ModelError, UnsupportedModelError
-from q6k_kernels.generate.attention import Attention, implementation
+from q6k_kernels.generate.attention import implementation
 from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.mailbox import GpuMailbox, Mailbox
 from q6k_kernels.generate.recording import Recorder, bucket
@@ -58,11 +57,8 @@ class Generator:
         capacity: 1 or more.
         temperature: 0 takes the best token, above 0 one by its probability.
         seed: of the random choices, 0 to 2^32 - 1; the same gives the same tokens.
-        fused: whether decoding steps are our own, see `stepping`; by default on a GPU, if there are kernels for
-            the model's type, dtype and sizes. What follows is for steps that are not.
-        attention: "plain", "sdpa" or "flex" (on a GPU compiled, on the CPU not), see
-            `q6k_kernels.generate.attention`.
-        compile: whether the step is compiled; by default on a GPU. Without, a GPU replays it as it is.
+        fused: whether decoding steps are our own, see `step`; by default on a GPU, if there are kernels for the
+            model's architecture, dtype and sizes. Others are the forward pass of transformers' model.
         chunk: tokens of a prompt that go through the model at once.
 
     Raises:
@@ -79,8 +75,6 @@ class Generator:
         temperature: float = 0.0,
         seed: int = 0,
         fused: bool | None = None,
-        attention: Attention = "plain",
-        compile: bool | None = None,  # noqa: A002 -- what torch calls it
         chunk: int = 2048,
     ) -> None:
         if capacity < 1 or chunk < 1 or not 0 <= temperature < float("inf") or not 0 <= seed < 1 << 32:
@@ -93,15 +87,7 @@ class Generator:
         self.cache = KeyValueCache(model.config.get_text_config(decoder=True), capacity, self.device)
         self._fused_step = self._make_step(model, fused)
         self.fused = self._fused_step is not None
-        if self.fused and compile:
-            raise ValueError("compile is for steps that are not fused; found compile=True and fused steps")
-        compiled = self._on_gpu and not self.fused if compile is None else compile
-        if attention == "flex" and not self.fused and self._on_gpu != compiled:
-            raise ValueError(
-                f"attention 'flex' is for steps that are compiled on a GPU, or not compiled on the CPU; found "
-                f"compile={compiled} on {self.device}"
-            )
-        self._attention = implementation(attention)
+        self._attention = implementation("plain")
         self._model = model
         self._chunk = chunk
         self.capacity = capacity
@@ -113,13 +99,13 @@ class Generator:
         self._seed = torch.tensor([seed], dtype=torch.int64, device=self.device)
         self._choice = Choice(self.cache.position, self._token, self._chosen, self._seed, temperature)
         self._temperature = torch.tensor([temperature], device=self.device) if temperature else None
-        self._recorder = Recorder((self._token, self.cache.position), compiled=compiled, several=self.fused)
+        self._recorder = Recorder((self._token, self.cache.position), several=self.fused)
         # The last token of an answer: not in the cache yet, and to go through the model before what follows it.
         self._unseen: list[int] = []
         self._ready = False
 
     def reset(self) -> None:
-        """Forgets the text; keeps the cache's memory and what is compiled and recorded."""
+        """Forgets the text; keeps the cache's memory and what is recorded."""
         self.length, self._unseen, self._ready, self.stop_reason = 0, [], False, None
 
     @torch.no_grad()
@@ -163,7 +149,7 @@ class Generator:
         return logits[0]
 
     def prepare(self, tokens: int) -> None:
-        """Compiles and records what decoding that many tokens from here takes, which `generate` would do else.
+        """Records what decoding that many tokens from here takes, which `generate` would do else.
 
         Raises:
             CapacityError, RuntimeError: as `generate`.
@@ -218,7 +204,7 @@ class Generator:
 
     @torch.no_grad()
     def step(self, keys: int) -> None:
-        """One decoding step, what is compiled and recorded: the last token through the model, the next chosen.
+        """One decoding step, what is recorded: the last token through the model, the next chosen.
 
         Args:
             keys: slots of the cache that it looks at, more than its position.

@@ -1,16 +1,16 @@
-"""Decoding steps made ready to be run again and again: as they are, compiled, or recorded as CUDA graphs.
+"""Decoding steps made ready to be run again and again: in eager mode on the CPU, as CUDA graphs on a GPU.
 
 A step of transformers' model reads as much of the cache as it is recorded for, so there is a graph for each of a
 few lengths, each four times the one before, and a short text does not pay for a long cache.
 
 Launches inside a graph overlap; where one graph ends and the next begins, a GPU waits for some microseconds. Our
-own steps (`stepping`) depend on nothing but numbers on the device, so they are recorded several in a row, too.
+own steps (`step`) depend on nothing but numbers on the device, so they are recorded several in a row, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from q6k_kernels.generate.kv_cache import SLACK
 from q6k_kernels.generate.mailbox import LAG
 
 SMALLEST_BUCKET, BUCKET_FACTOR = 1024, 4
-"""Of the cache's lengths that steps are recorded for: compiling one takes as long as some thousand tokens do, and
-what a step reads in vain of a cache four times too long is less than it reads of most models' weights."""
+"""Of the cache's lengths that steps are recorded for: what a step reads in vain of a cache four times too long is
+less than it reads of most models' weights."""
 TOGETHER = 8
 """Steps of the longer graph, which saves seven of eight waits. Twice as many would save half of what is left, and
 at the end of an answer twice as many would be too many."""
@@ -57,13 +57,12 @@ class Recorder:
 
     Args:
         state: what a step begins with and changes, all on one device: the token and its position.
-        compiled: whether the step is compiled.
         several: whether several may be recorded in a row.
     """
 
-    def __init__(self, state: tuple[Tensor, ...], *, compiled: bool, several: bool) -> None:
+    def __init__(self, state: tuple[Tensor, ...], *, several: bool) -> None:
         self._state, self._device = state, state[0].device
-        self._compiled, self._several = compiled, several
+        self._several = several
         self._pool: Any = None
         self.together = 1
         self.made = dict[tuple[int, int], Callable[[], object]]()
@@ -80,9 +79,6 @@ class Recorder:
             within: what the step needs around it.
         """
         if (keys, count) not in self.made:
-            if self._compiled:
-                # Inductor's own CUDA graphs stay off, as they are in its default mode: the recording is ours.
-                step = torch.compile(step, fullgraph=True, dynamic=False)
             make = self._recorded if self._device.type == "cuda" else self._in_eager
             self.made[keys, count] = make(step, keys, count, within)
         return self.made[keys, count]
@@ -91,7 +87,7 @@ class Recorder:
         self, step: Callable[[int], None], keys: int, count: int, within: Callable[[], AbstractContextManager[None]]
     ) -> Callable[[], object]:
         def run() -> None:
-            with within(), self._many_lengths():
+            with within():
                 for _ in range(count):
                     step(keys)
 
@@ -102,7 +98,7 @@ class Recorder:
     ) -> Callable[[], object]:
         """The steps as a CUDA graph."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), within(), self._many_lengths():
+        with torch.cuda.device(self._device), within():
             if count == 1:
                 self._run_first(step, keys)
             if self._pool is None:
@@ -115,7 +111,7 @@ class Recorder:
         return graph.replay
 
     def _run_first(self, step: Callable[[int], None], keys: int) -> None:
-        """The step as it is, to compile all it takes."""
+        """Run the step in eager mode, which compiles the kernels that it takes."""
         put_back = self._put_back()
         side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
@@ -148,14 +144,3 @@ class Recorder:
                 each.copy_(value)
 
         return put_back
-
-    @contextmanager
-    def _many_lengths(self) -> Iterator[None]:
-        """Lets the step be compiled for every length of a long cache, in every generator."""
-        if not self._compiled:
-            yield
-            return
-        from torch._dynamo import config
-
-        with config.patch(recompile_limit=64):
-            yield
