@@ -1,46 +1,48 @@
-"""What the checks on a CPU and on a GPU share: which rows are read, what a run comes to."""
+"""One packed matrix multiplied on a device and compared with `accuracy`, the fp64 statement of the formulas.
+
+On the CPU the reference multiplies some rows at a time, so memory does not grow with a tensor. On a GPU the
+operations under test work on tiles packed by one of them, and `accuracy` beside them on the planes as the bundle
+has them; rows that are gathered and expanded are compared, too. At most one matrix is on the GPU at a time.
+"""
 
 from __future__ import annotations
 
 import errno
 import math
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from q6k_kernels.bundle.manifest import StoredTensor
 from q6k_kernels.bundle.structure import Entry
+from q6k_kernels.ops import accuracy, reference, schema
 
-if TYPE_CHECKING:
-    from torch import Tensor
+Formula = Literal["int8", "bf16"]
+Progress = Callable[[int], None]
 
 SEED = 0
-"""Of the activations: bf16, standard normal, the same for all tensors of one K."""
-
-
-@dataclass(frozen=True)
-class DeviceRun:
-    """One matrix times `m` rows of activations.
-
-    Attributes:
-        m: rows of activations.
-        activations: "int8" or "bf16", the formula.
-        worst_error_in_tolerances: of all outputs; right up to 1, infinite for a NaN or infinity too many.
-        passed: whether it is.
-        seconds: spent multiplying, without reading and checking; on a GPU a call's, made from Python.
-        gb_per_s: packed bytes by that time, in 10**9 a second; None on the CPU, where it would say nothing.
-        first_bad: the first wrong output: its coordinate, its value and the right one.
-    """
-
-    m: int
-    activations: str
-    worst_error_in_tolerances: float
-    passed: bool
-    seconds: float
-    gb_per_s: float | None
-    first_bad: str | None
+"""Seeds the activations: bf16, standard normal, the same for all tensors of one K on every device."""
+SIZES: dict[str, tuple[tuple[int, Formula], ...]] = {
+    "cpu": ((1, "int8"), (16, "bf16")),
+    "cuda": ((1, "int8"), (16, "bf16"), (512, "bf16")),
+}
+"""Rows of activations and how they are treated: a decoding step, a short prefill, a longer one."""
+CHECKED_ROWS = 16
+"""Of more rows of activations as many are compared, evenly spread: each meets every weight."""
+READ_WEIGHTS = 1 << 25
+"""Read from the disk and copied to the GPU at a time, 29 MB."""
+EXACT_WEIGHTS = {"cpu": 1 << 21, "cuda": 1 << 24}
+"""Unpacked to fp64 at a time; about 40 bytes each, 100 MB and 700 MB."""
+CALLS = 3
+"""Timed together, after one that compiles what is not compiled yet."""
+SPOT_ROWS = 64
+"""Rows that are gathered, and as many at the end of the matrix expanded, and compared to the bit."""
 
 
 class Rows:
@@ -57,9 +59,7 @@ class Rows:
         self.bytes_a_row = sum(each for *_, each in self._arrays.values())
 
     def read(self, first: int, count: int) -> dict[str, Tensor]:
-        """Rows `first` to `first + count` of every array, by role."""
-        import torch
-
+        """Return rows `first` to `first + count` of every array, by role."""
         dtypes = {"U8": torch.uint8, "I8": torch.int8, "BF16": torch.bfloat16, "F16": torch.float16}
         tensors: dict[str, Tensor] = {}
         for role, (path, dtype, begin, each) in self._arrays.items():
@@ -70,3 +70,168 @@ class Rows:
                 )
             tensors[role] = torch.from_numpy(raw).view(dtypes[dtype]).view(count, -1)
         return tensors
+
+    def read_to(self, device: str, first: int, count: int) -> dict[str, Tensor]:
+        """Return the same on a device, copied there piece by piece."""
+        arrays: dict[str, Tensor] = {}
+        step = max(1, READ_WEIGHTS // self.k)
+        for at in range(0, count, step):
+            for role, piece in self.read(first + at, min(step, count - at)).items():
+                if role not in arrays:
+                    arrays[role] = torch.empty(count, piece.shape[1], dtype=piece.dtype, device=device)
+                arrays[role][at : at + len(piece)] = piece.to(device)
+        return arrays
+
+
+@lru_cache(maxsize=1)
+def activations_of(k: int, m: int, device: torch.device) -> Tensor:
+    """Return bf16 (m, k), standard normal."""
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(SEED)).bfloat16().to(device)
+
+
+def checked_rows(m: int) -> list[int]:
+    """Return which rows of y are compared: both ends and those between."""
+    if m <= CHECKED_ROWS:
+        return list(range(m))
+    return [round(i * (m - 1) / (CHECKED_ROWS - 1)) for i in range(CHECKED_ROWS)]
+
+
+class Tally:
+    """One of `SIZES`: its activations, and the result over the chunks of a matrix so far.
+
+    Attributes:
+        m, formula: the size.
+        worst: the largest error in tolerances so far: right up to 1.
+        first_bad: the first wrong output: its coordinate, its value and the right one.
+        seconds: spent multiplying, without reading and checking; on a GPU a call's, made from Python.
+        gb_per_s: packed bytes by that time, in 10**9 a second; None on the CPU, where it would say nothing.
+    """
+
+    def __init__(self, x: Tensor, m: int, formula: Formula) -> None:
+        self.x, self.m, self.formula = x[:m], m, formula
+        self.checked = checked_rows(m)
+        self.x_checked = self.x[self.checked]
+        self.worst, self.seconds = 0.0, 0.0
+        self.gb_per_s: float | None = None
+        self.first_bad: str | None = None
+
+    def compare(self, y: Tensor, weight: accuracy.Weight, first: int, roundings: int | None = None) -> None:
+        """Compare some columns of y, the checked rows of it; `first` is the number of the first column."""
+        exact = accuracy.linear(self.x_checked, weight, activations=self.formula)
+        result = accuracy.compare(y, exact, roundings)
+        self.worst = max(self.worst, result.worst)
+        if self.first_bad is None and result.first is not None:
+            (row, column), found, expected, allowed = result.first
+            self.first_bad = (
+                f"y[{self.checked[row]}, {first + column}] is {found:.6g}, "
+                f"expected {expected:.6g} within {allowed:.2g}"
+            )
+
+
+def _tallies(k: int, kind: str, device: torch.device) -> list[Tally]:
+    x = activations_of(k, max(m for m, _ in SIZES[kind]), device)
+    return [Tally(x, m, formula) for m, formula in SIZES[kind]]
+
+
+def run_on_cpu(rows: Rows, at: int, n: int, progress: Progress) -> tuple[list[Tally], list[str]]:
+    """Run the reference on the `n` rows of a tensor from row `at` on.
+
+    Args:
+        rows: reads them.
+        at: the first.
+        n: how many, one matrix.
+        progress: told the bytes that are done, as they are done.
+
+    Returns:
+        The result of each of `SIZES`, and what is wrong with single rows: none, on the CPU no row is tried alone.
+
+    Raises:
+        OSError: the rows cannot be read.
+    """
+    tallies = _tallies(rows.k, "cpu", torch.device("cpu"))
+    step = max(1, EXACT_WEIGHTS["cpu"] // rows.k)
+    for first in range(0, n, step):
+        count = min(step, n - first)
+        arrays = rows.read(at + first, count)
+        weight = accuracy.of_planes(**arrays)
+        for tally in tallies:
+            started = time.perf_counter()
+            y = reference.linear(tally.x, **arrays, activations=tally.formula)
+            tally.seconds += time.perf_counter() - started
+            tally.compare(y, weight, first, reference.roundings(rows.k, tally.formula))
+        progress(count * rows.bytes_a_row)
+    return tallies, []
+
+
+def run_on_gpu(
+    rows: Rows, at: int, n: int, progress: Progress, device: str = "cuda"
+) -> tuple[list[Tally], list[str]]:
+    """Run the kernels on the `n` rows of a tensor from row `at` on.
+
+    Args:
+        rows: reads them.
+        at: the first.
+        n: how many, one matrix.
+        progress: told the bytes that are done, as they are done.
+        device: where; on the CPU nothing is timed.
+
+    Returns:
+        The result of each of `SIZES`, and what is wrong with single rows, if anything.
+
+    Raises:
+        CudaError: a kernel cannot be compiled or launched.
+        OSError: the rows cannot be read.
+        torch.OutOfMemoryError: the matrix, or the fp64 to compare with, does not fit in the GPU's memory.
+    """
+    arrays = rows.read_to(device, at, n)
+    tiles = schema.pack(arrays["ql"], arrays["qh"], arrays["scale"], arrays.get("steps"))
+    tallies = _tallies(rows.k, "cuda", tiles.device)  # of tiles: "cuda" alone is no certain GPU
+    outputs = [_multiply(tiles, n, tally) for tally in tallies]
+    step = max(1, EXACT_WEIGHTS["cuda"] // rows.k)
+    for first in range(0, n, step):
+        part = slice(first, min(first + step, n))
+        weight = _weight(arrays, part)
+        for y, tally in zip(outputs, tallies, strict=True):
+            tally.compare(y[:, part], weight, first)
+        progress((part.stop - first) * rows.bytes_a_row)
+    return tallies, _wrong_rows(arrays, tiles, n)
+
+
+def _multiply(tiles: Tensor, n: int, tally: Tally) -> Tensor:
+    """Return the rows of y that are compared; on a GPU, time calls from Python, one after the other."""
+    with torch.no_grad():
+        y = schema.linear(tally.x, tiles, None, n, tally.formula)
+        if tiles.is_cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            for _ in range(CALLS):
+                schema.linear(tally.x, tiles, None, n, tally.formula)
+            end.record()
+            end.synchronize()
+            tally.seconds = float(begin.elapsed_time(end)) / 1e3 / CALLS
+            tally.gb_per_s = tiles.nbytes / tally.seconds / 1e9
+    return y[tally.checked]
+
+
+def _weight(arrays: dict[str, Tensor], rows: slice | Tensor) -> accuracy.Weight:
+    return accuracy.of_planes(**{role: array[rows] for role, array in arrays.items()})
+
+
+def _wrong_rows(arrays: dict[str, Tensor], tiles: Tensor, n: int) -> list[str]:
+    """Name rows gathered, and some at the end expanded, that are not what `accuracy` makes of the planes."""
+    spread = torch.linspace(0, n - 1, min(n, SPOT_ROWS), dtype=torch.float64).round().long().to(tiles.device)
+    start = max(0, n - SPOT_ROWS) // reference.TILE_ROWS * reference.TILE_ROWS
+    end = torch.arange(start, n, device=tiles.device)
+    gathered = schema.embedding(spread, tiles, n, torch.float32)
+    expanded = schema.dequantize(tiles[start // reference.TILE_ROWS :], n - start, torch.bfloat16)
+    problems = []
+    for what, found, numbers in (("gathered", gathered, spread), ("dequantised", expanded, end)):
+        right = accuracy.dequantize(_weight(arrays, numbers), found.dtype)
+        wrong = ((found != right) & ~(found.isnan() & right.isnan())).nonzero()
+        if len(wrong):
+            row, column = wrong[0].tolist()
+            problems.append(
+                f"row {int(numbers[row])} {what}: weight {column} is {float(found[row, column]):.6g}, "
+                f"expected {float(right[row, column]):.6g}"
+            )
+    return problems

@@ -1,49 +1,59 @@
-"""Whether a device computes with a bundle's weights what the formulas say.
+"""Check whether a device computes with a bundle's weights what the formulas say.
 
-Every planar tensor is multiplied with the same random activations, as in decoding and as in prefills, and held
-against the fp64 statement of the formulas within a derived tolerance. On the CPU that is the reference's work,
-some rows at a time, so memory does not grow with a tensor; on a GPU the kernels' (see `verify_gpu`). torch is
-imported when it is needed.
+Every planar tensor is multiplied with the same random activations, as in decoding and as in prefills, and compared
+with the fp64 statement of the formulas within a derived tolerance. `device_runs` does that with one matrix: on the
+CPU by the reference, on a GPU by the kernels. It imports torch, so it is imported when it is needed.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-import numpy as np
+from typing import Literal
 
 from q6k_convert import text
 from q6k_convert.errors import EnvironmentMissingError
-from q6k_convert.verify.device_runs import SEED, DeviceRun, Rows
 from q6k_kernels.bundle.manifest import Manifest
 from q6k_kernels.bundle.structure import Finding, read_header
 from q6k_kernels.errors import CudaError, DriverMissingError, GpuMissingError
 from q6k_kernels.jit import compiler, driver
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-SIZES: tuple[tuple[int, Literal["int8", "bf16"]], ...] = ((1, "int8"), (16, "bf16"))
-"""On the CPU: rows of activations and how they are treated: a decoding step, a short prefill."""
-CHUNK_WEIGHTS = 1 << 21
-"""Weights read and checked at a time on the CPU; fp64 takes about 50 bytes for each, 100 MB."""
 MOST_EXPERTS = 4
 """Of a larger stack the first, the last and two in between are checked."""
 
 NO_TORCH = "torch is not installed"
 NO_GPU = "no CUDA GPU was found"
 _TRY_CPU = "--device cpu runs the reference"
-_RunMatrix = Callable[["Rows", int, int, Callable[[int], None]], tuple[list["DeviceRun"], list[str]]]
+
+
+@dataclass(frozen=True)
+class DeviceRun:
+    """One matrix times `m` rows of activations.
+
+    Attributes:
+        m: rows of activations.
+        activations: "int8" or "bf16", the formula.
+        worst_error_in_tolerances: of all outputs; right up to 1, infinite for a NaN or infinity too many.
+        passed: whether it is.
+        seconds: spent multiplying, without reading and checking; on a GPU a call's, made from Python.
+        gb_per_s: packed bytes by that time, in 10**9 a second; None on the CPU, where it would say nothing.
+        first_bad: the first wrong output: its coordinate, its value and the right one.
+    """
+
+    m: int
+    activations: str
+    worst_error_in_tolerances: float
+    passed: bool
+    seconds: float
+    gb_per_s: float | None
+    first_bad: str | None
 
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """What was run, and what came of it.
+    """The runs on a device, and what they found.
 
     Attributes:
         state: "skipped" if nothing was run.
@@ -66,7 +76,7 @@ def check_device(
     device: Literal["auto", "cpu", "cuda"],
     progress: Callable[[int], None],
 ) -> DeviceReport:
-    """Runs every planar tensor of a bundle whose structure is sound (see `structure.check_structure`).
+    """Run every planar tensor of a bundle whose structure is sound (see `structure.check_structure`).
 
     Args:
         directory: the bundle.
@@ -87,12 +97,10 @@ def check_device(
             raise EnvironmentMissingError(
                 f"--device cpu runs the reference in torch, and {problem}", "Install it: `pip install torch`."
             )
-        return _run(directory, manifest, progress, "cpu", _run_on_cpu, SIZES)
+        return _run(directory, manifest, progress, "cpu")
     missing = missing_for_cuda()
     if missing is None:
-        from q6k_convert.verify import device_gpu
-
-        return _run(directory, manifest, progress, "cuda", device_gpu.run_matrix, device_gpu.SIZES)
+        return _run(directory, manifest, progress, "cuda")
     if device == "cuda":
         remedy = f"{missing.remedy} {_TRY_CPU}; --device auto skips the check on a GPU."
         raise EnvironmentMissingError(f"--device cuda cannot run: {missing.what}", remedy)
@@ -108,7 +116,7 @@ class Missing:
 
 
 def missing_for_cuda() -> Missing | None:
-    """The first thing that is missing; torch, which takes seconds to import, is looked for where a GPU is."""
+    """Return the first missing thing; torch, which takes seconds to import, is looked for only where a GPU is."""
     likely = "Run it where `nvidia-smi` lists a GPU."
     try:
         if driver.device_count() == 0:
@@ -150,15 +158,13 @@ def _torch_problem() -> str | None:
 
 
 def _run(
-    directory: Path,
-    manifest: Manifest,
-    progress: Callable[[int], None],
-    device: Literal["cpu", "cuda"],
-    run_matrix: _RunMatrix,
-    sizes: tuple[tuple[int, Literal["int8", "bf16"]], ...],
+    directory: Path, manifest: Manifest, progress: Callable[[int], None], device: Literal["cpu", "cuda"]
 ) -> DeviceReport:
     import torch
 
+    from q6k_convert.verify import device_runs
+
+    run_matrix = device_runs.run_on_cpu if device == "cpu" else device_runs.run_on_gpu
     tensors = [tensor for tensor in manifest.tensors if tensor.storage == "planar"]
     if not tensors:
         return DeviceReport("skipped", "none", "the bundle has no planar tensors")
@@ -168,21 +174,25 @@ def _run(
     for tensor in tensors:
         *stack, n, _ = tensor.shape
         count = math.prod(stack)
-        experts = _sample(count)
+        experts = sample(count)
         if len(experts) < count:
             sampled.append(f"{tensor.name}: experts {', '.join(map(str, experts))} of {count}")
-        rows = Rows(directory, headers, tensor)
+        rows = device_runs.Rows(directory, headers, tensor)
         for expert in experts:
             label = f"{tensor.name}[{expert}]" if stack else tensor.name
             try:
-                runs[label], problems = run_matrix(rows, expert * n, n, progress)
+                tallies, problems = run_matrix(rows, expert * n, n, progress)
             except torch.OutOfMemoryError as error:
                 raise _no_memory(label, n * rows.bytes_a_row) from error
+            runs[label] = [
+                DeviceRun(t.m, t.formula, t.worst, t.worst <= 1, t.seconds, t.gb_per_s, t.first_bad)
+                for t in tallies
+            ]
             problems = [_problem(run) for run in runs[label] if not run.passed] + problems
             where = f"expert {expert}, " if stack else ""
             findings += [Finding(f"{where}{each}", tensor.arrays["ql"].file, tensor.name) for each in problems]
         progress((count - len(experts)) * n * rows.bytes_a_row)
-    settings = [f"M={m} with {activations} activations" for m, activations in sizes]
+    settings = [f"M={m} with {activations} activations" for m, activations in device_runs.SIZES[device]]
     what = "the reference on the CPU" if device == "cpu" else f"kernels on one {torch.cuda.get_device_name()}"
     detail = f"torch {torch.__version__}, {what}: {len(runs)} matrices at "
     detail += f"{', '.join(settings[:-1])} and {settings[-1]}" + "".join(f"; {line}" for line in sampled)
@@ -198,8 +208,8 @@ def _no_memory(label: str, packed: int) -> EnvironmentMissingError:
     )
 
 
-def _sample(count: int) -> list[int]:
-    """The matrices of a stack that are checked: all, or `MOST_EXPERTS` evenly spread with both ends."""
+def sample(count: int) -> list[int]:
+    """Return which matrices of a stack are checked: all, or `MOST_EXPERTS` evenly spread with both ends."""
     if count <= MOST_EXPERTS:
         return list(range(count))
     return [round(i * (count - 1) / (MOST_EXPERTS - 1)) for i in range(MOST_EXPERTS)]
@@ -210,52 +220,3 @@ def _problem(run: DeviceRun) -> str:
         f"M={run.m} with {run.activations} activations: {run.first_bad}; "
         f"the worst output is off by {run.worst_error_in_tolerances:.3g} times the tolerance"
     )
-
-
-class _Tally:
-    """What the chunks of one matrix come to."""
-
-    def __init__(self, m: int, activations: Literal["int8", "bf16"]) -> None:
-        self.m, self.activations = m, activations
-        self.worst, self.seconds = 0.0, 0.0
-        self.first_bad: str | None = None
-
-    def run(self, x: Tensor, arrays: dict[str, Tensor], first: int) -> None:
-        """Multiplies and checks some rows, `first` being the number of the first in its matrix."""
-        from q6k_kernels.ops import accuracy, reference
-
-        started = time.perf_counter()
-        y = reference.linear(x[: self.m], **arrays, activations=self.activations)
-        self.seconds += time.perf_counter() - started
-        exact, magnitude = accuracy.linear_fp64(x[: self.m], **arrays, activations=self.activations)
-        k = x.shape[1]
-        chain = reference.roundings(k, self.activations)
-        allowed = accuracy.tolerance(exact, magnitude, k, y.dtype, chain)
-        errors = accuracy.error_in_tolerances(y, exact, allowed)
-        self.worst = max(self.worst, float(errors.max()))
-        if self.first_bad is None and (errors > 1).any():
-            row, column = map(int, np.argwhere(errors > 1)[0])
-            self.first_bad = (
-                f"y[{row}, {first + column}] is {float(y[row, column]):.6g}, "
-                f"expected {exact[row, column]:.6g} within {allowed[row, column]:.2g}"
-            )
-
-    def result(self) -> DeviceRun:
-        return DeviceRun(self.m, self.activations, self.worst, self.worst <= 1, self.seconds, None, self.first_bad)
-
-
-def _run_on_cpu(rows: Rows, at: int, n: int, progress: Callable[[int], None]) -> tuple[list[DeviceRun], list[str]]:
-    """The `n` rows from row `at` on, at every size."""
-    import torch
-
-    generator = torch.Generator().manual_seed(SEED)
-    x = torch.randn(max(m for m, _ in SIZES), rows.k, generator=generator).bfloat16()
-    tallies = [_Tally(m, activations) for m, activations in SIZES]
-    step = max(1, CHUNK_WEIGHTS // rows.k)
-    for first in range(0, n, step):
-        count = min(step, n - first)
-        arrays = rows.read(at + first, count)
-        for tally in tallies:
-            tally.run(x, arrays, first)
-        progress(count * rows.bytes_a_row)
-    return [tally.result() for tally in tallies], []

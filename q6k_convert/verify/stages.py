@@ -15,8 +15,7 @@ from typing import Literal
 
 from q6k_convert.errors import InputRejectedError
 from q6k_convert.gguf.file import GGUFFile
-from q6k_convert.verify.device_runs import DeviceRun
-from q6k_convert.verify.device_stage import DeviceReport, check_device
+from q6k_convert.verify.device_stage import DeviceReport, DeviceRun, check_device
 from q6k_convert.verify.source_stage import SourceReport, check_source, source_bytes
 from q6k_kernels.bundle import manifest as manifests
 from q6k_kernels.bundle.content import check_content, content_bytes

@@ -115,9 +115,8 @@ def test_products_are_within_tolerance(activations: Any, dtype: torch.dtype, exa
         for bias in (None, torch.linspace(-1, 1, n), torch.linspace(-1, 1, 2 * n).to(BF16)[::2]):
             y = ops.linear(x, tiles, bias, n, activations)
             assert (y.shape, y.dtype) == ((m, n), dtype)
-            right, magnitude = accuracy.linear_fp64(x, *arrays, bias, activations=formula)
-            allowed = accuracy.tolerance(right, magnitude, k, dtype, reference.roundings(k, formula))
-            assert accuracy.error_in_tolerances(y, right, allowed).max(initial=0) <= 1
+            right = accuracy.linear(x, accuracy.of_planes(*arrays), bias, activations=formula)
+            assert accuracy.compare(y, right, reference.roundings(k, formula)).worst <= 1
 
 
 def test_strides_shapes_and_special_values_of_x() -> None:

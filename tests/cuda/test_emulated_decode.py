@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
 import cuda_emulator
@@ -16,7 +15,7 @@ from q6k_kernels.cuda import decode, decode_plan
 from q6k_kernels.cuda.device import Device
 from q6k_kernels.formats import tiles as prepack
 from q6k_kernels.jit import loader
-from q6k_kernels.ops.accuracy import error_in_tolerances, linear_fp64, tolerance
+from q6k_kernels.ops import accuracy
 
 pytestmark = cuda_emulator.requires_compiler
 
@@ -103,10 +102,8 @@ def test_products_are_right_in_every_order_of_threads(
     outputs = [multiply(order) for order in (3, 2, 0)]
     assert all(found is not None and found.cluster == cluster for found in plans)
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
-    value, magnitude = linear_fp64(x, *weight, *([None] * (4 - len(weight))), bias, activations="int8")
+    right = accuracy.linear(x, accuracy.of_planes(*weight), bias, activations="int8")
     # As csrc/decode.cuh counts them.
     roundings = k // 32 + 3 + decode_plan.SHAPES[-1][0] * cluster
-    errors = error_in_tolerances(outputs[0], value, tolerance(value, magnitude, k, dtype, roundings))
-    assert errors.max() <= 1, (
-        f"{np.argwhere(errors > 1)[0]} of {errors.shape}, {np.count_nonzero(errors > 1)} in all"
-    )
+    found = accuracy.compare(outputs[0], right, roundings)
+    assert found.first is None, found

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-import numpy as np
 import pytest
 
 import cuda_emulator
@@ -21,7 +20,7 @@ from q6k_kernels.cuda import gemm_mma
 from q6k_kernels.cuda.device import Device
 from q6k_kernels.cuda.gemm_mma import CONFIGS, Plan, plan, variants
 from q6k_kernels.formats import tiles as prepack
-from q6k_kernels.ops.accuracy import error_in_tolerances, linear_fp64, tolerance
+from q6k_kernels.ops import accuracy
 
 DEVICES = [device_like(arch) for arch in ARCHITECTURES]
 SIZES = {
@@ -164,12 +163,9 @@ def test_products_are_right_in_every_order_of_threads(
         outputs.append(multiply(x, prepack.pack(*weight), bias, n))
     # The order of sums is fixed, whatever that of threads.
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
-    value, magnitude = linear_fp64(x, *weight, *([None] * (4 - len(weight))), bias, activations="bf16")
-    allowed = tolerance(value, magnitude, k, dtype, emulated_roundings(chosen, k))
-    errors = error_in_tolerances(outputs[0], value, allowed)
-    assert errors.max() <= 1, (
-        f"{np.argwhere(errors > 1)[0]} of {errors.shape}, {np.count_nonzero(errors > 1)} in all"
-    )
+    right = accuracy.linear(x, accuracy.of_planes(*weight), bias, activations="bf16")
+    found = accuracy.compare(outputs[0], right, emulated_roundings(chosen, k))
+    assert found.first is None, found
 
 
 @cuda_emulator.requires_compiler
@@ -177,9 +173,8 @@ def test_products_are_right_in_every_order_of_threads(
 def test_what_is_planned_is_launched(gpu: Memory, m: int, n: int, k: int) -> None:
     x, weight = activations(m, k, torch.bfloat16), planes(n, k, False)
     chosen = plan(m, n, k, False, launching.device(0))
-    value, magnitude = linear_fp64(x, *weight, activations="bf16")
-    allowed = tolerance(value, magnitude, k, torch.bfloat16, chosen.roundings(k))
-    assert error_in_tolerances(multiply(x, prepack.pack(*weight), None, n), value, allowed).max() <= 1
+    right = accuracy.linear(x, accuracy.of_planes(*weight), activations="bf16")
+    assert accuracy.compare(multiply(x, prepack.pack(*weight), None, n), right, chosen.roundings(k)).worst <= 1
     assert chosen.roundings(k) > emulated_roundings(chosen, k)
 
 
@@ -192,8 +187,8 @@ def test_infinities_stay_in_their_row(gpu: Memory, monkeypatch: pytest.MonkeyPat
     weight: Any = planes(n, k, False)
     x = activations(m, k, torch.float16).clone()
     x[7, 300] = bad
-    value, magnitude = linear_fp64(x, *weight, activations="bf16")
     y = multiply(x, prepack.pack(*weight), None, n)
     assert not y[7].isfinite().any()
     assert y[torch.arange(m) != 7].isfinite().all()
-    assert error_in_tolerances(y, value, tolerance(value, magnitude, k, y.dtype)).max() <= 1
+    right = accuracy.linear(x, accuracy.of_planes(*weight), activations="bf16")
+    assert accuracy.compare(y, right).worst <= 1

@@ -6,7 +6,6 @@ import math
 from shutil import which
 from typing import Any, Literal
 
-import numpy as np
 import pytest
 
 import oracles
@@ -16,8 +15,7 @@ torch = pytest.importorskip("torch")
 
 from devices import DEVICES
 from q6k_kernels.formats import tiles as prepack
-from q6k_kernels.ops import reference, schema
-from q6k_kernels.ops.accuracy import error_in_tolerances, linear_fp64, tolerance
+from q6k_kernels.ops import accuracy, reference, schema
 
 HALVES = [torch.bfloat16, torch.float16]
 FLOATS = [*HALVES, torch.float32]
@@ -58,9 +56,9 @@ def assert_right(
     activations: Literal["int8", "bf16"],
 ) -> None:
     """Within the tolerance of any order of summation."""
-    exact, magnitude = linear_fp64(x, **arrays, bias=bias, activations=activations)
-    errors = error_in_tolerances(y, exact, tolerance(exact, magnitude, x.shape[-1], y.dtype))
-    assert errors.max(initial=0) <= 1, np.argwhere(errors > 1)[0]
+    exact = accuracy.linear(x, accuracy.of_planes(**arrays), bias, activations=activations)
+    found = accuracy.compare(y, exact)
+    assert found.first is None, found
 
 
 @pytest.mark.parametrize("activations", ["int8", "bf16"])

@@ -1,7 +1,7 @@
-"""Independent statements of the formats, one element at a time, slow and plain.
+"""Independent statements of the formats and the operations, one element or group at a time, slow and plain.
 
-Written from the format's text (block_q6_K of ggml, the bundle's table of planes); the product's code
-is vectorised and packed, so the two share nothing but the text.
+Written from the format's text (block_q6_K of ggml, the bundle's table of planes) and the operations' formulas; the
+product's code is vectorised and packed, so the two share nothing but the text.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import struct
 import numpy as np
 import numpy.typing as npt
 
-Bytes = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
 
 
 def q6k_block(block: bytes) -> tuple[list[int], list[float]]:
@@ -71,3 +72,71 @@ def bundle_arrays(blocks: bytes, scales: str) -> dict[str, bytes]:
     if scales == "bf16":
         del out["steps"]
     return {role: bytes(data) for role, data in out.items()}
+
+
+def rounded(values: F64, dtype: str) -> F64:
+    """Each value rounded to fp32 and then to "bfloat16", "float16" or "float32"."""
+    with np.errstate(over="ignore"):
+        single = values.astype(np.float32)
+        if dtype == "float32":
+            return single.astype(np.float64)
+        if dtype == "float16":
+            return single.astype(np.float16).astype(np.float64)
+    assert dtype == "bfloat16"
+    bits = np.array([bf16(float(value)) for value in single.ravel()], dtype=np.uint32) << 16
+    return bits.view(np.float32).astype(np.float64).reshape(values.shape)
+
+
+def weights(codes: F64, scale: F64, least: F64 | None) -> F64:
+    """Codes (N, K), scales and mins (N, K/G) -> scale * code - min (N, K), column by column."""
+    group = codes.shape[1] // scale.shape[1]
+    out = np.empty(codes.shape)
+    for column in range(codes.shape[1]):
+        out[:, column] = scale[:, column // group] * codes[:, column]
+        if least is not None:
+            out[:, column] -= least[:, column // group]
+    return out
+
+
+def quantised(x: F32) -> tuple[F64, F32]:
+    """Activations (M, K) to 8 bits, group by group, value by value: a (M, K) and d_a (M, K/32)."""
+    a, d_a = np.zeros(x.shape), np.zeros((len(x), x.shape[1] // 32), dtype=np.float32)
+    for row in range(x.shape[0]):
+        for group in range(x.shape[1] // 32):
+            values = x[row, 32 * group : 32 * group + 32]
+            if not np.isfinite(values).all():
+                d_a[row, group] = np.nan
+                continue
+            d_a[row, group] = step = max(abs(value) for value in values) / np.float32(127)
+            for at, value in enumerate(values):
+                if step:
+                    # Python's round goes to even; the division is numpy's, in fp32.
+                    a[row, 32 * group + at] = max(-127, min(127, round(float(value / step))))
+    return a, d_a
+
+
+def linear(x: F32, codes: F64, scale: F64, least: F64 | None, activations: str, dtype: str) -> tuple[F64, F64]:
+    """Output (M, N) and the sum of its terms' absolute values, by a loop over groups of 16 weights.
+
+    `dtype` is that of x, to which "bf16" rounds weights.
+    """
+    y, magnitude = np.zeros((len(x), len(codes))), np.zeros((len(x), len(codes)))
+    with np.errstate(invalid="ignore"):
+        if activations == "bf16":
+            w, wide = rounded(weights(codes, scale, least), dtype), x.astype(np.float64)
+            for group in range(codes.shape[1] // 16):
+                at = slice(16 * group, 16 * group + 16)
+                terms = wide[:, None, at] * w[:, at]
+                y, magnitude = y + terms.sum(-1), magnitude + abs(terms).sum(-1)
+            return y, magnitude
+        a, d_a = quantised(x)
+        size = min(32, codes.shape[1] // scale.shape[1])
+        for group in range(codes.shape[1] // size):
+            at, mine = slice(size * group, size * group + size), size * group * scale.shape[1] // codes.shape[1]
+            step = d_a[:, size * group // 32, None].astype(np.float64)
+            term = (a[:, at] @ codes[:, at].T) * scale[:, mine] * step
+            y, magnitude = y + term, magnitude + abs(term)
+            if least is not None:
+                term = a[:, at].sum(1)[:, None] * least[:, mine] * step
+                y, magnitude = y - term, magnitude + abs(term)
+    return y, magnitude

@@ -12,14 +12,18 @@ from q6k_kernels.weights.weight import PackedWeight
 
 
 def planes(shape: tuple[int, ...], scales: str, seed: int = 5) -> dict[str, torch.Tensor]:
-    """Random blocks as a bundle has them, by the per-element oracle."""
+    """Random blocks as a bundle has them."""
+    return planes_of(q6k_blocks(int(np.prod(shape)) // 256, seed), shape, scales)
+
+
+def planes_of(blocks: bytes, shape: tuple[int, ...], scales: str) -> dict[str, torch.Tensor]:
+    """Blocks as a bundle has them, by the per-element oracle."""
     dtypes = {"scale": torch.bfloat16 if scales == "bf16" else torch.int8, "steps": torch.float16}
-    arrays = oracles.bundle_arrays(q6k_blocks(int(np.prod(shape)) // 256, seed), scales)
     return {
         role: torch.frombuffer(bytearray(raw), dtype=torch.uint8)
         .view(dtypes.get(role, torch.uint8))
         .view(*shape[:-1], -1)
-        for role, raw in arrays.items()
+        for role, raw in oracles.bundle_arrays(blocks, scales).items()
     }
 
 

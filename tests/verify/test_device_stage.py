@@ -17,18 +17,17 @@ from gguf_builder import F32, Builder, small_model, weight
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
 from q6k_convert.errors import EnvironmentMissingError, ExitCode
-from q6k_convert.verify import device_runs, device_stage
+from q6k_convert.verify import device_stage
 from q6k_convert.verify.device_stage import DeviceReport, check_device
 from q6k_kernels import errors
 from q6k_kernels.bundle import manifest as manifests
-from q6k_kernels.bundle.structure import read_header
 from q6k_kernels.jit import compiler, driver
 
 torch = pytest.importorskip("torch")
 
-from q6k_convert.verify import device_gpu
+from q6k_convert.verify import device_runs
 from q6k_kernels.formats import tiles as prepack
-from q6k_kernels.ops import accuracy, reference, schema
+from q6k_kernels.ops import reference, schema
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -100,7 +99,7 @@ def test_of_many_experts_four_are_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", range(1, 130))
 def test_the_sample_of_experts_has_both_ends(count: int) -> None:
-    sample = device_stage._sample(count)
+    sample = device_stage.sample(count)
     assert sample == sorted(set(sample))
     assert (sample[0], sample[-1], len(sample)) == (0, count - 1, min(count, 4))
 
@@ -109,7 +108,7 @@ def test_the_sample_of_experts_has_both_ends(count: int) -> None:
 def test_a_wrong_output_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Whatever the chunks: the fifth of five rows of weights, at one size only."""
     out = bundle(tmp_path, Builder([weight("good", (2, 256)), weight("bad", (5, 512), seed=2)]))
-    monkeypatch.setattr(device_stage, "CHUNK_WEIGHTS", rows * 512)
+    monkeypatch.setitem(device_runs.EXACT_WEIGHTS, "cpu", rows * 512)
     last = ql_rows(out, "bad")[4]
     real = reference.linear
 
@@ -175,7 +174,7 @@ def test_a_bundle_without_planar_tensors(tmp_path: Path) -> None:
 def test_a_shard_that_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = bundle(tmp_path, Builder([weight("w", (3, 256))]))
     shard = out / "model.safetensors"
-    monkeypatch.setattr(device_stage, "CHUNK_WEIGHTS", 256)
+    monkeypatch.setitem(device_runs.EXACT_WEIGHTS, "cpu", 256)
 
     def cut(_: int) -> None:
         with shard.open("r+b") as file:
@@ -311,8 +310,8 @@ def test_with_a_gpu_and_something_missing(
 
 @pytest.fixture
 def kernels(gpu: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    real = device_gpu.run_matrix
-    gpu.setattr(device_gpu, "run_matrix", lambda *args: real(*args, device="cpu"))
+    real = device_runs.run_on_gpu
+    gpu.setattr(device_runs, "run_on_gpu", lambda *args: real(*args, device="cpu"))
     gpu.setattr(torch.cuda, "get_device_name", lambda: "Imaginary 9000")
     return gpu
 
@@ -323,8 +322,8 @@ def test_every_planar_tensor_is_run_by_the_kernels(
     tmp_path: Path, kernels: pytest.MonkeyPatch, scales: Literal["bf16", "exact"], device: Device
 ) -> None:
     out = bundle(tmp_path, small_model(), scales)
-    kernels.setattr(device_gpu, "EXACT_WEIGHTS", 2 * 512)
-    kernels.setattr(device_gpu, "READ_WEIGHTS", 2 * 512)
+    kernels.setitem(device_runs.EXACT_WEIGHTS, "cuda", 2 * 512)
+    kernels.setattr(device_runs, "READ_WEIGHTS", 2 * 512)
     told = list[int]()
     report = check(out, device, told.append)
     assert (report.state, report.device, report.findings) == ("passed", "cuda", [])
@@ -340,7 +339,7 @@ def test_every_planar_tensor_is_run_by_the_kernels(
 @pytest.mark.parametrize("rows", [1, 2, 100])
 def test_a_wrong_output_of_a_kernel_is_named(tmp_path: Path, kernels: pytest.MonkeyPatch, rows: int) -> None:
     out = bundle(tmp_path, Builder([weight("good", (2, 256)), weight("exps", (2, 5, 512), seed=2)]))
-    kernels.setattr(device_gpu, "EXACT_WEIGHTS", rows * 512)
+    kernels.setitem(device_runs.EXACT_WEIGHTS, "cuda", rows * 512)
     second, real = ql_rows(out, "exps")[1], schema.linear
 
     def broken(x: Any, tiles: Any, bias: Any, n: int, activations: str) -> Any:
@@ -395,7 +394,7 @@ def test_a_kernel_that_does_not_compile_is_an_error(out: Path, kernels: pytest.M
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 @pytest.mark.parametrize(
-    ("place", "full_at", "calls"), [(device_gpu, "_read", 1), (schema, "pack", 1), (schema, "linear", 3)]
+    ("place", "full_at", "calls"), [(device_runs.Rows, "read_to", 1), (schema, "pack", 1), (schema, "linear", 3)]
 )
 def test_a_gpu_whose_memory_is_full_is_one_of_the_environment(
     tmp_path: Path, kernels: pytest.MonkeyPatch, place: Any, full_at: str, calls: int, device: Device
@@ -422,8 +421,8 @@ def test_a_gpu_whose_memory_is_full_is_one_of_the_environment(
 def test_activations_are_made_once_for_all_matrices_of_a_width(tmp_path: Path, gpu: pytest.MonkeyPatch) -> None:
     """Also where the device's full name is not the one that was asked for, as with "cuda" and "cuda:0"."""
     out = bundle(tmp_path, Builder([weight("exps", (3, 5, 512)), weight("w", (7, 512))]))
-    real, made, randn = device_gpu.run_matrix, list[int](), torch.randn
-    gpu.setattr(device_gpu, "run_matrix", lambda *args: real(*args, device="cpu:0"))
+    real, made, randn = device_runs.run_on_gpu, list[int](), torch.randn
+    gpu.setattr(device_runs, "run_on_gpu", lambda *args: real(*args, device="cpu:0"))
     gpu.setattr(torch.cuda, "get_device_name", lambda: "Imaginary 9000")
 
     def counted(*args: Any, **more: Any) -> Any:
@@ -431,30 +430,14 @@ def test_activations_are_made_once_for_all_matrices_of_a_width(tmp_path: Path, g
         return randn(*args, **more)
 
     gpu.setattr(torch, "randn", counted)
-    device_gpu._activations.cache_clear()
+    device_runs.activations_of.cache_clear()
     assert check(out, "cuda").state == "passed"
     assert len(made) == 1
 
 
-@pytest.mark.parametrize("scales", ["bf16", "exact"])
-@pytest.mark.parametrize("formula", ["int8", "bf16"])
-def test_the_gpus_fp64_is_that_of_accuracy(
-    tmp_path: Path, scales: Literal["bf16", "exact"], formula: Literal["int8", "bf16"]
-) -> None:
-    out = bundle(tmp_path, Builder([weight("w", (7, 768))]), scales)
-    tensor = manifests.read(out).tensors[0]
-    rows = device_runs.Rows(out, {"model.safetensors": read_header(out / "model.safetensors")}, tensor)
-    planes = device_gpu.Planes(**rows.read(0, 7))
-    x = torch.randn(4, 768, generator=torch.Generator().manual_seed(0)).bfloat16()
-    stated = accuracy.linear_fp64(x, *planes.all(), activations=formula)
-    found = device_gpu._exact(x, *device_gpu._codes_and_scales(planes), formula)
-    for each, right in zip(found, stated, strict=True):
-        np.testing.assert_allclose(each.numpy(), right, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("m", [1, 15, 16, 17, 512])
 def test_the_rows_that_are_compared_have_both_ends(m: int) -> None:
-    checked = device_gpu._checked(m)
+    checked = device_runs.checked_rows(m)
     assert checked == sorted(set(checked))
     assert (checked[0], checked[-1], len(checked)) == (0, m - 1, min(m, 16))
 

@@ -1,82 +1,201 @@
-"""How right is an output? The formulas in fp64, the tolerance that follows from them, and the comparison.
+"""Every operation in fp64, the tolerance for outputs that follows from it, and the comparison of the two.
 
-    W6A16 ("bf16")  y = sum_k x[k] * round(w[k]), the weights rounded to x's dtype
-    W6A8  ("int8")  y = sum_g s[g] * d_a[g//2] * sum_(k in g) q[k] * a[k], a and d_a the quantised activations
+    w[n,k] = scale[n,g] * code[n,k] - min[n,g]    g = k // G the group of weight k; without a min, it is 0
 
-This is the measure of every implementation, so it shares with them nothing but the text.
+    dequantise                 w, rounded to fp32 and then to the dtype asked for
+    embedding                  rows of that
+    activations to 8 bits      in groups of 32: d_a = amax / 127, a = rint(x / d_a)
+    linear, 16-bit ("bf16")    y = sum_k x[k] * w[k], w dequantised to x's dtype
+    linear, int8 ("int8")      y = sum_g d_a * (scale[g] * sum_(k in g) code[k] * a[k] - min[g] * sum_(k in g) a[k])
+
+This is the measure of every implementation, so it shares with them nothing but the text. It computes where its
+arguments are, on the CPU or a GPU.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from q6k_kernels.formats import planes
 from q6k_kernels.formats.ggml import GROUP, SUPER_BLOCK
+from q6k_kernels.formats.planes import OFFSET
 
-F64 = npt.NDArray[np.float64]
+ACTIVATION_GROUP = 32
+"""Activations that share one d_a."""
+CHUNK = 1 << 24
+"""Weights, or terms of a sum, in fp64 at a time; about 40 bytes each, 700 MB."""
 
 
-def linear_fp64(
-    x: Tensor,
-    ql: Tensor,
-    qh: Tensor,
-    scale: Tensor,
-    steps: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    activations: Literal["int8", "bf16"],
-) -> tuple[F64, F64]:
-    """What `reference.linear` says, in fp64 and all at once: the measure of every implementation.
+@dataclass(frozen=True)
+class Weight:
+    """A weight (N, K) of any format, as codes and scales: w = scale * code - min in each group of G weights.
 
-    Takes what `reference.linear` takes; `planar.unpack`, in numpy, unpacks the planes.
+    Attributes:
+        codes: int8 or float64 (N, K).
+        scale: float64 (N, K/G).
+        min: float64 (N, K/G), or None.
 
-    Returns:
-        y, float64 (..., N), and the sum of its terms' absolute values, float64 (..., N), for `tolerance`. A
-        term is x * w or, with int8, s * d_a * (the integer sum of a group).
+    Raises:
+        ValueError: the shapes do not agree.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    min: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n, k = self.codes.shape
+        for name, each in (("scale", self.scale), ("min", self.min)):
+            if each is not None and (each.shape != self.scale.shape or len(each) != n or k % each.shape[1]):
+                raise ValueError(f"{name}: expected ({n}, K/G) for codes {(n, k)}, found {tuple(each.shape)}")
+
+    @property
+    def group(self) -> int:
+        """Weights that share one scale: G."""
+        return self.codes.shape[1] // self.scale.shape[1]
+
+    def rows(self, which: slice | Tensor) -> Weight:
+        """Return some rows, by a slice or by indices (R,)."""
+        return Weight(self.codes[which], self.scale[which], None if self.min is None else self.min[which])
+
+
+@dataclass(frozen=True)
+class Exact:
+    """What `linear` should give, and what the tolerance depends on.
+
+    Attributes:
+        y: float64 (..., N).
+        magnitude: float64 (..., N), the sum of the terms' absolute values. A term is x * w or, with int8
+            activations, d_a * scale * (the integer sum of a group); what a min takes away is one more.
+        k: length of the sums.
+        terms: how many terms one output adds.
+    """
+
+    y: Tensor
+    magnitude: Tensor
+    k: int
+    terms: int
+
+    def __getitem__(self, rows: slice | list[int]) -> Exact:
+        return Exact(self.y[rows], self.magnitude[rows], self.k, self.terms)
+
+    def plus(self, bias: Tensor) -> Exact:
+        """Return the same with a bias (N,)."""
+        b = bias.detach().double()
+        return Exact(self.y + b, self.magnitude + b.abs(), self.k, self.terms)
+
+
+def of_planes(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None = None) -> Weight:
+    """Return the codes and scales in a bundle's planes, weight by weight as the format's text places them.
+
+    Args:
+        ql: uint8 (N, K/2).
+        qh: uint8 (N, K/4).
+        scale: bfloat16 (N, K/16); or int8 (N, K/16) with `steps`.
+        steps: float16 (N, K/256), or None.
 
     Raises:
         ValueError: the planes do not agree on their shape.
     """
-    q = planes.unpack(ql.cpu().numpy(), qh.cpu().numpy()).astype(np.float64)
-    (n, k), m = q.shape, math.prod(x.shape[:-1])
-    s: F64 = scale.cpu().double().numpy()
+    n, k = len(ql), 2 * ql.shape[1]
+    found = [None if plane is None else tuple(plane.shape) for plane in (qh, scale, steps)]
+    expected = [(n, k // 4), (n, k // GROUP), None if steps is None else (n, k // SUPER_BLOCK)]
+    if found != expected:
+        raise ValueError(f"with ql of shape {tuple(ql.shape)} expected qh, scale, steps {expected}, found {found}")
+    at = torch.arange(k, device=ql.device)
+    low = ql[:, at // 2] >> (at % 2 * 4).to(torch.uint8) & 15
+    high = qh[:, at // 32 * 8 + at % 2 * 4 + at % 32 // 8] >> (at % 8 // 2 * 2).to(torch.uint8) & 3
+    s = scale.double()
     if steps is not None:
-        s = s * np.repeat(steps.cpu().double().numpy(), SUPER_BLOCK // GROUP, axis=1)
-    x32: npt.NDArray[np.float32] = x.detach().cpu().float().numpy().reshape(m, k)
-    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        if activations == "bf16":
-            w = q * np.repeat(s, GROUP, axis=1)
-            if x.dtype == torch.bfloat16:
-                w = planes.bf16_to_float(planes.round_to_bf16(w.astype(np.float32))).astype(np.float64)
-            elif x.dtype == torch.float16:
-                w = w.astype(np.float16).astype(np.float64)
-            y = x32.astype(np.float64) @ w.T
-            magnitude = np.abs(x32).astype(np.float64) @ np.abs(w, out=w).T
-        else:
-            x_groups = x32.reshape(m, k // 32, 32)
-            d_a = np.abs(x_groups).max(axis=2) / np.float32(127)
-            d_a[~np.isfinite(x_groups).all(axis=2)] = np.nan
-            a = np.rint(np.clip(x_groups / d_a[..., None], -127, 127))
-            a[~(d_a > 0)] = 0
-            inner = a.astype(np.float64).reshape(m, k // 16, 16).swapaxes(0, 1) @ (
-                q.reshape(n, k // 16, 16).transpose(1, 2, 0)
-            )  # (group, M, N)
-            terms = inner * s.T[:, None, :] * np.repeat(d_a.astype(np.float64), 2, axis=1).T[:, :, None]
-            y, magnitude = terms.sum(axis=0), np.abs(terms).sum(axis=0)
-    if bias is not None:
-        b = bias.detach().cpu().double().numpy()
-        y, magnitude = y + b, magnitude + np.abs(b)
-    return y.reshape(*x.shape[:-1], n), magnitude.reshape(*x.shape[:-1], n)
+        s = s * steps.double().repeat_interleave(SUPER_BLOCK // GROUP, 1)
+    return Weight((low | high << 4).to(torch.int8) - OFFSET, s)
 
 
-def tolerance(exact: F64, magnitude: F64, k: int, dtype: torch.dtype, roundings: int | None = None) -> F64:
-    """How far an output may be from `linear_fp64`'s: fp32 sums, then one rounding. Every part is derived.
+def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Return the weights (N, K) in `dtype`: rounded to fp32, as GGUF has them, and from there once more."""
+    w = weight.codes.double().reshape(*weight.scale.shape, weight.group) * weight.scale.unsqueeze(-1)
+    if weight.min is not None:
+        w -= weight.min.unsqueeze(-1)
+    return w.flatten(1).float().to(dtype)
+
+
+def embedding(indices: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Return the dequantised rows at `indices` (...): (..., K) of `dtype`."""
+    return dequantize(weight.rows(indices.flatten()), dtype).view(*indices.shape, weight.codes.shape[1])
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x, float (M, K), in 8 bits: a (M, K), integers of -127 to 127, and d_a (M, K/32), both float64.
+
+    The quotients are those of fp32: fp64's, rounded to fp32, are the same bits, for 53 bits are more than twice 24.
+    A group whose d_a is zero has a = 0; one that holds an infinity or NaN has a = 0 and d_a = NaN.
+    """
+    groups = x.detach().double().reshape(len(x), x.shape[1] // ACTIVATION_GROUP, ACTIVATION_GROUP)
+    amax = groups.abs().amax(-1, keepdim=True)
+    # By a tensor: torch turns division by a number into multiplication with its reciprocal on GPUs.
+    d_a = (amax / torch.full_like(amax, 127)).float().double()
+    d_a = torch.where(amax.isfinite(), d_a, torch.nan)
+    a = torch.where(d_a > 0, (groups / d_a).float().double().round().clamp(-127, 127), 0)
+    return a.flatten(1), d_a.squeeze(-1)
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, activations: Literal["int8", "bf16"]) -> Exact:
+    """Return x times the transposed weights plus the bias, by the formulas at the top of this module.
+
+    Args:
+        x: bfloat16, float16 or float32 (..., K).
+        weight: (N, K), on x's device.
+        bias: (N,), or None.
+        activations: "int8", or "bf16" for activations in x's own dtype.
+    """
+    (n, k), rows = weight.codes.shape, x.detach().reshape(-1, x.shape[-1])
+    width = math.gcd(weight.group, ACTIVATION_GROUP)
+    sums: Callable[[Weight], tuple[Tensor, Tensor]]
+    if activations == "int8":
+        a, d_a = quantize_activations(rows)
+        sums, values, terms = lambda part: _int8(a, d_a, part, width), len(rows) * k // width, k // width
+        terms *= 1 if weight.min is None else 2
+    else:
+        wide = rows.double()
+        sums, values, terms = lambda part: _bf16(wide, dequantize(part, x.dtype).double()), k, k
+    step = max(1, CHUNK // max(k, values))
+    chunks = [sums(weight.rows(slice(at, at + step))) for at in range(0, n, step)]
+    y, magnitude = (torch.cat(part, 1).view(*x.shape[:-1], n) for part in zip(*chunks, strict=True))
+    exact = Exact(y, magnitude, k, terms)
+    return exact if bias is None else exact.plus(bias)
+
+
+def _bf16(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Return y and magnitude (M, N) of x (M, K) and w (N, K), float64."""
+    return x @ w.T, x.abs() @ w.abs().T
+
+
+def _int8(a: Tensor, d_a: Tensor, weight: Weight, width: int) -> tuple[Tensor, Tensor]:
+    """Return y and magnitude (M, N) of quantised activations; `width` weights share both scales."""
+    k = a.shape[1]
+
+    def each(scales: Tensor) -> Tensor:
+        """Return one value for each group of `width`: (groups, rows)."""
+        return scales.repeat_interleave(k // width // scales.shape[1], 1).T
+
+    a_groups = a.view(len(a), k // width, width).transpose(0, 1)
+    codes = weight.codes.double().reshape(-1, k // width, width).permute(1, 2, 0)
+    steps = each(d_a).unsqueeze(-1)
+    terms = (a_groups @ codes).mul_(each(weight.scale).unsqueeze(1)).mul_(steps)  # (groups, M, N)
+    y, magnitude = terms.sum(0), terms.abs_().sum(0)
+    if weight.min is not None:
+        terms = a_groups.sum(-1, keepdim=True) * each(weight.min).unsqueeze(1) * steps
+        y, magnitude = y - terms.sum(0), magnitude + terms.abs_().sum(0)
+    return y, magnitude
+
+
+def tolerance(exact: Exact, dtype: torch.dtype, roundings: int | None = None) -> Tensor:
+    """Return how far an output may be from `linear`'s: fp32 sums, then one rounding. Every part is derived.
 
     1. A term that meets r roundings on its way through products and additions carries a factor
        (1 + e1)...(1 + er), |ei| <= u = 2**-24. So the fp32 sum is off by at most g * sum |terms| with
@@ -91,54 +210,97 @@ def tolerance(exact: F64, magnitude: F64, k: int, dtype: torch.dtype, roundings:
     is infinite and anything goes.
 
     Args:
-        exact: float64, from `linear_fp64`.
-        magnitude: float64 of the same shape, from `linear_fp64`.
-        k: length of the sums.
+        exact: from `linear`.
         dtype: the output's: bfloat16, float16 or float32.
-        roundings: fp32 roundings that the unluckiest term meets. By default k + 3, which holds for any
-            order of summation: 2 for products, k - 1 additions, the bias, and one to spare. An
-            implementation whose order is known states less, as `reference.roundings` does for its own.
+        roundings: fp32 roundings that the unluckiest term meets. By default terms + 3, which holds for any
+            order of summation: 2 for products, terms - 1 additions, the bias, and one to spare; integer sums
+            of int8 activations are exact. An implementation whose order is known states less, as
+            `reference.roundings` does for its own.
 
     Returns:
-        float64, of the same shape; NaN where the terms are.
+        float64, of the shape of y; NaN where the terms are.
     """
     u = 2.0**-24
-    r = (k + 3 if roundings is None else roundings) + 1
-    with np.errstate(invalid="ignore", over="ignore"):
-        sums = r * u / (1 - r * u) * magnitude + k * 2.0**-149
-        allowed: F64 = sums + _ulp(np.abs(exact) + sums, dtype) / 2
-    allowed[magnitude >= 2.0**127] = np.inf
-    return allowed
+    r = (exact.terms + 3 if roundings is None else roundings) + 1
+    sums = r * u / (1 - r * u) * exact.magnitude + exact.k * 2.0**-149
+    allowed = sums + _ulp(exact.y.abs() + sums, dtype) / 2
+    return torch.where(exact.magnitude >= 2.0**127, torch.inf, allowed)
 
 
-def error_in_tolerances(output: Tensor, exact: F64, allowed: F64) -> F64:
-    """|output - exact| / allowed, for every output: up to 1 is right, above is wrong.
+def error_in_tolerances(output: Tensor, exact: Tensor, allowed: Tensor) -> Tensor:
+    """Return |output - exact| / allowed for every output: up to 1 is right, above is wrong.
 
     NaN and infinities must be met exactly (0, else infinite), but for one case: a finite value that may
     round past the largest one of the output's dtype may become infinite, as IEEE rounding has it.
 
     Args:
         output: bfloat16, float16 or float32, any shape.
-        exact: float64 of the same shape, from `linear_fp64`.
+        exact: float64 of the same shape, the y of `linear`.
         allowed: float64 of the same shape, from `tolerance`.
 
     Returns:
         float64 of the same shape, never NaN.
     """
-    found: F64 = output.detach().cpu().double().numpy()
+    found = output.detach().double()
     largest = torch.finfo(output.dtype).max
-    bound = largest + float(_ulp(np.array(largest), output.dtype)) / 2
-    with np.errstate(invalid="ignore"):
-        errors: F64 = np.abs(found - exact) / allowed
-        rounds_past = np.isinf(found) & (np.sign(found) == np.sign(exact)) & (np.abs(exact) + allowed >= bound)
-    right = (found == exact) | (np.isnan(found) & np.isnan(exact))
-    right |= np.isfinite(exact) & (rounds_past | np.isposinf(allowed))
-    return np.where(right, 0.0, np.where(np.isnan(errors), np.inf, errors))
+    bound = largest + float(_ulp(torch.tensor(largest, dtype=torch.float64), output.dtype)) / 2
+    errors = (found - exact).abs() / allowed
+    rounds_past = found.isinf() & (found.sign() == exact.sign()) & (exact.abs() + allowed >= bound)
+    right = (found == exact) | (found.isnan() & exact.isnan())
+    right |= exact.isfinite() & (rounds_past | allowed.isposinf())
+    return torch.where(right, 0.0, errors.nan_to_num(torch.inf, torch.inf))
 
 
-def _ulp(values: F64, dtype: torch.dtype) -> F64:
-    """The distance of `dtype`'s neighbours around values >= 0, as if it had no largest number."""
+class Wrong(NamedTuple):
+    """An output outside its tolerance: where, what is there, what should be, and how far that may be off."""
+
+    at: tuple[int, ...]
+    found: float
+    expected: float
+    allowed: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Outputs compared with `Exact`.
+
+    Attributes:
+        worst: the largest error in tolerances: right up to 1, infinite for a NaN or infinity too many.
+        wrong: how many outputs are outside their tolerance.
+        first: the first of those.
+    """
+
+    worst: float
+    wrong: int
+    first: Wrong | None
+
+
+def compare(output: Tensor, exact: Exact, roundings: int | None = None) -> Comparison:
+    """Compare outputs with what they should be, within `tolerance`.
+
+    Args:
+        output: bfloat16, float16 or float32, of the shape and on the device of `exact`.
+        exact: from `linear`.
+        roundings: see `tolerance`.
+
+    Raises:
+        ValueError: the output has another shape.
+    """
+    if output.shape != exact.y.shape:
+        raise ValueError(f"expected outputs {tuple(exact.y.shape)}, found {tuple(output.shape)}")
+    if not output.numel():
+        return Comparison(0.0, 0, None)
+    allowed = tolerance(exact, output.dtype, roundings)
+    errors = error_in_tolerances(output, exact.y, allowed)
+    wrong, first = (errors > 1).nonzero(), None
+    if len(wrong):
+        at = tuple(wrong[0].tolist())
+        first = Wrong(at, float(output[at]), float(exact.y[at]), float(allowed[at]))
+    return Comparison(float(errors.max()), len(wrong), first)
+
+
+def _ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return how far `dtype`'s numbers lie apart at values >= 0, as if it had no largest one; NaN at infinity."""
     info = torch.finfo(dtype)
-    exponents = np.frexp(np.maximum(values, info.smallest_normal))[1] - 1
-    result: F64 = np.ldexp(np.float64(info.eps), exponents)
-    return result
+    normal = values.clamp(min=info.smallest_normal)
+    return info.eps * (normal / (2 * normal.frexp().mantissa))
