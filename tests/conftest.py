@@ -13,7 +13,6 @@ import pytest
 from exported_model import ExportedModel
 from fake_cuda import FakeCuda, build
 from gguf_builder import small_model
-from q6k_kernels.jit import driver
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -62,12 +61,11 @@ def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cuda(fake_driver: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
-    """It, in the driver's place."""
-    monkeypatch.setattr(driver, "LIBRARY", str(fake_driver))
+def cuda(fake_driver: Path) -> Iterator[FakeCuda]:
+    """It, in the driver's place. Other tests find a driver without GPUs from then on."""
     fake = FakeCuda(fake_driver)
     yield fake
-    fake.reset()
+    fake.reset(devices=0)
 
 
 @pytest.fixture(scope="session")

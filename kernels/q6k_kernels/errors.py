@@ -21,19 +21,19 @@ class CudaError(RuntimeError):
 
 
 class DriverMissingError(CudaError):
-    """The NVIDIA driver is not installed, does not load, or lacks a function that is needed."""
+    """The NVIDIA driver, or cuda-bindings to call it, is not installed, does not load, or is too old."""
 
 
 class DriverCallError(CudaError):
     """A function of the driver failed.
 
     Attributes:
-        code: its CUresult.
+        result: the name of its CUresult, as "CUDA_ERROR_NOT_FOUND".
     """
 
-    def __init__(self, cause: str, remedy: str, code: int) -> None:
+    def __init__(self, cause: str, remedy: str, result: str) -> None:
         super().__init__(cause, remedy)
-        self.code = code
+        self.result = result
 
 
 class GpuMissingError(CudaError):

@@ -18,7 +18,6 @@ from typing import Any, Literal
 from q6k_convert import text
 from q6k_kernels.errors import CudaError, DriverMissingError, GpuMissingError
 from q6k_kernels.jit import compiler, cubin_cache, driver
-from q6k_kernels.jit.abi import CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 
 OLDEST_TORCH = (2, 11)
 _DRIVER_VERSION = Path("/proc/driver/nvidia/version")
@@ -159,7 +158,7 @@ def _gpus(known: _Known) -> Iterator[Finding]:
     for gpu in range(known.gpus):
         major, minor = driver.capability(gpu)
         memory = driver.device_memory(gpu)
-        units = driver.device_attribute(gpu, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+        units = driver.device_attribute(gpu, "CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT")
         facts = {
             "name": driver.device_name(gpu),
             "capability": f"{major}.{minor}",

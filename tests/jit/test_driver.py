@@ -1,77 +1,20 @@
-"""The driver's calls: names and layouts as NVIDIA has them, errors that say what failed, contexts put back."""
+"""The driver's calls: errors that say what failed, contexts put back, tensor maps as asked for."""
 
 from __future__ import annotations
 
-import ctypes
+import os
 import re
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fake_cuda import COMPILER, FakeCuda
+from fake_cuda import COMPILER, NAME, FakeCuda
 from q6k_kernels.errors import DriverCallError, DriverMissingError, GpuMissingError
-from q6k_kernels.jit import abi, driver
-from q6k_kernels.jit.abi import LaunchAttribute, LaunchAttributeValue, LaunchConfig
-
-# Values and layouts
-
-
-def test_values_are_those_of_nvidias_own_bindings() -> None:
-    from cuda.bindings import driver as theirs
-
-    enumerations = {
-        "CU_DEVICE_ATTRIBUTE": theirs.CUdevice_attribute,
-        "CU_FUNC_ATTRIBUTE": theirs.CUfunction_attribute,
-        "CU_LAUNCH_ATTRIBUTE": theirs.CUlaunchAttributeID,
-        "CU_STREAM_CAPTURE": theirs.CUstreamCaptureMode,
-        "CU_TENSOR_MAP_INTERLEAVE": theirs.CUtensorMapInterleave,
-        "CU_TENSOR_MAP_L2_PROMOTION": theirs.CUtensorMapL2promotion,
-        "CU_TENSOR_MAP_FLOAT_OOB": theirs.CUtensorMapFloatOOBfill,
-        "CUDA_": theirs.CUresult,
-    }
-    checked = 0
-    for name, value in vars(abi).items():
-        for prefix, enumeration in enumerations.items():
-            if name.startswith(prefix) and isinstance(value, int):
-                assert value == getattr(enumeration, name), name
-                checked += 1
-    assert checked >= 15
-    sizes, dtypes = theirs.CUtensorMapSwizzle, theirs.CUtensorMapDataType
-    assert abi.CU_TENSOR_MAP_SWIZZLE == {
-        0: sizes.CU_TENSOR_MAP_SWIZZLE_NONE, 32: sizes.CU_TENSOR_MAP_SWIZZLE_32B,
-        64: sizes.CU_TENSOR_MAP_SWIZZLE_64B, 128: sizes.CU_TENSOR_MAP_SWIZZLE_128B,
-    }  # fmt: skip
-    assert abi.CU_TENSOR_MAP_DATA_TYPE == {
-        "uint8": dtypes.CU_TENSOR_MAP_DATA_TYPE_UINT8, "fp16": dtypes.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        "bf16": dtypes.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["CUDA_ERRORS_OF_IMAGES", "CUDA_ERRORS_OF_EARLIER_KERNELS"])
-def test_errors_bear_the_names_beside_them(name: str) -> None:
-    from cuda.bindings import driver as theirs
-
-    source = Path(abi.__file__).read_text(encoding="utf-8")
-    listed = re.findall(r"(\d+),  # (CUDA_ERROR_\w+)", source.partition(f"{name} = {{")[2].partition("}")[0])
-    assert {int(code) for code, _ in listed} == getattr(abi, name)
-    assert all(getattr(theirs.CUresult, label) == int(code) for code, label in listed)
-
-
-def test_structures_are_laid_out_as_cuda_h_has_them(cuda: FakeCuda) -> None:
-    ours = [
-        ctypes.sizeof(LaunchConfig), LaunchConfig.stream.offset, LaunchConfig.attributes.offset,
-        LaunchConfig.attribute_count.offset, ctypes.sizeof(LaunchAttribute), LaunchAttribute.value.offset,
-        ctypes.sizeof(LaunchAttributeValue), abi.TENSOR_MAP_BYTES, ctypes.sizeof(ctypes.c_int),
-    ]  # fmt: skip
-    *theirs, alignment = cuda.layout(len(ours) + 1)
-    assert ours == theirs
-    assert abi.TENSOR_MAP_ALIGNMENT % alignment == 0
-    assert abi.LaunchDescription.size.offset == ctypes.sizeof(LaunchConfig)
-    assert abi.LAUNCH_HEAD.size == abi.LaunchDescription.attributes.offset
-
+from q6k_kernels.jit import driver, loader, tensor_map
 
 # What is missing
 
@@ -83,21 +26,39 @@ def refusal(function: Any = driver.library) -> str:
     return f"{type(caught.value).__name__}: {caught.value.cause}"
 
 
-def test_no_driver(cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "LIBRARY", str(tmp_path / "libcuda.so.1"))
-    assert refusal().startswith("DriverMissingError: the NVIDIA driver does not load: ")
-    (tmp_path / "libcuda.so.1").write_bytes(b"not a library")
-    assert "invalid ELF header" in refusal() or "file too short" in refusal()
+def test_no_bindings(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    cuda.reset()
+    assert "cuda-bindings, which calls the NVIDIA driver, is not installed" in refusal()
+    with pytest.raises(DriverMissingError, match="pip install cuda-bindings"):
+        driver.version()
 
 
-def test_a_driver_without_a_function_that_is_needed(
-    cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, old = tmp_path / "old.c", tmp_path / "libold.so"
-    source.write_text("int cuInit(unsigned flags) { return 0; }")
-    subprocess.run([COMPILER, "-shared", "-fPIC", str(source), "-o", str(old)], check=True)
-    monkeypatch.setattr(driver, "LIBRARY", str(old))
-    assert refusal() == "DriverMissingError: the NVIDIA driver is too old: it has no cuDriverGetVersion"
+OLD = "int cuInit(unsigned flags) { return 0; }"
+"""A driver from before the function that the bindings look up all others with."""
+
+
+@pytest.mark.parametrize("source", [None, OLD])
+def test_a_driver_that_does_not_load(source: str | None, tmp_path: Path) -> None:
+    library, reason = tmp_path / NAME, "cuda"
+    if source is None:
+        library.write_bytes(b"not a library")
+    else:
+        reason = "cuGetProcAddress"
+        (tmp_path / "old.c").write_text(source)
+        command = [COMPILER, "-shared", "-fPIC", f"-Wl,-soname,{NAME}", str(tmp_path / "old.c")]
+        subprocess.run([*command, "-o", str(library)], check=True)
+    program = (
+        "from q6k_kernels.jit import driver\n"
+        "try: driver.library()\n"
+        "except driver.DriverMissingError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    expected = f"the NVIDIA driver does not load or is too old: .*{reason}.*[^.]\\. Install NVIDIA's driver 525"
+    assert re.match(expected, done.stdout), done.stdout
 
 
 def test_a_driver_that_is_too_old(cuda: FakeCuda) -> None:
@@ -127,9 +88,11 @@ CALLS = {
     "cuLibraryLoadData": lambda: driver.load_library(b"\x7fELF" + bytes(2048), "k.cuh"),
     "cuLibraryGetKernel": lambda: driver.find_kernel(0, "k"),
     "cuKernelGetFunction": lambda: driver.load_function(0, "k"),
-    "cuFuncGetAttribute": lambda: driver.function_attribute(0, 1, "k"),
-    "cuFuncSetAttribute": lambda: driver.set_function_attribute(0, 8, 1, "k"),
-    "cuTensorMapEncodeTiled": lambda: driver.encode_tensor_map(0, "bf16", (64, 8), (128,), (64, 8), 128),
+    "cuFuncGetAttribute": lambda: driver.function_attribute(0, "CU_FUNC_ATTRIBUTE_NUM_REGS", "k"),
+    "cuFuncSetAttribute": lambda: driver.set_function_attribute(
+        0, "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES", 1, "k"
+    ),
+    "cuTensorMapEncodeTiled": lambda: tensor_map.encode(0, "bf16", (64, 8), (128,), (64, 8), 128),
 }
 
 
@@ -141,25 +104,33 @@ def test_a_failing_call_is_named_with_the_drivers_words(function: str, cuda: Fak
     assert cause.endswith(" failed: CUDA_ERROR_INVALID_VALUE (1), some words about it")
 
 
-def test_every_function_is_declared_and_its_failure_tested() -> None:
-    untested = {"cuGetErrorName", "cuGetErrorString", "cuCtxGetCurrent", "cuCtxPopCurrent_v2", "cuLaunchKernelEx"}
-    assert set(CALLS) | untested == set(abi.SIGNATURES)
-
-
 @pytest.mark.parametrize(
-    ("code", "cause", "remedy"),
+    ("code", "result", "cause", "remedy"),
     [
-        (719, "CUDA_ERROR_LAUNCH_FAILED (719), some words about it", "A kernel launched earlier failed"),
-        (4242, "CUresult (4242), unknown to this driver", "`q6k-convert doctor`"),
+        (
+            719, "CUDA_ERROR_LAUNCH_FAILED", r"CUDA_ERROR_LAUNCH_FAILED \(719\), some words about it",
+            "A kernel launched earlier failed",
+        ),
+        (
+            2, "CUDA_ERROR_OUT_OF_MEMORY", r"CUDA_ERROR_OUT_OF_MEMORY \(2\), unknown to this driver",
+            "`q6k-convert doctor`",
+        ),
+        (4242, "CUresult", ".*4242.*, unknown to cuda-bindings", "`q6k-convert doctor`"),
     ],
-)
-def test_errors_of_other_kinds(code: int, cause: str, remedy: str, cuda: FakeCuda) -> None:
+)  # fmt: skip
+def test_errors_of_other_kinds(code: int, result: str, cause: str, remedy: str, cuda: FakeCuda) -> None:
     cuda.fail("cuDeviceGetCount", code)
     with pytest.raises(DriverCallError) as caught:
         driver.device_count()
-    assert caught.value.code == code
-    assert caught.value.cause == f"cuDeviceGetCount failed: {cause}"
+    assert caught.value.result == result
+    assert re.fullmatch(f"cuDeviceGetCount failed: {cause}", caught.value.cause)
     assert caught.value.remedy.startswith(remedy)
+
+
+def test_errors_of_earlier_kernels_are_nvidias() -> None:
+    results = driver.bindings().CUresult
+    names = driver.ERRORS_OF_EARLIER_KERNELS | loader.ERRORS_OF_IMAGES | {"CUDA_ERROR_NO_DEVICE"}
+    assert all(getattr(results, name).name == name for name in names)
 
 
 # Devices and contexts
@@ -171,7 +142,7 @@ def test_devices_are_described(cuda: FakeCuda) -> None:
     assert driver.device_name(1) == "Fake GPU 1"
     assert driver.capability(1) == (12, 1)
     assert driver.device_memory(0) == 80 << 30
-    assert driver.device_attribute(1, abi.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT) == 133
+    assert driver.device_attribute(1, "CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT") == 133
     with pytest.raises(DriverCallError, match="cuDeviceGet for GPU 2 failed"):
         driver.device_handle(2)
 
@@ -189,7 +160,7 @@ def test_a_primary_context_is_retained_once(cuda: FakeCuda) -> None:
 
 def test_context_and_capture_mode_are_put_back_after_an_error(cuda: FakeCuda) -> None:
     with pytest.raises(KeyError), driver.relaxed_capture(), driver.current(0x1000):  # noqa: PT012
-        assert (cuda.depth, cuda.mode) == (1, abi.CU_STREAM_CAPTURE_MODE_RELAXED)
+        assert (cuda.depth, cuda.mode) == (1, 2)
         raise KeyError
     assert (cuda.depth, cuda.mode) == (0, 0)
 
@@ -215,9 +186,9 @@ def test_context_and_capture_mode_are_put_back_after_an_error(cuda: FakeCuda) ->
     ],
 )
 def test_a_tensor_map_says_what_was_asked(arguments: Any, expected: str, cuda: FakeCuda) -> None:
-    encoded = driver.encode_tensor_map(*arguments)
+    encoded = tensor_map.encode(*arguments)
     assert encoded == b"".join(i.to_bytes(8, "little") for i in range(16))
-    assert driver.encode_tensor_map(*arguments) is encoded
+    assert tensor_map.encode(*arguments) is encoded
     assert cuda.lines("map") == [expected]
 
 
@@ -249,7 +220,7 @@ RIGHT: dict[str, Any] = {
     ],
 )
 def test_a_tensor_map_that_breaks_a_rule_is_refused(name: str, value: Any, expected: str, cuda: FakeCuda) -> None:
-    driver.encode_tensor_map(**RIGHT)
+    tensor_map.encode(**RIGHT)
     with pytest.raises(ValueError, match=re.escape(f"tensor map: {expected}")):
-        driver.encode_tensor_map(**RIGHT | {name: value})
+        tensor_map.encode(**RIGHT | {name: value})
     assert len(cuda.lines("map")) == 1

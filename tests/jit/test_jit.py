@@ -506,7 +506,7 @@ def test_a_launch_goes_to_its_kernels_gpu_whatever_is_current(
     kernels = [loader.load("k.cuh", "k", ONE, gpu, sources=sources) for gpu in (0, 1)]
     before = 0
     if at is not None:
-        driver.library().cuCtxPushCurrent_v2(0x1000 + at)
+        driver.call("cuCtxPushCurrent", 0x1000 + at)
         before = 1
     for kernel in kernels:
         kernel.launch((1, 1, 1), 32, b"", stream=0)

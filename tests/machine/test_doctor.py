@@ -113,8 +113,10 @@ def test_a_driver_that_does_not_tell_its_release(machine: SimpleNamespace) -> No
 
 
 def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch, machine: SimpleNamespace) -> None:
-    monkeypatch.setattr(driver, "LIBRARY", "libcuda-that-is-not-there.so.1")
-    machine.cuda.reset()
+    def absent() -> None:
+        raise RuntimeError("libcuda.so.1: no such file")
+
+    monkeypatch.setattr(driver, "bindings", lambda: SimpleNamespace(cuDriverGetVersion=absent))
     result = invoke("doctor")
     failed(result, 6, "driver is missing", "Install NVIDIA's driver 525 or later")
     failed(result, 6, "GPU is missing", "`nvidia-smi` lists a GPU")
@@ -126,17 +128,18 @@ def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch, machine: Si
 
 
 def test_a_process_of_its_own_where_there_is_nothing() -> None:
-    # No torch, no driver (unless this machine has one), no bindings: what a plain `pip install` gives.
+    # No torch and no bindings, with or without a driver: what a plain `pip install` gives.
     program = (
         "import sys; sys.modules['torch'] = sys.modules['cuda'] = None\n"
-        "from q6k_kernels.jit import driver; driver.LIBRARY = 'libcuda-that-is-not-there.so.1'\n"
         "from q6k_convert.cli.main import main; sys.argv[1:] = ['doctor', '--json']; main()\n"
     )
     done = run_program(program)
     assert done.returncode == 6, done.stderr
     assert "Traceback" not in done.stderr
-    states = {each["name"]: each["state"] for each in json.loads(done.stdout)["findings"]}
-    assert states == {
+    found = {each["name"]: each for each in json.loads(done.stdout)["findings"]}
+    assert "cuda-bindings" in found["driver"]["detail"]
+    assert "pip install cuda-bindings" in found["driver"]["remedy"]
+    assert {name: each["state"] for name, each in found.items()} == {
         "python": "ok", "torch": "missing", "driver": "missing", "GPU": "missing", "compiler": "missing",
         "cache": "ok", "kernels": "skipped",
     }  # fmt: skip

@@ -22,7 +22,7 @@ from q6k_kernels.cuda import decode, decode_plan, expand, gemm_mma, gemm_wgmma
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.errors import CudaError
 from q6k_kernels.formats import tiles
-from q6k_kernels.jit import driver, loader
+from q6k_kernels.jit import loader
 
 FAKE = Path(os.environ["Q6K_FAKE_CUDA"])
 STREAM, TICKET = 0x5EED, 1 << 40
@@ -39,9 +39,8 @@ def functions() -> Functions:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+def fake() -> Iterator[FakeCuda]:
     """The driver of both sides, which is one library: it was found by LD_LIBRARY_PATH, too."""
-    monkeypatch.setattr(driver, "LIBRARY", str(FAKE))
     fake = FakeCuda(FAKE)
     yield fake
     fake.reset()

@@ -1,6 +1,7 @@
 // A stand-in for libcuda, compiled against NVIDIA's own cuda.h: it runs nothing, keeps the driver's rules that
 // matter here, and writes down what it was asked in its own reading of the structures.
 #include <cuda.h>
+#include <dlfcn.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -27,11 +28,6 @@ static __thread CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
 
 // ---- for the tests
 
-const size_t fake_layout[] = {sizeof(CUlaunchConfig),           offsetof(CUlaunchConfig, hStream),
-                              offsetof(CUlaunchConfig, attrs),  offsetof(CUlaunchConfig, numAttrs),
-                              sizeof(CUlaunchAttribute),        offsetof(CUlaunchAttribute, value),
-                              sizeof(CUlaunchAttributeValue),   sizeof(CUtensorMap),
-                              sizeof(CUresult),                 _Alignof(CUtensorMap)};
 void fake_reset(int version, int count, int cc, int shared) {
   used = 0, record[0] = 0, failing[0] = 0, depth = 0, launch_us = 0;
   driver_version = version, devices = count, capability = cc, static_shared = shared;
@@ -58,6 +54,24 @@ static CUcontext top(void) { return depth ? stack[depth - 1] : NULL; }
 
 // ---- the driver
 
+// Names come without the suffix of a version, of which the newest is meant.
+CUresult CUDAAPI cuGetProcAddress(const char* name, void** address, int version, cuuint64_t flags,
+                                  CUdriverProcAddressQueryResult* status) {
+  char newest[128];
+  Dl_info here;
+  if (!dladdr((void*)fake_reset, &here)) abort();
+  void* const self = dlopen(here.dli_fname, RTLD_NOW | RTLD_NOLOAD);
+  snprintf(newest, sizeof newest, "%s_v2", name);
+  *address = dlsym(self, newest);
+  if (!*address) *address = dlsym(self, name);
+  dlclose(self);
+  if (status) *status = *address ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
+  return *address ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+}
+// NVRTC looks for the driver's private tables, and does without.
+CUresult CUDAAPI cuGetExportTable(const void** table, const CUuuid* name) {
+  return *table = NULL, CUDA_ERROR_NOT_FOUND;
+}
 CUresult CUDAAPI cuInit(unsigned int flags) {
   BEGIN();
   return flags ? CUDA_ERROR_INVALID_VALUE : devices ? CUDA_SUCCESS : CUDA_ERROR_NO_DEVICE;

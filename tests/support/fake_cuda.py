@@ -1,8 +1,9 @@
-"""Builds `fake_cuda.c` and puts it in the driver's place."""
+"""Builds `fake_cuda.c` and puts it in the driver's place, for as long as the process lives."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import site
 import subprocess
@@ -10,17 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from q6k_kernels.jit import driver, loader
+from q6k_kernels.jit import driver, loader, tensor_map
 
 COMPILER = shutil.which("gcc") or "cc"
 SOURCE = Path(__file__).with_name("fake_cuda.c")
+NAME = "libcuda.so.1"
 CACHES = (
+    driver.bindings,
     driver.library,
-    driver._loaded,
     driver.device_handle,
     driver.capability,
     driver._primary_context,
-    driver.encode_tensor_map,
+    tensor_map._encode_tiled,
+    tensor_map.encode,
 )
 
 
@@ -35,8 +38,8 @@ def headers() -> Path:
 
 def build(folder: Path) -> Path:
     """Compiles it."""
-    library = folder / "libcuda.so.1"
-    command = [COMPILER, "-shared", "-fPIC", "-O1", "-D_GNU_SOURCE", f"-I{headers()}"]
+    library = folder / NAME
+    command = [COMPILER, "-shared", "-fPIC", "-O1", "-D_GNU_SOURCE", f"-I{headers()}", f"-Wl,-soname,{NAME}"]
     subprocess.run([*command, str(SOURCE), "-o", str(library), "-lpthread"], check=True)
     return library
 
@@ -45,7 +48,13 @@ class FakeCuda:
     """What the tests say to it, and read from it."""
 
     def __init__(self, path: Path) -> None:
-        self._library = ctypes.CDLL(str(path))
+        try:
+            self._library = ctypes.CDLL(NAME, mode=os.RTLD_NOLOAD)
+        except OSError:
+            # By this name: whoever asks for the driver from here on is given this library.
+            self._library = ctypes.CDLL(str(path))
+        if not hasattr(self._library, "fake_record"):
+            pytest.skip("NVIDIA's own driver is loaded in this process: run this test in another")
         self._library.fake_record.restype = ctypes.c_char_p
         self._library.fake_fail.argtypes = (ctypes.c_char_p, ctypes.c_int)
         self.reset()
@@ -69,10 +78,6 @@ class FakeCuda:
     def lines(self, first: str = "") -> list[str]:
         """What was recorded, of one kind."""
         return [each for each in self._library.fake_record().decode().splitlines() if each.startswith(first)]
-
-    def layout(self, count: int) -> list[int]:
-        """Sizes and offsets as the C compiler has them."""
-        return list((ctypes.c_size_t * count).in_dll(self._library, "fake_layout"))
 
     @property
     def depth(self) -> int:

@@ -260,7 +260,10 @@ def raising(error: Exception) -> Callable[..., Any]:
             raising(errors.DriverMissingError("it does not load", "Get it.")),
             "no CUDA GPU was found: it does not load",
         ),
-        (raising(errors.DriverCallError("cuInit failed", "Restart.", 999)), "driver does not work: cuInit failed"),
+        (
+            raising(errors.DriverCallError("cuInit failed", "Restart.", "CUDA_ERROR_UNKNOWN")),
+            "driver does not work: cuInit failed",
+        ),
     ],
 )
 def test_without_a_gpu(out: Path, monkeypatch: pytest.MonkeyPatch, count: Any, words: str) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from q6k_kernels.cuda.device import Device, Variant, bias_arguments, common_macros, is_exact, stream
 from q6k_kernels.formats.ggml import SUPER_BLOCK
 from q6k_kernels.formats.tiles import TILE_BYTES
-from q6k_kernels.jit import driver, loader
+from q6k_kernels.jit import driver, loader, tensor_map
 from q6k_kernels.ops.reference import TILE_ROWS
 
 FILE, KERNEL = "gemm_wgmma.cuh", "q6k_gemm_wgmma"
@@ -237,7 +237,7 @@ def _scratch(launch: Plan, device: torch.device) -> Tensor:
 def _tile_map(device: int, pointer: int, row_tiles: int, blocks: int, tile_bytes: int, rows: int) -> bytes:
     width = tile_bytes // TILE_PIECES
     with driver.current(driver.primary_context(device)):
-        return driver.encode_tensor_map(
+        return tensor_map.encode(
             pointer,
             "uint8",
             sizes=(width, blocks * TILE_PIECES, row_tiles),
@@ -250,7 +250,7 @@ def _tile_map(device: int, pointer: int, row_tiles: int, blocks: int, tile_bytes
 def _x_map(device: int, pointer: int, fp16: bool, m: int, k: int, stride: int, tokens: int) -> bytes:
     dtype: Literal["bf16", "fp16"] = "fp16" if fp16 else "bf16"
     with driver.current(driver.primary_context(device)):
-        return driver.encode_tensor_map(
+        return tensor_map.encode(
             pointer, dtype, sizes=(k, m), strides=(stride,), box=(64, tokens), swizzle_bytes=128
         )
 

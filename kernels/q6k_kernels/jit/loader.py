@@ -8,69 +8,73 @@ no disk cache hit it takes some tenths of a second; `Kernel.launch` takes a few 
 from __future__ import annotations
 
 import threading
-from ctypes import addressof, c_void_p
+from ctypes import addressof, c_char_p, c_size_t
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from q6k_kernels.errors import DriverCallError, SourceMissingError
 from q6k_kernels.jit import compiler, cubin_cache, driver
-from q6k_kernels.jit.abi import (
-    CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES,
-    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-    CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED,
-    CU_FUNC_ATTRIBUTE_NUM_REGS,
-    CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
-    CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-    CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-    CU_LAUNCH_PARAM_BUFFER_POINTER,
-    CU_LAUNCH_PARAM_BUFFER_SIZE,
-    CU_LAUNCH_PARAM_END,
-    CUDA_ERROR_NOT_FOUND,
-    CUDA_ERRORS_OF_IMAGES,
-    CUDA_SUCCESS,
-    LAUNCH_HEAD,
-    LaunchDescription,
-)
 from q6k_kernels.jit.compiler import SOURCES, Defines
 
 SHARED_BYTES = 48 << 10
 """Shared memory of a block, static and dynamic, that needs no permission."""
 PORTABLE_CLUSTER = 8
 """The largest cluster that every GPU with clusters can run."""
+ERRORS_OF_IMAGES = {
+    "CUDA_ERROR_INVALID_IMAGE",
+    "CUDA_ERROR_NO_BINARY_FOR_GPU",
+    "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+    "CUDA_ERROR_INVALID_SOURCE",
+}
+"""Code that the driver cannot use: damaged, of another architecture, or newer than it."""
 
 
-class _Launch:
-    """What a launch is described in, made once for each thread: filling it in is cheaper."""
+class _Launches(threading.local):
+    """What the launches of one thread are described in, made once: filling it in is cheaper.
+
+    Attributes:
+        size: of the parameters, bytes.
+        extra: cuLaunchKernelEx's array that hands over a packed buffer of parameters, its second item.
+        configs: a CUlaunchConfig with its attributes, by the blocks of a cluster and `dependent`.
+    """
 
     def __init__(self) -> None:
-        self.description = LaunchDescription()
-        self.head = memoryview(self.description).cast("B")
-        first, second = self.description.attributes
-        first.id, second.id = (
-            CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-            CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        cuda = driver.bindings()
+        self.size = c_size_t()
+        self.extra = (c_char_p * 5)(
+            cuda.CU_LAUNCH_PARAM_BUFFER_POINTER,
+            None,
+            cuda.CU_LAUNCH_PARAM_BUFFER_SIZE,
+            c_char_p(addressof(self.size)),
+            cuda.CU_LAUNCH_PARAM_END,
         )
-        self.cluster = first.value.cluster
-        self.cluster.x = self.cluster.y = self.cluster.z = 1
-        second.value.flag = 1
-        self.cluster_address, self.dependent_address = addressof(first), addressof(second)
-        self.extra = self.description.extra
-        self.extra.buffer_follows, self.extra.size_follows = (
-            CU_LAUNCH_PARAM_BUFFER_POINTER,
-            CU_LAUNCH_PARAM_BUFFER_SIZE,
-        )
-        self.extra.size = addressof(self.description) + LaunchDescription.size.offset
-        self.extra.end = CU_LAUNCH_PARAM_END
-        self.context = c_void_p()
-        self.config_address, self.extra_address = addressof(self.description), addressof(self.extra)
-        self.context_address = addressof(self.context)
+        self.extra_address = addressof(self.extra)
+        self.configs = dict[tuple[int, bool], Any]()
 
 
-class _Threads(threading.local):
-    def __init__(self) -> None:
-        self.launch = _Launch()
+def _config(cluster: int, dependent: bool) -> Any:
+    """Make a CUlaunchConfig with the attributes for clusters of so many blocks, and for a dependent launch."""
+    cuda, attributes = driver.bindings(), list[Any]()
+    if cluster > 1:
+        attributes.append(clustered := cuda.CUlaunchAttribute())
+        clustered.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        size = clustered.value.clusterDim
+        size.x, size.y, size.z = cluster, 1, 1
+    if dependent:
+        attributes.append(early := cuda.CUlaunchAttribute())
+        early.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+    config = cuda.CUlaunchConfig()
+    config.blockDimY = config.blockDimZ = 1
+    config.attrs, config.numAttrs = attributes, len(attributes)
+    return config
 
 
-_threads = _Threads()
+@cache
+def _launches() -> _Launches:
+    """Return the calling thread's descriptions: made late, as the bindings take a while to import."""
+    return _Launches()
 
 
 class Kernel:
@@ -85,19 +89,20 @@ class Kernel:
     """
 
     def __init__(self, name: str, device: int, context: int, function: int) -> None:
-        def attribute(which: int) -> int:
+        def attribute(which: str) -> int:
             return driver.function_attribute(function, which, name)
 
         self.name, self.device = name, device
-        self.registers = attribute(CU_FUNC_ATTRIBUTE_NUM_REGS)
-        self.local_bytes = attribute(CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)
-        self.shared_bytes = attribute(CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)
-        self._context, self._function = context, function
+        self.registers = attribute("CU_FUNC_ATTRIBUTE_NUM_REGS")
+        self.local_bytes = attribute("CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES")
+        self.shared_bytes = attribute("CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES")
+        self._context, self._function, self._launches = context, function, _launches()
         self._most_shared = SHARED_BYTES - self.shared_bytes
         self._most_cluster = PORTABLE_CLUSTER
         self._permissions = threading.Lock()
-        self._get_current = driver.library().cuCtxGetCurrent
-        self._launch_kernel = driver.library().cuLaunchKernelEx
+        cuda = driver.library()
+        self._handle = cuda.CUfunction(function)
+        self._get_current, self._launch_kernel = cuda.cuCtxGetCurrent, cuda.cuLaunchKernelEx
 
     def launch(
         self,
@@ -127,24 +132,20 @@ class Kernel:
         """
         if shared_bytes > self._most_shared or cluster > self._most_cluster:
             self._permit(shared_bytes, cluster)
-        launch = _threads.launch
-        if cluster > 1:
-            launch.cluster.x = cluster
-            attributes, count = launch.cluster_address, 2 if dependent else 1
-        else:
-            attributes, count = launch.dependent_address, 1 if dependent else 0
-        LAUNCH_HEAD.pack_into(
-            launch.head, 0, *grid, threads, 1, 1, shared_bytes, stream, attributes, count, len(arguments)
-        )
-        launch.extra.buffer = arguments
-        code = self._get_current(launch.context_address)
-        if code == CUDA_SUCCESS and launch.context.value == self._context:
-            code = self._launch_kernel(launch.config_address, self._function, None, launch.extra_address)
+        launch = self._launches
+        if (config := launch.configs.get((cluster, dependent))) is None:
+            config = launch.configs[cluster, dependent] = _config(cluster, dependent)
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.sharedMemBytes, config.hStream = threads, shared_bytes, stream
+        launch.size.value, launch.extra[1] = len(arguments), arguments
+        code, context = self._get_current()
+        if not code and int(context) == self._context:
+            (code,) = self._launch_kernel(config, self._handle, 0, launch.extra_address)
         else:
             # A thread that has not used CUDA yet, or one that is at another GPU.
             with driver.current(self._context):
-                code = self._launch_kernel(launch.config_address, self._function, None, launch.extra_address)
-        if code != CUDA_SUCCESS:
+                (code,) = self._launch_kernel(config, self._handle, 0, launch.extra_address)
+        if code:
             driver.check(
                 code,
                 "cuLaunchKernelEx",
@@ -157,13 +158,13 @@ class Kernel:
             if shared_bytes > self._most_shared:
                 # All there is, at once: the limit belongs to the function, which others may hold, too.
                 most = max(shared_bytes, driver.most_shared_bytes(self.device) - self.shared_bytes)
-                self._set(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most, "dynamic shared memory")
+                self._set("CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES", most, "dynamic shared memory")
                 self._most_shared = most
             if cluster > self._most_cluster:
-                self._set(CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1, "clusters of more than 8")
+                self._set("CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED", 1, "clusters of more than 8")
                 self._most_cluster = cluster
 
-    def _set(self, attribute: int, value: int, what: str) -> None:
+    def _set(self, attribute: str, value: int, what: str) -> None:
         driver.set_function_attribute(self._function, attribute, value, f"{what} of {self.name}")
 
 
@@ -218,7 +219,7 @@ def _load(unit: tuple[str, Defines, str, Path], kernel: str, device: int) -> Ker
         try:
             handle = driver.find_kernel(loaded, kernel)
         except DriverCallError as error:
-            if error.code != CUDA_ERROR_NOT_FOUND:
+            if error.result != "CUDA_ERROR_NOT_FOUND":
                 raise
             raise SourceMissingError(f"{unit[0]} has no kernel {kernel}", "Install q6k-convert again.") from error
         # This brings the code to the GPU: left to the first launch, it would happen in a graph's capture.
@@ -231,12 +232,12 @@ def _load_library(unit: tuple[str, Defines, str, Path]) -> int:
     try:
         return driver.load_library(code, f"{file} for {arch}")
     except DriverCallError as error:
-        if error.code not in CUDA_ERRORS_OF_IMAGES:
+        if error.result not in ERRORS_OF_IMAGES:
             raise
         compiled, supported = compiler.version(), driver.version()
         raise DriverCallError(
             f"{error.cause}; it was compiled by NVRTC {compiled[0]}.{compiled[1]} "
             f"({compiler.library_path()}), and the driver supports CUDA {supported[0]}.{supported[1]}",
             "Update the driver, or install a torch, and remove an NVRTC, so that NVRTC is no newer than it.",
-            error.code,
+            error.result,
         ) from error
