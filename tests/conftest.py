@@ -16,8 +16,17 @@ from gguf_builder import small_model
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that fork hundreds of times come first: each fork copies the page tables of all that is loaded."""
-    items.sort(key=lambda item: item.path.stem != "test_staging_failures")
+    """Give each file to one process of pytest-xdist, and all that compiles C++ to the same one; the longest first.
+
+    The library, the example and an exported model are so built once.
+    """
+
+    def compiled(item: pytest.Item) -> bool:
+        return item.path.parent.name in ("cpp", "export")
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("compiled" if compiled(item) else str(item.path)))
+    items.sort(key=lambda item: (not compiled(item), item.path.stem != "test_staging_failures"))
 
 
 @pytest.fixture(autouse=True)
