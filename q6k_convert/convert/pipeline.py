@@ -112,5 +112,6 @@ def _stored(tensor: TensorPlan, writer: BundleWriter) -> StoredTensor:
         type=tensor.record.type.name,
         shape=list(tensor.record.shape),
         storage=tensor.storage,
+        format=tensor.format,
         arrays={role: writer.stored_array(spec) for role, spec in tensor.arrays.items()},
     )

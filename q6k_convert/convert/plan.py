@@ -13,8 +13,9 @@ from q6k_convert.gguf.model import GGUFModel
 from q6k_convert.gguf.tensors import TensorRecord
 from q6k_convert.text import listing, shape
 from q6k_kernels.bundle.shards import ArraySpec, Shard, plan_shards
-from q6k_kernels.bundle.storage import PLAIN_DTYPES, Scales, Storage, arrays_of
-from q6k_kernels.formats.ggml import TYPE_SIZES, GGMLType
+from q6k_kernels.bundle.storage import PLAIN_DTYPES, Storage, arrays_of
+from q6k_kernels.formats.ggml import TYPE_SIZES
+from q6k_kernels.formats.types import PACKED_TYPES, Scales, row_of
 
 Other = Literal["bf16", "raw", "skip", "error"]
 
@@ -55,11 +56,12 @@ class Options:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What becomes of one tensor: how it is stored, and its arrays by role (ql, qh, …; or data)."""
+    """How one tensor is stored: its weight type, if it is packed, and its arrays by role (ql, qh, …; or data)."""
 
     part: GGUFFile
     record: TensorRecord
     storage: Storage
+    format: str | None = None
     arrays: dict[str, ArraySpec] = field(default_factory=dict)
 
     @property
@@ -106,19 +108,15 @@ def make_plan(model: GGUFModel, options: Options) -> Plan:
             continue
         if storage == "dequantized":
             _check_dequantizer(part, record)
-        tensors.append(
-            TensorPlan(
-                part,
-                record,
-                storage,
-                arrays_of(record.name, record.type.name, record.shape, storage, options.scales),
-            )
-        )
+        format = row_of(record.type.name, options.scales).name if storage == "planar" else None
+        arrays = arrays_of(record.name, record.type.name, record.shape, storage, format)
+        tensors.append(TensorPlan(part, record, storage, format, arrays))
     if refused:
         raise InputRejectedError(
             model.parts[0].path,
             "tensors",
-            f"{len(refused)} neither Q6_K weights nor stored as they are: {listing(refused, most=5)}",
+            f"{len(refused)} neither {', '.join(sorted(PACKED_TYPES))} weights nor stored as they are: "
+            f"{listing(refused, most=5)}",
             remedy="Use --other bf16, raw or skip to say what becomes of them, or --exclude them.",
         )
     if not any(tensor.arrays for tensor in tensors):
@@ -155,7 +153,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def _storage(record: TensorRecord, other: Other) -> Storage | None:
     """How a selected tensor is stored; None if `--other error` forbids it."""
-    if record.type == GGMLType.Q6_K and len(record.shape) in (2, 3):
+    if record.type.name in PACKED_TYPES and len(record.shape) in (2, 3):
         return "planar"
     if record.type.name in PLAIN_DTYPES:
         return "plain"

@@ -16,8 +16,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from q6k_convert.errors import EnvironmentMissingError
-from q6k_kernels.bundle.storage import Scales
 from q6k_kernels.formats.ggml import GROUP, SUPER_BLOCK
+from q6k_kernels.formats.types import DTYPE_BYTES, WeightType
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,13 +26,10 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 210
 SCALES_AT, D_AT = 192, 208
 """Where in a block the sub-scales and d lie."""
-QL_BYTES, QH_BYTES, SCALE_BYTES, STEP_BYTES = 128, 64, {"bf16": 32, "exact": 16}, 2
-"""Bytes of one block in each array of a bundle."""
 PATHS = {"portable": 0, "avx2": 1}
 """The ways the compiled repacker knows, by name."""
 
 _EXTENSION = "q6k_convert.convert._repack"
-_SCALES_CODE = {"bf16": 0, "exact": 1}
 
 
 def decode(blocks: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
@@ -95,19 +92,18 @@ def best_path() -> str:
     return next(name for name, code in PATHS.items() if code == best)
 
 
-def array_bytes(scales: Scales) -> dict[str, int]:
-    """The arrays a Q6_K tensor becomes, by suffix, with the bytes that one block takes in each."""
-    arrays = {"ql": QL_BYTES, "qh": QH_BYTES, "scale": SCALE_BYTES[scales]}
-    return arrays if scales == "bf16" else arrays | {"steps": STEP_BYTES}
+def array_bytes(row: WeightType) -> dict[str, int]:
+    """Return the bytes that one block takes in each array of a weight type, by role."""
+    return {array.role: row.block // array.weights * DTYPE_BYTES[array.dtype] for array in row.arrays}
 
 
-def to_planes(blocks: Any, arrays: Mapping[str, Any], scales: Scales, path: str | None = None) -> int | None:
-    """Repacks blocks straight into the arrays of a bundle, in one pass; threads may run it at once.
+def to_planes(blocks: Any, arrays: Mapping[str, Any], row: WeightType, path: str | None = None) -> int | None:
+    """Repack blocks straight into the arrays of a bundle, in one pass; threads may run it at once.
 
     Args:
         blocks: n * 210 contiguous bytes: anything with the buffer protocol (a read-only one is copied).
-        arrays: by suffix, contiguous writable buffers of n times `array_bytes(scales)` bytes.
-        scales: "bf16" (d * sub-scale, rounded to nearest even) or "exact" (sub-scales and d as they are).
+        arrays: by role, contiguous writable buffers of n times `array_bytes(row)` bytes.
+        row: the weight type: it says whether scales are d * sub-scale, rounded to nearest even, or both numbers.
         path: a name in `PATHS`; by default the fastest.
 
     Returns:
@@ -119,7 +115,7 @@ def to_planes(blocks: Any, arrays: Mapping[str, Any], scales: Scales, path: str 
     """
     source, targets = memoryview(blocks), {suffix: memoryview(array) for suffix, array in arrays.items()}
     count, rest = divmod(source.nbytes, BLOCK_BYTES)
-    sizes = {suffix: count * each for suffix, each in array_bytes(scales).items()}
+    sizes = {suffix: count * each for suffix, each in array_bytes(row).items()}
     found = {suffix: view.nbytes for suffix, view in targets.items()}
     plain = all(view.itemsize == 1 and view.c_contiguous for view in (source, *targets.values()))
     if rest or found != sizes or not plain or any(view.readonly for view in targets.values()):
@@ -129,11 +125,11 @@ def to_planes(blocks: Any, arrays: Mapping[str, Any], scales: Scales, path: str 
     if not count:
         return None
     buffers = [bytearray(source) if source.readonly else source]
-    buffers += [targets[suffix] for suffix in ("ql", "qh", "scale", "steps") if suffix in targets]
+    buffers += [targets[suffix] for suffix in row.roles]
     pointers = [ctypes.addressof(ctypes.c_char.from_buffer(buffer)) for buffer in buffers]
     result: int = _library().q6k_to_planes(
-        PATHS[path or best_path()], pointers[0], count, _SCALES_CODE[scales], *pointers[1:4],
-        pointers[4] if scales == "exact" else None,
+        PATHS[path or best_path()], pointers[0], count, int(row.stepped), *pointers[1:4],
+        pointers[4] if row.stepped else None,
     )  # fmt: skip
     if result == -2:
         raise EnvironmentMissingError(f"the repacker has no path {path!r} on this machine")

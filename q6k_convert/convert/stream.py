@@ -8,9 +8,10 @@ number of workers, and memory depends on nothing but it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import xxhash
@@ -22,6 +23,7 @@ from q6k_convert.text import displayable
 from q6k_kernels.bundle.manifest import SourceFile
 from q6k_kernels.bundle.writer import BundleWriter
 from q6k_kernels.formats.ggml import SUPER_BLOCK, TYPE_SIZES
+from q6k_kernels.formats.types import weight_type
 
 PIECE_BLOCKS = 16384
 """Q6_K blocks a piece at most: 3.4 MB in, 3.7 MB out; smaller ones cost more in Python than they save."""
@@ -47,9 +49,14 @@ class _Slot:
 
     def __init__(self, plan: Plan, blocks: int) -> None:
         self.source = memoryview(bytearray(blocks * BLOCK_BYTES))
-        self.arrays = {
-            role: memoryview(bytearray(blocks * each)) for role, each in array_bytes(plan.options.scales).items()
-        }
+        formats = {tensor.format for tensor in plan.tensors if tensor.format is not None}
+        most = max((sum(array_bytes(weight_type(name)).values()) for name in formats), default=0)
+        self._target = memoryview(bytearray(blocks * most))
+
+    def arrays(self, sizes: Mapping[str, int]) -> dict[str, memoryview]:
+        """Cut the target memory into one buffer a role, of that many bytes each."""
+        ends = accumulate(sizes.values())
+        return {role: self._target[end - size : end] for (role, size), end in zip(sizes.items(), ends, strict=True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +161,11 @@ def _encode(plan: Plan, piece: _Piece, source: memoryview, slot: _Slot) -> Itera
     """The arrays that a piece of a tensor becomes: role, byte position in the array, data."""
     tensor = piece.tensor
     assert tensor is not None  # noqa: S101 -- for the type checker
-    if tensor.storage == "planar":
-        first, blocks = piece.at // BLOCK_BYTES, piece.nbytes // BLOCK_BYTES
-        each = array_bytes(plan.options.scales)
-        planes = {role: slot.arrays[role][: blocks * size] for role, size in each.items()}
-        bad = to_planes(source, planes, plan.options.scales)
+    if tensor.format is not None:
+        row, first, blocks = weight_type(tensor.format), piece.at // BLOCK_BYTES, piece.nbytes // BLOCK_BYTES
+        each = array_bytes(row)
+        planes = slot.arrays({role: blocks * size for role, size in each.items()})
+        bad = to_planes(source, planes, row)
         if bad is not None and not plan.options.allow_nonfinite:
             raise _not_finite(tensor, first + bad)
         for role, data in planes.items():

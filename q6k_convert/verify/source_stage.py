@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from q6k_convert.convert.repack import BLOCK_BYTES, D_AT, QH_BYTES, QL_BYTES, SCALES_AT, decode
+from q6k_convert.convert.repack import BLOCK_BYTES, D_AT, SCALES_AT, decode
 from q6k_convert.gguf.file import GGUFFile
 from q6k_convert.gguf.model import GGUFModel, open_gguf
 from q6k_convert.gguf.tensors import TensorRecord
@@ -97,7 +97,7 @@ def check_source(
 
             def compare(item: tuple[GGUFFile, TensorRecord]) -> tuple[Exactness, list[Finding]]:
                 part, record = item
-                comparison = _Comparison(directory, shards, manifest, stored[record.name], part, record)
+                comparison = _Comparison(directory, shards, stored[record.name], part, record)
                 return comparison.run()
 
             records = [item for item in model.tensors() if stored[item[1].name].arrays]
@@ -184,14 +184,12 @@ class _Comparison:
         self,
         directory: Path,
         shards: dict[str, dict[str, Entry]],
-        manifest: Manifest,
         tensor: StoredTensor,
         part: GGUFFile,
         record: TensorRecord,
     ) -> None:
         self.directory, self.shards, self.tensor = directory, shards, tensor
         self.part, self.record = part, record
-        self.exact_scales = manifest.options["scales"] == "exact"
         self.exactness = Exactness()
         self.findings = dict[str, Finding]()
 
@@ -222,10 +220,10 @@ class _Comparison:
     def _compare_planar(self, raw: Bytes, first: int, count: int) -> None:
         q, true_scale = decode(raw)
         ql, qh = planes.pack(q)
-        self._stored("ql", ql, QL_BYTES * first)
-        self._stored("qh", qh, QH_BYTES * first)
+        self._stored("ql", ql, len(ql) // count * first)
+        self._stored("qh", qh, len(qh) // count * first)
         blocks = raw.reshape(count, BLOCK_BYTES)
-        if self.exact_scales:
+        if "steps" in self.tensor.arrays:
             sub_scales = np.ascontiguousarray(blocks[:, SCALES_AT:D_AT]).reshape(-1)
             steps = np.ascontiguousarray(blocks[:, D_AT:]).reshape(-1)
             stored_steps = self._stored("steps", steps, 2 * first).view("<f2").astype(np.float32)

@@ -40,8 +40,8 @@ from rich.console import Console
 from rich.table import Table
 
 from q6k_convert.convert import repack
-from q6k_kernels.bundle.storage import Scales
 from q6k_kernels.formats import planes
+from q6k_kernels.formats.types import Scales, row_of
 
 Row = dict[str, Any]
 COLUMNS = 4096
@@ -113,9 +113,10 @@ def bench_repacking() -> list[Row]:
         planes.round_to_bf16(scale)
 
     def ours(path: str, scales: Scales) -> None:
-        each = repack.array_bytes(scales)
+        row = row_of("Q6_K", scales)
+        each = repack.array_bytes(row)
         arrays = {role: np.empty(CHUNK_BLOCKS * size, dtype=np.uint8) for role, size in each.items()}
-        add(f"ours, {path}, {scales} scales", lambda: repack.to_planes(blocks, arrays, scales, path))
+        add(f"ours, {path}, {scales} scales", lambda: repack.to_planes(blocks, arrays, row, path))
 
     for path, code in repack.PATHS.items():
         if code <= repack.PATHS[repack.best_path()]:

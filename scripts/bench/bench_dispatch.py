@@ -23,12 +23,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from q6k_kernels.formats import tiles as prepack
+from q6k_kernels.formats.tiles import HIGH_BYTES, LOW_BYTES, tiles_shape
+from q6k_kernels.formats.types import weight_type
 from q6k_kernels.ops import library as ops_library
 
 BURST = 200
 """Calls at a time; a stream takes about a thousand launches before it makes callers wait."""
 N, K = 1024, 1024
+FORMAT = "q6_k"
 Call = Callable[[], object]
 
 
@@ -36,19 +38,19 @@ def calls() -> dict[str, Call]:
     """What is timed, by name."""
     source = torch.Generator("cuda").manual_seed(0)
     tiles = torch.randint(
-        0, 256, prepack.tiles_shape((N, K), "bf16"), dtype=torch.uint8, device="cuda", generator=source
+        0, 256, tiles_shape((N, K), weight_type(FORMAT)), dtype=torch.uint8, device="cuda", generator=source
     )
-    tiles[..., prepack.HIGH_BYTES + prepack.LOW_BYTES :].view(torch.bfloat16).fill_(0.01)
+    tiles[..., HIGH_BYTES + LOW_BYTES :].view(torch.bfloat16).fill_(0.01)
     x = {m: torch.randn(m, K, device="cuda", generator=source).bfloat16() for m in (1, 8, 64)}
     bias, at = torch.zeros(N, device="cuda"), torch.arange(8, device="cuda")
     dense = torch.randn(N, K, device="cuda", generator=source).bfloat16()
     operations = torch.ops.q6k
     return {
-        "linear, M = 1": lambda: operations.linear.default(x[1], tiles, None, N, "auto"),
-        "linear, M = 1, with bias": lambda: operations.linear.default(x[1], tiles, bias, N, "auto"),
-        "linear, M = 8": lambda: operations.linear.default(x[8], tiles, None, N, "auto"),
-        "linear, M = 64": lambda: operations.linear.default(x[64], tiles, None, N, "auto"),
-        "embedding, 8 rows": lambda: operations.embedding.default(at, tiles, N, torch.bfloat16),
+        "linear, M = 1": lambda: operations.linear.default(x[1], tiles, None, N, FORMAT, "auto"),
+        "linear, M = 1, with bias": lambda: operations.linear.default(x[1], tiles, bias, N, FORMAT, "auto"),
+        "linear, M = 8": lambda: operations.linear.default(x[8], tiles, None, N, FORMAT, "auto"),
+        "linear, M = 64": lambda: operations.linear.default(x[64], tiles, None, N, FORMAT, "auto"),
+        "embedding, 8 rows": lambda: operations.embedding.default(at, tiles, N, FORMAT, torch.bfloat16),
         "torch, M = 1": lambda: torch.nn.functional.linear(x[1], dense),
     }
 

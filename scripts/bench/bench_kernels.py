@@ -42,9 +42,8 @@ from torch.nn.functional import linear as dense_linear
 import bench_kernels_rows as rows_of
 import kernel_timing as timing
 from bench_kernels_rows import FFN, HEAD, HEADING, PHASES, Row, Shape
-from q6k_kernels.bundle.storage import Scales
-from q6k_kernels.formats import tiles as prepack
-from q6k_kernels.ops import schema as _registers_them  # noqa: F401
+from q6k_kernels.formats.types import Scales, row_of
+from q6k_kernels.weights.weight import PackedWeight, embedding
 
 Call = Callable[[], Tensor]
 INT8_MOST = 64
@@ -91,36 +90,36 @@ class Bench:
         """One shape's rows of one phase: the operation, by scale format and mode; then cuBLAS; then the tables."""
         n, k = shape
         for scales, rows in tables.items():
-            tiles = timing.rotated(timing.random_tiles(n, k, scales))
-            weights = timing.dense(tiles[0], n)
-            series = [partial(self._mode, mode, tiles, weights) for mode in self._modes]
+            packed = timing.rotated_weights(timing.random_weight(n, k, scales))
+            weights = timing.dense(packed[0])
+            series = [partial(self._mode, mode, packed, weights) for mode in self._modes]
             if phase != "decode" and scales == "bf16":
-                series.append(partial(self._dequantizing, tiles))
+                series.append(partial(self._dequantizing, packed))
             for measure, row in product(series, rows):
                 if "failed" not in row:
                     try:
                         measure(row, settle=row is rows[0])
                     except Exception as error:
                         row["failed"] = _failure(error)
-            del tiles, series, measure
+            del packed, series, measure
         cublas = self._cublas(weights, sorted({row["m"] for rows in tables.values() for row in rows}))
         del weights
         torch.cuda.empty_cache()
         for scales, rows in tables.items():
-            megabytes = math.prod(prepack.tiles_shape(shape, scales)) / 1e6
+            megabytes = math.prod(shape) * row_of("Q6_K", scales).bits_per_weight / 8e6
             print(f"\n{phase}: {n}x{k}, {scales} scales, {megabytes:.1f} MB\n{HEADING}")
             for row in rows:
                 self._finish(row, cublas[row["m"]])
                 print(rows_of.line(row), flush=True)
 
-    def _mode(self, mode: str, tiles: list[Tensor], weights: Tensor, row: Row, *, settle: bool) -> None:
+    def _mode(self, mode: str, packed: list[PackedWeight], weights: Tensor, row: Row, *, settle: bool) -> None:
         """One M in one mode, checked, then timed."""
         n, k, m = row["n"], row["k"], row["m"]
         if mode == "int8" and m > INT8_MOST:
             return
         x = _input(m, k)
         exact = dense_linear(x, weights)  # also brings cuBLAS's workspace, before scratch is counted
-        calls = [partial(torch.ops.q6k.linear, x, each, None, n, mode) for each in tiles]
+        calls = [partial(torch.ops.q6k.linear, x, each.tiles, None, n, each.format, mode) for each in packed]
         scratch, kept = timing.scratch_bytes(calls[0])
         self._kept_bytes += kept
         error = float((calls[-1]().float() - exact.float()).norm() / exact.float().norm())
@@ -129,7 +128,7 @@ class Bench:
         us = _time(calls, m, n, k, settle)
         row[f"{mode}_us"] = round(us, 3)
         if mode == self._modes[0]:
-            gb_per_s = tiles[0].nbytes / us / 1e3
+            gb_per_s = packed[0].nbytes / us / 1e3
             row |= {
                 "us": round(us, 3),
                 "gb_per_s": round(gb_per_s),
@@ -140,11 +139,11 @@ class Bench:
                 "error": round(error, 5),
             }
 
-    def _dequantizing(self, tiles: list[Tensor], row: Row, *, settle: bool) -> None:
+    def _dequantizing(self, packed: list[PackedWeight], row: Row, *, settle: bool) -> None:
         """One M, dequantising before cuBLAS."""
         n, k, m = row["n"], row["k"], row["m"]
         x = _input(m, k)
-        calls = [partial(_dequantize_and_multiply, x, each, n) for each in tiles]
+        calls = [partial(_dequantize_and_multiply, x, each) for each in packed]
         row["dequantize_cublas_us"] = round(_time(calls, m, n, k, settle), 2)
 
     def _cublas(self, weights: Tensor, ms: list[int]) -> dict[int, float]:
@@ -182,19 +181,19 @@ class Bench:
 
     def _operation(self, row: Row, scales: Scales) -> None:
         n, k = row["n"], row["k"]
-        tiles = timing.random_tiles(n, k, scales)
+        weight = timing.random_weight(n, k, scales)
         if row["operation"] == "gather":
             indices = torch.randint(0, n, (GATHERS, GATHERED), device="cuda", generator=timing.generator())
-            calls = [partial(torch.ops.q6k.embedding, each, tiles, n, torch.bfloat16) for each in indices]
-            right, moved = timing.dense(tiles, n)[indices[0]], GATHERED * (tiles.nbytes // n + 2 * k)
+            calls = [partial(embedding, each, weight, torch.bfloat16) for each in indices]
+            right, moved = timing.dense(weight)[indices[0]], GATHERED * (weight.nbytes // n + 2 * k)
         elif row["operation"] == "dequantize":
-            calls = [partial(torch.ops.q6k.dequantize, each, n, torch.bfloat16) for each in timing.rotated(tiles)]
-            right, moved = timing.dense(tiles, n), tiles.nbytes + 2 * n * k
+            calls = [partial(each.dequantize, torch.bfloat16) for each in timing.rotated_weights(weight)]
+            right, moved = timing.dense(weight), weight.nbytes + 2 * n * k
         else:
-            planes = prepack.unpack(tiles, n)
-            copies = [tuple(p if p is None else p.clone() for p in planes) for _ in timing.rotated(tiles)]
-            calls = [partial(torch.ops.q6k.pack, *each) for each in copies]
-            right, moved = tiles, 2 * tiles.nbytes
+            planes = weight.planes()
+            copies = [[plane.clone() for plane in planes] for _ in timing.rotated(weight.tiles)]
+            calls = [partial(torch.ops.q6k.pack, each, weight.format) for each in copies]
+            right, moved = weight.tiles, 2 * weight.nbytes
         try:
             if not torch.equal(calls[0](), right):
                 raise ArithmeticError("the result is not, bit for bit, what plain torch makes of the same tiles")
@@ -236,8 +235,8 @@ def _input(m: int, k: int) -> Tensor:
     return torch.randn(m, k, device="cuda", generator=timing.generator()).bfloat16()
 
 
-def _dequantize_and_multiply(x: Tensor, tiles: Tensor, n: int) -> Tensor:
-    return dense_linear(x, torch.ops.q6k.dequantize(tiles, n, x.dtype))
+def _dequantize_and_multiply(x: Tensor, weight: PackedWeight) -> Tensor:
+    return dense_linear(x, weight.dequantize(x.dtype))
 
 
 def _time(calls: Sequence[Call], m: int, n: int, k: int, settle: bool) -> float:

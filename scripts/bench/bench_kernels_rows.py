@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from q6k_kernels.bundle.storage import Scales
+from q6k_kernels.formats.types import Scales
 
 Row = dict[str, Any]
 Shape = tuple[int, int]

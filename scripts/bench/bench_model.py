@@ -46,8 +46,8 @@ from profile_kernels import profiled, table
 from q6k_convert import convert_gguf
 from q6k_convert.convert.plan import Options
 from q6k_kernels import load_model
+from q6k_kernels.formats.checks import Activations
 from q6k_kernels.generate.generator import Generator
-from q6k_kernels.ops.reference import Activations
 from synthetic_model import SHAPES, Shape, write_model
 
 PEER_FIGURES = Path(__file__).with_name("peer_figures.json")

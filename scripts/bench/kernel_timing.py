@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from q6k_kernels.bundle.storage import Scales
-from q6k_kernels.formats import tiles as prepack
+from q6k_kernels.formats.tiles import codes_and_scales, tiles_shape
+from q6k_kernels.formats.types import TILE_ROWS, Scales, row_of
 from q6k_kernels.jit import loader
-from q6k_kernels.ops.reference import TILE_ROWS
+from q6k_kernels.weights.weight import PackedWeight
 
 REPLAYS = 7
 WARM_UP = 2
@@ -60,33 +60,33 @@ def generator() -> torch.Generator:
     return torch.Generator("cuda").manual_seed(0)
 
 
-def random_tiles(n: int, k: int, scales: Scales) -> Tensor:
-    """A packed weight (N, K), N a multiple of 16, of random codes, its scales as real models have them.
+def random_weight(n: int, k: int, scales: Scales) -> PackedWeight:
+    """Return a packed Q6_K weight (N, K), N a multiple of 16, of random codes, its scales as real models have them.
 
-    Returns:
-        uint8 (N/16, K/256, tile_bytes), every code and sub-scale equally likely, d normal around 2e-5.
+    Every code and sub-scale is equally likely, d normal around 2e-5.
     """
     if n % TILE_ROWS:
         raise ValueError(f"n: expected a multiple of {TILE_ROWS}, found {n}")
     random = generator()
-    shape = prepack.tiles_shape((n, k), scales)
+    row = row_of("Q6_K", scales)
+    shape = tiles_shape((n, k), row)
     tiles = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda", generator=random)
     d = torch.randn(*shape[:2], 16, device="cuda", generator=random) * 2e-5
-    if scales == "exact":
+    if row.stepped:
         tiles[..., -32:] = d.half().view(torch.uint8)
     else:
         sub_scales = torch.randint(-128, 128, (*shape[:2], 16, 16), device="cuda", generator=random)
         values = (d.half().float().unsqueeze(-1) * sub_scales).bfloat16()
         tiles[..., -512:] = values.flatten(2).view(torch.uint8)
-    return tiles
+    return PackedWeight(tiles, (n, k), row.name)
 
 
-def dense(tiles: Tensor, n: int) -> Tensor:
-    """The weights of tiles in bf16 (N, K), by plain torch: the measure of a quick check."""
+def dense(weight: PackedWeight) -> Tensor:
+    """Return the weights in bf16 (N, K), by plain torch: the measure of a quick check."""
     parts = []
-    for at in range(0, n, 2048):
-        q, s = prepack.codes_and_scales(tiles, slice(at, min(at + 2048, n)))
-        parts.append((q.view(*s.shape, 16) * s.unsqueeze(-1)).flatten(1).bfloat16())
+    for at in range(0, weight.n, 2048):
+        q, s = codes_and_scales(weight.tiles, slice(at, min(at + 2048, weight.n)), weight.row)
+        parts.append((q.view(*s.shape, -1) * s.unsqueeze(-1)).flatten(1).bfloat16())
     return torch.cat(parts)
 
 
@@ -95,6 +95,11 @@ def rotated(tensor: Tensor) -> list[Tensor]:
     l2: int = torch.cuda.get_device_properties(tensor.device).L2_cache_size
     count = max(2, math.ceil(L2_PASSES * l2 / tensor.nbytes))
     return [tensor, *(tensor.clone() for _ in range(count - 1))]
+
+
+def rotated_weights(weight: PackedWeight) -> list[PackedWeight]:
+    """Return copies of a weight as `rotated` makes them of its tiles."""
+    return [PackedWeight(tiles, weight.shape, weight.format) for tiles in rotated(weight.tiles)]
 
 
 def time_calls(

@@ -20,37 +20,40 @@ import torch
 from torch import Tensor
 
 import kernel_timing as timing
-from q6k_kernels.bundle.storage import Scales
 from q6k_kernels.cuda import decode, decode_plan, gemm_wgmma
 from q6k_kernels.cuda import device as launching
+from q6k_kernels.formats.types import Scales, WeightType
+from q6k_kernels.weights.weight import PackedWeight
 
-Launch = Callable[[Tensor], None]
+Launch = Callable[[PackedWeight], None]
 """Multiplies with one copy of the weight."""
 
 
-def _decode(plan: decode_plan.Plan, x: Tensor, n: int, y: Tensor, device: launching.Device, tiles: Tensor) -> None:
-    decode._launch(plan, x, tiles, None, n, y, device)
+def _decode(plan: decode_plan.Plan, x: Tensor, y: Tensor, device: launching.Device, weight: PackedWeight) -> None:
+    decode._launch(plan, x, weight.tiles, None, weight.n, weight.row, y, device)
 
 
-def _gemm(plan: gemm_wgmma.Plan, x: Tensor, n: int, y: Tensor, device: launching.Device, tiles: Tensor) -> None:
-    gemm_wgmma.linear(x, tiles, None, n, y, device, plan)
+def _gemm(plan: gemm_wgmma.Plan, x: Tensor, y: Tensor, device: launching.Device, weight: PackedWeight) -> None:
+    gemm_wgmma.linear(x, weight.tiles, None, weight.n, weight.row, y, device, plan)
 
 
-def decode_plans(x: Tensor, y: Tensor, exact: bool, device: launching.Device) -> Iterator[tuple[str, bool, Launch]]:
+def decode_plans(
+    x: Tensor, y: Tensor, row: WeightType, device: launching.Device
+) -> Iterator[tuple[str, bool, Launch]]:
     """Every plan that fits, its name, whether it is the chosen one, and what launches it."""
     (m, k), n = x.shape, y.shape[1]
-    chosen = decode_plan.plan(m, n, k, exact, device)
+    chosen = decode_plan.plan(m, n, k, row, device)
     for shape, cluster in itertools.product(
         decode_plan.SHAPES, decode_plan.CLUSTERS if device.arch >= 90 else (1,)
     ):
         kinds = itertools.product((False, True), (False, True), range(1, shape[2] + 1))
         for choice in {decode_plan.Choice.of(shape, *kind) for kind in kinds}:
-            plan = decode_plan.plan(m, n, k, exact, device, (cluster, choice)) if cluster <= k // 256 else None
+            plan = decode_plan.plan(m, n, k, row, device, (cluster, choice)) if cluster <= k // 256 else None
             if plan is not None:
                 how = f"{'fused' if plan.fused else 'separate'}, {'early' if plan.early else 'late'}"
                 name = "{} warps, {} stages, {} blocks".format(*shape)
                 name = f"{name}, {plan.ranges * cluster} in clusters of {cluster}, {how}"
-                yield name, plan == chosen, partial(_decode, plan, x, n, y, device)
+                yield name, plan == chosen, partial(_decode, plan, x, y, device)
 
 
 def gemm_plans(x: Tensor, y: Tensor, device: launching.Device) -> Iterator[tuple[str, bool, Launch]]:
@@ -63,21 +66,20 @@ def gemm_plans(x: Tensor, y: Tensor, device: launching.Device) -> Iterator[tuple
             if plan not in met:
                 met.add(plan)
                 name = f"{config.tokens} tokens x {config.rows} rows, {plan.blocks} blocks, {plan.shared} shared"
-                yield name, plan == chosen, partial(_gemm, plan, x, n, y, device)
+                yield name, plan == chosen, partial(_gemm, plan, x, y, device)
 
 
 def tune(kernel: str, n: int, k: int, m: int, scales: Scales, shown: int) -> str:
     """One line: every plan's time."""
     device = launching.device(torch.cuda.current_device())
-    copies = timing.rotated(timing.random_tiles(n, k, scales))
+    copies = timing.rotated_weights(timing.random_weight(n, k, scales))
     x = torch.randn(m, k, device="cuda", generator=timing.generator()).bfloat16()
     y = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
-    exact = scales == "exact"
-    plans = decode_plans(x, y, exact, device) if kernel == "decode" else gemm_plans(x, y, device)
+    plans = decode_plans(x, y, copies[0].row, device) if kernel == "decode" else gemm_plans(x, y, device)
     guess_us = max(0.8 * n * k / 4.8e6, 2 * m * n * k / 8e8)
     times: list[tuple[float, str]] = []
     for name, chosen, launch in plans:
-        calls = [partial(launch, tiles) for tiles in copies]
+        calls = [partial(launch, weight) for weight in copies]
         times.append((timing.time_calls(calls, guess_us, settle=not times), f"{name}{' *' if chosen else ''}"))
     fastest = "; ".join(f"{us:.2f} {name}" for us, name in sorted(times)[:shown])
     return f"{n}x{k} M={m} {scales}: {fastest}"

@@ -23,10 +23,12 @@ from typing import Any
 
 import torch
 
+from q6k_kernels.formats.types import Scales, row_of
+
 Row = dict[str, Any]
 SQUARE, SMALLEST, TALL, LONG = (4096, 4096), (1024, 4096), (21504, 5376), (5376, 21504)
 WIDE = (14336, 4096), (4096, 14336)
-BOTH = ("bf16", "exact")
+BOTH: tuple[Scales, ...] = ("bf16", "exact")
 CASES: tuple[tuple[int, tuple[int, int], str], ...] = (
     *((1, shape, scales) for shape in (SQUARE, SMALLEST, LONG, TALL) for scales in BOTH),
     *((2, WIDE[1], scales) for scales in BOTH),
@@ -55,17 +57,18 @@ MORE = ("SpeedOfLight", "SchedulerStats", "WarpStateStats", "ComputeWorkloadAnal
 
 def run_cases() -> None:
     """What is profiled: one launch of each."""
-    from q6k_kernels.ops import schema
+    from q6k_kernels.weights.weight import PackedWeight, q6k_linear
 
     for m, (n, k), scales in CASES:
         ql, qh = (torch.randint(0, 256, (n, k // part), dtype=torch.uint8, device="cuda") for part in (2, 4))
         if scales == "bf16":
-            tiles = schema.pack(ql, qh, torch.full((n, k // 16), 1e-3, dtype=torch.bfloat16, device="cuda"), None)
+            arrays = [torch.full((n, k // 16), 1e-3, dtype=torch.bfloat16, device="cuda")]
         else:
             scale = torch.randint(-128, 128, (n, k // 16), dtype=torch.int8, device="cuda")
-            tiles = schema.pack(ql, qh, scale, torch.full((n, k // 256), 1e-5, dtype=torch.float16, device="cuda"))
+            arrays = [scale, torch.full((n, k // 256), 1e-5, dtype=torch.float16, device="cuda")]
+        weight = PackedWeight.from_planes([ql, qh, *arrays], row_of("Q6_K", scales).name)
         x = torch.randn(m, k, device="cuda").bfloat16()
-        schema.linear(x, tiles, None, n, "auto")
+        q6k_linear(x, weight)
         torch.cuda.synchronize()
 
 

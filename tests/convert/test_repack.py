@@ -15,8 +15,8 @@ from gguf_builder import q6k_blocks
 from q6k_convert.convert import repack
 from q6k_convert.convert.repack import BLOCK_BYTES, array_bytes, best_path, decode, to_planes
 from q6k_convert.errors import EnvironmentMissingError
-from q6k_kernels.bundle.storage import Scales
 from q6k_kernels.formats import planes
+from q6k_kernels.formats.types import Scales, row_of
 
 Bytes = npt.NDArray[np.uint8]
 Q6_K = gguf.GGMLQuantizationType.Q6_K
@@ -62,8 +62,11 @@ ALL = {**genuine(), "extreme": extreme().reshape(1, -1), "random": np.frombuffer
 def repacked(blocks: Bytes, scales: Scales, path: str | None = None) -> dict[str, Bytes]:
     flat = np.ascontiguousarray(blocks).reshape(-1)
     count = flat.size // BLOCK_BYTES
-    arrays = {role: np.full(count * each, 0xA5, dtype=np.uint8) for role, each in array_bytes(scales).items()}
-    assert to_planes(flat, arrays, scales, path) is None
+    arrays = {
+        role: np.full(count * each, 0xA5, dtype=np.uint8)
+        for role, each in array_bytes(row_of("Q6_K", scales)).items()
+    }
+    assert to_planes(flat, arrays, row_of("Q6_K", scales), path) is None
     return arrays
 
 
@@ -159,8 +162,10 @@ def test_the_first_block_without_a_finite_step_is_found(path: str, bits: int) ->
     blocks = np.frombuffer(q6k_blocks(9), dtype=np.uint8).reshape(9, BLOCK_BYTES).copy()
     blocks[5, 208:] = blocks[7, 208:] = np.frombuffer(np.uint16(bits).tobytes(), dtype=np.uint8)
     for scales in SCALES:
-        arrays = {role: np.empty(9 * each, dtype=np.uint8) for role, each in array_bytes(scales).items()}
-        assert to_planes(blocks.reshape(-1), arrays, scales, path) == 5
+        arrays = {
+            role: np.empty(9 * each, dtype=np.uint8) for role, each in array_bytes(row_of("Q6_K", scales)).items()
+        }
+        assert to_planes(blocks.reshape(-1), arrays, row_of("Q6_K", scales), path) == 5
         if np.isnan(blocks[5, 208:].copy().view("<f2")[0]):
             expected = oracles.bundle_arrays(blocks.tobytes(), scales)
             assert {r: a.tobytes() for r, a in arrays.items()} == expected
@@ -168,7 +173,7 @@ def test_the_first_block_without_a_finite_step_is_found(path: str, bits: int) ->
 
 def test_wrong_buffers_are_refused() -> None:
     blocks = np.frombuffer(q6k_blocks(2), dtype=np.uint8)
-    good = {role: np.empty(2 * each, dtype=np.uint8) for role, each in array_bytes("bf16").items()}
+    good = {role: np.empty(2 * each, dtype=np.uint8) for role, each in array_bytes(row_of("Q6_K", "bf16")).items()}
     read_only = good["ql"].copy()
     read_only.flags.writeable = False
     for wrong in (
@@ -179,9 +184,9 @@ def test_wrong_buffers_are_refused() -> None:
         {"ql": good["ql"]},
     ):
         with pytest.raises(ValueError, match="contiguous writable arrays"):
-            to_planes(blocks, wrong, "bf16")
+            to_planes(blocks, wrong, row_of("Q6_K", "bf16"))
     with pytest.raises(ValueError, match="contiguous writable arrays"):
-        to_planes(blocks[:-1], good, "bf16")
+        to_planes(blocks[:-1], good, row_of("Q6_K", "bf16"))
 
 
 def test_a_missing_repacker_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+import packed
+
 LIBRARY, ORDER = Path(os.environ["Q6K_OPS_LIBRARY"]), os.environ["Q6K_OPS_ORDER"]
 if ORDER == "library first":
     assert "q6k" not in str(torch._C._dispatch_get_registrations_for_dispatch_key("CPU"))
     torch.ops.load_library(LIBRARY)
-from q6k_kernels.formats import tiles as prepack
+from q6k_kernels.formats.tiles import group_scales
+from q6k_kernels.formats.types import weight_type
 from q6k_kernels.ops import accuracy, library, reference
 from q6k_kernels.ops import schema as ops
 
@@ -44,7 +47,7 @@ def planes(n: int, k: int, exact: bool, lead: tuple[int, ...] = ()) -> list[torc
     steps = (torch.randn(*shape, k // 256, generator=source) * 1e-4).half()
     if exact:
         return [ql, qh, sub_scales, steps]
-    return [ql, qh, reference.group_scales(sub_scales, steps).to(BF16), None]
+    return [ql, qh, group_scales([sub_scales, steps], weight_type("q6_k_exact")).to(BF16), None]
 
 
 def test_one_implementation_is_active_on_each_device() -> None:
@@ -80,17 +83,17 @@ def test_what_the_library_is() -> None:
 @pytest.mark.parametrize(("n", "k", "lead"), [(1, 256, ()), (37, 768, ()), (16, 512, (3,)), (33, 2304, (2,))])
 def test_packing_and_rows_are_right_to_the_bit(n: int, k: int, lead: tuple[int, ...], exact: bool) -> None:
     arrays = planes(n, k, exact, lead)
-    tiles = ops.pack(*arrays)
-    assert torch.equal(tiles, prepack.pack(*arrays))
-    assert torch.equal(ops.pack(*(each if each is None else strided(each) for each in arrays)), tiles)
+    tiles = packed.op_pack(*arrays)
+    assert torch.equal(tiles, packed.tiles_of(*arrays))
+    assert torch.equal(packed.op_pack(*(each if each is None else strided(each) for each in arrays)), tiles)
     one, matrix = (tiles[-1], [each if each is None else each[-1] for each in arrays]) if lead else (tiles, arrays)
     indices = torch.randint(0, n, (3, 5), generator=torch.Generator().manual_seed(1))
     for dtype in FLOATS:
-        weights = reference.dequantize(*matrix, dtype=dtype)
-        assert torch.equal(ops.dequantize(one, n, dtype), weights)
-        assert torch.equal(ops.embedding(indices, one, n, dtype), weights[indices])
-        assert torch.equal(ops.embedding(indices.T.int(), one, n, dtype), weights[indices.T])
-        assert ops.embedding(indices[:0], one, n, dtype).shape == (0, 5, k)
+        weights = packed.dequantized(*matrix, dtype=dtype)
+        assert torch.equal(packed.op_dequantize(one, n, dtype), weights)
+        assert torch.equal(packed.op_embedding(indices, one, n, dtype), weights[indices])
+        assert torch.equal(packed.op_embedding(indices.T.int(), one, n, dtype), weights[indices.T])
+        assert packed.op_embedding(indices[:0], one, n, dtype).shape == (0, 5, k)
         name = str(dtype).removeprefix("torch.")
         assert torch.equal(torch.ops.q6k.dequantize_named(one, n, name), weights)
         assert torch.equal(torch.ops.q6k.embedding_named(indices, one, n, name), weights[indices])
@@ -108,12 +111,12 @@ def test_products_are_within_tolerance(activations: Any, dtype: torch.dtype, exa
     """Of the order of summation that `reference` states."""
     for (n, k), m in itertools.product(((1, 256), (37, 768), (33, 2304)), (0, 1, 5, 40)):
         arrays = planes(n, k, exact)
-        tiles, formula = ops.pack(*arrays), "int8" if activations == "int8" else "bf16"
+        tiles, formula = packed.op_pack(*arrays), "int8" if activations == "int8" else "bf16"
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
         x[-1:, :32] = 0
         x = x.to(dtype)
         for bias in (None, torch.linspace(-1, 1, n), torch.linspace(-1, 1, 2 * n).to(BF16)[::2]):
-            y = ops.linear(x, tiles, bias, n, activations)
+            y = packed.op_linear(x, tiles, bias, n, activations)
             assert (y.shape, y.dtype) == ((m, n), dtype)
             right = accuracy.linear(x, accuracy.of_planes(*arrays), bias, activations=formula)
             assert accuracy.compare(y, right, reference.roundings(k, formula)).worst <= 1
@@ -121,18 +124,18 @@ def test_products_are_within_tolerance(activations: Any, dtype: torch.dtype, exa
 
 def test_strides_shapes_and_special_values_of_x() -> None:
     n, k = 37, 768
-    tiles = ops.pack(*planes(n, k, True))
+    tiles = packed.op_pack(*planes(n, k, True))
     x = torch.randn(4, 6, k, generator=torch.Generator().manual_seed(0)).to(BF16)
     for activations in ("int8", "bf16"):
-        y = ops.linear(x, tiles, None, n, activations)
+        y = packed.op_linear(x, tiles, None, n, activations)
         for other in (x.transpose(0, 1), x[::2, 1:], strided(x), x[:1].expand(4, 6, k), x[0, 0], x[:, :0]):
             assert torch.equal(
-                ops.linear(other, tiles, None, n, activations),
-                ops.linear(other.contiguous(), tiles, None, n, activations),
+                packed.op_linear(other, tiles, None, n, activations),
+                packed.op_linear(other.contiguous(), tiles, None, n, activations),
             )
         bad = x.clone()
         bad[1, 2, 7], bad[3, 3, 300] = float("inf"), float("nan")
-        z = ops.linear(bad, tiles, None, n, activations)
+        z = packed.op_linear(bad, tiles, None, n, activations)
         rows = torch.zeros(4, 6, dtype=torch.bool)
         rows[1, 2] = rows[3, 3] = True
         assert torch.equal(z[~rows], y[~rows])
@@ -142,17 +145,17 @@ def test_strides_shapes_and_special_values_of_x() -> None:
 def test_int8_activations_are_rounded_to_the_bit() -> None:
     """Weights of one make the output the sum of what the activations became, halves and subnormals among them."""
     ql, qh = torch.full((1, 128), 0x11, dtype=torch.uint8), torch.full((1, 64), 0xAA, dtype=torch.uint8)
-    tiles = ops.pack(ql, qh, torch.ones(1, 16, dtype=BF16), None)
+    tiles = packed.op_pack(ql, qh, torch.ones(1, 16, dtype=BF16), None)
     for scale in (1.0, 2.0**-130, 2.0**-146, 1e30):
         x = torch.zeros(8, 256)
         x[:, 0], x[:, 1] = 127 * scale, torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 63.5, 126.5, 1e-3]) * scale
         a, d_a = reference.quantize_activations(x)
-        assert torch.equal(ops.linear(x, tiles, None, 1, "int8")[:, 0], (a.sum(1) * d_a[:, 0]))
+        assert torch.equal(packed.op_linear(x, tiles, None, 1, "int8")[:, 0], (a.sum(1) * d_a[:, 0]))
 
 
 def test_arguments_are_refused_in_pythons_words() -> None:
     n, k = 37, 512
-    tiles, stack = ops.pack(*planes(n, k, False)), ops.pack(*planes(16, k, False, (2,)))
+    tiles, stack = packed.op_pack(*planes(n, k, False)), packed.op_pack(*planes(16, k, False, (2,)))
     x, bias, index = torch.zeros(2, k, dtype=BF16), torch.zeros(n), torch.zeros(2, dtype=torch.int64)
     ql, qh, scale, steps = planes(n, k, True)
     wanting, meta = x.clone().requires_grad_(), torch.zeros(2, k, dtype=BF16, device="meta")
@@ -199,11 +202,13 @@ class Layer(torch.nn.Module):
     def __init__(self, n: int, k: int) -> None:
         super().__init__()
         self.n = n
-        self.register_buffer("tiles", ops.pack(*planes(n, k, True)))
+        self.register_buffer("tiles", packed.op_pack(*planes(n, k, True)))
 
     def forward(self, x: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = ops.embedding(indices, self.tiles, self.n, BF16)
-        return ops.linear(x, self.tiles, None, self.n, "int8"), ops.linear(rows, self.tiles, None, self.n, "auto")
+        rows = packed.op_embedding(indices, self.tiles, self.n, BF16)
+        return packed.op_linear(x, self.tiles, None, self.n, "int8"), packed.op_linear(
+            rows, self.tiles, None, self.n, "auto"
+        )
 
 
 def test_export_and_compile() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import packed
 from cpp_library import library
 from q6k_convert.cli.main import app
 from q6k_convert.errors import EnvironmentMissingError
@@ -59,7 +60,6 @@ def test_plans_and_launches_are_pythons(built: Path, fake_driver: Path) -> None:
 def test_what_is_no_library_is_refused_and_python_goes_on(tmp_path: Path, content: bytes | None, told: str) -> None:
     torch = pytest.importorskip("torch")
     from q6k_kernels.ops import library as ops_library
-    from q6k_kernels.ops import schema
 
     path = tmp_path / "libq6k_ops.so"
     if content is not None:
@@ -70,7 +70,7 @@ def test_what_is_no_library_is_refused_and_python_goes_on(tmp_path: Path, conten
     with pytest.raises(OSError, match="does not load: .*build-ops"):
         ops_library.load(path)
     tiles = torch.zeros(1, 1, 3584, dtype=torch.uint8)
-    assert schema.dequantize(tiles, 3, torch.float32).shape == (3, 256)
+    assert packed.op_dequantize(tiles, 3, torch.float32).shape == (3, 256)
     assert "ops.py" in torch._C._dispatch_dump("q6k::dequantize").partition("CPU: ")[2].partition("\n")[0]
 
 
@@ -82,10 +82,10 @@ def test_withdrawn_implementations_come_back() -> None:
     schema.withdraw()
     try:
         with pytest.raises(NotImplementedError, match="q6k::dequantize"):
-            schema.dequantize(tiles, 3, torch.float32)
+            packed.op_dequantize(tiles, 3, torch.float32)
     finally:
         schema.implement()
-    assert schema.dequantize(tiles, 3, torch.float32).shape == (3, 256)
+    assert packed.op_dequantize(tiles, 3, torch.float32).shape == (3, 256)
 
 
 # Building

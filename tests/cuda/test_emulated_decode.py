@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import pytest
 
 import cuda_emulator
+import packed
 
 torch = pytest.importorskip("torch")
 
 from cuda_emulator.memory import Memory, emulate
 from q6k_kernels.cuda import decode, decode_plan
 from q6k_kernels.cuda.device import Device
-from q6k_kernels.formats import tiles as prepack
 from q6k_kernels.jit import loader
 from q6k_kernels.ops import accuracy
 
@@ -83,7 +83,7 @@ def test_products_are_right_in_every_order_of_threads(
     x = torch.randn(m, k + 8, generator=torch.Generator().manual_seed(m)).to(dtype)[:, :k]
     weight = planes(n, k, exact)
     bias = torch.randn(n, generator=torch.Generator().manual_seed(1))
-    tiles = prepack.pack(*weight)
+    tiles = packed.tiles_of(*weight)
 
     def multiply(order: int) -> torch.Tensor:
         kernels: list[cuda_emulator.Kernel] = []

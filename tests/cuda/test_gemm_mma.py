@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import cuda_emulator
+import packed
 
 torch = pytest.importorskip("torch")
 
@@ -19,7 +20,6 @@ from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda import gemm_mma
 from q6k_kernels.cuda.device import Device
 from q6k_kernels.cuda.gemm_mma import CONFIGS, Plan, plan, variants
-from q6k_kernels.formats import tiles as prepack
 from q6k_kernels.ops import accuracy
 
 DEVICES = [device_like(arch) for arch in ARCHITECTURES]
@@ -160,7 +160,7 @@ def test_products_are_right_in_every_order_of_threads(
     kernel = cuda_emulator.load(*gemm_mma._variant(config, slots, exact, dtype == torch.float16), 0)
     outputs = []
     for kernel.order in (3, 2, 0):
-        outputs.append(multiply(x, prepack.pack(*weight), bias, n))
+        outputs.append(multiply(x, packed.tiles_of(*weight), bias, n))
     # The order of sums is fixed, whatever that of threads.
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
     right = accuracy.linear(x, accuracy.of_planes(*weight), bias, activations="bf16")
@@ -174,7 +174,8 @@ def test_what_is_planned_is_launched(gpu: Memory, m: int, n: int, k: int) -> Non
     x, weight = activations(m, k, torch.bfloat16), planes(n, k, False)
     chosen = plan(m, n, k, False, launching.device(0))
     right = accuracy.linear(x, accuracy.of_planes(*weight), activations="bf16")
-    assert accuracy.compare(multiply(x, prepack.pack(*weight), None, n), right, chosen.roundings(k)).worst <= 1
+    found = accuracy.compare(multiply(x, packed.tiles_of(*weight), None, n), right, chosen.roundings(k))
+    assert found.worst <= 1
     assert chosen.roundings(k) > emulated_roundings(chosen, k)
 
 
@@ -187,7 +188,7 @@ def test_infinities_stay_in_their_row(gpu: Memory, monkeypatch: pytest.MonkeyPat
     weight: Any = planes(n, k, False)
     x = activations(m, k, torch.float16).clone()
     x[7, 300] = bad
-    y = multiply(x, prepack.pack(*weight), None, n)
+    y = multiply(x, packed.tiles_of(*weight), None, n)
     assert not y[7].isfinite().any()
     assert y[torch.arange(m) != 7].isfinite().all()
     right = accuracy.linear(x, accuracy.of_planes(*weight), activations="bf16")

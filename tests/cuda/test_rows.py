@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 
 import cuda_emulator
+import packed
 
 torch = pytest.importorskip("torch")
 
 from cuda_emulator.memory import Memory, emulate
 from q6k_kernels.cpp.variants import device_like
 from q6k_kernels.cuda import rows as row_kernels
-from q6k_kernels.formats import tiles as prepack
-from q6k_kernels.ops import reference
 
 SCALES = ["bf16", "exact"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -65,7 +64,7 @@ def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 21, 512), (2, 16, 256)])
 def test_packing_writes_every_byte_that_the_cpu_does(gpu: Memory, shape: tuple[int, ...], scales: str) -> None:
-    wanted = prepack.pack(*planes(shape, scales))
+    wanted = packed.tiles_of(*planes(shape, scales))
     found = row_kernels.pack(*planes(shape, scales))
     assert found.shape == wanted.shape
     assert torch.equal(found, wanted)
@@ -83,7 +82,7 @@ def test_planes_may_lie_anywhere(gpu: Memory, scales: str) -> None:
         shifted = torch.cat((plane.new_zeros(1), plane.flatten()))[1:].view(plane.shape)
         assert shifted.data_ptr() % 16
         odd.append(shifted)
-    wanted = prepack.pack(*planes(shape, scales))
+    wanted = packed.tiles_of(*planes(shape, scales))
     assert torch.equal(row_kernels.pack(*every_other), wanted)
     assert torch.equal(row_kernels.pack(*odd), wanted)
 
@@ -93,10 +92,10 @@ def test_planes_may_lie_anywhere(gpu: Memory, scales: str) -> None:
 @pytest.mark.parametrize("scales", SCALES)
 def test_all_rows_are_the_references(gpu: Memory, scales: str, dtype: torch.dtype) -> None:
     for shape in SHAPES:
-        tiles = prepack.pack(*planes(shape, scales))
+        tiles = packed.tiles_of(*planes(shape, scales))
         assert_same_bits(
             row_kernels.dequantize(tiles, shape[0], dtype),
-            reference.dequantize(*planes(shape, scales), dtype=dtype),
+            packed.dequantized(*planes(shape, scales), dtype=dtype),
         )
 
 
@@ -105,8 +104,8 @@ def test_all_rows_are_the_references(gpu: Memory, scales: str, dtype: torch.dtyp
 def test_a_slice_of_rows_is_that_of_all(gpu: Memory, first: int, rows: int) -> None:
     shape, dtype = (37, 768), torch.bfloat16
     out = torch.empty(rows, 768, dtype=dtype)
-    row_kernels.dequantize_rows(prepack.pack(*planes(shape, "bf16")), first, rows, 37, out)
-    assert_same_bits(out, reference.dequantize(*planes(shape, "bf16"), dtype=dtype)[first : first + rows])
+    row_kernels.dequantize_rows(packed.tiles_of(*planes(shape, "bf16")), first, rows, 37, out)
+    assert_same_bits(out, packed.dequantized(*planes(shape, "bf16"), dtype=dtype)[first : first + rows])
 
 
 INDICES = {
@@ -123,8 +122,8 @@ INDICES = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scales", SCALES)
 def test_gathered_rows_are_the_references(gpu: Memory, scales: str, dtype: torch.dtype) -> None:
-    tiles = prepack.pack(*planes((37, 768), scales))
-    every = reference.dequantize(*planes((37, 768), scales), dtype=dtype)
+    tiles = packed.tiles_of(*planes((37, 768), scales))
+    every = packed.dequantized(*planes((37, 768), scales), dtype=dtype)
     for indices in INDICES.values():
         assert_same_bits(row_kernels.embedding(indices, tiles, 37, dtype), every[indices])
 
@@ -138,12 +137,12 @@ def test_gathered_rows_are_the_references(gpu: Memory, scales: str, dtype: torch
     ],
 )
 def test_an_index_outside_the_rows_traps(gpu: Memory, index_dtype: torch.dtype, bad: int) -> None:
-    tiles = prepack.pack(*planes((37, 768), "bf16"))
+    tiles = packed.tiles_of(*planes((37, 768), "bf16"))
     with pytest.raises(cuda_emulator.EmulationError, match="q6k_gather: trap"):
         row_kernels.embedding(torch.tensor([3, bad, 5], dtype=index_dtype), tiles, 37, torch.bfloat16)
     assert_same_bits(
         row_kernels.embedding(torch.tensor([3], dtype=index_dtype), tiles, 37, torch.bfloat16),
-        reference.dequantize(*planes((37, 768), "bf16"), dtype=torch.bfloat16)[3:4],
+        packed.dequantized(*planes((37, 768), "bf16"), dtype=torch.bfloat16)[3:4],
     )
 
 
@@ -154,14 +153,14 @@ def test_threads_may_run_in_any_order(gpu: Memory, scales: str) -> None:
     exact = scales == "exact"
     variants = [row_kernels._pack_variant(exact), row_kernels._dequantize_variant(exact, dtype)]
     kernels = [cuda_emulator.load(*variant, 0) for variant in variants]
-    wanted = prepack.pack(*planes(shape, scales))
+    wanted = packed.tiles_of(*planes(shape, scales))
     try:
         for order in (1, 2):
             for kernel in kernels:
                 kernel.order = order
             assert torch.equal(row_kernels.pack(*planes(shape, scales)), wanted)
             assert_same_bits(
-                row_kernels.dequantize(wanted, 37, dtype), reference.dequantize(*planes(shape, scales), dtype=dtype)
+                row_kernels.dequantize(wanted, 37, dtype), packed.dequantized(*planes(shape, scales), dtype=dtype)
             )
     finally:
         for kernel in kernels:
@@ -171,7 +170,7 @@ def test_threads_may_run_in_any_order(gpu: Memory, scales: str) -> None:
 @pytest.mark.parametrize(("arch", "early"), [(80, False), (90, True), (100, True)])
 def test_gathering_alone_may_start_early(arch: int, early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits for the launch before; the others do not, nor must what packing writes be read too early."""
-    tiles, launches = prepack.pack(*planes((37, 768), "bf16")), list[Any]()
+    tiles, launches = packed.tiles_of(*planes((37, 768), "bf16")), list[Any]()
     kernel = SimpleNamespace(launch=lambda *_, **how: launches.append(how.get("dependent", False)))
     monkeypatch.setattr(row_kernels.loader, "load", lambda *variant: kernel)
     monkeypatch.setattr(row_kernels.launching, "stream", lambda on: 0)
@@ -202,7 +201,7 @@ def out_of(*shape: int) -> torch.Tensor:
     ],
 )
 def test_slices_say_what_they_refuse(arguments: dict[str, Any], message: str) -> None:
-    tiles = prepack.pack(*planes((37, 768), "bf16"))
+    tiles = packed.tiles_of(*planes((37, 768), "bf16"))
     given = {"tiles": tiles, "first_row": 0, "rows": 16, "n": 37, "out": out_of(16, 768)} | arguments
     with pytest.raises(ValueError, match=message):
         row_kernels.dequantize_rows(**given)
@@ -220,7 +219,7 @@ def test_slices_say_what_they_refuse(arguments: dict[str, Any], message: str) ->
     ],
 )
 def test_embedding_says_what_it_refuses(arguments: dict[str, Any], message: str) -> None:
-    tiles = prepack.pack(*planes((37, 768), "bf16"))
+    tiles = packed.tiles_of(*planes((37, 768), "bf16"))
     given = {"indices": torch.tensor([1]), "tiles": tiles, "n": 37, "dtype": torch.bfloat16} | arguments
     with pytest.raises(ValueError, match=message):
         row_kernels.embedding(**given)

@@ -11,12 +11,14 @@ import numpy.typing as npt
 import pytest
 
 import oracles
+import packed
 from gguf_builder import q6k_blocks
 from packed import planes
 
 torch = pytest.importorskip("torch")
 
 from q6k_kernels.formats import tiles as prepack
+from q6k_kernels.formats.types import row_of
 
 Scales = Literal["bf16", "exact"]
 Bytes = npt.NDArray[np.uint8]
@@ -56,8 +58,8 @@ def expected_tiles(shape: tuple[int, ...], scales: str, expert: int = 0, seed: i
 @pytest.mark.parametrize("scales", ["bf16", "exact"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tiles_are_what_the_text_says(shape: tuple[int, ...], scales: Scales) -> None:
-    tiles = prepack.pack(**planes(shape, scales))
-    assert (tiles.dtype, tiles.shape) == (torch.uint8, prepack.tiles_shape(shape, scales))
+    tiles = packed.tiles_of(**planes(shape, scales))
+    assert (tiles.dtype, tiles.shape) == (torch.uint8, prepack.tiles_shape(shape, row_of("Q6_K", scales)))
     assert tiles.is_contiguous()
     for expert in range(shape[0] if len(shape) == 3 else 1):
         found = tiles[expert] if len(shape) == 3 else tiles
@@ -71,8 +73,8 @@ def test_every_code_has_its_place() -> None:
         codes = (places + shift) % 64
         rows = [oracles.planes_of_row((row - 32).tolist()) for row in codes.astype(int)]
         ql, qh = (torch.tensor([list(row[which]) for row in rows], dtype=torch.uint8) for which in (0, 1))
-        tiles = prepack.pack(ql, qh, torch.ones(16, 16).bfloat16())
-        q, s = prepack.codes_and_scales(tiles, slice(0, 16))
+        tiles = packed.tiles_of(ql, qh, torch.ones(16, 16).bfloat16())
+        q, s = prepack.codes_and_scales(tiles, slice(0, 16), packed.row(tiles))
         np.testing.assert_array_equal(q.numpy(), codes - 32)
         assert (s == 1).all()
 
@@ -81,7 +83,7 @@ def test_every_code_has_its_place() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_unpacking_gives_the_planes_back(shape: tuple[int, ...], scales: Scales) -> None:
     arrays = planes(shape, scales)
-    found = prepack.unpack(prepack.pack(**arrays), shape[-2])
+    found = packed.untiled(packed.tiles_of(**arrays), shape[-2])
     assert (found[3] is None) == (scales == "bf16")
     for (role, plane), back in zip(arrays.items(), found, strict=False):
         assert (back.dtype, back.shape) == (plane.dtype, plane.shape), role
@@ -98,7 +100,7 @@ def test_every_bit_pattern_survives() -> None:
         steps = every[at : at + 16].view(torch.float16).view(16, 1)
         sub_scales = torch.arange(256).to(torch.int8).view(16, 16)
         for arrays in ((ql, qh, scale), (ql, qh, sub_scales, steps)):
-            for plane, back in zip(arrays, prepack.unpack(prepack.pack(*arrays), 16), strict=False):
+            for plane, back in zip(arrays, packed.untiled(packed.tiles_of(*arrays), 16), strict=False):
                 assert torch.equal(plane.view(torch.uint8), back.view(torch.uint8))
 
 
@@ -106,20 +108,20 @@ def test_every_bit_pattern_survives() -> None:
 def test_blocks_of_rows_join_up(weights: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepack, "PACK_WEIGHTS", weights)
     arrays = planes((2, 100, 512), "exact")
-    tiles = prepack.pack(**arrays)
+    tiles = packed.tiles_of(**arrays)
     np.testing.assert_array_equal(tiles[1].numpy(), expected_tiles((2, 100, 512), "exact", 1))
-    for plane, back in zip(arrays.values(), prepack.unpack(tiles, 100), strict=True):
+    for plane, back in zip(arrays.values(), packed.untiled(tiles, 100), strict=True):
         assert torch.equal(plane, back)
 
 
 @pytest.mark.parametrize("scales", ["bf16", "exact"])
 def test_planes_with_strides(scales: Scales) -> None:
     arrays = planes((20, 512), scales)
-    tiles = prepack.pack(**arrays)
+    tiles = packed.tiles_of(**arrays)
     wide = {role: torch.stack((plane, plane), -1)[..., 0] for role, plane in arrays.items()}
-    assert torch.equal(prepack.pack(**wide), tiles)
-    assert torch.equal(prepack.pack(**{role: plane[3:] for role, plane in arrays.items()}),
-                       prepack.pack(**{role: plane[3:].clone() for role, plane in arrays.items()}))  # fmt: skip
+    assert torch.equal(packed.tiles_of(**wide), tiles)
+    assert torch.equal(packed.tiles_of(**{role: plane[3:] for role, plane in arrays.items()}),
+                       packed.tiles_of(**{role: plane[3:].clone() for role, plane in arrays.items()}))  # fmt: skip
 
 
 @pytest.mark.parametrize("scales", ["bf16", "exact"])
@@ -131,15 +133,15 @@ def test_rows_are_read_from_wherever_they_are(scales: Scales) -> None:
     s = np.array([products for _, products in decoded], dtype=np.float32).reshape(n, -1)
     if scales == "bf16":
         s = np.vectorize(lambda value: np.uint32(oracles.bf16(value) << 16).view(np.float32))(s)
-    tiles = prepack.pack(**planes((n, k), scales))
+    tiles = packed.tiles_of(**planes((n, k), scales))
     for start, stop in ((0, n), (0, 16), (16, 47), (5, 6), (31, 33), (46, 47), (7, 40)):
-        found, found_s = prepack.codes_and_scales(tiles, slice(start, stop))
+        found, found_s = prepack.codes_and_scales(tiles, slice(start, stop), packed.row(tiles))
         assert (found.dtype, found_s.dtype) == (torch.float32, torch.float32)
         np.testing.assert_array_equal(found.numpy(), q[start:stop])
         np.testing.assert_array_equal(found_s.numpy(), s[start:stop])
     at = torch.tensor([46, 0, 8, 8, 15, 16, 31, 7])
     for index in (at, at.int(), at[:0]):
-        found, found_s = prepack.codes_and_scales(tiles, index)
+        found, found_s = prepack.codes_and_scales(tiles, index, packed.row(tiles))
         np.testing.assert_array_equal(found.numpy(), q[index.numpy()])
         np.testing.assert_array_equal(found_s.numpy(), s[index.numpy()])
 
@@ -156,11 +158,11 @@ def test_memory_stays_bounded() -> None:
     arrays = torch.ones(n, k // 2).byte(), torch.ones(n, k // 4).byte(), torch.ones(n, k // 16).bfloat16()
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
-    tiles = prepack.pack(*arrays)
+    tiles = packed.tiles_of(*arrays)
     assert memory("VmHWM") - before < tiles.nbytes + (16 << 20)
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
-    prepack.unpack(tiles, n)
+    packed.untiled(tiles, n)
     assert memory("VmHWM") - before < tiles.nbytes + (16 << 20)
 
 
@@ -187,9 +189,9 @@ GOOD = {
     ],
 )
 def test_pack_says_what_it_refuses(change: dict[str, Any], message: str) -> None:
-    assert prepack.pack(**GOOD).shape == (1, 2, 3584)
+    assert packed.tiles_of(**GOOD).shape == (1, 2, 3584)
     with pytest.raises(ValueError, match=message):
-        prepack.pack(**(GOOD | change))
+        packed.tiles_of(**(GOOD | change))
 
 
 TILES = torch.zeros(2, 1, 3584, dtype=torch.uint8)
@@ -210,6 +212,6 @@ TILES = torch.zeros(2, 1, 3584, dtype=torch.uint8)
     ],
 )
 def test_unpack_says_what_it_refuses(tiles: torch.Tensor, n: int, message: str) -> None:
-    assert prepack.unpack(TILES, 17)[0].shape == (17, 128)
+    assert packed.untiled(TILES, 17)[0].shape == (17, 128)
     with pytest.raises(ValueError, match=message):
-        prepack.unpack(tiles, n)
+        packed.untiled(tiles, n)

@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 
+import packed
+
 torch = pytest.importorskip("torch")
 
 import fp64
 from gpu_weights import bias_of, inputs, linear, poisoned_call, weight
 from q6k_kernels.cuda import dispatch, expand, gemm_mma
-from q6k_kernels.formats import tiles as prepack
 
 LIBRARY = os.environ.get("Q6K_OPS_LIBRARY", "")
 pytestmark = [
@@ -104,7 +105,7 @@ def test_packing_and_rows(n: int, k: int, scales: str) -> None:
     w = weight("extreme", n, k, scales)
     tiles = poisoned_call(OPS.pack, *w.planes)
     fp64.assert_same_bits(tiles, dispatch.pack(*w.planes))
-    fp64.assert_same_bits(tiles, prepack.pack(*w.planes))
+    fp64.assert_same_bits(tiles, packed.tiles_of(*w.planes))
     apart = (None if plane is None else strided(plane) for plane in w.planes)
     fp64.assert_same_bits(poisoned_call(OPS.pack, *apart), tiles)
     at = torch.randint(0, n, (7, 9), device="cuda")
@@ -125,7 +126,7 @@ def strided(plane: torch.Tensor) -> torch.Tensor:
 def test_stacks_and_planes_that_begin_anywhere() -> None:
     for scales in ("bf16", "exact"):
         w = weight("random", 40, 512, scales, 3)
-        right = prepack.pack(*w.planes)
+        right = packed.tiles_of(*w.planes)
         shifted = []
         for plane in w.planes:
             if plane is not None:

@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 
+import packed
+
 torch = pytest.importorskip("torch")
 
 import fp64
 from gpu_weights import DEVICE, bias_of, inputs, linear, poisoned_call, random_source, weight
 from q6k_kernels.cuda import decode, decode_plan, expand, gemm_mma, gemm_wgmma
 from q6k_kernels.cuda import device as launching
-from q6k_kernels.formats import tiles
-from q6k_kernels.ops import reference
+from q6k_kernels.formats.checks import FLOATS
 
 pytestmark = pytest.mark.gpu
 
@@ -147,7 +148,7 @@ def test_rows_that_lie_anywhere(formula: str) -> None:
 def test_pack(scales: str) -> None:
     for n, k, stack in ((1, 256, None), (33, 768, None), (17, 512, 3)):
         w = weight("random", n, k, scales, stack)
-        expected = tiles.pack(*(None if p is None else p.cpu() for p in w.planes))
+        expected = packed.tiles_of(*(None if p is None else p.cpu() for p in w.planes))
         fp64.assert_same_bits(poisoned_call(torch.ops.q6k.pack, *w.planes), expected)
 
 
@@ -156,9 +157,9 @@ def test_dequantize(scales: str) -> None:
     for n, k in ((1, 256), (33, 768)):
         w = weight("random", n, k, scales)
         planes = [None if p is None else p.cpu() for p in w.planes]
-        for dtype in reference.FLOATS:
+        for dtype in FLOATS:
             found = poisoned_call(torch.ops.q6k.dequantize, w.tiles, n, dtype)
-            fp64.assert_same_bits(found, reference.dequantize(*planes, dtype=dtype))
+            fp64.assert_same_bits(found, packed.dequantized(*planes, dtype=dtype))
 
 
 @pytest.mark.parametrize("scales", ["bf16", "exact"])
@@ -166,7 +167,7 @@ def test_embedding(scales: str) -> None:
     n, k = 33, 768
     w = weight("random", n, k, scales)
     at = torch.randint(n, (7, 3), device=DEVICE, generator=random_source())
-    for dtype in reference.FLOATS:
+    for dtype in FLOATS:
         for index_dtype in (torch.int32, torch.int64):
             found = poisoned_call(torch.ops.q6k.embedding, at.to(index_dtype), w.tiles, n, dtype)
             fp64.assert_same_bits(found, w.weights(dtype)[at])

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+import packed
+
 torch = pytest.importorskip("torch")
 
 import fp64
 import gpu_weights
 from gpu_weights import poisoned_call, random_source, weight
-from q6k_kernels.formats import tiles as prepack
-from q6k_kernels.ops import reference
 from q6k_kernels.weights.weight import PackedWeight
 
 pytestmark = pytest.mark.gpu
@@ -40,7 +40,7 @@ def unaligned(plane: torch.Tensor | None) -> torch.Tensor | None:
 @pytest.mark.parametrize(("kind", "shape", "scales"), CASES)
 def test_pack_is_that_of_the_cpu(kind: str, shape: tuple[int, int], scales: str) -> None:
     w = weight(kind, *shape, scales)
-    expected = prepack.pack(*on_the_cpu(w.planes))
+    expected = packed.tiles_of(*on_the_cpu(w.planes))
     tiles = poisoned_call(torch.ops.q6k.pack, *w.planes)
     fp64.assert_same_bits(tiles, expected, f"{kind} {shape}")
     assert tiles.is_contiguous()
@@ -53,7 +53,7 @@ def test_pack_is_that_of_the_cpu(kind: str, shape: tuple[int, int], scales: str)
 def test_stacks_are_packed_and_sliced(experts: int, n: int, k: int, scales: str) -> None:
     w = weight("genuine", n, k, scales, experts)
     tiles = poisoned_call(torch.ops.q6k.pack, *w.planes)
-    fp64.assert_same_bits(tiles, prepack.pack(*on_the_cpu(w.planes)))
+    fp64.assert_same_bits(tiles, packed.tiles_of(*on_the_cpu(w.planes)))
     x = gpu_weights.inputs(9, k, torch.bfloat16)
     for expert in range(experts):
         one = gpu_weights.Weight(w.q[expert], w.sub_scales[expert], w.d[expert], w.scales)
@@ -75,7 +75,7 @@ def test_a_plane_with_strides_is_packed() -> None:
 def test_a_large_weight_is_packed_and_unpacked() -> None:
     """21504 x 5376: tiles by the GPU, planes from them again by plain torch."""
     w = weight("genuine", 21504, 5376, "bf16")
-    for found, expected in zip(prepack.unpack(w.tiles, w.n), w.planes, strict=True):
+    for found, expected in zip(packed.untiled(w.tiles, w.n), w.planes, strict=True):
         assert (found is None) == (expected is None)
         if found is not None:
             fp64.assert_same_bits(found, expected)
@@ -86,7 +86,7 @@ def test_a_large_weight_is_packed_and_unpacked() -> None:
 def test_dequantize_is_the_references(kind: str, shape: tuple[int, int], scales: str, dtype: torch.dtype) -> None:
     w = weight(kind, *shape, scales)
     found = poisoned_call(torch.ops.q6k.dequantize, w.tiles, w.n, dtype)
-    fp64.assert_same_bits(found, reference.dequantize(*on_the_cpu(w.planes), dtype=dtype), "reference")
+    fp64.assert_same_bits(found, packed.dequantized(*on_the_cpu(w.planes), dtype=dtype), "reference")
     fp64.assert_same_bits(found, w.weights(dtype), "codes times scales")
 
 
@@ -97,7 +97,7 @@ def test_embedding_is_rows_of_the_reference(
     kind: str, shape: tuple[int, int], scales: str, dtype: torch.dtype, index_dtype: torch.dtype
 ) -> None:
     w = weight(kind, *shape, scales)
-    rows = reference.dequantize(*on_the_cpu(w.planes), dtype=dtype).to(gpu_weights.DEVICE)
+    rows = packed.dequantized(*on_the_cpu(w.planes), dtype=dtype).to(gpu_weights.DEVICE)
     some = torch.randint(w.n, (37,), device=gpu_weights.DEVICE, generator=random_source(w.n))
     every = torch.arange(w.n, device=gpu_weights.DEVICE).flip(0)
     for indices in (some, every, some[:36].view(3, 4, 3), some[:1], some[0], some[:0], some[:0].view(0, 5)):

@@ -25,13 +25,13 @@ from dataclasses import replace
 
 import pytest
 
+import packed
+
 torch = pytest.importorskip("torch")
 
 import fp64
 import gpu_weights
 from q6k_kernels.cuda import decode, decode_plan, device, expand, gemm_mma, gemm_wgmma
-from q6k_kernels.formats import tiles as prepack
-from q6k_kernels.ops import reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitize]
 
@@ -177,10 +177,10 @@ def test_pack_dequantize_and_gather(scales: str, dtype: torch.dtype) -> None:
     """A stack, the last tile of each weight a part; repeated rows, the first and the last among them."""
     n, k = 33, 512
     w = gpu_weights.weight("random", n, k, scales, 2)
-    expected = prepack.pack(*w.planes)
+    expected = packed.tiles_of(*w.planes)
     tiles = torch.ops.q6k.pack(*(None if plane is None else plane.cuda() for plane in w.planes))
     fp64.assert_same_bits(tiles.cpu(), expected, "pack")
-    rows = reference.dequantize(*(None if plane is None else plane[1] for plane in w.planes), dtype=dtype)
+    rows = packed.dequantized(*(None if plane is None else plane[1] for plane in w.planes), dtype=dtype)
     found = torch.ops.q6k.dequantize(tiles[1], n, dtype)
     fp64.assert_same_bits(found.cpu(), rows, "dequantize")
     at = torch.tensor([[0, 32, 7], [15, 16, 7]], dtype=torch.int32 if scales == "exact" else torch.int64)

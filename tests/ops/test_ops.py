@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytest
 
 import oracles
+import packed
 from gguf_builder import q6k_blocks
 
 torch = pytest.importorskip("torch")
@@ -39,7 +40,7 @@ def planes(n: int, k: int, scales: str, device: str = "cpu", seed: int = 5) -> d
 
 
 def tiles_of(arrays: dict[str, torch.Tensor]) -> torch.Tensor:
-    return schema.pack(arrays["ql"], arrays["qh"], arrays["scale"], arrays.get("steps"))
+    return packed.op_pack(arrays["ql"], arrays["qh"], arrays["scale"], arrays.get("steps"))
 
 
 def inputs(m: int, k: int, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
@@ -74,7 +75,7 @@ def test_linear_is_the_formula(
         for m in (0, 1, 3, 40):
             x = inputs(m, k, dtype, device)
             for b in (None, bias):
-                y = schema.linear(x, tiles, b, n, activations)
+                y = packed.op_linear(x, tiles, b, n, activations)
                 assert (y.shape, y.dtype, y.device) == ((m, n), dtype, x.device)
                 assert_right(y, x, arrays, b, activations)
 
@@ -91,15 +92,15 @@ def test_on_the_cpu_tiles_and_planes_give_the_same_bits(
     for dtype in FLOATS:
         for m in (1, 5, 33):
             x = inputs(m, k, dtype)
-            y = schema.linear(x, tiles_of(arrays), bias, n, activations)
-            assert torch.equal(y, reference.linear(x, **arrays, bias=bias, activations=activations))
+            y = packed.op_linear(x, tiles_of(arrays), bias, n, activations)
+            assert torch.equal(y, packed.multiplied(x, **arrays, bias=bias, activations=activations))
 
 
 def test_auto_is_one_of_the_two(device: str) -> None:
     arrays = planes(N, K, "bf16", device)
     for m in (1, 2, 4, 8, 16, 64, 300):
         x = inputs(m, K, torch.bfloat16, device)
-        auto, *others = (schema.linear(x, tiles_of(arrays), None, N, each) for each in ("auto", "int8", "bf16"))
+        auto, *others = (packed.op_linear(x, tiles_of(arrays), None, N, each) for each in ("auto", "int8", "bf16"))
         assert any(torch.equal(auto, other) for other in others)
 
 
@@ -107,19 +108,21 @@ def test_auto_is_one_of_the_two(device: str) -> None:
 def test_shapes_and_strides_of_x(device: str, activations: str) -> None:
     tiles = tiles_of(planes(N, K, "exact", device))
     x = inputs(12, K, torch.bfloat16, device)
-    y = schema.linear(x, tiles, None, N, activations)
+    y = packed.op_linear(x, tiles, None, N, activations)
     wide = torch.empty(12, 2 * K, dtype=x.dtype, device=device)
     shifted = torch.empty(12 * K + 1, dtype=x.dtype, device=device)[1:].view(12, K)
     for other in (wide[:, ::2], wide[:, K:], shifted, torch.empty_like(x.T).T):
-        assert torch.equal(schema.linear(other.copy_(x), tiles, None, N, activations), y)
-    assert torch.equal(schema.linear(x.view(2, 2, 3, K), tiles, None, N, activations), y.view(2, 2, 3, N))
+        assert torch.equal(packed.op_linear(other.copy_(x), tiles, None, N, activations), y)
+    assert torch.equal(packed.op_linear(x.view(2, 2, 3, K), tiles, None, N, activations), y.view(2, 2, 3, N))
     assert torch.equal(
-        schema.linear(x.view(3, 4, K).mT.contiguous().mT, tiles, None, N, activations).view(12, N), y
+        packed.op_linear(x.view(3, 4, K).mT.contiguous().mT, tiles, None, N, activations).view(12, N), y
     )
-    assert schema.linear(x[4], tiles, None, N, activations).shape == (N,)
-    assert torch.equal(schema.linear(x[:1].expand(12, K), tiles, None, N, activations)[7], y[0]) or device == "cuda"
+    assert packed.op_linear(x[4], tiles, None, N, activations).shape == (N,)
+    assert (
+        torch.equal(packed.op_linear(x[:1].expand(12, K), tiles, None, N, activations)[7], y[0]) or device == "cuda"
+    )
     for lead in ((0,), (0, 3), (3, 0)):
-        nothing = schema.linear(x.new_empty(*lead, K), tiles, None, N, activations)
+        nothing = packed.op_linear(x.new_empty(*lead, K), tiles, None, N, activations)
         assert (nothing.shape, nothing.dtype) == ((*lead, N), x.dtype)
 
 
@@ -127,26 +130,26 @@ def test_shapes_and_strides_of_x(device: str, activations: str) -> None:
 @pytest.mark.parametrize("scales", ["bf16", "exact"])
 def test_weights_and_their_rows_are_the_references_bits(device: str, scales: str, dtype: torch.dtype) -> None:
     arrays = planes(47, 768, scales)
-    expected = reference.dequantize(**arrays, dtype=dtype)
+    expected = packed.dequantized(**arrays, dtype=dtype)
     tiles = tiles_of(planes(47, 768, scales, device))
-    assert torch.equal(schema.dequantize(tiles, 47, dtype).cpu(), expected)
+    assert torch.equal(packed.op_dequantize(tiles, 47, dtype).cpu(), expected)
     for indices in (torch.tensor([[46, 0], [16, 8], [15, 15]]), torch.arange(47), torch.empty(0, 3).long()):
         for kind in (torch.int64, torch.int32):
-            rows = schema.embedding(indices.to(device, kind), tiles, 47, dtype)
+            rows = packed.op_embedding(indices.to(device, kind), tiles, 47, dtype)
             assert (rows.shape, rows.dtype) == ((*indices.shape, 768), dtype)
             assert torch.equal(rows.cpu(), expected[indices])
-    assert torch.equal(schema.embedding(torch.tensor(5, device=device), tiles, 47, dtype).cpu(), expected[5])
+    assert torch.equal(packed.op_embedding(torch.tensor(5, device=device), tiles, 47, dtype).cpu(), expected[5])
     strided = torch.arange(94, device=device)[::2] // 2
-    assert torch.equal(schema.embedding(strided, tiles, 47, dtype).cpu(), expected)
+    assert torch.equal(packed.op_embedding(strided, tiles, 47, dtype).cpu(), expected)
 
 
 def test_many_rows_are_gathered_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = planes(47, 768, "bf16")
     monkeypatch.setattr(reference, "BLOCK_WEIGHTS", 768 * 5)
     indices = torch.arange(1000) * 7 % 47
-    expected = reference.dequantize(**arrays, dtype=torch.bfloat16)
-    assert torch.equal(schema.embedding(indices, tiles_of(arrays), 47, torch.bfloat16), expected[indices])
-    assert torch.equal(schema.dequantize(tiles_of(arrays), 47, torch.bfloat16), expected)
+    expected = packed.dequantized(**arrays, dtype=torch.bfloat16)
+    assert torch.equal(packed.op_embedding(indices, tiles_of(arrays), 47, torch.bfloat16), expected[indices])
+    assert torch.equal(packed.op_dequantize(tiles_of(arrays), 47, torch.bfloat16), expected)
 
 
 @pytest.mark.parametrize("scales", ["bf16", "exact"])
@@ -155,7 +158,7 @@ def test_packing_is_the_same_everywhere(device: str, shape: tuple[int, ...], sca
     count = math.prod(shape[:-1])
     arrays = {role: plane.view(*shape[:-1], -1) for role, plane in planes(count, shape[-1], scales).items()}
     found = tiles_of({role: plane.to(device) for role, plane in arrays.items()})
-    assert torch.equal(found.cpu(), prepack.pack(**arrays))
+    assert torch.equal(found.cpu(), packed.tiles_of(**arrays))
 
 
 @pytest.mark.parametrize("bad", [-1, N, 1 << 40, -(1 << 40)])
@@ -163,7 +166,7 @@ def test_an_index_out_of_range_is_named(bad: int) -> None:
     tiles = tiles_of(planes(N, K, "bf16"))
     indices = torch.tensor([[0, N - 1], [bad, -5]])
     with pytest.raises(IndexError, match=rf"indices: expected 0 to {N - 1}, found {bad} at position 2 of 4"):
-        schema.embedding(indices, tiles, N, torch.bfloat16)
+        packed.op_embedding(indices, tiles, N, torch.bfloat16)
 
 
 # What is refused, and in which words.
@@ -209,36 +212,36 @@ def test_linear_says_what_it_refuses(device: str, change: dict[str, Any], messag
     if device == "cuda" and not change.get("tiles", TILES).is_contiguous():
         arguments["tiles"] = arguments["tiles"].transpose(0, 1).to(device).transpose(0, 1)
     with pytest.raises(ValueError, match=message):
-        schema.linear(*arguments.values())
+        packed.op_linear(*arguments.values())
 
 
 def test_tensors_on_several_devices_are_refused() -> None:
     with pytest.raises(ValueError, match="one device, found x on meta, tiles on cpu"):
-        schema.linear(X.to("meta"), TILES, None, N, "auto")
+        packed.op_linear(X.to("meta"), TILES, None, N, "auto")
     with pytest.raises(ValueError, match="one device, found x on cpu, tiles on cpu, bias on meta"):
-        schema.linear(X, TILES, torch.zeros(N, device="meta"), N, "auto")
+        packed.op_linear(X, TILES, torch.zeros(N, device="meta"), N, "auto")
     with pytest.raises(ValueError, match="one device, found indices on cpu, tiles on meta"):
-        schema.embedding(INDICES, TILES.to("meta"), N, torch.bfloat16)
+        packed.op_embedding(INDICES, TILES.to("meta"), N, torch.bfloat16)
     arrays = planes(N, K, "bf16")
     with pytest.raises(ValueError, match="one device, found ql on cpu, qh on meta, scale on cpu"):
-        schema.pack(arrays["ql"], arrays["qh"].to("meta"), arrays["scale"], None)
+        packed.op_pack(arrays["ql"], arrays["qh"].to("meta"), arrays["scale"], None)
 
 
 def test_the_others_say_what_they_refuse(device: str) -> None:
     tiles = TILES.to(device)
     dtypes = "dtype: expected bfloat16, float16 or float32, found torch.float64"
     with pytest.raises(ValueError, match=dtypes):
-        schema.dequantize(tiles, N, torch.float64)
+        packed.op_dequantize(tiles, N, torch.float64)
     with pytest.raises(ValueError, match=dtypes):
-        schema.embedding(INDICES.to(device), tiles, N, torch.float64)
+        packed.op_embedding(INDICES.to(device), tiles, N, torch.float64)
     with pytest.raises(ValueError, match=r"indices: expected int64 or int32 of any shape, found torch.float32"):
-        schema.embedding(INDICES.to(device).float(), tiles, N, torch.bfloat16)
+        packed.op_embedding(INDICES.to(device).float(), tiles, N, torch.bfloat16)
     with pytest.raises(ValueError, match=r"n: 2 tiles of 16 hold 17 to 32 rows, found 40"):
-        schema.embedding(INDICES.to(device), tiles, 40, torch.bfloat16)
+        packed.op_embedding(INDICES.to(device), tiles, 40, torch.bfloat16)
     with pytest.raises(ValueError, match=r"found uint8 \(1, 2, 2, 3584\)"):
-        schema.dequantize(tiles[None], N, torch.bfloat16)
+        packed.op_dequantize(tiles[None], N, torch.bfloat16)
     with pytest.raises(ValueError, match=r"ql: expected uint8"):
-        schema.pack(tiles[0, 0], tiles[0, 0], tiles[0, 0], None)
+        packed.op_pack(tiles[0, 0], tiles[0, 0], tiles[0, 0], None)
 
 
 def test_a_gradient_is_refused_while_it_would_be_recorded(device: str) -> None:
@@ -246,10 +249,10 @@ def test_a_gradient_is_refused_while_it_would_be_recorded(device: str) -> None:
     bias = torch.zeros(N, device=device)
     for name, pair in (("x", (x.clone().requires_grad_(), bias)), ("bias", (x, bias.clone().requires_grad_()))):
         with pytest.raises(ValueError, match=rf"{name} requires a gradient, and q6k::linear has none: .*no_grad"):
-            schema.linear(pair[0], tiles, pair[1], N, "auto")
+            packed.op_linear(pair[0], tiles, pair[1], N, "auto")
         for context in (torch.no_grad, torch.inference_mode):
             with context():
-                assert not schema.linear(pair[0], tiles, pair[1], N, "auto").requires_grad
+                assert not packed.op_linear(pair[0], tiles, pair[1], N, "auto").requires_grad
 
 
 # torch's compilers.
@@ -276,9 +279,9 @@ def test_torchs_own_checks_of_an_op_pass(device: str, case: int) -> None:
 
 def step(tokens: torch.Tensor, tiles: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """An embedding and its tied head, with something between that a compiler can fuse."""
-    x = schema.embedding(tokens, tiles, N, torch.bfloat16)
+    x = packed.op_embedding(tokens, tiles, N, torch.bfloat16)
     x = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6).bfloat16()
-    return schema.linear(x, tiles, bias, N, "auto").softmax(-1)
+    return packed.op_linear(x, tiles, bias, N, "auto").softmax(-1)
 
 
 @pytest.mark.parametrize(
@@ -325,18 +328,18 @@ def test_exporting_with_any_number_of_rows(device: str, strict: bool) -> None:
 
 def test_meta_tensors_have_the_right_shapes() -> None:
     tiles = TILES.to("meta")
-    y = schema.linear(torch.empty(2, 5, K, dtype=torch.float16, device="meta"), tiles, None, N, "int8")
+    y = packed.op_linear(torch.empty(2, 5, K, dtype=torch.float16, device="meta"), tiles, None, N, "int8")
     assert (y.shape, y.dtype, y.device.type) == ((2, 5, N), torch.float16, "meta")
-    rows = schema.embedding(torch.empty(4, dtype=torch.int32, device="meta"), tiles, N, torch.bfloat16)
+    rows = packed.op_embedding(torch.empty(4, dtype=torch.int32, device="meta"), tiles, N, torch.bfloat16)
     assert (rows.shape, rows.dtype) == ((4, K), torch.bfloat16)
-    assert schema.dequantize(tiles, N, torch.float32).shape == (N, K)
+    assert packed.op_dequantize(tiles, N, torch.float32).shape == (N, K)
 
 
 def test_autocast_changes_nothing(device: str) -> None:
     tiles, x = tiles_of(planes(N, K, "bf16", device)), inputs(3, K, torch.float16, device)
     with torch.autocast(device, dtype=torch.bfloat16):
-        y = schema.linear(x, tiles, None, N, "bf16")
-    assert torch.equal(y, schema.linear(x, tiles, None, N, "bf16"))
+        y = packed.op_linear(x, tiles, None, N, "bf16")
+    assert torch.equal(y, packed.op_linear(x, tiles, None, N, "bf16"))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -344,8 +347,8 @@ def test_dtypes_by_name(dtype: torch.dtype, device: str) -> None:
     """What compiled programs call."""
     tiles, at = tiles_of(planes(N, K, "exact", device)), torch.tensor([3, 0, 19], device=device)
     name = str(dtype).removeprefix("torch.")
-    assert torch.equal(torch.ops.q6k.dequantize_named(tiles, N, name), schema.dequantize(tiles, N, dtype))
-    assert torch.equal(torch.ops.q6k.embedding_named(at, tiles, N, name), schema.embedding(at, tiles, N, dtype))
+    assert torch.equal(torch.ops.q6k.dequantize_named(tiles, N, name), packed.op_dequantize(tiles, N, dtype))
+    assert torch.equal(torch.ops.q6k.embedding_named(at, tiles, N, name), packed.op_embedding(at, tiles, N, dtype))
     torch.library.opcheck(torch.ops.q6k.embedding_named.default, (at, tiles, N, name))
     torch.library.opcheck(torch.ops.q6k.dequantize_named.default, (tiles, N, name))
     for bad in ("float64", "half", ""):

@@ -72,7 +72,7 @@ def tiles_of(n: int, k: int, scales: str) -> Any:
         return prepack.pack(
             ql, qh, torch.full((n, k // 16), 3, dtype=torch.int8), torch.full((n, k // 256), 0.01).half()
         )
-    return prepack.pack(ql, qh, torch.full((n, k // 16), 0.03).bfloat16())
+    return packed.tiles_of(ql, qh, torch.full((n, k // 16), 0.03).bfloat16())
 
 
 @pytest.fixture

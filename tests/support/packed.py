@@ -1,22 +1,44 @@
-"""Random packed weights: their planes, the weight, and its numbers by the reference."""
+"""Random packed weights: their planes, the weight, and its numbers by the reference; and operations on tiles alone.
+
+Tests of one layer often have planes or tiles without their weight type: here the number of arrays, or the size of a
+tile, tells it.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from torch import Tensor
 
 import oracles
 from gguf_builder import q6k_blocks
-from q6k_kernels.ops import reference
+from q6k_kernels.formats import tiles as layout
+from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType, row_of
+from q6k_kernels.ops import reference, schema
 from q6k_kernels.weights.weight import PackedWeight
 
 
-def planes(shape: tuple[int, ...], scales: str, seed: int = 5) -> dict[str, torch.Tensor]:
+def given(*planes: Tensor | None, **by_role: Tensor | None) -> list[Tensor]:
+    """The planes that are there, in order."""
+    return [plane for plane in (*planes, *by_role.values()) if plane is not None]
+
+
+def row(tensors: list[Tensor] | Tensor) -> WeightType:
+    """The weight type of planes, or of tiles; the default one of what is none of them."""
+    rows = list(WEIGHT_TYPES.values())
+    if isinstance(tensors, Tensor):
+        return next((each for each in rows if each.tile_bytes == tensors.shape[-1]), rows[0])
+    return next((each for each in rows if len(each.arrays) == len(tensors)), rows[0])
+
+
+def planes(shape: tuple[int, ...], scales: str, seed: int = 5) -> dict[str, Tensor]:
     """Random blocks as a bundle has them."""
     return planes_of(q6k_blocks(int(np.prod(shape)) // 256, seed), shape, scales)
 
 
-def planes_of(blocks: bytes, shape: tuple[int, ...], scales: str) -> dict[str, torch.Tensor]:
+def planes_of(blocks: bytes, shape: tuple[int, ...], scales: str) -> dict[str, Tensor]:
     """Blocks as a bundle has them, by the per-element oracle."""
     dtypes = {"scale": torch.bfloat16 if scales == "bf16" else torch.int8, "steps": torch.float16}
     return {
@@ -28,12 +50,58 @@ def planes_of(blocks: bytes, shape: tuple[int, ...], scales: str) -> dict[str, t
 
 
 def weight(shape: tuple[int, ...], scales: str = "bf16", seed: int = 5) -> PackedWeight:
-    return PackedWeight.from_planes(**planes(shape, scales, seed))
+    return PackedWeight.from_planes(given(**planes(shape, scales, seed)), row_of("Q6_K", scales).name)
 
 
 def numbers(
     shape: tuple[int, ...], scales: str = "bf16", seed: int = 5, dtype: torch.dtype = torch.bfloat16
-) -> torch.Tensor:
+) -> Tensor:
     """The same weights, by the reference."""
     flat = {role: plane.flatten(0, -2) for role, plane in planes(shape, scales, seed).items()}
-    return reference.dequantize(**flat, dtype=dtype).view(shape)
+    return dequantized(**flat, dtype=dtype).view(shape)
+
+
+def dequantized(*arrays: Tensor | None, dtype: torch.dtype = torch.float32, **by_role: Tensor | None) -> Tensor:
+    """`reference.dequantize` of planes."""
+    found = given(*arrays, **by_role)
+    return reference.dequantize(found, row(found), dtype)
+
+
+def multiplied(
+    x: Tensor, *arrays: Tensor | None, bias: Any = None, activations: Any = "auto", **by_role: Any
+) -> Tensor:
+    """`reference.linear` of planes."""
+    found = given(*arrays, **by_role)
+    return reference.linear(x, found, row(found), bias, activations=activations)
+
+
+def tiles_of(*arrays: Tensor | None, **by_role: Tensor | None) -> Tensor:
+    """`formats.tiles.pack` of planes."""
+    found = given(*arrays, **by_role)
+    return layout.pack(found, row(found))
+
+
+def untiled(tiles: Tensor, n: int) -> list[Tensor]:
+    """`formats.tiles.unpack`."""
+    return layout.unpack(tiles, n, row(tiles))
+
+
+def op_pack(*arrays: Tensor | None, **by_role: Tensor | None) -> Tensor:
+    """`torch.ops.q6k.pack` of planes."""
+    found = given(*arrays, **by_role)
+    return schema.pack(found, row(found).name)
+
+
+def op_linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, activations: str) -> Tensor:
+    """`torch.ops.q6k.linear` with tiles alone."""
+    return schema.linear(x, tiles, bias, n, row(tiles).name, activations)
+
+
+def op_embedding(indices: Tensor, tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """`torch.ops.q6k.embedding` with tiles alone."""
+    return schema.embedding(indices, tiles, n, row(tiles).name, dtype)
+
+
+def op_dequantize(tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """`torch.ops.q6k.dequantize` with tiles alone."""
+    return schema.dequantize(tiles, n, row(tiles).name, dtype)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
+import packed
 from gguf_builder import F32, Builder, small_model, weight
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
@@ -347,7 +348,7 @@ def test_a_wrong_output_of_a_kernel_is_named(tmp_path: Path, kernels: pytest.Mon
 
     def broken(x: Any, tiles: Any, bias: Any, n: int, activations: str) -> Any:
         y = real(x, tiles, bias, n, activations)
-        if len(x) == 512 and n == 5 and torch.equal(prepack.unpack(tiles, n)[0], second):
+        if len(x) == 512 and n == 5 and torch.equal(packed.untiled(tiles, n)[0], second):
             y[511, 4] *= 1.1
         return y
 

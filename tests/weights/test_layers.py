@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 
 from torch import nn
 
+from q6k_kernels.formats.types import row_of
 from q6k_kernels.weights.layers import Q6KEmbedding, Q6KLinear
 from q6k_kernels.weights.weight import PackedWeight, q6k_linear
 
@@ -90,9 +91,9 @@ def test_a_new_layer_is_zero_and_has_no_gradient() -> None:
 
 
 def test_what_is_shown() -> None:
-    shown = "Q6KLinear(in_features=512, out_features=40, bias=True, scales='exact', activations='int8')"
-    assert repr(Q6KLinear(512, 40, bias=True, scales="exact", activations="int8")) == shown
-    assert repr(Q6KEmbedding(40, 512)) == "Q6KEmbedding(40, 512, scales='bf16', dtype=torch.bfloat16)"
+    shown = "Q6KLinear(in_features=512, out_features=40, bias=True, format='q6_k_exact', activations='int8')"
+    assert repr(Q6KLinear(512, 40, bias=True, format="q6_k_exact", activations="int8")) == shown
+    assert repr(Q6KEmbedding(40, 512)) == "Q6KEmbedding(40, 512, format='q6_k', dtype=torch.bfloat16)"
 
 
 @pytest.mark.parametrize(("device", "assign"), [("cpu", False), ("cpu", True), ("meta", True)])
@@ -107,7 +108,7 @@ def test_state_dicts(scales: Any, device: str, assign: bool) -> None:
     file = io.BytesIO()
     torch.save(source.state_dict(), file)
     file.seek(0)
-    layer = Q6KLinear(512, 40, bias=True, scales=scales, device=device, dtype=torch.float32)
+    layer = Q6KLinear(512, 40, bias=True, format=row_of("Q6_K", scales).name, device=device, dtype=torch.float32)
     layer.load_state_dict(torch.load(file, weights_only=True), assign=assign)
     assert torch.equal(layer(X), source(X))
     assert layer.bias is not None
@@ -244,7 +245,7 @@ def test_compiling_a_tied_model() -> None:
         (lambda: Q6KLinear(500, 40), "multiple of 256 long.*found 40 of 500 with 'bf16' scales"),
         (lambda: Q6KLinear(512, 0), "found 0 of 512"),
         (lambda: Q6KEmbedding(40, 0), "found 40 of 0"),
-        (lambda: Q6KLinear(512, 40, scales="fp8"), "found 40 of 512 with 'fp8' scales"),
+        (lambda: Q6KLinear(512, 40, format="fp8"), "expected one of q6_k, q6_k_exact, found 'fp8'"),
         (lambda: Q6KLinear(512, 40, activations="fp8"), "activations: expected auto, int8 or bf16, found 'fp8'"),
         (lambda: Q6KLinear(512, 40, dtype=torch.int8), "dtype: expected bfloat16, .*, found torch.int8"),
         (lambda: Q6KEmbedding(40, 512, dtype=torch.float64), "dtype: expected bfloat16, .*, found torch.float64"),

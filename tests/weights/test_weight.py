@@ -16,8 +16,7 @@ from packed import numbers, planes, weight
 
 torch = pytest.importorskip("torch")
 
-from q6k_kernels.formats import tiles as prepack
-from q6k_kernels.ops import reference
+from q6k_kernels.formats.types import WEIGHT_TYPES
 from q6k_kernels.weights.weight import PackedWeight, dequantize, embedding, q6k_linear
 
 SHAPES = [(1, 256), (40, 512), (3, 20, 256)]
@@ -32,7 +31,7 @@ def test_what_it_says_of_itself(shape: tuple[int, ...], scales: str) -> None:
     assert type(packed.shape) is tuple
     assert (packed.n, packed.k, packed.scales, packed.device.type) == (*shape[-2:], scales, "cpu")
     assert packed.nbytes == packed.tiles.nbytes == tiles * (3584 if scales == "bf16" else 3360)
-    assert repr(packed).startswith(f"PackedWeight({shape}, scales='{scales}', device='cpu', ")
+    assert repr(packed).startswith(f"PackedWeight({shape}, '{packed.format}', device='cpu', ")
     with pytest.raises(AttributeError):
         packed.shape = (1, 1)  # type: ignore[misc]
 
@@ -55,10 +54,10 @@ def test_planes_and_numbers(shape: tuple[int, ...], scales: str) -> None:
 def test_operations_take_it_whole() -> None:
     packed, arrays = weight((40, 512)), planes((40, 512), "bf16")
     x, bias = torch.randn(3, 512).bfloat16(), torch.randn(40)
-    assert torch.equal(q6k_linear(x, packed), reference.linear(x, **arrays))
-    assert torch.equal(q6k_linear(x, packed, bias=bias), reference.linear(x, **arrays, bias=bias))
+    assert torch.equal(q6k_linear(x, packed), packed.multiplied(x, **arrays))
+    assert torch.equal(q6k_linear(x, packed, bias=bias), packed.multiplied(x, **arrays, bias=bias))
     found = q6k_linear(x, packed, bias, "int8")
-    assert torch.equal(found, reference.linear(x, **arrays, bias=bias, activations="int8"))
+    assert torch.equal(found, packed.multiplied(x, **arrays, bias=bias, activations="int8"))
     assert torch.equal(embedding(torch.tensor([39, 2]), packed), numbers((40, 512))[[39, 2]])
     assert embedding(torch.tensor([39, 2]), packed, torch.float16).dtype == torch.float16
     with pytest.raises(ValueError, match=r"of a stack of experts take one, weight\[expert\]"):
@@ -239,4 +238,5 @@ else:
 
 
 def test_tiles_are_of_the_documented_size() -> None:
-    assert {"bf16": 16 * 256 * 7 // 8, "exact": int(16 * 256 * 6.5625 / 8)} == prepack.TILE_BYTES
+    sizes = {name: row.tile_bytes for name, row in WEIGHT_TYPES.items()}
+    assert sizes == {"q6_k": 16 * 256 * 7 // 8, "q6_k_exact": int(16 * 256 * 6.5625 / 8)}

@@ -1,6 +1,6 @@
 """`bundle.json`: what a bundle holds, in one canonical JSON text.
 
-Rules of version 1:
+Rules of version 2:
 
 1. The text ends in a field `manifest_checksum`: the checksum of the same text without that field. So no
    bit of it can change unnoticed.
@@ -8,7 +8,8 @@ Rules of version 1:
 3. Every checksum is XXH3-128 in hexadecimal.
 4. `files` names every other file of the directory. A shard has the checksum of its header, and every
    byte after the header belongs to one array, which has a checksum of its own.
-5. `tensors` lists the source's tensors in the order of their data, those not stored included.
+5. `tensors` lists the source's tensors in the order of their data, those not stored included. `format` is the
+   name of the weight type of a packed tensor (see `formats.types`), null for others.
 6. Nothing in it depends on time, place or machine.
 
 The manifest is untrusted when read: `read` bounds its size and checks every field's type.
@@ -30,7 +31,7 @@ from q6k_kernels.bundle.shards import DTYPE_BYTES
 from q6k_kernels.bundle.storage import STORAGES
 
 FORMAT = "q6k-planar"
-VERSION = 1
+VERSION = 2
 NAME = "bundle.json"
 METADATA_NAME = "metadata.gguf"
 CHECKSUM = "xxh3_128"
@@ -60,12 +61,22 @@ class StoredArray:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the source. `arrays` by role: ql, qh, scale, steps; or data; none if skipped."""
+    """One tensor of the source.
+
+    Attributes:
+        name: its GGUF name.
+        type: its GGML type.
+        shape: torch order.
+        storage: one of `STORAGES`.
+        format: the name of its weight type, if it is packed.
+        arrays: by role: those of the weight type, or data; none if it is skipped.
+    """
 
     name: str
     type: str
     shape: list[int]
     storage: str
+    format: str | None
     arrays: dict[str, StoredArray]
 
     @property
@@ -164,9 +175,11 @@ def _check_version(top: dict[str, Any]) -> None:
     if top.get("format") != FORMAT:
         raise BundleError(f"format: expected {FORMAT!r}, found {_short(top.get('format'))}")
     if top.get("version") != VERSION or top.get("checksum") != CHECKSUM:
+        older = isinstance(top.get("version"), int) and top["version"] < VERSION
         raise BundleError(
             f"version {_short(top.get('version'))} with checksums {_short(top.get('checksum'))}; this program "
-            f"reads version {VERSION} with {CHECKSUM!r}: a newer release of q6k-convert may read it"
+            f"reads version {VERSION} with {CHECKSUM!r}: "
+            + ("convert the model again" if older else "a newer release of q6k-convert may read it")
         )
 
 
@@ -223,11 +236,14 @@ def _tensor(content: Any) -> StoredTensor:
         if storage not in STORAGES:
             raise BundleError(f"storage: expected one of {', '.join(STORAGES)}, found {storage!r}")
         arrays = _field(content, "arrays", dict)
+        if "format" not in content:
+            raise BundleError("format: missing")
         return StoredTensor(
             name=name,
             type=_field(content, "type", str),
             shape=_shape(content),
             storage=storage,
+            format=None if content["format"] is None else _field(content, "format", str),
             arrays={
                 role: _array(a) for role, a in zip(arrays, _objects(StoredArray, arrays.values()), strict=True)
             },

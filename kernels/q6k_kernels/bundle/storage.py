@@ -2,7 +2,7 @@
 
 | storage     | arrays                                                                     |
 |-------------|----------------------------------------------------------------------------|
-| planar      | `X.ql`, `X.qh`, `X.scale`, with exact scales also `X.steps` (see `planar`) |
+| planar      | those of its weight type: `X.ql`, … (see `formats.types`)                  |
 | plain       | `X`, as it was: float, bf16 and integer types                              |
 | dequantized | `X`, bf16                                                                  |
 | raw         | `X`, uint8 rows of GGUF blocks                                             |
@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from q6k_kernels.bundle.shards import ArraySpec
-from q6k_kernels.formats.ggml import GROUP, SUPER_BLOCK, TYPE_SIZES, GGMLType
+from q6k_kernels.formats.ggml import TYPE_SIZES, GGMLType
+from q6k_kernels.formats.types import weight_type
 
-Scales = Literal["bf16", "exact"]
 Storage = Literal["planar", "plain", "dequantized", "raw", "skipped"]
 
 STORAGES: tuple[Storage, ...] = get_args(Storage)
@@ -35,32 +35,33 @@ PLAIN_DTYPES = {
 
 
 def arrays_of(
-    name: str, ggml_type: str, shape: Sequence[int], storage: Storage, scales: Scales
+    name: str, ggml_type: str, shape: Sequence[int], storage: Storage, format: str | None
 ) -> dict[str, ArraySpec]:
-    """The arrays of a tensor by role: ql, qh, scale, steps; or data; none if it is skipped.
+    """Return the arrays of a tensor by role: those of its weight type, or data; none if it is skipped.
 
     Args:
         name: the tensor's GGUF name.
         ggml_type: its type's name, `Q6_K` say.
         shape: torch order; (N, K) or (E, N, K) for planar storage.
         storage: how it is stored.
-        scales: which scales planar tensors have.
+        format: the name of the weight type of planar storage, else None.
 
     Raises:
         ValueError: a tensor of this type or shape cannot be stored so.
     """
     *lead, last = shape or (1,)
-    if storage == "planar":
-        if ggml_type != "Q6_K" or len(shape) not in (2, 3) or last % SUPER_BLOCK:
-            raise ValueError(f"{ggml_type} of shape {list(shape)} has no planar form")
-        arrays = {
-            "ql": ArraySpec(f"{name}.ql", "U8", (*lead, last // 2)),
-            "qh": ArraySpec(f"{name}.qh", "U8", (*lead, last // 4)),
-            "scale": ArraySpec(f"{name}.scale", "BF16" if scales == "bf16" else "I8", (*lead, last // GROUP)),
+    if (format is not None) != (storage == "planar"):
+        raise ValueError(
+            f"stored {storage}, and a weight type {format!r}: planar tensors have one, others have none"
+        )
+    if format is not None:
+        row = weight_type(format)
+        if ggml_type != row.ggml or len(shape) not in (2, 3) or last % row.block:
+            raise ValueError(f"{ggml_type} of shape {list(shape)} has no form {format}")
+        return {
+            array.role: ArraySpec(f"{name}.{array.role}", array.dtype, (*lead, last // array.weights))
+            for array in row.arrays
         }
-        if scales == "exact":
-            arrays["steps"] = ArraySpec(f"{name}.steps", "F16", (*lead, last // SUPER_BLOCK))
-        return arrays
     if storage == "plain":
         if ggml_type not in PLAIN_DTYPES:
             raise ValueError(f"{ggml_type} is not stored as it is")

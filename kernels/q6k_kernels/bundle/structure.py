@@ -26,7 +26,8 @@ from typing import Any, cast
 
 from q6k_kernels.bundle.manifest import METADATA_NAME, NAME, Manifest, StoredArray, StoredTensor
 from q6k_kernels.bundle.shards import DTYPE_BYTES, INDEX_NAME
-from q6k_kernels.bundle.storage import Scales, Storage, arrays_of
+from q6k_kernels.bundle.storage import Storage, arrays_of
+from q6k_kernels.formats.types import row_of
 
 MAX_HEADER = 16 << 20
 """Bytes of a shard's header; the 16,384 tensors a GGUF may have take less."""
@@ -190,11 +191,14 @@ def _check_tensors(manifest: Manifest) -> Iterator[Finding]:
         names.add(tensor.name)
         try:
             expected = arrays_of(
-                tensor.name, tensor.type, tensor.shape, cast("Storage", tensor.storage), cast("Scales", scales)
+                tensor.name, tensor.type, tensor.shape, cast("Storage", tensor.storage), tensor.format
             )
         except ValueError as error:
             yield Finding(str(error), NAME, tensor.name)
             continue
+        if tensor.format is not None and (chosen := row_of(tensor.type, scales).name) != tensor.format:
+            problem = f"option scales {scales} gives {tensor.type} as {chosen}, found {tensor.format}"
+            yield Finding(problem, NAME, tensor.name)
         if set(expected) != set(tensor.arrays):
             roles = ", ".join(sorted(expected)) or "none"
             found = ", ".join(sorted(tensor.arrays)) or "none"

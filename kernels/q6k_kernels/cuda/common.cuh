@@ -2,10 +2,11 @@
 //
 // Device code here includes nothing, so that run-time compilation needs no header and caches by text alone.
 // Kernels are specialised by macros, all integers:
-//   Q6K_EXACT   0: bf16 scales, tiles of 3584 bytes; 1: int8 sub-scales and fp16 steps, tiles of 3360 bytes
+//   Q6K_BITS, Q6K_GROUP, Q6K_MINIMUM, Q6K_SCALES    the weight type, a row of formats/types.py: bits of a code, weights
+//               of a group, whether a group has a minimum, and the kind of its scale
 //   Q6K_FP16    0: activations and outputs are bf16; 1: fp16
 //
-// A tile is 16 rows x 256 weights (prepack.py has the rules). lane = 4g + t holds, of row g + 8h and each of
+// A tile is 16 rows x 256 weights (formats/tiles.py has the rules). lane = 4g + t holds, of row g + 8h and each of
 // the 16 groups, the four weights 2t, 2t+1, 2t+8, 2t+9: the A fragment of a 16-row matrix instruction.
 
 typedef unsigned char u8;
@@ -15,8 +16,13 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
-#ifndef Q6K_EXACT
-#define Q6K_EXACT 0
+#define SCALES_BF16 0      // a bf16 for each group
+#define SCALES_STEPPED 1   // an int8 for each group, times an fp16 step for each super-block
+#ifndef Q6K_BITS
+#define Q6K_BITS 6
+#define Q6K_GROUP 16
+#define Q6K_MINIMUM 0
+#define Q6K_SCALES SCALES_BF16
 #endif
 #ifndef Q6K_FP16
 #define Q6K_FP16 0
@@ -25,10 +31,12 @@ typedef long long i64;
 constexpr int TILE_ROWS = 16;
 constexpr int SUPER_BLOCK = 256;
 constexpr int QUARTERS = 4;              // of a super-block: 64 weights, four groups
-constexpr int LOW_AT = 2048;             // byte of a tile where the low pairs begin
-constexpr int SCALES_AT = 3072;          // and the scales
-constexpr int STEPS_AT = 3328;           // and, with exact scales, the steps
-constexpr int TILE_BYTES = Q6K_EXACT ? 3360 : 3584;
+constexpr bool STEPPED = Q6K_SCALES == SCALES_STEPPED;
+constexpr int TILE_WEIGHTS = TILE_ROWS * SUPER_BLOCK;
+constexpr int LOW_AT = TILE_WEIGHTS / 2;                        // byte of a tile where the low pairs begin
+constexpr int SCALES_AT = TILE_WEIGHTS * Q6K_BITS / 8;          // and the scales
+constexpr int STEPS_AT = SCALES_AT + TILE_WEIGHTS / Q6K_GROUP * (STEPPED ? 1 : 2);  // and the steps, if any
+constexpr int TILE_BYTES = STEPS_AT + (STEPPED ? TILE_ROWS * 2 : 0);
 constexpr int TILE_CHUNKS = TILE_BYTES / 16;
 
 // ---- conversions -------------------------------------------------------------------------------------------
@@ -145,11 +153,13 @@ __device__ __forceinline__ u32 word_of(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
+static_assert(Q6K_BITS == 6 && Q6K_GROUP == 16 && !Q6K_MINIMUM, "what follows unpacks codes of 6 bits, groups of 16");
+
 // Four groups (64 weights) of the rows g and g + 8, as a lane holds them.
 struct LaneQuarter {
   u32 high[2][2];                   // [row half][pair of groups]: nibbles
   u32 low[2];                       // [row half]: pairs of bits
-  u32 scales[2][Q6K_EXACT ? 1 : 2]; // [row half]: four bytes, or twice two bf16
+  u32 scales[2][STEPPED ? 1 : 2];   // [row half]: four bytes, or twice two bf16
 
   // Four times the four weights of a group, as signed bytes: 6-bit two's complement at the top of each byte.
   __device__ __forceinline__ u32 times_four(int h, int group) const {
@@ -165,7 +175,7 @@ struct LaneQuarter {
     return (top & 0x3C3C3C3Cu) ^ below;
   }
 
-#if Q6K_EXACT
+#if Q6K_SCALES == SCALES_STEPPED
   // d * sub-scale, without rounding. A sub-scale byte b = sc + 128 in the mantissa of 2^15 reads 32768 + b, and
   // 32896 * d has 9 + 11 significant bits. A d that is infinite gives NaN.
   struct RowStep {
@@ -193,7 +203,7 @@ struct LaneQuarter {
   // multiplication one rounding; otherwise fp32 holds the product whole (23 bits), and is rounded after.
   __device__ __forceinline__ void halves(int h, int group, const RowStep& row, u32 (&pairs)[2]) const {
     const u32 bytes = plus_32(h, group);
-#if !Q6K_EXACT && !Q6K_FP16
+#if Q6K_SCALES == SCALES_BF16 && !Q6K_FP16
     const u32 biased[2] = {__byte_perm(bytes, 0x43434343u, 0x4140), __byte_perm(bytes, 0x43434343u, 0x4342)};
     const u32 both = scales[h][group >> 1];
     const u32 twice = group & 1 ? __byte_perm(both, both, 0x3232) : __byte_perm(both, both, 0x1010);
@@ -223,7 +233,7 @@ struct LaneQuarter {
     for (int h = 0; h < 2; ++h) {
       load_shared_8(high[h], tile + (2 * h + (quarter >> 1)) * 512 + lane * 16 + (quarter & 1) * 8);
       low[h] = load_shared_4(tile + LOW_AT + h * 512 + lane * 16 + quarter * 4);
-#if Q6K_EXACT
+#if Q6K_SCALES == SCALES_STEPPED
       scales[h][0] = load_shared_4(tile + SCALES_AT + (g + 8 * h) * 16 + quarter * 4);
 #else
       load_shared_8(scales[h], tile + SCALES_AT + (g + 8 * h) * 32 + quarter * 8);
@@ -232,7 +242,7 @@ struct LaneQuarter {
   }
 };
 
-__device__ __forceinline__ u32 load_step(u32 tile, int row) {  // fp16 bits; exact scales only
+__device__ __forceinline__ u32 load_step(u32 tile, int row) {  // fp16 bits; stepped scales only
   u16 bits;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(tile + STEPS_AT + row * 2) : "memory");
   return bits;
@@ -242,8 +252,8 @@ __device__ __forceinline__ u32 load_step(u32 tile, int row) {  // fp16 bits; exa
 struct LaneTile {
   uint4 high[2][2];  // [row half][group half]
   uint4 low[2];      // [row half]
-  uint4 scales[2][Q6K_EXACT ? 1 : 2];
-  u32 step[2];       // fp16 bits; exact scales only
+  uint4 scales[2][STEPPED ? 1 : 2];
+  u32 step[2];       // fp16 bits; stepped scales only
 
   __device__ __forceinline__ void load(u32 tile, int lane) {
     const int g = lane >> 2;
@@ -252,7 +262,7 @@ struct LaneTile {
       high[h][0] = load_shared_16(tile + (2 * h) * 512 + lane * 16);
       high[h][1] = load_shared_16(tile + (2 * h + 1) * 512 + lane * 16);
       low[h] = load_shared_16(tile + LOW_AT + h * 512 + lane * 16);
-#if Q6K_EXACT
+#if Q6K_SCALES == SCALES_STEPPED
       scales[h][0] = load_shared_16(tile + SCALES_AT + (g + 8 * h) * 16);
       step[h] = load_step(tile, g + 8 * h);
 #else
@@ -270,7 +280,7 @@ struct LaneTile {
       part.high[h][0] = word_of(high[h][q >> 1], (q & 1) * 2);
       part.high[h][1] = word_of(high[h][q >> 1], (q & 1) * 2 + 1);
       part.low[h] = word_of(low[h], q);
-#if Q6K_EXACT
+#if Q6K_SCALES == SCALES_STEPPED
       part.scales[h][0] = word_of(scales[h][0], q);
 #else
       part.scales[h][0] = word_of(scales[h][q >> 1], (q & 1) * 2);

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from q6k_kernels.cuda.decode_plan import FUSED_TOKENS, MOST_TOKENS, SHAPES, TOKENS, Plan, activation_bytes, plan
-from q6k_kernels.cuda.device import Device, Variant, bias_arguments, common_macros, is_exact, stream
+from q6k_kernels.cuda.device import Device, Variant, bias_arguments, common_macros, stream
 from q6k_kernels.formats.ggml import SUPER_BLOCK
+from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType
 from q6k_kernels.jit import loader
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ _ARGUMENTS = struct.Struct("@PPPPqiiiiii")
 _QUANTIZE_ARGUMENTS = struct.Struct("@PPPqii")
 
 
-def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, y: Tensor, device: Device) -> None:
+def linear(
+    x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, row: WeightType, y: Tensor, device: Device
+) -> None:
     """Launches what `q6k_kernels.cuda.dispatch.linear` has checked.
 
     Args:
@@ -31,6 +34,7 @@ def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, y: Tensor, dev
         tiles: uint8 (T, K/256, tile_bytes).
         bias: (n,) or None.
         n: rows of the weight.
+        row: the weight type.
         y: x's dtype (M, n), contiguous.
         device: of all of them.
 
@@ -40,14 +44,14 @@ def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, y: Tensor, dev
     k, at = x.shape[1], 0
     while at < len(x):
         m = min(MOST_TOKENS, len(x) - at)
-        while (chosen := plan(m, n, k, is_exact(tiles), device)) is None:
+        while (chosen := plan(m, n, k, row, device)) is None:
             if m == 1:
                 raise ValueError(
                     f"activations int8: rows of K = {k} do not fit in the {device.shared_bytes} bytes of shared "
                     f"memory of this GPU's blocks; use activations='bf16'"
                 )
             m //= 2
-        _launch(chosen, x[at : at + m], tiles, bias, n, y[at : at + m], device)
+        _launch(chosen, x[at : at + m], tiles, bias, n, row, y[at : at + m], device)
         at += m
 
 
@@ -56,6 +60,7 @@ def linear_of_codes(
     tiles: Tensor,
     bias: Tensor | None,
     n: int,
+    row: WeightType,
     y: Tensor,
     device: Device,
 ) -> None:
@@ -66,20 +71,30 @@ def linear_of_codes(
         tiles: uint8 (T, K/256, tile_bytes).
         bias: (n,) or None.
         n: rows of the weight, which `decode_plan.fits`.
+        row: the weight type.
         y: bf16 or fp16 (1, n), contiguous.
         device: of all of them.
     """
-    chosen = plan(1, n, tiles.shape[1] * SUPER_BLOCK, is_exact(tiles), device, quantized=True)
+    chosen = plan(1, n, tiles.shape[1] * SUPER_BLOCK, row, device, quantized=True)
     if chosen is None:
         raise ValueError(f"rows of K = {tiles.shape[1] * SUPER_BLOCK} do not fit in shared memory")
-    _multiply(chosen, codes, 0, tiles, bias, n, y, device)
+    _multiply(chosen, codes, 0, tiles, bias, n, row, y, device)
 
 
-def _launch(chosen: Plan, x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, y: Tensor, device: Device) -> None:
+def _launch(
+    chosen: Plan,
+    x: Tensor,
+    tiles: Tensor,
+    bias: Tensor | None,
+    n: int,
+    row: WeightType,
+    y: Tensor,
+    device: Device,
+) -> None:
     stride = x.stride(0)
     if not chosen.fused:
-        x = _quantize(x, chosen, is_exact(tiles), device)
-    _multiply(chosen, x, stride, tiles, bias, n, y, device)
+        x = _quantize(x, chosen, row, device)
+    _multiply(chosen, x, stride, tiles, bias, n, row, y, device)
 
 
 def _multiply(
@@ -89,10 +104,11 @@ def _multiply(
     tiles: Tensor,
     bias: Tensor | None,
     n: int,
+    row: WeightType,
     y: Tensor,
     device: Device,
 ) -> None:
-    kernel = loader.load(*_variant_of(chosen, is_exact(tiles), y.dtype), device.index)
+    kernel = loader.load(*_variant_of(chosen, row, y.dtype), device.index)
     bias_at, bias_kind = bias_arguments(bias)
     arguments = _ARGUMENTS.pack(
         tiles.data_ptr(),
@@ -118,7 +134,7 @@ def _multiply(
     )
 
 
-def _quantize(x: Tensor, chosen: Plan, exact: bool, device: Device) -> Tensor:
+def _quantize(x: Tensor, chosen: Plan, row: WeightType, device: Device) -> Tensor:
     """The rows x (M, K) in 8 bits, as the decode kernel that was chosen reads them."""
     (m, k), tokens = x.shape, chosen.tokens
     codes, steps = (k // SUPER_BLOCK * each for each in activation_bytes(tokens, False))
@@ -126,22 +142,22 @@ def _quantize(x: Tensor, chosen: Plan, exact: bool, device: Device) -> Tensor:
     arguments = _QUANTIZE_ARGUMENTS.pack(
         x.data_ptr(), quantized.data_ptr(), quantized.data_ptr() + codes, x.stride(0), m, k
     )
-    variant = _variant_of(chosen, exact, x.dtype)
+    variant = _variant_of(chosen, row, x.dtype)
     kernel = loader.load(FILE, QUANTIZE, variant[2], device.index)
     blocks = -(-(tokens * k // 16) // QUANTIZE_THREADS)
     kernel.launch((blocks, 1, 1), QUANTIZE_THREADS, arguments, stream=stream(device), dependent=device.arch >= 90)
     return quantized
 
 
-def _variant_of(chosen: Plan, exact: bool, dtype: torch.dtype) -> Variant:
-    return _variant(chosen.kernel, chosen.cluster > 1, exact, dtype == torch.float16)
+def _variant_of(chosen: Plan, row: WeightType, dtype: torch.dtype) -> Variant:
+    return _variant(chosen.kernel, chosen.cluster > 1, row, dtype == torch.float16)
 
 
 @cache
-def _variant(kernel: tuple[int, bool, int, int, int], split: bool, exact: bool, fp16: bool) -> Variant:
+def _variant(kernel: tuple[int, bool, int, int, int], split: bool, row: WeightType, fp16: bool) -> Variant:
     names = ("Q6K_TOKENS", "Q6K_FUSED", "Q6K_WARPS", "Q6K_STAGES", "Q6K_OCCUPANCY", "Q6K_SPLIT")
     macros = zip(names, map(int, (*kernel, split)), strict=True)
-    return FILE, KERNEL, (*common_macros(exact, fp16), *macros)
+    return FILE, KERNEL, (*common_macros(row, fp16), *macros)
 
 
 def variants(device: Device) -> list[Variant]:
@@ -150,6 +166,6 @@ def variants(device: Device) -> list[Variant]:
     shapes = SHAPES if device.shared_bytes >= 160 << 10 else ((8, 2, 1),)
     kinds = [(t, fused) for t, fused in product(TOKENS, (False, True)) if not fused or t <= FUSED_TOKENS]
     return [
-        _variant((*kind, *shape), split, exact, fp16)
-        for kind, shape, split, exact, fp16 in product(kinds, shapes, splits, (False, True), (False, True))
+        _variant((*kind, *shape), split, row, fp16)
+        for kind, shape, split, row, fp16 in product(kinds, shapes, splits, WEIGHT_TYPES.values(), (False, True))
     ]

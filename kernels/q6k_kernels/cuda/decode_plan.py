@@ -15,8 +15,7 @@ from itertools import product
 
 from q6k_kernels.cuda.device import Device
 from q6k_kernels.formats.ggml import SUPER_BLOCK
-from q6k_kernels.formats.tiles import TILE_BYTES
-from q6k_kernels.ops.reference import TILE_ROWS
+from q6k_kernels.formats.types import TILE_ROWS, WeightType
 
 MOST_TOKENS = 8
 TOKENS = (1, 2, 4, 8)
@@ -86,7 +85,7 @@ def choices(tokens: int, k: int, tiles: float, exact: bool, device: Device) -> l
         tokens: rows of activations the kernel is compiled for.
         k: columns.
         tiles: of weights, for each multiprocessor.
-        exact: the scale format.
+        row: the weight type.
         device: what the GPU offers.
     """
     # Activations that come after a full ring of tiles wait for it: where a launch is short, or activations are
@@ -123,7 +122,7 @@ def plan(
     m: int,
     n: int,
     k: int,
-    exact: bool,
+    row: WeightType,
     device: Device,
     forced: tuple[int, Choice] | None = None,
     quantized: bool = False,
@@ -136,7 +135,7 @@ def plan(
         m: rows of activations.
         n: rows of the weight.
         k: columns of both.
-        exact: the scale format.
+        row: the weight type.
         device: what the GPU offers.
         forced: a cluster size and a choice, to measure them.
         quantized: whether the activations come in 8 bits.
@@ -145,14 +144,14 @@ def plan(
     row_tiles, blocks = -(-n // TILE_ROWS), k // SUPER_BLOCK
     clusters = [c for c in CLUSTERS if c <= min(blocks, 8 if device.arch >= 90 else 1)]
     tiles = row_tiles * blocks / device.multiprocessors
-    tried = list(product(clusters, choices(tokens, k, tiles, exact, device))) if forced is None else [forced]
+    tried = list(product(clusters, choices(tokens, k, tiles, row.stepped, device))) if forced is None else [forced]
     if quantized:
         tried = [(cluster, Choice.of(choice.shape, False)) for cluster, choice in tried]
     for cluster, choice in tried:
         blocks_at_once = device.multiprocessors * choice.resident
         ranges = min(row_tiles, max(1, blocks_at_once // cluster))
         kernel = tokens, choice.fused, *choice.shape
-        fitting = _shared_bytes(kernel, row_tiles, blocks, cluster, ranges, exact, device)
+        fitting = _shared_bytes(kernel, row_tiles, blocks, cluster, ranges, row, device)
         if fitting is not None and fitting[0] <= MOST_WAVES * blocks_at_once and row_tiles * fitting[0] < 1 << 31:
             return Plan(*kernel, cluster, fitting[0], choice.early, fitting[1])
     return None
@@ -164,13 +163,13 @@ def _shared_bytes(
     blocks: int,
     cluster: int,
     ranges: int,
-    exact: bool,
+    row: WeightType,
     device: Device,
 ) -> tuple[int, int] | None:
     """Ranges, more if need be, and shared memory of a block; None if it does not fit."""
     tokens, fused, warps, stages, occupancy = kernel
     limit = min(device.shared_bytes, device.multiprocessor_shared_bytes // occupancy - 1024)
-    ring = warps * stages * TILE_BYTES["exact" if exact else "bf16"]
+    ring = warps * stages * row.tile_bytes
     activations = -(-blocks // cluster) * sum(activation_bytes(tokens, fused))
     slot = TILE_ROWS * tokens * 4  # sums of a row tile that a warp shares with others
     slots = 2 * warps
@@ -189,9 +188,9 @@ def activation_bytes(tokens: int, fused: bool) -> tuple[int, int]:
     return 4 * (64 * tokens + (16 if fused else 0)), 32 * tokens if tokens <= 4 else 256
 
 
-def fits(n: int, k: int, exact: bool, device: Device) -> bool:
+def fits(n: int, k: int, row: WeightType, device: Device) -> bool:
     """Whether at least one row of activations of that length fits in a block's shared memory."""
-    return plan(1, n, k, exact, device) is not None
+    return plan(1, n, k, row, device) is not None
 
 
 def code_bytes(k: int) -> tuple[int, int]:

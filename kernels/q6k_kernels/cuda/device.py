@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from q6k_kernels.formats.tiles import SCALES
+from q6k_kernels.formats.types import WeightType
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,14 +81,9 @@ def end_write(tiles: Tensor) -> None:
     torch.zeros(1, dtype=torch.uint8, device=tiles.device)
 
 
-def is_exact(tiles: Tensor) -> bool:
-    """Whether tiles have exact scales."""
-    return SCALES[tiles.shape[-1]] == "exact"
-
-
-def common_macros(exact: bool, fp16: bool) -> tuple[tuple[str, int], ...]:
-    """What `cuda/common.cuh` is specialised by."""
-    return ("Q6K_EXACT", int(exact)), ("Q6K_FP16", int(fp16))
+def common_macros(row: WeightType, fp16: bool) -> tuple[tuple[str, int], ...]:
+    """Return what `cuda/common.cuh` is specialised by: the weight type, and the activations' dtype."""
+    return (*row.macros, ("Q6K_FP16", int(fp16)))
 
 
 def bias_arguments(bias: Tensor | None) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from q6k_kernels.cuda import decode, decode_plan, expand, gemm_mma, gemm_wgmma
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda import rows as row_kernels
+from q6k_kernels.formats.types import WeightType
 
 DECODE_M = 8
 """Rows of x up to which "auto" quantises activations, if one fits: up to there one launch does them all, and it is
@@ -25,7 +26,9 @@ PREFILL_M = 256
 """Rows from which on expanding the weights for cuBLAS pays, on GPUs other than Hopper. Not measured there."""
 
 
-def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, activations: str = "auto") -> Tensor:
+def linear(
+    x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, row: WeightType, activations: str = "auto"
+) -> Tensor:
     """The product of x and the transposed weights, plus the bias.
 
     Args:
@@ -33,6 +36,7 @@ def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, activations: s
         tiles: uint8 (T, K/256, tile_bytes), on the same GPU.
         bias: bfloat16, float16 or float32 (n,), or None.
         n: rows of the weight.
+        row: the weight type.
         activations: "auto", "int8" or "bf16".
 
     Returns:
@@ -51,20 +55,16 @@ def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, activations: s
         return y
     if bias is not None:
         bias = bias.detach().contiguous()
-    if (
-        activations == "auto"
-        and m <= DECODE_M
-        and decode_plan.fits(n, x.shape[-1], launching.is_exact(tiles), device)
-    ):
+    if activations == "auto" and m <= DECODE_M and decode_plan.fits(n, x.shape[-1], row, device):
         activations = "int8"
     if activations == "int8":
-        decode.linear(rows, tiles, bias, n, outputs, device)
+        decode.linear(rows, tiles, bias, n, row, outputs, device)
     elif device.arch == gemm_wgmma.ARCH:
-        gemm_wgmma.linear(rows, tiles, bias, n, outputs, device)
+        gemm_wgmma.linear(rows, tiles, bias, n, row, outputs, device)
     elif m < PREFILL_M:
-        gemm_mma.linear(rows, tiles, bias, n, outputs)
+        gemm_mma.linear(rows, tiles, bias, n, row, outputs)
     else:
-        expand.linear(rows, tiles, bias, n, outputs)
+        expand.linear(rows, tiles, bias, n, row, outputs)
     return y
 
 

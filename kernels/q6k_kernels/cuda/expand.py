@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from q6k_kernels.cuda import rows as row_kernels
-from q6k_kernels.ops.reference import TILE_ROWS
+from q6k_kernels.formats.types import TILE_ROWS, WeightType
 
 SCRATCH_BYTES = 48 << 20
 """Weights of a slice and their products, together."""
@@ -21,7 +21,7 @@ def slice_rows(m: int, k: int) -> int:
     return max(TILE_ROWS, SCRATCH_BYTES // (2 * k + 4 * m) // TILE_ROWS * TILE_ROWS)
 
 
-def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, y: Tensor) -> None:
+def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, row: WeightType, y: Tensor) -> None:
     """Computes what `q6k_kernels.cuda.dispatch.linear` has checked.
 
     Args:
@@ -29,6 +29,7 @@ def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, y: Tensor) -> 
         tiles: uint8 (T, K/256, tile_bytes).
         bias: (n,) or None.
         n: rows of the weight.
+        row: the weight type.
         y: x's dtype (M, n), contiguous.
     """
     m, k = x.shape
@@ -37,7 +38,7 @@ def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, y: Tensor) -> 
     for first in range(0, n, step):
         rows = min(step, n - first)
         part = weights[:rows]
-        row_kernels.dequantize_rows(tiles, first, rows, n, part)
+        row_kernels.dequantize_rows(tiles, first, rows, n, row, part)
         sums = torch.mm(x, part.T, out_dtype=torch.float32)
         if bias is not None:
             sums += bias[first : first + rows]

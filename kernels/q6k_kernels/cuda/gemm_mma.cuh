@@ -113,7 +113,7 @@ __device__ __forceinline__ void load_half(LaneQuarter (&quarters)[2], u32 tile, 
     u32 low[2];
     load_shared_8(low, tile + LOW_AT + h * 512 + lane * 16 + half * 8);
     quarters[0].low[h] = low[0], quarters[1].low[h] = low[1];
-#if Q6K_EXACT
+#if Q6K_SCALES == SCALES_STEPPED
     u32 scales[2];
     load_shared_8(scales, tile + SCALES_AT + (g + 8 * h) * 16 + half * 8);
     quarters[0].scales[h][0] = scales[0], quarters[1].scales[h][0] = scales[1];
@@ -190,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 2)
 #pragma unroll
         for (int in_stage = 0; in_stage < STAGE_K / 64; ++in_stage) {
           const int quarter = sub * (STAGE_K / 64) + in_stage;
-#if Q6K_EXACT
+#if Q6K_SCALES == SCALES_STEPPED
           if (quarter == 0) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) row_steps[h] = LaneQuarter::row_step(load_step(tile, (lane >> 2) + 8 * h));

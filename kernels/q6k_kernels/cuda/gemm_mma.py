@@ -19,9 +19,8 @@ from torch import Tensor
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda.device import Device, Variant, bias_arguments, common_macros
 from q6k_kernels.formats.ggml import SUPER_BLOCK
-from q6k_kernels.formats.tiles import TILE_BYTES
+from q6k_kernels.formats.types import TILE_ROWS, WEIGHT_TYPES, WeightType
 from q6k_kernels.jit import loader
-from q6k_kernels.ops.reference import TILE_ROWS
 
 FILE, KERNEL, REDUCE = "gemm_mma.cuh", "q6k_gemm_mma", "q6k_reduce"
 CONFIGS = ((16, 1), (16, 4), (32, 1), (32, 2), (64, 1))
@@ -76,29 +75,29 @@ class Plan:
 
 
 @lru_cache(maxsize=4096)
-def plan(m: int, n: int, k: int, exact: bool, device: Device) -> Plan:
+def plan(m: int, n: int, k: int, row: WeightType, device: Device) -> Plan:
     """The launch for `m` rows of activations.
 
     Args:
         m: at least 1.
         n: rows of the weight.
         k: a multiple of 256.
-        exact: the scale format.
+        row: the weight type.
         device: what the GPU offers.
     """
     tokens = min(max(16, 1 << (m - 1).bit_length()), 64)
     splits = range(1, min(MOST_SPLITS, k // SUPER_BLOCK, max(1, MOST_WORKSPACE // (4 * m * n))) + 1)
     candidates = [
-        _plan(config, split, m, n, exact, device)
+        _plan(config, split, m, n, row, device)
         for config, split in product((config for config in CONFIGS if config[0] == tokens), splits)
     ]
     return min(candidates, key=lambda candidate: _cost(candidate, m, n, k, device))
 
 
-def _plan(config: tuple[int, int], splits: int, m: int, n: int, exact: bool, device: Device) -> Plan:
+def _plan(config: tuple[int, int], splits: int, m: int, n: int, row: WeightType, device: Device) -> Plan:
     (tokens, parts), slots = config, _slots(device.arch)
     blocks = -(-m // tokens) * -(-n // (TILE_ROWS * WARPS // parts))
-    shared = 2 * STAGE_BYTES + WARPS * slots * TILE_BYTES["exact" if exact else "bf16"]
+    shared = 2 * STAGE_BYTES + WARPS * slots * row.tile_bytes
     return Plan(tokens, parts, splits, slots, (blocks, splits, 1), shared)
 
 
@@ -116,7 +115,7 @@ def _cost(candidate: Plan, m: int, n: int, k: int, device: Device) -> float:
     return fullest * alone * (candidate.steps(k) + 0.5) + 0.1 * candidate.parts + adding
 
 
-def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, y: Tensor) -> None:
+def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, row: WeightType, y: Tensor) -> None:
     """Launches what `q6k_kernels.cuda.dispatch.linear` has checked.
 
     Args:
@@ -124,20 +123,21 @@ def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, y: Tensor) -> 
         tiles: uint8 (T, K/256, tile_bytes).
         bias: (n,), contiguous, or None.
         n: rows of the weight.
+        row: the weight type.
         y: x's dtype (M, n), contiguous.
 
     Raises:
         CudaError: a kernel cannot be compiled or launched.
     """
-    (m, k), exact, fp16 = x.shape, launching.is_exact(tiles), x.dtype is torch.float16
+    (m, k), fp16 = x.shape, x.dtype is torch.float16
     device = launching.device(x.device.index)
-    chosen = plan(m, n, k, exact, device)
+    chosen = plan(m, n, k, row, device)
     split = chosen.splits > 1
     workspace = torch.empty(chosen.splits, m, n, dtype=torch.float32, device=x.device) if split else None
     sums = 0 if workspace is None else workspace.data_ptr()
     bias_at, bias_kind = bias_arguments(bias)
     stream = launching.stream(device)
-    variant = _variant((chosen.tokens, chosen.parts), chosen.slots, exact, fp16)
+    variant = _variant((chosen.tokens, chosen.parts), chosen.slots, row, fp16)
     loader.load(*variant, device.index).launch(
         chosen.grid,
         THREADS,
@@ -159,15 +159,15 @@ def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, y: Tensor) -> 
 
 
 @cache
-def _variant(config: tuple[int, int], slots: int, exact: bool, fp16: bool) -> Variant:
+def _variant(config: tuple[int, int], slots: int, row: WeightType, fp16: bool) -> Variant:
     macros = ("Q6K_BN", config[0]), ("Q6K_KW", config[1]), ("Q6K_SLOTS", slots)
-    return FILE, KERNEL, (*common_macros(exact, fp16), *macros)
+    return FILE, KERNEL, (*common_macros(row, fp16), *macros)
 
 
 def variants(arch: int) -> list[Variant]:
     """All that `linear` may load on a GPU of that compute capability, 90 for 9.0."""
     found = [
-        _variant(config, _slots(arch), exact, fp16)
-        for config, exact, fp16 in product(CONFIGS, (False, True), (False, True))
+        _variant(config, _slots(arch), row, fp16)
+        for config, row, fp16 in product(CONFIGS, WEIGHT_TYPES.values(), (False, True))
     ]
     return [(FILE, kernel, macros) for _, _, macros in found for kernel in (KERNEL, REDUCE)]

@@ -250,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
     RingPlace tile_place, x_place, x_done;
     auto begin_block = [&]() {
       barrier_wait(tiles_full + tile_place.stage * 8, tile_place.parity);
-#if Q6K_EXACT
+#if Q6K_SCALES == SCALES_STEPPED
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         row_steps[h] = LaneQuarter::row_step(

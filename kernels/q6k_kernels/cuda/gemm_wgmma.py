@@ -17,11 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from q6k_kernels.cuda.device import Device, Variant, bias_arguments, common_macros, is_exact, stream
+from q6k_kernels.cuda.device import Device, Variant, bias_arguments, common_macros, stream
 from q6k_kernels.formats.ggml import SUPER_BLOCK
-from q6k_kernels.formats.tiles import TILE_BYTES
+from q6k_kernels.formats.types import TILE_ROWS, WEIGHT_TYPES, WeightType
 from q6k_kernels.jit import driver, loader, tensor_map
-from q6k_kernels.ops.reference import TILE_ROWS
 
 FILE, KERNEL = "gemm_wgmma.cuh", "q6k_gemm_wgmma"
 ARCH = 90
@@ -64,10 +63,9 @@ class Config:
         """Of a block: the consumers, and those that copy."""
         return self.consumers * 128 + (128 if self.tokens > 128 else 64)
 
-    def shared_bytes(self, exact: bool) -> int:
-        """Of a block; on top of 1 KB to align."""
-        tile = TILE_BYTES["exact" if exact else "bf16"]
-        rings = self.x_stages * self.tokens * 128 + self.tile_stages * self.rows // TILE_ROWS * tile
+    def shared_bytes(self, row: WeightType) -> int:
+        """Return the shared memory of a block; on top of 1 KB to align."""
+        rings = self.x_stages * self.tokens * 128 + self.tile_stages * self.rows // TILE_ROWS * row.tile_bytes
         return rings + self.consumers * 4 * 512 + (self.x_stages + self.tile_stages) * 16
 
 
@@ -181,6 +179,7 @@ def linear(
     tiles: Tensor,
     bias: Tensor | None,
     n: int,
+    row: WeightType,
     y: Tensor,
     device: Device,
     chosen: Plan | None = None,
@@ -192,13 +191,14 @@ def linear(
         tiles: uint8 (T, K/256, tile_bytes).
         bias: (n,) or None.
         n: rows of the weight.
+        row: the weight type.
         y: x's dtype (M, n), contiguous.
         device: of all of them, of compute capability 9.0.
         chosen: forces a plan, to measure it.
     """
-    (m, k), fp16, exact = x.shape, x.dtype == torch.float16, is_exact(tiles)
+    (m, k), fp16 = x.shape, x.dtype == torch.float16
     launch = plan(m, n, k, device) if chosen is None else chosen
-    kernel = loader.load(*_variant(launch.config, exact, fp16), device.index)
+    kernel = loader.load(*_variant(launch.config, row, fp16), device.index)
     scratch, (bias_at, bias_kind) = _scratch(launch, y.device), bias_arguments(bias)
     arguments = _ARGUMENTS.pack(
         y.data_ptr(),
@@ -220,7 +220,7 @@ def linear(
         launch.config.threads,
         arguments,
         stream=stream(device),
-        shared_bytes=launch.config.shared_bytes(exact),
+        shared_bytes=launch.config.shared_bytes(row),
         dependent=True,
     )
 
@@ -256,7 +256,7 @@ def _x_map(device: int, pointer: int, fp16: bool, m: int, k: int, stride: int, t
 
 
 @cache
-def _variant(config: Config, exact: bool, fp16: bool) -> Variant:
+def _variant(config: Config, row: WeightType, fp16: bool) -> Variant:
     macros = (
         ("Q6K_TOKENS", config.tokens),
         ("Q6K_CONSUMERS", config.consumers),
@@ -264,11 +264,12 @@ def _variant(config: Config, exact: bool, fp16: bool) -> Variant:
         ("Q6K_X_STAGES", config.x_stages),
         ("Q6K_OCCUPANCY", config.occupancy),
     )
-    return FILE, KERNEL, common_macros(exact, fp16) + macros
+    return FILE, KERNEL, common_macros(row, fp16) + macros
 
 
 def variants(device: Device) -> list[Variant]:
     """All that `linear` may load on a GPU."""
     if device.arch != ARCH:
         return []
-    return [_variant(config, exact, fp16) for config, exact, fp16 in product(CONFIGS, (False, True), (False, True))]
+    kinds = product(CONFIGS, WEIGHT_TYPES.values(), (False, True))
+    return [_variant(config, row, fp16) for config, row, fp16 in kinds]

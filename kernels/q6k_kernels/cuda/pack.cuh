@@ -28,8 +28,8 @@ __device__ __forceinline__ void turn_32_weights(
 // Grid (ceil(tiles / 8), 1, 1), 256 threads. Pointers aligned to 16 bytes but for `steps`.
 //   ql      (rows, k/2), rows = matrices * n
 //   qh      (rows, k/4)
-//   scale   (rows, k/16), bf16 or, with Q6K_EXACT, int8
-//   steps   (rows, k/256) fp16; Q6K_EXACT only, else unused
+//   scale   (rows, k/16), bf16 or, if stepped, int8
+//   steps   (rows, k/256) fp16; only if scales are stepped
 //   tiles   (matrices, ceil(n/16), k/256, TILE_BYTES); every byte is written, zeros for rows past n
 //   n, k    rows of a matrix; weights of a row, a multiple of 256
 //   count   matrices * ceil(n/16) * k/256, below 2^32
@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(32 * PACK_WARPS) q6k_pack(
   }
   commit_copies();
   uint4 scales = make_uint4(0, 0, 0, 0);
-#if Q6K_EXACT
+#if Q6K_SCALES == SCALES_STEPPED
   u16 step = 0;
   if (lane < TILE_ROWS && lane < rows) {
     scales = *(const uint4*)(scale + (block + (i64)lane * super_blocks) * 16);
@@ -106,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(32 * PACK_WARPS) q6k_pack(
     *(uint4*)(to + LOW_AT + h * 512) = make_uint4(low[0] | low[1] << 4, low[2] | low[3] << 4,
                                                   low[4] | low[5] << 4, low[6] | low[7] << 4);
   }
-#if Q6K_EXACT
+#if Q6K_SCALES == SCALES_STEPPED
   if (lane < TILE_ROWS) {
     if (lane < rows) {  // sub-scales + 128; missing rows stay zero
       scales.x ^= 0x80808080u, scales.y ^= 0x80808080u, scales.z ^= 0x80808080u, scales.w ^= 0x80808080u;

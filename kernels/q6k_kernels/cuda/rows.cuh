@@ -36,7 +36,7 @@ __device__ __forceinline__ u32 pack_outputs(float low, float high) {
 
 // What lane t of four holds of a row's super-block; the scales are whole in each.
 struct RowPart {
-  uint4 high[2], low, scales[Q6K_EXACT ? 1 : 2];
+  uint4 high[2], low, scales[STEPPED ? 1 : 2];
   u32 step;
 
   __device__ __forceinline__ void load(const u8* tile, int row, int t) {
@@ -45,7 +45,7 @@ struct RowPart {
     high[0] = *(const uint4*)(from + 2 * h * 512);
     high[1] = *(const uint4*)(from + (2 * h + 1) * 512);
     low = *(const uint4*)(from + LOW_AT + h * 512);
-#if Q6K_EXACT
+#if Q6K_SCALES == SCALES_STEPPED
     scales[0] = *(const uint4*)(tile + SCALES_AT + row * 16);
     step = *(const u16*)(tile + STEPS_AT + row * 2);
 #else
@@ -56,7 +56,7 @@ struct RowPart {
 
   // Of group 2c + odd. Multiplied as IEEE has it, so that an infinite or NaN step gives what it should.
   __device__ __forceinline__ float scale(int c, int odd) const {
-#if Q6K_EXACT
+#if Q6K_SCALES == SCALES_STEPPED
     const u32 byte = word_of(scales[0], c >> 1) >> (16 * (c & 1) + 8 * odd) & 0xFF;
     return (__uint_as_float(0x4B000000u | byte) - 8388736.0f) * fp16_to_float(step);  // 2^23 + b - (2^23 + 128)
 #else

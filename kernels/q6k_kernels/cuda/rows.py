@@ -7,6 +7,7 @@ All of them are bound by memory, and all are right to the bit: `prepack.pack` an
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -14,37 +15,39 @@ from torch import Tensor
 
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda.device import ALIGNMENT, Device, Variant
+from q6k_kernels.formats.checks import FLOATS, check_dtype, check_planes
 from q6k_kernels.formats.ggml import SUPER_BLOCK
 from q6k_kernels.formats.tiles import check_tiles, tiles_shape
+from q6k_kernels.formats.types import TILE_ROWS, WEIGHT_TYPES, WeightType
 from q6k_kernels.jit import loader
-from q6k_kernels.ops.reference import FLOATS, TILE_ROWS, check_dtype, check_planes
 
 PACK_WARPS = 8
 """Of a block, a tile each."""
 THREADS = 256
 """Of a block of the kernels that read tiles."""
+PACKED_PLANES = 4
+"""Planes that `cuda/pack.cuh` takes, null where a weight type has fewer."""
 _PACK, _GATHER, _DEQUANTIZE = struct.Struct("@PPPPPiiq"), struct.Struct("@PPPIii"), struct.Struct("@PPiii")
 
 
-def pack(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None = None) -> Tensor:
-    """Planes to tiles: `prepack.pack`, which says what it takes and returns, on a GPU.
+def pack(planes: Sequence[Tensor], row: WeightType) -> Tensor:
+    """Pack planes into tiles on a GPU: `tiles.pack` says what it takes and returns.
 
     Raises:
         ValueError: a wrong dtype, shapes that do not agree, or planes that are not all on one GPU.
         CudaError: a kernel cannot be compiled or launched.
     """
-    shape = check_planes(ql, qh, scale, steps, stack=True)
-    device = _device(ql=ql, qh=qh, scale=scale, steps=steps)
-    tiles = torch.empty(
-        tiles_shape(shape, "bf16" if steps is None else "exact"), dtype=torch.uint8, device=ql.device
-    )
-    planes = [None if plane is None else _aligned(plane) for plane in (ql, qh, scale, steps)]
+    shape = check_planes(planes, row, stack=True)
+    device = _device(**dict(zip(row.roles, planes, strict=True)))
+    tiles = torch.empty(tiles_shape(shape, row), dtype=torch.uint8, device=planes[0].device)
+    aligned = [_aligned(plane) for plane in planes]
+    at = [plane.data_ptr() for plane in aligned] + [0] * (PACKED_PLANES - len(aligned))
     count = tiles.numel() // tiles.shape[-1]
-    loader.load(*_pack_variant(steps is not None), device.index).launch(
+    loader.load(*_pack_variant(row), device.index).launch(
         (-(-count // PACK_WARPS), 1, 1),
         32 * PACK_WARPS,
         _PACK.pack(
-            *(0 if plane is None else plane.data_ptr() for plane in planes),
+            *at,
             tiles.data_ptr(),
             shape[-2],
             shape[-1],
@@ -56,7 +59,7 @@ def pack(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None = None) -> 
     return tiles
 
 
-def embedding(indices: Tensor, tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+def embedding(indices: Tensor, tiles: Tensor, n: int, row: WeightType, dtype: torch.dtype) -> Tensor:
     """Rows by index.
 
     An index outside 0..n-1 stops the kernel, as it does in `torch.nn.functional.embedding` on a GPU: the next
@@ -66,6 +69,7 @@ def embedding(indices: Tensor, tiles: Tensor, n: int, dtype: torch.dtype) -> Ten
         indices: int32 or int64, any shape, also without elements.
         tiles: uint8 (T, B, tile_bytes).
         n: rows N.
+        row: the weight type.
         dtype: bfloat16, float16 or float32, rounded to once.
 
     Returns:
@@ -75,7 +79,7 @@ def embedding(indices: Tensor, tiles: Tensor, n: int, dtype: torch.dtype) -> Ten
         ValueError: a wrong dtype, shape or n, or tensors that are not all on one GPU.
         CudaError: a kernel cannot be compiled or launched.
     """
-    k = _check_tiles(tiles, n)
+    k = _check_tiles(tiles, n, row)
     check_dtype(dtype)
     if indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"indices: expected int32 or int64, found {str(indices.dtype).removeprefix('torch.')}")
@@ -86,7 +90,7 @@ def embedding(indices: Tensor, tiles: Tensor, n: int, dtype: torch.dtype) -> Ten
         return out
     rows = indices.contiguous()
     pairs = count * (k // SUPER_BLOCK)
-    variant = _gather_variant(launching.is_exact(tiles), dtype, rows.dtype is torch.int32)
+    variant = _gather_variant(row, dtype, rows.dtype is torch.int32)
     loader.load(*variant, device.index).launch(
         (-(-pairs * 4 // THREADS), 1, 1),
         THREADS,
@@ -97,12 +101,13 @@ def embedding(indices: Tensor, tiles: Tensor, n: int, dtype: torch.dtype) -> Ten
     return out
 
 
-def dequantize(tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+def dequantize(tiles: Tensor, n: int, row: WeightType, dtype: torch.dtype) -> Tensor:
     """All rows.
 
     Args:
         tiles: uint8 (T, B, tile_bytes).
         n: rows N.
+        row: the weight type.
         dtype: bfloat16, float16 or float32, rounded to once.
 
     Returns:
@@ -112,14 +117,14 @@ def dequantize(tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
         ValueError: a wrong dtype, shape or n, or tiles that are not on a GPU.
         CudaError: a kernel cannot be compiled or launched.
     """
-    k = _check_tiles(tiles, n)
+    k = _check_tiles(tiles, n, row)
     check_dtype(dtype)
     out = torch.empty(n, k, dtype=dtype, device=tiles.device)
-    dequantize_rows(tiles, 0, n, n, out)
+    dequantize_rows(tiles, 0, n, n, row, out)
     return out
 
 
-def dequantize_rows(tiles: Tensor, first_row: int, rows: int, n: int, out: Tensor) -> None:
+def dequantize_rows(tiles: Tensor, first_row: int, rows: int, n: int, row: WeightType, out: Tensor) -> None:
     """Consecutive rows, into a tensor that is there.
 
     Args:
@@ -127,13 +132,14 @@ def dequantize_rows(tiles: Tensor, first_row: int, rows: int, n: int, out: Tenso
         first_row: a multiple of 16.
         rows: how many; also none.
         n: rows N, at least `first_row + rows`.
+        row: the weight type.
         out: bfloat16, float16 or float32 (rows, K), contiguous and 16-byte aligned.
 
     Raises:
         ValueError: a wrong dtype, shape, row or n, or tensors that are not all on one GPU.
         CudaError: a kernel cannot be compiled or launched.
     """
-    k = _check_tiles(tiles, n)
+    k = _check_tiles(tiles, n, row)
     check_dtype(out.dtype)
     if first_row % TILE_ROWS or first_row < 0 or rows < 0 or first_row + rows > n:
         raise ValueError(
@@ -149,7 +155,7 @@ def dequantize_rows(tiles: Tensor, first_row: int, rows: int, n: int, out: Tenso
     if rows == 0:
         return
     half_tiles = 2 * -(-rows // TILE_ROWS) * (k // SUPER_BLOCK)
-    loader.load(*_dequantize_variant(launching.is_exact(tiles), out.dtype), device.index).launch(
+    loader.load(*_dequantize_variant(row, out.dtype), device.index).launch(
         (-(-half_tiles * 32 // THREADS), 1, 1),
         THREADS,
         _DEQUANTIZE.pack(tiles.data_ptr(), out.data_ptr(), first_row, rows, k),
@@ -157,8 +163,8 @@ def dequantize_rows(tiles: Tensor, first_row: int, rows: int, n: int, out: Tenso
     )
 
 
-def _check_tiles(tiles: Tensor, n: int) -> int:
-    k = check_tiles(tiles, n)
+def _check_tiles(tiles: Tensor, n: int, row: WeightType) -> int:
+    k = check_tiles(tiles, n, row)
     launching.check_aligned(tiles)
     return k
 
@@ -180,24 +186,24 @@ def _aligned(plane: Tensor) -> Tensor:
     )
 
 
-def _pack_variant(exact: bool) -> Variant:
-    return "pack.cuh", "q6k_pack", (("Q6K_EXACT", int(exact)),)
+def _pack_variant(row: WeightType) -> Variant:
+    return "pack.cuh", "q6k_pack", row.macros
 
 
-def _dequantize_variant(exact: bool, dtype: torch.dtype) -> Variant:
-    return "rows.cuh", "q6k_dequantize", (("Q6K_EXACT", int(exact)), ("Q6K_OUT", FLOATS.index(dtype)))
+def _dequantize_variant(row: WeightType, dtype: torch.dtype) -> Variant:
+    return "rows.cuh", "q6k_dequantize", (*row.macros, ("Q6K_OUT", FLOATS.index(dtype)))
 
 
-def _gather_variant(exact: bool, dtype: torch.dtype, int32: bool) -> Variant:
-    macros = ("Q6K_EXACT", int(exact)), ("Q6K_OUT", FLOATS.index(dtype)), ("Q6K_INDEX32", int(int32))
+def _gather_variant(row: WeightType, dtype: torch.dtype, int32: bool) -> Variant:
+    macros = (*row.macros, ("Q6K_OUT", FLOATS.index(dtype)), ("Q6K_INDEX32", int(int32)))
     return "rows.cuh", "q6k_gather", macros
 
 
 def variants(arch: int) -> list[Variant]:  # noqa: ARG001  # the same for all
     """All that this module may load on a GPU of that compute capability, 90 for 9.0."""
-    both = (False, True)
+    rows = WEIGHT_TYPES.values()
     return [
-        *(_pack_variant(exact) for exact in both),
-        *(_dequantize_variant(exact, dtype) for exact, dtype in product(both, FLOATS)),
-        *(_gather_variant(exact, dtype, int32) for exact, dtype, int32 in product(both, FLOATS, both)),
+        *(_pack_variant(row) for row in rows),
+        *(_dequantize_variant(row, dtype) for row, dtype in product(rows, FLOATS)),
+        *(_gather_variant(row, dtype, int32) for row, dtype, int32 in product(rows, FLOATS, (False, True))),
     ]

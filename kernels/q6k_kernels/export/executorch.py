@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from q6k_kernels.errors import PackageMissingError
-from q6k_kernels.formats.ggml import GROUP
 from q6k_kernels.weights.reader import Bundle
 from q6k_kernels.weights.weight import PackedWeight
 
@@ -42,6 +41,7 @@ class PlanarArguments:
         qh: uint8 (N, K/4), high pairs of bits.
         scale: (N, K/16), bfloat16 scales, or int8 sub-scales.
         steps: float16 (N, K/256) with int8 sub-scales, else None.
+        block_size: weights that share a scale, in each dimension.
         shape: (N, K).
     """
 
@@ -49,12 +49,8 @@ class PlanarArguments:
     qh: Tensor
     scale: Tensor
     steps: Tensor | None
+    block_size: list[int]
     shape: torch.Size
-
-    @property
-    def block_size(self) -> list[int]:
-        """Weights that share a scale, in each dimension."""
-        return [1, GROUP]
 
     def in_order(self) -> list[Any]:
         """As the class's constructor takes them."""
@@ -81,7 +77,15 @@ def planar_arguments(
     if not isinstance(weight, PackedWeight) or len(weight.shape) != 2:
         found = f"{tuple(weight.shape)} in {bundle.info(name).type}"
         raise FormError(f"{bundle.path}: {name}: expected (N, K) in Q6_K, found {found}; of a stack name an expert")
-    return PlanarArguments(*weight.planes(), torch.Size(weight.shape))
+    planes = dict(zip(weight.row.roles, weight.planes(), strict=True))
+    return PlanarArguments(
+        planes["ql"],
+        planes["qh"],
+        planes["scale"],
+        planes.get("steps"),
+        [1, weight.row.group],
+        torch.Size(weight.shape),
+    )
 
 
 def planar_tensor(
@@ -101,14 +105,14 @@ def planar_tensor(
     """
     made = planar_class()
     wants_steps = "steps" in inspect.signature(made.__new__).parameters
-    scales = bundle.manifest.options["scales"]
-    if wants_steps != (scales == "exact"):
+    arguments = planar_arguments(bundle, name, device, expert=expert)
+    if wants_steps != (arguments.steps is not None):
         wanted, option = ("int8 scales and fp16 steps", "exact") if wants_steps else ("bf16 scales", "bf16")
         raise FormError(
-            f"{bundle.path} has {scales} scales, and the installed ExecuTorch wants {wanted}: convert again with "
-            f"--scales {option}"
+            f"{bundle.path}: {name} is {bundle.info(name).format}, and the installed ExecuTorch wants {wanted}: "
+            f"convert again with --scales {option}"
         )
-    tensor: Tensor = made(*planar_arguments(bundle, name, device, expert=expert).in_order())
+    tensor: Tensor = made(*arguments.in_order())
     return tensor
 
 

@@ -3,9 +3,9 @@
 A bundle keeps a weight as planes (see `planar`), which any program can make and read; kernels want every
 byte where the thread that needs it looks. So at load planes become tiles, of the same content and size.
 
-A weight (N, K) is one uint8 tensor `tiles` (T, B, tile_bytes), T = ceil(N / 16) tiles of rows, B = K / 256
-super-blocks; a stack (E, N, K) is (E, T, B, tile_bytes), so that `tiles[e]` is an expert, without a copy. It is
-contiguous and 16-byte aligned. Rows past N are zero bytes, which are weights of zero.
+A weight (N, K) of a weight type (see `types`) is one uint8 tensor `tiles` (T, B, tile_bytes), T = ceil(N / 16)
+tiles of rows, B = K / 256 super-blocks; a stack (E, N, K) is (E, T, B, tile_bytes), so that `tiles[e]` is an
+expert, without a copy. It is contiguous and 16-byte aligned. Rows past N are zero bytes, which are weights of zero.
 
 A tile is 16 rows of 256 weights, q in -32..31 as two's complement of 6 bits:
 
@@ -19,9 +19,9 @@ A tile is 16 rows of 256 weights, q in -32..31 as two's complement of 6 bits:
                   in bits 0-3, of group 8c + 2i + 1 in bits 4-7
     [2048, 3072)  byte 2048 + 512h + 16 lane + 4i + b: row r, element e, low of groups 4i + {0,1,2,3} in bits
                   {0-1,2-3,4-5,6-7}
-    with bf16 scales, tile_bytes = 3584:
+    q6_k, tile_bytes = 3584:
     [3072, 3584)  bfloat16 at 3072 + 32r + 2j: the scale of row r, group j
-    with exact scales, tile_bytes = 3360:
+    q6_k_exact, tile_bytes = 3360:
     [3072, 3328)  byte 3072 + 16r + j: sub-scale + 128 of row r, group j
     [3328, 3360)  float16 at 3328 + 2r: d of row r
 
@@ -34,38 +34,32 @@ Everything here is torch, on any device. Bits move in words of 64, as one byte a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from q6k_kernels.bundle.storage import Scales
-from q6k_kernels.formats.ggml import GROUP, SUPER_BLOCK
-from q6k_kernels.ops.reference import TILE_ROWS, check_planes, group_scales
+from q6k_kernels.formats.checks import PLANE_DTYPES, check_planes, found
+from q6k_kernels.formats.ggml import SUPER_BLOCK
+from q6k_kernels.formats.types import TILE_ROWS, WeightType
 
 HIGH_BYTES, LOW_BYTES = 2048, 1024
-TILE_BYTES: dict[Scales, int] = {"bf16": 3584, "exact": 3360}
-SCALES: dict[int, Scales] = {size: scales for scales, size in TILE_BYTES.items()}
-"""Which scales tiles have, by their size."""
-_SIZES = tuple(SCALES)  # a tuple, as sizes may be symbols, which have no hash
 PACK_WEIGHTS = 1 << 19
 """Weights packed or unpacked at a time; at most 8 bytes each, so 4 MB: they stay in a cache."""
 
 _CODES = HIGH_BYTES + LOW_BYTES
-_GROUPS = SUPER_BLOCK // GROUP
-_SUB_SCALES = _CODES + TILE_ROWS * _GROUPS
 # The same bits of each of the eight bytes of a word.
 _PAIRS, _NIBBLES, _SIX, _SIGNS = 0x0303030303030303, 0x0F0F0F0F0F0F0F0F, 0x3F3F3F3F3F3F3F3F, 0x2020202020202020
 
 
-def tiles_shape(shape: tuple[int, ...], scales: Scales) -> tuple[int, ...]:
-    """Of the tiles of a weight (N, K) or a stack (E, N, K)."""
+def tiles_shape(shape: tuple[int, ...], row: WeightType) -> tuple[int, ...]:
+    """Return the shape of the tiles of a weight (N, K) or a stack (E, N, K)."""
     *lead, n, k = shape
-    return *lead, -(-n // TILE_ROWS), k // SUPER_BLOCK, TILE_BYTES[scales]
+    return *lead, -(-n // TILE_ROWS), k // SUPER_BLOCK, row.tile_bytes
 
 
-def check_tiles(tiles: Tensor, n: int, *, stack: bool = False) -> int:
-    """K of tiles that hold n rows each.
+def check_tiles(tiles: Tensor, n: int, row: WeightType, *, stack: bool = False) -> int:
+    """Return K of tiles of a weight type that hold n rows each.
 
     Raises:
         ValueError: they are no tiles (T, B, tile_bytes), or with `stack` (E, T, B, tile_bytes), or not of n rows.
@@ -74,16 +68,15 @@ def check_tiles(tiles: Tensor, n: int, *, stack: bool = False) -> int:
     if (
         tiles.dtype is not torch.uint8
         or not (len(shape) == 3 or (stack and len(shape) == 4 and shape[0] > 0))
-        or shape[-1] not in _SIZES
+        or shape[-1] != row.tile_bytes
         or shape[-2] < 1
         or not tiles.is_contiguous()
     ):
         shapes = "(T, B, tile_bytes)" + (" or (E, T, B, tile_bytes)" if stack else "")
-        sizes = " or ".join(f"{size} ({scales} scales)" for scales, size in TILE_BYTES.items())
         more = "" if stack or len(shape) != 4 else "; of a stack of experts take one, weight[expert]"
         raise ValueError(
-            f"tiles: expected contiguous uint8 {shapes} with tile_bytes {sizes}, found "
-            f"{str(tiles.dtype).removeprefix('torch.')} {tuple(shape)}, strides {tiles.stride()}{more}"
+            f"tiles of {row.name}: expected contiguous uint8 {shapes} with tile_bytes {row.tile_bytes}, found "
+            f"{found(tiles)}, strides {tiles.stride()}{more}"
         )
     if n < 1 or shape[-3] != (n + TILE_ROWS - 1) // TILE_ROWS:
         raise ValueError(
@@ -93,14 +86,12 @@ def check_tiles(tiles: Tensor, n: int, *, stack: bool = False) -> int:
     return shape[-2] * SUPER_BLOCK
 
 
-def pack(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None = None) -> Tensor:
-    """Planes to tiles.
+def pack(planes: Sequence[Tensor], row: WeightType) -> Tensor:
+    """Pack planes into tiles.
 
     Args:
-        ql: uint8 (N, K/2) or (E, N, K/2), N >= 1, K a multiple of 256.
-        qh: uint8 (..., K/4).
-        scale: bfloat16 (..., K/16); or int8 (..., K/16), the sub-scales, with `steps`.
-        steps: float16 (..., K/256), d; None with bf16 scales.
+        planes: one tensor for each of `row.arrays`: (N, width) or (E, N, width), N >= 1.
+        row: the weight type.
 
     Returns:
         uint8 (T, B, tile_bytes) or (E, T, B, tile_bytes), new, on the planes' device.
@@ -108,87 +99,92 @@ def pack(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None = None) -> 
     Raises:
         ValueError: a wrong dtype, or shapes that do not agree.
     """
-    shape = check_planes(ql, qh, scale, steps, stack=True)
-    scales: Scales = "bf16" if steps is None else "exact"
-    tiles = torch.empty(tiles_shape(shape, scales), dtype=torch.uint8, device=ql.device)
-    pack_into(tiles, ql, qh, scale, steps)
+    shape = check_planes(planes, row, stack=True)
+    tiles = torch.empty(tiles_shape(shape, row), dtype=torch.uint8, device=planes[0].device)
+    pack_into(tiles, planes, row)
     return tiles
 
 
-def pack_into(tiles: Tensor, ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None = None) -> None:
-    """`pack` into tiles that are there: uint8, contiguous, of the shape that `tiles_shape` says."""
-    planes = [plane for plane in (ql, qh, scale, steps) if plane is not None]
-    for index in range(len(ql) if ql.ndim == 3 else 1):
-        out, *matrix = (each[index] if ql.ndim == 3 else each for each in (tiles, *planes))
+def pack_into(tiles: Tensor, planes: Sequence[Tensor], row: WeightType) -> None:
+    """Pack planes into tiles that are there: uint8, contiguous, of the shape that `tiles_shape` says."""
+    stack = planes[0].ndim == 3
+    for index in range(len(planes[0]) if stack else 1):
+        out, *matrix = (each[index] if stack else each for each in (tiles, *planes))
         for rows, part in _blocks(matrix[0].shape[0], out):
-            _pack_block(part, *(plane[rows] for plane in matrix))
+            _pack_block(part, [plane[rows] for plane in matrix], row)
 
 
-def unpack(tiles: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Tiles to planes, the inverse of `pack`.
+def unpack(tiles: Tensor, n: int, row: WeightType) -> list[Tensor]:
+    """Turn tiles back into planes, the inverse of `pack`.
 
     Args:
         tiles: uint8 (T, B, tile_bytes) or (E, T, B, tile_bytes).
         n: rows N.
+        row: the weight type.
 
     Returns:
-        ql, qh, scale and steps as `pack` takes them, new, on the tiles' device.
+        The planes as `pack` takes them, new, on the tiles' device.
 
     Raises:
         ValueError: a wrong dtype, shape or n.
     """
-    k = check_tiles(tiles, n, stack=True)
-    exact = SCALES[tiles.shape[-1]] == "exact"
-    columns = [(k // 2, torch.uint8), (k // 4, torch.uint8), (k // GROUP, torch.int8 if exact else torch.bfloat16)]
-    if exact:
-        columns.append((k // SUPER_BLOCK, torch.float16))
-    shape = (*tiles.shape[:-3], n)
-    planes = [torch.empty(*shape, width, dtype=dtype, device=tiles.device) for width, dtype in columns]
-    for index in range(len(tiles) if tiles.ndim == 4 else 1):
-        source, *matrix = (each[index] if tiles.ndim == 4 else each for each in (tiles, *planes))
+    k, stack = check_tiles(tiles, n, row, stack=True), tiles.ndim == 4
+    planes = [
+        torch.empty(*tiles.shape[:-3], n, k // each.weights, dtype=PLANE_DTYPES[each.dtype], device=tiles.device)
+        for each in row.arrays
+    ]
+    for index in range(len(tiles) if stack else 1):
+        source, *matrix = (each[index] if stack else each for each in (tiles, *planes))
         for rows, part in _blocks(n, source):
-            for plane, found in zip(matrix, _unpack_block(part), strict=True):
-                plane[rows] = found[: rows.stop - rows.start]
-    ql, qh, scale, *steps = planes
-    return ql, qh, scale, steps[0] if steps else None
+            for plane, values in zip(matrix, _unpack_block(part, row), strict=True):
+                plane[rows] = values[: rows.stop - rows.start]
+    return planes
 
 
-def order_rows(tiles: Tensor, order: Tensor) -> None:
-    """Puts the rows of a weight in another order, in place: what was row `order[i]` becomes row i.
+def order_rows(tiles: Tensor, order: Tensor, row: WeightType) -> None:
+    """Put the rows of a weight in another order, in place: row i becomes what row `order[i]` was.
 
     Takes more memory for as long as it lasts, 0.6 of what the tiles take.
 
     Args:
         tiles: uint8 (T, B, tile_bytes).
         order: int64 (N,), each of 0 to N-1 once, on the tiles' device.
+        row: the weight type.
     """
     rest = torch.arange(len(order), TILE_ROWS * len(tiles), device=order.device)
     rows = torch.cat([order, rest]).view(-1, 2, 8)
-    for field in _fields(tiles):
+    for field in _fields(tiles, row):
         field.copy_(field[rows // TILE_ROWS, rows // 8 % 2, rows % 8])
 
 
-def codes_and_scales(tiles: Tensor, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
-    """Some rows of a weight, as `reference.Rows` gives them.
+def codes_and_scales(tiles: Tensor, rows: slice | Tensor, row: WeightType) -> tuple[Tensor, Tensor]:
+    """Return the codes and scales of some rows of a weight.
 
     Args:
         tiles: uint8 (T, B, tile_bytes).
         rows: from start to stop; or an integer tensor (R,) of rows, in any order.
+        row: the weight type.
 
     Returns:
-        q float32 (R, K), -32..31, and s float32 (R, K/16).
+        q float32 (R, K), codes less their offset, and s float32 (R, K/group).
     """
     if isinstance(rows, slice):
         first = rows.start // TILE_ROWS
-        fields = _fields(tiles[first : -(-rows.stop // TILE_ROWS)])
+        fields = _fields(tiles[first : -(-rows.stop // TILE_ROWS)], row)
         part = slice(rows.start - first * TILE_ROWS, rows.stop - first * TILE_ROWS)
         high, low, *scales = (field.flatten(0, 2)[part] for field in fields)
     else:
         at = rows // TILE_ROWS, rows // 8 % 2, rows % 8
-        high, low, *scales = (field[at] for field in _fields(tiles))
+        high, low, *scales = (field[at] for field in _fields(tiles, row))
     q = _four_q(high, low).view(torch.int8).float().mul_(0.25)
-    scale, steps = _scales(scales)
-    return q, group_scales(scale, steps)
+    return q, group_scales(_scales(scales, row), row)
+
+
+def group_scales(scales: Sequence[Tensor], row: WeightType) -> Tensor:
+    """Return the scales of groups, float32 (N, K/group), without rounding, from the arrays of scales."""
+    if not row.stepped:
+        return scales[0].float()
+    return scales[0].float() * scales[1].float().repeat_interleave(SUPER_BLOCK // row.group, -1)
 
 
 def _blocks(n: int, tiles: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -199,25 +195,28 @@ def _blocks(n: int, tiles: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield slice(at * TILE_ROWS, min((at + len(part)) * TILE_ROWS, n)), part
 
 
-def _fields(tiles: Tensor) -> list[Tensor]:
-    """Views of tiles by row, which is dimensions T, h and g of all: high, low, scale, and steps if exact.
+def _fields(tiles: Tensor, row: WeightType) -> list[Tensor]:
+    """Return views of tiles by row, which is dimensions T, h and g of all: high, low, and the arrays of scales.
 
     high is int16 (T, h, g, B, c, i, b >> 1, t), low (T, h, g, B, i, b >> 1, t), so that a row's elements are in
     order, two in each word; scale bfloat16 or uint8 (T, h, g, B, j), steps float16 (T, h, g, B).
     """
-    t, b, size = tiles.shape
+    t, b, _ = tiles.shape
     high = tiles[..., :HIGH_BYTES].view(torch.int16).view(t, b, 2, 2, 8, 4, 4, 2).permute(0, 2, 4, 1, 3, 6, 7, 5)
     low = tiles[..., HIGH_BYTES:_CODES].view(torch.int16).view(t, b, 2, 8, 4, 4, 2).permute(0, 2, 3, 1, 5, 6, 4)
-    if SCALES[size] == "bf16":
-        scales = [tiles[..., _CODES:].view(torch.bfloat16).view(t, b, 2, 8, _GROUPS)]
-    else:
-        steps = tiles[..., _SUB_SCALES:].view(torch.float16).view(t, b, 2, 8)
-        scales = [tiles[..., _CODES:_SUB_SCALES].view(t, b, 2, 8, _GROUPS), steps]
-    return [high, low, *(scale.movedim(1, 3) for scale in scales)]
+    fields, at = [high, low], _CODES
+    for array in row.scales:
+        dtype = torch.uint8 if array.dtype == "I8" else PLANE_DTYPES[array.dtype]  # sub-scales are stored plus 128
+        each = SUPER_BLOCK // array.weights
+        end = at + TILE_ROWS * each * dtype.itemsize
+        fields.append(tiles[..., at:end].view(dtype).view(t, b, 2, 8, each).movedim(1, 3))
+        at = end
+    return fields
 
 
-def _pack_block(tiles: Tensor, ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None = None) -> None:
-    """Rows of planes into their tiles; in place where that saves memory, as fresh memory is slow."""
+def _pack_block(tiles: Tensor, planes: Sequence[Tensor], row: WeightType) -> None:
+    """Pack rows of planes into their tiles; in place where that saves memory, as fresh memory is slow."""
+    ql, qh, *scales = planes
     n, b = len(ql), tiles.shape[1]
     # Two elements for every byte of ql, in the order of the weights.
     nibbles = ql.contiguous().to(torch.int16)
@@ -238,17 +237,17 @@ def _pack_block(tiles: Tensor, ql: Tensor, qh: Tensor, scale: Tensor, steps: Ten
     packed = [
         (high[..., 0, :] | high[..., 1, :] << 4).view(torch.int16),
         (low[..., 0, :] | low[..., 1, :] << 2 | low[..., 2, :] << 4 | low[..., 3, :] << 6).view(torch.int16),
-        *([scale] if steps is None else [scale.view(torch.uint8) ^ 0x80, steps]),
+        *(scale.view(torch.uint8) ^ 0x80 if scale.dtype == torch.int8 else scale for scale in scales),
     ]
-    for field, rows in zip(_fields(tiles), packed, strict=True):
+    for field, rows in zip(_fields(tiles, row), packed, strict=True):
         if n % TILE_ROWS:
             rows = torch.cat((rows, rows.new_zeros(-n % TILE_ROWS, *rows.shape[1:])))
         field.copy_(rows.reshape(field.shape))
 
 
-def _unpack_block(tiles: Tensor) -> list[Tensor]:
-    """Planes of all rows of some tiles."""
-    high, low, *scales = (field.flatten(0, 2) for field in _fields(tiles))
+def _unpack_block(tiles: Tensor, row: WeightType) -> list[Tensor]:
+    """Return the planes of all rows of some tiles."""
+    high, low, *scales = (field.flatten(0, 2) for field in _fields(tiles, row))
     n = len(high)
     u = (_four_q(high, low) >> 2 & _SIX) ^ _SIGNS
     nibbles = (u & _NIBBLES).view(torch.int16)
@@ -256,7 +255,7 @@ def _unpack_block(tiles: Tensor) -> list[Tensor]:
     pairs = (u >> 4 & _PAIRS).view(n, -1, 4)
     both = pairs | pairs >> 14 | pairs >> 28 | pairs >> 42
     qh = torch.stack((both & 0xFF, both >> 8 & 0xFF), dim=2).to(torch.uint8).view(n, -1)
-    return [ql, qh, *(plane for plane in _scales(scales) if plane is not None)]
+    return [ql, qh, *_scales(scales, row)]
 
 
 def _four_q(high: Tensor, low: Tensor) -> Tensor:
@@ -277,7 +276,10 @@ def _four_q(high: Tensor, low: Tensor) -> Tensor:
     return out.view(r, 32 * b)
 
 
-def _scales(fields: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The planes (R, K/16) of scale and (R, K/256) of steps, or None, from fields of some rows."""
-    scale, *steps = (field.reshape(len(field), field.shape[1:].numel()) for field in fields)
-    return ((scale ^ 0x80).view(torch.int8), steps[0]) if steps else (scale, None)
+def _scales(fields: Sequence[Tensor], row: WeightType) -> list[Tensor]:
+    """Return the planes of scales (R, K/weights) from fields of some rows."""
+    planes = [field.reshape(len(field), field.shape[1:].numel()) for field in fields]
+    return [
+        (plane ^ 0x80).view(torch.int8) if array.dtype == "I8" else plane
+        for plane, array in zip(planes, row.scales, strict=True)
+    ]

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from q6k_kernels.cuda import decode, decode_plan
 from q6k_kernels.cuda import device as launching
-from q6k_kernels.cuda.device import Device, Variant, common_macros
+from q6k_kernels.cuda.device import Device, Variant
+from q6k_kernels.formats.types import weight_type
 from q6k_kernels.generate.step_reference import Activation, Activations, Cached, Choice, Heads, Norm
 from q6k_kernels.jit import loader
 from q6k_kernels.weights.layers import Q6KLinear
@@ -54,7 +55,7 @@ class Kernels:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device = launching.device(torch.cuda.current_device() if device.index is None else device.index)
         self._torch_device, self._dtype = device, dtype
-        self._macros = (*common_macros(False, dtype is torch.float16), *_ONE_TOKEN)
+        self._macros = (("Q6K_FP16", int(dtype is torch.float16)), *_ONE_TOKEN)
         self._partials = torch.empty(0, device=device)
         self._counters = torch.zeros(0, dtype=torch.int32, device=device)
         self._bests = torch.empty(CHOOSE_BLOCKS, dtype=torch.int64, device=device)
@@ -164,7 +165,10 @@ class Kernels:
         assert isinstance(module, Q6KLinear)  # noqa: S101 -- else it would not take them
         assert activations.codes is not None  # noqa: S101 -- as above
         y = torch.empty(1, module.out_features, dtype=self._dtype, device=self._torch_device)
-        decode.linear_of_codes(activations.codes, module.tiles, module.bias, module.out_features, y, self._device)
+        row = weight_type(module.format)
+        decode.linear_of_codes(
+            activations.codes, module.tiles, module.bias, module.out_features, row, y, self._device
+        )
         return y
 
     def choose(self, logits: Tensor, softcap: float | None, choice: Choice) -> None:
@@ -192,8 +196,8 @@ class Kernels:
     def _takes_codes(self, module: nn.Module) -> bool:
         if not isinstance(module, Q6KLinear) or module.activations == "bf16":
             return False
-        exact = launching.is_exact(module.tiles)
-        return decode_plan.fits(module.out_features, module.in_features, exact, self._device)
+        row = weight_type(module.format)
+        return decode_plan.fits(module.out_features, module.in_features, row, self._device)
 
     def _activations(self, k: int, users: list[nn.Module]) -> Activations:
         coded = [self._takes_codes(user) for user in users]
@@ -271,7 +275,7 @@ def variants(device: Device) -> list[Variant]:
     """All that a step may load on a GPU."""
     found = list[Variant]()
     for fp16 in (False, True):
-        macros = (*common_macros(False, fp16), *_ONE_TOKEN)
+        macros = (("Q6K_FP16", int(fp16)), *_ONE_TOKEN)
         found += [(STEP, GATE, macros), (CHOOSE_FILE, CHOOSE, macros[:2])]
         found += [_norm_variant(macros, 16 * NORM_THREADS * groups) for groups in NORM_GROUPS]
         found += [_attend_variant(macros, dim, _attend_warps(dim, device)) for dim in HEAD_DIMS]

@@ -22,9 +22,9 @@ import torch
 
 from q6k_kernels.bundle.metadata import Metadata, read_metadata
 from q6k_kernels.errors import PackageMissingError, WeightsError
+from q6k_kernels.formats.checks import Activations, check_activations, check_dtype
 from q6k_kernels.models.architecture import Architecture, architecture_of, make_config
 from q6k_kernels.models.filling import CONVERT_WHOLE, Filler
-from q6k_kernels.ops.reference import Activations, check_activations, check_dtype
 from q6k_kernels.weights.reader import Bundle, open_bundle
 
 if TYPE_CHECKING:

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from q6k_kernels.bundle.storage import Scales
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.errors import WeightsError
-from q6k_kernels.formats import tiles
+from q6k_kernels.formats.checks import Activations
+from q6k_kernels.formats.tiles import order_rows
 from q6k_kernels.models import fusing
 from q6k_kernels.models.architecture import FREQUENCY_FACTORS, Architecture, gguf_names, is_interleaved, row_order
-from q6k_kernels.ops.reference import Activations
 from q6k_kernels.weights.layers import Q6KEmbedding, Q6KLinear
 from q6k_kernels.weights.reader import Bundle
 from q6k_kernels.weights.weight import PackedWeight
@@ -118,18 +117,19 @@ class Filler:
         parts = [f"{name}.{part}" for part in group.parts]
         rows = [self.shapes[f"{part}.weight"][0] for part in parts]
         biases = [f"{part}.bias" for part in parts if f"{part}.bias" in self.names]
-        packed = all(self._is_packed(f"{part}.weight") for part in parts)
-        if not packed or not fusing.can_join(rows) or len(biases) not in (0, len(parts)):
+        formats = {self._format(f"{part}.weight") for part in parts}
+        if len(formats) != 1 or (format := formats.pop()) is None:
+            return False  # one launch multiplies with one weight type
+        if not fusing.can_join(rows) or len(biases) not in (0, len(parts)):
             return False
         k = self.shapes[f"{parts[0]}.weight"][1]
-        scales = cast("Scales", self.bundle.manifest.options["scales"])
-        weight = fusing.join(rows, k, scales, lambda index: self._packed(f"{parts[index]}.weight"), self.device)
+        weight = fusing.join(rows, k, format, lambda index: self._packed(f"{parts[index]}.weight"), self.device)
         bias = torch.cat([self._plain(bias) for bias in biases]) if biases else None
         fusing.fuse(module, group, rows, weight, bias, self.activations)
         return True
 
     def _linear(self, name: str, module: nn.Linear) -> None:
-        if not self._is_packed(f"{name}.weight"):
+        if self._format(f"{name}.weight") is None:
             self._parameters(name, module)
             return
         bias = None if module.bias is None else self._plain(f"{name}.bias")
@@ -139,7 +139,7 @@ class Filler:
     def _embedding(self, name: str, module: nn.Embedding) -> None:
         # Of Gemma's embeddings, which are multiplied by it.
         scale: float | None = getattr(module, "scalar_embed_scale", None)
-        if not self._is_packed(f"{name}.weight"):
+        if self._format(f"{name}.weight") is None:
             self._parameters(name, module)
             if scale is not None:
                 module.embed_scale = torch.tensor(scale, device=self.device)
@@ -163,8 +163,9 @@ class Filler:
         for kind, _ in list(module.named_parameters(recurse=False)):
             setattr(module, kind, nn.Parameter(self._plain(f"{name}.{kind}"), requires_grad=False))
 
-    def _is_packed(self, parameter: str) -> bool:
-        return self.bundle.info(self.names[parameter]).storage == "planar"
+    def _format(self, parameter: str) -> str | None:
+        """Return the name of a weight's type, None if it is not packed."""
+        return self.bundle.info(self.names[parameter]).format
 
     def _load(self, name: str) -> PackedWeight | Tensor:
         self.unread.remove(name)
@@ -177,7 +178,7 @@ class Filler:
         weight = cast("PackedWeight", self._load(name))
         if is_interleaved(self.architecture, name):
             # No value changes, and nothing is unpacked.
-            tiles.order_rows(weight.tiles, row_order(weight.n, self.config.head_dim, weight.device))
+            order_rows(weight.tiles, row_order(weight.n, self.config.head_dim, weight.device), weight.row)
             if weight.tiles.is_cuda:
                 launching.end_write(weight.tiles)
         return weight

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from q6k_kernels.bundle.storage import Scales
 from q6k_kernels.cuda import device as launching
+from q6k_kernels.formats.checks import Activations
 from q6k_kernels.formats.tiles import tiles_shape
-from q6k_kernels.ops.reference import TILE_ROWS, Activations
+from q6k_kernels.formats.types import TILE_ROWS, weight_type
 from q6k_kernels.weights.layers import Q6KLinear
 from q6k_kernels.weights.weight import PackedWeight
 
@@ -77,26 +77,26 @@ def can_join(rows: Sequence[int]) -> bool:
 
 
 def join(
-    rows: Sequence[int], k: int, scales: Scales, load: Callable[[int], PackedWeight], device: torch.device
+    rows: Sequence[int], k: int, format: str, load: Callable[[int], PackedWeight], device: torch.device
 ) -> PackedWeight:
-    """Weights of the same K and scales below each other, of which only one at a time exists a second time.
+    """Put weights of the same type and K below each other, of which only one at a time exists a second time.
 
     Args:
         rows: N of each; see `can_join`.
         k: K.
-        scales: of all.
+        format: the name of their weight type.
         load: gives weight number i, (rows[i], K), on the device.
         device: where they are.
     """
     shape, at = (sum(rows), k), 0
-    tiles = torch.empty(tiles_shape(shape, scales), dtype=torch.uint8, device=device)
+    tiles = torch.empty(tiles_shape(shape, weight_type(format)), dtype=torch.uint8, device=device)
     for index, count in enumerate(rows):
         end = at + -(-count // TILE_ROWS)
         tiles[at:end].copy_(load(index).tiles)
         at = end
     if tiles.is_cuda:
         launching.end_write(tiles)
-    return PackedWeight(tiles, shape)
+    return PackedWeight(tiles, shape, format)
 
 
 def fuse(

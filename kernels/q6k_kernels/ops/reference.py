@@ -1,6 +1,6 @@
 """The operations on packed weights in plain torch: what runs on the CPU, and what kernels are tested against.
 
-A weight is `w = q * s`, s the scale of its group of 16 (see `planar`); with exact scales `s = steps * scale`.
+A weight is `w = q * s`, s the scale of its group of 16 (see `planar`); with steps `s = steps * scale`.
 
     W6A16 ("bf16")  y = sum_k x[k] * round(w[k]), the weights rounded to x's dtype
     W6A8  ("int8")  y = sum_g s[g] * d_a[g//2] * sum_(k in g) q[k] * a[k], with (a, d_a) = quantize_activations(x)
@@ -12,16 +12,25 @@ than that every line can be held against the formulas. Nothing here has a gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from q6k_kernels.formats.checks import (
+    FLOATS,
+    Activations,
+    check_activations,
+    check_dtype,
+    check_input,
+    check_planes,
+    found,
+)
 from q6k_kernels.formats.ggml import GROUP, SUPER_BLOCK
-from q6k_kernels.formats.planes import OFFSET
+from q6k_kernels.formats.tiles import group_scales
+from q6k_kernels.formats.types import TILE_ROWS, WeightType
 
-Activations = Literal["auto", "int8", "bf16"]
 Rows = Callable[[slice], tuple[Tensor, Tensor]]
 """Where weights come from: rows -> q, float32 (rows, K), and s, float32 (rows, K/16), the scales of groups."""
 
@@ -31,25 +40,17 @@ BLOCK_WEIGHTS = 1 << 20
 """Weights unpacked at a time; at most 24 bytes each, so about 25 MB."""
 BLOCK_M = 32
 """Rows of x multiplied at a time; the sums of groups take BLOCK_M * BLOCK_WEIGHTS / 16 * 4 bytes = 8 MB."""
-TILE_ROWS = 16
-"""Rows that `prepack` keeps together."""
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-"""Dtypes of activations and biases."""
 
 
-def dequantize(
-    ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Planes to weights.
+def dequantize(planes: Sequence[Tensor], row: WeightType, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Turn planes into weights.
 
-    In fp32 nothing is rounded: with bf16 scales a weight has 8 + 5 significant bits, with exact ones
-    11 + 7 + 5 = 23 (of d, sub-scale and q); the latter are the bits of ggml's `dequantize_row_q6_K`.
+    In fp32 nothing is rounded: with bf16 scales a weight has 8 + 5 significant bits, with stepped ones
+    11 + 7 + 5 = 23 (of d, sub-scale and code); the latter are the bits of ggml's `dequantize_row_q6_K`.
 
     Args:
-        ql: uint8 (N, K/2), K a multiple of 256.
-        qh: uint8 (N, K/4).
-        scale: bfloat16 (N, K/16); or int8 (N, K/16), the sub-scales, with `steps`.
-        steps: float16 (N, K/256), d; None with bf16 scales.
+        planes: one tensor for each of `row.arrays`, (N, width).
+        row: the weight type.
         dtype: bfloat16, float16 or float32, rounded to once. float16 overflows to infinity past 65504.
 
     Returns:
@@ -58,9 +59,15 @@ def dequantize(
     Raises:
         ValueError: a wrong dtype, or shapes that do not agree.
     """
-    check_planes(ql, qh, scale, steps)
+    check_planes(planes, row)
     check_dtype(dtype)
-    return weights(_codes(ql, qh), group_scales(scale, steps), dtype)
+    return weights(*codes_and_scales(planes, row), dtype)
+
+
+def codes_and_scales(planes: Sequence[Tensor], row: WeightType) -> tuple[Tensor, Tensor]:
+    """Return q, float32 (N, K), codes less their offset, and s, float32 (N, K/group), of planes (N, width)."""
+    ql, qh, *scales = planes
+    return _codes(ql, qh) - row.offset, group_scales(scales, row)
 
 
 def weights(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
@@ -88,7 +95,7 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.ndim != 2 or x.dtype not in FLOATS or x.shape[1] % ACTIVATION_GROUP:
         raise ValueError(
             f"x: expected bfloat16, float16 or float32 (M, K) with K a multiple of {ACTIVATION_GROUP}, "
-            f"found {_found(x)}"
+            f"found {found(x)}"
         )
     groups = x.detach().float().reshape(x.shape[0], x.shape[1] // ACTIVATION_GROUP, ACTIVATION_GROUP)
     amax = groups.abs().amax(-1)
@@ -102,23 +109,19 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def linear(
     x: Tensor,
-    ql: Tensor,
-    qh: Tensor,
-    scale: Tensor,
-    steps: Tensor | None = None,
+    planes: Sequence[Tensor],
+    row: WeightType,
     bias: Tensor | None = None,
     *,
     activations: Activations = "auto",
 ) -> Tensor:
-    """Multiplies x with the transposed weights and adds the bias: the formulas at the top of this module.
+    """Multiply x with the transposed weights and add the bias: the formulas at the top of this module.
 
     Args:
         x: bfloat16, float16 or float32 (..., K), strides at will; also no rows at all. With "bf16", float32
             activations meet float32 weights: nothing but the output is rounded to 16 bits or less.
-        ql: uint8 (N, K/2), N >= 1, K a multiple of 256.
-        qh: uint8 (N, K/4).
-        scale: bfloat16 (N, K/16); or int8 (N, K/16) with `steps`.
-        steps: float16 (N, K/256), or None.
+        planes: one tensor for each of `row.arrays`, (N, width), N >= 1.
+        row: the weight type.
         bias: bfloat16, float16 or float32 (N,), added in fp32 before the rounding.
         activations: "int8" for W6A8, "bf16" for W6A16 (in x's dtype). "auto" is "bf16" here: it
             rounds no activation, and on a CPU "int8" saves little time with few rows (as measured, a tenth of
@@ -131,15 +134,15 @@ def linear(
     Raises:
         ValueError: a wrong dtype, shape or option, or tensors on different devices.
     """
-    n, k = check_planes(ql, qh, scale, steps)
+    n, k = check_planes(planes, row)
     check_input(x, n, k, bias)
-    devices = {str(t.device) for t in (x, ql, qh, scale, steps, bias) if t is not None}
+    devices = {str(t.device) for t in (x, *planes, bias) if t is not None}
     if len(devices) > 1:
         raise ValueError(f"expected all tensors on one device, found them on {', '.join(sorted(devices))}")
     check_activations(activations)
 
     def rows(part: slice) -> tuple[Tensor, Tensor]:
-        return _codes(ql[part], qh[part]), group_scales(scale[part], None if steps is None else steps[part])
+        return codes_and_scales([plane[part] for plane in planes], row)
 
     return multiply(x, rows, n, k, bias, activations)
 
@@ -220,88 +223,11 @@ def _int8_sums(a: Tensor, d_a: Tensor, q: Tensor, s: Tensor) -> Tensor:
 
 
 def _codes(ql: Tensor, qh: Tensor) -> Tensor:
-    """Planes to q, float32 (N, K)."""
+    """Return the codes, float32 (N, K), of their planes."""
     rows = len(ql)
     low = torch.stack((ql & 15, ql >> 4), dim=-1).view(rows, -1)
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=qh.device)
     # (row, chunk, parity, w, position in the byte), weight 8w + 2 * position + parity of the chunk
     pairs = qh.reshape(rows, -1, 2, 4, 1) >> shifts & 3
     high = pairs.permute(0, 1, 3, 4, 2).reshape(rows, -1)
-    return (low | high << 4).float() - OFFSET
-
-
-def group_scales(scale: Tensor, steps: Tensor | None) -> Tensor:
-    """float32 (N, K/16), without rounding."""
-    if steps is None:
-        return scale.float()
-    return scale.float() * steps.float().repeat_interleave(SUPER_BLOCK // GROUP, -1)
-
-
-def check_planes(
-    ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None, *, stack: bool = False
-) -> tuple[int, ...]:
-    """(N, K) of planes, or with `stack` (E, N, K) too.
-
-    Raises:
-        ValueError: a wrong dtype, or shapes that do not agree.
-    """
-    if (
-        ql.ndim not in ((2, 3) if stack else (2,))
-        or ql.dtype != torch.uint8
-        or not ql.numel()
-        or 2 * ql.shape[-1] % SUPER_BLOCK
-    ):
-        shapes = "(N, K/2) or (E, N, K/2)" if stack else "(N, K/2)"
-        raise ValueError(f"ql: expected uint8 {shapes}, N >= 1, K a multiple of {SUPER_BLOCK}, found {_found(ql)}")
-    lead, k = tuple(ql.shape[:-1]), 2 * ql.shape[-1]
-    expected = [("qh", qh, torch.uint8, k // 4)]
-    if steps is None:
-        expected.append(("scale without steps", scale, torch.bfloat16, k // GROUP))
-    else:
-        expected.append(("scale with steps", scale, torch.int8, k // GROUP))
-        expected.append(("steps", steps, torch.float16, k // SUPER_BLOCK))
-    for name, tensor, dtype, width in expected:
-        if tensor.dtype != dtype or tensor.shape != (*lead, width):
-            wanted = f"{_plain(dtype)} {(*lead, width)}"
-            raise ValueError(
-                f"{name}: with ql of shape {tuple(ql.shape)} expected {wanted}, found {_found(tensor)}"
-            )
-    return *lead, k
-
-
-def check_input(x: Tensor, n: int, k: int, bias: Tensor | None, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
-    """Whether x, of one of `dtypes`, and bias go with weights (N, K).
-
-    Raises:
-        ValueError: a wrong dtype or shape.
-    """
-    if x.ndim == 0 or x.dtype not in dtypes or x.shape[-1] != k:
-        raise ValueError(f"x: expected {either(dtypes)} (..., {k}), found {_found(x)}")
-    if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,)):
-        raise ValueError(f"bias: expected {either(FLOATS)} ({n},), found {_found(bias)}")
-
-
-def check_dtype(dtype: torch.dtype) -> None:
-    """Whether weights can be rounded to `dtype`; ValueError if not."""
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype: expected {either(FLOATS)}, found {dtype}")
-
-
-def check_activations(activations: str) -> None:
-    """Whether there is such a formula; ValueError if not."""
-    if activations not in ("auto", "int8", "bf16"):
-        raise ValueError(f"activations: expected auto, int8 or bf16, found {activations!r}")
-
-
-def either(dtypes: tuple[torch.dtype, ...]) -> str:
-    """Dtypes in words: "bfloat16 or float16"."""
-    *others, last = map(_plain, dtypes)
-    return f"{', '.join(others)} or {last}"
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _found(tensor: Tensor) -> str:
-    return f"{_plain(tensor.dtype)} {tuple(tensor.shape)}"
+    return (low | high << 4).float()

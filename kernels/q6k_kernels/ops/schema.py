@@ -1,27 +1,28 @@
 """The operations as torch ops of namespace `q6k`: schemas, argument checks, CPU, CUDA and fake implementations.
 
-    q6k::linear(Tensor x, Tensor tiles, Tensor? bias, SymInt n, str activations) -> Tensor
-    q6k::embedding(Tensor indices, Tensor tiles, SymInt n, ScalarType dtype) -> Tensor
-    q6k::dequantize(Tensor tiles, SymInt n, ScalarType dtype) -> Tensor
-    q6k::pack(Tensor ql, Tensor qh, Tensor scale, Tensor? steps) -> Tensor
-    q6k::embedding_named(Tensor indices, Tensor tiles, SymInt n, str dtype) -> Tensor
-    q6k::dequantize_named(Tensor tiles, SymInt n, str dtype) -> Tensor
+    q6k::linear(Tensor x, Tensor tiles, Tensor? bias, SymInt n, str format, str activations) -> Tensor
+    q6k::embedding(Tensor indices, Tensor tiles, SymInt n, str format, ScalarType dtype) -> Tensor
+    q6k::dequantize(Tensor tiles, SymInt n, str format, ScalarType dtype) -> Tensor
+    q6k::pack(Tensor[] planes, str format) -> Tensor
+    q6k::embedding_named(Tensor indices, Tensor tiles, SymInt n, str format, str dtype) -> Tensor
+    q6k::dequantize_named(Tensor tiles, SymInt n, str format, str dtype) -> Tensor
 
-The last two are for compiled programs (see `exporting`): AOTInductor of torch 2.11 makes another ScalarType of one.
-`tiles` is what `prepack` describes, of a weight with n rows; `q6k_kernels.weights.weight` has functions that take
-both as one. Importing this module registers the ops. They work under `torch.compile`, `torch.export` and in CUDA
-graphs, and have no gradient: a tensor that requires one is refused while gradients are recorded.
+The last two are for compiled programs (see `export`): AOTInductor of torch 2.11 makes another ScalarType of one.
+`format` is the name of a weight type (see `formats.types`), `tiles` what `formats.tiles` describes, of a weight
+with n rows; `weights.weight` has functions that take all three as one. Importing this module registers the ops.
+They work under `torch.compile`, `torch.export` and in CUDA graphs, and have no gradient: a tensor that requires
+one is refused while gradients are recorded.
 
 Defined with `torch.library.Library`, as `custom_op` would add 20 microseconds to every call of a decoding step.
 
-The same ops as a C++ library (see `ops_library`) may be loaded before or after: what it has registered is left
+The same ops as a C++ library (see `library`) may be loaded before or after: what it has registered is left
 alone here, and what it registers later is used from then on. The functions for fake tensors are always these.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, cast
@@ -29,9 +30,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from q6k_kernels.formats import tiles as prepack
+from q6k_kernels.formats.checks import (
+    FLOATS,
+    Activations,
+    check_activations,
+    check_dtype,
+    check_input,
+    check_planes,
+    either,
+)
+from q6k_kernels.formats.tiles import check_tiles, codes_and_scales, tiles_shape
+from q6k_kernels.formats.tiles import pack as pack_tiles
+from q6k_kernels.formats.types import weight_type
 from q6k_kernels.ops import reference
-from q6k_kernels.ops.reference import Activations
 
 DEFINED = "Q6K_OPS_DEFINED"
 """Environment variable with the number of the process in which the schemas are there: a C++ library that is loaded
@@ -54,13 +65,14 @@ def _check_linear(
     tiles: Tensor,
     bias: Tensor | None,
     n: int,
+    format: str,
     activations: str,
-    dtypes: tuple[torch.dtype, ...] = reference.FLOATS,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
 ) -> int:
-    """Returns K."""
-    k = prepack.check_tiles(tiles, n)
-    reference.check_input(x, n, k, bias, dtypes)
-    reference.check_activations(activations)
+    """Return K."""
+    k = check_tiles(tiles, n, weight_type(format))
+    check_input(x, n, k, bias, dtypes)
+    check_activations(activations)
     if x.device != tiles.device or (bias is not None and bias.device != tiles.device):
         _refuse_devices(x=x, tiles=tiles, bias=bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
@@ -72,10 +84,10 @@ def _check_linear(
     return k
 
 
-def _check_embedding(indices: Tensor, tiles: Tensor, n: int, dtype: torch.dtype) -> int:
-    """Returns K."""
-    k = prepack.check_tiles(tiles, n)
-    reference.check_dtype(dtype)
+def _check_embedding(indices: Tensor, tiles: Tensor, n: int, format: str, dtype: torch.dtype) -> int:
+    """Return K."""
+    k = check_tiles(tiles, n, weight_type(format))
+    check_dtype(dtype)
     if indices.dtype is not torch.int64 and indices.dtype is not torch.int32:
         raise ValueError(f"indices: expected int64 or int32 of any shape, found {indices.dtype}")
     if indices.device != tiles.device:
@@ -83,20 +95,20 @@ def _check_embedding(indices: Tensor, tiles: Tensor, n: int, dtype: torch.dtype)
     return k
 
 
-def _check_dequantize(tiles: Tensor, n: int, dtype: torch.dtype) -> int:
-    """Returns K."""
-    k = prepack.check_tiles(tiles, n)
-    reference.check_dtype(dtype)
+def _check_dequantize(tiles: Tensor, n: int, format: str, dtype: torch.dtype) -> int:
+    """Return K."""
+    k = check_tiles(tiles, n, weight_type(format))
+    check_dtype(dtype)
     return k
 
 
-def _check_pack(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None) -> tuple[int, ...]:
-    """Returns the shape of the tiles."""
-    shape = reference.check_planes(ql, qh, scale, steps, stack=True)
-    for plane in (qh, scale, steps):
-        if plane is not None and plane.device != ql.device:
-            _refuse_devices(ql=ql, qh=qh, scale=scale, steps=steps)
-    return prepack.tiles_shape(shape, "bf16" if steps is None else "exact")
+def _check_pack(planes: Sequence[Tensor], format: str) -> tuple[int, ...]:
+    """Return the shape of the tiles."""
+    row = weight_type(format)
+    shape = check_planes(planes, row, stack=True)
+    if any(plane.device != planes[0].device for plane in planes):
+        _refuse_devices(**dict(zip(row.roles, planes, strict=True)))
+    return tiles_shape(shape, row)
 
 
 def _refuse_devices(**tensors: Tensor | None) -> None:
@@ -107,17 +119,17 @@ def _refuse_devices(**tensors: Tensor | None) -> None:
 # On the CPU: the formulas of `reference`, fed from tiles.
 
 
-def _linear_cpu(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, activations: str) -> Tensor:
-    k = _check_linear(x, tiles, bias, n, activations)
+def _linear_cpu(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, format: str, activations: str) -> Tensor:
+    k, row = _check_linear(x, tiles, bias, n, format, activations), weight_type(format)
 
     def rows(part: slice) -> tuple[Tensor, Tensor]:
-        return prepack.codes_and_scales(tiles, part)
+        return codes_and_scales(tiles, part, row)
 
     return reference.multiply(x, rows, n, k, bias, cast("Activations", activations))
 
 
-def _embedding_cpu(indices: Tensor, tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    k = _check_embedding(indices, tiles, n, dtype)
+def _embedding_cpu(indices: Tensor, tiles: Tensor, n: int, format: str, dtype: torch.dtype) -> Tensor:
+    k, row = _check_embedding(indices, tiles, n, format, dtype), weight_type(format)
     flat = indices.reshape(-1)
     outside = (flat < 0) | (flat >= n)
     if outside.any():
@@ -125,21 +137,21 @@ def _embedding_cpu(indices: Tensor, tiles: Tensor, n: int, dtype: torch.dtype) -
         raise IndexError(f"indices: expected 0 to {n - 1}, found {int(flat[at])} at position {at} of {len(flat)}")
     result = torch.empty(len(flat), k, dtype=dtype)
     for part in reference.row_blocks(len(flat), k):
-        result[part] = reference.weights(*prepack.codes_and_scales(tiles, flat[part]), dtype)
+        result[part] = reference.weights(*codes_and_scales(tiles, flat[part], row), dtype)
     return result.view(*indices.shape, k)
 
 
-def _dequantize_cpu(tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    k = _check_dequantize(tiles, n, dtype)
+def _dequantize_cpu(tiles: Tensor, n: int, format: str, dtype: torch.dtype) -> Tensor:
+    k, row = _check_dequantize(tiles, n, format, dtype), weight_type(format)
     result = torch.empty(n, k, dtype=dtype)
     for part in reference.row_blocks(n, k):
-        result[part] = reference.weights(*prepack.codes_and_scales(tiles, part), dtype)
+        result[part] = reference.weights(*codes_and_scales(tiles, part, row), dtype)
     return result
 
 
-def _pack_cpu(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None) -> Tensor:
-    _check_pack(ql, qh, scale, steps)
-    return prepack.pack(ql, qh, scale, steps)
+def _pack_cpu(planes: Sequence[Tensor], format: str) -> Tensor:
+    _check_pack(planes, format)
+    return pack_tiles(planes, weight_type(format))
 
 
 # On a GPU: kernels that are compiled at their first use, so their module is loaded then.
@@ -152,49 +164,49 @@ def _kernels() -> ModuleType:
     return dispatch
 
 
-def _linear_cuda(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, activations: str) -> Tensor:
-    _check_linear(x, tiles, bias, n, activations, HALVES)
-    y: Tensor = _kernels().linear(x, tiles, bias, n, activations)
+def _linear_cuda(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, format: str, activations: str) -> Tensor:
+    _check_linear(x, tiles, bias, n, format, activations, HALVES)
+    y: Tensor = _kernels().linear(x, tiles, bias, n, weight_type(format), activations)
     return y
 
 
-def _embedding_cuda(indices: Tensor, tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    _check_embedding(indices, tiles, n, dtype)
-    rows: Tensor = _kernels().embedding(indices, tiles, n, dtype)
+def _embedding_cuda(indices: Tensor, tiles: Tensor, n: int, format: str, dtype: torch.dtype) -> Tensor:
+    _check_embedding(indices, tiles, n, format, dtype)
+    rows: Tensor = _kernels().embedding(indices, tiles, n, weight_type(format), dtype)
     return rows
 
 
-def _dequantize_cuda(tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    _check_dequantize(tiles, n, dtype)
-    weights: Tensor = _kernels().dequantize(tiles, n, dtype)
+def _dequantize_cuda(tiles: Tensor, n: int, format: str, dtype: torch.dtype) -> Tensor:
+    _check_dequantize(tiles, n, format, dtype)
+    weights: Tensor = _kernels().dequantize(tiles, n, weight_type(format), dtype)
     return weights
 
 
-def _pack_cuda(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None) -> Tensor:
-    _check_pack(ql, qh, scale, steps)
-    tiles: Tensor = _kernels().pack(ql, qh, scale, steps)
+def _pack_cuda(planes: Sequence[Tensor], format: str) -> Tensor:
+    _check_pack(planes, format)
+    tiles: Tensor = _kernels().pack(planes, weight_type(format))
     return tiles
 
 
 # Shapes and dtypes alone, for torch.compile, torch.export and the meta device.
 
 
-def _linear_fake(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, activations: str) -> Tensor:
-    dtypes = HALVES if x.device.type == "cuda" else reference.FLOATS
-    _check_linear(x, tiles, bias, n, activations, dtypes)
+def _linear_fake(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, format: str, activations: str) -> Tensor:
+    dtypes = HALVES if x.device.type == "cuda" else FLOATS
+    _check_linear(x, tiles, bias, n, format, activations, dtypes)
     return x.new_empty((*x.shape[:-1], n))
 
 
-def _embedding_fake(indices: Tensor, tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    return tiles.new_empty((*indices.shape, _check_embedding(indices, tiles, n, dtype)), dtype=dtype)
+def _embedding_fake(indices: Tensor, tiles: Tensor, n: int, format: str, dtype: torch.dtype) -> Tensor:
+    return tiles.new_empty((*indices.shape, _check_embedding(indices, tiles, n, format, dtype)), dtype=dtype)
 
 
-def _dequantize_fake(tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    return tiles.new_empty((n, _check_dequantize(tiles, n, dtype)), dtype=dtype)
+def _dequantize_fake(tiles: Tensor, n: int, format: str, dtype: torch.dtype) -> Tensor:
+    return tiles.new_empty((n, _check_dequantize(tiles, n, format, dtype)), dtype=dtype)
 
 
-def _pack_fake(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None) -> Tensor:
-    return ql.new_empty(_check_pack(ql, qh, scale, steps))
+def _pack_fake(planes: Sequence[Tensor], format: str) -> Tensor:
+    return planes[0].new_empty(_check_pack(planes, format), dtype=torch.uint8)
 
 
 def _named(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -202,42 +214,42 @@ def _named(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def call(*arguments: Any) -> Tensor:
         *others, name = arguments
-        for dtype in reference.FLOATS:
+        for dtype in FLOATS:
             if str(dtype) == f"torch.{name}":
                 return function(*others, dtype)
-        raise ValueError(f"dtype: expected {reference.either(reference.FLOATS)}, found {name!r}")
+        raise ValueError(f"dtype: expected {either(FLOATS)}, found {name!r}")
 
     return call
 
 
 _OPERATIONS = (
     (
-        "linear(Tensor x, Tensor tiles, Tensor? bias, SymInt n, str activations) -> Tensor",
+        "linear(Tensor x, Tensor tiles, Tensor? bias, SymInt n, str format, str activations) -> Tensor",
         _linear_cpu,
         _linear_cuda,
         _linear_fake,
     ),
     (
-        "embedding(Tensor indices, Tensor tiles, SymInt n, ScalarType dtype) -> Tensor",
+        "embedding(Tensor indices, Tensor tiles, SymInt n, str format, ScalarType dtype) -> Tensor",
         _embedding_cpu,
         _embedding_cuda,
         _embedding_fake,
     ),
     (
-        "dequantize(Tensor tiles, SymInt n, ScalarType dtype) -> Tensor",
+        "dequantize(Tensor tiles, SymInt n, str format, ScalarType dtype) -> Tensor",
         _dequantize_cpu,
         _dequantize_cuda,
         _dequantize_fake,
     ),
-    ("pack(Tensor ql, Tensor qh, Tensor scale, Tensor? steps) -> Tensor", _pack_cpu, _pack_cuda, _pack_fake),
+    ("pack(Tensor[] planes, str format) -> Tensor", _pack_cpu, _pack_cuda, _pack_fake),
     (
-        "embedding_named(Tensor indices, Tensor tiles, SymInt n, str dtype) -> Tensor",
+        "embedding_named(Tensor indices, Tensor tiles, SymInt n, str format, str dtype) -> Tensor",
         _named(_embedding_cpu),
         _named(_embedding_cuda),
         _named(_embedding_fake),
     ),
     (
-        "dequantize_named(Tensor tiles, SymInt n, str dtype) -> Tensor",
+        "dequantize_named(Tensor tiles, SymInt n, str format, str dtype) -> Tensor",
         _named(_dequantize_cpu),
         _named(_dequantize_cuda),
         _named(_dequantize_fake),
@@ -275,7 +287,7 @@ def withdraw() -> None:
 _define()
 implement()
 
-linear: Callable[[Tensor, Tensor, Tensor | None, int, str], Tensor] = torch.ops.q6k.linear.default
-embedding: Callable[[Tensor, Tensor, int, torch.dtype], Tensor] = torch.ops.q6k.embedding.default
-dequantize: Callable[[Tensor, int, torch.dtype], Tensor] = torch.ops.q6k.dequantize.default
-pack: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = torch.ops.q6k.pack.default
+linear: Callable[[Tensor, Tensor, Tensor | None, int, str, str], Tensor] = torch.ops.q6k.linear.default
+embedding: Callable[[Tensor, Tensor, int, str, torch.dtype], Tensor] = torch.ops.q6k.embedding.default
+dequantize: Callable[[Tensor, int, str, torch.dtype], Tensor] = torch.ops.q6k.dequantize.default
+pack: Callable[[Sequence[Tensor], str], Tensor] = torch.ops.q6k.pack.default

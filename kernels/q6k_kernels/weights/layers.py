@@ -18,11 +18,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from q6k_kernels.bundle.storage import Scales
-from q6k_kernels.formats.ggml import SUPER_BLOCK
-from q6k_kernels.formats.tiles import SCALES, TILE_BYTES, tiles_shape
+from q6k_kernels.formats.checks import Activations, check_activations, check_dtype
+from q6k_kernels.formats.tiles import tiles_shape
+from q6k_kernels.formats.types import weight_type
 from q6k_kernels.ops import schema
-from q6k_kernels.ops.reference import Activations, check_activations, check_dtype
 from q6k_kernels.weights.weight import PackedWeight
 
 Device = torch.device | str | int | None
@@ -33,21 +32,21 @@ class _Packed(nn.Module):
 
     tiles: Tensor
 
-    def __init__(self, n: int, k: int, scales: Scales, device: Device) -> None:
-        if n < 1 or k < 1 or k % SUPER_BLOCK or scales not in TILE_BYTES:
+    def __init__(self, n: int, k: int, format: str, device: Device) -> None:
+        row = weight_type(format)
+        if n < 1 or k < 1 or k % row.block:
             raise ValueError(
-                f"expected one row of weights or more, each a multiple of {SUPER_BLOCK} long, with bf16 or exact "
-                f"scales; found {n} of {k} with {scales!r} scales"
+                f"expected one row of weights or more, each a multiple of {row.block} long; found {n} of {k}"
             )
         super().__init__()
-        self._shape = (n, k)
-        zeros = torch.zeros(tiles_shape((n, k), scales), dtype=torch.uint8, device=device)
+        self._shape, self.format = (n, k), format
+        zeros = torch.zeros(tiles_shape((n, k), row), dtype=torch.uint8, device=device)
         self.tiles = nn.Parameter(zeros, requires_grad=False)
 
     @property
     def weight(self) -> PackedWeight:
         """The weight; shares the layer's parameter."""
-        return PackedWeight(self.tiles, self._shape)
+        return PackedWeight(self.tiles, self._shape, self.format)
 
 
 def _matrix(weight: PackedWeight) -> tuple[int, ...]:
@@ -66,7 +65,7 @@ class Q6KLinear(_Packed):
         in_features: K, a multiple of 256.
         out_features: N.
         bias: whether there is one, a parameter (N,).
-        scales: "bf16" or "exact", see `PackedWeight.scales`.
+        format: the name of the weight type, see `formats.types`.
         activations: "auto", "int8" or "bf16", see `q6k_kernels.q6k_linear`.
         device: where; also "meta".
         dtype: of the bias: bfloat16, float16 or float32.
@@ -82,14 +81,14 @@ class Q6KLinear(_Packed):
         in_features: int,
         out_features: int,
         bias: bool = False,
-        scales: Scales = "bf16",
+        format: str = "q6_k",
         activations: Activations = "auto",
         device: Device = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         check_dtype(dtype)
         check_activations(activations)
-        super().__init__(out_features, in_features, scales, device)
+        super().__init__(out_features, in_features, format, device)
         self.in_features, self.out_features = in_features, out_features
         self.activations = activations
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
@@ -110,7 +109,7 @@ class Q6KLinear(_Packed):
             ValueError: a stack of weights, or a bias of another shape, dtype or device.
         """
         n, k = _matrix(weight)
-        layer = cls(k, n, scales=weight.scales, activations=activations, device="meta")
+        layer = cls(k, n, format=weight.format, activations=activations, device="meta")
         layer.tiles = weight.parameter()
         if bias is not None:
             check_dtype(bias.dtype)
@@ -122,13 +121,13 @@ class Q6KLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) of x's dtype."""
-        return schema.linear(x, self.tiles, self.bias, self.out_features, self.activations)
+        return schema.linear(x, self.tiles, self.bias, self.out_features, self.format, self.activations)
 
     def extra_repr(self) -> str:
         """What is shown between the brackets."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"scales={SCALES[self.tiles.shape[-1]]!r}, activations={self.activations!r}"
+            f"format={self.format!r}, activations={self.activations!r}"
         )
 
 
@@ -140,7 +139,7 @@ class Q6KEmbedding(_Packed):
     Args:
         num_embeddings: N.
         embedding_dim: K, a multiple of 256.
-        scales: "bf16" or "exact", see `PackedWeight.scales`.
+        format: the name of the weight type, see `formats.types`.
         device: where; also "meta".
         dtype: of the rows: bfloat16, float16 or float32. It stays when the layer is converted to another.
 
@@ -152,12 +151,12 @@ class Q6KEmbedding(_Packed):
         self,
         num_embeddings: int,
         embedding_dim: int,
-        scales: Scales = "bf16",
+        format: str = "q6_k",
         device: Device = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         check_dtype(dtype)
-        super().__init__(num_embeddings, embedding_dim, scales, device)
+        super().__init__(num_embeddings, embedding_dim, format, device)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.dtype = dtype
 
@@ -169,15 +168,14 @@ class Q6KEmbedding(_Packed):
             ValueError: a stack of weights, or another dtype than bfloat16, float16 or float32.
         """
         n, k = _matrix(weight)
-        layer = cls(n, k, scales=weight.scales, device="meta", dtype=dtype)
+        layer = cls(n, k, format=weight.format, device="meta", dtype=dtype)
         layer.tiles = weight.parameter()
         return layer
 
     def forward(self, indices: Tensor) -> Tensor:
         """Indices of any shape -> (..., K) of `dtype`."""
-        return schema.embedding(indices, self.tiles, self.num_embeddings, self.dtype)
+        return schema.embedding(indices, self.tiles, self.num_embeddings, self.format, self.dtype)
 
     def extra_repr(self) -> str:
         """What is shown between the brackets."""
-        scales = SCALES[self.tiles.shape[-1]]
-        return f"{self.num_embeddings}, {self.embedding_dim}, scales={scales!r}, dtype={self.dtype}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, format={self.format!r}, dtype={self.dtype}"

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from q6k_kernels.bundle.manifest import BundleError, StoredTensor
-from q6k_kernels.bundle.storage import Scales
 from q6k_kernels.bundle.structure import Entry
-from q6k_kernels.formats import tiles as prepack
+from q6k_kernels.formats.checks import PLANE_DTYPES
+from q6k_kernels.formats.tiles import pack_into, tiles_shape
+from q6k_kernels.formats.types import TILE_ROWS, weight_type
 from q6k_kernels.ops import schema
-from q6k_kernels.ops.reference import TILE_ROWS
 from q6k_kernels.weights.weight import PackedWeight
 
 CPU_SLICE_BYTES = 4 << 20
@@ -46,7 +46,6 @@ DTYPES = {
     "U8": torch.uint8,
 }
 """safetensors dtype -> torch dtype."""
-PLANES = ("ql", "qh", "scale", "steps")
 
 Stamp = tuple[int, int]
 """Of a file: what is different once it has been written to."""
@@ -155,11 +154,10 @@ def load_plain(arrays: Arrays, tensor: StoredTensor, staging: Staging | None) ->
 def load_planar(arrays: Arrays, tensor: StoredTensor, expert: int | None, staging: Staging | None) -> PackedWeight:
     """A packed weight, a stack, or of a stack the weight `expert`. `staging` leads to the GPU, None to the CPU."""
     *stack, n, k = tensor.shape
-    roles = [role for role in PLANES if role in tensor.arrays]
-    widths = [arrays.nbytes(role) // math.prod((*stack, n)) for role in roles]
+    row = weight_type(cast("str", tensor.format))  # the structure was checked: what is packed has one
+    widths = [arrays.nbytes(role) // math.prod((*stack, n)) for role in row.roles]
     shape = (n, k) if expert is not None else (*stack, n, k)
-    scales: Scales = "exact" if "steps" in roles else "bf16"
-    tiles = _empty(prepack.tiles_shape(shape, scales), torch.uint8, staging)
+    tiles = _empty(tiles_shape(shape, row), torch.uint8, staging)
     # Where the matrices of a stack begin with new tiles, they are one matrix.
     matrices = 1 if len(shape) == 2 or n % TILE_ROWS == 0 else shape[0]
     rows = math.prod(shape[:-1]) // matrices
@@ -172,20 +170,20 @@ def load_planar(arrays: Arrays, tensor: StoredTensor, expert: int | None, stagin
             count = min(step, rows - at)
             memory = planes if staging is None else staging.next(count * sum(widths))
             begin = first + matrix * rows + at
-            for role, width, part in zip(roles, widths, _parts(memory, widths, count), strict=True):
+            for role, width, part in zip(row.roles, widths, _parts(memory, widths, count), strict=True):
                 arrays.read(role, begin * width, part)
             if staging is not None:
                 staging.copy(planes[: count * sum(widths)])
             each = [
-                part.view(DTYPES[tensor.arrays[role].dtype]).view(count, -1)
-                for role, part in zip(roles, _parts(planes, widths, count), strict=True)
+                part.view(PLANE_DTYPES[array.dtype]).view(count, -1)
+                for array, part in zip(row.arrays, _parts(planes, widths, count), strict=True)
             ]
             part = out[at // TILE_ROWS : -(-(at + count) // TILE_ROWS)]
             if staging is None:
-                prepack.pack_into(part, *each)
+                pack_into(part, each, row)
             else:
-                part.copy_(schema.pack(*each, *[None] * (4 - len(each))))
-    return PackedWeight(tiles, shape)
+                part.copy_(schema.pack(each, row.name))
+    return PackedWeight(tiles, shape, row.name)
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, staging: Staging | None) -> Tensor:

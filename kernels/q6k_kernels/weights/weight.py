@@ -16,28 +16,29 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from q6k_kernels.bundle.storage import Scales
 from q6k_kernels.cuda import device as launching
-from q6k_kernels.formats import tiles as prepack
-from q6k_kernels.formats.tiles import SCALES
+from q6k_kernels.formats.checks import Activations
+from q6k_kernels.formats.tiles import check_tiles, unpack
+from q6k_kernels.formats.types import TILE_ROWS, WeightType, weight_type
 from q6k_kernels.ops import schema
-from q6k_kernels.ops.reference import TILE_ROWS, Activations
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PackedWeight:
-    """A weight (N, K), or a stack of them (E, N, K), of 6 bits and scales, as `prepack` lays it out in memory.
+    """A weight (N, K), or a stack of them (E, N, K), packed as `formats.tiles` lays it out in memory.
 
     Attributes:
-        tiles: uint8 (T, B, tile_bytes) or (E, T, B, tile_bytes), see `prepack`; not to be written to.
-        shape: (N, K) or (E, N, K), K a multiple of 256.
+        tiles: uint8 (T, B, tile_bytes) or (E, T, B, tile_bytes). Not to be written to.
+        shape: (N, K) or (E, N, K).
+        format: the name of its weight type, see `formats.types`.
 
     Raises:
-        ValueError: tiles and shape do not belong together.
+        ValueError: there is no such weight type, or tiles and shape do not belong together.
     """
 
     tiles: Tensor
     shape: tuple[int, ...]
+    format: str
 
     def __post_init__(self) -> None:
         if len(self.shape) not in (2, 3) or self.tiles.ndim != len(self.shape) + 1:
@@ -46,7 +47,7 @@ class PackedWeight:
                 f"{tuple(self.shape)} with tiles of {self.tiles.ndim}"
             )
         *stack, n, _ = self.shape
-        found = (*self.tiles.shape[:-3], n, prepack.check_tiles(self.tiles, n, stack=True))
+        found = (*self.tiles.shape[:-3], n, check_tiles(self.tiles, n, self.row, stack=True))
         if found != tuple(self.shape):
             raise ValueError(f"shape: the tiles are those of {found}, found {tuple(self.shape)}")
         object.__setattr__(self, "shape", (*stack, n, found[-1]))
@@ -71,9 +72,9 @@ class PackedWeight:
         return self.shape[-1]
 
     @property
-    def scales(self) -> Scales:
-        """Which scales it has: "bf16", or "exact" for GGUF's own."""
-        return SCALES[self.tiles.shape[-1]]
+    def row(self) -> WeightType:
+        """Its weight type."""
+        return weight_type(self.format)
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +88,7 @@ class PackedWeight:
 
     def __repr__(self) -> str:
         size = f"{self.nbytes / (1 << 20):.1f} MiB"
-        return f"PackedWeight({self.shape}, scales={self.scales!r}, device='{self.device}', {size})"
+        return f"PackedWeight({self.shape}, {self.format!r}, device='{self.device}', {size})"
 
     def __getitem__(self, expert: int) -> PackedWeight:
         """One weight (N, K) of a stack; shares its memory."""
@@ -95,7 +96,7 @@ class PackedWeight:
             raise ValueError(f"only a stack (E, N, K) has experts to index, found {self.shape}; see `rows`")
         if not -self.shape[0] <= expert < self.shape[0]:
             raise IndexError(f"expert: expected 0 to {self.shape[0] - 1}, found {expert}")
-        return PackedWeight(self.tiles[expert], self.shape[1:])
+        return PackedWeight(self.tiles[expert], self.shape[1:], self.format)
 
     def __iter__(self) -> Iterator[PackedWeight]:
         """The weights of a stack."""
@@ -117,14 +118,14 @@ class PackedWeight:
                 f"(or stop = {self.n}), found {start} to {stop}"
             )
         tiles = self.tiles[start // TILE_ROWS : -(-stop // TILE_ROWS)]
-        return PackedWeight(tiles, (stop - start, self.k))
+        return PackedWeight(tiles, (stop - start, self.k), self.format)
 
     @staticmethod
     def cat(weights: Sequence[PackedWeight]) -> PackedWeight:
         """Puts weights below each other, as of q, k and v, or gate and up, to multiply them at once.
 
         Args:
-            weights: of the same K, scales and (stacks) E; N of all but the last multiples of 16.
+            weights: of the same weight type, K and (stacks) E; N of all but the last multiples of 16.
 
         Raises:
             ValueError: they do not fit together.
@@ -133,10 +134,10 @@ class PackedWeight:
             raise ValueError("weights: expected one or more, found none")
         first = weights[0]
         for at, weight in enumerate(weights):
-            if (*weight.shape[:-2], weight.k, weight.scales) != (*first.shape[:-2], first.k, first.scales):
+            if (*weight.shape[:-2], weight.k, weight.format) != (*first.shape[:-2], first.k, first.format):
                 raise ValueError(
-                    f"weights: expected all but N as in {first.shape} with {first.scales} scales, "
-                    f"found {weight.shape} with {weight.scales} scales at {at}"
+                    f"weights: expected all but N as in {first.shape} of {first.format}, "
+                    f"found {weight.shape} of {weight.format} at {at}"
                 )
             if at < len(weights) - 1 and weight.n % TILE_ROWS:
                 raise ValueError(
@@ -145,34 +146,33 @@ class PackedWeight:
         tiles = torch.cat([weight.tiles for weight in weights], dim=-3)
         if tiles.is_cuda:
             launching.end_write(tiles)
-        return PackedWeight(tiles, (*first.shape[:-2], sum(weight.n for weight in weights), first.k))
+        return PackedWeight(tiles, (*first.shape[:-2], sum(weight.n for weight in weights), first.k), first.format)
 
     @staticmethod
-    def from_planes(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None = None) -> PackedWeight:
-        """Packs the arrays of a bundle (see `planar`), on their device.
+    def from_planes(planes: Sequence[Tensor], format: str) -> PackedWeight:
+        """Pack the arrays of a bundle, on their device.
 
         Args:
-            ql: uint8 (N, K/2) or (E, N, K/2), N >= 1, K a multiple of 256.
-            qh: uint8 (..., K/4).
-            scale: bfloat16 (..., K/16); or int8 (..., K/16), the sub-scales, with `steps`.
-            steps: float16 (..., K/256), d; None with bf16 scales.
+            planes: one tensor for each of the weight type's `arrays`, in that order: (N, width) or (E, N, width).
+            format: the name of the weight type.
 
         Raises:
-            ValueError: a wrong dtype, or shapes or devices that do not agree.
+            ValueError: there is no such weight type, a wrong dtype, or shapes or devices that do not agree.
         """
-        return PackedWeight(schema.pack(ql, qh, scale, steps), (*ql.shape[:-1], 2 * ql.shape[-1]))
+        k = planes[0].shape[-1] * weight_type(format).arrays[0].weights
+        return PackedWeight(schema.pack(planes, format), (*planes[0].shape[:-1], k), format)
 
-    def planes(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The arrays of a bundle again: ql, qh, scale and steps or None, as `from_planes` takes them."""
-        return prepack.unpack(self.tiles, self.n)
+    def planes(self) -> list[Tensor]:
+        """Return the arrays of a bundle again, as `from_planes` takes them."""
+        return unpack(self.tiles, self.n, self.row)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The weights as numbers: (N, K) or (E, N, K) of bfloat16, float16 or float32, rounded once."""
         if len(self.shape) == 2:
-            return schema.dequantize(self.tiles, self.n, dtype)
+            return schema.dequantize(self.tiles, self.n, self.format, dtype)
         result = torch.empty(self.shape, dtype=dtype, device=self.device)
         for expert, tiles in enumerate(self.tiles):
-            result[expert] = schema.dequantize(tiles, self.n, dtype)
+            result[expert] = schema.dequantize(tiles, self.n, self.format, dtype)
         return result
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> PackedWeight:
@@ -192,26 +192,29 @@ class PackedWeight:
         return self._with(self.tiles.pin_memory())
 
     def _with(self, tiles: Tensor) -> PackedWeight:
-        return self if tiles is self.tiles else PackedWeight(tiles, self.shape)
+        return self if tiles is self.tiles else PackedWeight(tiles, self.shape, self.format)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """As tensors alone, for safetensors and the like: `tiles`, and `shape` as int64."""
-        return {"tiles": self.tiles.detach(), "shape": torch.tensor(self.shape, dtype=torch.int64)}
+        """Return tensors alone, for safetensors and the like: `tiles`, `shape` int64, `format` ASCII in uint8."""
+        format = torch.frombuffer(bytearray(self.format.encode()), dtype=torch.uint8)
+        shape = torch.tensor(self.shape, dtype=torch.int64)
+        return {"tiles": self.tiles.detach(), "shape": shape, "format": format}
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Tensor]) -> PackedWeight:
         """The inverse of `state_dict`.
 
         Raises:
-            ValueError: something else than `tiles` and `shape`, or they do not belong together.
+            ValueError: something else than `tiles`, `shape` and `format`, or they do not belong together.
         """
-        if set(state) != {"tiles", "shape"}:
-            raise ValueError(f"state: expected tiles and shape, found {', '.join(sorted(state)) or 'nothing'}")
-        return PackedWeight(state["tiles"], tuple(state["shape"].tolist()))
+        if set(state) != {"tiles", "shape", "format"}:
+            raise ValueError(f"state: expected tiles, shape, format, found {', '.join(sorted(state)) or 'nothing'}")
+        name = bytes(state["format"].tolist()).decode("ascii", "replace")
+        return PackedWeight(state["tiles"], tuple(state["shape"].tolist()), name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Through the constructor, so that what was saved is checked when it is loaded.
-        return PackedWeight, (self.tiles, self.shape)
+        return PackedWeight, (self.tiles, self.shape, self.format)
 
 
 # Lets torch.load(weights_only=True), the default, make one, once this module was imported.
@@ -238,7 +241,7 @@ def q6k_linear(
         ValueError: a wrong dtype, shape, device or option, a stack of weights, or x or bias requires a gradient
             while gradients are recorded.
     """
-    return schema.linear(x, weight.tiles, bias, weight.n, activations)
+    return schema.linear(x, weight.tiles, bias, weight.n, weight.format, activations)
 
 
 def embedding(indices: Tensor, weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -257,7 +260,7 @@ def embedding(indices: Tensor, weight: PackedWeight, dtype: torch.dtype = torch.
         IndexError: an index is out of range, on the CPU. On a GPU it stops the kernel, as it does that of
             `torch.nn.functional.embedding`: the next call that waits for the GPU raises.
     """
-    return schema.embedding(indices, weight.tiles, weight.n, dtype)
+    return schema.embedding(indices, weight.tiles, weight.n, weight.format, dtype)
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> Tensor:
