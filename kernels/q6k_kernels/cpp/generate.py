@@ -25,18 +25,38 @@ from q6k_kernels.cpp import units as library
 from q6k_kernels.cpp.units import FILES, Unit
 from q6k_kernels.cuda import decode, decode_plan, device, dispatch, expand, gemm_mma, gemm_wgmma
 from q6k_kernels.cuda import rows as row_kernels
-from q6k_kernels.formats import tiles
+from q6k_kernels.formats import ggml, types
 from q6k_kernels.jit import compiler
 
-MOST_VALUES = 8
+MOST_VALUES = 12
 """Of the macros of a unit; `Key` in `src/kernels.h` has room for as many."""
+
+
+def weight_types() -> list[str]:
+    """Return the rows of `formats.types` as C++."""
+    rows = []
+    for row in types.WEIGHT_TYPES.values():
+        arrays = _list(f'{{"{array.role}", "{array.dtype}", {array.weights}}}' for array in row.arrays)
+        numbers = [value for _, value in row.macros] + [row.block, row.tile_bytes, len(row.arrays)]
+        rows.append(f'{{"{row.name}", {", ".join(map(str, numbers))}, {arrays}}}')
+    return [
+        "struct PlaneArray { const char *role, *dtype; int64_t weights; };",
+        "struct WeightType {",
+        "  const char* name;",
+        "  int64_t bits, group, minimum, scales, block, tile_bytes, count;",
+        "  PlaneArray arrays[MOST_PLANES];",
+        "};",
+        f"constexpr WeightType WEIGHT_TYPES[] = {_list(rows)};",
+    ]
 
 
 def tables() -> str:
     """The header of numbers that Python's launch plans are made from."""
     numbers = {
-        "TILE_BYTES_BF16": tiles.TILE_BYTES["bf16"],
-        "TILE_BYTES_EXACT": tiles.TILE_BYTES["exact"],
+        "TILE_ROWS": types.TILE_ROWS,
+        "SUPER_BLOCK": ggml.SUPER_BLOCK,
+        "SCALES_STEPPED": types.KIND_OF_SCALE["I8"],
+        "MOST_PLANES": row_kernels.PACKED_PLANES,
         "ALIGNMENT": device.ALIGNMENT,
         "DECODE_M": dispatch.DECODE_M,
         "PREFILL_M": dispatch.PREFILL_M,
@@ -66,6 +86,7 @@ def tables() -> str:
         "#include <cstdint>",
         "namespace q6k {",
         *(f"constexpr int64_t {name} = {value};" for name, value in numbers.items()),
+        *weight_types(),
         f"constexpr int64_t TOKENS[] = {_list(decode_plan.TOKENS)};",
         f"constexpr int64_t CLUSTERS[] = {_list(decode_plan.CLUSTERS)};",
         f"constexpr int64_t SHAPES[][3] = {_list(map(_list, decode_plan.SHAPES))};",

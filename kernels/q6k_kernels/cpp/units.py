@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from q6k_kernels.errors import CompileFailedError
+from q6k_kernels.formats.types import CODE_MACROS
 from q6k_kernels.jit import compiler
 from q6k_kernels.jit.compiler import Defines
 
@@ -24,19 +25,19 @@ Variant = tuple[str, str, Defines]
 MACROS: dict[str, tuple[tuple[str, ...], ...]] = {
     "decode.cuh": (
         (
-            *("Q6K_EXACT", "Q6K_FP16", "Q6K_TOKENS", "Q6K_FUSED"),
+            *(*CODE_MACROS, "Q6K_FP16", "Q6K_TOKENS", "Q6K_FUSED"),
             *("Q6K_WARPS", "Q6K_STAGES", "Q6K_OCCUPANCY", "Q6K_SPLIT"),
         ),
     ),
     "gemm_wgmma.cuh": (
         (
-            *("Q6K_EXACT", "Q6K_FP16", "Q6K_TOKENS", "Q6K_CONSUMERS"),
+            *(*CODE_MACROS, "Q6K_FP16", "Q6K_TOKENS", "Q6K_CONSUMERS"),
             *("Q6K_TILE_STAGES", "Q6K_X_STAGES", "Q6K_OCCUPANCY"),
         ),
     ),
-    "gemm_mma.cuh": (("Q6K_EXACT", "Q6K_FP16", "Q6K_BN", "Q6K_KW", "Q6K_SLOTS"),),
-    "rows.cuh": (("Q6K_EXACT", "Q6K_OUT"), ("Q6K_EXACT", "Q6K_OUT", "Q6K_INDEX32")),
-    "pack.cuh": (("Q6K_EXACT",),),
+    "gemm_mma.cuh": ((*CODE_MACROS, "Q6K_FP16", "Q6K_BN", "Q6K_KW", "Q6K_SLOTS"),),
+    "rows.cuh": ((*CODE_MACROS, "Q6K_OUT"), (*CODE_MACROS, "Q6K_OUT", "Q6K_INDEX32")),
+    "pack.cuh": (CODE_MACROS,),
 }
 """The macros of each file in the order in which `src/` gives their values; `check` holds `variants` against it."""
 OF_STEPS = ("step.cuh", "attend.cuh", "choose.cuh")

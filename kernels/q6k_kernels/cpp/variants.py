@@ -6,6 +6,7 @@ from itertools import product
 
 from q6k_kernels.cuda import decode, decode_plan, gemm_mma, gemm_wgmma, rows
 from q6k_kernels.cuda.device import Device, Variant
+from q6k_kernels.formats.types import CODE_MACROS, WEIGHT_TYPES, WeightType
 from q6k_kernels.generate import step_cuda
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -16,8 +17,8 @@ _SHAPES = tuple(product((1024, 4096, 16384, 65536, 262144), (1024, 4096, 8192, 1
 """Weights (N, K), of the sizes that models have, whose plans `shared_bytes` asks for."""
 _TOKENS = (*range(1, decode_plan.MOST_TOKENS + 1), 16, 32, 64)
 """Rows of activations that it asks for: every kernel's sizes."""
-_Key = tuple[str, bool, tuple[int, ...]]
-"""Of the kernels that a plan may choose: which, exact scales or not, and its own macros' values."""
+_Key = tuple[str, tuple[int, ...], tuple[int, ...]]
+"""A kernel that a plan may choose: its name, the values of its weight type's macros, and of its own."""
 
 
 def device_like(arch: int) -> Device:
@@ -79,25 +80,25 @@ def shared_bytes(arch: int) -> dict[Variant, int]:
 
 
 def _key(kernel: str, macros: dict[str, int]) -> _Key:
-    own = (value for name, value in macros.items() if name not in ("Q6K_EXACT", "Q6K_FP16"))
-    return kernel, bool(macros["Q6K_EXACT"]), tuple(own)
+    own = (value for name, value in macros.items() if name not in (*CODE_MACROS, "Q6K_FP16"))
+    return kernel, tuple(macros[name] for name in CODE_MACROS), tuple(own)
 
 
 def _of_plans(device: Device) -> dict[_Key, int]:
     largest = dict[_Key, int]()
 
-    def meet(kernel: str, exact: bool, own: tuple[int, ...], taken: int) -> None:
-        key = kernel, exact, tuple(map(int, own))
+    def meet(kernel: str, row: WeightType, own: tuple[int, ...], taken: int) -> None:
+        key = kernel, tuple(value for _, value in row.macros), tuple(map(int, own))
         largest[key] = max(taken, largest.get(key, 0))
 
-    for exact in (False, True):
+    for row in WEIGHT_TYPES.values():
         for (n, k), m in product(_SHAPES, _TOKENS):
-            mma = gemm_mma.plan(m, n, k, exact, device)
-            meet(gemm_mma.KERNEL, exact, (mma.tokens, mma.parts, mma.slots), mma.shared_bytes)
-            chosen = decode_plan.plan(m, n, k, exact, device) if m <= decode_plan.MOST_TOKENS else None
+            mma = gemm_mma.plan(m, n, k, row, device)
+            meet(gemm_mma.KERNEL, row, (mma.tokens, mma.parts, mma.slots), mma.shared_bytes)
+            chosen = decode_plan.plan(m, n, k, row, device) if m <= decode_plan.MOST_TOKENS else None
             if chosen is not None:
-                meet(decode.KERNEL, exact, (*chosen.kernel, chosen.cluster > 1), chosen.shared_bytes)
+                meet(decode.KERNEL, row, (*chosen.kernel, chosen.cluster > 1), chosen.shared_bytes)
         for config in gemm_wgmma.CONFIGS:
             own = config.tokens, config.consumers, config.tile_stages, config.x_stages, config.occupancy
-            meet(gemm_wgmma.KERNEL, exact, own, config.shared_bytes(exact))
+            meet(gemm_wgmma.KERNEL, row, own, config.shared_bytes(row))
     return largest

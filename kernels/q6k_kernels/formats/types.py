@@ -44,7 +44,7 @@ class PlaneArray(NamedTuple):
 
 DTYPE_BYTES = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2}
 """Bytes of an element, by safetensors' dtype, of the arrays that rows have."""
-_KIND_OF_SCALE = {"BF16": 0, "I8": 1}
+KIND_OF_SCALE = {"BF16": 0, "I8": 1}
 """Dtype of the array `scale` -> `Q6K_SCALES`: SCALES_BF16, SCALES_STEPPED in `cuda/common.cuh`."""
 
 
@@ -104,7 +104,7 @@ class WeightType:
             ("Q6K_BITS", self.bits),
             ("Q6K_GROUP", self.group),
             ("Q6K_MINIMUM", 0),
-            ("Q6K_SCALES", _KIND_OF_SCALE[self.scales[0].dtype]),
+            ("Q6K_SCALES", KIND_OF_SCALE[self.scales[0].dtype]),
         )
 
     @property

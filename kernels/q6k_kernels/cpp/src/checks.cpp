@@ -3,8 +3,6 @@
 namespace q6k {
 namespace {
 
-constexpr int64_t GROUP = 16;
-
 [[noreturn]] void refuse(const std::string& text) { throw std::invalid_argument(text); }
 
 std::string found(const Tensor& tensor) { return dtype_name(tensor.dtype()) + " " + shape_text(tensor.shape()); }
@@ -17,7 +15,7 @@ std::string strides_text(const Tensor& tensor) {
 
 using Named = std::pair<const char*, const Tensor*>;
 
-void check_devices(std::initializer_list<Named> tensors) {
+void check_devices(const std::vector<Named>& tensors) {
   const Tensor* first = nullptr;
   bool same = true;
   for (const auto& [name, tensor] : tensors) {
@@ -35,14 +33,17 @@ void check_devices(std::initializer_list<Named> tensors) {
 
 const Tensor* address(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
 
-int64_t check_tiles(const Tensor& tiles, int64_t n) {
+int32_t dtype_of(const PlaneArray& array) {
+  const std::string name = array.dtype;
+  return name == "U8" ? dtypes().uint8 : name == "I8" ? dtypes().int8 : name == "BF16" ? dtypes().bf16 : dtypes().fp16;
+}
+
+int64_t check_tiles(const Tensor& tiles, int64_t n, const WeightType& type) {
   const int64_t dim = tiles.dim();
-  if (tiles.dtype() != dtypes().uint8 || dim != 3 ||
-      (tiles.size(-1) != TILE_BYTES_BF16 && tiles.size(-1) != TILE_BYTES_EXACT) || tiles.size(-2) < 1 ||
+  if (tiles.dtype() != dtypes().uint8 || dim != 3 || tiles.size(-1) != type.tile_bytes || tiles.size(-2) < 1 ||
       !tiles.is_contiguous()) {
-    refuse("tiles: expected contiguous uint8 (T, B, tile_bytes) with tile_bytes " + std::to_string(TILE_BYTES_BF16) +
-           " (bf16 scales) or " + std::to_string(TILE_BYTES_EXACT) + " (exact scales), found " + found(tiles) +
-           ", strides " + strides_text(tiles) +
+    refuse("tiles of " + std::string(type.name) + ": expected contiguous uint8 (T, B, tile_bytes) with tile_bytes " +
+           std::to_string(type.tile_bytes) + ", found " + found(tiles) + ", strides " + strides_text(tiles) +
            (dim == 4 ? "; of a stack of experts take one, weight[expert]" : ""));
   }
   const int64_t row_tiles = tiles.size(0);
@@ -65,8 +66,8 @@ std::string quoted(const std::string& text) { return "'" + text + "'"; }
 }  // namespace
 
 int64_t check_linear(const Tensor& x, const Tensor& tiles, const std::optional<Tensor>& bias, int64_t n,
-                     const std::string& activations, bool halves) {
-  const int64_t k = check_tiles(tiles, n);
+                     const WeightType& type, const std::string& activations, bool halves) {
+  const int64_t k = check_tiles(tiles, n, type);
   const int kind = float_kind(x.dtype());
   if (x.dim() == 0 || kind < 0 || (halves && kind == 2) || x.size(-1) != k) {
     refuse(std::string("x: expected ") + (halves ? "bfloat16 or float16" : "bfloat16, float16 or float32") + " (..., " +
@@ -90,8 +91,8 @@ int64_t check_linear(const Tensor& x, const Tensor& tiles, const std::optional<T
   return k;
 }
 
-int64_t check_embedding(const Tensor& indices, const Tensor& tiles, int64_t n, int32_t dtype) {
-  const int64_t k = check_tiles(tiles, n);
+int64_t check_embedding(const Tensor& indices, const Tensor& tiles, int64_t n, const WeightType& type, int32_t dtype) {
+  const int64_t k = check_tiles(tiles, n, type);
   check_dtype(dtype);
   if (indices.dtype() != dtypes().int64 && indices.dtype() != dtypes().int32) {
     refuse("indices: expected int64 or int32 of any shape, found torch." + dtype_name(indices.dtype()));
@@ -100,41 +101,47 @@ int64_t check_embedding(const Tensor& indices, const Tensor& tiles, int64_t n, i
   return k;
 }
 
-int64_t check_dequantize(const Tensor& tiles, int64_t n, int32_t dtype) {
-  const int64_t k = check_tiles(tiles, n);
+int64_t check_dequantize(const Tensor& tiles, int64_t n, const WeightType& type, int32_t dtype) {
+  const int64_t k = check_tiles(tiles, n, type);
   check_dtype(dtype);
   return k;
 }
 
-std::vector<int64_t> check_pack(const Tensor& ql, const Tensor& qh, const Tensor& scale,
-                                const std::optional<Tensor>& steps) {
-  if ((ql.dim() != 2 && ql.dim() != 3) || ql.dtype() != dtypes().uint8 || ql.numel() == 0 ||
-      2 * ql.size(-1) % SUPER_BLOCK) {
-    refuse("ql: expected uint8 (N, K/2) or (E, N, K/2), N >= 1, K a multiple of " + std::to_string(SUPER_BLOCK) +
-           ", found " + found(ql));
+std::vector<int64_t> check_pack(const std::vector<Tensor>& planes, const WeightType& type) {
+  if (planes.size() != static_cast<size_t>(type.count)) {
+    std::string roles;
+    for (int i = 0; i < type.count; ++i) roles += (i ? ", " : "") + std::string(type.arrays[i].role);
+    refuse("planes: " + std::string(type.name) + " has " + roles + "; found " + std::to_string(planes.size()) + " tensors");
   }
-  const int64_t k = 2 * ql.size(-1);
-  const auto expect = [&](const char* name, const Tensor& tensor, int32_t dtype, int64_t width) {
-    std::vector<int64_t> shape = ql.shape();
-    shape.back() = width;
-    if (tensor.dtype() == dtype && tensor.shape() == shape) return;
-    refuse(std::string(name) + ": with ql of shape " + shape_text(ql.shape()) + " expected " + dtype_name(dtype) + " " +
-           shape_text(shape) + ", found " + found(tensor));
-  };
-  expect("qh", qh, dtypes().uint8, k / 4);
-  if (steps) {
-    expect("scale with steps", scale, dtypes().int8, k / GROUP);
-    expect("steps", *steps, dtypes().fp16, k / SUPER_BLOCK);
-  } else {
-    expect("scale without steps", scale, dtypes().bf16, k / GROUP);
+  const PlaneArray& first = type.arrays[0];
+  const Tensor& codes = planes[0];
+  if ((codes.dim() != 2 && codes.dim() != 3) || codes.dtype() != dtype_of(first) || codes.numel() == 0 ||
+      codes.size(-1) * first.weights % type.block) {
+    const std::string width = "K/" + std::to_string(first.weights);
+    refuse(std::string(first.role) + ": expected " + dtype_name(dtype_of(first)) + " (N, " + width + ") or (E, N, " +
+           width + "), N >= 1, K a multiple of " + std::to_string(type.block) + ", found " + found(codes));
   }
-  check_devices({{"ql", &ql}, {"qh", &qh}, {"scale", &scale}, {"steps", address(steps)}});
-  std::vector<int64_t> shape = ql.shape();
+  const int64_t k = codes.size(-1) * first.weights;
+  std::vector<Named> named;
+  for (int i = 0; i < type.count; ++i) {
+    const PlaneArray& array = type.arrays[i];
+    const Tensor& tensor = planes[static_cast<size_t>(i)];
+    std::vector<int64_t> shape = codes.shape();
+    shape.back() = k / array.weights;
+    if (tensor.dtype() != dtype_of(array) || tensor.shape() != shape) {
+      refuse(std::string(array.role) + " of " + type.name + ": with " + first.role + " of shape " +
+             shape_text(codes.shape()) + " expected " + dtype_name(dtype_of(array)) + " " + shape_text(shape) +
+             ", found " + found(tensor));
+    }
+    named.push_back({array.role, &tensor});
+  }
+  check_devices(named);
+  std::vector<int64_t> shape = codes.shape();
   shape.pop_back();
   const int64_t n = shape.back();
   shape.back() = ceil_div(n, TILE_ROWS);
   shape.push_back(k / SUPER_BLOCK);
-  shape.push_back(tile_bytes(steps.has_value()));
+  shape.push_back(type.tile_bytes);
   return shape;
 }
 

@@ -6,10 +6,10 @@ namespace q6k {
 
 // Arguments as `check_*` accept them; results are new.
 Tensor linear_cpu(const Tensor& x, const Tensor& tiles, const std::optional<Tensor>& bias, int64_t n, int64_t k,
-                  Activations activations);
-Tensor embedding_cpu(const Tensor& indices, const Tensor& tiles, int64_t n, int64_t k, int32_t dtype);
-Tensor dequantize_cpu(const Tensor& tiles, int64_t n, int64_t k, int32_t dtype);
-Tensor pack_cpu(const Tensor& ql, const Tensor& qh, const Tensor& scale, const std::optional<Tensor>& steps,
-                const std::vector<int64_t>& tiles_shape);
+                  const WeightType& type, Activations activations);
+Tensor embedding_cpu(const Tensor& indices, const Tensor& tiles, int64_t n, int64_t k, const WeightType& type,
+                     int32_t dtype);
+Tensor dequantize_cpu(const Tensor& tiles, int64_t n, int64_t k, const WeightType& type, int32_t dtype);
+Tensor pack_cpu(const std::vector<Tensor>& planes, const WeightType& type, const std::vector<int64_t>& tiles_shape);
 
 }  // namespace q6k

@@ -20,11 +20,11 @@ struct Matrix {
   const void* bias;  // null for none
   int bias_kind;
   int64_t m, n, k;
-  bool exact;
+  const WeightType* type;
 
   int64_t blocks() const { return k / SUPER_BLOCK; }
   const unsigned char* tile(int64_t row_tile, int64_t block) const {
-    return tiles + (row_tile * blocks() + block) * tile_bytes(exact);
+    return tiles + (row_tile * blocks() + block) * type->tile_bytes;
   }
   // Rounds the sums (m, 16) of a tile of rows into y (m, n).
   template <typename T, typename Sum>
@@ -50,7 +50,7 @@ void multiply_bf16(const Matrix& matrix, const T* x, T* y) {
     for (int64_t block = 0; block < matrix.blocks(); ++block) {
       for (int r = 0; r < ROWS; ++r) {
         T weights[SUPER_BLOCK];
-        read_weights(matrix.tile(row_tile, block), r, matrix.exact, weights);
+        read_weights(matrix.tile(row_tile, block), r, *matrix.type, weights);
         for (int i = 0; i < SUPER_BLOCK; ++i) columns[i][r] = static_cast<Sum>(weights[i]);
       }
       for (int64_t token = 0; token < matrix.m; ++token) {
@@ -103,7 +103,7 @@ void multiply_int8(const Matrix& matrix, const T* x, T* y) {
         signed char q[SUPER_BLOCK];
         float s[GROUPS];
         read_codes(tile, r, q);
-        read_scales(tile, r, matrix.exact, s);
+        read_scales(tile, r, *matrix.type, s);
         for (int i = 0; i < SUPER_BLOCK; ++i) columns[i][r] = q[i];
         for (int j = 0; j < GROUPS; ++j) scales[j][r] = s[j];
       }
@@ -141,7 +141,7 @@ void multiply(const Matrix& matrix, const void* x, void* y, Activations activati
 }  // namespace
 
 Tensor linear_cpu(const Tensor& x, const Tensor& tiles, const std::optional<Tensor>& bias, int64_t n, int64_t k,
-                  Activations activations) {
+                  const WeightType& type, Activations activations) {
   std::vector<int64_t> shape = x.shape();
   shape.back() = n;
   Tensor y = empty(shape, x.dtype(), x);
@@ -155,7 +155,7 @@ Tensor linear_cpu(const Tensor& x, const Tensor& tiles, const std::optional<Tens
                          y.numel() / n,
                          n,
                          k,
-                         is_exact(tiles)};
+                         &type};
   switch (float_kind(x.dtype())) {
     case 0:
       multiply<Bf16, float>(matrix, rows.data(), y.data(), activations);

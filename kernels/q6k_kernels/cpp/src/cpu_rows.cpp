@@ -19,14 +19,14 @@ void with_type(int32_t dtype, Use use) {
 }
 
 // Row `row` of a weight into `out`, k of `dtype`, at place `at`.
-void write_row(const Tensor& tiles, int64_t row, void* out, int64_t at, int64_t k, int32_t dtype) {
-  const bool exact = is_exact(tiles);
+void write_row(const Tensor& tiles, int64_t row, void* out, int64_t at, int64_t k, const WeightType& type,
+               int32_t dtype) {
   const unsigned char* tile =
-      static_cast<const unsigned char*>(tiles.data()) + row / TILE_ROWS * (k / SUPER_BLOCK) * tile_bytes(exact);
-  with_type(dtype, [&](auto* type) {
-    auto* to = static_cast<decltype(type)>(out) + at * k;
+      static_cast<const unsigned char*>(tiles.data()) + row / TILE_ROWS * (k / SUPER_BLOCK) * type.tile_bytes;
+  with_type(dtype, [&](auto* kind) {
+    auto* to = static_cast<decltype(kind)>(out) + at * k;
     for (int64_t block = 0; block < k / SUPER_BLOCK; ++block) {
-      read_weights(tile + block * tile_bytes(exact), static_cast<int>(row % TILE_ROWS), exact,
+      read_weights(tile + block * type.tile_bytes, static_cast<int>(row % TILE_ROWS), type,
                    to + block * SUPER_BLOCK);
     }
   });
@@ -39,7 +39,7 @@ int64_t index_at(const Tensor& indices, const void* data, int64_t at) {
 
 // What of the planes one row of a super-block is.
 struct PlaneRow {
-  const unsigned char *ql, *qh, *scale, *step;  // 128, 64, 16 or 32, and 2 bytes; no step with bf16 scales
+  const unsigned char *ql, *qh, *scale, *step;  // 128, 64, 16 or 32, and 2 bytes; a step only if scales are stepped
 };
 
 void write_codes(const PlaneRow& from, int r, unsigned char* tile) {
@@ -71,7 +71,8 @@ void write_scales(const PlaneRow& from, int r, unsigned char* tile) {
 
 }  // namespace
 
-Tensor embedding_cpu(const Tensor& indices, const Tensor& tiles, int64_t n, int64_t k, int32_t dtype) {
+Tensor embedding_cpu(const Tensor& indices, const Tensor& tiles, int64_t n, int64_t k, const WeightType& type,
+                     int32_t dtype) {
   const Tensor flat = contiguous(indices);
   const int64_t count = flat.numel();
   const void* const data = flat.data();
@@ -86,29 +87,27 @@ Tensor embedding_cpu(const Tensor& indices, const Tensor& tiles, int64_t n, int6
   shape.push_back(k);
   Tensor result = empty(shape, dtype, tiles);
   void* const out = result.data();
-  parallel_for(count, [&](int64_t at) { write_row(tiles, index_at(flat, data, at), out, at, k, dtype); });
+  parallel_for(count, [&](int64_t at) { write_row(tiles, index_at(flat, data, at), out, at, k, type, dtype); });
   return result;
 }
 
-Tensor dequantize_cpu(const Tensor& tiles, int64_t n, int64_t k, int32_t dtype) {
+Tensor dequantize_cpu(const Tensor& tiles, int64_t n, int64_t k, const WeightType& type, int32_t dtype) {
   Tensor result = empty({n, k}, dtype, tiles);
   void* const out = result.data();
-  parallel_for(n, [&](int64_t row) { write_row(tiles, row, out, row, k, dtype); });
+  parallel_for(n, [&](int64_t row) { write_row(tiles, row, out, row, k, type, dtype); });
   return result;
 }
 
-Tensor pack_cpu(const Tensor& ql, const Tensor& qh, const Tensor& scale, const std::optional<Tensor>& steps,
-                const std::vector<int64_t>& tiles_shape) {
-  Tensor tiles = empty(tiles_shape, dtypes().uint8, ql);
-  const Tensor whole_ql = contiguous(ql), whole_qh = contiguous(qh), whole_scale = contiguous(scale);
-  std::optional<Tensor> whole_steps;
-  if (steps) whole_steps = contiguous(*steps);
-  const int64_t n = ql.size(-2), blocks = tiles.size(-2), size = tiles.size(-1), row_tiles = tiles.size(-3);
+Tensor pack_cpu(const std::vector<Tensor>& planes, const WeightType& type, const std::vector<int64_t>& tiles_shape) {
+  Tensor tiles = empty(tiles_shape, dtypes().uint8, planes.front());
+  std::vector<Tensor> whole;
+  for (const Tensor& plane : planes) whole.push_back(contiguous(plane));
+  const int64_t n = planes.front().size(-2), blocks = tiles.size(-2), size = tiles.size(-1), row_tiles = tiles.size(-3);
   unsigned char* const out = static_cast<unsigned char*>(tiles.data());
-  const auto bytes = [](const Tensor& tensor) { return static_cast<const unsigned char*>(tensor.data()); };
-  const int64_t scale_bytes = steps ? GROUPS : 2 * GROUPS;
-  const PlaneRow all = {bytes(whole_ql), bytes(whole_qh), bytes(whole_scale),
-                        whole_steps ? bytes(*whole_steps) : nullptr};
+  const auto bytes = [&](size_t i) { return static_cast<const unsigned char*>(whole[i].data()); };
+  const bool stepped = type.scales == SCALES_STEPPED;
+  const int64_t scale_bytes = stepped ? GROUPS : 2 * GROUPS;
+  const PlaneRow all = {bytes(0), bytes(1), bytes(2), stepped ? bytes(3) : nullptr};
   parallel_for(tiles.numel() / (blocks * size), [&](int64_t row_tile) {
     const int64_t matrix = row_tile / row_tiles, first = row_tile % row_tiles * TILE_ROWS;
     for (int64_t block = 0; block < blocks; ++block) {

@@ -38,8 +38,8 @@ Q6K_EXPORT const char* q6k_ops_about() {
 }
 
 // `d`: index, arch, multiprocessors, shared bytes of a block and of a multiprocessor. Returns whether there is a plan.
-Q6K_EXPORT int q6k_ops_plan_decode(int64_t m, int64_t n, int64_t k, int exact, const int64_t* d, int64_t out[9]) {
-  const auto plan = plan_decode(m, n, k, exact != 0, device(d));
+Q6K_EXPORT int q6k_ops_plan_decode(int64_t m, int64_t n, int64_t k, const char* format, const int64_t* d, int64_t out[9]) {
+  const auto plan = plan_decode(m, n, k, weight_type(format), device(d));
   if (plan) std::memcpy(out, &*plan, sizeof *plan);
   return plan.has_value();
 }
@@ -53,8 +53,8 @@ Q6K_EXPORT void q6k_ops_plan_wgmma(int64_t m, int64_t n, int64_t k, const int64_
   std::memcpy(out, values, sizeof values);
 }
 
-Q6K_EXPORT void q6k_ops_plan_mma(int64_t m, int64_t n, int64_t k, int exact, const int64_t* d, int64_t out[6]) {
-  const MmaPlan plan = plan_mma(m, n, k, exact != 0, device(d));
+Q6K_EXPORT void q6k_ops_plan_mma(int64_t m, int64_t n, int64_t k, const char* format, const int64_t* d, int64_t out[6]) {
+  const MmaPlan plan = plan_mma(m, n, k, weight_type(format), device(d));
   std::memcpy(out, &plan, sizeof plan);
 }
 
@@ -64,16 +64,16 @@ Q6K_EXPORT int64_t q6k_ops_slice_rows(int64_t m, int64_t k) { return slice_rows(
 Q6K_EXPORT void q6k_ops_force_gemm(int which) { force_gemm(static_cast<Gemm>(which)); }
 
 // One product on given memory, by `kind` 0 decode, 1 wgmma, 2 mma; `d` as for plans; `numbers`: m, n, k, stride,
-// row_tiles, bias_kind, exact, fp16; `pointers`: x, tiles, bias, y, stream, arena. Returns 0, or 1 with what was wrong
+// row_tiles, bias_kind, fp16; `pointers`: x, tiles, bias, y, stream, arena. Returns 0, or 1 with what was wrong
 // in `error`.
-Q6K_EXPORT int q6k_ops_launch(int kind, const int64_t* d, const int64_t numbers[8], void* const pointers[6],
+Q6K_EXPORT int q6k_ops_launch(int kind, const char* format, const int64_t* d, const int64_t numbers[7], void* const pointers[6],
                               uint64_t ticket, char* error, size_t room) {
   try {
     const Device on = device(d);
     const Product product = {pointers[0], pointers[1], pointers[2], pointers[3],
                              numbers[0],  numbers[1],  numbers[2],  numbers[3],
                              numbers[4],  static_cast<int>(numbers[5]),
-                             numbers[6] != 0, numbers[7] != 0, &on, static_cast<CUstream>(pointers[4])};
+                             &weight_type(format), numbers[6] != 0, &on, static_cast<CUstream>(pointers[4])};
     Arena arena(static_cast<char*>(pointers[5]));
     set_ticket(ticket);
     (kind == 0 ? launch_decode : kind == 1 ? launch_wgmma : launch_mma)(product, arena);

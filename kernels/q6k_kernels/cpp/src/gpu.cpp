@@ -72,7 +72,7 @@ void expand_and_multiply(const Product& product, const Tensor& rows, const Tenso
   const Tensor weights = empty({step, k}, rows.dtype(), rows);
   for (int64_t first = 0; first < n; first += step) {
     const int64_t count = std::min(step, n - first);
-    launch_dequantize(tiles.data(), weights.data(), float_kind(weights.dtype()), first, count, k, product.exact,
+    launch_dequantize(tiles.data(), weights.data(), float_kind(weights.dtype()), first, count, k, *product.type,
                       *product.device, product.stream);
     Tensor sums = multiply_fp32(x, view(weights, {k, count}, {1, k}, 0));
     if (bias) sums = add(sums, view(*bias, {count}, {1}, first));
@@ -85,7 +85,7 @@ void expand_and_multiply(const Product& product, const Tensor& rows, const Tenso
 void force_gemm(Gemm which) { forced = which; }
 
 Tensor linear_cuda(const Tensor& x, const Tensor& tiles, const std::optional<Tensor>& bias, int64_t n, int64_t k,
-                   Activations activations) {
+                   const WeightType& type, Activations activations) {
   check_aligned(tiles);
   const Device& device = device_of(x.device_index());
   std::vector<int64_t> shape = x.shape();
@@ -98,12 +98,12 @@ Tensor linear_cuda(const Tensor& x, const Tensor& tiles, const std::optional<Ten
   const std::optional<Tensor>& addend = values ? values : bias;
   Product product = {};
   product.x = rows.data, product.stride = rows.stride, product.m = rows.count;
-  product.tiles = tiles.data(), product.row_tiles = tiles.size(0), product.exact = is_exact(tiles);
+  product.tiles = tiles.data(), product.row_tiles = tiles.size(0), product.type = &type;
   product.y = y.data(), product.n = n, product.k = k, product.fp16 = x.dtype() == dtypes().fp16;
   if (addend) product.bias = addend->data(), product.bias_kind = 1 + float_kind(addend->dtype());
   product.device = &device, product.stream = stream_of(x);
   TorchScratch scratch(x);
-  if (activations == Activations::AUTO && product.m <= DECODE_M && plan_decode(1, n, k, product.exact, device)) {
+  if (activations == Activations::AUTO && product.m <= DECODE_M && plan_decode(1, n, k, type, device)) {
     activations = Activations::INT8;
   }
   const Gemm gemm = forced.load(std::memory_order_relaxed);
@@ -119,7 +119,8 @@ Tensor linear_cuda(const Tensor& x, const Tensor& tiles, const std::optional<Ten
   return y;
 }
 
-Tensor embedding_cuda(const Tensor& indices, const Tensor& tiles, int64_t n, int64_t k, int32_t dtype) {
+Tensor embedding_cuda(const Tensor& indices, const Tensor& tiles, int64_t n, int64_t k, const WeightType& type,
+                      int32_t dtype) {
   check_aligned(tiles);
   std::vector<int64_t> shape = indices.shape();
   shape.push_back(k);
@@ -127,29 +128,30 @@ Tensor embedding_cuda(const Tensor& indices, const Tensor& tiles, int64_t n, int
   if (indices.numel() == 0) return out;
   const Tensor rows = contiguous(indices);
   launch_gather(tiles.data(), rows.data(), rows.dtype() == dtypes().int32, out.data(), float_kind(dtype),
-                rows.numel(), n, k, is_exact(tiles), device_of(tiles.device_index()), stream_of(tiles));
+                rows.numel(), n, k, type, device_of(tiles.device_index()), stream_of(tiles));
   return out;
 }
 
-Tensor dequantize_cuda(const Tensor& tiles, int64_t n, int64_t k, int32_t dtype) {
+Tensor dequantize_cuda(const Tensor& tiles, int64_t n, int64_t k, const WeightType& type, int32_t dtype) {
   check_aligned(tiles);
   Tensor out = empty({n, k}, dtype, tiles);
-  launch_dequantize(tiles.data(), out.data(), float_kind(dtype), 0, n, k, is_exact(tiles),
+  launch_dequantize(tiles.data(), out.data(), float_kind(dtype), 0, n, k, type,
                     device_of(tiles.device_index()), stream_of(tiles));
   return out;
 }
 
-Tensor pack_cuda(const Tensor& ql, const Tensor& qh, const Tensor& scale, const std::optional<Tensor>& steps,
-                 const std::vector<int64_t>& tiles_shape) {
-  const Device& device = device_of(ql.device_index());
-  Tensor tiles = empty(tiles_shape, dtypes().uint8, ql);
-  const Tensor own_ql = contiguous(ql, ALIGNMENT), own_qh = contiguous(qh, ALIGNMENT);
-  const Tensor own_scale = contiguous(scale, ALIGNMENT);
-  std::optional<Tensor> own_steps;
-  if (steps) own_steps = contiguous(*steps, ALIGNMENT);
-  const Planes planes = {own_ql.data(), own_qh.data(), own_scale.data(), own_steps ? own_steps->data() : nullptr};
-  launch_pack(planes, tiles.data(), ql.size(-2), 2 * ql.size(-1), tiles.numel() / tiles.size(-1), device,
-              stream_of(ql));
+Tensor pack_cuda(const std::vector<Tensor>& planes, const WeightType& type, const std::vector<int64_t>& tiles_shape) {
+  const Tensor& codes = planes.front();
+  const Device& device = device_of(codes.device_index());
+  Tensor tiles = empty(tiles_shape, dtypes().uint8, codes);
+  std::list<Tensor> own;
+  Planes given = {};
+  for (size_t i = 0; i < planes.size(); ++i) {
+    own.push_back(contiguous(planes[i], ALIGNMENT));
+    given.at[i] = own.back().data();
+  }
+  launch_pack(given, type, tiles.data(), codes.size(-2), codes.size(-1) * type.arrays[0].weights,
+              tiles.numel() / tiles.size(-1), device, stream_of(codes));
   // Kernels that multiply begin to copy tiles while the launch before them ends: a memset, which nothing overlaps
   // with, comes between that and the launch that wrote them (`launching.end_write`).
   const Tensor between = empty({1}, dtypes().uint8, tiles);

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "driver.h"
+#include "plans.h"
 
 namespace q6k {
 
@@ -18,15 +19,20 @@ enum File : uint16_t { DECODE, GEMM_WGMMA, GEMM_MMA, ROWS, PACK };
 
 // A file of device code and the values of its macros, in the order of `MACROS` in units.py.
 struct Key {
-  uint16_t file = 0, count = 0, values[8] = {};
+  uint16_t file = 0, count = 0, values[12] = {};
 
   Key() = default;
-  Key(File of, std::initializer_list<int64_t> macros) : file(of) {
-    for (const int64_t value : macros) values[count++] = static_cast<uint16_t>(value);
+  // Those of the weight type come first.
+  Key(File of, const WeightType& type, std::initializer_list<int64_t> others) : file(of) {
+    for (const int64_t value : {type.bits, type.group, type.minimum, type.scales}) add(value);
+    for (const int64_t value : others) add(value);
   }
   bool operator==(const Key& other) const { return std::memcmp(this, &other, sizeof *this) == 0; }
+
+ private:
+  void add(int64_t value) { values[count++] = static_cast<uint16_t>(value); }
 };
-static_assert(sizeof(Key) == 20, "compared as bytes: no padding");
+static_assert(sizeof(Key) == 28, "compared as bytes: no padding");
 
 // A kernel's parameters, packed as nvcc lays them out, and no further than the last ends.
 class Arguments {

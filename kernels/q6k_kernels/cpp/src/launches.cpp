@@ -7,8 +7,8 @@ namespace q6k {
 namespace {
 
 Key decode_key(const DecodePlan& plan, const Product& product) {
-  return Key(DECODE, {product.exact, product.fp16, plan.tokens, plan.fused, plan.warps, plan.stages, plan.occupancy,
-                      plan.cluster > 1});
+  return Key(DECODE, *product.type, {product.fp16, plan.tokens, plan.fused, plan.warps, plan.stages, plan.occupancy,
+                                     plan.cluster > 1});
 }
 
 bool overlaps(const Device& device) { return device.arch >= 90; }
@@ -76,7 +76,7 @@ void launch_decode(const Product& product, Scratch& scratch) {
   for (int64_t at = 0; at < product.m;) {
     Product part = product;
     part.m = product.m - at < MOST_TOKENS ? product.m - at : MOST_TOKENS;
-    auto plan = plan_decode(part.m, part.n, part.k, part.exact, *part.device);
+    auto plan = plan_decode(part.m, part.n, part.k, *part.type, *part.device);
     while (!plan) {
       if (part.m == 1) {
         throw std::invalid_argument("activations int8: rows of K = " + std::to_string(product.k) +
@@ -84,7 +84,7 @@ void launch_decode(const Product& product, Scratch& scratch) {
                                     " bytes of shared memory of this GPU's blocks; use activations='bf16'");
       }
       part.m /= 2;
-      plan = plan_decode(part.m, part.n, part.k, part.exact, *part.device);
+      plan = plan_decode(part.m, part.n, part.k, *part.type, *part.device);
     }
     part.x = bytes_at(product.x, at * product.stride * 2);
     part.y = static_cast<char*>(product.y) + at * product.n * 2;
@@ -96,14 +96,14 @@ void launch_decode(const Product& product, Scratch& scratch) {
 void launch_wgmma(const Product& product, Scratch& scratch) {
   const WgmmaPlan plan = plan_wgmma(product.m, product.n, product.k, *product.device);
   const WgmmaConfig& config = plan.config;
-  const Key key(GEMM_WGMMA, {product.exact, product.fp16, config.tokens, config.consumers, config.tile_stages,
-                             config.x_stages, config.occupancy});
+  const Key key(GEMM_WGMMA, *product.type, {product.fp16, config.tokens, config.consumers, config.tile_stages,
+                                            config.x_stages, config.occupancy});
   const Kernel& kernel = load(key, "q6k_gemm_wgmma", *product.device);
   const void* const sums = scratch.take(4 * plan.scratch_floats() + 8 * plan.scratch_flags());
   Arguments arguments(product.y, product.bias, sums, bytes_at(sums, 4 * plan.scratch_floats()),
                       ticket().fetch_add(1), product.bias_kind, integer(product.m), integer(product.n),
                       integer(product.k), integer(product.n), integer(plan.whole));
-  const int64_t bytes = tile_bytes(product.exact), width = bytes / TILE_PIECES, blocks = product.k / SUPER_BLOCK;
+  const int64_t bytes = product.type->tile_bytes, width = bytes / TILE_PIECES, blocks = product.k / SUPER_BLOCK;
   // The driver encodes for the thread's current context only; one that has not used CUDA yet has none.
   const Current current(primary_context(product.device->index));
   alignas(128) CUtensorMap map;
@@ -118,15 +118,15 @@ void launch_wgmma(const Product& product, Scratch& scratch) {
   encode(map, product.x, product.fp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
          x_sizes, x_strides, x_box, CU_TENSOR_MAP_SWIZZLE_128B);
   arguments.append_at(112 + sizeof map, &map, sizeof map);
-  Launch how = {plan.blocks, 1, config.threads(), product.stream, config.shared_bytes(product.exact)};
+  Launch how = {plan.blocks, 1, config.threads(), product.stream, config.shared_bytes(*product.type)};
   how.dependent = true;
   kernel.launch(how, arguments);
 }
 
 void launch_mma(const Product& product, Scratch& scratch) {
-  const MmaPlan plan = plan_mma(product.m, product.n, product.k, product.exact, *product.device);
+  const MmaPlan plan = plan_mma(product.m, product.n, product.k, *product.type, *product.device);
   const bool split = plan.splits > 1;
-  const Key key(GEMM_MMA, {product.exact, product.fp16, plan.tokens, plan.parts, plan.slots});
+  const Key key(GEMM_MMA, *product.type, {product.fp16, plan.tokens, plan.parts, plan.slots});
   const int64_t outputs = product.m * product.n;
   const void* const sums = split ? scratch.take(4 * plan.splits * outputs) : nullptr;
   const Arguments arguments(product.tiles, product.x, product.y, sums, product.bias, product.stride,
@@ -142,15 +142,16 @@ void launch_mma(const Product& product, Scratch& scratch) {
                                 integer(product.n), integer(plan.splits)));
 }
 
-void launch_pack(const Planes& planes, void* tiles, int64_t n, int64_t k, int64_t count, const Device& device,
-                 CUstream stream) {
+void launch_pack(const Planes& planes, const WeightType& type, void* tiles, int64_t n, int64_t k, int64_t count,
+                 const Device& device, CUstream stream) {
   const Launch how = {ceil_div(count, PACK_WARPS), 1, 32 * PACK_WARPS, stream};
-  load(Key(PACK, {planes.steps != nullptr}), "q6k_pack", device)
-      .launch(how, Arguments(planes.ql, planes.qh, planes.scale, planes.steps, tiles, integer(n), integer(k), count));
+  load(Key(PACK, type, {}), "q6k_pack", device)
+      .launch(how, Arguments(planes.at[0], planes.at[1], planes.at[2], planes.at[3], tiles, integer(n), integer(k),
+                             count));
 }
 
 void launch_gather(const void* tiles, const void* indices, bool int32, void* out, int out_kind, int64_t count,
-                   int64_t n, int64_t k, bool exact, const Device& device, CUstream stream) {
+                   int64_t n, int64_t k, const WeightType& type, const Device& device, CUstream stream) {
   const int64_t pairs = count * (k / SUPER_BLOCK);
   if (pairs > int64_t{UINT32_MAX} - 63) {
     throw std::invalid_argument("indices: expected less than a terabyte of rows, found " + std::to_string(count) +
@@ -158,15 +159,15 @@ void launch_gather(const void* tiles, const void* indices, bool int32, void* out
   }
   Launch how = {ceil_div(pairs * 4, ROW_THREADS), 1, ROW_THREADS, stream};
   how.dependent = overlaps(device);
-  load(Key(ROWS, {exact, out_kind, int32}), "q6k_gather", device)
+  load(Key(ROWS, type, {out_kind, int32}), "q6k_gather", device)
       .launch(how, Arguments(tiles, indices, out, static_cast<unsigned int>(pairs), integer(n), integer(k)));
 }
 
 void launch_dequantize(const void* tiles, void* out, int out_kind, int64_t first_row, int64_t rows, int64_t k,
-                       bool exact, const Device& device, CUstream stream) {
+                       const WeightType& type, const Device& device, CUstream stream) {
   const int64_t half_tiles = 2 * ceil_div(rows, TILE_ROWS) * (k / SUPER_BLOCK);
   const Launch how = {ceil_div(half_tiles * 32, ROW_THREADS), 1, ROW_THREADS, stream};
-  load(Key(ROWS, {exact, out_kind}), "q6k_dequantize", device)
+  load(Key(ROWS, type, {out_kind}), "q6k_dequantize", device)
       .launch(how, Arguments(tiles, out, integer(first_row), integer(rows), integer(k)));
 }
 

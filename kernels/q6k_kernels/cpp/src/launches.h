@@ -20,7 +20,8 @@ struct Product {
   void* y;          // x's type, rows n elements apart
   int64_t m, n, k, stride, row_tiles;
   int bias_kind;    // BiasKind in common.cuh
-  bool exact, fp16;
+  const WeightType* type;
+  bool fp16;
   const Device* device;
   CUstream stream;
 };
@@ -35,15 +36,16 @@ void launch_mma(const Product& product, Scratch& scratch);
 // The number that marks the next launch's words in memory that blocks share, for tests.
 void set_ticket(uint64_t next);
 
+// The planes of a weight type in its order, aligned; null past its last.
 struct Planes {
-  const void *ql, *qh, *scale, *steps;  // aligned; steps null with bf16 scales
+  const void* at[MOST_PLANES];
 };
-void launch_pack(const Planes& planes, void* tiles, int64_t n, int64_t k, int64_t count, const Device& device,
-                 CUstream stream);
+void launch_pack(const Planes& planes, const WeightType& type, void* tiles, int64_t n, int64_t k, int64_t count,
+                 const Device& device, CUstream stream);
 // `out_kind` 0 bf16, 1 fp16, 2 fp32: the place in `reference.FLOATS`.
 void launch_gather(const void* tiles, const void* indices, bool int32, void* out, int out_kind, int64_t count,
-                   int64_t n, int64_t k, bool exact, const Device& device, CUstream stream);
+                   int64_t n, int64_t k, const WeightType& type, const Device& device, CUstream stream);
 void launch_dequantize(const void* tiles, void* out, int out_kind, int64_t first_row, int64_t rows, int64_t k,
-                       bool exact, const Device& device, CUstream stream);
+                       const WeightType& type, const Device& device, CUstream stream);
 
 }  // namespace q6k

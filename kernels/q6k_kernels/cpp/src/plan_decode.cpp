@@ -60,11 +60,11 @@ struct Fitting {
 
 // `_shared_bytes`.
 std::optional<Fitting> fit(int64_t tokens, const Choice& choice, int64_t row_tiles, int64_t blocks, int64_t cluster,
-                           int64_t ranges, bool exact, const Device& device) {
+                           int64_t ranges, const WeightType& type, const Device& device) {
   const Shape& shape = choice.shape;
   const int64_t limit =
       std::min(device.shared_bytes, device.multiprocessor_shared_bytes / shape.occupancy - 1024);
-  const int64_t ring = shape.warps * shape.stages * tile_bytes(exact);
+  const int64_t ring = shape.warps * shape.stages * type.tile_bytes;
   const ActivationBytes each = activation_bytes(tokens, choice.fused);
   const int64_t activations = ceil_div(blocks, cluster) * (each.codes + each.steps);
   const int64_t slot = TILE_ROWS * tokens * 4;
@@ -87,17 +87,17 @@ ActivationBytes activation_bytes(int64_t tokens, bool fused) {
   return {4 * (64 * tokens + (fused ? 16 : 0)), tokens <= 4 ? 32 * tokens : 256};
 }
 
-std::optional<DecodePlan> plan_decode(int64_t m, int64_t n, int64_t k, bool exact, const Device& device) {
+std::optional<DecodePlan> plan_decode(int64_t m, int64_t n, int64_t k, const WeightType& type, const Device& device) {
   const int64_t tokens = *std::find_if(std::begin(TOKENS), std::end(TOKENS), [m](int64_t t) { return t >= m; });
   const int64_t row_tiles = ceil_div(n, TILE_ROWS), blocks = k / SUPER_BLOCK;
   const double tiles = static_cast<double>(row_tiles * blocks) / static_cast<double>(device.multiprocessors);
-  const std::vector<Choice> tried = choices(tokens, k, tiles, exact, device);
+  const std::vector<Choice> tried = choices(tokens, k, tiles, type.scales == SCALES_STEPPED, device);
   for (const int64_t cluster : CLUSTERS) {
     if (cluster > std::min<int64_t>(blocks, device.arch >= 90 ? 8 : 1)) continue;
     for (const Choice& choice : tried) {
       const int64_t at_once = device.multiprocessors * choice.resident;
       const int64_t ranges = std::min(row_tiles, std::max<int64_t>(1, at_once / cluster));
-      const auto fitting = fit(tokens, choice, row_tiles, blocks, cluster, ranges, exact, device);
+      const auto fitting = fit(tokens, choice, row_tiles, blocks, cluster, ranges, type, device);
       if (fitting && fitting->ranges <= MOST_WAVES * at_once && row_tiles * fitting->ranges < int64_t{1} << 31) {
         const Shape& shape = choice.shape;
         return DecodePlan{tokens,  choice.fused,    shape.warps,  shape.stages,         shape.occupancy,

@@ -4,7 +4,19 @@
 
 #include "plans.h"
 
+#include <stdexcept>
+
 namespace q6k {
+
+const WeightType& weight_type(const std::string& name) {
+  std::string names;
+  for (const WeightType& type : WEIGHT_TYPES) {
+    if (name == type.name) return type;
+    names += (names.empty() ? "" : ", ") + std::string(type.name);
+  }
+  throw std::invalid_argument("format: expected one of " + names + ", found '" + name + "'");
+}
+
 namespace {
 
 WgmmaPlan wgmma_of(const WgmmaConfig& config, int64_t resident, bool share, int64_t m, int64_t n, int64_t k,
@@ -43,11 +55,11 @@ int64_t slots_of(int64_t arch) {
   return std::find(std::begin(SMALL_SHARED), std::end(SMALL_SHARED), arch) != std::end(SMALL_SHARED) ? 1 : 2;
 }
 
-MmaPlan mma_of(int64_t tokens, int64_t parts, int64_t splits, int64_t m, int64_t n, bool exact,
+MmaPlan mma_of(int64_t tokens, int64_t parts, int64_t splits, int64_t m, int64_t n, const WeightType& type,
                const Device& device) {
   const int64_t slots = slots_of(device.arch);
   const int64_t blocks = ceil_div(m, tokens) * ceil_div(n, TILE_ROWS * MMA_WARPS / parts);
-  return {tokens, parts, splits, slots, blocks, 2 * MMA_STAGE_BYTES + MMA_WARPS * slots * tile_bytes(exact)};
+  return {tokens, parts, splits, slots, blocks, 2 * MMA_STAGE_BYTES + MMA_WARPS * slots * type.tile_bytes};
 }
 
 double mma_cost(const MmaPlan& plan, int64_t m, int64_t n, int64_t k, const Device& device) {
@@ -76,7 +88,7 @@ WgmmaPlan plan_wgmma(int64_t m, int64_t n, int64_t k, const Device& device) {
   return best;
 }
 
-MmaPlan plan_mma(int64_t m, int64_t n, int64_t k, bool exact, const Device& device) {
+MmaPlan plan_mma(int64_t m, int64_t n, int64_t k, const WeightType& type, const Device& device) {
   int64_t tokens = 16;
   while (tokens < 64 && tokens < m) tokens *= 2;
   const int64_t workspaces = std::max<int64_t>(1, MOST_WORKSPACE / (4 * m * n));
@@ -86,7 +98,7 @@ MmaPlan plan_mma(int64_t m, int64_t n, int64_t k, bool exact, const Device& devi
   for (const auto& config : MMA_CONFIGS) {
     if (config[0] != tokens) continue;
     for (int64_t splits = 1; splits <= most; ++splits) {
-      const MmaPlan plan = mma_of(tokens, config[1], splits, m, n, exact, device);
+      const MmaPlan plan = mma_of(tokens, config[1], splits, m, n, type, device);
       const double cost = mma_cost(plan, m, n, k, device);
       if (best.blocks == 0 || cost < least) best = plan, least = cost;
     }

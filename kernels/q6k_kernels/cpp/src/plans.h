@@ -4,15 +4,16 @@
 #pragma once
 #include <cstdint>
 #include <optional>
+#include <string>
 
 #include "tables.h"
 
 namespace q6k {
 
-constexpr int64_t TILE_ROWS = 16, SUPER_BLOCK = 256;
+// The row of that name. Throws std::invalid_argument if there is none.
+const WeightType& weight_type(const std::string& name);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t tile_bytes(bool exact) { return exact ? TILE_BYTES_EXACT : TILE_BYTES_BF16; }
 
 // What a GPU offers a launch; `launching.Device` says what each is.
 struct Device {
@@ -32,7 +33,7 @@ struct ActivationBytes {
 ActivationBytes activation_bytes(int64_t tokens, bool fused);
 
 // For 1 to 8 rows of activations; none if so many do not fit in shared memory.
-std::optional<DecodePlan> plan_decode(int64_t m, int64_t n, int64_t k, bool exact, const Device& device);
+std::optional<DecodePlan> plan_decode(int64_t m, int64_t n, int64_t k, const WeightType& type, const Device& device);
 
 // `gemm_wgmma.Config`, a row of WGMMA_CONFIGS.
 struct WgmmaConfig {
@@ -40,9 +41,9 @@ struct WgmmaConfig {
 
   int64_t rows() const { return 64 * consumers; }
   int64_t threads() const { return consumers * 128 + (tokens > 128 ? 128 : 64); }
-  int64_t shared_bytes(bool exact) const {
+  int64_t shared_bytes(const WeightType& type) const {
     const int64_t rings =
-        x_stages * tokens * 128 + tile_stages * rows() / TILE_ROWS * tile_bytes(exact);
+        x_stages * tokens * 128 + tile_stages * rows() / TILE_ROWS * type.tile_bytes;
     return rings + consumers * 4 * 512 + (x_stages + tile_stages) * 16;
   }
 };
@@ -64,7 +65,7 @@ struct MmaPlan {
 
   int64_t steps(int64_t k) const { return ceil_div(ceil_div(k / SUPER_BLOCK, splits), parts); }
 };
-MmaPlan plan_mma(int64_t m, int64_t n, int64_t k, bool exact, const Device& device);
+MmaPlan plan_mma(int64_t m, int64_t n, int64_t k, const WeightType& type, const Device& device);
 
 // Rows of weights that are expanded at a time for cuBLAS: `prefill.slice_rows`.
 inline int64_t slice_rows(int64_t m, int64_t k) {

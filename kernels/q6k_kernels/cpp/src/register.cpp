@@ -41,6 +41,20 @@ std::string take_string(StableIValue value) {
   return taken;
 }
 
+std::vector<Tensor> take_tensors(StableIValue value) {
+  const auto list = torch::stable::detail::to<StableListHandle>(value);
+  size_t count = 0;
+  Q6K_TORCH(torch_list_size(list, &count));
+  std::vector<Tensor> taken;
+  for (size_t i = 0; i < count; ++i) {
+    StableIValue item = 0;
+    Q6K_TORCH(torch_list_get_item(list, i, &item));
+    taken.push_back(take_tensor(item));
+  }
+  Q6K_TORCH(torch_delete_list(list));
+  return taken;
+}
+
 int64_t take_integer(StableIValue value) { return torch::stable::detail::to<int64_t>(value); }
 
 void give(StableIValue* stack, Tensor&& result) { stack[0] = torch::stable::detail::from(result.release()); }
@@ -50,9 +64,10 @@ void linear(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor x = take_tensor(stack[0]), tiles = take_tensor(stack[1]);
   const std::optional<Tensor> bias = take_optional(stack[2]);
   const int64_t n = take_integer(stack[3]);
-  const std::string activations = take_string(stack[4]);
-  const int64_t k = check_linear(x, tiles, bias, n, activations, CUDA);
-  give(stack, (CUDA ? linear_cuda : linear_cpu)(x, tiles, bias, n, k, activations_of(activations)));
+  const std::string format = take_string(stack[4]), activations = take_string(stack[5]);
+  const WeightType& type = weight_type(format);
+  const int64_t k = check_linear(x, tiles, bias, n, type, activations, CUDA);
+  give(stack, (CUDA ? linear_cuda : linear_cpu)(x, tiles, bias, n, k, type, activations_of(activations)));
 }
 
 // A dtype, or its name.
@@ -66,26 +81,30 @@ template <bool CUDA, bool NAMED>
 void embedding(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor indices = take_tensor(stack[0]), tiles = take_tensor(stack[1]);
   const int64_t n = take_integer(stack[2]);
-  const int32_t dtype = take_dtype<NAMED>(stack[3]);
-  const int64_t k = check_embedding(indices, tiles, n, dtype);
-  give(stack, (CUDA ? embedding_cuda : embedding_cpu)(indices, tiles, n, k, dtype));
+  const std::string format = take_string(stack[3]);
+  const int32_t dtype = take_dtype<NAMED>(stack[4]);
+  const WeightType& type = weight_type(format);
+  const int64_t k = check_embedding(indices, tiles, n, type, dtype);
+  give(stack, (CUDA ? embedding_cuda : embedding_cpu)(indices, tiles, n, k, type, dtype));
 }
 
 template <bool CUDA, bool NAMED>
 void dequantize(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor tiles = take_tensor(stack[0]);
   const int64_t n = take_integer(stack[1]);
-  const int32_t dtype = take_dtype<NAMED>(stack[2]);
-  const int64_t k = check_dequantize(tiles, n, dtype);
-  give(stack, (CUDA ? dequantize_cuda : dequantize_cpu)(tiles, n, k, dtype));
+  const std::string format = take_string(stack[2]);
+  const int32_t dtype = take_dtype<NAMED>(stack[3]);
+  const WeightType& type = weight_type(format);
+  const int64_t k = check_dequantize(tiles, n, type, dtype);
+  give(stack, (CUDA ? dequantize_cuda : dequantize_cpu)(tiles, n, k, type, dtype));
 }
 
 template <bool CUDA>
 void pack(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor ql = take_tensor(stack[0]), qh = take_tensor(stack[1]), scale = take_tensor(stack[2]);
-  const std::optional<Tensor> steps = take_optional(stack[3]);
-  const std::vector<int64_t> shape = check_pack(ql, qh, scale, steps);
-  give(stack, (CUDA ? pack_cuda : pack_cpu)(ql, qh, scale, steps, shape));
+  const std::vector<Tensor> planes = take_tensors(stack[0]);
+  const std::string format = take_string(stack[1]);
+  const WeightType& type = weight_type(format);
+  give(stack, (CUDA ? pack_cuda : pack_cpu)(planes, type, check_pack(planes, type)));
 }
 
 struct Operation {
@@ -95,16 +114,16 @@ struct Operation {
 };
 
 constexpr Operation OPERATIONS[] = {
-    {"linear", "linear(Tensor x, Tensor tiles, Tensor? bias, SymInt n, str activations) -> Tensor", linear<false>,
-     linear<true>},
-    {"embedding", "embedding(Tensor indices, Tensor tiles, SymInt n, ScalarType dtype) -> Tensor",
+    {"linear", "linear(Tensor x, Tensor tiles, Tensor? bias, SymInt n, str format, str activations) -> Tensor",
+     linear<false>, linear<true>},
+    {"embedding", "embedding(Tensor indices, Tensor tiles, SymInt n, str format, ScalarType dtype) -> Tensor",
      embedding<false, false>, embedding<true, false>},
-    {"dequantize", "dequantize(Tensor tiles, SymInt n, ScalarType dtype) -> Tensor", dequantize<false, false>,
+    {"dequantize", "dequantize(Tensor tiles, SymInt n, str format, ScalarType dtype) -> Tensor", dequantize<false, false>,
      dequantize<true, false>},
-    {"pack", "pack(Tensor ql, Tensor qh, Tensor scale, Tensor? steps) -> Tensor", pack<false>, pack<true>},
-    {"embedding_named", "embedding_named(Tensor indices, Tensor tiles, SymInt n, str dtype) -> Tensor",
+    {"pack", "pack(Tensor[] planes, str format) -> Tensor", pack<false>, pack<true>},
+    {"embedding_named", "embedding_named(Tensor indices, Tensor tiles, SymInt n, str format, str dtype) -> Tensor",
      embedding<false, true>, embedding<true, true>},
-    {"dequantize_named", "dequantize_named(Tensor tiles, SymInt n, str dtype) -> Tensor", dequantize<false, true>,
+    {"dequantize_named", "dequantize_named(Tensor tiles, SymInt n, str format, str dtype) -> Tensor", dequantize<false, true>,
      dequantize<true, true>},
 };
 

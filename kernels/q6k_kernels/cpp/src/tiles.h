@@ -1,4 +1,4 @@
-// A tile's bytes as numbers, one row at a time: prepack.py has the layout.
+// A tile's bytes as numbers, one row at a time: formats/tiles.py has the layout.
 #pragma once
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -44,8 +44,8 @@ inline void read_codes(const unsigned char* tile, int r, signed char (&q)[SUPER_
 }
 
 // The scales of its groups: fp32 without rounding.
-inline void read_scales(const unsigned char* tile, int r, bool exact, float (&s)[GROUPS]) {
-  if (exact) {
+inline void read_scales(const unsigned char* tile, int r, const WeightType& type, float (&s)[GROUPS]) {
+  if (type.scales == SCALES_STEPPED) {
     Fp16 step;
     std::memcpy(&step, tile + STEPS_AT + 2 * r, sizeof step);
     for (int j = 0; j < GROUPS; ++j) {
@@ -60,11 +60,11 @@ inline void read_scales(const unsigned char* tile, int r, bool exact, float (&s)
 
 // Rounded once to `T`.
 template <typename T>
-void read_weights(const unsigned char* tile, int r, bool exact, T* weights) {
+void read_weights(const unsigned char* tile, int r, const WeightType& type, T* weights) {
   signed char q[SUPER_BLOCK];
   float s[GROUPS];
   read_codes(tile, r, q);
-  read_scales(tile, r, exact, s);
+  read_scales(tile, r, type, s);
   for (int i = 0; i < SUPER_BLOCK; ++i) weights[i] = static_cast<T>(static_cast<float>(q[i]) * s[i / GROUP]);
 }
 
