@@ -29,7 +29,7 @@ Row = dict[str, Any]
 SQUARE, SMALLEST, TALL, LONG = (4096, 4096), (1024, 4096), (21504, 5376), (5376, 21504)
 WIDE = (14336, 4096), (4096, 14336)
 BOTH: tuple[Scales, ...] = ("bf16", "exact")
-CASES: tuple[tuple[int, tuple[int, int], str], ...] = (
+CASES: tuple[tuple[int, tuple[int, int], Scales], ...] = (
     *((1, shape, scales) for shape in (SQUARE, SMALLEST, LONG, TALL) for scales in BOTH),
     *((2, WIDE[1], scales) for scales in BOTH),
     *((4, shape, "bf16") for shape in (SQUARE, SMALLEST, WIDE[0])),
