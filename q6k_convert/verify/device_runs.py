@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,10 @@ from torch import Tensor
 
 from q6k_kernels.bundle.manifest import StoredTensor
 from q6k_kernels.bundle.structure import Entry
-from q6k_kernels.ops import accuracy, reference, schema
+from q6k_kernels.formats.checks import PLANE_DTYPES
+from q6k_kernels.formats.types import TILE_ROWS, WeightType, weight_type
+from q6k_kernels.ops import accuracy, reference
+from q6k_kernels.weights.weight import PackedWeight, embedding, q6k_linear
 
 Formula = Literal["int8", "bf16"]
 Progress = Callable[[int], None]
@@ -51,36 +54,38 @@ class Rows:
     def __init__(self, directory: Path, headers: dict[str, dict[str, Entry]], tensor: StoredTensor) -> None:
         count = math.prod(tensor.shape[:-1])
         self.k = tensor.shape[-1]
+        self.type = weight_type(cast("str", tensor.format))  # the structure was checked: what is packed has one
         self._arrays = {
             role: (directory / array.file, entry.dtype, entry.begin, (entry.end - entry.begin) // count)
-            for role, array in tensor.arrays.items()
+            for role in self.type.roles
+            for array in (tensor.arrays[role],)
             for entry in (headers[array.file][array.key],)
         }
         self.bytes_a_row = sum(each for *_, each in self._arrays.values())
 
-    def read(self, first: int, count: int) -> dict[str, Tensor]:
-        """Return rows `first` to `first + count` of every array, by role."""
-        dtypes = {"U8": torch.uint8, "I8": torch.int8, "BF16": torch.bfloat16, "F16": torch.float16}
-        tensors: dict[str, Tensor] = {}
+    def read(self, first: int, count: int) -> list[Tensor]:
+        """Return rows `first` to `first + count` of every array, in the order of the weight type."""
+        tensors = []
         for role, (path, dtype, begin, each) in self._arrays.items():
             raw = np.fromfile(path, np.uint8, count * each, offset=begin + first * each)
             if raw.size != count * each:
                 raise OSError(
                     errno.EIO, f"ended {count * each - raw.size} bytes before its array {role} does", path
                 )
-            tensors[role] = torch.from_numpy(raw).view(dtypes[dtype]).view(count, -1)
+            tensors.append(torch.from_numpy(raw).view(PLANE_DTYPES[dtype]).view(count, -1))
         return tensors
 
-    def read_to(self, device: str, first: int, count: int) -> dict[str, Tensor]:
+    def read_to(self, device: str, first: int, count: int) -> list[Tensor]:
         """Return the same on a device, copied there piece by piece."""
-        arrays: dict[str, Tensor] = {}
+        planes: list[Tensor] = []
         step = max(1, READ_WEIGHTS // self.k)
         for at in range(0, count, step):
-            for role, piece in self.read(first + at, min(step, count - at)).items():
-                if role not in arrays:
-                    arrays[role] = torch.empty(count, piece.shape[1], dtype=piece.dtype, device=device)
-                arrays[role][at : at + len(piece)] = piece.to(device)
-        return arrays
+            pieces = self.read(first + at, min(step, count - at))
+            if not planes:
+                planes = [torch.empty(count, each.shape[1], dtype=each.dtype, device=device) for each in pieces]
+            for plane, piece in zip(planes, pieces, strict=True):
+                plane[at : at + len(piece)] = piece.to(device)
+        return planes
 
 
 @lru_cache(maxsize=1)
@@ -152,11 +157,11 @@ def run_on_cpu(rows: Rows, at: int, n: int, progress: Progress) -> tuple[list[Ta
     step = max(1, EXACT_WEIGHTS["cpu"] // rows.k)
     for first in range(0, n, step):
         count = min(step, n - first)
-        arrays = rows.read(at + first, count)
-        weight = accuracy.of_planes(**arrays)
+        planes = rows.read(at + first, count)
+        weight = accuracy.of_planes(planes, rows.type)
         for tally in tallies:
             started = time.perf_counter()
-            y = reference.linear(tally.x, **arrays, activations=tally.formula)
+            y = reference.linear(tally.x, planes, rows.type, activations=tally.formula)
             tally.seconds += time.perf_counter() - started
             tally.compare(y, weight, first, reference.roundings(rows.k, tally.formula))
         progress(count * rows.bytes_a_row)
@@ -183,50 +188,51 @@ def run_on_gpu(
         OSError: the rows cannot be read.
         torch.OutOfMemoryError: the matrix, or the fp64 to compare with, does not fit in the GPU's memory.
     """
-    arrays = rows.read_to(device, at, n)
-    tiles = schema.pack(arrays["ql"], arrays["qh"], arrays["scale"], arrays.get("steps"))
-    tallies = _tallies(rows.k, "cuda", tiles.device)  # of tiles: "cuda" alone is no certain GPU
-    outputs = [_multiply(tiles, n, tally) for tally in tallies]
+    planes = rows.read_to(device, at, n)
+    weight = PackedWeight.from_planes(planes, rows.type.name)
+    tallies = _tallies(rows.k, "cuda", weight.device)  # of the weight: "cuda" alone is no certain GPU
+    outputs = [_multiply(weight, tally) for tally in tallies]
     step = max(1, EXACT_WEIGHTS["cuda"] // rows.k)
     for first in range(0, n, step):
         part = slice(first, min(first + step, n))
-        weight = _weight(arrays, part)
+        exact = _rows_of(planes, rows.type, part)
         for y, tally in zip(outputs, tallies, strict=True):
-            tally.compare(y[:, part], weight, first)
+            tally.compare(y[:, part], exact, first)
         progress((part.stop - first) * rows.bytes_a_row)
-    return tallies, _wrong_rows(arrays, tiles, n)
+    return tallies, _wrong_rows(planes, weight)
 
 
-def _multiply(tiles: Tensor, n: int, tally: Tally) -> Tensor:
+def _multiply(weight: PackedWeight, tally: Tally) -> Tensor:
     """Return the rows of y that are compared; on a GPU, time calls from Python, one after the other."""
     with torch.no_grad():
-        y = schema.linear(tally.x, tiles, None, n, tally.formula)
-        if tiles.is_cuda:
+        y = q6k_linear(tally.x, weight, activations=tally.formula)
+        if weight.tiles.is_cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
             for _ in range(CALLS):
-                schema.linear(tally.x, tiles, None, n, tally.formula)
+                q6k_linear(tally.x, weight, activations=tally.formula)
             end.record()
             end.synchronize()
             tally.seconds = float(begin.elapsed_time(end)) / 1e3 / CALLS
-            tally.gb_per_s = tiles.nbytes / tally.seconds / 1e9
+            tally.gb_per_s = weight.nbytes / tally.seconds / 1e9
     return y[tally.checked]
 
 
-def _weight(arrays: dict[str, Tensor], rows: slice | Tensor) -> accuracy.Weight:
-    return accuracy.of_planes(**{role: array[rows] for role, array in arrays.items()})
+def _rows_of(planes: list[Tensor], row: WeightType, which: slice | Tensor) -> accuracy.Weight:
+    return accuracy.of_planes([plane[which] for plane in planes], row)
 
 
-def _wrong_rows(arrays: dict[str, Tensor], tiles: Tensor, n: int) -> list[str]:
+def _wrong_rows(planes: list[Tensor], weight: PackedWeight) -> list[str]:
     """Name rows gathered, and some at the end expanded, that are not what `accuracy` makes of the planes."""
-    spread = torch.linspace(0, n - 1, min(n, SPOT_ROWS), dtype=torch.float64).round().long().to(tiles.device)
-    start = max(0, n - SPOT_ROWS) // reference.TILE_ROWS * reference.TILE_ROWS
-    end = torch.arange(start, n, device=tiles.device)
-    gathered = schema.embedding(spread, tiles, n, torch.float32)
-    expanded = schema.dequantize(tiles[start // reference.TILE_ROWS :], n - start, torch.bfloat16)
+    n = weight.n
+    spread = torch.linspace(0, n - 1, min(n, SPOT_ROWS), dtype=torch.float64).round().long().to(weight.device)
+    start = max(0, n - SPOT_ROWS) // TILE_ROWS * TILE_ROWS
+    end = torch.arange(start, n, device=weight.device)
+    gathered = embedding(spread, weight, torch.float32)
+    expanded = weight.rows(start, n).dequantize(torch.bfloat16)
     problems = []
     for what, found, numbers in (("gathered", gathered, spread), ("dequantised", expanded, end)):
-        right = accuracy.dequantize(_weight(arrays, numbers), found.dtype)
+        right = accuracy.dequantize(_rows_of(planes, weight.row, numbers), found.dtype)
         wrong = ((found != right) & ~(found.isnan() & right.isnan())).nonzero()
         if len(wrong):
             row, column = wrong[0].tolist()

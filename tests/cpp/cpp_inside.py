@@ -118,7 +118,7 @@ def test_products_are_within_tolerance(activations: Any, dtype: torch.dtype, exa
         for bias in (None, torch.linspace(-1, 1, n), torch.linspace(-1, 1, 2 * n).to(BF16)[::2]):
             y = packed.op_linear(x, tiles, bias, n, activations)
             assert (y.shape, y.dtype) == ((m, n), dtype)
-            right = accuracy.linear(x, accuracy.of_planes(*arrays), bias, activations=formula)
+            right = accuracy.linear(x, packed.exact_of(*arrays), bias, activations=formula)
             assert accuracy.compare(y, right, reference.roundings(k, formula)).worst <= 1
 
 

@@ -102,7 +102,7 @@ def test_products_are_right_in_every_order_of_threads(
     outputs = [multiply(order) for order in (3, 2, 0)]
     assert all(found is not None and found.cluster == cluster for found in plans)
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
-    right = accuracy.linear(x, accuracy.of_planes(*weight), bias, activations="int8")
+    right = accuracy.linear(x, packed.exact_of(*weight), bias, activations="int8")
     # As csrc/decode.cuh counts them.
     roundings = k // 32 + 3 + decode_plan.SHAPES[-1][0] * cluster
     found = accuracy.compare(outputs[0], right, roundings)

@@ -163,7 +163,7 @@ def test_products_are_right_in_every_order_of_threads(
         outputs.append(multiply(x, packed.tiles_of(*weight), bias, n))
     # The order of sums is fixed, whatever that of threads.
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
-    right = accuracy.linear(x, accuracy.of_planes(*weight), bias, activations="bf16")
+    right = accuracy.linear(x, packed.exact_of(*weight), bias, activations="bf16")
     found = accuracy.compare(outputs[0], right, emulated_roundings(chosen, k))
     assert found.first is None, found
 
@@ -173,7 +173,7 @@ def test_products_are_right_in_every_order_of_threads(
 def test_what_is_planned_is_launched(gpu: Memory, m: int, n: int, k: int) -> None:
     x, weight = activations(m, k, torch.bfloat16), planes(n, k, False)
     chosen = plan(m, n, k, False, launching.device(0))
-    right = accuracy.linear(x, accuracy.of_planes(*weight), activations="bf16")
+    right = accuracy.linear(x, packed.exact_of(*weight), activations="bf16")
     found = accuracy.compare(multiply(x, packed.tiles_of(*weight), None, n), right, chosen.roundings(k))
     assert found.worst <= 1
     assert chosen.roundings(k) > emulated_roundings(chosen, k)
@@ -191,5 +191,5 @@ def test_infinities_stay_in_their_row(gpu: Memory, monkeypatch: pytest.MonkeyPat
     y = multiply(x, packed.tiles_of(*weight), None, n)
     assert not y[7].isfinite().any()
     assert y[torch.arange(m) != 7].isfinite().all()
-    right = accuracy.linear(x, accuracy.of_planes(*weight), activations="bf16")
+    right = accuracy.linear(x, packed.exact_of(*weight), activations="bf16")
     assert accuracy.compare(y, right).worst <= 1

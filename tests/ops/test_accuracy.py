@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import oracles
+import packed
 
 torch = pytest.importorskip("torch")
 
@@ -71,7 +72,7 @@ def test_products_of_planes_are_the_oracles(
     name: str, scales: str, activations: Formula, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     k = SHAPES[name][1]
-    weight = accuracy.of_planes(**planes(name, scales))
+    weight = packed.exact_of(**planes(name, scales))
     for part, right in zip((weight.codes, weight.scale), parts(name, scales), strict=True):
         np.testing.assert_array_equal(part.double().numpy(), right)
     for chunk in (accuracy.CHUNK, 1, 3 * k):
@@ -141,7 +142,7 @@ def test_what_is_no_weight_is_refused() -> None:
     arrays = planes("random", "exact")
     for role in ("qh", "scale", "steps"):
         with pytest.raises(ValueError, match=r"with ql of shape \(7, 384\) expected qh, scale, steps"):
-            accuracy.of_planes(**{**arrays, role: arrays[role][:, 1:]})
+            packed.exact_of(**{**arrays, role: arrays[role][:, 1:]})
 
 
 # The tolerance: it must fail what is wrong, and its bound must be right.
@@ -153,7 +154,7 @@ def test_a_wrong_output_is_outside_the_tolerance(activations: Formula, dtype: to
     k = SHAPES["genuine"][1]
     arrays, x = planes("genuine", "bf16"), inputs(2, k, dtype)
     y = linear(x, **arrays, activations=activations)
-    exact = accuracy.linear(x, accuracy.of_planes(**arrays), activations=activations)
+    exact = accuracy.linear(x, packed.exact_of(**arrays), activations=activations)
     allowed = tolerance(exact, dtype, roundings(k, activations))
     # Two ulps and more, wherever terms do not cancel so far that the fp32 sums are not known that well.
     info = torch.finfo(dtype)
@@ -176,7 +177,7 @@ def test_one_code_off_by_one_is_outside_the_tolerance(activations: Formula, scal
     arrays, (q, s) = planes("heavy-tailed", scales), parts("heavy-tailed", scales)
     x = torch.zeros(k, k, dtype=torch.bfloat16)
     x[range(k), range(k)] = 1.25
-    exact = accuracy.linear(x, accuracy.of_planes(**arrays), activations=activations)
+    exact = accuracy.linear(x, packed.exact_of(**arrays), activations=activations)
     allowed = tolerance(exact, x.dtype, roundings(k, activations))
     shifted = np.where(q < 31, q + 1, q - 1).astype(int)
     ql, qh = oracles.planes_of_row(shifted[0].tolist())

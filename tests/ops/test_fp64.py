@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 import pytest
 
+import packed
+
 torch = pytest.importorskip("torch")
 
 import fp64
@@ -29,7 +31,7 @@ def _on_the_cpu() -> Iterator[None]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_and_scales_are_those_in_the_planes(kind: str, scales: str) -> None:
     w = gpu_weights.weight(kind, 21, 768, scales)
-    stated = accuracy.of_planes(*w.planes)
+    stated = packed.exact_of(*w.planes)
     assert torch.equal(stated.codes, w.q)
     assert torch.equal(stated.scale, w.s)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):

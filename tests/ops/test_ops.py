@@ -15,7 +15,6 @@ from gguf_builder import q6k_blocks
 torch = pytest.importorskip("torch")
 
 from devices import DEVICES
-from q6k_kernels.formats import tiles as prepack
 from q6k_kernels.ops import accuracy, reference, schema
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -57,7 +56,7 @@ def assert_right(
     activations: Literal["int8", "bf16"],
 ) -> None:
     """Within the tolerance of any order of summation."""
-    exact = accuracy.linear(x, accuracy.of_planes(**arrays), bias, activations=activations)
+    exact = accuracy.linear(x, packed.exact_of(**arrays), bias, activations=activations)
     found = accuracy.compare(y, exact)
     assert found.first is None, found
 

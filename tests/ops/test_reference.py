@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import oracles
+import packed
 from gguf_builder import q6k_blocks
 
 torch = pytest.importorskip("torch")
@@ -33,7 +34,7 @@ def assert_right(
     activations: Literal["int8", "bf16"],
 ) -> None:
     """Within the tolerance of the reference's order of summation."""
-    exact = accuracy.linear(x, accuracy.of_planes(**arrays), bias, activations=activations)
+    exact = accuracy.linear(x, packed.exact_of(**arrays), bias, activations=activations)
     found = accuracy.compare(y, exact, roundings(x.shape[-1], activations))
     assert found.first is None, found
 
@@ -122,7 +123,7 @@ def test_linear_is_the_formula(
 def test_activations_of_8_bits_cost_less_than_a_hundredth() -> None:
     arrays = planes("genuine", "exact")
     x = torch.randn(17, 768, generator=torch.Generator().manual_seed(3))
-    full = accuracy.linear(x, accuracy.of_planes(**arrays), activations="bf16").y
+    full = accuracy.linear(x, packed.exact_of(**arrays), activations="bf16").y
     coarse = linear(x, **arrays, activations="int8").double()
     assert 1e-4 < (coarse - full).norm() / full.norm() < 1e-2
 

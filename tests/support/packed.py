@@ -16,7 +16,7 @@ import oracles
 from gguf_builder import q6k_blocks
 from q6k_kernels.formats import tiles as layout
 from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType, row_of
-from q6k_kernels.ops import reference, schema
+from q6k_kernels.ops import accuracy, reference, schema
 from q6k_kernels.weights.weight import PackedWeight
 
 
@@ -73,6 +73,12 @@ def multiplied(
     """`reference.linear` of planes."""
     found = given(*arrays, **by_role)
     return reference.linear(x, found, row(found), bias, activations=activations)
+
+
+def exact_of(*arrays: Tensor | None, **by_role: Tensor | None) -> accuracy.Weight:
+    """`accuracy.of_planes`."""
+    found = given(*arrays, **by_role)
+    return accuracy.of_planes(found, row(found))
 
 
 def tiles_of(*arrays: Tensor | None, **by_role: Tensor | None) -> Tensor:

@@ -27,7 +27,6 @@ from q6k_kernels.jit import compiler, driver
 torch = pytest.importorskip("torch")
 
 from q6k_convert.verify import device_runs
-from q6k_kernels.formats import tiles as prepack
 from q6k_kernels.ops import reference, schema
 
 Device = Literal["auto", "cpu", "cuda"]

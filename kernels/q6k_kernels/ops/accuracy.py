@@ -15,15 +15,14 @@ arguments are, on the CPU or a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from q6k_kernels.formats.ggml import GROUP, SUPER_BLOCK
-from q6k_kernels.formats.planes import OFFSET
+from q6k_kernels.formats.types import WeightType
 
 ACTIVATION_GROUP = 32
 """Activations that share one d_a."""
@@ -90,30 +89,29 @@ class Exact:
         return Exact(self.y + b, self.magnitude + b.abs(), self.k, self.terms)
 
 
-def of_planes(ql: Tensor, qh: Tensor, scale: Tensor, steps: Tensor | None = None) -> Weight:
+def of_planes(planes: Sequence[Tensor], row: WeightType) -> Weight:
     """Return the codes and scales in a bundle's planes, weight by weight as the format's text places them.
 
     Args:
-        ql: uint8 (N, K/2).
-        qh: uint8 (N, K/4).
-        scale: bfloat16 (N, K/16); or int8 (N, K/16) with `steps`.
-        steps: float16 (N, K/256), or None.
+        planes: one tensor for each of `row.arrays`, (N, width).
+        row: the weight type.
 
     Raises:
         ValueError: the planes do not agree on their shape.
     """
-    n, k = len(ql), 2 * ql.shape[1]
-    found = [None if plane is None else tuple(plane.shape) for plane in (qh, scale, steps)]
-    expected = [(n, k // 4), (n, k // GROUP), None if steps is None else (n, k // SUPER_BLOCK)]
+    n, k = len(planes[0]), row.arrays[0].weights * planes[0].shape[1]
+    found = [tuple(plane.shape) for plane in planes]
+    expected = [(n, k // array.weights) for array in row.arrays]
     if found != expected:
-        raise ValueError(f"with ql of shape {tuple(ql.shape)} expected qh, scale, steps {expected}, found {found}")
+        raise ValueError(f"{row.name}: expected {', '.join(row.roles)} {expected}, found {found}")
+    ql, qh, scale, *steps = planes
     at = torch.arange(k, device=ql.device)
     low = ql[:, at // 2] >> (at % 2 * 4).to(torch.uint8) & 15
     high = qh[:, at // 32 * 8 + at % 2 * 4 + at % 32 // 8] >> (at % 8 // 2 * 2).to(torch.uint8) & 3
     s = scale.double()
-    if steps is not None:
-        s = s * steps.double().repeat_interleave(SUPER_BLOCK // GROUP, 1)
-    return Weight((low | high << 4).to(torch.int8) - OFFSET, s)
+    for each in steps:
+        s = s * each.double().repeat_interleave(s.shape[1] // each.shape[1], 1)
+    return Weight((low | high << 4).to(torch.int8) - row.offset, s)
 
 
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:

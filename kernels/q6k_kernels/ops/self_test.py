@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from q6k_kernels.bundle.storage import Scales
 from q6k_kernels.errors import CudaError
-from q6k_kernels.formats.ggml import GROUP, SUPER_BLOCK
+from q6k_kernels.formats.checks import PLANE_DTYPES
+from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType
 from q6k_kernels.ops import (
     accuracy,
     schema,  # noqa: F401  ops registers the operations
@@ -52,12 +52,12 @@ def run(device: torch.device | str) -> list[Check]:
         CudaError: a kernel cannot be compiled or launched, and the error says what to do about it.
     """
     with torch.no_grad():
-        return [check for scales in ("bf16", "exact") for check in _run(torch.device(device), scales)]
+        return [check for row in WEIGHT_TYPES.values() for check in _run(torch.device(device), row)]
 
 
-def _run(device: torch.device, scales: Scales) -> list[Check]:
-    planes = random_planes(scales)
-    weight = accuracy.of_planes(*planes)
+def _run(device: torch.device, row: WeightType) -> list[Check]:
+    planes = random_planes(row)
+    weight = accuracy.of_planes(planes, row)
     generator = torch.Generator().manual_seed(SEED)
     x = torch.randn(max(m for m, _ in PRODUCTS), K, generator=generator).bfloat16()
     rows = torch.randint(N, (7,), generator=generator)
@@ -65,47 +65,50 @@ def _run(device: torch.device, scales: Scales) -> list[Check]:
 
     def pack() -> str:
         nonlocal tiles
-        tiles = torch.ops.q6k.pack(*(None if plane is None else plane.to(device) for plane in planes))
+        tiles = torch.ops.q6k.pack([plane.to(device) for plane in planes], row.name)
         return f"{tuple(tiles.shape)}"
 
     def dequantize() -> str:
-        found = torch.ops.q6k.dequantize(tiles, N, torch.bfloat16)
+        found = torch.ops.q6k.dequantize(tiles, N, row.name, torch.bfloat16)
         return _same(found, accuracy.dequantize(weight, torch.bfloat16))
 
     def embedding() -> str:
-        found = torch.ops.q6k.embedding(rows.to(device), tiles, N, torch.bfloat16)
+        found = torch.ops.q6k.embedding(rows.to(device), tiles, N, row.name, torch.bfloat16)
         return _same(found, accuracy.embedding(rows, weight, torch.bfloat16))
 
     def product(m: int, activations: Literal["int8", "bf16"]) -> str:
-        y = torch.ops.q6k.linear(x[:m].to(device), tiles, None, N, activations)
+        y = torch.ops.q6k.linear(x[:m].to(device), tiles, None, N, row.name, activations)
         found = accuracy.compare(y.cpu(), accuracy.linear(x[:m], weight, activations=activations))
         if found.first is not None:
-            (row, column), value, expected, _ = found.first
-            raise ArithmeticError(f"y[{row}, {column}] is {value}, expected {expected:.6g}")
+            (token, column), value, expected, _ = found.first
+            raise ArithmeticError(f"y[{token}, {column}] is {value}, expected {expected:.6g}")
         return f"{found.worst:.2g} of the tolerance"
 
-    checks = [_check(f"pack, {scales} scales", pack)]
+    checks = [_check(f"pack, {row.name}", pack)]
     if checks[0].passed:
-        checks += [_check(f"{step.__name__}, {scales} scales", step) for step in (dequantize, embedding)]
+        checks += [_check(f"{step.__name__}, {row.name}", step) for step in (dequantize, embedding)]
         for m, activations in PRODUCTS:
-            name = f"linear, {scales} scales, M={m}, {activations} activations"
+            name = f"linear, {row.name}, M={m}, {activations} activations"
             checks.append(_check(name, partial(product, m, activations)))
     return checks
 
 
-def random_planes(scales: Scales) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """ql, qh, scale and steps of a random weight (N, K): all codes, scales of both signs and zero."""
+def random_planes(row: WeightType) -> list[Tensor]:
+    """Return the planes of a random weight (N, K): all codes, scales of both signs and zero."""
     generator = torch.Generator().manual_seed(SEED)
-
-    def integers(low: int, high: int, columns: int) -> Tensor:
-        return torch.randint(low, high, (N, columns), generator=generator)
-
-    ql, qh = integers(0, 256, K // 2).to(torch.uint8), integers(0, 256, K // 4).to(torch.uint8)
-    scale = integers(-128, 128, K // GROUP)
-    if scales == "bf16":
-        return ql, qh, (scale * 2.0**-14).bfloat16(), None
-    # Subnormal, as they are in real files.
-    return ql, qh, scale.to(torch.int8), (integers(-1000, 1000, K // SUPER_BLOCK) * 2.0**-24).half()
+    # float16 steps are subnormal, as they are in real files.
+    drawn = {
+        "U8": (0, 256, 1.0),
+        "I8": (-128, 128, 1.0),
+        "BF16": (-128, 128, 2.0**-14),
+        "F16": (-1000, 1000, 2.0**-24),
+    }
+    planes = []
+    for array in row.arrays:
+        low, high, unit = drawn[array.dtype]
+        values = torch.randint(low, high, (N, K // array.weights), generator=generator) * unit
+        planes.append(values.to(PLANE_DTYPES[array.dtype]))
+    return planes
 
 
 def _same(found: Tensor, expected: Tensor) -> str:
