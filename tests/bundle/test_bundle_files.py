@@ -32,7 +32,7 @@ def test_every_field_of_the_manifest_says_what_was_done(tmp_path: Path) -> None:
         "format", "version", "checksum", "producer", "options", "architecture", "sources", "files", "tied",
         "tensors", "manifest_checksum",
     ]  # fmt: skip
-    assert (manifest["format"], manifest["version"], manifest["checksum"]) == ("q6k-planar", 1, "xxh3_128")
+    assert (manifest["format"], manifest["version"], manifest["checksum"]) == ("q6k-planar", 2, "xxh3_128")
     assert manifest["producer"] == f"q6k-convert {q6k_convert.__version__}"
     assert manifest["options"] == {
         "scales": "exact",

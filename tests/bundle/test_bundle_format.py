@@ -34,8 +34,8 @@ def example() -> Manifest:
         files={"model.safetensors": StoredFile(20, 8, "22")},
         tied={"output.weight": "token_embd.weight"},
         tensors=[
-            StoredTensor("x", "Q6_K", [3, 256], "planar", {"ql": array}),
-            StoredTensor("é\n", "Q8_0", [3, 256], "skipped", {}),
+            StoredTensor("x", "Q6_K", [3, 256], "planar", "q6_k", {"ql": array}),
+            StoredTensor("é\n", "Q8_0", [3, 256], "skipped", None, {}),
         ],
     )
 
@@ -146,8 +146,10 @@ def test_every_truncation_of_a_manifest_is_caught(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"format": "other"}, "format: expected 'q6k-planar', found 'other'"),
-        ({"version": 2}, "version 2 .* this program reads version 1"),
-        ({"checksum": "crc"}, "checksums 'crc'; this program reads version 1 with 'xxh3_128'"),
+        ({"version": 3}, "version 3 .* reads version 2 .*: a newer release of q6k-convert may read it"),
+        ({"version": 1}, "version 1 .* reads version 2 .*: convert the model again"),
+        ({"version": "1"}, "version '1' .* reads version 2"),
+        ({"checksum": "crc"}, "checksums 'crc'; this program reads version 2 with 'xxh3_128'"),
         ({"sources": {}}, "sources: expected list, found dict"),
         ({"sources": [{"name": "x", "size": -1, "checksum": ""}]}, "size: -1 is not a size"),
         ({"sources": [{"name": "x", "size": True, "checksum": ""}]}, "size: expected int, found bool"),

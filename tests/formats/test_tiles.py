@@ -84,8 +84,7 @@ def test_every_code_has_its_place() -> None:
 def test_unpacking_gives_the_planes_back(shape: tuple[int, ...], scales: Scales) -> None:
     arrays = planes(shape, scales)
     found = packed.untiled(packed.tiles_of(**arrays), shape[-2])
-    assert (found[3] is None) == (scales == "bf16")
-    for (role, plane), back in zip(arrays.items(), found, strict=False):
+    for (role, plane), back in zip(arrays.items(), found, strict=True):
         assert (back.dtype, back.shape) == (plane.dtype, plane.shape), role
         assert torch.equal(back.view(torch.uint8), plane.view(torch.uint8)), role
 
@@ -100,7 +99,7 @@ def test_every_bit_pattern_survives() -> None:
         steps = every[at : at + 16].view(torch.float16).view(16, 1)
         sub_scales = torch.arange(256).to(torch.int8).view(16, 16)
         for arrays in ((ql, qh, scale), (ql, qh, sub_scales, steps)):
-            for plane, back in zip(arrays, packed.untiled(packed.tiles_of(*arrays), 16), strict=False):
+            for plane, back in zip(arrays, packed.untiled(packed.tiles_of(*arrays), 16), strict=True):
                 assert torch.equal(plane.view(torch.uint8), back.view(torch.uint8))
 
 
@@ -182,10 +181,11 @@ GOOD = {
         ({"ql": torch.zeros(1, 1, 3, 256, dtype=torch.uint8)}, r"found uint8 \(1, 1, 3, 256\)"),
         (
             {"ql": GOOD["ql"][None]},
-            r"qh: with ql of shape \(1, 3, 256\) expected uint8 \(1, 3, 128\), found .*\(3,",
+            r"qh of q6_k: with ql of shape \(1, 3, 256\) expected uint8 \(1, 3, 128\), found .*\(3,",
         ),
-        ({"scale": GOOD["scale"].half()}, r"scale without steps: .*bfloat16 \(3, 32\), found float16 \(3, 32\)"),
-        ({"steps": torch.zeros(3, 2).half()}, r"scale with steps: .*int8 \(3, 32\), found bfloat16"),
+        ({"scale": GOOD["scale"].half()}, r"scale of q6_k: .*bfloat16 \(3, 32\), found float16 \(3, 32\)"),
+        ({"steps": torch.zeros(3, 2).half()}, r"scale of q6_k_exact: .*int8 \(3, 32\), found bfloat16"),
+        ({"scale": None}, "planes: q6_k has ql, qh, scale; found 2 tensors"),
     ],
 )
 def test_pack_says_what_it_refuses(change: dict[str, Any], message: str) -> None:
@@ -203,8 +203,8 @@ TILES = torch.zeros(2, 1, 3584, dtype=torch.uint8)
         (TILES, 16, r"n: 2 tiles of 16 hold 17 to 32 rows, found 16"),
         (TILES, 33, r"n: 2 tiles of 16 hold 17 to 32 rows, found 33"),
         (TILES[:0], 0, r"n: .*found 0"),
-        (TILES.view(torch.int8), 17, r"tiles: expected contiguous uint8 .*found int8 \(2, 1, 3584\)"),
-        (TILES[..., :3000], 17, r"3584 \(bf16 scales\) or 3360 \(exact scales\), found uint8 \(2, 1, 3000\)"),
+        (TILES.view(torch.int8), 17, r"tiles of q6_k: expected contiguous uint8 .*found int8 \(2, 1, 3584\)"),
+        (TILES[..., :3000], 17, r"tile_bytes 3584, found uint8 \(2, 1, 3000\)"),
         (TILES[..., :3360], 17, r"contiguous.*found uint8 \(2, 1, 3360\), strides \(3584, 3584, 1\)"),
         (TILES[0], 17, r"found uint8 \(1, 3584\)"),
         (TILES[:, :0], 17, r"found uint8 \(2, 0, 3584\)"),
@@ -215,3 +215,11 @@ def test_unpack_says_what_it_refuses(tiles: torch.Tensor, n: int, message: str) 
     assert packed.untiled(TILES, 17)[0].shape == (17, 128)
     with pytest.raises(ValueError, match=message):
         packed.untiled(tiles, n)
+
+
+def test_the_size_of_tiles_is_that_of_their_weight_type() -> None:
+    found = r"tiles of q6_k_exact: .*with tile_bytes 3360, found uint8 \(2, 1, 3584\)"
+    with pytest.raises(ValueError, match=found):
+        prepack.unpack(TILES, 17, row_of("Q6_K", "exact"))
+    with pytest.raises(ValueError, match=r"tiles of q6_k: .*with tile_bytes 3584, found uint8 \(2, 1, 3360\)"):
+        prepack.unpack(torch.zeros(2, 1, 3360, dtype=torch.uint8), 17, row_of("Q6_K", "bf16"))

@@ -242,7 +242,7 @@ def test_compiling_a_tied_model() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Q6KLinear(500, 40), "multiple of 256 long.*found 40 of 500 with 'bf16' scales"),
+        (lambda: Q6KLinear(500, 40), "multiple of 256 long.*found 40 of 500$"),
         (lambda: Q6KLinear(512, 0), "found 0 of 512"),
         (lambda: Q6KEmbedding(40, 0), "found 40 of 0"),
         (lambda: Q6KLinear(512, 40, format="fp8"), "expected one of q6_k, q6_k_exact, found 'fp8'"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from packed import numbers, planes, weight
+from packed import multiplied, numbers, planes, weight
 
 torch = pytest.importorskip("torch")
 
@@ -29,22 +29,25 @@ def test_what_it_says_of_itself(shape: tuple[int, ...], scales: str) -> None:
     tiles = -(-shape[-2] // 16) * shape[-1] // 256 * (shape[0] if len(shape) == 3 else 1)
     assert packed.shape == shape
     assert type(packed.shape) is tuple
-    assert (packed.n, packed.k, packed.scales, packed.device.type) == (*shape[-2:], scales, "cpu")
+    name = "q6_k" if scales == "bf16" else "q6_k_exact"
+    assert (packed.n, packed.k, packed.format, packed.device.type) == (*shape[-2:], name, "cpu")
+    assert packed.row is WEIGHT_TYPES[name]
     assert packed.nbytes == packed.tiles.nbytes == tiles * (3584 if scales == "bf16" else 3360)
-    assert repr(packed).startswith(f"PackedWeight({shape}, '{packed.format}', device='cpu', ")
+    assert repr(packed).startswith(f"PackedWeight({shape}, '{name}', device='cpu', ")
     with pytest.raises(AttributeError):
         packed.shape = (1, 1)  # type: ignore[misc]
 
 
 def test_its_size_is_told() -> None:
-    assert "3.5 MiB)" in repr(PackedWeight(torch.zeros(64, 16, 3584, dtype=torch.uint8), (1024, 4096)))
+    tiles = torch.zeros(64, 16, 3584, dtype=torch.uint8)
+    assert "3.5 MiB)" in repr(PackedWeight(tiles, (1024, 4096), "q6_k"))
 
 
 @pytest.mark.parametrize("scales", ["bf16", "exact"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_planes_and_numbers(shape: tuple[int, ...], scales: str) -> None:
     packed = weight(shape, scales)
-    for found, plane in zip(packed.planes(), planes(shape, scales).values(), strict=False):
+    for found, plane in zip(packed.planes(), planes(shape, scales).values(), strict=True):
         assert torch.equal(found, plane)
     assert torch.equal(packed.dequantize(torch.bfloat16), numbers(shape, scales))
     assert torch.equal(dequantize(packed), numbers(shape, scales))
@@ -54,10 +57,10 @@ def test_planes_and_numbers(shape: tuple[int, ...], scales: str) -> None:
 def test_operations_take_it_whole() -> None:
     packed, arrays = weight((40, 512)), planes((40, 512), "bf16")
     x, bias = torch.randn(3, 512).bfloat16(), torch.randn(40)
-    assert torch.equal(q6k_linear(x, packed), packed.multiplied(x, **arrays))
-    assert torch.equal(q6k_linear(x, packed, bias=bias), packed.multiplied(x, **arrays, bias=bias))
+    assert torch.equal(q6k_linear(x, packed), multiplied(x, **arrays))
+    assert torch.equal(q6k_linear(x, packed, bias=bias), multiplied(x, **arrays, bias=bias))
     found = q6k_linear(x, packed, bias, "int8")
-    assert torch.equal(found, packed.multiplied(x, **arrays, bias=bias, activations="int8"))
+    assert torch.equal(found, multiplied(x, **arrays, bias=bias, activations="int8"))
     assert torch.equal(embedding(torch.tensor([39, 2]), packed), numbers((40, 512))[[39, 2]])
     assert embedding(torch.tensor([39, 2]), packed, torch.float16).dtype == torch.float16
     with pytest.raises(ValueError, match=r"of a stack of experts take one, weight\[expert\]"):
@@ -116,7 +119,7 @@ def test_weights_below_each_other() -> None:
     [
         ([], "expected one or more, found none"),
         ([(7, 512), (16, 512)], "N a multiple of 16 for all but the last, found 7 at 0"),
-        ([(16, 512), (16, 256)], r"all but N as in \(16, 512\) with bf16 scales, found \(16, 256\) with bf16"),
+        ([(16, 512), (16, 256)], r"all but N as in \(16, 512\) of q6_k, found \(16, 256\) of q6_k at 1"),
         ([(2, 16, 256), (3, 16, 256)], r"found \(3, 16, 256\)"),
         ([(16, 256), (1, 16, 256)], r"found \(1, 16, 256\)"),
     ],
@@ -126,8 +129,8 @@ def test_weights_that_do_not_join(shapes: list[tuple[int, ...]], message: str) -
         PackedWeight.cat([weight(shape) for shape in shapes])
 
 
-def test_scales_do_not_mix() -> None:
-    with pytest.raises(ValueError, match=r"with bf16 scales, found \(16, 256\) with exact scales at 1"):
+def test_weight_types_do_not_mix() -> None:
+    with pytest.raises(ValueError, match=r"\(16, 256\) of q6_k, found \(16, 256\) of q6_k_exact at 1"):
         PackedWeight.cat([weight((16, 256)), weight((16, 256), "exact")])
 
 
@@ -146,9 +149,10 @@ def saved(thing: object) -> io.BytesIO:
     return file
 
 
+@pytest.mark.parametrize("scales", ["bf16", "exact"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_saving_and_loading(shape: tuple[int, ...]) -> None:
-    packed = weight(shape, "exact")
+def test_saving_and_loading(shape: tuple[int, ...], scales: str) -> None:
+    packed = weight(shape, scales)
     copies = [
         torch.load(saved(packed), weights_only=True),
         torch.load(saved({"w": [packed]}), weights_only=True)["w"][0],
@@ -159,7 +163,7 @@ def test_saving_and_loading(shape: tuple[int, ...]) -> None:
     ]
     for other in copies:
         assert isinstance(other, PackedWeight)
-        assert other.shape == shape
+        assert (other.shape, other.format) == (shape, packed.format)
         assert torch.equal(other.tiles, packed.tiles)
     assert copies[-2].tiles.data_ptr() != packed.tiles.data_ptr()
 
@@ -178,8 +182,16 @@ def test_what_was_saved_is_checked_when_it_is_loaded() -> None:
     object.__setattr__(packed, "shape", (50, 512))
     with pytest.raises((ValueError, pickle.UnpicklingError), match="3 tiles of 16 hold 33 to 48 rows, found 50"):
         torch.load(saved(packed), weights_only=True)
-    with pytest.raises(ValueError, match="state: expected tiles and shape, found nothing"):
+    with pytest.raises(ValueError, match="state: expected tiles, shape, format, found nothing"):
         PackedWeight.from_state_dict({})
+    state = weight((40, 512)).state_dict()
+    with pytest.raises(ValueError, match="state: expected tiles, shape, format, found shape, tiles"):
+        PackedWeight.from_state_dict({"tiles": state["tiles"], "shape": state["shape"]})
+    exact = weight((40, 512), "exact").state_dict()["format"]
+    with pytest.raises(ValueError, match="tiles of q6_k_exact: .*tile_bytes 3360, found"):
+        PackedWeight.from_state_dict(state | {"format": exact})
+    with pytest.raises(ValueError, match="format: expected one of q6_k, q6_k_exact, found 'q6\ufffd'"):
+        PackedWeight.from_state_dict(state | {"format": torch.tensor([*b"q6", 200], dtype=torch.uint8)})
 
 
 TILES = torch.zeros(3, 2, 3584, dtype=torch.uint8)
@@ -194,14 +206,28 @@ TILES = torch.zeros(3, 2, 3584, dtype=torch.uint8)
         (TILES[None], (2, 40, 512), r"shape: the tiles are those of \(1, 40, 512\), found \(2, 40, 512\)"),
         (TILES[None], (40, 512), r"found \(40, 512\) with tiles of 4"),
         (TILES, (512,), r"found \(512,\) with tiles of 3"),
-        (TILES.float(), (40, 512), r"tiles: expected contiguous uint8 .*found float32 \(3, 2, 3584\)"),
-        (TILES[:, :1], (40, 256), r"tiles: .*strides"),
+        (TILES.float(), (40, 512), r"tiles of q6_k: expected contiguous uint8 .*found float32 \(3, 2, 3584\)"),
+        (TILES[:, :1], (40, 256), r"tiles of q6_k: .*strides"),
     ],
 )
 def test_what_does_not_belong_together(tiles: torch.Tensor, shape: tuple[int, ...], message: str) -> None:
-    assert PackedWeight(TILES, (40, 512)).n == 40
+    assert PackedWeight(TILES, (40, 512), "q6_k").n == 40
     with pytest.raises(ValueError, match=message):
-        PackedWeight(tiles, shape)
+        PackedWeight(tiles, shape, "q6_k")
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        ("q6_k_exact", r"tiles of q6_k_exact: .*tile_bytes 3360, found uint8 \(3, 2, 3584\)"),
+        ("Q6_K", "format: expected one of q6_k, q6_k_exact, found 'Q6_K'"),
+    ],
+)
+def test_the_weight_type_is_no_guess(format: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PackedWeight(TILES, (40, 512), format)
+    with pytest.raises(ValueError, match=r"planes: q6_k_exact has .*found 3 tensors|found 'Q6_K'"):
+        PackedWeight.from_planes([*planes((40, 512), "bf16").values()], format)
 
 
 def test_compiling_code_that_uses_one() -> None:
