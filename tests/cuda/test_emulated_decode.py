@@ -95,7 +95,7 @@ def test_products_are_right_in_every_order_of_threads(
 
         monkeypatch.setattr(loader, "load", load)
         y = torch.empty(m, n, dtype=dtype)
-        decode.linear(x, tiles, bias, n, y, on)
+        decode.linear(x, tiles, bias, n, packed.row(tiles), y, on)
         assert kernels
         return y
 

@@ -11,7 +11,7 @@ import torch
 from q6k_kernels.cpp import variants
 from q6k_kernels.cuda import decode, decode_plan, dispatch, expand, gemm_wgmma
 from q6k_kernels.cuda.device import Device
-from q6k_kernels.formats.tiles import TILE_BYTES
+from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType, weight_type
 
 H200 = Device(0, 90, 132, 227 << 10, 228 << 10)
 SHAPES = [
@@ -20,6 +20,7 @@ SHAPES = [
     *((12288, 4096), (4096, 12288), (151936, 4096)),  # Qwen3 8B
     *((1, 256), (17, 768), (1001, 2560), (1, 21504), (4000000, 256), (1 << 20, 13568)),
 ]
+BF16, EXACT = weight_type("q6_k"), weight_type("q6_k_exact")
 GPUS = [variants.device_like(arch) for arch in variants.ARCHITECTURES]
 
 
@@ -29,11 +30,11 @@ def part(total: int, index: int, parts: int) -> int:
 
 
 @pytest.mark.parametrize("gpu", [*GPUS, H200], ids=lambda gpu: f"sm_{gpu.arch}-{gpu.multiprocessors}")
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("row", WEIGHT_TYPES.values(), ids=lambda row: row.name)
 @pytest.mark.parametrize("m", range(1, 9))
-def test_decode_plans_fit_and_cover(gpu: Device, exact: bool, m: int) -> None:
+def test_decode_plans_fit_and_cover(gpu: Device, row: WeightType, m: int) -> None:
     for n, k in SHAPES:
-        plan = decode_plan.plan(m, n, k, exact, gpu)
+        plan = decode_plan.plan(m, n, k, row, gpu)
         if plan is None:  # then fewer rows at a time; one always fits
             assert m > 1
             continue
@@ -53,7 +54,7 @@ def test_decode_plans_fit_and_cover(gpu: Device, exact: bool, m: int) -> None:
         depth = -(-blocks // plan.cluster)
         assert rows * depth * plan.warps < 1 << 31
         # What csrc/decode.cuh lays out: ring, activations, their scales, sums.
-        ring = plan.warps * plan.stages * TILE_BYTES["exact" if exact else "bf16"]
+        ring = plan.warps * plan.stages * row.tile_bytes
         codes = depth * 4 * (64 * plan.tokens + (16 if plan.fused else 0))
         steps = depth * (32 * plan.tokens if plan.tokens <= 4 else 256)
         slots = 2 * plan.warps if plan.cluster == 1 else rows + plan.warps
@@ -61,31 +62,31 @@ def test_decode_plans_fit_and_cover(gpu: Device, exact: bool, m: int) -> None:
 
 
 def test_decode_splits_k_where_activations_would_not_fit() -> None:
-    assert decode_plan.plan(8, 5376, 21504, False, H200).cluster > 1
-    assert decode_plan.plan(1, 5376, 21504, False, H200).cluster == 1
-    assert decode_plan.plan(8, 5376, 21504, False, replace(H200, arch=80)) is None
+    assert decode_plan.plan(8, 5376, 21504, BF16, H200).cluster > 1
+    assert decode_plan.plan(1, 5376, 21504, BF16, H200).cluster == 1
+    assert decode_plan.plan(8, 5376, 21504, BF16, replace(H200, arch=80)) is None
 
 
 def test_decode_never_copies_activations_for_row_tile_after_row_tile() -> None:
     for n in (262144, 1 << 20):
-        plan = decode_plan.plan(8, n, 13568, True, H200)
+        plan = decode_plan.plan(8, n, 13568, EXACT, H200)
         assert plan is None or plan.ranges <= 4 * H200.multiprocessors * plan.occupancy
 
 
 @pytest.mark.parametrize(("arch", "most"), [(80, 65536), (86, 36864), (90, 262144)])
 def test_activations_that_fit_are_known(arch: int, most: int) -> None:
     gpu = variants.device_like(arch)
-    assert decode_plan.fits(4096, most, False, gpu)
-    assert not decode_plan.fits(4096, 1 << 20, False, gpu)
+    assert decode_plan.fits(4096, most, BF16, gpu)
+    assert not decode_plan.fits(4096, 1 << 20, BF16, gpu)
 
 
 def test_a_forced_plan_is_taken_or_refused() -> None:
     choice = decode_plan.Choice.of((8, 2, 2), fused=True, early=False, resident=1)
-    plan = decode_plan.plan(4, 4096, 4096, False, H200, (2, choice))
+    plan = decode_plan.plan(4, 4096, 4096, BF16, H200, (2, choice))
     assert (plan.warps, plan.stages, plan.occupancy, plan.cluster) == (8, 2, 2, 2)
     assert (plan.fused, plan.early, plan.ranges * plan.cluster) == (True, False, 132)
     assert (
-        decode_plan.plan(8, 4096, 21504, False, H200, (1, decode_plan.Choice.of((16, 3, 1), fused=False))) is None
+        decode_plan.plan(8, 4096, 21504, BF16, H200, (1, decode_plan.Choice.of((16, 3, 1), fused=False))) is None
     )
 
 
@@ -93,13 +94,13 @@ def test_activations_too_long_for_shared_memory_are_an_error() -> None:
     x = torch.zeros(1, 256 * 1024, dtype=torch.bfloat16)
     tiles = torch.zeros(1, 1024, 3584, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"rows of K = 262144 do not fit .* use activations='bf16'"):
-        decode.linear(x, tiles, None, 1, torch.empty(1, 1), replace(H200, arch=80))
+        decode.linear(x, tiles, None, 1, BF16, torch.empty(1, 1), replace(H200, arch=80))
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("row", WEIGHT_TYPES.values(), ids=lambda row: row.name)
 @pytest.mark.parametrize("config", gemm_wgmma.CONFIGS, ids=str)
-def test_gemm_configurations_fit(config: gemm_wgmma.Config, exact: bool) -> None:
-    shared = config.shared_bytes(exact)
+def test_gemm_configurations_fit(config: gemm_wgmma.Config, row: WeightType) -> None:
+    shared = config.shared_bytes(row)
     assert shared <= H200.shared_bytes
     assert config.occupancy * (shared + 1024) <= H200.multiprocessor_shared_bytes
 
@@ -132,13 +133,13 @@ def test_outputs_that_leave_some_of_the_gpu_idle_are_shared() -> None:
 def test_every_plan_is_among_the_compiled_variants() -> None:
     for gpu in GPUS:
         known = set(variants.all_variants(gpu.arch))
-        for (n, k), m, exact in itertools.product(SHAPES, range(1, 9), (False, True)):
-            plan = decode_plan.plan(m, n, k, exact, gpu)
+        for (n, k), m, row in itertools.product(SHAPES, range(1, 9), WEIGHT_TYPES.values()):
+            plan = decode_plan.plan(m, n, k, row, gpu)
             if plan is not None:
-                assert decode._variant(plan.kernel, plan.cluster > 1, exact, False) in known
+                assert decode._variant(plan.kernel, plan.cluster > 1, row, False) in known
         if gpu.arch == gemm_wgmma.ARCH:
             for (n, k), m in itertools.product(SHAPES, (9, 64, 300, 2048)):
-                assert gemm_wgmma._variant(gemm_wgmma.plan(m, n, k, gpu).config, True, True) in known
+                assert gemm_wgmma._variant(gemm_wgmma.plan(m, n, k, gpu).config, EXACT, True) in known
 
 
 @pytest.mark.parametrize(("m", "k"), [(256, 4096), (4096, 21504), (100000, 256)])

@@ -62,7 +62,7 @@ def test_products(m: int, n: int, k: int, scales: str, dtype: torch.dtype) -> No
         for bias in (None, bias_of(n, BF16), bias_of(n, FP32), bias_of(2 * n, FP16)[::2]):
             found = linear(x, w, bias, formula)
             fp64.assert_same_bits(
-                found, dispatch.linear(x, w.tiles, bias, n, formula), f"{formula}, {bias is not None}"
+                found, dispatch.linear(x, w.tiles, bias, n, w.row, formula), f"{formula}, {bias is not None}"
             )
 
 
@@ -76,7 +76,7 @@ def test_what_other_gpus_would_take(m: int, scales: str, dtype: torch.dtype, exp
             for which, python in ((1, gemm_mma.linear), (2, expand.linear)):
                 exported.q6k_ops_force_gemm(which)
                 found, right = linear(x, w, bias, "bf16"), torch.empty(m, n, dtype=dtype, device=x.device)
-                python(x, w.tiles, bias, n, right)
+                python(x, w.tiles, bias, n, w.row, right)
                 fp64.assert_same_bits(found, right, f"{python.__module__} {n}x{k}")
 
 
@@ -89,32 +89,32 @@ def test_rows_that_lie_anywhere() -> None:
     )
     others = [wide[..., :k], shifted[1:].view_as(x), torch.empty(4, 6, k, 2, dtype=BF16, device="cuda")[..., 0]]
     for formula in ("int8", "bf16"):
-        right = OPS.linear(x, w.tiles, None, n, formula)
+        right = OPS.linear(x, w.tiles, None, n, w.format, formula)
         for other in others:
-            fp64.assert_same_bits(OPS.linear(other.copy_(x), w.tiles, None, n, formula), right)
-        fp64.assert_same_bits(OPS.linear(x.transpose(0, 1), w.tiles, None, n, formula), right.transpose(0, 1))
-        fp64.assert_same_bits(OPS.linear(x[:, 1:4], w.tiles, None, n, formula), right[:, 1:4])
-        fp64.assert_same_bits(OPS.linear(x[:1].expand_as(x), w.tiles, None, n, formula), right[:1].expand_as(right))
-        fp64.assert_same_bits(OPS.linear(x[0, 0], w.tiles, None, n, formula), right[0, 0])
-        assert OPS.linear(x[:, :0], w.tiles, None, n, formula).shape == (4, 0, n)
+            fp64.assert_same_bits(OPS.linear(other.copy_(x), w.tiles, None, n, w.format, formula), right)
+        fp64.assert_same_bits(OPS.linear(x.transpose(0, 1), w.tiles, None, n, w.format, formula), right.transpose(0, 1))
+        fp64.assert_same_bits(OPS.linear(x[:, 1:4], w.tiles, None, n, w.format, formula), right[:, 1:4])
+        fp64.assert_same_bits(OPS.linear(x[:1].expand_as(x), w.tiles, None, n, w.format, formula), right[:1].expand_as(right))
+        fp64.assert_same_bits(OPS.linear(x[0, 0], w.tiles, None, n, w.format, formula), right[0, 0])
+        assert OPS.linear(x[:, :0], w.tiles, None, n, w.format, formula).shape == (4, 0, n)
 
 
 @pytest.mark.parametrize("scales", ["bf16", "exact"])
 @pytest.mark.parametrize(("n", "k"), [(1, 256), (1001, 2560), (133, 768), (4096, 4096)])
 def test_packing_and_rows(n: int, k: int, scales: str) -> None:
     w = weight("extreme", n, k, scales)
-    tiles = poisoned_call(OPS.pack, *w.planes)
-    fp64.assert_same_bits(tiles, dispatch.pack(*w.planes))
+    tiles = poisoned_call(OPS.pack, w.planes, w.format)
+    fp64.assert_same_bits(tiles, dispatch.pack(w.planes, w.row))
     fp64.assert_same_bits(tiles, packed.tiles_of(*w.planes))
-    apart = (None if plane is None else strided(plane) for plane in w.planes)
-    fp64.assert_same_bits(poisoned_call(OPS.pack, *apart), tiles)
+    apart = [strided(plane) for plane in w.planes]
+    fp64.assert_same_bits(poisoned_call(OPS.pack, apart, w.format), tiles)
     at = torch.randint(0, n, (7, 9), device="cuda")
     for dtype in (BF16, FP16, FP32):
-        whole = poisoned_call(OPS.dequantize, tiles, n, dtype)
-        fp64.assert_same_bits(whole, dispatch.dequantize(tiles, n, dtype))
+        whole = poisoned_call(OPS.dequantize, tiles, n, w.format, dtype)
+        fp64.assert_same_bits(whole, dispatch.dequantize(tiles, n, w.row, dtype))
         for indices in (at, at.int(), at.T, at[:0]):
-            rows = poisoned_call(OPS.embedding, indices, tiles, n, dtype)
-            fp64.assert_same_bits(rows, dispatch.embedding(indices, tiles, n, dtype))
+            rows = poisoned_call(OPS.embedding, indices, tiles, n, w.format, dtype)
+            fp64.assert_same_bits(rows, dispatch.embedding(indices, tiles, n, w.row, dtype))
             fp64.assert_same_bits(rows, whole[indices.long()])
 
 
@@ -129,11 +129,10 @@ def test_stacks_and_planes_that_begin_anywhere() -> None:
         right = packed.tiles_of(*w.planes)
         shifted = []
         for plane in w.planes:
-            if plane is not None:
-                room = torch.empty(plane.numel() + 1, dtype=plane.dtype, device="cuda")
-                shifted.append(room[1:].view_as(plane).copy_(plane))
-        fp64.assert_same_bits(OPS.pack(*w.planes), right)
-        fp64.assert_same_bits(OPS.pack(*shifted, *[None] * (4 - len(shifted))), right)
+            room = torch.empty(plane.numel() + 1, dtype=plane.dtype, device="cuda")
+            shifted.append(room[1:].view_as(plane).copy_(plane))
+        fp64.assert_same_bits(OPS.pack(w.planes, w.format), right)
+        fp64.assert_same_bits(OPS.pack(shifted, w.format), right)
 
 
 @pytest.mark.parametrize("m", [1, 4, 8, 17, 64, 300])
@@ -142,15 +141,15 @@ def test_in_a_graph(m: int) -> None:
     w.tiles  # noqa: B018
     graph, still = torch.cuda.CUDAGraph(), x.clone()
     with torch.cuda.graph(graph):
-        y = OPS.linear(still, w.tiles, None, w.n, "auto")
-        rows = OPS.embedding(torch.arange(3, device="cuda"), w.tiles, w.n, BF16)
+        y = OPS.linear(still, w.tiles, None, w.n, w.format, "auto")
+        rows = OPS.embedding(torch.arange(3, device="cuda"), w.tiles, w.n, w.format, BF16)
     for seed in (3, 4, 5):
         again = inputs(m, 2560, BF16, seed)
         still.copy_(again)
         y.fill_(float("nan"))
         graph.replay()
-        fp64.assert_same_bits(y, dispatch.linear(again, w.tiles, None, w.n), f"seed {seed}")
-    fp64.assert_same_bits(rows, OPS.dequantize(w.tiles, w.n, BF16)[:3])
+        fp64.assert_same_bits(y, dispatch.linear(again, w.tiles, None, w.n, w.row), f"seed {seed}")
+    fp64.assert_same_bits(rows, OPS.dequantize(w.tiles, w.n, w.format, BF16)[:3])
 
 
 FIRST_USE = """
@@ -163,16 +162,16 @@ tiles[..., 3072:].view(torch.bfloat16).fill_(0.01)
 x = torch.randn(20, 512, device="cuda", dtype=torch.bfloat16)
 graph = torch.cuda.CUDAGraph()
 with torch.inference_mode(), torch.cuda.graph(graph):
-    found = [torch.ops.q6k.linear(x[:m], tiles, None, 40, "auto") for m in (1, 5, 20)]
-    found.append(torch.ops.q6k.dequantize(tiles, 40, torch.float32))
+    found = [torch.ops.q6k.linear(x[:m], tiles, None, 40, "q6_k", "auto") for m in (1, 5, 20)]
+    found.append(torch.ops.q6k.dequantize(tiles, 40, "q6_k", torch.float32))
 with torch.inference_mode():
     for each in found:
         each.fill_(float("nan"))
 graph.replay()
 for each, m in zip(found, (1, 5, 20)):
-    assert torch.equal(each, torch.ops.q6k.linear(x[:m], tiles, None, 40, "auto")), m
+    assert torch.equal(each, torch.ops.q6k.linear(x[:m], tiles, None, 40, "q6_k", "auto")), m
     assert each.isfinite().all()
-assert torch.equal(found[-1], torch.ops.q6k.dequantize(tiles, 40, torch.float32))
+assert torch.equal(found[-1], torch.ops.q6k.dequantize(tiles, 40, "q6_k", torch.float32))
 print("as captured")
 """
 
@@ -188,7 +187,7 @@ def test_first_use_inside_a_capture() -> None:
 def test_the_current_stream_is_used(m: int) -> None:
     """Inputs are made in that stream right before, after much other work."""
     w, x = weight("genuine", 1001, 2560, "exact"), inputs(m, 2560, BF16)
-    right, load = dispatch.linear(x, w.tiles, None, w.n), torch.randn(8192, 8192, device="cuda", dtype=BF16)
+    right, load = dispatch.linear(x, w.tiles, None, w.n, w.row), torch.randn(8192, 8192, device="cuda", dtype=BF16)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -196,7 +195,7 @@ def test_the_current_stream_is_used(m: int) -> None:
         for _ in range(4):
             load @ load
         late.copy_(x)
-        y = OPS.linear(late, w.tiles, None, w.n, "auto")
+        y = OPS.linear(late, w.tiles, None, w.n, w.format, "auto")
         late.fill_(float("nan"))
     side.synchronize()
     fp64.assert_same_bits(y, right)
@@ -205,12 +204,12 @@ def test_the_current_stream_is_used(m: int) -> None:
 def test_many_threads() -> None:
     """Threads that have never used CUDA."""
     w, x = weight("genuine", 1001, 2560, "bf16"), inputs(40, 2560, FP16)
-    rights = [dispatch.linear(x[:m], w.tiles, None, w.n) for m in (1, 8, 40)]
+    rights = [dispatch.linear(x[:m], w.tiles, None, w.n, w.row) for m in (1, 8, 40)]
     found: list[Any] = []
 
     def run() -> None:
         with torch.inference_mode():
-            found.extend((m, OPS.linear(x[:m], w.tiles, None, w.n, "auto")) for _ in range(20) for m in (1, 8, 40))
+            found.extend((m, OPS.linear(x[:m], w.tiles, None, w.n, w.format, "auto")) for _ in range(20) for m in (1, 8, 40))
 
     threads = [threading.Thread(target=run) for _ in range(8)]
     for thread in threads:
@@ -227,7 +226,7 @@ def test_another_gpu_than_the_current_one() -> None:
         pytest.skip("there is one GPU")
     w, x = weight("genuine", 1001, 2560, "bf16"), inputs(64, 2560, BF16)
     for m in (1, 8, 64):
-        y = OPS.linear(x[:m].to("cuda:1"), w.tiles.to("cuda:1"), None, w.n, "auto")
+        y = OPS.linear(x[:m].to("cuda:1"), w.tiles.to("cuda:1"), None, w.n, w.format, "auto")
         assert y.device == torch.device("cuda:1")
-        fp64.assert_same_bits(y.to("cuda:0"), dispatch.linear(x[:m], w.tiles, None, w.n))
+        fp64.assert_same_bits(y.to("cuda:0"), dispatch.linear(x[:m], w.tiles, None, w.n, w.row))
     assert torch.cuda.current_device() == 0

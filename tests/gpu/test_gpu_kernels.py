@@ -42,12 +42,12 @@ def test_decode_with_every_split(tokens: int, scales: str) -> None:
         kinds = itertools.product(decode_plan.SHAPES, quantised, clusters, {tokens, tokens // 2 + 1})
         for shape, fused, cluster, m in kinds:
             choice = decode_plan.Choice.of(shape, fused, early=m == tokens)
-            plan = decode_plan.plan(m, n, k, scales == "exact", device, (cluster, choice))
+            plan = decode_plan.plan(m, n, k, w.row, device, (cluster, choice))
             if plan is None:  # takes more shared memory than this GPU has
                 continue
             met.add((fused, cluster))
             y = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
-            decode._launch(plan, x[:m], w.tiles, bias, n, y, device)
+            decode._launch(plan, x[:m], w.tiles, bias, n, w.row, y, device)
             fp64.assert_right(y, exact[:m], f"{plan} M={m} {dtype}")
     assert met == set(itertools.product(quantised, clusters))
 
@@ -69,7 +69,7 @@ def test_gemm_wgmma_with_every_configuration(config: gemm_wgmma.Config, monkeypa
                 few = replace(device, multiprocessors=blocks)
                 plan = gemm_wgmma.plan_of(config, 1, share, m, n, k, few)
                 y = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
-                gemm_wgmma.linear(x[:m], w.tiles, bias, n, y, device, plan)
+                gemm_wgmma.linear(x[:m], w.tiles, bias, n, w.row, y, device, plan)
                 fp64.assert_right(y, exact[:m], f"M={m} {plan} {scales} scales {dtype}")
 
 
@@ -84,7 +84,7 @@ def test_gemm_wgmma_with_less_to_share_than_blocks(monkeypatch: pytest.MonkeyPat
     plan = gemm_wgmma.plan_of(config, 1, True, m, n, k, replace(device, multiprocessors=5))
     assert (plan.blocks, plan.whole, plan.shared) == (5, 5, 1)
     y = torch.full((m, n), float("nan"), dtype=BF16, device=DEVICE)
-    gemm_wgmma.linear(x, w.tiles, None, n, y, device, plan)
+    gemm_wgmma.linear(x, w.tiles, None, n, w.row, y, device, plan)
     fp64.assert_right(y, fp64.linear(x, w.q, w.s, "bf16"), str(plan))
 
 
@@ -103,10 +103,10 @@ def test_gemm_mma_with_every_configuration(config: tuple[int, int], monkeypatch:
         exact = fp64.linear(x, w.q, w.s, "bf16").plus(bias)
         for splits in (1, 2, 5):
             for m in (1, config[0], most):
-                plan = gemm_mma._plan(config, splits, m, n, scales == "exact", device)
+                plan = gemm_mma._plan(config, splits, m, n, w.row, device)
                 monkeypatch.setattr(gemm_mma, "plan", lambda *_, plan=plan: plan)
                 y = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
-                poisoned_call(gemm_mma.linear, x[:m], w.tiles, bias, n, y)
+                poisoned_call(gemm_mma.linear, x[:m], w.tiles, bias, n, w.row, y)
                 fp64.assert_right(y, exact[:m], f"M={m}, {splits} splits, {scales} scales, {dtype}")
 
 
@@ -120,7 +120,7 @@ def test_expanding_slices_for_cublas(scales: str, monkeypatch: pytest.MonkeyPatc
         for dtype in (BF16, FP16):
             x = inputs(m, k, dtype)
             y = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
-            poisoned_call(expand.linear, x, w.tiles, bias, n, y)
+            poisoned_call(expand.linear, x, w.tiles, bias, n, w.row, y)
             fp64.assert_right(y, fp64.linear(x, w.q, w.s, "bf16").plus(bias), f"{scratch} bytes, {dtype}")
 
 
@@ -148,17 +148,17 @@ def test_rows_that_lie_anywhere(formula: str) -> None:
 def test_pack(scales: str) -> None:
     for n, k, stack in ((1, 256, None), (33, 768, None), (17, 512, 3)):
         w = weight("random", n, k, scales, stack)
-        expected = packed.tiles_of(*(None if p is None else p.cpu() for p in w.planes))
-        fp64.assert_same_bits(poisoned_call(torch.ops.q6k.pack, *w.planes), expected)
+        expected = packed.tiles_of(*(plane.cpu() for plane in w.planes))
+        fp64.assert_same_bits(poisoned_call(torch.ops.q6k.pack, w.planes, w.format), expected)
 
 
 @pytest.mark.parametrize("scales", ["bf16", "exact"])
 def test_dequantize(scales: str) -> None:
     for n, k in ((1, 256), (33, 768)):
         w = weight("random", n, k, scales)
-        planes = [None if p is None else p.cpu() for p in w.planes]
+        planes = [plane.cpu() for plane in w.planes]
         for dtype in FLOATS:
-            found = poisoned_call(torch.ops.q6k.dequantize, w.tiles, n, dtype)
+            found = poisoned_call(torch.ops.q6k.dequantize, w.tiles, n, w.format, dtype)
             fp64.assert_same_bits(found, packed.dequantized(*planes, dtype=dtype))
 
 
@@ -169,5 +169,5 @@ def test_embedding(scales: str) -> None:
     at = torch.randint(n, (7, 3), device=DEVICE, generator=random_source())
     for dtype in FLOATS:
         for index_dtype in (torch.int32, torch.int64):
-            found = poisoned_call(torch.ops.q6k.embedding, at.to(index_dtype), w.tiles, n, dtype)
+            found = poisoned_call(torch.ops.q6k.embedding, at.to(index_dtype), w.tiles, n, w.format, dtype)
             fp64.assert_same_bits(found, w.weights(dtype)[at])

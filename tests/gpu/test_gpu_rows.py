@@ -24,14 +24,12 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 CASES = list(itertools.product(KINDS, SHAPES, ("bf16", "exact")))
 
 
-def on_the_cpu(planes: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(None if plane is None else plane.cpu() for plane in planes)
+def on_the_cpu(planes: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [plane.cpu() for plane in planes]
 
 
-def unaligned(plane: torch.Tensor | None) -> torch.Tensor | None:
+def unaligned(plane: torch.Tensor) -> torch.Tensor:
     """The same plane one element further in memory."""
-    if plane is None:
-        return None
     flat = plane.new_empty(plane.numel() + 1)
     flat[1:] = plane.flatten()
     return flat[1:].view(plane.shape)
@@ -41,51 +39,49 @@ def unaligned(plane: torch.Tensor | None) -> torch.Tensor | None:
 def test_pack_is_that_of_the_cpu(kind: str, shape: tuple[int, int], scales: str) -> None:
     w = weight(kind, *shape, scales)
     expected = packed.tiles_of(*on_the_cpu(w.planes))
-    tiles = poisoned_call(torch.ops.q6k.pack, *w.planes)
+    tiles = poisoned_call(torch.ops.q6k.pack, w.planes, w.format)
     fp64.assert_same_bits(tiles, expected, f"{kind} {shape}")
     assert tiles.is_contiguous()
     assert tiles.data_ptr() % 16 == 0
-    fp64.assert_same_bits(poisoned_call(torch.ops.q6k.pack, *map(unaligned, w.planes)), expected, "unaligned")
+    fp64.assert_same_bits(poisoned_call(torch.ops.q6k.pack, [*map(unaligned, w.planes)], w.format), expected, "unaligned")
 
 
 @pytest.mark.parametrize("scales", ["bf16", "exact"])
 @pytest.mark.parametrize(("experts", "n", "k"), [(1, 17, 256), (3, 33, 512), (8, 64, 768)])
 def test_stacks_are_packed_and_sliced(experts: int, n: int, k: int, scales: str) -> None:
     w = weight("genuine", n, k, scales, experts)
-    tiles = poisoned_call(torch.ops.q6k.pack, *w.planes)
+    tiles = poisoned_call(torch.ops.q6k.pack, w.planes, w.format)
     fp64.assert_same_bits(tiles, packed.tiles_of(*on_the_cpu(w.planes)))
     x = gpu_weights.inputs(9, k, torch.bfloat16)
     for expert in range(experts):
         one = gpu_weights.Weight(w.q[expert], w.sub_scales[expert], w.d[expert], w.scales)
         fp64.assert_same_bits(tiles[expert], one.tiles, f"expert {expert}")
-        found = poisoned_call(torch.ops.q6k.dequantize, tiles[expert], n, torch.float32)
+        found = poisoned_call(torch.ops.q6k.dequantize, tiles[expert], n, w.format, torch.float32)
         fp64.assert_same_bits(found, one.weights(torch.float32), f"expert {expert}")
         for m, formula in ((1, "int8"), (9, "bf16")):
-            y = poisoned_call(torch.ops.q6k.linear, x[:m], tiles[expert], None, n, formula)
+            y = poisoned_call(torch.ops.q6k.linear, x[:m], tiles[expert], None, n, w.format, formula)
             fp64.assert_right(y, fp64.linear(x[:m], one.q, one.s, formula), f"expert {expert}")
 
 
 def test_a_plane_with_strides_is_packed() -> None:
     w = weight("random", 40, 512, "exact")
-    wide = [torch.cat((plane, plane), 1)[:, : plane.shape[1]] for plane in w.planes if plane is not None]
+    wide = [torch.cat((plane, plane), 1)[:, : plane.shape[1]] for plane in w.planes]
     assert not any(plane.is_contiguous() for plane in wide)
-    fp64.assert_same_bits(poisoned_call(torch.ops.q6k.pack, *wide), w.tiles)
+    fp64.assert_same_bits(poisoned_call(torch.ops.q6k.pack, wide, w.format), w.tiles)
 
 
 def test_a_large_weight_is_packed_and_unpacked() -> None:
     """21504 x 5376: tiles by the GPU, planes from them again by plain torch."""
     w = weight("genuine", 21504, 5376, "bf16")
     for found, expected in zip(packed.untiled(w.tiles, w.n), w.planes, strict=True):
-        assert (found is None) == (expected is None)
-        if found is not None:
-            fp64.assert_same_bits(found, expected)
+        fp64.assert_same_bits(found, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kind", "shape", "scales"), CASES)
 def test_dequantize_is_the_references(kind: str, shape: tuple[int, int], scales: str, dtype: torch.dtype) -> None:
     w = weight(kind, *shape, scales)
-    found = poisoned_call(torch.ops.q6k.dequantize, w.tiles, w.n, dtype)
+    found = poisoned_call(torch.ops.q6k.dequantize, w.tiles, w.n, w.format, dtype)
     fp64.assert_same_bits(found, packed.dequantized(*on_the_cpu(w.planes), dtype=dtype), "reference")
     fp64.assert_same_bits(found, w.weights(dtype), "codes times scales")
 
@@ -102,11 +98,11 @@ def test_embedding_is_rows_of_the_reference(
     every = torch.arange(w.n, device=gpu_weights.DEVICE).flip(0)
     for indices in (some, every, some[:36].view(3, 4, 3), some[:1], some[0], some[:0], some[:0].view(0, 5)):
         at = indices.to(index_dtype)
-        found = poisoned_call(torch.ops.q6k.embedding, at, w.tiles, w.n, dtype)
+        found = poisoned_call(torch.ops.q6k.embedding, at, w.tiles, w.n, w.format, dtype)
         fp64.assert_same_bits(found, rows[indices], f"indices {tuple(indices.shape)}")
     for at in (some[::3], some[:36].view(6, 6).T):
         assert not at.is_contiguous()
-        found = poisoned_call(torch.ops.q6k.embedding, at.to(index_dtype), w.tiles, w.n, dtype)
+        found = poisoned_call(torch.ops.q6k.embedding, at.to(index_dtype), w.tiles, w.n, w.format, dtype)
         fp64.assert_same_bits(found, rows[at], "indices with strides")
 
 
@@ -117,9 +113,9 @@ def test_embedding_of_a_large_vocabulary(scales: str) -> None:
     w = weight("genuine", n, k, scales)
     at = torch.randint(n, (4096,), device=gpu_weights.DEVICE, generator=random_source())
     at[:3] = torch.tensor([0, n - 1, n - 17], device=at.device)
-    found = poisoned_call(torch.ops.q6k.embedding, at, w.tiles, n, torch.bfloat16)
+    found = poisoned_call(torch.ops.q6k.embedding, at, w.tiles, n, w.format, torch.bfloat16)
     fp64.assert_same_bits(found, some_rows(w, at))
-    every = poisoned_call(torch.ops.q6k.dequantize, w.tiles, n, torch.bfloat16)
+    every = poisoned_call(torch.ops.q6k.dequantize, w.tiles, n, w.format, torch.bfloat16)
     fp64.assert_same_bits(every[at], found)
     fp64.assert_same_bits(every[-40:], some_rows(w, slice(n - 40, n)))
 
@@ -132,15 +128,15 @@ def some_rows(w: gpu_weights.Weight, which: Any) -> torch.Tensor:
 def test_slices_of_rows(scales: str) -> None:
     n, k = 250, 1024
     w = weight("genuine", n, k, scales)
-    packed = PackedWeight.from_planes(*w.planes)
+    whole = PackedWeight.from_planes(w.planes, w.format)
     x = gpu_weights.inputs(20, k, torch.bfloat16)
     for start, stop in ((0, 16), (16, 240), (240, 250), (0, 250), (64, 128)):
-        part = packed.rows(start, stop)
+        part = whole.rows(start, stop)
         q, s = w.q[start:stop], w.s[start:stop]
         for m, formula in ((1, "int8"), (20, "bf16")):
-            y = poisoned_call(torch.ops.q6k.linear, x[:m], part.tiles, None, part.n, formula)
+            y = poisoned_call(torch.ops.q6k.linear, x[:m], part.tiles, None, part.n, part.format, formula)
             fp64.assert_right(y, fp64.linear(x[:m], q, s, formula), f"rows {start} to {stop}")
-        found = poisoned_call(torch.ops.q6k.dequantize, part.tiles, part.n, torch.float16)
+        found = poisoned_call(torch.ops.q6k.dequantize, part.tiles, part.n, part.format, torch.float16)
         fp64.assert_same_bits(found, w.weights(torch.float16)[start:stop])
 
 
@@ -149,12 +145,12 @@ def test_what_is_refused() -> None:
     ql, qh, scale, steps = w.planes
     at = torch.zeros(3, dtype=torch.int64, device=ql.device)
     for call, words in (
-        (lambda: torch.ops.q6k.pack(ql, qh.cpu(), scale, steps), "one device"),
-        (lambda: torch.ops.q6k.pack(ql, qh[:, :-1], scale, steps), "qh"),
-        (lambda: torch.ops.q6k.embedding(at.cpu(), w.tiles, 33, torch.bfloat16), "one device"),
-        (lambda: torch.ops.q6k.embedding(at.float(), w.tiles, 33, torch.bfloat16), "indices"),
-        (lambda: torch.ops.q6k.embedding(at, w.tiles, 33, torch.float64), "float64"),
-        (lambda: torch.ops.q6k.dequantize(w.tiles, 49, torch.bfloat16), "49"),
+        (lambda: torch.ops.q6k.pack([ql, qh.cpu(), scale, steps], w.format), "one device"),
+        (lambda: torch.ops.q6k.pack([ql, qh[:, :-1], scale, steps], w.format), "qh"),
+        (lambda: torch.ops.q6k.embedding(at.cpu(), w.tiles, 33, w.format, torch.bfloat16), "one device"),
+        (lambda: torch.ops.q6k.embedding(at.float(), w.tiles, 33, w.format, torch.bfloat16), "indices"),
+        (lambda: torch.ops.q6k.embedding(at, w.tiles, 33, w.format, torch.float64), "float64"),
+        (lambda: torch.ops.q6k.dequantize(w.tiles, 49, w.format, torch.bfloat16), "49"),
     ):
         with pytest.raises(ValueError, match=words):
             call()
@@ -171,7 +167,7 @@ def test_an_embedding_waits_for_what_is_before_it(graph: bool) -> None:
 
     def follow() -> None:
         for _ in range(50):
-            sums.add_(torch.ops.q6k.embedding(indices, w.tiles, n, torch.bfloat16))
+            sums.add_(torch.ops.q6k.embedding(indices, w.tiles, n, w.format, torch.bfloat16))
             indices.mul_(7).add_(3).remainder_(n)
 
     if graph:

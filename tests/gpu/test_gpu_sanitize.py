@@ -68,7 +68,7 @@ class Case:
         if bias is not None:
             b = gpu_weights.bias_of(n, bias)
             self.expected, self.bias = self.expected.plus(b), b.cuda()
-        self.m, self.n, self.k, self.exact = m, n, k, scales == "exact"
+        self.m, self.n, self.k, self.row = m, n, k, w.row
         self.x, self.tiles, self.y = x.cuda(), w.tiles.cuda(), unwritten(m, n, dtype)
 
     def check(self) -> None:
@@ -102,7 +102,7 @@ def test_decode(
     for each in (shape, decode_plan.SHAPES[-1]):  # the last one fits in every GPU's shared memory
         few = replace(gpu, multiprocessors=-(-ranges * cluster // each[2]))
         choice = decode_plan.Choice.of(each, kind != "separate", kind != "late")
-        plan = decode_plan.plan(m, case.n, K, case.exact, few, (cluster, choice))
+        plan = decode_plan.plan(m, case.n, K, case.row, few, (cluster, choice))
         if plan is not None:
             break
     assert plan is not None
@@ -112,7 +112,7 @@ def test_decode(
         cluster,
         ranges,
     )
-    decode._launch(plan, case.x, case.tiles, case.bias, case.n, case.y, gpu)
+    decode._launch(plan, case.x, case.tiles, case.bias, case.n, case.row, case.y, gpu)
     case.check()
 
 
@@ -148,7 +148,7 @@ def test_gemm_wgmma(
     size = 4 * plan.scratch_floats + 8 * plan.scratch_flags
     scratch = torch.full((size,), 0xFF, dtype=torch.uint8).cuda()
     monkeypatch.setattr(gemm_wgmma, "_scratch", lambda *_: scratch)
-    gemm_wgmma.linear(case.x, case.tiles, case.bias, n, case.y, gpu, plan)
+    gemm_wgmma.linear(case.x, case.tiles, case.bias, n, case.row, case.y, gpu, plan)
     case.check()
 
 
@@ -166,9 +166,9 @@ def test_gemm_mma(
 ) -> None:
     """On every GPU, also those on which the operation has something better."""
     case = Case(config[0] + 3, n, K, scales, dtype, "bf16", FP16)
-    plan = gemm_mma._plan(config, splits, case.m, n, case.exact, this_gpu())
+    plan = gemm_mma._plan(config, splits, case.m, n, case.row, this_gpu())
     monkeypatch.setattr(gemm_mma, "plan", lambda *_: plan)
-    gemm_mma.linear(case.x, case.tiles, case.bias, n, case.y)
+    gemm_mma.linear(case.x, case.tiles, case.bias, n, case.row, case.y)
     case.check()
 
 
@@ -178,13 +178,13 @@ def test_pack_dequantize_and_gather(scales: str, dtype: torch.dtype) -> None:
     n, k = 33, 512
     w = gpu_weights.weight("random", n, k, scales, 2)
     expected = packed.tiles_of(*w.planes)
-    tiles = torch.ops.q6k.pack(*(None if plane is None else plane.cuda() for plane in w.planes))
+    tiles = torch.ops.q6k.pack([plane.cuda() for plane in w.planes], w.format)
     fp64.assert_same_bits(tiles.cpu(), expected, "pack")
-    rows = packed.dequantized(*(None if plane is None else plane[1] for plane in w.planes), dtype=dtype)
-    found = torch.ops.q6k.dequantize(tiles[1], n, dtype)
+    rows = packed.dequantized(*(plane[1] for plane in w.planes), dtype=dtype)
+    found = torch.ops.q6k.dequantize(tiles[1], n, w.format, dtype)
     fp64.assert_same_bits(found.cpu(), rows, "dequantize")
     at = torch.tensor([[0, 32, 7], [15, 16, 7]], dtype=torch.int32 if scales == "exact" else torch.int64)
-    found = torch.ops.q6k.embedding(at.cuda(), tiles[1], n, dtype)
+    found = torch.ops.q6k.embedding(at.cuda(), tiles[1], n, w.format, dtype)
     fp64.assert_same_bits(found.cpu(), rows[at], "embedding")
 
 
@@ -193,5 +193,5 @@ def test_expanding_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(5, 33, 256, "exact", FP16, "bf16", None)
     monkeypatch.setattr(expand, "SCRATCH_BYTES", 1)
     assert expand.slice_rows(case.m, case.k) == 16
-    expand.linear(case.x, case.tiles, case.bias, case.n, case.y)
+    expand.linear(case.x, case.tiles, case.bias, case.n, case.row, case.y)
     case.check()

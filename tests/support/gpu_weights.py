@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from q6k_convert.convert import repack
-from q6k_kernels.ops import schema  # noqa: F401  registers torch.ops.q6k
+from q6k_kernels.formats.types import WeightType, row_of
+from q6k_kernels.ops import schema
 
 DEVICE = "cuda"
 Kind = Literal["genuine", "random", "extreme"]
@@ -62,6 +63,16 @@ class Weight:
     scales: Literal["bf16", "exact"]
 
     @property
+    def row(self) -> WeightType:
+        """The weight type."""
+        return row_of("Q6_K", self.scales)
+
+    @property
+    def format(self) -> str:
+        """Its name."""
+        return self.row.name
+
+    @property
     def n(self) -> int:
         """Rows, of each of a stack."""
         return self.q.shape[-2]
@@ -83,17 +94,15 @@ class Weight:
         return self.scale.double()
 
     @cached_property
-    def planes(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """ql, qh, scale, steps as a bundle has them."""
-        ql, qh = planes_of(self.q)
-        if self.scales == "exact":
-            return ql, qh, self.sub_scales, self.d
-        return ql, qh, self.scale.bfloat16(), None
+    def planes(self) -> list[Tensor]:
+        """The arrays that a bundle has, in its order."""
+        scales = [self.sub_scales, self.d] if self.scales == "exact" else [self.scale.bfloat16()]
+        return [*planes_of(self.q), *scales]
 
     @cached_property
     def tiles(self) -> Tensor:
         """Packed where the planes are."""
-        return torch.ops.q6k.pack(*self.planes)
+        return schema.pack(self.planes, self.format)
 
     def weights(self, dtype: torch.dtype) -> Tensor:
         """(..., N, K), rounded once: fp32 holds the products."""
@@ -207,7 +216,7 @@ def poisoned() -> Iterator[None]:
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, activations: str = "auto") -> Tensor:
     """`q6k::linear` into poisoned memory."""
     with poisoned():
-        y: Tensor = torch.ops.q6k.linear(x, weight.tiles, bias, weight.n, activations)
+        y = schema.linear(x, weight.tiles, bias, weight.n, weight.format, activations)
     return y
 
 
