@@ -1,13 +1,12 @@
-"""The closed set of failures a command can end in, each with its exit code.
+"""The failures of commands, each with its exit code.
 
 Every exception carries one sentence for the cause and, where there is one, one for the remedy.
-`cli.py` alone turns them into words and exit codes; everything else only raises them.
+`cli/reporting.py` alone turns them, and those of `q6k_kernels.errors`, into words and exit codes.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
-from pathlib import Path
 
 
 class ExitCode(IntEnum):
@@ -41,32 +40,9 @@ class UsageError(Q6KConvertError):
 
 
 class InputRejectedError(Q6KConvertError):
-    """A file given as input breaks the rules of its format, or holds what cannot be converted.
-
-    Args:
-        path: the file.
-        item: what in it is wrong: a key, a tensor, a header field.
-        offset: where in the file, in bytes from its start; None where no one place is to blame.
-        problem: what was expected and what was found.
-        remedy: what the user can do.
-    """
+    """What is given as input, a file or what the Hub has, cannot be converted as asked."""
 
     exit_code = ExitCode.INPUT_REJECTED
-
-    def __init__(
-        self,
-        path: Path,
-        item: str,
-        problem: str,
-        *,
-        offset: int | None = None,
-        remedy: str = "The file is damaged or not what it claims to be: download or export it again.",
-    ) -> None:
-        where = f" at byte {offset}" if offset is not None else ""
-        super().__init__(f"{path}: {item}{where}: {problem}", remedy)
-        self.path = path
-        self.item = item
-        self.offset = offset
 
 
 class IOFailedError(Q6KConvertError):

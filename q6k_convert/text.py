@@ -34,11 +34,6 @@ def seconds(duration: float) -> str:
     return f"{int(duration) // 60}:{int(duration) % 60:02d} min"
 
 
-def plain_bytes(raw: bytes) -> str:
-    """Bytes of an unknown file, safe to print."""
-    return repr(raw)[1:]
-
-
 def displayable(text: str) -> str:
     """Text that UTF-8 can hold: the bytes of a file name that are none become escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
@@ -52,9 +47,3 @@ def shape(dims: Sequence[int]) -> str:
 def plural(count: int, noun: str) -> str:
     """`1 tensor`, `2 tensors`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def listing(items: Sequence[str], separator: str = ", ", most: int = 10) -> str:
-    """Items joined; past `most`, how many more there are."""
-    more = len(items) - most
-    return separator.join(items[:most]) + (f"{separator}and {more} more" if more > 0 else "")

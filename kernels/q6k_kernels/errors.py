@@ -1,16 +1,18 @@
-"""What can be missing or go wrong between a kernel's source and its run on a GPU, and between a bundle and a model.
+"""What can go wrong in a GGUF file, from a kernel's source to its run on a GPU, and from a bundle to a model.
 
 A closed set. Every exception carries one sentence for the cause and one for the remedy; its text is both.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 
-class CudaError(RuntimeError):
-    """Base of them all.
+
+class ExplainedError(RuntimeError):
+    """Base of all errors here.
 
     Attributes:
-        cause: what was expected and what was found.
+        cause: what was expected and what was found, with the file, the key or the tensor.
         remedy: what the user can do.
     """
 
@@ -18,6 +20,45 @@ class CudaError(RuntimeError):
         super().__init__(f"{cause}. {remedy}")
         self.cause = cause
         self.remedy = remedy
+
+
+class GgufError(ExplainedError):
+    """Base of what goes wrong with a GGUF file."""
+
+
+class GgufReadError(GgufError):
+    """A GGUF file cannot be opened or read, or changes meanwhile."""
+
+
+class GgufRejectedError(GgufError):
+    """A GGUF file breaks the rules of its format, or holds what cannot be used.
+
+    Args:
+        path: the file.
+        item: what in it is wrong: a key, a tensor, a header field.
+        problem: what was expected and what was found.
+        offset: where in the file, in bytes from its start; None where no one place is to blame.
+        remedy: what the user can do.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        item: str,
+        problem: str,
+        *,
+        offset: int | None = None,
+        remedy: str = "The file is damaged or not what it claims to be: download or export it again.",
+    ) -> None:
+        where = f" at byte {offset}" if offset is not None else ""
+        super().__init__(f"{path}: {item}{where}: {problem}", remedy)
+        self.path = path
+        self.item = item
+        self.offset = offset
+
+
+class CudaError(ExplainedError):
+    """Base of what goes wrong between a kernel's source and its run on a GPU."""
 
 
 class DriverMissingError(CudaError):
@@ -64,18 +105,8 @@ class SourceMissingError(CudaError):
     """The package's device code is not where it belongs, or has no such kernel."""
 
 
-class ModelError(RuntimeError):
-    """Base of what keeps a bundle from becoming a model; the bundle itself may be sound.
-
-    Attributes:
-        cause: what was expected and what was found, with the file, the key or the tensor.
-        remedy: what the user can do.
-    """
-
-    def __init__(self, cause: str, remedy: str) -> None:
-        super().__init__(f"{cause}. {remedy}")
-        self.cause = cause
-        self.remedy = remedy
+class ModelError(ExplainedError):
+    """Base of what keeps a bundle from becoming a model; the bundle itself may be sound."""
 
 
 class UnsupportedModelError(ModelError):

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from q6k_convert.convert.pipeline import Result
 from q6k_convert.convert.plan import Plan
 from q6k_convert.errors import ExitCode
-from q6k_convert.gguf.file import GGUFFile, KeyValue
-from q6k_convert.gguf.model import GGUFModel
 from q6k_kernels.bundle.manifest import Manifest, StoredTensor
 from q6k_kernels.formats.ggml import TYPE_SIZES, GGMLType
+from q6k_kernels.gguf.file import GGUFFile, KeyValue
+from q6k_kernels.gguf.model import GGUFModel
 
 if TYPE_CHECKING:
     from q6k_convert.verify.source_stage import Exactness

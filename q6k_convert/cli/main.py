@@ -97,8 +97,8 @@ def convert(
         from q6k_convert.convert.plan import Options, make_plan
         from q6k_convert.convert.staging import check_output
         from q6k_convert.errors import UsageError
-        from q6k_convert.gguf.model import open_gguf
         from q6k_convert.hub import parse, resolve
+        from q6k_kernels.gguf.model import open_gguf
 
         try:
             shard_bytes = parse_size(max_shard_size)
@@ -144,10 +144,10 @@ def inspect(
     with reporting(as_json, False, verbose) as terminal:
         from q6k_convert.cli import contents
         from q6k_convert.errors import UsageError
-        from q6k_convert.gguf.file import GGUFFile
-        from q6k_convert.gguf.model import GGUFModel, open_gguf
         from q6k_convert.hub import local_path
         from q6k_kernels.bundle import manifest
+        from q6k_kernels.gguf.file import GGUFFile
+        from q6k_kernels.gguf.model import GGUFModel, open_gguf
 
         path = local_path(source, terminal.note, terminal.progress)
         directory = path.is_dir()

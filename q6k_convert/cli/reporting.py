@@ -24,7 +24,14 @@ def reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
     """Turns whatever goes wrong inside into a message and an exit code."""
     from q6k_convert.cli.terminal import Terminal
     from q6k_kernels.bundle.manifest import BundleError
-    from q6k_kernels.errors import CudaError, ExportFailedError, ModelError, PackageMissingError
+    from q6k_kernels.errors import (
+        CudaError,
+        ExportFailedError,
+        GgufReadError,
+        GgufRejectedError,
+        ModelError,
+        PackageMissingError,
+    )
 
     terminal = Terminal(as_json=as_json, quiet=quiet)
 
@@ -45,7 +52,9 @@ def reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
         fail(error.exit_code, error.cause, error.remedy)
     except (CudaError, ExportFailedError, PackageMissingError) as error:
         fail(ExitCode.ENVIRONMENT, error.cause, error.remedy)
-    except ModelError as error:
+    except GgufReadError as error:
+        fail(ExitCode.IO, error.cause, error.remedy)
+    except (GgufRejectedError, ModelError) as error:
         fail(ExitCode.INPUT_REJECTED, error.cause, error.remedy)
     except BundleError as error:
         fail(ExitCode.INPUT_REJECTED, str(error), "Make the bundle again from its GGUF file.")

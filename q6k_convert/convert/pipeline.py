@@ -12,9 +12,9 @@ from q6k_convert import __version__
 from q6k_convert.convert.plan import Options, Plan, TensorPlan, make_plan
 from q6k_convert.convert.staging import check_output, check_space, staged
 from q6k_convert.convert.stream import stream
-from q6k_convert.gguf.model import open_gguf
 from q6k_kernels.bundle.manifest import METADATA_NAME, Manifest, StoredTensor
 from q6k_kernels.bundle.writer import BundleWriter
+from q6k_kernels.gguf.model import open_gguf
 
 _MANIFEST_BYTES_A_TENSOR = 2048  # more than any entry takes; for the check of free space
 
@@ -60,6 +60,7 @@ def convert(
 
     Raises:
         Q6KConvertError: one of the failures in `q6k_convert.errors`.
+        GgufError: the source cannot be read, is broken, or holds what cannot be converted.
         OSError: a read or a write failed.
     """
     with open_gguf(source) as model:

@@ -8,14 +8,15 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from q6k_convert.errors import InputRejectedError, UsageError
-from q6k_convert.gguf.file import GGUFFile
-from q6k_convert.gguf.model import GGUFModel
-from q6k_convert.gguf.tensors import TensorRecord
-from q6k_convert.text import listing, shape
+from q6k_convert.text import shape
 from q6k_kernels.bundle.shards import ArraySpec, Shard, plan_shards
 from q6k_kernels.bundle.storage import PLAIN_DTYPES, Storage, arrays_of
 from q6k_kernels.formats.ggml import TYPE_SIZES
 from q6k_kernels.formats.types import PACKED_TYPES, Scales, row_of
+from q6k_kernels.gguf.file import GGUFFile
+from q6k_kernels.gguf.model import GGUFModel
+from q6k_kernels.gguf.tensors import TensorRecord
+from q6k_kernels.text import listing
 
 Other = Literal["bf16", "raw", "skip", "error"]
 
@@ -94,8 +95,8 @@ def make_plan(model: GGUFModel, options: Options) -> Plan:
     """Decides what becomes of every tensor.
 
     Raises:
-        InputRejectedError: a tensor cannot be stored as the options ask, or two arrays would have
-            one name.
+        InputRejectedError: `other` is "error", and there are tensors that would follow it.
+        GgufRejectedError: a tensor cannot be stored as the options ask, or two arrays would have one name.
         UsageError: a pattern matches no tensor, nothing is left to store, or the shards are too many.
     """
     selected = _selection([record.name for _, record in model.tensors()], options)
@@ -113,11 +114,9 @@ def make_plan(model: GGUFModel, options: Options) -> Plan:
         tensors.append(TensorPlan(part, record, storage, format, arrays))
     if refused:
         raise InputRejectedError(
-            model.parts[0].path,
-            "tensors",
-            f"{len(refused)} neither {', '.join(sorted(PACKED_TYPES))} weights nor stored as they are: "
-            f"{listing(refused, most=5)}",
-            remedy="Use --other bf16, raw or skip to say what becomes of them, or --exclude them.",
+            f"{model.parts[0].path}: tensors: {len(refused)} neither {', '.join(sorted(PACKED_TYPES))} weights nor "
+            f"stored as they are: {listing(refused, most=5)}",
+            "Use --other bf16, raw or skip to say how to store them, or --exclude them.",
         )
     if not any(tensor.arrays for tensor in tensors):
         raise UsageError(
@@ -164,7 +163,7 @@ def _storage(record: TensorRecord, other: Other) -> Storage | None:
 
 
 def _check_dequantizer(part: GGUFFile, record: TensorRecord) -> None:
-    """Raises InputRejectedError if the gguf package cannot dequantise the tensor's type."""
+    """Raises GgufRejectedError if the gguf package cannot dequantise the tensor's type."""
     import gguf
     import numpy as np
 

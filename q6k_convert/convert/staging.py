@@ -21,9 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from q6k_convert.errors import IOFailedError
-from q6k_convert.text import listing, size
+from q6k_convert.text import size
 from q6k_kernels.bundle import manifest
 from q6k_kernels.bundle.writer import fsync_directory
+from q6k_kernels.text import listing
 
 _ELSEWHERE = "Give a new directory as output."
 _OUR_NAMES = re.compile(

@@ -18,12 +18,12 @@ import xxhash
 
 from q6k_convert.convert.plan import Plan, TensorPlan
 from q6k_convert.convert.repack import BLOCK_BYTES, D_AT, array_bytes, to_planes
-from q6k_convert.gguf.file import GGUFFile
 from q6k_convert.text import displayable
 from q6k_kernels.bundle.manifest import SourceFile
 from q6k_kernels.bundle.writer import BundleWriter
 from q6k_kernels.formats.ggml import SUPER_BLOCK, TYPE_SIZES
 from q6k_kernels.formats.types import weight_type
+from q6k_kernels.gguf.file import GGUFFile
 
 PIECE_BLOCKS = 16384
 """Q6_K blocks a piece at most: 3.4 MB in, 3.7 MB out; smaller ones cost more in Python than they save."""
@@ -80,8 +80,8 @@ def stream(plan: Plan, writer: BundleWriter, jobs: int, progress: Callable[[int]
         The source files with their checksums.
 
     Raises:
-        InputRejectedError: a block has a scale that is not finite.
-        IOFailedError, OSError: reading or writing failed.
+        GgufRejectedError: a block has a scale that is not finite.
+        GgufReadError, OSError: reading or writing failed.
     """
     hashes = {part.path: xxhash.xxh3_128() for part in plan.model.parts}
     under_way = deque[tuple[_Piece, _Slot, Future[_Done]]]()

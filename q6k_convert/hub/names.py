@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from q6k_convert.errors import InputRejectedError, IOFailedError, Q6KConvertError
-from q6k_convert.text import listing as joined
+from q6k_kernels.text import listing as joined
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -66,7 +66,7 @@ class Reference:
 
     def reject(self, problem: str, remedy: str) -> InputRejectedError:
         """Return an error about what the Hub has, or says that it has."""
-        return InputRejectedError(Path(self.text), "on the Hub", problem, remedy=remedy)
+        return InputRejectedError(f"{self.where}{problem}", remedy)
 
     def malformed(self, what: str) -> InputRejectedError:
         """Return an error about an answer that no Hub gives."""

@@ -17,13 +17,13 @@ import numpy.typing as npt
 import xxhash
 
 from q6k_convert.convert.repack import BLOCK_BYTES, D_AT, SCALES_AT, decode
-from q6k_convert.gguf.file import GGUFFile
-from q6k_convert.gguf.model import GGUFModel, open_gguf
-from q6k_convert.gguf.tensors import TensorRecord
 from q6k_kernels.bundle.manifest import METADATA_NAME, Manifest, StoredTensor
 from q6k_kernels.bundle.structure import Entry, Finding, read_header
 from q6k_kernels.formats import planes
 from q6k_kernels.formats.ggml import GROUP, TYPE_SIZES
+from q6k_kernels.gguf.file import GGUFFile
+from q6k_kernels.gguf.model import GGUFModel, open_gguf
+from q6k_kernels.gguf.tensors import TensorRecord
 
 Bytes = npt.NDArray[np.uint8]
 PIECE_WEIGHTS = 1 << 18
@@ -81,7 +81,7 @@ def check_source(
     """Compares a bundle, sound in structure and content, with the GGUF it claims to be made from.
 
     Raises:
-        InputRejectedError, IOFailedError: the GGUF cannot be read.
+        GgufError: the GGUF cannot be read.
         OSError: the bundle cannot be read.
     """
     report = SourceReport()

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from q6k_convert.errors import InputRejectedError
-from q6k_convert.gguf.file import GGUFFile
 from q6k_convert.verify.device_stage import DeviceReport, DeviceRun, check_device
 from q6k_convert.verify.source_stage import SourceReport, check_source, source_bytes
 from q6k_kernels.bundle import manifest as manifests
 from q6k_kernels.bundle.content import check_content, content_bytes
 from q6k_kernels.bundle.manifest import METADATA_NAME, Manifest
 from q6k_kernels.bundle.structure import Finding, check_structure
+from q6k_kernels.errors import GgufRejectedError
+from q6k_kernels.gguf.file import GGUFFile
 
 State = Literal["passed", "failed", "skipped"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -95,7 +95,8 @@ def verify(
 
     Raises:
         BundleError: the directory is no bundle at all.
-        Q6KConvertError: the source cannot be read, or the device is missing.
+        GgufError: the source cannot be read.
+        Q6KConvertError: the device is missing.
         OSError: a file cannot be read.
     """
     run = Verification(Path(directory))
@@ -171,5 +172,5 @@ def _check_metadata(run: Verification) -> Iterator[Finding]:
             if architecture != run.manifest.architecture:
                 problem = f"is of architecture {architecture!r}, the manifest says {run.manifest.architecture!r}"
                 yield Finding(problem, METADATA_NAME)
-    except InputRejectedError as error:
+    except GgufRejectedError as error:
         yield Finding(error.cause, METADATA_NAME)

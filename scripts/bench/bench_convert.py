@@ -48,7 +48,7 @@ COLUMNS = 4096
 CHUNK_BLOCKS = 16384
 DEQUANTIZE = """
 import sys, numpy, gguf
-from q6k_convert.gguf.model import open_gguf
+from q6k_kernels.gguf.model import open_gguf
 with open_gguf(sys.argv[1]) as model:
     for part, record in model.tensors():
         block_weights, block_bytes = gguf.GGML_QUANT_SIZES[record.type]

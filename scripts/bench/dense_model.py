@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from q6k_convert import open_gguf
-from q6k_convert.gguf.file import GGUFFile
-from q6k_convert.gguf.tensors import TensorRecord
 from q6k_kernels import PackedWeight, open_bundle
 from q6k_kernels.bundle.metadata import read_metadata
+from q6k_kernels.gguf.file import GGUFFile
+from q6k_kernels.gguf.tensors import TensorRecord
 from q6k_kernels.models.architecture import (
     FREQUENCY_FACTORS,
     Architecture,
@@ -44,7 +44,7 @@ def dense_model(bundle: Path, source: Path | None, device: torch.device, dtype: 
 
     Raises:
         ValueError: the weights are not those of the model.
-        ModelError, Q6KConvertError, OSError: as `q6k_kernels.load_model` and `q6k_convert.open_gguf`.
+        ModelError, GgufError, OSError: as `q6k_kernels.load_model` and `q6k_convert.open_gguf`.
     """
     from transformers import AutoModelForCausalLM
 

@@ -39,9 +39,9 @@ from q6k_convert.convert.pipeline import default_jobs
 from q6k_convert.convert.pipeline import run as run_conversion
 from q6k_convert.convert.plan import Options, make_plan
 from q6k_convert.errors import ExitCode, UsageError
-from q6k_convert.gguf.model import open_gguf
 from q6k_convert.hub import resolve
 from q6k_kernels.bundle import manifest as manifests
+from q6k_kernels.gguf.model import open_gguf
 from sanity import PROMPT
 
 Row = dict[str, Any]
@@ -69,7 +69,7 @@ class Export:
 
         Raises:
             typer.Exit: the bundle or the model is not right.
-            Q6KConvertError, BundleError, ModelError, OSError: as the commands do.
+            Q6KConvertError, GgufError, BundleError, ModelError, OSError: as the commands do.
         """
         self.state = self._read_state()
         try:

@@ -179,7 +179,7 @@ def test_verbose_shows_the_traceback_of_any_error(model: Path, out: Path, monkey
     expected = invoke(out.parent / "text", out, "--verbose")
     assert expected.exit_code == 3
     assert "Traceback (most recent call last)" in expected.stderr
-    assert "InputRejectedError" in expected.stderr
+    assert "GgufRejectedError" in expected.stderr
     monkeypatch.setattr(contents, "plan_contents", fail_inside)
     bug = invoke(model, out, "-v")
     assert bug.exit_code == 1

@@ -21,6 +21,7 @@ from q6k_convert.convert import stream
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
 from q6k_convert.errors import InputRejectedError, Q6KConvertError, UsageError
+from q6k_kernels.errors import GgufError, GgufRejectedError
 
 Arrays = dict[str, tuple[str, list[int], bytes]]
 Q8_1, F64, BF16, I8, I16, I32, I64 = 9, 28, 30, 24, 25, 26, 27
@@ -195,7 +196,7 @@ def test_a_scale_that_is_not_finite_is_rejected_with_its_place_or_kept_if_asked(
     path = Builder([weight("first", (2, 256)), tensor]).write(tmp_path / "m.gguf")
     at = path.read_bytes().index(tensor.data) + 7 * 210 + 208
     with pytest.raises(
-        InputRejectedError, match=rf"tensor 'w' at byte {at}: block 7 \(row 3, block 1 of it\)"
+        GgufRejectedError, match=rf"tensor 'w' at byte {at}: block 7 \(row 3, block 1 of it\)"
     ) as caught:
         convert(path, tmp_path / "out")
     assert "--allow-nonfinite" in caught.value.remedy
@@ -300,7 +301,9 @@ def test_patterns_choose_the_tensors(
     assert manifest["options"]["exclude"] == list(exclude)
 
 
-def refusal(builder: Builder, tmp_path: Path, kind: type[Q6KConvertError], message: str, **options: Any) -> str:
+def refusal(
+    builder: Builder, tmp_path: Path, kind: type[Q6KConvertError | GgufError], message: str, **options: Any
+) -> str:
     path = builder.write(tmp_path / "m.gguf")
     with pytest.raises(kind, match=message) as caught:
         convert(path, tmp_path / "out", Options(**options))
@@ -340,7 +343,7 @@ def test_other_error_does_not_mind_what_is_excluded(tmp_path: Path) -> None:
 def test_a_type_the_gguf_package_cannot_dequantise_is_refused_and_can_be_kept_raw(tmp_path: Path) -> None:
     odd = Tensor("odd", (2, 32), Q8_1, bytes(range(80)))
     builder = Builder([weight("a", (2, 256)), odd])
-    remedy = refusal(builder, tmp_path, InputRejectedError, "tensor 'odd' at byte .* no dequantiser for Q8_1")
+    remedy = refusal(builder, tmp_path, GgufRejectedError, "tensor 'odd' at byte .* no dequantiser for Q8_1")
     assert "--other raw" in remedy
     convert(tmp_path / "m.gguf", tmp_path / "out", Options(other="raw"))
     assert stored_arrays(tmp_path / "out")["odd"] == ("U8", [2, 40], odd.data)
@@ -349,4 +352,4 @@ def test_a_type_the_gguf_package_cannot_dequantise_is_refused_and_can_be_kept_ra
 def test_arrays_that_would_share_a_name_are_refused(tmp_path: Path) -> None:
     builder = Builder([weight("a", (2, 256)), weight("a.ql", (4,), F32)])
     message = "tensor 'a.ql' .* would have the name of one of tensor 'a'"
-    assert "--exclude" in refusal(builder, tmp_path, InputRejectedError, message)
+    assert "--exclude" in refusal(builder, tmp_path, GgufRejectedError, message)

@@ -17,8 +17,9 @@ from bundle_helpers import BROKEN_LATE, broken_late, checked_manifest, listing, 
 from q6k_convert.convert import staging
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
-from q6k_convert.errors import InputRejectedError, IOFailedError
+from q6k_convert.errors import IOFailedError
 from q6k_kernels.bundle import manifest as manifests
+from q6k_kernels.errors import GgufRejectedError
 
 Change = Callable[[Path], object]
 
@@ -73,7 +74,7 @@ def test_a_failing_run_with_force_leaves_the_old_bundle_as_it_was(model: Path, h
     convert(model, home / "out")
     broken = broken_late().write(home / "broken.gguf")
     before = listing(home)
-    with pytest.raises(InputRejectedError, match=BROKEN_LATE):
+    with pytest.raises(GgufRejectedError, match=BROKEN_LATE):
         convert(broken, home / "out", force=True)
     assert listing(home) == before
 
@@ -137,7 +138,7 @@ def test_a_bundle_that_lists_files_no_conversion_writes_is_refused_before_anythi
 
 def test_an_existing_empty_directory_is_used_and_kept_if_the_run_fails(model: Path, home: Path) -> None:
     (home / "out").mkdir()
-    with pytest.raises(InputRejectedError, match=BROKEN_LATE):
+    with pytest.raises(GgufRejectedError, match=BROKEN_LATE):
         convert(broken_late().write(model), home / "out")
     assert listing(home) == {"out": None}
     convert(two_tensors().write(model), home / "out")
@@ -211,7 +212,7 @@ def test_an_output_nested_under_the_input_is_refused(model: Path) -> None:
 
 def test_missing_parents_are_made_and_removed_again_if_the_run_fails(model: Path, home: Path) -> None:
     (home / "kept").mkdir()
-    with pytest.raises(InputRejectedError, match=BROKEN_LATE):
+    with pytest.raises(GgufRejectedError, match=BROKEN_LATE):
         convert(broken_late().write(home / "broken.gguf"), home / "kept" / "a" / "b" / "out")
     assert sorted(listing(home)) == ["broken.gguf", "kept"]
     convert(model, home / "kept" / "a" / "b" / "out")

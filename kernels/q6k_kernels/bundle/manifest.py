@@ -29,14 +29,15 @@ import xxhash
 
 from q6k_kernels.bundle.shards import DTYPE_BYTES
 from q6k_kernels.bundle.storage import STORAGES
+from q6k_kernels.gguf.file import MAX_TENSORS
 
 FORMAT = "q6k-planar"
 VERSION = 2
 NAME = "bundle.json"
 METADATA_NAME = "metadata.gguf"
 CHECKSUM = "xxh3_128"
-MAX_BYTES, MAX_TENSORS = 32 << 20, 1 << 14
-"""Of the file; no GGUF that is converted has more, or takes more."""
+MAX_BYTES = 32 << 20
+"""Bound of the manifest's size: what it takes to list the tensors of any GGUF that is read stays below it."""
 _ENDING = re.compile(rb',\n "manifest_checksum": "([0-9a-f]{32})"\n}\n')
 _ENDING_BYTES = 61
 _SURROGATE = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89a-fA-F]")

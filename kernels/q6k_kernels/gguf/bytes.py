@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import Self
 
-from q6k_convert.errors import InputRejectedError, IOFailedError
+from q6k_kernels.errors import GgufReadError, GgufRejectedError
 
 _WINDOW = 1 << 18
 _NUMBERS = {form: struct.Struct("<" + form) for form in "BIQ"}
@@ -21,7 +21,7 @@ class SourceBytes:
     """A regular file opened for reading.
 
     Raises:
-        IOFailedError: it is no regular file, or cannot be opened or read.
+        GgufReadError: it is no regular file, or cannot be opened or read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,10 +30,10 @@ class SourceBytes:
             # A FIFO would block the open itself, so look before opening.
             if not stat.S_ISREG(path.stat().st_mode):
                 kind = "a directory" if path.is_dir() else "not a regular file"
-                raise IOFailedError(f"{path} is {kind}", "Give the path of a .gguf file.")
+                raise GgufReadError(f"{path} is {kind}", "Give the path of a .gguf file.")
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise IOFailedError(f"{path}: {error.strerror}", "Check the path and its permissions.") from error
+            raise GgufReadError(f"{path}: {error.strerror}", "Check the path and its permissions.") from error
         self.stat = os.fstat(self._fd)
         self.size = self.stat.st_size
 
@@ -53,16 +53,18 @@ class SourceBytes:
         """Fills `buffer` from the file at `offset`. Safe from several threads at once.
 
         Raises:
-            IOFailedError: the file has become shorter, or the read failed.
+            GgufReadError: the file has become shorter, or the read failed.
         """
         done = 0
         while done < len(buffer):
             try:
                 count = os.preadv(self._fd, [buffer[done:]], offset + done)
             except OSError as error:
-                raise IOFailedError(f"{self.path}: reading at byte {offset + done}: {error.strerror}") from error
+                raise GgufReadError(
+                    f"{self.path}: reading at byte {offset + done}: {error.strerror}", "Check the disk."
+                ) from error
             if count == 0:
-                raise IOFailedError(
+                raise GgufReadError(
                     f"{self.path}: ends at byte {offset + done}, but had {self.size} bytes when it was opened",
                     "Something is rewriting the file: wait until it is whole and run again.",
                 )
@@ -75,25 +77,25 @@ class SourceBytes:
         return data
 
     def check_unchanged(self) -> None:
-        """Raises IOFailedError if the file was modified since it was opened."""
+        """Raises GgufReadError if the file was modified since it was opened."""
         now = os.fstat(self._fd)
         if (now.st_size, now.st_mtime_ns) != (self.stat.st_size, self.stat.st_mtime_ns):
-            raise IOFailedError(
+            raise GgufReadError(
                 f"{self.path} was modified while it was being read ({self.stat.st_size} bytes before, "
                 f"{now.st_size} now)",
                 "Run again once nothing writes to it.",
             )
 
     def decoded(self, raw: bytes, item: str, offset: int) -> str:
-        """UTF-8 text, or InputRejectedError."""
+        """UTF-8 text, or GgufRejectedError."""
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
             raise self.reject(item, f"invalid UTF-8 ({error.reason})", offset + error.start) from error
 
-    def reject(self, item: str, problem: str, offset: int | None, **more: str) -> InputRejectedError:
-        """An InputRejectedError about this file."""
-        return InputRejectedError(self.path, item, problem, offset=offset, **more)
+    def reject(self, item: str, problem: str, offset: int | None, **more: str) -> GgufRejectedError:
+        """An GgufRejectedError about this file."""
+        return GgufRejectedError(self.path, item, problem, offset=offset, **more)
 
 
 class Cursor:

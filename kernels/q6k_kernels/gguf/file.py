@@ -4,11 +4,11 @@
     kv      = key:string  type:u32  value          string = length:u64 bytes
     array   = element_type:u32  count:u64  element*
 
-All little-endian; `gguf_tensors.py` has the tensor records, `gguf_model.py` joins split files.
+All little-endian; `tensors.py` has the tensor records, `model.py` joins split files.
 Source of the format: ggml's docs/gguf.md; versions 2 and 3 differ in nothing a reader sees.
 
-The file is untrusted: nothing is allocated by a number it states until that number has been held
-against the file's size. Arrays (a vocabulary, say) are only stepped over until somebody asks for them.
+The file is untrusted: nothing is allocated by a number it states until that number has been
+compared with the file's size. Arrays (a vocabulary, say) are only stepped over until somebody asks for them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from q6k_convert.gguf.bytes import Cursor, SourceBytes
-from q6k_convert.gguf.tensors import read_tensors
-from q6k_convert.text import plain_bytes
-from q6k_kernels.bundle.manifest import MAX_TENSORS
+from q6k_kernels.gguf.bytes import Cursor, SourceBytes
+from q6k_kernels.gguf.tensors import read_tensors
 
 # No real file comes near these; they bound the time and memory a hostile one can cost.
+MAX_TENSORS = 1 << 14
 MAX_KEY_VALUES = 1 << 15
 MAX_KEY_BYTES = 1 << 8
 MAX_STRING_BYTES = 16 << 20
@@ -104,8 +103,8 @@ class GGUFFile(SourceBytes):
     """A GGUF file opened for reading: header parsed and checked, data read on request.
 
     Raises:
-        InputRejectedError: the file breaks a rule of the format or a bound of this reader.
-        IOFailedError: it cannot be opened or read.
+        GgufRejectedError: the file breaks a rule of the format or a bound of this reader.
+        GgufReadError: it cannot be opened or read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -125,7 +124,7 @@ class GGUFFile(SourceBytes):
         """The value of a key, read now: int, float, bool, str or a list of them; `default` if absent.
 
         Raises:
-            InputRejectedError: a string in it is not UTF-8.
+            GgufRejectedError: a string in it is not UTF-8.
         """
         kv = self.kv.get(key)
         if kv is None:
@@ -147,7 +146,7 @@ class GGUFFile(SourceBytes):
         """The value of a key that must be of one type; None if absent.
 
         Raises:
-            InputRejectedError: it is of another type; an array, say, is not even read.
+            GgufRejectedError: it is of another type; an array, say, is not even read.
         """
         kv = self.kv.get(key)
         if kv is None:
@@ -175,7 +174,7 @@ def _read_header(cursor: Cursor) -> tuple[int, int, int]:
         raise file.reject("header", "the file is empty", 0)
     magic = cursor.take(min(4, file.size), "magic")
     if magic != b"GGUF":
-        found = _LOOKS_LIKE.get(magic, f"{plain_bytes(magic)}")
+        found = _LOOKS_LIKE.get(magic, repr(magic)[1:])
         raise file.reject("magic", f"expected 'GGUF', found {found}", 0, remedy="Give a GGUF file.")
     if file.size < _HEADER:
         raise file.reject("header", f"{_HEADER} bytes expected, but the file has {file.size}", 0)

@@ -14,10 +14,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from q6k_convert.errors import InputRejectedError
-from q6k_convert.gguf.file import GGUFFile, KeyValue, ValueType
-from q6k_convert.gguf.tensors import TensorRecord
-from q6k_convert.text import listing
+from q6k_kernels.errors import GgufRejectedError
+from q6k_kernels.gguf.file import GGUFFile, KeyValue, ValueType
+from q6k_kernels.gguf.tensors import TensorRecord
+from q6k_kernels.text import listing
 
 _PART_NAME = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _PIECE = 1 << 20
@@ -115,8 +115,8 @@ def open_gguf(path: str | Path) -> GGUFModel:
     """Opens a GGUF file and, if it is a part of a split model, all other parts.
 
     Raises:
-        InputRejectedError: a file breaks the format, or the parts do not make up one model.
-        IOFailedError: a file cannot be opened or read.
+        GgufRejectedError: a file breaks the format, or the parts do not make up one model.
+        GgufReadError: a file cannot be opened or read.
     """
     path = Path(path)
     with ExitStack() as opened:
@@ -177,7 +177,7 @@ def _siblings(given: GGUFFile, count: int) -> list[Path]:
 
 
 def _check_parts(parts: list[GGUFFile], count: int) -> None:
-    """Raises InputRejectedError unless the parts are each other's; lists all that are not."""
+    """Raises GgufRejectedError unless the parts are each other's; lists all that are not."""
     first, problems, owner, numbers = parts[0], list[str](), dict[str, GGUFFile](), dict[int, str]()
     keys = dict[str, tuple[GGUFFile, KeyValue]]()
     total = _split_number(first, "split.tensors.count", 0)
@@ -203,7 +203,7 @@ def _check_parts(parts: list[GGUFFile], count: int) -> None:
     if not problems and len(owner) != total:
         problems.append(f"foreign: the parts hold {len(owner)} tensors together, split.tensors.count says {total}")
     if problems:
-        raise InputRejectedError(first.path, "split parts", listing(problems, "; "), remedy=_GET_ALL_PARTS)
+        raise GgufRejectedError(first.path, "split parts", listing(problems, "; "), remedy=_GET_ALL_PARTS)
 
 
 def _differing_key(known: dict[str, tuple[GGUFFile, KeyValue]], part: GGUFFile) -> str | None:

@@ -1,4 +1,4 @@
-"""The tensor list of a GGUF file: records parsed, bounded, placed and held against each other.
+"""The tensor list of a GGUF file: records parsed, bounded, placed, and checked for overlap.
 
     tensor  = name:string  n_dims:u32  dim:u64 * n_dims (fastest first)  type:u32  offset:u64
 
@@ -13,8 +13,8 @@ import struct
 from dataclasses import dataclass
 from itertools import pairwise
 
-from q6k_convert.gguf.bytes import Cursor, SourceBytes
 from q6k_kernels.formats.ggml import REMOVED_TYPES, TYPE_SIZES, GGMLType
+from q6k_kernels.gguf.bytes import Cursor, SourceBytes
 
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME counts a closing zero
 MAX_DIMS = 4

@@ -1,0 +1,1 @@
+"""The GGUF reader: bounded bytes, a file, its tensors, a model of one file or more. Imports formats; no torch."""
