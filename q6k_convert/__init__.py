@@ -14,12 +14,12 @@ __all__ = ["__version__", "convert_gguf", "decode", "open_gguf"]
 
 if TYPE_CHECKING:
     from q6k_convert.convert.pipeline import convert as convert_gguf
-    from q6k_convert.convert.repack import decode
+    from q6k_kernels.formats.blocks import decode
     from q6k_kernels.gguf.model import open_gguf
 
 _HOMES = {
     "convert_gguf": ("q6k_convert.convert.pipeline", "convert"),
-    "decode": ("q6k_convert.convert.repack", "decode"),
+    "decode": ("q6k_kernels.formats.blocks", "decode"),
     "open_gguf": ("q6k_kernels.gguf.model", "open_gguf"),
 }
 

@@ -1,10 +1,6 @@
-"""Q6_K, ggml's 6-bit format: one block decoded plainly, many blocks repacked fast.
+"""Q6_K blocks repacked into the arrays of a bundle by compiled code, at the speed of the disk.
 
-Byte map of a block of 256 weights: ql:128 qh:64 scales:16 d:2 = 210 bytes. A block is two halves of
-128 weights; weight 32j+l of a half (j = 0..3, l = 0..31) has its low nibble in `ql[32*(j%2) + l]` of
-that half (low nibble for j < 2, high for the rest) and its high pair in bits 2j of `qh[l]`. A weight is
-`d * scales[e // 16] * q` with d fp16, scales int8 and q the 6-bit code minus 32.
-Source: block_q6_K and dequantize_row_q6_K in ggml.
+`q6k_kernels.formats.blocks` describes a block and decodes it in plain numpy; the tests compare the two.
 """
 
 from __future__ import annotations
@@ -13,58 +9,16 @@ import ctypes
 from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from q6k_convert.errors import EnvironmentMissingError
-from q6k_kernels.formats.ggml import GROUP, SUPER_BLOCK
+from q6k_kernels.formats.blocks import BLOCK_BYTES
 from q6k_kernels.formats.types import DTYPE_BYTES, WeightType
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-BLOCK_BYTES = 210
-SCALES_AT, D_AT = 192, 208
-"""Where in a block the sub-scales and d lie."""
 PATHS = {"portable": 0, "avx2": 1}
 """The ways the compiled repacker knows, by name."""
 
 _EXTENSION = "q6k_convert.convert._repack"
-
-
-def decode(blocks: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Q6_K blocks to integer weights and their scales, exactly.
-
-    Args:
-        blocks: uint8 (..., bytes), the last dimension a whole number of 210-byte blocks.
-
-    Returns:
-        q, int8 (..., K) with values -32..31, and scale, float32 (..., K/16), each d * sub-scale
-        computed without rounding, so that `q * repeat(scale, 16)` in fp32 is ggml's dequantisation.
-
-    Raises:
-        ValueError: wrong dtype or a broken last block.
-    """
-    import numpy as np  # here, because a conversion can do without and starts sooner
-
-    if blocks.dtype != np.uint8 or blocks.ndim == 0 or blocks.shape[-1] % BLOCK_BYTES:
-        raise ValueError(
-            f"expected uint8 (..., n * {BLOCK_BYTES}), found {blocks.dtype} {blocks.shape}: "
-            "the last dimension holds whole Q6_K blocks"
-        )
-    lead = blocks.shape[:-1]
-    weights = blocks.shape[-1] // BLOCK_BYTES * SUPER_BLOCK
-    flat = np.ascontiguousarray(blocks).reshape(-1, BLOCK_BYTES)
-    nibble_shifts, pair_shifts = np.array([0, 4], dtype=np.uint8), np.array([0, 2, 4, 6], dtype=np.uint8)
-    # (block, half, nibble, 64) flattens to weight order: low nibbles of ql[0..63], then high ones.
-    low = flat[:, None, :128].reshape(-1, 2, 1, 64) >> nibble_shifts[:, None] & 15
-    high = flat[:, None, 128:192].reshape(-1, 2, 1, 32) >> pair_shifts[:, None] & 3
-    u = low.reshape(-1, SUPER_BLOCK) | high.reshape(-1, SUPER_BLOCK) << 4
-    q = u.view(np.int8) - np.int8(32)
-    d = np.ascontiguousarray(flat[:, D_AT:]).view("<f2").astype(np.float32)
-    with np.errstate(invalid="ignore"):  # an infinite d times a zero sub-scale
-        scale = d * flat[:, SCALES_AT:D_AT].view(np.int8).astype(np.float32)
-    return q.reshape(*lead, weights), scale.reshape(*lead, weights // GROUP)
 
 
 @cache

@@ -17,10 +17,11 @@ from typing import Any
 import xxhash
 
 from q6k_convert.convert.plan import Plan, TensorPlan
-from q6k_convert.convert.repack import BLOCK_BYTES, D_AT, array_bytes, to_planes
+from q6k_convert.convert.repack import array_bytes, to_planes
 from q6k_convert.text import displayable
 from q6k_kernels.bundle.manifest import SourceFile
 from q6k_kernels.bundle.writer import BundleWriter
+from q6k_kernels.formats.blocks import BLOCK_BYTES, D_AT
 from q6k_kernels.formats.ggml import SUPER_BLOCK, TYPE_SIZES
 from q6k_kernels.formats.types import weight_type
 from q6k_kernels.gguf.file import GGUFFile

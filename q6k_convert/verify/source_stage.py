@@ -1,7 +1,7 @@
 """A bundle against its source: every tensor recomputed from the GGUF, and how exact the bundle is.
 
-The recomputation shares no code with the conversion's fast path: blocks go through `q6k.decode` and
-`planar.pack`, both plain numpy. Errors are measured against what GGUF itself says a weight is.
+The recomputation shares no code with the conversion's fast path: blocks go through `blocks.decode`
+and `planes.pack`, both plain numpy. Errors are measured against what GGUF itself says a weight is.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from q6k_convert.convert.repack import BLOCK_BYTES, D_AT, SCALES_AT, decode
 from q6k_kernels.bundle.manifest import METADATA_NAME, Manifest, StoredTensor
 from q6k_kernels.bundle.structure import Entry, Finding, read_header
 from q6k_kernels.formats import planes
+from q6k_kernels.formats.blocks import BLOCK_BYTES, D_AT, QH_BYTES, QL_BYTES, SCALES_AT, decode
 from q6k_kernels.formats.ggml import GROUP, TYPE_SIZES
 from q6k_kernels.gguf.file import GGUFFile
 from q6k_kernels.gguf.model import GGUFModel, open_gguf

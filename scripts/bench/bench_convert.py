@@ -42,6 +42,7 @@ from rich.table import Table
 from q6k_convert.convert import repack
 from q6k_kernels.formats import planes
 from q6k_kernels.formats.types import Scales, row_of
+from q6k_kernels.formats.blocks import BLOCK_BYTES, D_AT, decode
 
 Row = dict[str, Any]
 COLUMNS = 4096
@@ -61,11 +62,11 @@ with open_gguf(sys.argv[1]) as model:
 
 def write_model(path: Path, size: int, tensor_rows: int) -> None:
     """A GGUF of pure Q6_K: random codes and sub-scales, steps of a real model's size."""
-    row = COLUMNS // 256 * repack.BLOCK_BYTES
+    row = COLUMNS // 256 * BLOCK_BYTES
     count = max(1, size // (tensor_rows * row))
     rng = np.random.default_rng(0)
-    blocks = rng.integers(0, 256, (CHUNK_BLOCKS, repack.BLOCK_BYTES), dtype=np.uint8)
-    blocks[:, repack.D_AT :] = (rng.normal(size=(CHUNK_BLOCKS, 1)) * 2e-5).astype("<f2").view(np.uint8)
+    blocks = rng.integers(0, 256, (CHUNK_BLOCKS, BLOCK_BYTES), dtype=np.uint8)
+    blocks[:, D_AT:] = (rng.normal(size=(CHUNK_BLOCKS, 1)) * 2e-5).astype("<f2").view(np.uint8)
     pattern, each = blocks.tobytes(), tensor_rows * row
     key, architecture = b"general.architecture", b"llama"
     head = struct.pack("<4sIQQQ", b"GGUF", 3, count, 1, len(key)) + key
@@ -100,15 +101,15 @@ def rate(work: Callable[[], object], nbytes: int) -> float:
 def bench_repacking() -> list[Row]:
     """One thread over one piece of blocks, as the conversion does it."""
     rng = np.random.default_rng(0)
-    blocks = rng.integers(0, 256, CHUNK_BLOCKS * repack.BLOCK_BYTES, dtype=np.uint8)
-    blocks[repack.D_AT + 1 :: repack.BLOCK_BYTES] &= 0x3F  # a finite d in every block
+    blocks = rng.integers(0, 256, CHUNK_BLOCKS * BLOCK_BYTES, dtype=np.uint8)
+    blocks[D_AT + 1 :: BLOCK_BYTES] &= 0x3F  # a finite d in every block
     rows = list[Row]()
 
     def add(what: str, work: Callable[[], object], nbytes: int = blocks.nbytes) -> None:
         rows.append({"what": what, "gb_per_s": round(rate(work, nbytes), 2)})
 
     def numpy_way(piece: npt.NDArray[np.uint8]) -> None:
-        codes, scale = repack.decode(piece)
+        codes, scale = decode(piece)
         planes.pack(codes)
         planes.round_to_bf16(scale)
 
@@ -122,7 +123,7 @@ def bench_repacking() -> list[Row]:
         if code <= repack.PATHS[repack.best_path()]:
             ours(path, "bf16")
             ours(path, "exact")
-    piece = blocks[: 1024 * repack.BLOCK_BYTES]
+    piece = blocks[: 1024 * BLOCK_BYTES]
     add("numpy: decode, then pack", lambda: numpy_way(piece), piece.nbytes)
     row = piece.reshape(1, -1)
     add("gguf.dequantize", lambda: gguf.dequantize(row, gguf.GGMLQuantizationType.Q6_K), piece.nbytes)
@@ -188,7 +189,7 @@ def bench_memory(work: Path, sizes: list[float]) -> list[Row]:
     rows = list[Row]()
     for gigabytes in sizes:
         model, out = work / "one.gguf", work / "out"
-        row_bytes = COLUMNS // 256 * repack.BLOCK_BYTES
+        row_bytes = COLUMNS // 256 * BLOCK_BYTES
         write_model(model, int(gigabytes * 1e9), int(gigabytes * 1e9) // row_bytes)
         _, printed = timed([sys.executable, "-m", "q6k_convert", str(model), str(out), "--json", "--quiet"])
         result = json.loads(printed)["result"]

@@ -18,7 +18,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from q6k_convert.convert import repack
+from q6k_kernels.formats.blocks import BLOCK_BYTES, D_AT
 
 PATTERN_BLOCKS = 65521
 STANDARD_DEVIATION = 0.02
@@ -109,7 +109,7 @@ def write_model(path: Path, shape: Shape, threads: int) -> None:
     writer = _described(part, shape)
     sizes = list[int]()
     for name, (n, k) in matrices.items():
-        row_bytes = k // 256 * repack.BLOCK_BYTES
+        row_bytes = k // 256 * BLOCK_BYTES
         writer.add_tensor_info(name, (n, row_bytes), np.dtype(np.uint8), n * row_bytes, raw_dtype=Q6_K)
         sizes.append(n * row_bytes)
     for name, values in vectors.items():
@@ -141,9 +141,9 @@ def write_model(path: Path, shape: Shape, threads: int) -> None:
 def random_blocks(count: int) -> npt.NDArray[np.uint8]:
     """Q6_K blocks, uint8 (count, 210), whose weights have a standard deviation of 0.02 and are all finite."""
     random = np.random.default_rng(0)
-    blocks = random.integers(0, 256, (count, repack.BLOCK_BYTES), dtype=np.uint8)
+    blocks = random.integers(0, 256, (count, BLOCK_BYTES), dtype=np.uint8)
     size = STANDARD_DEVIATION / (CODES_RMS * SUB_SCALES_RMS)
-    blocks[:, repack.D_AT :] = (random.normal(size=(count, 1)) * size).astype("<f2").view(np.uint8)
+    blocks[:, D_AT:] = (random.normal(size=(count, 1)) * size).astype("<f2").view(np.uint8)
     return blocks
 
 
@@ -181,7 +181,7 @@ def _described(path: Path, shape: Shape) -> gguf.GGUFWriter:
 def _write_repeated(fd: int, start: int, size: int, twice: bytes, first_block: int) -> None:
     """Fills a tensor with the pattern, from one of its blocks on."""
     view, length = memoryview(twice), len(twice) // 2
-    at, end, begin = start, start + size, first_block * repack.BLOCK_BYTES
+    at, end, begin = start, start + size, first_block * BLOCK_BYTES
     while at < end:
         count = min(length, WRITE_BYTES, end - at)
         _write(fd, at, view[begin : begin + count])

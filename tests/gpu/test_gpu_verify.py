@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from gguf_builder import small_model, weight
 from q6k_convert.cli import main
-from q6k_convert.convert import repack, stream
+from q6k_convert.convert import stream
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
 from q6k_kernels.formats import planes
+from q6k_kernels.formats.blocks import BLOCK_BYTES, D_AT, SCALES_AT, decode
 
 torch = pytest.importorskip("torch")
 
@@ -26,12 +27,12 @@ LARGER = [weight("blk.1.ffn_up.weight", (1000, 2048), seed=8), weight("blk.1.exp
 
 def to_planes(blocks: Any, arrays: dict[str, Any], scales: str) -> int | None:
     """In numpy: the compiled repacker need not be installed where kernels are tested."""
-    raw = np.frombuffer(blocks, np.uint8).reshape(-1, repack.BLOCK_BYTES)
-    codes, scale = repack.decode(raw)
+    raw = np.frombuffer(blocks, np.uint8).reshape(-1, BLOCK_BYTES)
+    codes, scale = decode(raw)
     ql, qh = planes.pack(codes)
     found = {"ql": ql, "qh": qh, "scale": planes.round_to_bf16(scale)}
     if scales == "exact":
-        found |= {"scale": raw[:, repack.SCALES_AT : repack.D_AT], "steps": raw[:, repack.D_AT :]}
+        found |= {"scale": raw[:, SCALES_AT:D_AT], "steps": raw[:, D_AT:]}
     for role, array in found.items():
         np.frombuffer(arrays[role], np.uint8)[:] = np.ascontiguousarray(array).view(np.uint8).ravel()
     return None

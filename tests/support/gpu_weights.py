@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from q6k_convert.convert import repack
+from q6k_kernels.formats.blocks import BLOCK_BYTES, D_AT, SCALES_AT, decode
 from q6k_kernels.formats.types import WeightType, row_of
 from q6k_kernels.ops import schema
 
@@ -147,10 +147,10 @@ def _genuine(n: int, k: int) -> list[Tensor]:
     base = min(n, max(16, GENUINE_WEIGHTS // k))
     values = np.random.default_rng(n + k).normal(size=(base, k)).astype(np.float32) * np.float32(0.02)
     blocks = np.frombuffer(libgguf.quantize_rows(values, Q6_K), dtype=np.uint8).reshape(base, -1)
-    codes, _ = repack.decode(blocks)
-    each = blocks.reshape(base, k // 256, repack.BLOCK_BYTES)
-    sub_scales = np.ascontiguousarray(each[:, :, repack.SCALES_AT : repack.D_AT]).view(np.int8).reshape(base, -1)
-    d = np.ascontiguousarray(each[:, :, repack.D_AT :]).view(np.float16).reshape(base, -1)
+    codes, _ = decode(blocks)
+    each = blocks.reshape(base, k // 256, BLOCK_BYTES)
+    sub_scales = np.ascontiguousarray(each[:, :, SCALES_AT:D_AT]).view(np.int8).reshape(base, -1)
+    d = np.ascontiguousarray(each[:, :, D_AT:]).view(np.float16).reshape(base, -1)
     source = random_source(n)
     at = torch.cat(
         (

@@ -1,3 +1,3 @@
-"""All that knows what a bit means: GGML's types, planes, and tiles as kernels read them. Imports no other room;
-`ggml` and `planes` import no torch.
+"""All that knows what a bit means: GGML's types, its blocks, planes, and tiles as kernels read them. Imports no
+other room; `ggml`, `blocks` and `planes` import no torch.
 """
