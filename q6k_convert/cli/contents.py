@@ -180,7 +180,7 @@ def _exactness(found: Exactness | None) -> Row | None:
 
 
 def _shown(part: GGUFFile, kv: KeyValue) -> Any:
-    return {"array": kv.element.name, "count": kv.count} if kv.element else part.value(kv.key)
+    return {"array": kv.element.name, "count": kv.count} if kv.element is not None else part.value(kv.key)
 
 
 def _by_type(tensors: Iterable[tuple[str, str | None, int, int, int]]) -> list[Row]:

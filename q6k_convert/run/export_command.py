@@ -220,7 +220,7 @@ def _logits_of_module(module: ExportableModel) -> list[Tensor]:
 
 
 def _capacity(request: Request, metadata: Metadata) -> int:
-    longest = metadata.integer(f"{metadata.architecture}.context_length")
+    longest = metadata.context_length
     if request.capacity is None:
         return min(DEFAULT_CAPACITY, longest or DEFAULT_CAPACITY)
     if longest is not None and request.capacity > longest:

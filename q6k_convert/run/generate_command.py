@@ -244,7 +244,7 @@ def _tokenized(request: Request, prompt: str) -> tuple[Tokenizer, list[int]]:
 
 
 def _check_length(metadata: Metadata, prompt: int, new: int) -> None:
-    longest = metadata.integer(f"{metadata.architecture}.context_length")
+    longest = metadata.context_length
     if longest is not None and prompt + new > longest:
         raise UsageError(
             f"{prompt} tokens of prompt and {new} new ones are {prompt + new}, and the model knows {longest} "

@@ -17,10 +17,9 @@ from q6k_convert.verify.device_stage import DeviceReport, DeviceRun, check_devic
 from q6k_convert.verify.source_stage import SourceReport, check_source, source_bytes
 from q6k_kernels.bundle import manifest as manifests
 from q6k_kernels.bundle.content import check_content, content_bytes
-from q6k_kernels.bundle.manifest import METADATA_NAME, Manifest
+from q6k_kernels.bundle.manifest import METADATA_NAME, BundleError, Manifest
+from q6k_kernels.bundle.metadata import read_metadata
 from q6k_kernels.bundle.structure import Finding, check_structure
-from q6k_kernels.errors import GgufRejectedError
-from q6k_kernels.gguf.file import GGUFFile
 
 State = Literal["passed", "failed", "skipped"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -103,7 +102,7 @@ def verify(
     with _stage(run, "structure") as stage:
         try:
             run.manifest = manifests.read(run.directory)
-        except manifests.BundleError as error:
+        except BundleError as error:
             if not manifests.is_bundle(run.directory):
                 raise
             run.findings.append((stage.name, Finding(str(error), manifests.NAME)))
@@ -165,12 +164,10 @@ def _check_metadata(run: Verification) -> Iterator[Finding]:
     """Whether `metadata.gguf` is a GGUF, holds no tensors, and speaks of the same model."""
     assert run.manifest is not None  # noqa: S101 -- for the type checker
     try:
-        with GGUFFile(run.directory / METADATA_NAME) as file:
-            if file.tensors:
-                yield Finding(f"holds {len(file.tensors)} tensors, expected none", METADATA_NAME)
-            architecture = file.value("general.architecture", "")
-            if architecture != run.manifest.architecture:
-                problem = f"is of architecture {architecture!r}, the manifest says {run.manifest.architecture!r}"
-                yield Finding(problem, METADATA_NAME)
-    except GgufRejectedError as error:
-        yield Finding(error.cause, METADATA_NAME)
+        architecture = read_metadata(run.directory).architecture
+    except BundleError as error:
+        yield Finding(str(error), METADATA_NAME)
+        return
+    if architecture != run.manifest.architecture:
+        problem = f"is of architecture {architecture!r}, the manifest says {run.manifest.architecture!r}"
+        yield Finding(problem, METADATA_NAME)

@@ -162,6 +162,13 @@ def test_a_missing_compiled_repacker_is_exit_6(model: Path, out: Path, tmp_path:
     assert sorted(listing(tmp_path)) == ["log", "model.gguf"]
 
 
+def test_a_source_that_breaks_its_format_is_exit_3_and_one_that_cannot_be_read_exit_4(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    failed(invoke(tmp_path / "m.gguf", tmp_path / "out"), 3, "24 bytes expected", "download or export it again")
+    os.mkfifo(tmp_path / "fifo.gguf")
+    failed(invoke(tmp_path / "fifo.gguf", tmp_path / "out"), 4, "is not a regular file", "Give the path of a .gguf")
+
+
 def fail_inside(*_: object, **__: object) -> None:
     raise KeyError("inside")
 

@@ -113,6 +113,13 @@ def test_inspect_lists_keys_and_tensors_of_a_gguf(model: Path) -> None:
     assert [t["name"] for t in document["tensors"]] == [t.name for t in small_model().tensors]
 
 
+def test_inspect_prints_the_elements_of_no_array_whatever_their_type(tmp_path: Path) -> None:
+    pairs = [key_value("general.architecture", "llama"), key_value("bytes", [7] * 5, "u8")]
+    path = Builder(kv=pairs, tensors=[weight("w", (1, 256))]).write(tmp_path / "m.gguf")
+    document: dict[str, Any] = json.loads(run_cli("inspect", path, "--json").stdout)
+    assert document["keys"]["bytes"] == {"array": "UINT8", "count": 5}
+
+
 def test_inspect_lists_a_bundle(model: Path, out: Path) -> None:
     invoke(model, out, "--scales", "exact", "--other", "skip")
     result = invoke("inspect", out)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -11,6 +13,8 @@ import pytest
 from q6k_kernels.bundle import metadata as rooms
 from q6k_kernels.bundle.manifest import BundleError
 from q6k_kernels.bundle.metadata import Metadata, read_metadata
+from q6k_kernels.errors import GgufReadError
+from q6k_kernels.gguf import file as files
 
 HEADER = struct.Struct("<4sIQQ")
 
@@ -19,13 +23,27 @@ def text(raw: bytes) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def of(*pairs: bytes, count: int | None = None, version: int = 3, tensors: int = 0) -> Metadata:
-    head = HEADER.pack(b"GGUF", version, tensors, len(pairs) if count is None else count)
-    return Metadata(Path("m.gguf"), head + b"".join(pairs))
-
-
 def array(element: int, count: int, raw: bytes) -> bytes:
     return text(b"a") + struct.pack("<IIQ", 9, element, count) + raw
+
+
+Reader = Callable[[bytes], Metadata]
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Reader:
+    """Reads metadata from the bytes of a file."""
+
+    def reader(data: bytes) -> Metadata:
+        path = tmp_path / "m.gguf"
+        path.write_bytes(data)
+        return read_metadata(path)
+
+    return reader
+
+
+def of(*pairs: bytes) -> bytes:
+    return HEADER.pack(b"GGUF", 3, 0, len(pairs)) + b"".join(pairs)
 
 
 def test_what_gguf_writes_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +74,7 @@ def test_what_gguf_writes_is_read_back(tmp_path: Path, monkeypatch: pytest.Monke
     assert found.value("flags") == [True, False]
     assert found.value("no") is False
     monkeypatch.setattr(rooms, "MAX_LIST", 1)
-    with pytest.raises(BundleError, match="key 'reals': an array of 2 f4, more than the limit of 1"):
+    with pytest.raises(BundleError, match="reals: an array of 2 FLOAT32, more than the limit of 1"):
         found.value("reals")
     assert "text" in found
     assert "absent" not in found
@@ -64,65 +82,94 @@ def test_what_gguf_writes_is_read_back(tmp_path: Path, monkeypatch: pytest.Monke
     assert read_metadata(path).keys == found.keys
 
 
-def test_a_value_of_another_type_is_named_with_what_was_expected() -> None:
-    pair = text(b"a") + struct.pack("<I", 8) + text(b"7")
-    with pytest.raises(BundleError, match=r"m\.gguf: key 'a': expected a whole number, found string"):
-        of(pair).integer("a")
-    with pytest.raises(BundleError, match="expected an array of strings, found string"):
-        of(pair).strings("a")
-    numbers = of(array(5, 2, struct.pack("<2i", 1, 2)))
-    with pytest.raises(BundleError, match="expected a string, found an array of 2 i4"):
+def test_a_value_of_another_type_is_named_with_what_was_expected(read: Reader) -> None:
+    found = read(of(text(b"a") + struct.pack("<I", 8) + text(b"7")))
+    with pytest.raises(BundleError, match=r"m\.gguf: a: expected a whole number, found STRING"):
+        found.integer("a")
+    with pytest.raises(BundleError, match="expected an array of strings, found STRING"):
+        found.strings("a")
+    numbers = read(of(array(5, 2, struct.pack("<2i", 1, 2))))
+    assert (numbers.integers("a"), numbers.reals("a")) == ([1, 2], [1.0, 2.0])
+    with pytest.raises(BundleError, match="expected a string, found an array of 2 INT32"):
         numbers.string("a")
-    with pytest.raises(BundleError, match="expected a whole number, found f4"):
-        of(text(b"a") + struct.pack("<If", 6, 1.0)).integer("a")
-    with pytest.raises(BundleError, match="expected a whole number, found bool"):
-        of(text(b"a") + struct.pack("<IB", 7, 1)).integer("a")
+    with pytest.raises(BundleError, match="expected a whole number, found an array of 2 INT32"):
+        numbers.integer("a")
+    with pytest.raises(BundleError, match="expected an array of whole numbers, found an array of 1 FLOAT32"):
+        read(of(array(6, 1, bytes(4)))).integers("a")
+    with pytest.raises(BundleError, match="expected an array of whole numbers, found an array of 1 BOOL"):
+        read(of(array(7, 1, bytes(1)))).integers("a")
+    with pytest.raises(BundleError, match="expected a whole number, found FLOAT32"):
+        read(of(text(b"a") + struct.pack("<If", 6, 1.0))).integer("a")
+    with pytest.raises(BundleError, match="expected a whole number, found BOOL"):
+        read(of(text(b"a") + struct.pack("<IB", 7, 1))).integer("a")
+
+
+ONE = HEADER.pack(b"GGUF", 3, 0, 1)
+TENSOR = text(b"t") + struct.pack("<IQIQ", 1, 8, 0, 0)
 
 
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "expected 24 bytes, found 0"),
-        (b"GGUF" + bytes(20), "expected GGUF version 2 or 3"),
-        (HEADER.pack(b"GGUF", 3, 1, 0), "expected no tensors, found 1"),
-        (HEADER.pack(b"GGUF", 3, 0, 1 << 60), "more than the limit"),
-        (HEADER.pack(b"GGUF", 3, 0, 1), "the file ends before its length does"),
-        (HEADER.pack(b"GGUF", 3, 0, 1) + struct.pack("<Q", 1 << 62) + b"a", "and the file has 33"),
-        (HEADER.pack(b"GGUF", 3, 0, 1) + text(b"\xff") + bytes(8), "not UTF-8"),
-        (HEADER.pack(b"GGUF", 3, 0, 1) + text(b"a") + b"\x04", "4 bytes expected"),
-        (HEADER.pack(b"GGUF", 3, 0, 1) + text(b"a") + struct.pack("<I", 99), "unknown value type 99"),
-        (HEADER.pack(b"GGUF", 3, 0, 1) + array(9, 1, b""), "an array of arrays"),
-        (HEADER.pack(b"GGUF", 3, 0, 1) + array(4, 1 << 62, bytes(8)), "but only 8 bytes are left"),
-        (HEADER.pack(b"GGUF", 3, 0, 1) + array(8, 1 << 61, bytes(8)), "but only 8 bytes are left"),
-        (HEADER.pack(b"GGUF", 3, 0, 1) + array(8, 1, struct.pack("<Q", 9)), "string reaches byte"),
+        (b"", "the file is empty"),
+        (b"GGUF" + bytes(20), "version at byte 4: expected 2 or 3, found 0"),
+        (HEADER.pack(b"GGUF", 3, 1, 0) + TENSOR + bytes(64), "expected no tensors, found 1"),
+        (HEADER.pack(b"GGUF", 3, 0, 1 << 60), "more than a file of 24 bytes can hold"),
+        (ONE, "more than a file of 24 bytes can hold"),
+        (ONE + struct.pack("<Q", 1 << 62) + bytes(16), f"string of {1 << 62} bytes, but the file ends after 16"),
+        (ONE + text(b"\xff") + bytes(8), "invalid UTF-8"),
+        (ONE + text(b"abcd") + b"\x04\0", "4 bytes expected, but the file ends after 2"),
+        (ONE + text(b"a") + struct.pack("<IQ", 99, 0), "unknown value type 99"),
+        (ONE + array(9, 1, b""), "nested arrays are not supported"),
+        (ONE + array(4, 1 << 62, bytes(8)), "but only 8 bytes are left"),
+        (ONE + array(8, 1 << 61, bytes(8)), "but only 8 bytes are left"),
+        (ONE + array(8, 1, struct.pack("<Q", 9)), "string reaches byte"),
         (HEADER.pack(b"GGUF", 3, 0, 2) + 2 * (text(b"a") + struct.pack("<IB", 7, 1)), "appears twice"),
     ],
 )
-def test_a_broken_file_is_refused(data: bytes, words: str) -> None:
-    with pytest.raises(BundleError, match=words):
-        Metadata(Path("m.gguf"), data)
+def test_a_broken_file_is_refused(read: Reader, data: bytes, words: str) -> None:
+    with pytest.raises(BundleError, match=words) as caught:
+        read(data)
+    assert "m.gguf: " in str(caught.value)
 
 
-def test_every_truncation_is_refused_or_harmless() -> None:
-    pairs = array(8, 3, text(b"x") + text(b"yy") + text(b"")) + text(b"b") + struct.pack("<II", 4, 1)
-    data = HEADER.pack(b"GGUF", 3, 0, 2) + pairs
-    assert Metadata(Path("m.gguf"), data).strings("a") == ["x", "yy", ""]
+def test_every_truncation_is_refused(read: Reader) -> None:
+    data = of(array(8, 3, text(b"x") + text(b"yy") + text(b"")), text(b"b") + struct.pack("<II", 4, 1))
+    assert read(data).strings("a") == ["x", "yy", ""]
     for end in range(len(data)):
         with pytest.raises(BundleError):
-            Metadata(Path("m.gguf"), data[:end])
+            read(data[:end])
 
 
-def test_bounds_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(rooms, "MAX_STRINGS", 2)
+def test_bounds_hold(read: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_ARRAY_STRINGS", 2)
     with pytest.raises(BundleError, match="more than 2 strings in arrays"):
-        of(array(8, 3, text(b"") * 3))
-    monkeypatch.setattr(rooms, "MAX_BYTES", 10)
-    (tmp_path / "metadata.gguf").write_bytes(bytes(100))
-    with pytest.raises(BundleError, match="more than 10 bytes"):
-        read_metadata(tmp_path)
+        read(of(array(8, 3, text(b"") * 3)))
+    monkeypatch.setattr(rooms, "MAX_BYTES", 30)
+    assert read(of()).keys == ()
+    with pytest.raises(BundleError, match=r"m\.gguf: 31 bytes, more than the limit of 30"):
+        read(of() + bytes(7))
 
 
-def test_text_that_is_no_utf8_is_refused_when_it_is_asked_for() -> None:
-    found = of(array(8, 2, text(b"x") + text(b"\xff")))
-    with pytest.raises(BundleError, match="string 1 is not UTF-8"):
+def test_text_that_is_no_utf8_is_refused_when_it_is_asked_for(read: Reader) -> None:
+    found = read(of(array(8, 3, text(b"x") + text(b"yy") + text(b"\xff"))))
+    with pytest.raises(BundleError, match="value of 'a' at byte 76: invalid UTF-8"):
         found.strings("a")
+
+
+def test_what_was_read_does_not_change_with_the_file_and_keeps_none_open(read: Reader, tmp_path: Path) -> None:
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    found = read(of(array(8, 1, text(b"before"))))
+    (tmp_path / "m.gguf").write_bytes(of(array(8, 1, text(b"later!"))))
+    (tmp_path / "m.gguf").unlink()
+    assert found.strings("a") == ["before"]
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
+
+
+def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metadata.gguf")
+    with pytest.raises(GgufReadError, match=r"metadata\.gguf is not a regular file"):
+        read_metadata(tmp_path)
+    (tmp_path / "metadata.gguf").unlink()
+    with pytest.raises(GgufReadError, match=r"metadata\.gguf: No such file or directory"):
+        read_metadata(tmp_path)

@@ -117,7 +117,7 @@ def replace_metadata(directory: Path, content: bytes) -> None:
     ("content", "words"),
     [
         (Builder(kv=[key_value("general.architecture", "gemma3")]).build(), "is of architecture 'gemma3'"),
-        (Builder(tensors=[weight("x", (1, 256))]).build(), "holds 1 tensors, expected none"),
+        (Builder(tensors=[weight("x", (1, 256))]).build(), "expected no tensors, found 1"),
         (b"GGUF", "24 bytes expected"),
     ],
 )

@@ -34,6 +34,7 @@ class SourceBytes:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise GgufReadError(f"{path}: {error.strerror}", "Check the path and its permissions.") from error
+        self._held: memoryview | None = None
         self.stat = os.fstat(self._fd)
         self.size = self.stat.st_size
 
@@ -49,12 +50,26 @@ class SourceBytes:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def hold(self) -> None:
+        """Copy the whole file into memory and close it; it is read from there. The caller has bounded its size.
+
+        Raises:
+            GgufReadError: the file was modified since it was opened, or the read failed.
+        """
+        held = memoryview(self.read(0, self.size))
+        self.check_unchanged()
+        self.close()
+        self._held = held
+
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fills `buffer` from the file at `offset`. Safe from several threads at once.
 
         Raises:
             GgufReadError: the file has become shorter, or the read failed.
         """
+        if self._held is not None:
+            buffer[:] = self._held[offset : offset + len(buffer)]
+            return
         done = 0
         while done < len(buffer):
             try:
@@ -146,6 +161,28 @@ class Cursor:
         length = self._string_length(item, bound)
         at = self.at
         return self.file.decoded(self.take(length, item), item, at)
+
+    def strings(self, count: int, item: str, bound: int) -> list[str]:
+        """The next `count` strings, each of at most `bound` bytes; a tight loop, as in `skip_strings`."""
+        unpack, found = struct.Struct("<Q").unpack_from, list[str]()
+        while len(found) < count:
+            # This one fills the window, or reports what is wrong.
+            found.append(self.string(item, bound))
+            window, at = self._window, self.at - self._window_at
+            length = len(window)
+            if length > bound:  # else no string in the window can be too long
+                continue
+            try:
+                for _ in range(count - len(found)):
+                    end = at + 8 + unpack(window, at)[0]
+                    if end > length:
+                        break
+                    found.append(window[at + 8 : end].decode())
+                    at = end
+            except (struct.error, UnicodeDecodeError):
+                pass  # the window ends before this string, or `string` will say where it is broken
+            self.at = self._window_at + at
+        return found
 
     def skip(self, length: int, item: str) -> None:
         """Steps over `length` bytes, which must be there."""

@@ -78,6 +78,8 @@ _FORMATS = {
     ValueType.INT64: "q",
     ValueType.FLOAT64: "d",
 }
+INTEGERS = frozenset(kind for kind, form in _FORMATS.items() if form in "BbHhIiQq" and kind is not ValueType.BOOL)
+FLOATS = frozenset({ValueType.FLOAT32, ValueType.FLOAT64})
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,11 @@ class GGUFFile(SourceBytes):
             self.close()
             raise
 
+    @property
+    def architecture(self) -> str:
+        """`general.architecture`; "" if the file names none."""
+        return self.scalar("general.architecture", ValueType.STRING) or ""
+
     def value(self, key: str, default: Any = None) -> Any:
         """The value of a key, read now: int, float, bool, str or a list of them; `default` if absent.
 
@@ -137,8 +144,7 @@ class GGUFFile(SourceBytes):
             number = struct.unpack("<" + _FORMATS[kv.type], raw)[0]
             return bool(number) if kv.type is ValueType.BOOL else number
         if kv.element is ValueType.STRING:
-            cursor = Cursor(self, kv.at)
-            return [cursor.string(item, MAX_STRING_BYTES) for _ in range(kv.count)]
+            return Cursor(self, kv.at).strings(kv.count, item, MAX_STRING_BYTES)
         numbers = struct.unpack(f"<{kv.count}{_FORMATS[kv.element]}", self.read(kv.at, kv.end - kv.at))
         return [bool(n) for n in numbers] if kv.element is ValueType.BOOL else list(numbers)
 

@@ -15,22 +15,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from q6k_kernels.errors import GgufRejectedError
-from q6k_kernels.gguf.file import GGUFFile, KeyValue, ValueType
+from q6k_kernels.gguf.file import INTEGERS, GGUFFile, KeyValue, ValueType
 from q6k_kernels.gguf.tensors import TensorRecord
 from q6k_kernels.text import listing
 
 _PART_NAME = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _PIECE = 1 << 20
-_INTEGERS = {
-    ValueType.UINT8,
-    ValueType.INT8,
-    ValueType.UINT16,
-    ValueType.INT16,
-    ValueType.UINT32,
-    ValueType.INT32,
-    ValueType.UINT64,
-    ValueType.INT64,
-}
 _GET_ALL_PARTS = "Put all parts of one model, unrenamed and nothing else of that name, into one directory."
 
 
@@ -44,7 +34,7 @@ class GGUFModel:
 
     def __init__(self, parts: list[GGUFFile]) -> None:
         self.parts = parts
-        self.architecture: str = parts[0].scalar("general.architecture", ValueType.STRING) or ""
+        self.architecture = parts[0].architecture
         self._keys = dict[str, tuple[GGUFFile, KeyValue]]()
         for part in parts:
             for key, kv in part.kv.items():
@@ -140,8 +130,8 @@ def _split_number(file: GGUFFile, key: str, default: int) -> int:
     kv = file.kv.get(key)
     if kv is None:
         return default
-    if kv.type not in _INTEGERS or (value := file.value(key)) < 0:
-        found = kv.type.name if kv.type not in _INTEGERS else value
+    if kv.type not in INTEGERS or (value := file.value(key)) < 0:
+        found = kv.type.name if kv.type not in INTEGERS else value
         raise file.reject(key, f"expected a whole number, found {found}", kv.at)
     return int(value)
 

@@ -127,13 +127,12 @@ def _bad(metadata: Metadata, key: str, problem: str) -> TokenizerError:
 
 
 def _types(metadata: Metadata, count: int) -> list[int]:
-    types = metadata.numbers("tokenizer.ggml.token_type")
+    types = metadata.integers("tokenizer.ggml.token_type")
     if types is None:
         return [NORMAL] * count
-    if len(types) != count or types.dtype.kind not in "iu":
-        found = f"{len(types)} of {types.dtype}"
-        raise _bad(metadata, "token_type", f"expected {count} whole numbers, one for each token, found {found}")
-    return [int(kind) for kind in types]
+    if len(types) != count:
+        raise _bad(metadata, "token_type", f"expected {count}, one for each token, found {len(types)}")
+    return types
 
 
 def _names(metadata: Metadata, count: int) -> dict[str, int]:
@@ -150,7 +149,7 @@ def _names(metadata: Metadata, count: int) -> dict[str, int]:
 
 
 def _sentencepiece(metadata: Metadata, tokens: list[str], types: list[int]) -> Tokenizer:
-    scores = metadata.numbers("tokenizer.ggml.scores")
+    scores = metadata.reals("tokenizer.ggml.scores")
     if scores is None or len(scores) != len(tokens):
         found = "none" if scores is None else len(scores)
         raise _bad(metadata, "scores", f"expected {len(tokens)}, one for each token, found {found}")
@@ -158,7 +157,7 @@ def _sentencepiece(metadata: Metadata, tokens: list[str], types: list[int]) -> T
     unknown = metadata.integer("tokenizer.ggml.unknown_token_id")
     model = models.BPE(
         vocab=vocabulary,
-        merges=_merges_of(metadata, tokens, types, scores.tolist(), vocabulary),
+        merges=_merges_of(metadata, tokens, types, scores, vocabulary),
         unk_token=tokens[unknown] if unknown is not None and 0 <= unknown < len(tokens) else None,
         fuse_unk=False,
         byte_fallback=True,
