@@ -72,46 +72,46 @@ class Metadata:
 
     @property
     def context_length(self) -> int | None:
-        """The positions that the model knows; None if the file does not say."""
+        """Number of positions that the model knows; None if the file does not say."""
         return self.integer(f"{self.architecture}.context_length")
 
     def string(self, key: str) -> str | None:
-        """A text."""
+        """Read a text."""
         value: str | None = self._typed(key, "a string", {ValueType.STRING})
         return value
 
     def integer(self, key: str) -> int | None:
-        """A whole number, of any width."""
+        """Read a whole number, of any width."""
         value: int | None = self._typed(key, "a whole number", INTEGERS)
         return value
 
     def real(self, key: str) -> float | None:
-        """A number, whole or not."""
+        """Read a number, whole or not."""
         value: int | float | None = self._typed(key, "a number", INTEGERS | FLOATS)
         return None if value is None else float(value)
 
     def flag(self, key: str) -> bool | None:
-        """A boolean."""
+        """Read a boolean."""
         value: bool | None = self._typed(key, "a boolean", {ValueType.BOOL})
         return value
 
     def strings(self, key: str) -> list[str] | None:
-        """An array of texts."""
+        """Read an array of texts."""
         values: list[str] | None = self._typed(key, "an array of strings", {ValueType.STRING}, array=True)
         return values
 
     def integers(self, key: str) -> list[int] | None:
-        """An array of whole numbers, of any width."""
+        """Read an array of whole numbers, of any width."""
         values: list[int] | None = self._typed(key, "an array of whole numbers", INTEGERS, array=True)
         return values
 
     def reals(self, key: str) -> list[float] | None:
-        """An array of numbers, whole or not."""
+        """Read an array of numbers, whole or not."""
         values: list[float] | None = self._typed(key, "an array of numbers", INTEGERS | FLOATS, array=True)
         return values
 
     def value(self, key: str) -> Any:
-        """A value of whatever type; an array, of at most `MAX_LIST`, as a list. None if the key is absent."""
+        """Read a value of any type; an array, of at most `MAX_LIST`, as a list. None if the key is absent."""
         kv = self._file.kv.get(key)
         if kv is not None and kv.element is not None and kv.count > MAX_LIST:
             self._reject(kv, f"{_described(kv)}, more than the limit of {MAX_LIST}")
@@ -119,7 +119,7 @@ class Metadata:
             return self._file.value(key)
 
     def _typed(self, key: str, expected: str, types: Collection[ValueType], *, array: bool = False) -> Any:
-        """The value of a key whose own type, or that of its elements, must be one of `types`."""
+        """Read the value of a key whose own type, or that of its elements, must be one of `types`."""
         kv = self._file.kv.get(key)
         if kv is not None and (kv.element if array else kv.type) not in types:
             self._reject(kv, f"expected {expected}, found {_described(kv)}")

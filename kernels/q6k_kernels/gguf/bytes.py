@@ -39,7 +39,7 @@ class SourceBytes:
         self.size = self.stat.st_size
 
     def close(self) -> None:
-        """Closes the file; reading from it afterwards fails."""
+        """Close the file; reading from it afterwards fails."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -62,7 +62,7 @@ class SourceBytes:
         self._held = held
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fills `buffer` from the file at `offset`. Safe from several threads at once.
+        """Fill `buffer` from the file at `offset`. Safe from several threads at once.
 
         Raises:
             GgufReadError: the file has become shorter, or the read failed.
@@ -86,13 +86,13 @@ class SourceBytes:
             done += count
 
     def read(self, offset: int, length: int) -> bytearray:
-        """`length` bytes at `offset`; bounded by the caller."""
+        """Return `length` bytes at `offset`; the caller has bounded `length`."""
         data = bytearray(length)
         self.read_into(memoryview(data), offset)
         return data
 
     def check_unchanged(self) -> None:
-        """Raises GgufReadError if the file was modified since it was opened."""
+        """Raise GgufReadError if the file was modified since it was opened."""
         now = os.fstat(self._fd)
         if (now.st_size, now.st_mtime_ns) != (self.stat.st_size, self.stat.st_mtime_ns):
             raise GgufReadError(
@@ -102,19 +102,19 @@ class SourceBytes:
             )
 
     def decoded(self, raw: bytes, item: str, offset: int) -> str:
-        """UTF-8 text, or GgufRejectedError."""
+        """Decode UTF-8 text; raise GgufRejectedError if it is none."""
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
             raise self.reject(item, f"invalid UTF-8 ({error.reason})", offset + error.start) from error
 
     def reject(self, item: str, problem: str, offset: int | None, **more: str) -> GgufRejectedError:
-        """An GgufRejectedError about this file."""
+        """Return an error about this file."""
         return GgufRejectedError(self.path, item, problem, offset=offset, **more)
 
 
 class Cursor:
-    """Walks a file through a window of at most `_WINDOW` bytes (more for one long string)."""
+    """A position in a file that advances through a window of at most `_WINDOW` bytes (more for one long string)."""
 
     def __init__(self, file: SourceBytes, at: int = 0) -> None:
         self.file = file
@@ -124,11 +124,11 @@ class Cursor:
 
     @property
     def remaining(self) -> int:
-        """Bytes from here to the end of the file."""
+        """Number of bytes from here to the end of the file."""
         return self.file.size - self.at
 
     def take(self, length: int, item: str) -> bytes:
-        """The next `length` bytes; the caller has bounded `length`."""
+        """Return the next `length` bytes; the caller has bounded `length`."""
         if length > self.remaining:
             raise self.file.reject(
                 item, f"{length} bytes expected, but the file ends after {max(self.remaining, 0)}", self.at
@@ -142,7 +142,7 @@ class Cursor:
         return self._window[first : first + length]
 
     def number(self, form: str, item: str) -> int:
-        """The next little-endian integer; `form` is the struct letter."""
+        """Return the next little-endian integer; `form` is the struct letter."""
         packed = _NUMBERS[form]
         value: int = packed.unpack(self.take(packed.size, item))[0]
         return value
@@ -157,13 +157,13 @@ class Cursor:
         return length
 
     def string(self, item: str, bound: int) -> str:
-        """The next string, of at most `bound` bytes."""
+        """Return the next string, of at most `bound` bytes."""
         length = self._string_length(item, bound)
         at = self.at
         return self.file.decoded(self.take(length, item), item, at)
 
     def strings(self, count: int, item: str, bound: int) -> list[str]:
-        """The next `count` strings, each of at most `bound` bytes; a tight loop, as in `skip_strings`."""
+        """Return the next `count` strings, each of at most `bound` bytes; a tight loop, as in `skip_strings`."""
         unpack, found = struct.Struct("<Q").unpack_from, list[str]()
         while len(found) < count:
             # This one fills the window, or reports what is wrong.
@@ -185,7 +185,7 @@ class Cursor:
         return found
 
     def skip(self, length: int, item: str) -> None:
-        """Steps over `length` bytes, which must be there."""
+        """Step over `length` bytes, which must be there."""
         if length > self.remaining:
             raise self.file.reject(
                 item, f"{length} bytes expected, but the file ends after {self.remaining}", self.at
@@ -193,7 +193,7 @@ class Cursor:
         self.at += length
 
     def skip_strings(self, count: int, item: str) -> None:
-        """Steps over `count` strings; a vocabulary has hundreds of thousands, hence the tight loop."""
+        """Step over `count` strings; a vocabulary has hundreds of thousands, hence the tight loop."""
         unpack, done = struct.Struct("<Q").unpack_from, 0
         while done < count:
             self.take(8, f"{item}[{done}]")  # fills the window from here on, or reports the end

@@ -35,6 +35,9 @@ _MIN_KEY_VALUE = 8 + 1 + 4 + 1
 _MIN_TENSOR = 8 + 1 + 4 + 4 + 8
 _DEFAULT_ALIGNMENT = 32
 
+ARCHITECTURE = "general.architecture"
+ALIGNMENT = "general.alignment"
+
 _LOOKS_LIKE = {
     b"vers": "a Git LFS pointer, not the file itself: fetch it with `git lfs pull`",
     b"FUGG": "a big-endian GGUF; only little-endian files are supported",
@@ -125,10 +128,10 @@ class GGUFFile(SourceBytes):
     @property
     def architecture(self) -> str:
         """`general.architecture`; "" if the file names none."""
-        return self.scalar("general.architecture", ValueType.STRING) or ""
+        return self.scalar(ARCHITECTURE, ValueType.STRING) or ""
 
     def value(self, key: str, default: Any = None) -> Any:
-        """The value of a key, read now: int, float, bool, str or a list of them; `default` if absent.
+        """Read the value of a key: int, float, bool, str or a list of them; `default` if absent.
 
         Raises:
             GgufRejectedError: a string in it is not UTF-8.
@@ -149,7 +152,7 @@ class GGUFFile(SourceBytes):
         return [bool(n) for n in numbers] if kv.element is ValueType.BOOL else list(numbers)
 
     def scalar(self, key: str, expected: ValueType) -> Any:
-        """The value of a key that must be of one type; None if absent.
+        """Read the value of a key that must be of one type; None if absent.
 
         Raises:
             GgufRejectedError: it is of another type; an array, say, is not even read.
@@ -162,14 +165,14 @@ class GGUFFile(SourceBytes):
         return self.value(key)
 
     def _checked_alignment(self) -> int:
-        alignment: int | None = self.scalar("general.alignment", ValueType.UINT32)
+        alignment: int | None = self.scalar(ALIGNMENT, ValueType.UINT32)
         if alignment is None:
             return _DEFAULT_ALIGNMENT
         if alignment.bit_count() != 1 or alignment > MAX_ALIGNMENT:
             raise self.reject(
-                "general.alignment",
+                ALIGNMENT,
                 f"expected a power of two up to {MAX_ALIGNMENT}, found {alignment}",
-                self.kv["general.alignment"].at,
+                self.kv[ALIGNMENT].at,
             )
         return alignment
 

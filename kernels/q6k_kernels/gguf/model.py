@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from q6k_kernels.errors import GgufRejectedError
-from q6k_kernels.gguf.file import INTEGERS, GGUFFile, KeyValue, ValueType
+from q6k_kernels.gguf.file import ALIGNMENT, INTEGERS, GGUFFile, KeyValue, ValueType
 from q6k_kernels.gguf.tensors import TensorRecord
 from q6k_kernels.text import listing
 
@@ -41,7 +41,7 @@ class GGUFModel:
                 self._keys.setdefault(key, (part, kv))
 
     def close(self) -> None:
-        """Closes every part."""
+        """Close every part."""
         for part in self.parts:
             part.close()
 
@@ -53,25 +53,25 @@ class GGUFModel:
 
     @property
     def size(self) -> int:
-        """Bytes of all parts together."""
+        """Size of all parts together in bytes."""
         return sum(part.size for part in self.parts)
 
     def tensors(self) -> Iterator[tuple[GGUFFile, TensorRecord]]:
-        """Every tensor with its file, in the order of their data."""
+        """Yield every tensor with its file, in the order of their data."""
         for part in self.parts:
             for record in part.tensors:
                 yield part, record
 
     def key_values(self) -> Iterator[tuple[GGUFFile, KeyValue]]:
-        """Every key once, with the first part that has it."""
+        """Yield every key once, with the first part that has it."""
         yield from self._keys.values()
 
     def value(self, key: str, default: Any = None) -> Any:
-        """The value of a key from the first part that has it; see `GGUFFile.value`."""
+        """Read the value of a key from the first part that has it; see `GGUFFile.value`."""
         return self._keys[key][0].value(key) if key in self._keys else default
 
     def is_tied(self) -> bool:
-        """Whether the head shares the token embedding: no `output.weight`, and not an encoder."""
+        """Check whether the head shares the token embedding: no `output.weight`, and not an encoder."""
         names = {record.name for _, record in self.tensors()}
         if "token_embd.weight" not in names or "output.weight" in names:
             return False
@@ -79,7 +79,7 @@ class GGUFModel:
         return part is None or kv is None or part.scalar(kv.key, ValueType.BOOL)
 
     def metadata(self) -> Iterator[bytes]:
-        """A GGUF of this model's key-value pairs, byte for byte, and no tensors; in pieces.
+        """Yield a GGUF of this model's key-value pairs, byte for byte, and no tensors; in pieces.
 
         Keys that only later parts have follow those of the first.
         """
@@ -95,14 +95,14 @@ class GGUFModel:
                 yield bytes(part.read(at, min(_PIECE, end - at)))
             length += end - start
         # Readers look for the data section even if it is empty.
-        stated = self._keys.get("general.alignment")
+        stated = self._keys.get(ALIGNMENT)
         padding = -(24 + length) % (stated[0].alignment if stated else first.alignment)
         for at in range(0, padding, _PIECE):
             yield bytes(min(_PIECE, padding - at))
 
 
 def open_gguf(path: str | Path) -> GGUFModel:
-    """Opens a GGUF file and, if it is a part of a split model, all other parts.
+    """Open a GGUF file and, if it is a part of a split model, all other parts.
 
     Raises:
         GgufRejectedError: a file breaks the format, or the parts do not make up one model.
@@ -137,7 +137,7 @@ def _split_number(file: GGUFFile, key: str, default: int) -> int:
 
 
 def _siblings(given: GGUFFile, count: int) -> list[Path]:
-    """The paths of all parts in order, from the directory's listing."""
+    """Return the paths of all parts in order, from the directory's listing."""
     match = _PART_NAME.fullmatch(given.path.name)
     number = _split_number(given, "split.no", 0) + 1
     if match is None or int(match["count"]) != count:
@@ -167,7 +167,7 @@ def _siblings(given: GGUFFile, count: int) -> list[Path]:
 
 
 def _check_parts(parts: list[GGUFFile], count: int) -> None:
-    """Raises GgufRejectedError unless the parts are each other's; lists all that are not."""
+    """Raise GgufRejectedError unless the parts belong to one model; it lists all that do not."""
     first, problems, owner, numbers = parts[0], list[str](), dict[str, GGUFFile](), dict[int, str]()
     keys = dict[str, tuple[GGUFFile, KeyValue]]()
     total = _split_number(first, "split.tensors.count", 0)
@@ -197,7 +197,7 @@ def _check_parts(parts: list[GGUFFile], count: int) -> None:
 
 
 def _differing_key(known: dict[str, tuple[GGUFFile, KeyValue]], part: GGUFFile) -> str | None:
-    """A key that this part and one before it give different bytes; else adds its keys to `known`."""
+    """Return a key to which this part and one before it give different bytes; else add its keys to `known`."""
     for key, kv in part.kv.items():
         # `split.no` is meant to differ.
         if key in known and key != "split.no" and not _same(*known[key], part, kv):

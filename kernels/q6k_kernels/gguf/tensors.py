@@ -44,13 +44,13 @@ class TensorRecord:
 
     @property
     def weights(self) -> int:
-        """The number of elements."""
+        """Number of elements."""
         block_weights, block_bytes = TYPE_SIZES[self.type]
         return self.nbytes // block_bytes * block_weights
 
 
 def read_tensors(cursor: Cursor, count: int, alignment: int) -> list[TensorRecord]:
-    """The tensors by position of their data, checked; the cursor stands at the first record."""
+    """Read and check the tensors, sorted by position of their data; the cursor stands at the first record."""
     file, records, seen = cursor.file, list[TensorRecord](), dict[str, int]()
     for index in range(count):
         record = _read_tensor(cursor, index)
@@ -67,7 +67,7 @@ def read_tensors(cursor: Cursor, count: int, alignment: int) -> list[TensorRecor
 
 
 def _read_tensor(cursor: Cursor, index: int) -> TensorRecord:
-    """One record, its offset still relative to the data section."""
+    """Read one record, its offset still relative to the data section."""
     file, start = cursor.file, cursor.at
     name = cursor.string(f"name of tensor {index}", MAX_NAME_BYTES)
     item = f"tensor {name!r}"
@@ -108,7 +108,7 @@ def _read_tensor(cursor: Cursor, index: int) -> TensorRecord:
 
 
 def _placed(file: SourceBytes, records: list[TensorRecord], data_offset: int, alignment: int) -> list[TensorRecord]:
-    """The records with absolute offsets, in file order of their data, none overlapping."""
+    """Return the records with absolute offsets, in file order of their data, none overlapping."""
     placed = list[TensorRecord]()
     for r in records:
         item = f"tensor {r.name!r}"
