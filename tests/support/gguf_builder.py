@@ -6,6 +6,7 @@ Shares no code with the reader under test.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,3 +178,17 @@ def small_model() -> Builder:
             key_value("tokenizer.ggml.add_bos_token", True),
         ],
     )
+
+
+def header(tensors: int, pairs: int, version: int = 3, magic: bytes = b"GGUF") -> bytes:
+    return magic + struct.pack("<IQQ", version, tensors, pairs)
+
+
+def record(name: str | bytes, dims: tuple[int, ...] = (8,), kind: int = F32, offset: int = 0) -> bytes:
+    """A tensor record; `dims` as in the file, fastest first."""
+    return Tensor(name, dims[::-1], kind, b"").record(offset)
+
+
+def tensors(*raw: bytes, data: int = 4096) -> Callable[[], bytes]:
+    """A file of these tensor records without key-value pairs, and zeros as data."""
+    return lambda: header(len(raw), 0) + b"".join(raw) + bytes(data)
