@@ -19,7 +19,7 @@ import xxhash
 from q6k_kernels.bundle.manifest import METADATA_NAME, Manifest, StoredTensor
 from q6k_kernels.bundle.structure import Entry, Finding, read_header
 from q6k_kernels.formats import planes
-from q6k_kernels.formats.blocks import BLOCK_BYTES, D_AT, QH_BYTES, QL_BYTES, SCALES_AT, decode
+from q6k_kernels.formats.blocks import BLOCK_BYTES, D_AT, SCALES_AT, decode
 from q6k_kernels.formats.ggml import GROUP, TYPE_SIZES
 from q6k_kernels.gguf.file import GGUFFile
 from q6k_kernels.gguf.model import GGUFModel, open_gguf

@@ -41,8 +41,8 @@ from rich.table import Table
 
 from q6k_convert.convert import repack
 from q6k_kernels.formats import planes
-from q6k_kernels.formats.types import Scales, row_of
 from q6k_kernels.formats.blocks import BLOCK_BYTES, D_AT, decode
+from q6k_kernels.formats.types import Scales, row_of
 
 Row = dict[str, Any]
 COLUMNS = 4096

@@ -16,8 +16,8 @@ from q6k_convert.convert import repack
 from q6k_convert.convert.repack import array_bytes, best_path, to_planes
 from q6k_convert.errors import EnvironmentMissingError
 from q6k_kernels.formats import planes
-from q6k_kernels.formats.types import Scales, row_of
 from q6k_kernels.formats.blocks import BLOCK_BYTES, decode
+from q6k_kernels.formats.types import Scales, row_of
 
 Bytes = npt.NDArray[np.uint8]
 Q6_K = gguf.GGMLQuantizationType.Q6_K

@@ -85,9 +85,7 @@ def test_a_forced_plan_is_taken_or_refused() -> None:
     plan = decode_plan.plan(4, 4096, 4096, BF16, H200, (2, choice))
     assert (plan.warps, plan.stages, plan.occupancy, plan.cluster) == (8, 2, 2, 2)
     assert (plan.fused, plan.early, plan.ranges * plan.cluster) == (True, False, 132)
-    assert (
-        decode_plan.plan(8, 4096, 21504, BF16, H200, (1, decode_plan.Choice.of((16, 3, 1), fused=False))) is None
-    )
+    assert decode_plan.plan(8, 4096, 21504, BF16, H200, (1, decode_plan.Choice.of((16, 3, 1), fused=False))) is None
 
 
 def test_activations_too_long_for_shared_memory_are_an_error() -> None:

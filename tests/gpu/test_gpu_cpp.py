@@ -92,9 +92,13 @@ def test_rows_that_lie_anywhere() -> None:
         right = OPS.linear(x, w.tiles, None, n, w.format, formula)
         for other in others:
             fp64.assert_same_bits(OPS.linear(other.copy_(x), w.tiles, None, n, w.format, formula), right)
-        fp64.assert_same_bits(OPS.linear(x.transpose(0, 1), w.tiles, None, n, w.format, formula), right.transpose(0, 1))
+        fp64.assert_same_bits(
+            OPS.linear(x.transpose(0, 1), w.tiles, None, n, w.format, formula), right.transpose(0, 1)
+        )
         fp64.assert_same_bits(OPS.linear(x[:, 1:4], w.tiles, None, n, w.format, formula), right[:, 1:4])
-        fp64.assert_same_bits(OPS.linear(x[:1].expand_as(x), w.tiles, None, n, w.format, formula), right[:1].expand_as(right))
+        fp64.assert_same_bits(
+            OPS.linear(x[:1].expand_as(x), w.tiles, None, n, w.format, formula), right[:1].expand_as(right)
+        )
         fp64.assert_same_bits(OPS.linear(x[0, 0], w.tiles, None, n, w.format, formula), right[0, 0])
         assert OPS.linear(x[:, :0], w.tiles, None, n, w.format, formula).shape == (4, 0, n)
 
@@ -209,7 +213,9 @@ def test_many_threads() -> None:
 
     def run() -> None:
         with torch.inference_mode():
-            found.extend((m, OPS.linear(x[:m], w.tiles, None, w.n, w.format, "auto")) for _ in range(20) for m in (1, 8, 40))
+            found.extend(
+                (m, OPS.linear(x[:m], w.tiles, None, w.n, w.format, "auto")) for _ in range(20) for m in (1, 8, 40)
+            )
 
     threads = [threading.Thread(target=run) for _ in range(8)]
     for thread in threads:

@@ -43,7 +43,9 @@ def test_pack_is_that_of_the_cpu(kind: str, shape: tuple[int, int], scales: str)
     fp64.assert_same_bits(tiles, expected, f"{kind} {shape}")
     assert tiles.is_contiguous()
     assert tiles.data_ptr() % 16 == 0
-    fp64.assert_same_bits(poisoned_call(torch.ops.q6k.pack, [*map(unaligned, w.planes)], w.format), expected, "unaligned")
+    fp64.assert_same_bits(
+        poisoned_call(torch.ops.q6k.pack, [*map(unaligned, w.planes)], w.format), expected, "unaligned"
+    )
 
 
 @pytest.mark.parametrize("scales", ["bf16", "exact"])

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 BLOCK_BYTES = TYPE_SIZES[GGMLType.Q6_K][1]
-QL_BYTES, QH_BYTES = 128, 64
-"""Bytes of a block's low nibbles and high pairs, here and as planes."""
 SCALES_AT, D_AT = 192, 208
 """Where in a block the sub-scales and d lie."""
 
