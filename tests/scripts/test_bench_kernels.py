@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 import bench_kernels
 import bench_kernels_rows as rows_of
 import kernel_timing
+import packed
 
 RESULTS = Path(__file__).parents[2] / "kernels" / "results"
 
@@ -63,18 +64,6 @@ SMALL = ((32, 256), (16, 512))
 ALL = {"quick": False, "only": re.compile(""), "modes": ["auto", "int8", "bf16"], "scales": ["bf16", "exact"]}
 
 
-def tiles_of(n: int, k: int, scales: str) -> Any:
-    """On the CPU, all weights alike, but not all codes."""
-    from q6k_kernels.formats import tiles as prepack
-
-    ql, qh = (torch.full((n, k // by), byte, dtype=torch.uint8) for by, byte in ((2, 0x53), (4, 0x1B)))
-    if scales == "exact":
-        return prepack.pack(
-            ql, qh, torch.full((n, k // 16), 3, dtype=torch.int8), torch.full((n, k // 256), 0.01).half()
-        )
-    return packed.tiles_of(ql, qh, torch.full((n, k // 16), 0.03).bfloat16())
-
-
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """A whole run on two small shapes, without a GPU: what it times is in `log`; cuBLAS takes 4 us, the rest 2."""
@@ -95,8 +84,8 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         return call().nbytes, 1_000_000
 
     for name, instead in {
-        "random_tiles": tiles_of,
-        "dense": lambda tiles, n: torch.ops.q6k.dequantize(tiles, n, torch.bfloat16),
+        "random_weight": lambda n, k, scales: packed.weight((n, k), scales),
+        "dense": lambda weight: weight.dequantize(torch.bfloat16),
         "rotated": lambda tensor: [tensor, tensor.clone()],
         "scratch_bytes": scratch,
         "time_calls": timed,
@@ -142,7 +131,9 @@ def test_a_run_reports_every_row(bench: Any, tmp_path: Path, capsys: pytest.Capt
 
 def test_a_wrong_output_fails_its_rows_and_no_others(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     right = kernel_timing.dense
-    monkeypatch.setattr(kernel_timing, "dense", lambda tiles, n: right(tiles, n) * (1.1 if n == 32 else 1))
+    monkeypatch.setattr(
+        kernel_timing, "dense", lambda weight: right(weight) * (1.1 if weight.shape[0] == 32 else 1)
+    )
     bench.run()
     for r in bench.report["linear"]:
         assert ("failed" in r) == ("us" not in r) == (r["n"] == 32)
