@@ -1,6 +1,7 @@
-"""Device code to cubins with NVRTC, the run-time compiler that comes with torch. Needs no GPU and no toolkit.
+"""Compile device code to cubins with NVRTC, the run-time compiler that comes with torch.
 
-Which NVRTC: the one `cuda-bindings` finds, which torch requires in the version that fits its own CUDA.
+This needs no GPU and no CUDA toolkit. NVRTC is the one that `cuda-bindings` finds: torch requires both in the
+version that fits its own CUDA.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from q6k_kernels.errors import CompileFailedError, CompilerMissingError, GpuTooO
 SOURCES = Path(__file__).parents[1] / "cuda"
 """Device code, free of #include."""
 PREAMBLE = "common.cuh"
-"""What every other file builds on: compiled in front of it."""
+"""File that is compiled in front of every other."""
 FOUNDATIONS = {
     "decode.cuh": ("quantize.cuh",),
     "step.cuh": ("quantize.cuh",),
     "attend.cuh": ("quantize.cuh", "heads.cuh"),
     "gemm_wgmma.cuh": ("wgmma.cuh",),
 }
-"""What some files build on besides, compiled between the two."""
+"""Further files that some build on, compiled between the two."""
 OLDEST_GPU = (8, 0)
 """The first compute capability with bf16 tensor cores and asynchronous copies."""
 Defines = tuple[tuple[str, int], ...]
-"""Macros that specialise a kernel: name and value."""
+"""Macros that specialise a kernel: their names and values."""
 
 _INSTALL = "A torch for CUDA brings it along; else `pip install cuda-bindings nvidia-cuda-nvrtc`."
 _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
@@ -39,7 +40,14 @@ _FUNCTION = re.compile(
 
 @dataclass(frozen=True)
 class Resources:
-    """What a thread of a kernel takes; bytes but for `registers`, shared memory by block, static only."""
+    """Resources that a kernel needs.
+
+    Attributes:
+        registers: of a thread.
+        stack_bytes: of a thread.
+        spill_bytes: what a thread spills from registers to memory.
+        shared_bytes: static shared memory of a block.
+    """
 
     registers: int
     stack_bytes: int
@@ -48,12 +56,12 @@ class Resources:
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """What kernels for a compute capability are compiled for.
+    """Return the architecture that kernels for a compute capability are compiled for.
 
-    A GPU's own, not a family's oldest; on Hopper with the features that only sm_90a has (wgmma, setmaxnreg).
+    It is the GPU's own, not the oldest of its family; on Hopper sm_90a, which alone has wgmma and setmaxnreg.
 
     Raises:
-        GpuTooOldError: it is below `OLDEST_GPU`.
+        GpuTooOldError: the compute capability is below `OLDEST_GPU`.
     """
     major, minor = capability
     if capability < OLDEST_GPU:
@@ -65,12 +73,12 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def files_of(file: str) -> tuple[str, ...]:
-    """The files of a translation unit, in order."""
+    """List the files of a translation unit, in order."""
     return tuple(dict.fromkeys((PREAMBLE, *FOUNDATIONS.get(file, ()), file)))
 
 
 def source_text(file: str, sources: Path = SOURCES) -> str:
-    """The translation unit of one file: what it builds on and it, with the lines numbered as in the files.
+    """Join a file and those it builds on into one translation unit, lines numbered as in the files.
 
     Raises:
         SourceMissingError: one of them cannot be read.
@@ -87,10 +95,10 @@ def source_text(file: str, sources: Path = SOURCES) -> str:
 
 
 def options(defines: Defines, arch: str) -> tuple[str, ...]:
-    """What NVRTC, and nvcc as well, is told. The last makes the log say what `resources` reads.
+    """Return the options for NVRTC, which nvcc takes as well; the last makes the log say what `resources` reads.
 
     Raises:
-        ValueError: a macro's name is none.
+        ValueError: the name of a macro is not an identifier.
     """
     for name, _ in defines:
         if not name.isidentifier():
@@ -110,10 +118,10 @@ def _nvrtc() -> Any:
 
 @cache
 def version() -> tuple[int, int]:
-    """NVRTC's, (major, minor).
+    """Return the version of NVRTC, (major, minor).
 
     Raises:
-        CompilerMissingError: there is none, or it does not load.
+        CompilerMissingError: there is no NVRTC, or it does not load.
     """
     try:
         code, major, minor = _nvrtc().nvrtcVersion()
@@ -128,7 +136,7 @@ def version() -> tuple[int, int]:
 
 @cache
 def library_path() -> Path:
-    """The file NVRTC was loaded from. Raises like `version`."""
+    """Return the file that NVRTC was loaded from. Raises like `version`."""
     version()
     from cuda.pathfinder import load_nvidia_dynamic_lib
 
@@ -137,7 +145,9 @@ def library_path() -> Path:
 
 @cache
 def identity() -> str:
-    """Tells compilers apart whose cubins may differ: version, and size, as patches keep the version.
+    """Name the compiler so that those whose cubins may differ have other names: by version and size of the file.
+
+    The size is there because patch releases keep the version.
 
     Raises like `version`.
     """
@@ -146,7 +156,7 @@ def identity() -> str:
 
 
 def compile_cubin(source: str, name: str, arguments: tuple[str, ...]) -> tuple[bytes, str]:
-    """One translation unit.
+    """Compile one translation unit.
 
     Args:
         source: its text.
@@ -154,11 +164,11 @@ def compile_cubin(source: str, name: str, arguments: tuple[str, ...]) -> tuple[b
         arguments: from `options`.
 
     Returns:
-        The cubin, and the log: warnings and what each kernel takes.
+        The cubin, and the log: warnings and the resources of each kernel.
 
     Raises:
         CompilerMissingError: there is no NVRTC, or it does not know the architecture.
-        CompileFailedError: it refused the source; the text holds the first error, `log` all.
+        CompileFailedError: NVRTC refused the source; the text holds the first error, `log` all.
     """
     version()
     nvrtc = _nvrtc()
@@ -183,13 +193,13 @@ def compile_cubin(source: str, name: str, arguments: tuple[str, ...]) -> tuple[b
 
 
 def resources(log: str) -> dict[str, Resources]:
-    """What each kernel takes, by name, as the log of NVRTC or nvcc with --ptxas-options=-v says.
+    """Read the resources of each kernel, by name, from the log of NVRTC or nvcc with --ptxas-options=-v.
 
-    What functions that are called, not inlined, spill is counted for every kernel: the log does not say whose
-    they are.
+    Spills of functions that are called, not inlined, are added to every kernel: the log does not say which
+    kernels call them.
 
     Raises:
-        ValueError: the log does not say it of a kernel that it names.
+        ValueError: the log names a kernel without its resources.
     """
     entries = dict.fromkeys(_ENTRY.findall(log))
     called, found = 0, dict[str, tuple[int, ...]]()

@@ -1,13 +1,13 @@
 """Compiled kernels on disk, so that only the first run of a version on a machine compiles.
 
-A directory of files named by the SHA-256 of all that makes a cubin: the format below, the compiler, its
+A directory of files named by the SHA-256 of all that determines a cubin: the format below, the compiler, its
 options (architecture and macros included) and the source. An entry is
 
     16 bytes   "q6k cubin 1", a line feed, zeros
     32 bytes   SHA-256 of the rest
     the cubin
 
-written under another name and renamed, so that processes never see half of one. What does not hold to this
+written under another name and renamed, so that processes never see half of one. An entry that breaks this format
 is not loaded: it is compiled and written again. A cache that cannot be used costs time and a warning.
 """
 
@@ -34,14 +34,14 @@ class CacheWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Contents:
-    """What a cache directory holds."""
+    """Number of entries in a cache directory, and their size in bytes."""
 
     entries: int
     bytes: int
 
 
 def directory() -> Path:
-    """`$Q6K_KERNELS_CACHE`, or q6k-kernels in `$XDG_CACHE_HOME` or ~/.cache. It need not exist."""
+    """Return `$Q6K_KERNELS_CACHE`, or q6k-kernels in `$XDG_CACHE_HOME` or ~/.cache; it need not exist."""
     if chosen := os.environ.get(VARIABLE):
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME", "")
@@ -50,7 +50,7 @@ def directory() -> Path:
 
 
 def key(*parts: str) -> str:
-    """The name of the entry made from `parts`: compiler, options, source."""
+    """Name the entry made from `parts`: compiler, options, source."""
     digest = hashlib.sha256(MAGIC)
     for part in parts:
         raw = part.encode()
@@ -59,7 +59,7 @@ def key(*parts: str) -> str:
 
 
 def fetch(name: str, make: Callable[[], bytes]) -> bytes:
-    """The entry of that name; `make()`, kept for the next time, if there is none or it is damaged."""
+    """Return the entry of that name; if there is none or it is damaged, store and return `make()`."""
     try:
         path = directory() / f"{name}{SUFFIX}"
         entry = path.read_bytes()
@@ -81,7 +81,7 @@ def fetch(name: str, make: Callable[[], bytes]) -> bytes:
 
 
 def contents() -> Contents:
-    """How much is in it; nothing if it is not there. Raises OSError if it cannot be read."""
+    """Count the entries; a directory that does not exist has none. Raises OSError if it cannot be read."""
     sizes = []
     for path in directory().glob(f"*{SUFFIX}"):
         with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
@@ -90,7 +90,7 @@ def contents() -> Contents:
 
 
 def probe() -> None:
-    """Writes a file there and removes it. Raises OSError if that cannot be done."""
+    """Write a file to the cache and remove it. Raises OSError if that fails."""
     folder = directory()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:

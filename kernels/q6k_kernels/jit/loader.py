@@ -1,6 +1,6 @@
-"""Kernels compiled when they are first needed, for the GPU at hand, and launched with little ado.
+"""Load kernels, which are compiled for the GPU at hand when they are first needed, and launch them.
 
-`load` gives a kernel: from memory, else from the disk cache, else compiled (see `compiler`, `cubin_cache`,
+`load` takes a kernel from memory, else from the disk cache, else compiles it (see `compiler`, `cubin_cache`,
 `driver`). It may be called from any thread, for any GPU, and while a CUDA graph is captured. Where there is
 no disk cache hit it takes some tenths of a second; `Kernel.launch` takes a few microseconds.
 """
@@ -18,7 +18,7 @@ from q6k_kernels.jit import compiler, cubin_cache, driver
 from q6k_kernels.jit.compiler import SOURCES, Defines
 
 SHARED_BYTES = 48 << 10
-"""Shared memory of a block, static and dynamic, that needs no permission."""
+"""Shared memory that a block may have without permission, static and dynamic together."""
 PORTABLE_CLUSTER = 8
 """The largest cluster that every GPU with clusters can run."""
 ERRORS_OF_IMAGES = {
@@ -31,11 +31,11 @@ ERRORS_OF_IMAGES = {
 
 
 class _Launches(threading.local):
-    """What the launches of one thread are described in, made once: filling it in is cheaper.
+    """Descriptions of launches, those of each thread apart: made once, as filling them in is cheaper.
 
     Attributes:
-        size: of the parameters, bytes.
-        extra: cuLaunchKernelEx's array that hands over a packed buffer of parameters, its second item.
+        size: bytes of the parameters.
+        extra: the array that tells cuLaunchKernelEx the packed parameters, item 1, and the address of `size`.
         configs: a CUlaunchConfig with its attributes, by the blocks of a cluster and `dependent`.
     """
 
@@ -54,7 +54,7 @@ class _Launches(threading.local):
 
 
 def _config(cluster: int, dependent: bool) -> Any:
-    """Make a CUlaunchConfig with the attributes for clusters of so many blocks, and for a dependent launch."""
+    """Make a CUlaunchConfig with the attributes of a launch in clusters of so many blocks, dependent or not."""
     cuda, attributes = driver.bindings(), list[Any]()
     if cluster > 1:
         attributes.append(clustered := cuda.CUlaunchAttribute())
@@ -73,7 +73,7 @@ def _config(cluster: int, dependent: bool) -> Any:
 
 @cache
 def _launches() -> _Launches:
-    """Return the calling thread's descriptions: made late, as the bindings take a while to import."""
+    """Make the descriptions with the first kernel and not at import, as the bindings take a while to import."""
     return _Launches()
 
 
@@ -81,9 +81,9 @@ class Kernel:
     """A kernel on one GPU.
 
     Attributes:
-        name: its own.
-        device: the GPU's ordinal.
-        registers: of a thread.
+        name: name of the function.
+        device: ordinal of the GPU.
+        registers: registers of a thread.
         local_bytes: local memory of a thread: its stack and what spilled from registers.
         shared_bytes: static shared memory of a block.
     """
@@ -115,20 +115,20 @@ class Kernel:
         cluster: int = 1,
         dependent: bool = False,
     ) -> None:
-        """Puts a launch into a stream of the kernel's GPU, whichever GPU is current.
+        """Put a launch into a stream of the kernel's GPU, whichever GPU is current.
 
         Args:
             grid: blocks in x, y, z.
-            threads: of a block.
+            threads: threads of a block.
             arguments: the kernel's parameters, packed with their natural alignment.
             stream: a CUstream, as `torch.cuda.current_stream().cuda_stream` has it.
             shared_bytes: dynamic shared memory of a block.
             cluster: blocks of a cluster, in x; `grid[0]` is a multiple of it.
-            dependent: whether it may start while the kernel before it in the stream still runs; it has to
-                wait with griddepcontrol.wait before it touches what that one makes (sm_90 and later).
+            dependent: whether the kernel may start while the one before it in the stream still runs; it has to
+                execute griddepcontrol.wait before it touches what that one writes (sm_90 and later).
 
         Raises:
-            DriverCallError: the driver refuses it, or an earlier kernel had failed.
+            DriverCallError: the driver refuses the launch, or an earlier kernel had failed.
         """
         if shared_bytes > self._most_shared or cluster > self._most_cluster:
             self._permit(shared_bytes, cluster)
@@ -175,13 +175,13 @@ _kernels: dict[tuple[object, ...], Kernel] = {}
 
 
 def load(file: str, kernel: str, defines: Defines, device: int, *, sources: Path = SOURCES) -> Kernel:
-    """A kernel, ready to be launched on a GPU.
+    """Return a kernel, ready to be launched on a GPU.
 
     Args:
-        file: the file that holds it, as `decode.cuh`, in `sources`.
-        kernel: its name, `extern "C" __global__`.
+        file: the file in `sources` that holds the kernel, as "decode.cuh".
+        kernel: name of the function, which is `extern "C" __global__`.
         defines: macros that specialise the file.
-        device: the GPU's ordinal.
+        device: ordinal of the GPU.
         sources: the folder with `common.cuh` and `file`.
 
     Raises:
@@ -201,7 +201,7 @@ def load(file: str, kernel: str, defines: Defines, device: int, *, sources: Path
 
 
 def cubin(file: str, defines: Defines, arch: str, sources: Path = SOURCES) -> bytes:
-    """The compiled file, from the disk cache if it is there. Needs no GPU.
+    """Return the cubin of a file, from the disk cache if it is there. Needs no GPU.
 
     Raises:
         CompilerMissingError, CompileFailedError, SourceMissingError: see `compiler.compile_cubin`.
