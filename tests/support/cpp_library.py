@@ -21,10 +21,12 @@ from q6k_convert.machine import build_ops
 from q6k_kernels.cpp import units
 from q6k_kernels.cuda import decode, decode_plan, gemm_mma, gemm_wgmma
 from q6k_kernels.cuda import device as launching
+from q6k_kernels.formats.types import WEIGHT_TYPES
 from q6k_kernels.jit import compiler, cubin_cache
 
 PACKAGE = Path(compiler.__file__).parents[1]
 H200 = launching.Device(0, 90, 132, 227 << 10, 228 << 10)
+A100 = launching.Device(0, 80, 108, 163 << 10, 164 << 10)
 DECODE, WGMMA, MMA = 0, 1, 2
 KEPT_SECONDS = 7 * 86400
 
@@ -40,6 +42,16 @@ class Product:
     exact: bool
     fp16: bool
 
+    @property
+    def format(self) -> str:
+        """The weight type."""
+        return "q6_k_exact" if self.exact else "q6_k"
+
+    @property
+    def device(self) -> launching.Device:
+        """A GPU that has the kernel."""
+        return A100 if self.kind == MMA else H200
+
 
 PRODUCTS = [
     *(Product(DECODE, m, 4096, 4096, exact, False) for m, exact in itertools.product((1, 2, 4, 8), (False, True))),
@@ -54,17 +66,18 @@ PRODUCTS = [
 def _kernels(product: Product) -> Iterator[launching.Variant]:
     """What Python launches of it."""
     m, n, k, exact, fp16 = product.m, product.n, product.k, product.exact, product.fp16
+    device = product.device
     if product.kind == WGMMA:
-        yield gemm_wgmma._variant(gemm_wgmma.plan(m, n, k, H200).config, exact, fp16)
+        yield gemm_wgmma._variant(gemm_wgmma.plan(m, n, k, device).config, exact, fp16)
     elif product.kind == MMA:
-        plan = gemm_mma.plan(m, n, k, exact, H200)
+        plan = gemm_mma.plan(m, n, k, exact, device)
         yield gemm_mma._variant((plan.tokens, plan.parts), plan.slots, exact, fp16)
     else:
         for rows in {min(m, 8), (m - 1) % 8 + 1}:
-            chosen = decode_plan.plan(rows, n, k, exact, H200)
+            chosen = decode_plan.plan(rows, n, k, WEIGHT_TYPES[product.format], device)
             while chosen is None:
                 rows //= 2
-                chosen = decode_plan.plan(rows, n, k, exact, H200)
+                chosen = decode_plan.plan(rows, n, k, WEIGHT_TYPES[product.format], device)
             yield decode._variant(chosen.kernel, chosen.cluster > 1, exact, fp16)
 
 
@@ -76,12 +89,14 @@ def missing_tools() -> str | None:
 
 @cache
 def library() -> Path:
-    """The library, built if none of the same sources is there; it has the kernels of PRODUCTS, for sm_90a."""
+    """The library, built if none of the same sources is there; it has the kernels of PRODUCTS for their GPUs."""
     if (reason := missing_tools()) is not None:
         pytest.skip(reason)
     import torch
 
-    names = sorted({units.name_of((90, file, macros)) for p in PRODUCTS for file, _, macros in _kernels(p)})
+    names = sorted(
+        {units.name_of((p.device.arch, file, macros)) for p in PRODUCTS for file, _, macros in _kernels(p)}
+    )
     only = f"^({'|'.join(names)})$"
     digest = hashlib.sha256(f"{only} {torch.__version__} {build_ops.find_tools()}".encode())
     for path in sorted(
@@ -107,7 +122,7 @@ def library() -> Path:
             if time.time() - old.stat().st_mtime > KEPT_SECONDS:
                 shutil.rmtree(old, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=kept, ignore_cleanup_errors=True) as made:
-            build_ops.build(Path(made), [90], None, print, only)
+            build_ops.build(Path(made), [80, 90], None, print, only)
             with contextlib.suppress(OSError):  # another process was faster
                 Path(made).rename(folder)
     return folder / build_ops.LIBRARY

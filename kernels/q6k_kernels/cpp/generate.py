@@ -61,7 +61,8 @@ def tables() -> str:
         "DECODE_M": dispatch.DECODE_M,
         "PREFILL_M": dispatch.PREFILL_M,
         "MOST_TOKENS": decode_plan.MOST_TOKENS,
-        "FUSED_TOKENS": decode_plan.FUSED_TOKENS,
+        "CLUSTER_ARCH": decode_plan.CLUSTER_ARCH,
+        "LARGE_SHARED": decode_plan.LARGE_SHARED,
         "MOST_WAVES": decode_plan.MOST_WAVES,
         "QUANTIZE_THREADS": decode.QUANTIZE_THREADS,
         "WGMMA_ARCH": gemm_wgmma.ARCH,
@@ -89,13 +90,34 @@ def tables() -> str:
         *weight_types(),
         f"constexpr int64_t TOKENS[] = {_list(decode_plan.TOKENS)};",
         f"constexpr int64_t CLUSTERS[] = {_list(decode_plan.CLUSTERS)};",
-        f"constexpr int64_t SHAPES[][3] = {_list(map(_list, decode_plan.SHAPES))};",
+        f"constexpr int64_t SMALL[][3] = {_list(map(_list, decode_plan.SMALL))};",
+        *_decode_rows(),
         f"constexpr int64_t WGMMA_CONFIGS[][6] = {_list(map(_list, configs))};",
         f"constexpr int64_t MMA_CONFIGS[][2] = {_list(map(_list, gemm_mma.CONFIGS))};",
         f"constexpr int64_t SMALL_SHARED[] = {_list(gemm_mma.SMALL_SHARED)};",
         "}  // namespace q6k",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _decode_rows() -> list[str]:
+    """Return the lines of `decode_plan.ROWS`."""
+    bits = {name: 1 << at for at, name in enumerate(types.WEIGHT_TYPES)}
+    most = max(len(row.shapes) for row in decode_plan.ROWS)
+    rows = []
+    for row in decode_plan.ROWS:
+        sizes = sum(map(bits.__getitem__, row.formats)), sum(row.tokens), row.k, row.tiles
+        how = int(row.fused), int(row.early), row.resident, len(row.shapes), _list(map(_list, row.shapes))
+        rows.append(f"    {_list((*sizes, *how))},")
+    return [
+        "// `decode_plan.Row`; formats, of which WEIGHT_TYPES has the order, and tokens are sums of bits.",
+        "struct DecodeRow {",
+        f"  int64_t formats, tokens, k, tiles, fused, early, resident, count, shapes[{most}][3];",
+        "};",
+        "constexpr DecodeRow DECODE_ROWS[] = {",
+        *rows,
+        "};",
+    ]
 
 
 def assembly(names: Iterable[str], folder: Path) -> str:

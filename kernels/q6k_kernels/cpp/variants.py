@@ -50,8 +50,7 @@ def all_variants(arch: int) -> list[Variant]:
     device = device_like(arch)
     return [
         *decode.variants(device),
-        *gemm_wgmma.variants(device),
-        *gemm_mma.variants(arch),
+        *(gemm_wgmma.variants(device) or gemm_mma.variants(arch)),
         *rows.variants(arch),
         *step_cuda.variants(device),
     ]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from q6k_kernels.cuda.decode_plan import FUSED_TOKENS, MOST_TOKENS, SHAPES, TOKENS, Plan, activation_bytes, plan
+from q6k_kernels.cuda.decode_kernels import reached
+from q6k_kernels.cuda.decode_plan import MOST_TOKENS, Kernel, Plan, activation_bytes, plan
 from q6k_kernels.cuda.device import Device, Variant, bias_arguments, common_macros, stream
 from q6k_kernels.formats.ggml import SUPER_BLOCK
 from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType
@@ -154,18 +155,16 @@ def _variant_of(chosen: Plan, row: WeightType, dtype: torch.dtype) -> Variant:
 
 
 @cache
-def _variant(kernel: tuple[int, bool, int, int, int], split: bool, row: WeightType, fp16: bool) -> Variant:
+def _variant(kernel: Kernel, split: bool, row: WeightType, fp16: bool) -> Variant:
     names = ("Q6K_TOKENS", "Q6K_FUSED", "Q6K_WARPS", "Q6K_STAGES", "Q6K_OCCUPANCY", "Q6K_SPLIT")
     macros = zip(names, map(int, (*kernel, split)), strict=True)
     return FILE, KERNEL, (*common_macros(row, fp16), *macros)
 
 
 def variants(device: Device) -> list[Variant]:
-    """All that `linear` may load on a GPU."""
-    splits = (False, True) if device.arch >= 90 else (False,)
-    shapes = SHAPES if device.shared_bytes >= 160 << 10 else ((8, 2, 1),)
-    kinds = [(t, fused) for t, fused in product(TOKENS, (False, True)) if not fused or t <= FUSED_TOKENS]
+    """Return all that `linear` and `linear_of_codes` load on a GPU for some size."""
     return [
-        _variant((*kind, *shape), split, row, fp16)
-        for kind, shape, split, row, fp16 in product(kinds, shapes, splits, WEIGHT_TYPES.values(), (False, True))
+        _variant(kernel, split, row, fp16)
+        for row, fp16 in product(WEIGHT_TYPES.values(), (False, True))
+        for kernel, split in reached(row, device)
     ]

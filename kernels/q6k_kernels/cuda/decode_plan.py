@@ -1,10 +1,13 @@
 """How products of up to 8 rows of activations are launched: chosen from sizes alone, so it can be tested anywhere.
 
-What decides it:
+`ROWS` is the choice; `plan` takes its first row for a size and then the first of the row's shapes that fits:
 
 1. A block's shared memory holds a ring of tiles for each warp, the activations of its part of K and the sums
    of row tiles that several warps share. More tokens than fit are done in several launches.
-2. With clusters (sm_90 and later) blocks may split K, so that long rows of activations fit.
+2. With clusters (sm_90 and later) blocks may split K, so that long rows of activations fit. K is split over no more
+   blocks than it takes.
+
+The C++ library chooses from the same rows, and `decode_kernels` derives from them which kernels there are.
 """
 
 from __future__ import annotations
@@ -22,6 +25,25 @@ TOKENS = (1, 2, 4, 8)
 FUSED_TOKENS = 4
 """Rows of activations up to which it may pay that every block quantises them for itself."""
 CLUSTERS = (1, 2, 4, 8)
+CLUSTER_ARCH = 90
+"""The least compute capability that has clusters."""
+MOST_WAVES = 4
+"""Rounds of blocks: each quantises or copies the activations again, so where sums need more, K is split further."""
+
+
+Shape = tuple[int, int, int]
+"""Warps, stages and occupancy that the kernel is compiled for. Two blocks a multiprocessor overlap with the
+launches before and after, worth most where a launch is short; one larger block sums fewer parts."""
+TWO: tuple[Shape, ...] = ((8, 3, 2), (8, 2, 2))
+LARGE: tuple[Shape, ...] = ((16, 3, 1), (16, 2, 1))
+SMALL: tuple[Shape, ...] = ((8, 2, 1),)
+SHAPES = TWO + LARGE + SMALL
+LARGE_SHARED = 160 << 10
+"""Bytes of a block's shared memory from which clusters are all that long activations need. With less, or without
+clusters, `SMALL` is tried after a row's shapes: its rings leave the most room."""
+
+Kernel = tuple[int, bool, int, int, int]
+"""What the kernel is compiled for: tokens, fused, warps, stages, occupancy."""
 
 
 @dataclass(frozen=True)
@@ -51,70 +73,95 @@ class Plan:
     shared_bytes: int
 
     @property
-    def kernel(self) -> tuple[int, bool, int, int, int]:
-        """What the kernel is compiled for: tokens, fused, warps, stages, occupancy."""
+    def kernel(self) -> Kernel:
+        """What the kernel is compiled for."""
         return self.tokens, self.fused, self.warps, self.stages, self.occupancy
-
-
-SHAPES = ((8, 3, 2), (8, 2, 2), (16, 3, 1), (16, 2, 1), (8, 2, 1))
-"""Warps, stages and occupancy that the kernel is compiled for. Two blocks a multiprocessor overlap with the
-launches before and after, worth most where a launch is short; one larger block sums fewer parts."""
-MOST_WAVES = 4
-"""Rounds of blocks: each quantises or copies the activations again, so where sums need more, K is split further."""
 
 
 @dataclass(frozen=True)
 class Choice:
     """A way to launch that is tried, if it fits: its shape, and what `Plan` says of the rest."""
 
-    shape: tuple[int, int, int]
+    shape: Shape
     fused: bool
     early: bool
     resident: int
 
     @classmethod
-    def of(cls, shape: tuple[int, int, int], fused: bool, early: bool = True, resident: int = 0) -> Choice:
-        """`resident` blocks a multiprocessor; by default as many as fit."""
-        return cls(shape, fused, early or not fused, resident or shape[2])
+    def of(cls, shape: Shape, fused: bool, early: bool = True, resident: int = 2) -> Choice:
+        """Return a way to launch with at most `resident` blocks a multiprocessor, as far as the shape has them."""
+        return cls(shape, fused, early or not fused, min(resident, shape[2]))
 
 
-def choices(tokens: int, k: int, tiles: float, exact: bool, device: Device) -> list[Choice]:
-    """Ways to launch, the best first: fitted to measurements on an H200, see kernels/NOTES.md.
+@dataclass(frozen=True)
+class Row:
+    """Sizes, and the ways to launch them, the best first.
 
-    Args:
+    Attributes:
+        formats: weight types.
         tokens: rows of activations the kernel is compiled for.
-        k: columns.
-        tiles: of weights, for each multiprocessor.
-        row: the weight type.
-        device: what the GPU offers.
+        k: columns, at most.
+        tiles: tiles of weights a multiprocessor, rounded up, at most.
+        fused: as in `Plan`.
+        early: as in `Plan`.
+        shapes: tried in this order.
+        resident: blocks on a multiprocessor, at most.
     """
-    # Activations that come after a full ring of tiles wait for it: where a launch is short, or activations are
-    # long, blocks that quantise them ask for them first.
-    short = 10 < tiles <= 48
-    fused = tokens <= 2 and k < 16384 and (k <= 4096 or tiles <= 48 or (tokens == 2 and k > 8192))
-    fused = fused or (2 < tokens <= FUSED_TOKENS and k <= 4096 and tiles > 10)
-    early = not short and k <= 8192 and tokens <= 2
-    if device.shared_bytes < 160 << 10:
-        return [Choice.of((8, 2, 1), fused, early)]
-    two = [Choice.of(shape, fused, early, int(fused)) for shape in SHAPES if shape[2] == 2]
-    large = [Choice.of(shape, fused, early) for shape in SHAPES if shape[0] == 16]
-    if device.arch < 90:  # no clusters to split long activations over: smaller rings make room
-        large.append(Choice.of((8, 2, 1), fused, early))
-    if tokens == 1 and not fused:
-        return [Choice.of((8, 3, 2), False)] * (exact and k < 16384) + large
-    if fused and tokens <= 2:
-        overlapping = tokens == 1 and k <= 4096 and tiles > 48
-        return two + large if short else [Choice.of((8, 2 if exact else 3, 2), fused, early)] * overlapping + large
-    if fused or (tokens == 2 and k > 8192):
-        return large
-    small = [Choice.of((8, 2, 1), False)]
-    if k > 8192:
-        return small + large
-    if tokens <= 4:
-        return two + large if tiles > 10 else large
-    if exact or tiles > 250:
-        return [Choice.of((8, 2, 2), False), *large] if tiles > 10 else large
-    return small + large
+
+    formats: tuple[str, ...]
+    tokens: tuple[int, ...]
+    k: int
+    tiles: int
+    fused: bool
+    early: bool
+    shapes: tuple[Shape, ...]
+    resident: int = 2
+
+    def holds(self, format: str, tokens: int, k: int, tiles: int) -> bool:
+        """Check whether the row is for a size."""
+        return format in self.formats and tokens in self.tokens and k <= self.k and tiles <= self.tiles
+
+
+Q6_K, EXACT = ("q6_k",), ("q6_k_exact",)
+BOTH = Q6_K + EXACT
+ANY = 1 << 62
+"""More than any size."""
+# `fused` and `early`: every block quantises, and asks for activations after its first tiles, or before them; or a
+# launch of its own quantises.
+EARLY, LATE, APART = (True, True), (True, False), (False, True)
+
+# Fitted to measurements on an H200, see kernels/NOTES.md. Activations that come after a full ring of tiles wait for
+# it: where a launch is short, or activations are long, blocks that quantise them ask for them first. The last row of
+# a weight type and a number of tokens is for any size.
+#   weight types, tokens, K and tiles at most; fused and early, shapes
+ROWS = (
+    Row(BOTH, (1, 2), 8192, 10, *EARLY, LARGE),
+    Row(BOTH, (1, 2), 16383, 10, *LATE, LARGE),
+    Row(BOTH, (1, 2), 16383, 48, *LATE, TWO + LARGE, resident=1),
+    Row(Q6_K, (1,), 4096, ANY, *EARLY, ((8, 3, 2), *LARGE)),
+    Row(EXACT, (1,), 4096, ANY, *EARLY, ((8, 2, 2), *LARGE)),
+    Row(EXACT, (1,), 16383, ANY, *APART, ((8, 3, 2), *LARGE)),
+    Row(BOTH, (2,), 4096, ANY, *EARLY, LARGE),
+    Row(BOTH, (2,), 8192, ANY, *APART, TWO + LARGE),
+    Row(BOTH, (2,), 16383, ANY, *LATE, LARGE),
+    Row(BOTH, (1, 2), ANY, ANY, *APART, LARGE),
+    Row(BOTH, (4,), 8192, 10, *APART, LARGE),
+    Row(BOTH, (4,), 4096, ANY, *LATE, LARGE),
+    Row(BOTH, (4,), 8192, ANY, *APART, TWO + LARGE),
+    Row(EXACT, (8,), 8192, 10, *APART, LARGE),
+    Row(Q6_K, (8,), 8192, 250, *APART, SMALL + LARGE),
+    Row(BOTH, (8,), 8192, ANY, *APART, ((8, 2, 2), *LARGE)),
+    Row(BOTH, (4, 8), ANY, ANY, *APART, SMALL + LARGE),
+)
+
+
+def choices(row: Row, device: Device, quantized: bool) -> list[tuple[int, Choice]]:
+    """Return the cluster sizes and ways to launch a row's sizes, the best first; see `plan` for `quantized`."""
+    small = device.arch < CLUSTER_ARCH or device.shared_bytes < LARGE_SHARED
+    shapes = row.shapes + SMALL if small else row.shapes
+    how = APART if quantized else (row.fused, row.early, row.resident)
+    ways = [Choice.of(shape, *how) for shape in shapes]
+    return list(product(CLUSTERS if device.arch >= CLUSTER_ARCH else (1,), ways))
 
 
 @lru_cache(maxsize=4096)
@@ -127,9 +174,7 @@ def plan(
     forced: tuple[int, Choice] | None = None,
     quantized: bool = False,
 ) -> Plan | None:
-    """The launch for `m` rows (1..8) of activations, or None if so many do not fit in shared memory.
-
-    K is split over no more blocks than it takes to fit.
+    """Return the launch for `m` rows (1..8) of activations, or None if so many do not fit in shared memory.
 
     Args:
         m: rows of activations.
@@ -142,45 +187,55 @@ def plan(
     """
     tokens = next(t for t in TOKENS if t >= m)
     row_tiles, blocks = -(-n // TILE_ROWS), k // SUPER_BLOCK
-    clusters = [c for c in CLUSTERS if c <= min(blocks, 8 if device.arch >= 90 else 1)]
-    tiles = row_tiles * blocks / device.multiprocessors
-    tried = list(product(clusters, choices(tokens, k, tiles, row.stepped, device))) if forced is None else [forced]
-    if quantized:
-        tried = [(cluster, Choice.of(choice.shape, False)) for cluster, choice in tried]
-    for cluster, choice in tried:
-        blocks_at_once = device.multiprocessors * choice.resident
-        ranges = min(row_tiles, max(1, blocks_at_once // cluster))
-        kernel = tokens, choice.fused, *choice.shape
-        fitting = _shared_bytes(kernel, row_tiles, blocks, cluster, ranges, row, device)
-        if fitting is not None and fitting[0] <= MOST_WAVES * blocks_at_once and row_tiles * fitting[0] < 1 << 31:
-            return Plan(*kernel, cluster, fitting[0], choice.early, fitting[1])
+    tiles = -(-row_tiles * blocks // device.multiprocessors)
+    chosen = next(each for each in ROWS if each.holds(row.name, tokens, k, tiles))
+    tried = choices(chosen, device, quantized) if forced is None else [forced]
+    for cluster, way in tried:
+        room = room_of(cluster, way, tokens, blocks, row, device)
+        ranges = ranges_of(cluster, way, row_tiles, room, device)
+        if ranges is not None:
+            warps = way.shape[0]
+            sums = 2 * warps if cluster == 1 else -(-row_tiles // ranges) + warps
+            shared = room.taken + sums * room.sums_bytes
+            return Plan(tokens, way.fused, *way.shape, cluster, ranges, way.early, shared)
     return None
 
 
-def _shared_bytes(
-    kernel: tuple[int, bool, int, int, int],
-    row_tiles: int,
-    blocks: int,
-    cluster: int,
-    ranges: int,
-    row: WeightType,
-    device: Device,
-) -> tuple[int, int] | None:
-    """Ranges, more if need be, and shared memory of a block; None if it does not fit."""
-    tokens, fused, warps, stages, occupancy = kernel
+@dataclass(frozen=True)
+class Room:
+    """Shared memory of a block.
+
+    Attributes:
+        taken: bytes of its ring and activations.
+        sums_bytes: bytes of a warp's sums of a row tile that it shares with others.
+        row_tiles: row tiles a range may have, for their sums to fit beside; 0 or less if none.
+    """
+
+    taken: int
+    sums_bytes: int
+    row_tiles: int
+
+
+def room_of(cluster: int, way: Choice, tokens: int, blocks: int, row: WeightType, device: Device) -> Room:
+    """Return what is left for sums beside a block's part of `blocks` super-blocks of activations."""
+    warps, stages, occupancy = way.shape
     limit = min(device.shared_bytes, device.multiprocessor_shared_bytes // occupancy - 1024)
-    ring = warps * stages * row.tile_bytes
-    activations = -(-blocks // cluster) * sum(activation_bytes(tokens, fused))
-    slot = TILE_ROWS * tokens * 4  # sums of a row tile that a warp shares with others
-    slots = 2 * warps
-    if cluster > 1:
-        most_rows = (limit - ring - activations) // slot - warps
-        if most_rows < 1:
-            return None
-        ranges = max(ranges, -(-row_tiles // most_rows))
-        slots = -(-row_tiles // ranges) + warps
-    needed = ring + activations + slots * slot
-    return None if needed > limit else (ranges, needed)
+    activations = -(-blocks // cluster) * sum(activation_bytes(tokens, way.fused))
+    taken = warps * stages * row.tile_bytes + activations
+    sums_bytes = TILE_ROWS * tokens * 4
+    slots = (limit - taken) // sums_bytes
+    if cluster == 1:  # only the first and the last row tile of a warp are shared
+        return Room(taken, sums_bytes, ANY if slots >= 2 * warps else 0)
+    return Room(taken, sums_bytes, slots - warps if cluster <= blocks else 0)
+
+
+def ranges_of(cluster: int, way: Choice, row_tiles: int, room: Room, device: Device) -> int | None:
+    """Return the ranges of `row_tiles`: as many as run at once, more if sums need it, None if they do not fit."""
+    if room.row_tiles < 1:
+        return None
+    at_once = device.multiprocessors * way.resident
+    ranges = max(min(row_tiles, max(1, at_once // cluster)), -(-row_tiles // room.row_tiles))
+    return ranges if ranges <= MOST_WAVES * at_once and row_tiles * ranges < 1 << 31 else None
 
 
 def activation_bytes(tokens: int, fused: bool) -> tuple[int, int]:
@@ -189,7 +244,7 @@ def activation_bytes(tokens: int, fused: bool) -> tuple[int, int]:
 
 
 def fits(n: int, k: int, row: WeightType, device: Device) -> bool:
-    """Whether at least one row of activations of that length fits in a block's shared memory."""
+    """Check whether at least one row of activations of that length fits in a block's shared memory."""
     return plan(1, n, k, row, device) is not None
 
 

@@ -1,5 +1,6 @@
-// decode_plan.py's `plan`, line by line.
+// decode_plan.py's `plan`: the first of DECODE_ROWS for a size, then the first of its shapes that fits.
 #include <algorithm>
+#include <cstring>
 #include <iterator>
 #include <vector>
 
@@ -8,77 +9,43 @@
 namespace q6k {
 namespace {
 
-struct Shape {
-  int64_t warps, stages, occupancy;
+// `Choice`.
+struct Way {
+  int64_t warps, stages, occupancy, fused, early, resident;
 };
 
-struct Choice {
-  Shape shape;
-  bool fused, early;
-  int64_t resident;
-};
-
-// `Choice.of`; `resident` 0 is as many blocks as fit.
-Choice choice_of(Shape shape, bool fused, bool early = true, int64_t resident = 0) {
-  return {shape, fused, early || !fused, resident ? resident : shape.occupancy};
-}
-
-std::vector<Choice> choices(int64_t tokens, int64_t k, double tiles, bool exact, const Device& device) {
-  const bool is_short = 10 < tiles && tiles <= 48;
-  const bool fused = (tokens <= 2 && k < 16384 && (k <= 4096 || tiles <= 48 || (tokens == 2 && k > 8192))) ||
-                     (2 < tokens && tokens <= FUSED_TOKENS && k <= 4096 && tiles > 10);
-  const bool early = !is_short && k <= 8192 && tokens <= 2;
-  if (device.shared_bytes < 160 << 10) return {choice_of({8, 2, 1}, fused, early)};
-  std::vector<Choice> two, large;
-  for (const auto& each : SHAPES) {
-    const Shape shape = {each[0], each[1], each[2]};
-    if (shape.occupancy == 2) two.push_back(choice_of(shape, fused, early, fused));
-    if (shape.warps == 16) large.push_back(choice_of(shape, fused, early));
-  }
-  if (device.arch < 90) large.push_back(choice_of({8, 2, 1}, fused, early));
-  const auto then_large = [&](std::vector<Choice> first) {
-    first.insert(first.end(), large.begin(), large.end());
-    return first;
+// `choices`, but for clusters.
+std::vector<Way> ways_of(const DecodeRow& row, const Device& device) {
+  std::vector<Way> ways;
+  const auto add = [&](const int64_t(&shape)[3]) {
+    const int64_t early = row.early || !row.fused, resident = std::min(row.resident, shape[2]);
+    ways.push_back({shape[0], shape[1], shape[2], row.fused, early, resident});
   };
-  if (tokens == 1 && !fused) return exact && k < 16384 ? then_large({choice_of({8, 3, 2}, false)}) : large;
-  if (fused && tokens <= 2) {
-    const bool overlapping = tokens == 1 && k <= 4096 && tiles > 48;
-    if (is_short) return then_large(two);
-    return overlapping ? then_large({choice_of({8, exact ? 2 : 3, 2}, fused, early)}) : large;
+  std::for_each_n(row.shapes, row.count, add);
+  if (device.arch < CLUSTER_ARCH || device.shared_bytes < LARGE_SHARED) {
+    std::for_each(std::begin(SMALL), std::end(SMALL), add);
   }
-  if (fused || (tokens == 2 && k > 8192)) return large;
-  const std::vector<Choice> small = {choice_of({8, 2, 1}, false)};
-  if (k > 8192) return then_large(small);
-  if (tokens <= 4) return tiles > 10 ? then_large(two) : large;
-  if (exact || tiles > 250) return tiles > 10 ? then_large({choice_of({8, 2, 2}, false)}) : large;
-  return then_large(small);
+  return ways;
 }
 
-struct Fitting {
-  int64_t ranges, shared_bytes;
-};
-
-// `_shared_bytes`.
-std::optional<Fitting> fit(int64_t tokens, const Choice& choice, int64_t row_tiles, int64_t blocks, int64_t cluster,
-                           int64_t ranges, const WeightType& type, const Device& device) {
-  const Shape& shape = choice.shape;
-  const int64_t limit =
-      std::min(device.shared_bytes, device.multiprocessor_shared_bytes / shape.occupancy - 1024);
-  const int64_t ring = shape.warps * shape.stages * type.tile_bytes;
-  const ActivationBytes each = activation_bytes(tokens, choice.fused);
-  const int64_t activations = ceil_div(blocks, cluster) * (each.codes + each.steps);
-  const int64_t slot = TILE_ROWS * tokens * 4;
-  int64_t slots = 2 * shape.warps;
+// `room_of` and `ranges_of`; none if it does not fit.
+std::optional<DecodePlan> fit(const Way& way, int64_t tokens, int64_t row_tiles, int64_t blocks, int64_t cluster,
+                              const WeightType& type, const Device& device) {
+  const int64_t limit = std::min(device.shared_bytes, device.multiprocessor_shared_bytes / way.occupancy - 1024);
+  const ActivationBytes each = activation_bytes(tokens, way.fused);
+  const int64_t taken =
+      way.warps * way.stages * type.tile_bytes + ceil_div(blocks, cluster) * (each.codes + each.steps);
+  const int64_t sums_bytes = TILE_ROWS * tokens * 4, slots = limit < taken ? 0 : (limit - taken) / sums_bytes;
+  const int64_t at_once = device.multiprocessors * way.resident;
+  int64_t ranges = std::min(row_tiles, std::max<int64_t>(1, at_once / cluster)), sums = 2 * way.warps;
   if (cluster > 1) {
-    const int64_t room = limit - ring - activations;
-    const int64_t most_rows = room < 0 ? 0 : room / slot - shape.warps;
-    if (most_rows < 1) return std::nullopt;
-    ranges = std::max(ranges, ceil_div(row_tiles, most_rows));
-    slots = ceil_div(row_tiles, ranges) + shape.warps;
+    if (slots <= way.warps) return std::nullopt;
+    ranges = std::max(ranges, ceil_div(row_tiles, slots - way.warps));
+    sums = ceil_div(row_tiles, ranges) + way.warps;
   }
-  const int64_t needed = ring + activations + slots * slot;
-  if (needed > limit) return std::nullopt;
-  return Fitting{ranges, needed};
+  if (slots < sums || ranges > MOST_WAVES * at_once || row_tiles * ranges >= int64_t{1} << 31) return std::nullopt;
+  return DecodePlan{tokens,  way.fused, way.warps, way.stages,               way.occupancy,
+                    cluster, ranges,    way.early, taken + sums * sums_bytes};
 }
 
 }  // namespace
@@ -90,19 +57,19 @@ ActivationBytes activation_bytes(int64_t tokens, bool fused) {
 std::optional<DecodePlan> plan_decode(int64_t m, int64_t n, int64_t k, const WeightType& type, const Device& device) {
   const int64_t tokens = *std::find_if(std::begin(TOKENS), std::end(TOKENS), [m](int64_t t) { return t >= m; });
   const int64_t row_tiles = ceil_div(n, TILE_ROWS), blocks = k / SUPER_BLOCK;
-  const double tiles = static_cast<double>(row_tiles * blocks) / static_cast<double>(device.multiprocessors);
-  const std::vector<Choice> tried = choices(tokens, k, tiles, type.scales == SCALES_STEPPED, device);
+  const auto* const known = std::find_if(std::begin(WEIGHT_TYPES), std::end(WEIGHT_TYPES), [&](const WeightType& each) {
+    return std::strcmp(each.name, type.name) == 0;
+  });
+  const int64_t format = int64_t{1} << (known - std::begin(WEIGHT_TYPES));
+  const int64_t tiles = ceil_div(row_tiles * blocks, device.multiprocessors);
+  const DecodeRow& row = *std::find_if(std::begin(DECODE_ROWS), std::end(DECODE_ROWS), [=](const DecodeRow& each) {
+    return each.formats & format && each.tokens & tokens && k <= each.k && tiles <= each.tiles;
+  });
+  const std::vector<Way> ways = ways_of(row, device);
   for (const int64_t cluster : CLUSTERS) {
-    if (cluster > std::min<int64_t>(blocks, device.arch >= 90 ? 8 : 1)) continue;
-    for (const Choice& choice : tried) {
-      const int64_t at_once = device.multiprocessors * choice.resident;
-      const int64_t ranges = std::min(row_tiles, std::max<int64_t>(1, at_once / cluster));
-      const auto fitting = fit(tokens, choice, row_tiles, blocks, cluster, ranges, type, device);
-      if (fitting && fitting->ranges <= MOST_WAVES * at_once && row_tiles * fitting->ranges < int64_t{1} << 31) {
-        const Shape& shape = choice.shape;
-        return DecodePlan{tokens,  choice.fused,    shape.warps,  shape.stages,         shape.occupancy,
-                          cluster, fitting->ranges, choice.early, fitting->shared_bytes};
-      }
+    if (cluster > std::min<int64_t>(blocks, device.arch >= CLUSTER_ARCH ? 8 : 1)) break;
+    for (const Way& way : ways) {
+      if (const auto plan = fit(way, tokens, row_tiles, blocks, cluster, type, device)) return plan;
     }
   }
   return std::nullopt;

@@ -1,0 +1,109 @@
+"""The kernels that are compiled are those that some size is launched with: no more, and no less."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from q6k_kernels.cpp import variants
+from q6k_kernels.cuda import decode, decode_kernels, decode_plan, dispatch, gemm_mma, gemm_wgmma
+from q6k_kernels.cuda.decode_plan import ROWS, TOKENS
+from q6k_kernels.cuda.device import Device, Variant
+from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType
+
+GPUS = [
+    replace(variants.device_like(arch), multiprocessors=count)
+    for arch, count in ((80, 108), (86, 84), (89, 128), (90, 132), (90, 114), (90, 16), (100, 148), (120, 188))
+]
+COLUMNS = [*range(256, 4096, 256), *range(4096, 108 << 10, 512), 1 << 18, 1 << 19, 1 << 21]
+"""K past what fits anywhere."""
+ROWS_OF_WEIGHTS = (1, 17, 1000, 4096, 14336, 43000, 128256, 1 << 20, 1 << 23, 140 << 20, 200 << 20)
+"""N to 200 million."""
+
+
+def named(gpu: Device) -> str:
+    return f"sm_{gpu.arch}-{gpu.multiprocessors}"
+
+
+@pytest.mark.parametrize("gpu", [gpu for gpu in GPUS if gpu.multiprocessors in (108, 84, 132, 188)], ids=named)
+def test_decode_kernels_are_those_that_sizes_reach(gpu: Device) -> None:
+    kinds = [(tokens, quantized) for tokens in TOKENS for quantized in {False, tokens == 1}]
+    for row in WEIGHT_TYPES.values():
+        reached = set()
+        for k, n, (tokens, quantized) in itertools.product(COLUMNS, ROWS_OF_WEIGHTS, kinds):
+            plan = decode_plan.plan(tokens, n, k, row, gpu, quantized=quantized)
+            if plan is not None:
+                reached.add((plan.kernel, plan.cluster > 1))
+        assert set(decode_kernels.reached(row, gpu)) == reached
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=named)
+def test_an_architecture_has_what_its_gpus_reach(gpu: Device) -> None:
+    """Whatever the number of multiprocessors that a build assumes."""
+    assert set(decode.variants(gpu)) == set(decode.variants(variants.device_like(gpu.arch)))
+
+
+def _gemm_of(m: int, n: int, k: int, row: WeightType, fp16: bool, gpu: Device) -> list[Variant]:
+    """What `dispatch.linear` launches for 16-bit activations, but for those that cuBLAS multiplies."""
+    if gpu.arch == gemm_wgmma.ARCH:
+        return [gemm_wgmma._variant(gemm_wgmma.plan(m, n, k, gpu).config, row, fp16)]
+    if m >= dispatch.PREFILL_M:
+        return []
+    plan = gemm_mma.plan(m, n, k, row, gpu)
+    file, kernel, macros = gemm_mma._variant((plan.tokens, plan.parts), plan.slots, row, fp16)
+    return [(file, kernel, macros), *([(file, gemm_mma.REDUCE, macros)] if plan.splits > 1 else ())]
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=named)
+def test_gemm_kernels_are_those_that_sizes_reach(gpu: Device) -> None:
+    tokens = (1, 9, 16, 17, 32, 33, 64, 100, 128, 200, 255, 256, 300, 1000, 4096)
+    sizes = itertools.product(tokens, (1, 100, 1024, 4096, 21504, 128256), (256, 2560, 4096, 21504))
+    kinds = itertools.product(WEIGHT_TYPES.values(), (False, True))
+    reached = {
+        each for size, kind in itertools.product(sizes, kinds) for each in _gemm_of(*size, *kind, gpu)
+    }  # fmt: skip
+    known = variants.all_variants(gpu.arch)
+    assert {each for each in known if each[0] in (gemm_mma.FILE, gemm_wgmma.FILE)} == reached
+    assert len(set(known)) == len(known)
+
+
+def test_every_size_has_a_row_and_every_row_a_size() -> None:
+    chosen = set()
+    for format, tokens, k, tiles in itertools.product(WEIGHT_TYPES, TOKENS, COLUMNS, (1, 10, 11, 48, 49, 250, 251)):
+        row = next(row for row in ROWS if row.holds(format, tokens, k, tiles))
+        assert not row.fused or tokens <= decode_plan.FUSED_TOKENS
+        chosen.add((row, format, tokens))
+    assert chosen == {(row, format, tokens) for row in ROWS for format in row.formats for tokens in row.tokens}
+    for format, tokens in itertools.product(WEIGHT_TYPES, TOKENS):
+        assert any(row.holds(format, tokens, decode_plan.ANY, decode_plan.ANY) for row in ROWS)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "format", "shape", "fused", "early", "blocks"),
+    [
+        # Short: blocks quantise, one a multiprocessor beside the next launch's.
+        (1, 4096, 4096, "q6_k", (8, 3, 2), True, False, 132),
+        # Two blocks a multiprocessor, which ask for tiles first.
+        (1, 14336, 4096, "q6_k", (8, 3, 2), True, True, 264),
+        (1, 14336, 4096, "q6_k_exact", (8, 2, 2), True, True, 264),
+        # A launch of its own quantises.
+        (1, 21504, 5376, "q6_k", (16, 3, 1), False, True, 132),
+        (1, 21504, 5376, "q6_k_exact", (8, 3, 2), False, True, 264),
+        (1, 5376, 21504, "q6_k", (16, 3, 1), False, True, 132),
+        (2, 4096, 14336, "q6_k", (16, 3, 1), True, False, 132),
+        (4, 14336, 4096, "q6_k", (16, 3, 1), True, False, 132),
+        (8, 14336, 4096, "q6_k", (8, 2, 1), False, True, 132),
+        (8, 21504, 5376, "q6_k_exact", (8, 2, 2), False, True, 264),
+        (8, 262144, 5376, "q6_k", (8, 2, 2), False, True, 264),
+    ],
+)
+def test_choices_are_those_that_were_measured(
+    m: int, n: int, k: int, format: str, shape: tuple[int, int, int], fused: bool, early: bool, blocks: int
+) -> None:
+    """On an H200; `kernels/NOTES.md` has the times."""
+    plan = decode_plan.plan(m, n, k, WEIGHT_TYPES[format], replace(variants.device_like(90), multiprocessors=132))
+    assert plan is not None
+    assert ((plan.warps, plan.stages, plan.occupancy), plan.fused, plan.early) == (shape, fused, early)
+    assert plan.ranges * plan.cluster == blocks
