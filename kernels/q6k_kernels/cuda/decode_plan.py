@@ -131,8 +131,8 @@ ANY = 1 << 62
 EARLY, LATE, APART = (True, True), (True, False), (False, True)
 
 # Fitted to measurements on an H200, see kernels/NOTES.md. Activations that come after a full ring of tiles wait for
-# it: where a launch is short, or activations are long, blocks that quantise them ask for them first. The last row of
-# a weight type and a number of tokens is for any size.
+# it: where a launch is short, or activations are long, blocks that quantise them ask for them first. The last row
+# of a weight type and a number of tokens is for any size.
 #   weight types, tokens, K and tiles at most; fused and early, shapes
 ROWS = (
     Row(BOTH, (1, 2), 8192, 10, *EARLY, LARGE),
