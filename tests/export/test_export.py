@@ -117,7 +117,7 @@ def test_the_graphs_hold_the_operation(exported: ExportedModel) -> None:
 def test_weights_stay_packed_and_are_there_once(exported: ExportedModel) -> None:
     info, constants = program_file.read(exported.package)
     model = load_model(exported.bundle)
-    tiles = {f"model.{name}": each for name, each in model.named_buffers() if name.endswith("tiles")}
+    tiles = {f"model.{name}": each for name, each in model.named_parameters() if name.endswith("tiles")}
     assert tiles
     for name, each in tiles.items():
         assert constants[name].dtype is torch.uint8
