@@ -58,9 +58,9 @@ def generate(
 ) -> None:
     """Continue a text with a bundle's model, or answer it."""
     with reporting(as_json, quiet, verbose) as terminal:
-        from q6k_convert.run.generate_command import Request, run
+        from q6k_convert.run.generate_command import GenerateRequest, run
 
-        request = Request(
+        request = GenerateRequest(
             bundle=bundle,
             prompt=prompt,
             chat=chat,
@@ -101,9 +101,9 @@ def export(
 ) -> None:
     """Compile a bundle's model into one file that runs without Python."""
     with reporting(as_json, quiet, verbose) as terminal:
-        from q6k_convert.run.export_command import Request, run
+        from q6k_convert.run.export_command import ExportRequest, run
 
-        request = Request(bundle, target, capacity, device, dtype, activations, force)
+        request = ExportRequest(bundle, target, capacity, device, dtype, activations, force)
         report = run(request, terminal.note, terminal.progress)
         if as_json:
             terminal.document(report)

@@ -45,7 +45,7 @@ were seen in 16 bits. A program that mistakes one token or position for another 
 
 
 @dataclass(frozen=True)
-class Request:
+class ExportRequest:
     """What is asked for; see the command's options."""
 
     bundle: Path
@@ -57,7 +57,7 @@ class Request:
     force: bool = False
 
 
-def run(request: Request, note: Note, progress: Progress) -> dict[str, Any]:
+def run(request: ExportRequest, note: Note, progress: Progress) -> dict[str, Any]:
     """Exports, and returns what `--json` prints.
 
     Args:
@@ -78,7 +78,7 @@ def run(request: Request, note: Note, progress: Progress) -> dict[str, Any]:
     manifest = manifests.read(request.bundle)
     check_packages("exporting")
     from q6k_kernels.bundle.metadata import read_metadata
-    from q6k_kernels.models.architecture import architecture_of
+    from q6k_kernels.models.registry import architecture_of
 
     # Before all that takes long, or that may fail for a reason which would not matter then.
     metadata = read_metadata(request.bundle)
@@ -87,11 +87,11 @@ def run(request: Request, note: Note, progress: Progress) -> dict[str, Any]:
     device = device_of(request.device, note)
     dtype = dtype_of(request.dtype, device)
     _check_compilers(device)
-    return _Run(request, device, dtype, capacity, note).document(manifest, progress)
+    return _Export(request, device, dtype, capacity, note).document(manifest, progress)
 
 
-class _Run:
-    def __init__(self, request: Request, device: str, dtype: torch.dtype, capacity: int, note: Note) -> None:
+class _Export:
+    def __init__(self, request: ExportRequest, device: str, dtype: torch.dtype, capacity: int, note: Note) -> None:
         import torch
 
         self.request, self.note, self.capacity = request, note, capacity
@@ -219,7 +219,7 @@ def _logits_of_module(module: ExportableModel) -> list[Tensor]:
         ]
 
 
-def _capacity(request: Request, metadata: Metadata) -> int:
+def _capacity(request: ExportRequest, metadata: Metadata) -> int:
     longest = metadata.context_length
     if request.capacity is None:
         return min(DEFAULT_CAPACITY, longest or DEFAULT_CAPACITY)
@@ -230,7 +230,7 @@ def _capacity(request: Request, metadata: Metadata) -> int:
     return request.capacity
 
 
-def _check_target(request: Request) -> None:
+def _check_target(request: ExportRequest) -> None:
     target = request.target
     if target.suffix != ".pt2":
         raise UsageError(f"{target}: expected a name that ends in .pt2", "torch loads no other packages.")

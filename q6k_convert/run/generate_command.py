@@ -36,7 +36,7 @@ MAX_PROMPT_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerateRequest:
     """What is asked for; see the command's options."""
 
     bundle: Path
@@ -53,7 +53,7 @@ class Request:
 
 
 def run(
-    request: Request, write: Callable[[str], None], note: Callable[[str], None], progress: Progress
+    request: GenerateRequest, write: Callable[[str], None], note: Callable[[str], None], progress: Progress
 ) -> dict[str, Any]:
     """Generates, and returns what `--json` prints.
 
@@ -74,20 +74,25 @@ def run(
     manifest = manifests.read(request.bundle)
     check_packages("generating")
     from q6k_kernels.bundle.metadata import read_metadata
-    from q6k_kernels.models.architecture import architecture_of
+    from q6k_kernels.models.registry import architecture_of
 
     # Before all that takes long, or that may fail for a reason which would not matter then.
     metadata = read_metadata(request.bundle)
     architecture_of(metadata)
     device = device_of(request.device, note)
-    run = _Run(request, prompt, device, write, note)
+    run = _Generation(request, prompt, device, write, note)
     _check_length(metadata, len(run.ids), request.max_new_tokens)
     return run.document(manifest, progress)
 
 
-class _Run:
+class _Generation:
     def __init__(
-        self, request: Request, prompt: str, device: str, write: Callable[[str], None], note: Callable[[str], None]
+        self,
+        request: GenerateRequest,
+        prompt: str,
+        device: str,
+        write: Callable[[str], None],
+        note: Callable[[str], None],
     ) -> None:
         import torch
 
@@ -207,7 +212,7 @@ class _Run:
         self.seconds[name] = time.perf_counter() - start
 
 
-def _prompt(request: Request) -> str:
+def _prompt(request: GenerateRequest) -> str:
     if request.prompt is None:
         raise UsageError("there is no prompt", "Give one: --prompt TEXT, or --prompt - to read it from stdin.")
     if request.system is not None and not request.chat:
@@ -229,7 +234,7 @@ def _prompt(request: Request) -> str:
     return prompt
 
 
-def _tokenized(request: Request, prompt: str) -> tuple[Tokenizer, list[int]]:
+def _tokenized(request: GenerateRequest, prompt: str) -> tuple[Tokenizer, list[int]]:
     from q6k_kernels.tokenizer.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(request.bundle, request.tokenizer)

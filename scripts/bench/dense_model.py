@@ -24,10 +24,10 @@ from q6k_kernels.gguf.tensors import TensorRecord
 from q6k_kernels.models.architecture import (
     FREQUENCY_FACTORS,
     Architecture,
-    architecture_of,
     gguf_names,
     make_config,
 )
+from q6k_kernels.models.registry import architecture_of
 
 PIECE_WEIGHTS = 1 << 24
 """Dequantised at a time."""
@@ -52,7 +52,7 @@ def dense_model(bundle: Path, source: Path | None, device: torch.device, dtype: 
     architecture = architecture_of(metadata)
     with _weights(bundle, source) as (shapes, rows):
         config: Any = make_config(architecture, metadata, shapes)
-        attention = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+        attention = {"attn_implementation": "eager"} if architecture.softcap_of_scores(config) else {}
         with torch.device(device):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)  # type: ignore[no-untyped-call]
         parameters = dict(model.named_parameters())

@@ -177,7 +177,7 @@ class Export:
         return answer(self.bundle, self.args, self.terminal)
 
     def _export(self) -> Row:
-        from q6k_convert.run.export_command import Request, run
+        from q6k_convert.run.export_command import ExportRequest, run
 
         reason = self._no_program()
         if reason is not None:
@@ -185,7 +185,7 @@ class Export:
             self.terminal.note(f"export: nothing to do, {reason}")
             return {"status": "left out", "reason": reason}
         args = self.args
-        request = Request(self.bundle, self.out / PROGRAM, args.capacity, args.device, force=True)
+        request = ExportRequest(self.bundle, self.out / PROGRAM, args.capacity, args.device, force=True)
         row = run(request, self.terminal.note, self.terminal.progress)
         names = ("device", "capability", "dtype", "torch", "capacity", "chunk", "bytes", "operations", "check")
         return {"file": PROGRAM, **{name: row[name] for name in names}}

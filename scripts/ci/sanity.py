@@ -35,9 +35,9 @@ def answer(bundle: Path, args: argparse.Namespace, terminal: Terminal) -> dict[s
     Raises:
         EnvironmentMissingError, ModelError, BundleError, OSError: as `q6k-convert generate` does.
     """
-    from q6k_convert.run.generate_command import Request, run
+    from q6k_convert.run.generate_command import GenerateRequest, run
 
-    request = Request(bundle, args.prompt, max_new_tokens=args.max_new_tokens, device=args.device)
+    request = GenerateRequest(bundle, args.prompt, max_new_tokens=args.max_new_tokens, device=args.device)
     done = run(request, terminal.stream, terminal.note, terminal.progress)
     found = {
         "perplexity": perplexity(bundle, done["prompt_token_ids"], done["device"], done["dtype"]),

@@ -16,7 +16,7 @@ from cuda_emulator.memory import emulate
 from q6k_kernels.cpp.variants import device_like
 from q6k_kernels.generate import step_cuda
 from q6k_kernels.generate.step_cuda import CHOOSE_BLOCKS, Kernels
-from q6k_kernels.generate.step_reference import Choice, Reference
+from q6k_kernels.generate.step_reference import TokenChoice, TorchOperations
 
 pytestmark = cuda_emulator.requires_compiler
 
@@ -32,11 +32,13 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[torch.dtype], Ke
     memory.check()
 
 
-def chosen(run: Kernels | Reference, logits: Tensor, temperature: float, softcap: float | None, at: int) -> int:
+def chosen(
+    run: Kernels | TorchOperations, logits: Tensor, temperature: float, softcap: float | None, at: int
+) -> int:
     """The token, which must have come to all places where it belongs, and nothing elsewhere."""
     position, token, seed = (torch.tensor([each]) for each in (at, -1, 3 * at))
     tokens = torch.full((64,), -1)
-    run.choose(logits, softcap, Choice(position, token, tokens, seed, temperature))
+    run.choose(logits, softcap, TokenChoice(position, token, tokens, seed, temperature))
     expected = torch.full((64,), -1)
     expected[at + 1] = token
     assert torch.equal(tokens, expected)
@@ -66,7 +68,7 @@ def test_choices_are_those_in_torch(
     for at in range(3):
         numbers = torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(at + vocabulary))
         logits = numbers.clamp(max=1.5).to(dtype)
-        expected = chosen(Reference(), logits, temperature, softcap, at)
+        expected = chosen(TorchOperations(), logits, temperature, softcap, at)
         assert chosen(run, logits, temperature, softcap, at) == expected
     assert launches(run)[-1] == (-(-vocabulary // BLOCK), 1, 1)
 
@@ -115,7 +117,7 @@ def test_threads_may_run_in_any_order(make: Callable[[torch.dtype], Kernels]) ->
     try:
         for kernel.order in (0, 1, 2, 3):
             for temperature in (0.0, 1.0):
-                expected = chosen(Reference(), logits, temperature, None, 9)
+                expected = chosen(TorchOperations(), logits, temperature, None, 9)
                 assert chosen(run, logits, temperature, None, 9) == expected
     finally:
         kernel.order = 0

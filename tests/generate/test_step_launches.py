@@ -15,7 +15,7 @@ from q6k_kernels.cpp import variants as all_of
 from q6k_kernels.cuda import device
 from q6k_kernels.generate import step_cuda
 from q6k_kernels.generate.step_cuda import HEAD_DIMS, MOST_BLOCKS, MOST_HEADS, MOST_NORM, Kernels
-from q6k_kernels.generate.step_reference import Cached, Choice, Heads, Norm
+from q6k_kernels.generate.step_reference import Cached, Heads, Norm, TokenChoice
 
 CPU = torch.device("cpu", 0)
 
@@ -66,7 +66,7 @@ def test_what_is_launched_fits_and_is_compiled(arch: int, dtype: torch.dtype, mo
         run.gate(x, x, "silu", users)
     for size in (1, 262144):
         state = [torch.zeros(1, dtype=torch.int64) for _ in range(4)]
-        run.choose(torch.zeros(1, size, dtype=dtype), None, Choice(*state, 0.0))  # type: ignore[arg-type]
+        run.choose(torch.zeros(1, size, dtype=dtype), None, TokenChoice(*state, 0.0))  # type: ignore[arg-type]
     known = all_of.all_variants(arch)
     for variant, grid, shared_bytes in launches.all:
         assert variant in known

@@ -39,7 +39,7 @@ def test_a_whole_model(model: Any, tmp_path: Path) -> None:
     out, _ = model.bundle(tmp_path, scales="bf16")
     package = tmp_path / "model.pt2"
     report = export_command.run(
-        export_command.Request(out, package, capacity=192, device="cuda"), print, no_progress
+        export_command.ExportRequest(out, package, capacity=192, device="cuda"), print, no_progress
     )
     assert report["check"]["relative_difference"] <= report["check"]["allowed"]
     assert report["operations"]["decode"]["packed"] > 0
@@ -70,7 +70,7 @@ def test_without_python(tmp_path: Path) -> None:
     example = build_example()
     out, _ = LLAMA.bundle(tmp_path, scales="bf16")
     package = tmp_path / "model.pt2"
-    export_command.run(export_command.Request(out, package, capacity=192, device="cuda"), print, no_progress)
+    export_command.run(export_command.ExportRequest(out, package, capacity=192, device="cuda"), print, no_progress)
     texts = [(torch.randint(3, 96, (length,)).tolist(), count) for length, count in ((1, 9), (100, 60), (150, 43))]
     of_python = called(sys.executable, "-c", IN_PYTHON, library, package, json.dumps(texts)).splitlines()
     for (ids, count), expected in zip(texts, of_python, strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from q6k_kernels import Q6KLinear
 from q6k_kernels.generate import step_cuda
 from q6k_kernels.generate.step_cuda import Kernels
-from q6k_kernels.generate.step_reference import Cached, Choice, Heads, Norm, Reference
+from q6k_kernels.generate.step_reference import Cached, Heads, Norm, TokenChoice, TorchOperations
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitize]
 
@@ -29,7 +29,7 @@ def moved(value: Any) -> Any:
     """The same on the GPU, by copies."""
     if isinstance(value, Tensor):
         return value.cuda()
-    if isinstance(value, Norm | Heads | Cached | Choice):
+    if isinstance(value, Norm | Heads | Cached | TokenChoice):
         return replace(value, **{name: moved(each) for name, each in vars(value).items()})
     return value
 
@@ -58,7 +58,7 @@ def test_sums_and_norms(k: int) -> None:
     after, norm = (Norm(random(k, dtype=torch.float32, seed=each), 1e-5) for each in (2, 3))
     run = kernels()
     total, found = run.add_norm(moved(hidden), moved(delta), moved(after), moved(norm), users(k))
-    expected_total, expected = Reference().add_norm(hidden, delta, after, norm, [])
+    expected_total, expected = TorchOperations().add_norm(hidden, delta, after, norm, [])
     check(found, expected)
     torch.testing.assert_close(total.cpu(), expected_total, rtol=4e-3, atol=4e-3)
 
@@ -66,7 +66,7 @@ def test_sums_and_norms(k: int) -> None:
 def test_gates() -> None:
     gate, up = random(1, 768), random(1, 768, seed=1)
     run = kernels()
-    check(run.gate(moved(gate), moved(up), "silu", users(768)), Reference().gate(gate, up, "silu", []))
+    check(run.gate(moved(gate), moved(up), "silu", users(768)), TorchOperations().gate(gate, up, "silu", []))
 
 
 @pytest.mark.parametrize(
@@ -87,16 +87,16 @@ def test_attention(dim: int, window: int, position: int, blocks: int, monkeypatc
     run._counters = moved(torch.zeros(len(run._counters), dtype=torch.int32))
     there = moved(cached)
     found = run.attend(moved(q), moved(k), moved(v), moved(heads), there, moved(at), users(12 * dim))
-    check(found, Reference().attend(q, k, v, heads, cached, at, []))
+    check(found, TorchOperations().attend(q, k, v, heads, cached, at, []))
     torch.testing.assert_close(there.keys.cpu(), cached.keys, rtol=4e-3, atol=4e-3)
 
 
 def test_choices() -> None:
     logits = random(1, 5000)
     state = [torch.tensor([each]) for each in (3, 7)], torch.zeros(9, dtype=torch.int64), torch.tensor([1])
-    choice = Choice(*state[0], state[1], state[2], 0.7)
+    choice = TokenChoice(*state[0], state[1], state[2], 0.7)
     there = moved(choice)
     kernels().choose(moved(logits), None, there)
-    Reference().choose(logits, None, choice)
+    TorchOperations().choose(logits, None, choice)
     assert there.token.cpu() == choice.token
     assert there.position.cpu() == 4

@@ -20,7 +20,7 @@ from q6k_kernels.generate import step_cuda
 from q6k_kernels.generate.generator import Generator
 from q6k_kernels.generate.step import Step
 from q6k_kernels.generate.step_cuda import HEAD_DIMS, Kernels
-from q6k_kernels.generate.step_reference import Cached, Choice, Heads, Norm, Reference
+from q6k_kernels.generate.step_reference import Cached, Heads, Norm, TokenChoice, TorchOperations
 
 pytestmark = pytest.mark.gpu
 
@@ -69,7 +69,9 @@ def test_sums_and_norms(dtype: torch.dtype, k: int, with_delta: bool, with_after
     hidden = random(1, k, dtype=dtype, scale=3.0)
     delta = random(1, k, dtype=dtype, seed=1) if with_delta else None
     after = norm(k, 2) if with_after else None
-    both = [each.add_norm(hidden, delta, after, norm(k, 3), users(k)) for each in (kernels(dtype), Reference())]
+    both = [
+        each.add_norm(hidden, delta, after, norm(k, 3), users(k)) for each in (kernels(dtype), TorchOperations())
+    ]
     (total, found), (expected_total, expected) = both
     assert_close(total, expected_total)
     assert found.halves is not None
@@ -89,7 +91,7 @@ def test_gates(dtype: torch.dtype, k: int, activation: Any) -> None:
     gate, up = random(1, k, dtype=dtype, scale=4.0), random(1, k, dtype=dtype, seed=1)
     gate[0, :4] = torch.tensor([0.0, -80.0, 80.0, -11.0])
     found = kernels(dtype).gate(gate, up, activation, users(k))
-    expected = Reference().gate(gate, up, activation, []).halves
+    expected = TorchOperations().gate(gate, up, activation, []).halves
     assert found.halves is not None
     assert expected is not None
     assert_close(found.halves, expected)
@@ -134,7 +136,7 @@ def attention(
     run.reserve(heads)
     for _ in range(2):  # and what the first leaves behind must not matter to the second
         found = run.attend(q, key, value, heads, Cached(cache[0], cache[1], window), at, users(k))
-    expected = Reference().attend(q, key, value, heads, Cached(oracle[0], oracle[1], window), at, []).halves
+    expected = TorchOperations().attend(q, key, value, heads, Cached(oracle[0], oracle[1], window), at, []).halves
     assert found.halves is not None
     assert expected is not None
     torch.testing.assert_close(
@@ -204,10 +206,10 @@ def test_choices(dtype: torch.dtype, vocabulary: int, temperature: float, softca
         if seed == 3:
             logits[:, vocabulary // 2 :] = float("nan")
         results = []
-        for operations in (run, Reference()):
+        for operations in (run, TorchOperations()):
             position, token, start = (torch.tensor([each], device="cuda") for each in (40 + seed, 9, seed))
             chosen = torch.zeros(100, dtype=torch.int64, device="cuda")
-            operations.choose(logits, softcap, Choice(position, token, chosen, start, temperature))
+            operations.choose(logits, softcap, TokenChoice(position, token, chosen, start, temperature))
             assert int(chosen[41 + seed]) == int(token)
             assert int(chosen.count_nonzero()) == int(token != 0)
             results.append((int(position), int(token)))
@@ -235,7 +237,7 @@ def test_whole_steps(name: str, activations: Any, tmp_path: Path) -> None:
     generator = Generator(model, capacity=150)
     assert generator.fused
     generator.prefill(prompt)
-    reference = Step(model, generator.cache, Reference())
+    reference = Step(model, generator.cache, TorchOperations())
     tokens = [int(generator._token)]
     for _ in range(100):
         step = generator._fused_step
@@ -262,5 +264,5 @@ def test_steps_of_mixed_weights(name: str, tmp_path: Path) -> None:
     generator = Generator(model, capacity=100)
     generator.prefill([5, 6, 7])
     logits = generator._fused_step(generator._token)  # type: ignore[misc]
-    expected = Step(model, generator.cache, Reference())(generator._token)
+    expected = Step(model, generator.cache, TorchOperations())(generator._token)
     assert float((logits - expected).abs().max() / expected.std()) < 0.05

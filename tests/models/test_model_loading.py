@@ -20,8 +20,9 @@ from q6k_kernels import PackedWeight, Q6KEmbedding, Q6KLinear, load_model, open_
 from q6k_kernels.bundle.metadata import read_metadata
 from q6k_kernels.formats.tiles import order_rows
 from q6k_kernels.models import assemble as model_room
-from q6k_kernels.models.architecture import architecture_of, row_order
+from q6k_kernels.models.architecture import row_order
 from q6k_kernels.models.fusing import Part
+from q6k_kernels.models.registry import architecture_of
 from q6k_kernels.weights.reader import Loader
 from tiny_models import F16, Q8_0, SIZES, Tiny, permuted
 

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 import transformers
 
+from q6k_kernels.models.architecture import attach
+from q6k_kernels.models.registry import ARCHITECTURES
+
 VOCABULARY, WINDOW, PROMPT, ANSWER = 97, 8, 21, 60
 SLIDING, FULL = "sliding_attention", "full_attention"
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -31,7 +34,9 @@ def tiny(family: str) -> Any:
         num_key_value_heads=2, head_dim=8, initializer_range=0.5, pad_token_id=0, eos_token_id=None,
         bos_token_id=None, **({"query_pre_attn_scalar": 8} if "gemma" in family else {}), **more,
     )  # fmt: skip
-    return getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).eval()
+    model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).eval()
+    attach(model, ARCHITECTURES[name.removesuffix("Text").lower()])
+    return model
 
 
 def prompt(length: int = PROMPT) -> list[int]:

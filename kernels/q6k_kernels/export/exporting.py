@@ -37,8 +37,8 @@ Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Operations:
-    """Of a program's graph: all, and those on packed weights."""
+class OperationCounts:
+    """How many operations a program's graph has: in all, and on packed weights."""
 
     all: int
     packed: int
@@ -46,7 +46,7 @@ class Operations:
 
 @dataclass(frozen=True)
 class Exported:
-    """What became of a model.
+    """An exported model.
 
     Attributes:
         info: what its package says of itself.
@@ -55,7 +55,7 @@ class Exported:
     """
 
     info: Info
-    operations: dict[str, Operations]
+    operations: dict[str, OperationCounts]
     weights_bytes: int
 
 
@@ -192,10 +192,10 @@ def export_model(
     programs = trace(module)
     with _compiling(type(module).__name__):
         options = _OPTIONS | cpp_runtime.link_options()
-    operations, files = dict[str, Operations](), dict[str, list[str]]()
+    operations, files = dict[str, OperationCounts](), dict[str, list[str]]()
     for name, program in programs.items():
         calls = sum(node.op == "call_function" for node in program.graph.nodes)
-        operations[name] = Operations(calls, len(packed_operations(program)))
+        operations[name] = OperationCounts(calls, len(packed_operations(program)))
         note(f"compiling {name}: {calls} operations, {operations[name].packed} of them on packed weights")
         inputs, named = program.example_inputs or ((), {})
         with _compiling(name):

@@ -3,10 +3,10 @@
     plain  decodes by two products and a softmax in fp32
     sdpa   decodes by torch's scaled_dot_product_attention, which exported programs call as one operation
 
-Prompts always go through SDPA. Where a single token is decoded, query heads that share keys become rows of one query,
-so that the keys are read once and never repeated. Which keys count is known on the device alone, so a mask says it;
-with a mask, SDPA has no kernel that splits the keys, while the products of `plain` are spread wider. Scores with a
-soft cap (Gemma 2) are what SDPA cannot do: they go through the two products, in prompts too.
+Prompts always go through SDPA. Where a single token is decoded, query heads that share keys become rows of one
+query, so that the keys are read once and never repeated. Which keys count is known on the device alone, so a mask
+says it; with a mask, SDPA has no kernel that splits the keys, while the products of `plain` are spread wider.
+Scores with a soft cap (Gemma 2) are what SDPA cannot do: they go through the two products, in prompts too.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.mailbox import GpuMailbox, Mailbox
 from q6k_kernels.generate.recording import Recorder, bucket
 from q6k_kernels.generate.sampling import choose
-from q6k_kernels.generate.step import Operations, Step
-from q6k_kernels.generate.step_reference import Choice, Reference
+from q6k_kernels.generate.step import Step, StepOperations
+from q6k_kernels.generate.step_reference import TokenChoice, TorchOperations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,8 +57,8 @@ class Generator:
         capacity: 1 or more.
         temperature: 0 takes the best token, above 0 one by its probability.
         seed: of the random choices, 0 to 2^32 - 1; the same gives the same tokens.
-        fused: whether decoding steps are our own, see `step`; by default on a GPU, if there are kernels for the
-            model's architecture, dtype and sizes. Others are the forward pass of transformers' model.
+        fused: whether decoding steps are our own, see `step`; by default on a GPU, for models from `load_model`, if
+            there are kernels for their dtype and sizes. Others are the forward pass of transformers' model.
         chunk: tokens of a prompt that go through the model at once.
 
     Raises:
@@ -97,7 +97,7 @@ class Generator:
         # By position, the tokens that were chosen; one more than the cache holds, as the last is never looked at.
         self._chosen = torch.zeros(capacity + 1, dtype=torch.int64, device=self.device)
         self._seed = torch.tensor([seed], dtype=torch.int64, device=self.device)
-        self._choice = Choice(self.cache.position, self._token, self._chosen, self._seed, temperature)
+        self._choice = TokenChoice(self.cache.position, self._token, self._chosen, self._seed, temperature)
         self._temperature = torch.tensor([temperature], device=self.device) if temperature else None
         self._recorder = Recorder((self._token, self.cache.position), several=self.fused)
         # The last token of an answer: not in the cache yet, and to go through the model before what follows it.
@@ -221,7 +221,7 @@ class Generator:
         narrow = model.dtype in (torch.bfloat16, torch.float16)
         if not (self._on_gpu and narrow if fused is None else fused):
             return None
-        operations: Operations = Reference()
+        operations: StepOperations = TorchOperations()
         if self._on_gpu:
             if not narrow:
                 raise UnsupportedModelError(

@@ -28,7 +28,7 @@ Masks = Tensor | dict[str, Tensor | None] | None
 
 
 @dataclass
-class _Layer:
+class _LayerCache:
     kind: str
     slots: int
     keys: Tensor | None = field(default=None, repr=False)
@@ -60,7 +60,7 @@ class KeyValueCache:
         self.window = int(config.sliding_window) if SLIDING in self.kinds else 0
         self.slots = aligned(capacity)
         self.ring = min(self.slots, aligned(self.window + SLACK))
-        self._layers = [_Layer(kind, self.slots if kind == FULL else self.ring) for kind in self.kinds]
+        self._layers = [_LayerCache(kind, self.slots if kind == FULL else self.ring) for kind in self.kinds]
         self._slots = torch.arange(self.slots, device=device)
         # The forward pass under way: of one token at `position`, or of a chunk of the prompt from `start`.
         self._keys, self._start = 0, 0

@@ -3,8 +3,8 @@
     step = Step(model, cache, operations)
     step.advance(choice)
 
-transformers' modules hold the weights; what they compute for one token is said here once more, for the
-architectures that bundles become models of. Residual sums, norms and quantisation are one launch, rotation, cache
+transformers' modules hold the weights; what they compute for one token is said here once more, as the model's
+architecture says (`models.architecture`). Residual sums, norms and quantisation are one launch, rotation, cache
 and attention another. Nothing depends on how long the text is but numbers on the device, so one CUDA graph serves
 every length.
 """
@@ -19,32 +19,28 @@ from torch import Tensor, nn
 
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.generate.kv_cache import SLIDING, KeyValueCache
-from q6k_kernels.generate.step_reference import Activation, Activations, Cached, Choice, Heads, Norm, capped
+from q6k_kernels.generate.step_reference import Cached, Heads, Norm, ProductInput, TokenChoice, capped
+from q6k_kernels.models.architecture import Activation, attached
 from q6k_kernels.models.fusing import GATE_UP, QKV, Group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NORM_OFFSETS = {"llama": 0.0, "mistral": 0.0, "qwen2": 0.0, "qwen3": 0.0, "gemma2": 1.0, "gemma3_text": 1.0}
-"""Model types that steps are for, and what is added to their norms' weights."""
-GATES: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-ROPES = ("default", "linear", "llama3", "yarn")
-"""Kinds of rotary embeddings whose angles depend on nothing but the position."""
 ANGLES_AT_ONCE = 8192
 """Positions whose angles are computed together."""
 
 
-class Operations(Protocol):
-    """What a step is made of: `step_reference.Reference` says what each does, `step_kernels.Kernels` is fast."""
+class StepOperations(Protocol):
+    """What a step is made of: `step_reference.TorchOperations` says what each does, `step_cuda.Kernels` is fast."""
 
     def supports(self, hidden: int, between: int, heads: Heads) -> str: ...  # noqa: D102
     def reserve(self, heads: Heads) -> None: ...  # noqa: D102
     def add_norm(  # noqa: D102
         self, hidden: Tensor, delta: Tensor | None, after: Norm | None, norm: Norm, users: list[nn.Module]
-    ) -> tuple[Tensor, Activations]: ...
+    ) -> tuple[Tensor, ProductInput]: ...
     def gate(  # noqa: D102
         self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]
-    ) -> Activations: ...
+    ) -> ProductInput: ...
     def attend(  # noqa: D102
         self,
         q: Tensor,
@@ -54,9 +50,9 @@ class Operations(Protocol):
         cached: Cached,
         position: Tensor,
         users: list[nn.Module],
-    ) -> Activations: ...
-    def multiply(self, module: nn.Module, activations: Activations) -> Tensor: ...  # noqa: D102
-    def choose(self, logits: Tensor, softcap: float | None, choice: Choice) -> None: ...  # noqa: D102
+    ) -> ProductInput: ...
+    def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor: ...  # noqa: D102
+    def choose(self, logits: Tensor, softcap: float | None, choice: TokenChoice) -> None: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class _Projections:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _StepLayer:
     norm: Norm
     qkv: _Projections
     heads: Heads
@@ -84,42 +80,39 @@ class Step:
     """The decoding step of a model.
 
     Args:
-        model: a causal language model of transformers', of a type in `NORM_OFFSETS`, whole on one device.
+        model: from `load_model`.
         cache: made for it. Its buffers must exist when the step is called: a prompt has gone through the model.
         operations: what it is made of.
 
     Raises:
-        UnsupportedModelError: of another type, with angles that depend on the text's length or are not for whole
-            heads, or of sizes that the operations are not for.
+        UnsupportedModelError: not from `load_model`, or of sizes that the operations are not for.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: KeyValueCache, operations: Operations) -> None:
+    def __init__(self, model: PreTrainedModel, cache: KeyValueCache, operations: StepOperations) -> None:
+        architecture = attached(model)
+        if architecture is None:
+            raise _unsupported(f"a {type(model).__name__} that load_model has not made")
         config: Any = model.config
-        if config.model_type not in NORM_OFFSETS:
-            raise _unsupported(f"models of type {config.model_type}: there are {', '.join(NORM_OFFSETS)}")
-        self._offset = NORM_OFFSETS[config.model_type]
-        activation = getattr(config, "hidden_activation", None) or config.hidden_act
-        if activation not in GATES:
-            raise _unsupported(f"the activation function {activation}: there are {', '.join(GATES)}")
-        self._activation = GATES[activation]
+        self._architecture, self._epsilon = architecture, float(config.rms_norm_eps)
         self._cache, self._operations = cache, operations
         inner: Any = model.model
         self._embedding: nn.Module = model.get_input_embeddings()
         self._head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._softcap = architecture.softcap_of_logits(config)
         self._norm = self._norm_of(inner.norm)
-        angles = {kind: _angles(inner.rotary_emb, config, kind, cache) for kind in set(cache.kinds)}
+        angles = {
+            kind: _angles(inner.rotary_emb, (kind,) if architecture.angles_by_kind else (), cache)
+            for kind in set(cache.kinds)
+        }
         self._layers = [
             self._layer(layer, config, angles[kind]) for layer, kind in zip(inner.layers, cache.kinds, strict=True)
         ]
         for layer in self._layers:
-            if (rotated := 2 * layer.heads.cosines.shape[-1]) != layer.heads.dim:
-                raise _unsupported(f"heads of {layer.heads.dim} values of which {rotated} are rotated")
             if reason := operations.supports(config.hidden_size, config.intermediate_size, layer.heads):
                 raise _unsupported(reason)
             operations.reserve(layer.heads)
 
-    def advance(self, choice: Choice) -> None:
+    def advance(self, choice: TokenChoice) -> None:
         """One step: the last token through the model, the next chosen. `choice.position` is the cache's."""
         self._operations.choose(self._logits(choice.token), self._softcap, choice)
 
@@ -143,50 +136,49 @@ class Step:
             delta, after = run.multiply(layer.output, x), layer.after_attention
             hidden, x = run.add_norm(hidden, delta, after, layer.norm_between, layer.gate_up.modules)
             gate, up = self._project(layer.gate_up, x)
-            x = run.gate(gate, up, self._activation, [layer.down])
+            x = run.gate(gate, up, self._architecture.activation, [layer.down])
             delta, after = run.multiply(layer.down, x), layer.after
         _, x = run.add_norm(hidden, delta, after, self._norm, [self._head])
         return run.multiply(self._head, x)
 
-    def _project(self, projections: _Projections, x: Activations) -> tuple[Tensor, ...]:
+    def _project(self, projections: _Projections, x: ProductInput) -> tuple[Tensor, ...]:
         products = [self._operations.multiply(module, x) for module in projections.modules]
         if len(products) == len(projections.widths):
             return tuple(products)
         return torch.split(products[0], projections.widths, dim=1)
 
-    def _layer(self, layer: Any, config: Any, angles: tuple[Tensor, Tensor]) -> _Layer:
+    def _layer(self, layer: Any, config: Any, angles: tuple[Tensor, Tensor]) -> _StepLayer:
         attention, network = layer.self_attn, layer.mlp
-        q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        # Gemma has norms around each half of a layer, others before each.
-        around = hasattr(layer, "pre_feedforward_layernorm")
+        head_norms, after = self._architecture.head_norms, self._architecture.norms_after
         dim, key_heads = attention.head_dim, config.num_key_value_heads
         heads = Heads(
             count=config.num_attention_heads,
             key_heads=key_heads,
             dim=dim,
             scale=attention.scaling,
-            softcap=getattr(attention, "attn_logit_softcapping", None),
-            q_norm=None if q_norm is None else self._norm_of(q_norm),
-            k_norm=None if k_norm is None else self._norm_of(k_norm),
+            softcap=self._architecture.softcap_of_scores(config),
+            q_norm=self._norm_of(attention.q_norm) if head_norms else None,
+            k_norm=self._norm_of(attention.k_norm) if head_norms else None,
             cosines=angles[0],
             sines=angles[1],
         )
-        between = layer.pre_feedforward_layernorm if around else layer.post_attention_layernorm
-        return _Layer(
+        # transformers' Llama calls the norm before its feed-forward network one after attention.
+        between = layer.pre_feedforward_layernorm if after else layer.post_attention_layernorm
+        return _StepLayer(
             norm=self._norm_of(layer.input_layernorm),
             qkv=_projections(attention, QKV, [heads.count * dim, key_heads * dim, key_heads * dim]),
             heads=heads,
             output=attention.o_proj,
-            after_attention=self._norm_of(layer.post_attention_layernorm) if around else None,
+            after_attention=self._norm_of(layer.post_attention_layernorm) if after else None,
             norm_between=self._norm_of(between),
             gate_up=_projections(network, GATE_UP, [config.intermediate_size] * 2),
             down=network.down_proj,
-            after=self._norm_of(layer.post_feedforward_layernorm) if around else None,
+            after=self._norm_of(layer.post_feedforward_layernorm) if after else None,
         )
 
     def _norm_of(self, module: Any) -> Norm:
-        epsilon = module.eps if hasattr(module, "eps") else module.variance_epsilon
-        return Norm((module.weight.detach().float() + self._offset).contiguous(), float(epsilon))
+        weight = module.weight.detach().float() + self._architecture.norm_offset
+        return Norm(weight.contiguous(), self._epsilon)
 
 
 def _projections(module: Any, group: Group, widths: list[int]) -> _Projections:
@@ -194,18 +186,13 @@ def _projections(module: Any, group: Group, widths: list[int]) -> _Projections:
     return _Projections([getattr(module, part) for part in group.parts] if joined is None else [joined], widths)
 
 
-def _angles(rotary: Any, config: Any, kind: str, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
+def _angles(rotary: Any, kind: tuple[str, ...], cache: KeyValueCache) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position's angles, float32 (slots, dim / 2)."""
     tables: tuple[list[Tensor], list[Tensor]] = [], []
-    # Gemma 3 turns the heads of windows by other angles.
-    which = (kind,) if config.model_type == "gemma3_text" else ()
-    rope = rotary.rope_type[kind] if which else rotary.rope_type
-    if rope not in ROPES:
-        raise _unsupported(f"rotary embeddings of kind {rope}: there are {', '.join(ROPES)}")
     dtype_of = torch.empty(0, device=cache.device)
     for begin in range(0, cache.slots, ANGLES_AT_ONCE):
         positions = torch.arange(begin, min(begin + ANGLES_AT_ONCE, cache.slots), device=cache.device)
-        for table, both in zip(tables, rotary(dtype_of, positions[None], *which), strict=True):
+        for table, both in zip(tables, rotary(dtype_of, positions[None], *kind), strict=True):
             table.append(both[0, :, : both.shape[-1] // 2])
     cosines, sines = (torch.cat(table).contiguous() for table in tables)
     return cosines, sines

@@ -17,8 +17,9 @@ from q6k_kernels.cuda import decode, decode_plan
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda.device import Device, Variant
 from q6k_kernels.formats.types import weight_type
-from q6k_kernels.generate.step_reference import Activation, Activations, Cached, Choice, Heads, Norm
+from q6k_kernels.generate.step_reference import Cached, Heads, Norm, ProductInput, TokenChoice
 from q6k_kernels.jit import loader
+from q6k_kernels.models.architecture import Activation
 from q6k_kernels.weights.layers import Q6KLinear
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Kernels:
 
     def add_norm(
         self, hidden: Tensor, delta: Tensor | None, after: Norm | None, norm: Norm, users: list[nn.Module]
-    ) -> tuple[Tensor, Activations]:
+    ) -> tuple[Tensor, ProductInput]:
         """See `step_reference`. `users` are the products that follow."""
         total = hidden if delta is None else torch.empty_like(hidden)
         out = self._activations(hidden.shape[-1], users)
@@ -101,7 +102,7 @@ class Kernels:
         )
         return total, out
 
-    def gate(self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]) -> Activations:
+    def gate(self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]) -> ProductInput:
         """See `step_reference`."""
         out = self._activations(gate.shape[-1], users)
         self._launch(
@@ -121,7 +122,7 @@ class Kernels:
         cached: Cached,
         position: Tensor,
         users: list[nn.Module],
-    ) -> Activations:
+    ) -> ProductInput:
         """See `step_reference`."""
         out = self._activations(heads.count * heads.dim, users)
         rows, blocks, together = self._grid(heads)
@@ -156,7 +157,7 @@ class Kernels:
         )
         return out
 
-    def multiply(self, module: nn.Module, activations: Activations) -> Tensor:
+    def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor:
         """A product, (1, N)."""
         if not self._takes_codes(module):
             assert activations.halves is not None  # noqa: S101 -- as `_activations` has seen to
@@ -171,7 +172,7 @@ class Kernels:
         )
         return y
 
-    def choose(self, logits: Tensor, softcap: float | None, choice: Choice) -> None:
+    def choose(self, logits: Tensor, softcap: float | None, choice: TokenChoice) -> None:
         """See `step_reference`."""
         vocabulary = logits.shape[-1]
         blocks = -(-vocabulary // (CHOOSE_THREADS * CHOOSE_VALUES))
@@ -199,9 +200,9 @@ class Kernels:
         row = weight_type(module.format)
         return decode_plan.fits(module.out_features, module.in_features, row, self._device)
 
-    def _activations(self, k: int, users: list[nn.Module]) -> Activations:
+    def _activations(self, k: int, users: list[nn.Module]) -> ProductInput:
         coded = [self._takes_codes(user) for user in users]
-        return Activations(
+        return ProductInput(
             halves=None if all(coded) else torch.empty(1, k, dtype=self._dtype, device=self._torch_device),
             codes=torch.empty(sum(decode_plan.code_bytes(k)), dtype=torch.uint8, device=self._torch_device)
             if any(coded)
@@ -209,7 +210,7 @@ class Kernels:
             k=k,
         )
 
-    def _outputs(self, out: Activations) -> tuple[int, int, int]:
+    def _outputs(self, out: ProductInput) -> tuple[int, int, int]:
         """Pointers: 16-bit values, codes, steps."""
         codes = _pointer(out.codes)
         return _pointer(out.halves), codes, codes and codes + decode_plan.code_bytes(out.k)[0]

@@ -7,22 +7,21 @@ computed in fp32 and rounded where a layer of transformers would.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from q6k_kernels.generate import sampling
+from q6k_kernels.models.architecture import Activation
 
 if TYPE_CHECKING:
     from torch import nn
 
-Activation = Literal["silu", "gelu_tanh"]
-
 
 @dataclass(frozen=True)
-class Activations:
+class ProductInput:
     """What products begin with.
 
     Attributes:
@@ -92,7 +91,7 @@ class Cached:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TokenChoice:
     """Where tokens come from and go to.
 
     Attributes:
@@ -110,7 +109,7 @@ class Choice:
     temperature: float
 
 
-class Reference:
+class TorchOperations:
     """The operations of a step."""
 
     def supports(self, hidden: int, between: int, heads: Heads) -> str:
@@ -129,7 +128,7 @@ class Reference:
 
     def add_norm(
         self, hidden: Tensor, delta: Tensor | None, after: Norm | None, norm: Norm, users: list[nn.Module]
-    ) -> tuple[Tensor, Activations]:
+    ) -> tuple[Tensor, ProductInput]:
         """The residual sum, and its norm.
 
         Args:
@@ -149,7 +148,7 @@ class Reference:
             hidden = hidden + delta
         return hidden, _plain(norm(hidden).to(hidden.dtype))
 
-    def gate(self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]) -> Activations:
+    def gate(self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]) -> ProductInput:
         """The activation function of `gate` times `up`, both (1, K)."""
         del users
         x = gate.float()
@@ -165,7 +164,7 @@ class Reference:
         cached: Cached,
         position: Tensor,
         users: list[nn.Module],
-    ) -> Activations:
+    ) -> ProductInput:
         """Puts a token's key and value into the cache, and attends to what it sees there.
 
         Args:
@@ -200,7 +199,7 @@ class Reference:
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         return _plain((weights @ cached.values[0].float()).to(q.dtype).view(1, -1))
 
-    def choose(self, logits: Tensor, softcap: float | None, choice: Choice) -> None:
+    def choose(self, logits: Tensor, softcap: float | None, choice: TokenChoice) -> None:
         """The next token, see `sampling`, put where `choice` says.
 
         Args:
@@ -215,7 +214,7 @@ class Reference:
         choice.token.copy_(token)
         choice.position.copy_(following)
 
-    def multiply(self, module: nn.Module, activations: Activations) -> Tensor:
+    def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor:
         """A product, (1, N)."""
         y: Tensor = module(activations.halves)
         return y
@@ -227,8 +226,8 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _plain(x: Tensor) -> Activations:
-    return Activations(x, None, x.shape[-1])
+def _plain(x: Tensor) -> ProductInput:
+    return ProductInput(x, None, x.shape[-1])
 
 
 def _rotated(vectors: Tensor, heads: Heads, position: Tensor) -> Tensor:

@@ -1,35 +1,29 @@
-"""Which architectures become models, and how GGUF's conventions for each differ from transformers'.
+"""What an architecture is: how its GGUF files differ from transformers' models, and what its layers compute.
 
-| GGUF           | transformers        | besides names                                                          |
-|----------------|---------------------|------------------------------------------------------------------------|
-| llama, mistral | llama or mistral    | rows of q and k in another order; `rope_freqs.weight` (Llama 3.1)      |
-| qwen2, qwen3   | qwen2, qwen3        |                                                                        |
-| gemma2, gemma3 | gemma2, gemma3_text | 1 added to norms; llama.cpp's rules for windows, softcaps and scales   |
-
-llama.cpp writes Mistral models as `llama`. A sliding window in the metadata makes one of them a mistral.
+Each family of models has a file here with one row for each of its architectures; `registry` collects them. Whoever
+fills or runs a model asks its row, which `load_model` leaves on the model, and looks at no class or attribute.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from q6k_kernels.bundle.metadata import Metadata
 from q6k_kernels.errors import UnsupportedModelError
-from q6k_kernels.models.hyperparameters import ONLY_FUNCTIONS, Keys, Shapes, rope, scaled_rope, sizes
+from q6k_kernels.models.hyperparameters import ONLY_FUNCTIONS, Keys, Shapes, sizes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 FREQUENCY_FACTORS = "rope_freqs.weight"
 """By what the frequencies of rotary embeddings are divided, float (head_dim / 2,)."""
-HEAD = "output.weight"
-EMBEDDING = "token_embd.weight"
 
+Activation = Literal["silu", "gelu_tanh"]
 Values = dict[str, Any]
 
 
@@ -38,136 +32,59 @@ class Architecture:
     """One of GGUF's architectures.
 
     Attributes:
-        names: its name in the `gguf` package's maps of tensor names.
+        name: in GGUF, `general.architecture`.
         describe: the rest of a configuration: keys and shapes -> transformers' model type and its fields.
+        tensor_names: its name in the `gguf` package's maps of tensor names; by default `name`.
         used: keys of `hyperparameters.NEUTRAL` that `describe` heeds.
         interleaved: whether rows of q and k, in each head, alternate between the halves that rotate together.
-        norm_offset: what GGUF's norm weights have added.
         frequency_factors: whether `rope_freqs.weight` may be there.
+        norm_offset: what GGUF has added to norms' weights; transformers has not, and adds it when it norms.
+        norms_after: whether each half of a layer has a norm after it too, and not only one before it.
+        head_norms: whether each head of q and k is normed.
+        activation: the function of the gate in a feed-forward network.
+        scaled_embedding: whether rows of the embedding are multiplied by a number.
+        capped_scores: whether scores of attention may have a soft cap, `attn_logit_softcapping`.
+        capped_logits: whether logits may have one, `final_logit_softcapping`.
+        angles_by_kind: whether layers with windows rotate heads by angles of their own.
     """
 
-    names: str
+    name: str
     describe: Callable[[Keys, Shapes, Values], tuple[str, Values]]
+    tensor_names: str = ""
     used: frozenset[str] = frozenset()
     interleaved: bool = False
-    norm_offset: float = 0.0
     frequency_factors: bool = False
+    norm_offset: float = 0.0
+    norms_after: bool = False
+    head_norms: bool = False
+    activation: Activation = "silu"
+    scaled_embedding: bool = False
+    capped_scores: bool = False
+    capped_logits: bool = False
+    angles_by_kind: bool = False
+
+    def softcap_of_scores(self, config: PretrainedConfig) -> float | None:
+        """Return the soft cap of a model's attention scores; None if there is none."""
+        return config.attn_logit_softcapping if self.capped_scores else None
+
+    def softcap_of_logits(self, config: PretrainedConfig) -> float | None:
+        """Return the soft cap of a model's logits; None if there is none."""
+        return config.final_logit_softcapping if self.capped_logits else None
 
 
-def _llama(keys: Keys, shapes: Shapes, _: Values) -> tuple[str, Values]:
-    values: Values = {"rope_parameters": scaled_rope(keys)}
-    if window := keys.integer("attention.sliding_window", 0, 1 << 31, 0):
-        return "mistral", values | {"sliding_window": window}
-    return "llama", values | _biases(shapes) | {"mlp_bias": "blk.0.ffn_up.bias" in shapes}
+def attach(model: nn.Module, architecture: Architecture) -> None:
+    """Leave an architecture on a model that was built by it, for `attached`; copies of the model keep it."""
+    model.q6k_architecture = architecture
 
 
-def _qwen2(keys: Keys, _shapes: Shapes, _: Values) -> tuple[str, Values]:
-    return "qwen2", {"rope_parameters": scaled_rope(keys)}
+def attached(model: nn.Module) -> Architecture | None:
+    """Return the architecture that a model was built by; None if `load_model` has not built it."""
+    return getattr(model, "q6k_architecture", None)
 
 
-def _qwen3(keys: Keys, shapes: Shapes, _: Values) -> tuple[str, Values]:
-    return "qwen3", {"rope_parameters": scaled_rope(keys)} | _biases(shapes)
-
-
-def _gemma2(keys: Keys, shapes: Shapes, values: Values) -> tuple[str, Values]:
-    return "gemma2", {
-        "rope_parameters": scaled_rope(keys),
-        "attn_logit_softcapping": _softcap(keys, "attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": _softcap(keys, "final_logit_softcapping", 30.0),
-        "query_pre_attn_scalar": _attention_scalar(keys, values, layers_of_27b=46),
-        **_windows(keys, values, period=2, window=4096),
-        **_biases(shapes),
-    }
-
-
-def _gemma3(keys: Keys, shapes: Shapes, values: Values) -> tuple[str, Values]:
-    ropes = {
-        # Only global layers see the whole context, so only they are scaled.
-        "full_attention": scaled_rope(keys, theta=1_000_000.0),
-        "sliding_attention": rope(keys, "rope.freq_base_swa"),
-    }
-    return "gemma3_text", {
-        "rope_parameters": ropes,
-        "final_logit_softcapping": _softcap(keys, "final_logit_softcapping", 0.0),
-        "query_pre_attn_scalar": _attention_scalar(keys, values, layers_of_27b=62),
-        **_windows(keys, values, period=6, window=0),
-        **_biases(shapes),
-    }
-
-
-def _biases(shapes: Shapes) -> Values:
+def biases(shapes: Shapes) -> Values:
+    """Return whether attention has biases, for a configuration."""
     return {"attention_bias": "blk.0.attn_q.bias" in shapes}
-
-
-def _softcap(keys: Keys, key: str, default: float) -> float | None:
-    return keys.real(key, 0.0, 1e6, default) or None
-
-
-def _attention_scalar(keys: Keys, values: Values, layers_of_27b: int) -> int:
-    """What scores are divided by the root of; most files do not say it, so 27B models are known by their layers."""
-    if "attention.scale" in keys:
-        scalar = keys.real("attention.scale", 1e-6, 1.0) ** -2
-        if abs(scalar - round(scalar)) > 1e-3 * scalar:
-            raise keys.wrong(
-                "attention.scale", f"expected the root of a whole number, inverted; found {scalar:g} under it"
-            )
-        return round(scalar)
-    if values["num_hidden_layers"] == layers_of_27b:
-        return int(values["hidden_size"] // values["num_attention_heads"])
-    return int(values["head_dim"])
-
-
-def _windows(keys: Keys, values: Values, period: int, window: int) -> Values:
-    """Which layers see only a window: all but the last of each `period`."""
-    layers = values["num_hidden_layers"]
-    window = keys.integer("attention.sliding_window", 0, 1 << 31, window)
-    key = "attention.sliding_window_pattern"
-    stated = keys.metadata.value(f"{keys.prefix}.{key}")
-    if isinstance(stated, list):
-        slides = [bool(each) for each in stated]
-        if len(slides) != layers:
-            raise keys.wrong(key, f"expected one value for each of {layers} layers, found {len(slides)}")
-    else:
-        period = keys.integer(key, 0, 1 << 16, period)
-        # llama.cpp: 0 is no period at all, all layers slide.
-        slides = [period == 0 or (layer + 1) % period != 0 for layer in range(layers)]
-    slides = [slide and window > 0 for slide in slides]
-    return {
-        # Without windows transformers still wants one for the mask that no layer uses.
-        "sliding_window": window or values["max_position_embeddings"],
-        "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
-    }
-
-
-_WINDOW = "attention.sliding_window"
-_LLAMA = Architecture("llama", _llama, frozenset({_WINDOW}), interleaved=True, frequency_factors=True)
-_CAPS = {_WINDOW, "attention.scale", "final_logit_softcapping"}
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": Architecture("qwen2", _qwen2),
-    "qwen3": Architecture("qwen3", _qwen3),
-    "gemma2": Architecture("gemma2", _gemma2, frozenset({*_CAPS, "attn_logit_softcapping"}), norm_offset=1.0),
-    "gemma3": Architecture("gemma3", _gemma3, frozenset(_CAPS), norm_offset=1.0),
-}
-"""By `general.architecture`."""
-
-
-def architecture_of(metadata: Metadata) -> Architecture:
-    """The architecture that the metadata names.
-
-    Raises:
-        UnsupportedModelError: it is none of those here, or none is named.
-    """
-    name = metadata.architecture
-    if name not in ARCHITECTURES:
-        found = repr(name[:80]) if name else "none"
-        raise UnsupportedModelError(
-            f"{metadata.path}: general.architecture: expected one of {', '.join(ARCHITECTURES)}, found {found}",
-            ONLY_FUNCTIONS,
-        )
-    return ARCHITECTURES[name]
 
 
 def make_config(architecture: Architecture, metadata: Metadata, shapes: Shapes) -> PretrainedConfig:
@@ -200,7 +117,8 @@ def gguf_names(architecture: Architecture, parameters: list[str], layers: int) -
     """
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
-    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture.names)
+    wanted = architecture.tensor_names or architecture.name
+    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == wanted)
     names = get_tensor_name_map(MODEL_ARCH(arch), layers)
     found = dict[str, str]()
     for parameter in parameters:

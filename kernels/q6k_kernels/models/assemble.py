@@ -8,7 +8,7 @@ their input run as one (see `fusing`); a tied head shares the embedding's memory
 `dtype`, whatever float type they are stored in, as transformers' layers want weights and activations of one dtype.
 
 The model is built on the meta device, where nothing takes memory. Before a weight is read, all names and shapes
-are held against the bundle. Then one tensor at a time goes from its file to its device (see `filling`).
+are compared with the bundle's. Then one tensor at a time goes from its file to its device (see `filling`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import torch
 from q6k_kernels.bundle.metadata import Metadata, read_metadata
 from q6k_kernels.errors import PackageMissingError, WeightsError
 from q6k_kernels.formats.checks import Activations, check_activations, check_dtype
-from q6k_kernels.models.architecture import Architecture, architecture_of, make_config
+from q6k_kernels.models.architecture import Architecture, attach, make_config
 from q6k_kernels.models.filling import CONVERT_WHOLE, Filler
+from q6k_kernels.models.registry import architecture_of
 from q6k_kernels.weights.reader import Bundle, open_bundle
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def load_model(
 
     Returns:
         A transformers model for causal language modelling, in eval mode, no parameter of which asks for a gradient.
-        Its `generation_config` has the ids that the GGUF names: BOS, padding, and what ends a text or a turn.
+        Its `generation_config` has the ids that the GGUF names: BOS, padding, and what ends a text or a turn. It
+        keeps the `Architecture` that it was built by, see `architecture.attached`.
 
     Raises:
         PackageMissingError: transformers is missing or too old.
@@ -106,7 +108,8 @@ def _on_meta(bundle: Bundle, metadata: Metadata, architecture: Architecture, dty
     shapes = {tensor.name: tuple(tensor.shape) for tensor in bundle.manifest.tensors}
     config = make_config(architecture, metadata, shapes)
     # SDPA knows no soft cap, and some releases of transformers pick it all the same and leave the cap out.
-    attention = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    attention = {"attn_implementation": "eager"} if architecture.softcap_of_scores(config) else {}
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)  # type: ignore[no-untyped-call]
+    attach(model, architecture)
     return model

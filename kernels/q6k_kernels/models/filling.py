@@ -137,8 +137,7 @@ class Filler:
         self.model.set_submodule(name, Q6KLinear.from_weight(weight, bias, self.activations))
 
     def _embedding(self, name: str, module: nn.Embedding) -> None:
-        # Of Gemma's embeddings, which are multiplied by it.
-        scale: float | None = getattr(module, "scalar_embed_scale", None)
+        scale = float(cast("Any", module).scalar_embed_scale) if self.architecture.scaled_embedding else None
         if self._format(f"{name}.weight") is None:
             self._parameters(name, module)
             if scale is not None:

@@ -1,8 +1,8 @@
 """From a bundle's metadata to the numbers of a transformers configuration, none of them trusted.
 
-Keys are those of llama.cpp, `ARCHITECTURE.attention.head_count` and so on, with its defaults. A size is held
-against the shape of the tensor that has it, so that nothing larger than the bundle itself is ever built. A key that
-changes what a model computes, in a way that is not built here, is refused unless its value has no effect.
+Keys are those of llama.cpp, `ARCHITECTURE.attention.head_count` and so on, with its defaults. A size must be
+that of the tensor that has it, so that nothing larger than the bundle itself is ever built. A key that changes
+what a model computes, in a way that is not built here, is refused unless its value has no effect.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ MAX_CONTEXT = (1 << 31) - 1
 EXPORT_AGAIN = "Export the model again with a current converter (convert_hf_to_gguf.py of llama.cpp)."
 ONLY_FUNCTIONS = "Its tensors can still be used one by one: `q6k_kernels.open_bundle`."
 
+WINDOW = "attention.sliding_window"
+SCORE_SCALE = "attention.scale"
+SCORE_CAP, LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"
+
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
@@ -29,13 +33,13 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention.clamp_kqv": (0.0,),
     "attention.max_alibi_bias": (0.0,),
     "attention.output_scale": (),
-    "attention.scale": (),
+    SCORE_SCALE: (),
     "attention.shared_kv_layers": (0,),
-    "attention.sliding_window": (0,),
+    WINDOW: (0,),
     "attention.temperature_length": (0,),
     "attention.temperature_scale": (0.0,),
-    "attn_logit_softcapping": (0.0,),
-    "final_logit_softcapping": (0.0,),
+    SCORE_CAP: (0.0,),
+    LOGIT_CAP: (0.0,),
     "embedding_scale": (1.0,),
     "logit_scale": (0.0, 1.0),
     "residual_scale": (0.0, 1.0),
@@ -91,6 +95,10 @@ class Keys:
         """A text; `default` if the key is absent."""
         value = self.metadata.string(f"{self.prefix}.{key}")
         return default if value is None else value
+
+    def value(self, key: str) -> object:
+        """A value of any type; None if the key is absent."""
+        return self.metadata.value(f"{self.prefix}.{key}")
 
     def wrong(self, key: str, problem: str) -> HyperparameterError:
         """An error about a key."""

@@ -1,0 +1,111 @@
+"""Gemma 2, and the text part of Gemma 3: transformers' gemma2 and gemma3_text.
+
+GGUF has added 1 to weights of norms. Windows, soft caps and scales follow llama.cpp's rules where a file is silent.
+"""
+
+from __future__ import annotations
+
+from q6k_kernels.models.architecture import Architecture, Values, biases
+from q6k_kernels.models.hyperparameters import (
+    LOGIT_CAP,
+    SCORE_CAP,
+    SCORE_SCALE,
+    WINDOW,
+    Keys,
+    Shapes,
+    rope,
+    scaled_rope,
+)
+
+
+def _gemma2(keys: Keys, shapes: Shapes, values: Values) -> tuple[str, Values]:
+    return "gemma2", {
+        "rope_parameters": scaled_rope(keys),
+        "attn_logit_softcapping": _softcap(keys, SCORE_CAP, 50.0),
+        "final_logit_softcapping": _softcap(keys, LOGIT_CAP, 30.0),
+        "query_pre_attn_scalar": _attention_scalar(keys, values, layers_of_27b=46),
+        **_windows(keys, values, period=2, window=4096),
+        **biases(shapes),
+    }
+
+
+def _gemma3(keys: Keys, shapes: Shapes, values: Values) -> tuple[str, Values]:
+    ropes = {
+        # Only global layers see the whole context, so only they are scaled.
+        "full_attention": scaled_rope(keys, theta=1_000_000.0),
+        "sliding_attention": rope(keys, "rope.freq_base_swa"),
+    }
+    return "gemma3_text", {
+        "rope_parameters": ropes,
+        "final_logit_softcapping": _softcap(keys, LOGIT_CAP, 0.0),
+        "query_pre_attn_scalar": _attention_scalar(keys, values, layers_of_27b=62),
+        **_windows(keys, values, period=6, window=0),
+        **biases(shapes),
+    }
+
+
+def _softcap(keys: Keys, key: str, default: float) -> float | None:
+    return keys.real(key, 0.0, 1e6, default) or None
+
+
+def _attention_scalar(keys: Keys, values: Values, layers_of_27b: int) -> int:
+    """What scores are divided by the root of; most files do not say it, so 27B models are known by their layers."""
+    if SCORE_SCALE in keys:
+        scalar = keys.real(SCORE_SCALE, 1e-6, 1.0) ** -2
+        if abs(scalar - round(scalar)) > 1e-3 * scalar:
+            raise keys.wrong(
+                SCORE_SCALE, f"expected the root of a whole number, inverted; found {scalar:g} under it"
+            )
+        return round(scalar)
+    if values["num_hidden_layers"] == layers_of_27b:
+        return int(values["hidden_size"] // values["num_attention_heads"])
+    return int(values["head_dim"])
+
+
+def _windows(keys: Keys, values: Values, period: int, window: int) -> Values:
+    """Which layers see only a window: all but the last of each `period`."""
+    layers = values["num_hidden_layers"]
+    window = keys.integer(WINDOW, 0, 1 << 31, window)
+    key = "attention.sliding_window_pattern"
+    stated = keys.value(key)
+    if isinstance(stated, list):
+        slides = [bool(each) for each in stated]
+        if len(slides) != layers:
+            raise keys.wrong(key, f"expected one value for each of {layers} layers, found {len(slides)}")
+    else:
+        period = keys.integer(key, 0, 1 << 16, period)
+        # llama.cpp: 0 is no period at all, all layers slide.
+        slides = [period == 0 or (layer + 1) % period != 0 for layer in range(layers)]
+    slides = [slide and window > 0 for slide in slides]
+    return {
+        # Without windows transformers still wants one for the mask that no layer uses.
+        "sliding_window": window or values["max_position_embeddings"],
+        "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
+    }
+
+
+ROWS = (
+    Architecture(
+        "gemma2",
+        _gemma2,
+        used=frozenset({WINDOW, SCORE_SCALE, SCORE_CAP, LOGIT_CAP}),
+        norm_offset=1.0,
+        norms_after=True,
+        activation="gelu_tanh",
+        scaled_embedding=True,
+        capped_scores=True,
+        capped_logits=True,
+    ),
+    Architecture(
+        "gemma3",
+        _gemma3,
+        used=frozenset({WINDOW, SCORE_SCALE, LOGIT_CAP}),
+        norm_offset=1.0,
+        norms_after=True,
+        head_norms=True,
+        activation="gelu_tanh",
+        scaled_embedding=True,
+        capped_logits=True,
+        angles_by_kind=True,
+    ),
+)

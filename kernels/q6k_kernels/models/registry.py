@@ -1,0 +1,28 @@
+"""Which architectures become models: the rows of all families."""
+
+from __future__ import annotations
+
+from q6k_kernels.bundle.metadata import Metadata
+from q6k_kernels.errors import UnsupportedModelError
+from q6k_kernels.models import gemma, llama, qwen
+from q6k_kernels.models.architecture import Architecture
+from q6k_kernels.models.hyperparameters import ONLY_FUNCTIONS
+
+ARCHITECTURES: dict[str, Architecture] = {row.name: row for family in (llama, qwen, gemma) for row in family.ROWS}
+"""By `general.architecture`."""
+
+
+def architecture_of(metadata: Metadata) -> Architecture:
+    """The architecture that the metadata names.
+
+    Raises:
+        UnsupportedModelError: it is none of those here, or none is named.
+    """
+    name = metadata.architecture
+    if name not in ARCHITECTURES:
+        found = repr(name[:80]) if name else "none"
+        raise UnsupportedModelError(
+            f"{metadata.path}: general.architecture: expected one of {', '.join(ARCHITECTURES)}, found {found}",
+            ONLY_FUNCTIONS,
+        )
+    return ARCHITECTURES[name]
