@@ -20,8 +20,10 @@ from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda import gemm_mma
 from q6k_kernels.cuda.device import Device
 from q6k_kernels.cuda.gemm_mma import CONFIGS, Plan, plan, variants
+from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType, weight_type
 from q6k_kernels.ops import accuracy
 
+BF16, EXACT = weight_type("q6_k"), weight_type("q6_k_exact")
 DEVICES = [device_like(arch) for arch in ARCHITECTURES]
 SIZES = {
     "llama-3-8b": [(4096, 4096), (1024, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336)],
@@ -37,8 +39,8 @@ TOKENS = [1, 2, 9, 16, 17, 31, 33, 64, 65, 127, 128, 255, 1000, 4096]
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: str(device.arch))
 def test_plans_keep_within_limits(device: Device, model: str) -> None:
     available = {variant for variant in variants(device.arch) if variant[1] == gemm_mma.KERNEL}
-    for (n, k), m, exact in product(SIZES[model], TOKENS, (False, True)):
-        found = plan(m, n, k, exact, device)
+    for (n, k), m, row in product(SIZES[model], TOKENS, WEIGHT_TYPES.values()):
+        found = plan(m, n, k, row, device)
         where = f"{m} x {n} x {k}: {found}"
         assert (found.tokens, found.parts) in CONFIGS, where
         assert found.tokens >= min(m, 64), where
@@ -50,25 +52,25 @@ def test_plans_keep_within_limits(device: Device, model: str) -> None:
         assert 1 <= found.splits <= min(k // 256, 65535), where
         assert found.splits == 1 or found.splits * m * n * 4 <= gemm_mma.MOST_WORKSPACE, where
         # What the kernel uses: two stages of activations and the tiles; then the sums, in their place.
-        tiles = 8 * found.slots * (3360 if exact else 3584)
+        tiles = 8 * found.slots * row.tile_bytes
         sums = found.parts * found.tokens * (found.rows + 4) * 4
         assert found.shared_bytes == 2 * 8192 + tiles >= sums, where
         assert 2 * (found.shared_bytes + 1024) <= device.multiprocessor_shared_bytes, where
         assert found.shared_bytes <= device.shared_bytes, where
         for fp16 in (False, True):
-            assert gemm_mma._variant((found.tokens, found.parts), found.slots, exact, fp16) in available, where
+            assert gemm_mma._variant((found.tokens, found.parts), found.slots, row, fp16) in available, where
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(16, 1024, 4096), (64, 4096, 4096), (16, 4096, 14336), (9, 256, 8192)])
 def test_small_weights_are_spread_over_the_gpu(m: int, n: int, k: int) -> None:
     device = device_like(80)
-    found = plan(m, n, k, False, device)
+    found = plan(m, n, k, BF16, device)
     assert found.grid[0] * found.grid[1] >= min(device.multiprocessors // 2, n // 16 * (k // 256) // 8), found
 
 
 def test_large_weights_are_not_split() -> None:
     for m in (16, 64, 255):
-        assert plan(m, 128256, 4096, False, device_like(80)).splits == 1
+        assert plan(m, 128256, 4096, BF16, device_like(80)).splits == 1
 
 
 def test_variants_are_all_that_plans_can_want() -> None:
@@ -104,16 +106,16 @@ def activations(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)[:, :k]
 
 
-def forced(config: tuple[int, int], splits: int, slots: int, m: int, n: int, exact: bool) -> Plan:
+def forced(config: tuple[int, int], splits: int, slots: int, m: int, n: int, row: WeightType) -> Plan:
     tokens, parts = config
     blocks = -(-m // tokens) * -(-n // (128 // parts))
-    shared = 2 * 8192 + 8 * slots * (3360 if exact else 3584)
+    shared = 2 * 8192 + 8 * slots * row.tile_bytes
     return Plan(tokens, parts, splits, slots, (blocks, splits, 1), shared)
 
 
 def multiply(x: torch.Tensor, tiles: torch.Tensor, bias: torch.Tensor | None, n: int) -> torch.Tensor:
     y = torch.empty(len(x), n, dtype=x.dtype)
-    gemm_mma.linear(x, tiles, bias, n, y)
+    gemm_mma.linear(x, tiles, bias, n, packed.row(tiles), y)
     return y
 
 
@@ -153,11 +155,12 @@ def test_products_are_right_in_every_order_of_threads(
     dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
 ) -> None:
-    chosen = forced(config, splits, slots, m, n, exact)
+    row = EXACT if exact else BF16
+    chosen = forced(config, splits, slots, m, n, row)
     monkeypatch.setattr(gemm_mma, "plan", lambda *sizes: chosen)
     x, weight = activations(m, k, dtype), planes(n, k, exact)
     bias = None if bias_dtype is None else torch.randn(n, generator=torch.Generator().manual_seed(1)).to(bias_dtype)
-    kernel = cuda_emulator.load(*gemm_mma._variant(config, slots, exact, dtype == torch.float16), 0)
+    kernel = cuda_emulator.load(*gemm_mma._variant(config, slots, row, dtype == torch.float16), 0)
     outputs = []
     for kernel.order in (3, 2, 0):
         outputs.append(multiply(x, packed.tiles_of(*weight), bias, n))
@@ -172,7 +175,7 @@ def test_products_are_right_in_every_order_of_threads(
 @pytest.mark.parametrize(("m", "n", "k"), [(3, 50, 2048), (40, 300, 512)])
 def test_what_is_planned_is_launched(gpu: Memory, m: int, n: int, k: int) -> None:
     x, weight = activations(m, k, torch.bfloat16), planes(n, k, False)
-    chosen = plan(m, n, k, False, launching.device(0))
+    chosen = plan(m, n, k, BF16, launching.device(0))
     right = accuracy.linear(x, packed.exact_of(*weight), activations="bf16")
     found = accuracy.compare(multiply(x, packed.tiles_of(*weight), None, n), right, chosen.roundings(k))
     assert found.worst <= 1
@@ -183,7 +186,7 @@ def test_what_is_planned_is_launched(gpu: Memory, m: int, n: int, k: int) -> Non
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_infinities_stay_in_their_row(gpu: Memory, monkeypatch: pytest.MonkeyPatch, bad: float) -> None:
     config, m, n, k = (32, 2), 20, 77, 1280
-    chosen = forced(config, 1, 2, m, n, False)
+    chosen = forced(config, 1, 2, m, n, BF16)
     monkeypatch.setattr(gemm_mma, "plan", lambda *sizes: chosen)
     weight: Any = planes(n, k, False)
     x = activations(m, k, torch.float16).clone()

@@ -18,8 +18,10 @@ torch = pytest.importorskip("torch")
 from cuda_emulator.memory import Memory, emulate
 from q6k_kernels.cpp.variants import device_like
 from q6k_kernels.cuda import rows as row_kernels
+from q6k_kernels.formats.types import row_of, weight_type
 
 SCALES = ["bf16", "exact"]
+BF16 = weight_type("q6_k")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, 256), (16, 512), (37, 768), (40, 2304)]
 Planes = tuple[torch.Tensor, ...]
@@ -65,7 +67,7 @@ def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 21, 512), (2, 16, 256)])
 def test_packing_writes_every_byte_that_the_cpu_does(gpu: Memory, shape: tuple[int, ...], scales: str) -> None:
     wanted = packed.tiles_of(*planes(shape, scales))
-    found = row_kernels.pack(*planes(shape, scales))
+    found = row_kernels.pack(planes(shape, scales), row_of("Q6_K", scales))
     assert found.shape == wanted.shape
     assert torch.equal(found, wanted)
 
@@ -83,8 +85,8 @@ def test_planes_may_lie_anywhere(gpu: Memory, scales: str) -> None:
         assert shifted.data_ptr() % 16
         odd.append(shifted)
     wanted = packed.tiles_of(*planes(shape, scales))
-    assert torch.equal(row_kernels.pack(*every_other), wanted)
-    assert torch.equal(row_kernels.pack(*odd), wanted)
+    assert torch.equal(row_kernels.pack(every_other, row_of("Q6_K", scales)), wanted)
+    assert torch.equal(row_kernels.pack(odd, row_of("Q6_K", scales)), wanted)
 
 
 @cuda_emulator.requires_compiler
@@ -94,7 +96,7 @@ def test_all_rows_are_the_references(gpu: Memory, scales: str, dtype: torch.dtyp
     for shape in SHAPES:
         tiles = packed.tiles_of(*planes(shape, scales))
         assert_same_bits(
-            row_kernels.dequantize(tiles, shape[0], dtype),
+            row_kernels.dequantize(tiles, shape[0], packed.row(tiles), dtype),
             packed.dequantized(*planes(shape, scales), dtype=dtype),
         )
 
@@ -104,7 +106,7 @@ def test_all_rows_are_the_references(gpu: Memory, scales: str, dtype: torch.dtyp
 def test_a_slice_of_rows_is_that_of_all(gpu: Memory, first: int, rows: int) -> None:
     shape, dtype = (37, 768), torch.bfloat16
     out = torch.empty(rows, 768, dtype=dtype)
-    row_kernels.dequantize_rows(packed.tiles_of(*planes(shape, "bf16")), first, rows, 37, out)
+    row_kernels.dequantize_rows(packed.tiles_of(*planes(shape, "bf16")), first, rows, 37, BF16, out)
     assert_same_bits(out, packed.dequantized(*planes(shape, "bf16"), dtype=dtype)[first : first + rows])
 
 
@@ -125,7 +127,7 @@ def test_gathered_rows_are_the_references(gpu: Memory, scales: str, dtype: torch
     tiles = packed.tiles_of(*planes((37, 768), scales))
     every = packed.dequantized(*planes((37, 768), scales), dtype=dtype)
     for indices in INDICES.values():
-        assert_same_bits(row_kernels.embedding(indices, tiles, 37, dtype), every[indices])
+        assert_same_bits(row_kernels.embedding(indices, tiles, 37, packed.row(tiles), dtype), every[indices])
 
 
 @cuda_emulator.requires_compiler
@@ -139,9 +141,9 @@ def test_gathered_rows_are_the_references(gpu: Memory, scales: str, dtype: torch
 def test_an_index_outside_the_rows_traps(gpu: Memory, index_dtype: torch.dtype, bad: int) -> None:
     tiles = packed.tiles_of(*planes((37, 768), "bf16"))
     with pytest.raises(cuda_emulator.EmulationError, match="q6k_gather: trap"):
-        row_kernels.embedding(torch.tensor([3, bad, 5], dtype=index_dtype), tiles, 37, torch.bfloat16)
+        row_kernels.embedding(torch.tensor([3, bad, 5], dtype=index_dtype), tiles, 37, packed.row(tiles), torch.bfloat16)
     assert_same_bits(
-        row_kernels.embedding(torch.tensor([3], dtype=index_dtype), tiles, 37, torch.bfloat16),
+        row_kernels.embedding(torch.tensor([3], dtype=index_dtype), tiles, 37, packed.row(tiles), torch.bfloat16),
         packed.dequantized(*planes((37, 768), "bf16"), dtype=torch.bfloat16)[3:4],
     )
 
@@ -150,17 +152,17 @@ def test_an_index_outside_the_rows_traps(gpu: Memory, index_dtype: torch.dtype, 
 @pytest.mark.parametrize("scales", SCALES)
 def test_threads_may_run_in_any_order(gpu: Memory, scales: str) -> None:
     shape, dtype = (37, 768), torch.bfloat16
-    exact = scales == "exact"
-    variants = [row_kernels._pack_variant(exact), row_kernels._dequantize_variant(exact, dtype)]
+    row = row_of("Q6_K", scales)
+    variants = [row_kernels._pack_variant(row), row_kernels._dequantize_variant(row, dtype)]
     kernels = [cuda_emulator.load(*variant, 0) for variant in variants]
     wanted = packed.tiles_of(*planes(shape, scales))
     try:
         for order in (1, 2):
             for kernel in kernels:
                 kernel.order = order
-            assert torch.equal(row_kernels.pack(*planes(shape, scales)), wanted)
+            assert torch.equal(row_kernels.pack(planes(shape, scales), row_of("Q6_K", scales)), wanted)
             assert_same_bits(
-                row_kernels.dequantize(wanted, 37, dtype), packed.dequantized(*planes(shape, scales), dtype=dtype)
+                row_kernels.dequantize(wanted, 37, row, dtype), packed.dequantized(*planes(shape, scales), dtype=dtype)
             )
     finally:
         for kernel in kernels:
@@ -175,9 +177,9 @@ def test_gathering_alone_may_start_early(arch: int, early: bool, monkeypatch: py
     monkeypatch.setattr(row_kernels.loader, "load", lambda *variant: kernel)
     monkeypatch.setattr(row_kernels.launching, "stream", lambda on: 0)
     monkeypatch.setattr(row_kernels, "_device", lambda **tensors: device_like(arch))
-    row_kernels.embedding(torch.tensor([3]), tiles, 37, torch.bfloat16)
-    row_kernels.dequantize(tiles, 37, torch.bfloat16)
-    row_kernels.pack(*planes((37, 768), "bf16"))
+    row_kernels.embedding(torch.tensor([3]), tiles, 37, packed.row(tiles), torch.bfloat16)
+    row_kernels.dequantize(tiles, 37, packed.row(tiles), torch.bfloat16)
+    row_kernels.pack(planes((37, 768), "bf16"), BF16)
     assert launches == [early, False, False]
 
 
@@ -202,7 +204,7 @@ def out_of(*shape: int) -> torch.Tensor:
 )
 def test_slices_say_what_they_refuse(arguments: dict[str, Any], message: str) -> None:
     tiles = packed.tiles_of(*planes((37, 768), "bf16"))
-    given = {"tiles": tiles, "first_row": 0, "rows": 16, "n": 37, "out": out_of(16, 768)} | arguments
+    given = {"tiles": tiles, "first_row": 0, "rows": 16, "n": 37, "row": BF16, "out": out_of(16, 768)} | arguments
     with pytest.raises(ValueError, match=message):
         row_kernels.dequantize_rows(**given)
 
@@ -220,14 +222,14 @@ def test_slices_say_what_they_refuse(arguments: dict[str, Any], message: str) ->
 )
 def test_embedding_says_what_it_refuses(arguments: dict[str, Any], message: str) -> None:
     tiles = packed.tiles_of(*planes((37, 768), "bf16"))
-    given = {"indices": torch.tensor([1]), "tiles": tiles, "n": 37, "dtype": torch.bfloat16} | arguments
+    given = {"indices": torch.tensor([1]), "tiles": tiles, "n": 37, "row": BF16, "dtype": torch.bfloat16} | arguments
     with pytest.raises(ValueError, match=message):
         row_kernels.embedding(**given)
 
 
 def test_packing_refuses_planes_of_the_cpu() -> None:
     with pytest.raises(ValueError, match="on one GPU, found ql on cpu, qh on cpu, scale on cpu, steps on cpu"):
-        row_kernels.pack(*planes((37, 768), "exact"))
+        row_kernels.pack(planes((37, 768), "exact"), weight_type("q6_k_exact"))
 
 
 def test_variants_are_what_is_loaded() -> None:

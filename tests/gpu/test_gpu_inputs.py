@@ -200,15 +200,15 @@ def test_what_is_refused() -> None:
     w, x = weight("genuine", 33, 512, "bf16"), inputs(2, 512, BF16)
     op = torch.ops.q6k.linear
     for arguments, words in (
-        ((x.float(), w.tiles, None, 33, "auto"), "bfloat16 or float16"),
-        ((x[:, :256], w.tiles, None, 33, "auto"), "512"),
-        ((x, w.tiles, None, 50, "auto"), "33"),
-        ((x, w.tiles, None, 33, "fp8"), "auto, int8 or bf16"),
-        ((x, w.tiles, bias_of(32, BF16), 33, "auto"), "33"),
-        ((x.cpu(), w.tiles, None, 33, "auto"), "one device"),
-        ((x, w.tiles, bias_of(33, BF16).cpu(), 33, "auto"), "one device"),
+        ((x.float(), w.tiles, None, 33, w.format, "auto"), "bfloat16 or float16"),
+        ((x[:, :256], w.tiles, None, 33, w.format, "auto"), "512"),
+        ((x, w.tiles, None, 50, w.format, "auto"), "33"),
+        ((x, w.tiles, None, 33, w.format, "fp8"), "auto, int8 or bf16"),
+        ((x, w.tiles, bias_of(32, BF16), 33, w.format, "auto"), "33"),
+        ((x.cpu(), w.tiles, None, 33, w.format, "auto"), "one device"),
+        ((x, w.tiles, bias_of(33, BF16).cpu(), 33, w.format, "auto"), "one device"),
     ):
         with pytest.raises(ValueError, match=words):
             op(*arguments)
     with torch.enable_grad(), pytest.raises(ValueError, match="requires a gradient"):
-        op(x.clone().requires_grad_(), w.tiles, None, 33, "auto")
+        op(x.clone().requires_grad_(), w.tiles, None, 33, w.format, "auto")

@@ -69,10 +69,10 @@ def test_the_current_stream_is_used(m: int, formula: str) -> None:
         for _ in range(4):
             load @ load
         late.copy_(x)
-        y = OPS.linear(late, w.tiles, None, w.n, formula)
+        y = OPS.linear(late, w.tiles, None, w.n, w.format, formula)
         late.fill_(float("nan"))
-        rows = OPS.embedding(torch.arange(5, device="cuda"), w.tiles, w.n, BF16)
-        whole = OPS.dequantize(w.tiles, w.n, BF16)
+        rows = OPS.embedding(torch.arange(5, device="cuda"), w.tiles, w.n, w.format, BF16)
+        whole = OPS.dequantize(w.tiles, w.n, w.format, BF16)
     side.synchronize()
     fp64.assert_right(y, exact, "in a side stream")
     fp64.assert_same_bits(rows, whole[:5])
@@ -89,7 +89,7 @@ def test_two_streams_share_a_weight(m: int, formula: str) -> None:
     for _ in range(20):
         for stream, x, outputs in zip(streams, xs, found, strict=True):
             with torch.cuda.stream(stream):
-                outputs.append(OPS.linear(x, w.tiles, None, w.n, formula))
+                outputs.append(OPS.linear(x, w.tiles, None, w.n, w.format, formula))
     torch.cuda.synchronize()
     for outputs, right in zip(found, expected, strict=True):
         for y in outputs:
@@ -108,7 +108,7 @@ def test_threads_share_a_weight() -> None:
             with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
                 for _ in range(30):
                     for m, right in expected.items():
-                        y = OPS.linear(x[:m], w.tiles, None, w.n, "auto")
+                        y = OPS.linear(x[:m], w.tiles, None, w.n, w.format, "auto")
                         torch.cuda.current_stream().synchronize()
                         fp64.assert_same_bits(y, right, f"M={m}")
         except BaseException as problem:
@@ -133,9 +133,9 @@ def test_a_thread_that_has_not_used_cuda_yet(m: int) -> None:
 
     def work() -> None:
         with torch.no_grad():
-            found.append(OPS.linear(x, w.tiles, None, w.n, "auto"))
+            found.append(OPS.linear(x, w.tiles, None, w.n, w.format, "auto"))
 
-    OPS.linear(x, w.tiles, None, w.n, "auto")  # leaves its memory behind
+    OPS.linear(x, w.tiles, None, w.n, w.format, "auto")  # leaves its memory behind
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
@@ -151,9 +151,9 @@ def test_a_graph_replays_with_other_inputs(m: int, formula: str, scales: str) ->
     w.tiles  # noqa: B018  made before the capture
 
     def step(at: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        rows = OPS.embedding(at, w.tiles, n, BF16)
-        hidden = OPS.linear(x + rows, w.tiles, bias, n, formula)
-        return OPS.linear(hidden, w.tiles, None, n, formula)
+        rows = OPS.embedding(at, w.tiles, n, w.format, BF16)
+        hidden = OPS.linear(x + rows, w.tiles, bias, n, w.format, formula)
+        return OPS.linear(hidden, w.tiles, None, n, w.format, formula)
 
     x = torch.zeros(m, k, dtype=BF16, device="cuda")
     at = torch.zeros(m, dtype=torch.int64, device="cuda")
@@ -186,13 +186,13 @@ def test_launches_that_overlap_wait_for_each_other(m: int, formula: str, n: int,
     def chain(wait: bool) -> list[torch.Tensor]:
         hidden, kept = x, []
         for _ in range(24):
-            y = OPS.linear(hidden, w.tiles, None, n, formula)
+            y = OPS.linear(hidden, w.tiles, None, n, w.format, formula)
             if wait:
                 torch.cuda.synchronize()
-            again = OPS.linear(hidden.neg(), w.tiles, None, n, formula)
+            again = OPS.linear(hidden.neg(), w.tiles, None, n, w.format, formula)
             if wait:
                 torch.cuda.synchronize()
-            hidden = OPS.linear(OPS.linear(y, w.tiles, None, n, formula), w.tiles, None, n, formula) * scale**3
+            hidden = OPS.linear(OPS.linear(y, w.tiles, None, n, w.format, formula), w.tiles, None, n, w.format, formula) * scale**3
             kept += [y + again, hidden]
         return kept
 
@@ -223,7 +223,7 @@ def test_first_use_inside_a_capture() -> None:
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y = OPS.linear(x, w.tiles, None, 48, "int8")
+            y = OPS.linear(x, w.tiles, None, 48, w.format, "int8")
     finally:
         loader._kernels.update(kept)
     y.fill_(float("nan"))
@@ -236,11 +236,11 @@ def test_first_use_inside_a_capture() -> None:
 )
 def test_compiled_without_a_break(formula: str, backend: str) -> None:
     w, bias = weight("genuine", 250, 512, "bf16"), bias_of(250, BF16)
-    tiles = w.tiles
+    tiles, of = w.tiles, w.format
 
     def layer(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        rows = OPS.embedding(at, tiles, 250, BF16)
-        return OPS.linear(torch.nn.functional.silu(x) + rows, tiles, bias, 250, formula) * 2
+        rows = OPS.embedding(at, tiles, 250, of, BF16)
+        return OPS.linear(torch.nn.functional.silu(x) + rows, tiles, bias, 250, of, formula) * 2
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
     for m in (2, 9, 40):
@@ -250,12 +250,12 @@ def test_compiled_without_a_break(formula: str, backend: str) -> None:
         assert (found - expected).norm() < 0.02 * expected.norm()
 
     def alone(x: torch.Tensor) -> torch.Tensor:
-        return OPS.linear(x, tiles, bias, 250, formula)
+        return OPS.linear(x, tiles, bias, 250, of, formula)
 
     compiled_alone = torch.compile(alone, fullgraph=True, dynamic=True, backend=backend)
     for m in (2, 9, 40):
         x = inputs(m, 512, BF16)
-        fp64.assert_same_bits(compiled_alone(x), OPS.linear(x, tiles, bias, 250, formula), f"M={m}")
+        fp64.assert_same_bits(compiled_alone(x), OPS.linear(x, tiles, bias, 250, of, formula), f"M={m}")
 
 
 def test_exported_with_any_number_of_rows() -> None:
@@ -267,12 +267,12 @@ def test_exported_with_any_number_of_rows() -> None:
             self.register_buffer("tiles", w.tiles)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return OPS.linear(x, self.tiles, None, 250, "auto")
+            return OPS.linear(x, self.tiles, None, 250, "q6_k_exact", "auto")
 
     program = torch.export.export(Layer(), (inputs(4, 512, BF16),), dynamic_shapes=({0: torch.export.Dim("m")},))
     for m in (1, 2, 8, 9, 100):
         x = inputs(m, 512, BF16)
-        fp64.assert_same_bits(program.module()(x), OPS.linear(x, w.tiles, None, 250, "auto"), f"M={m}")
+        fp64.assert_same_bits(program.module()(x), OPS.linear(x, w.tiles, None, 250, w.format, "auto"), f"M={m}")
 
 
 @pytest.mark.parametrize("scales", ["bf16", "exact"])
@@ -280,22 +280,22 @@ def test_torchs_own_check_of_the_ops(scales: str) -> None:
     w = weight("genuine", 33, 512, scales)
     at = torch.arange(6, device="cuda").view(2, 3)
     for m, formula in ((1, "auto"), (3, "int8"), (20, "bf16")):
-        torch.library.opcheck(OPS.linear.default, (inputs(m, 512, BF16), w.tiles, None, 33, formula))
-        arguments = (inputs(m, 512, BF16).view(1, m, 512), w.tiles, bias_of(33, BF16), 33, formula)
+        torch.library.opcheck(OPS.linear.default, (inputs(m, 512, BF16), w.tiles, None, 33, w.format, formula))
+        arguments = (inputs(m, 512, BF16).view(1, m, 512), w.tiles, bias_of(33, BF16), 33, w.format, formula)
         torch.library.opcheck(OPS.linear.default, arguments)
-    torch.library.opcheck(OPS.embedding.default, (at, w.tiles, 33, BF16))
-    torch.library.opcheck(OPS.embedding.default, (at.int(), w.tiles, 33, torch.float32))
-    torch.library.opcheck(OPS.dequantize.default, (w.tiles, 33, torch.float16))
-    torch.library.opcheck(OPS.pack.default, w.planes)
+    torch.library.opcheck(OPS.embedding.default, (at, w.tiles, 33, w.format, BF16))
+    torch.library.opcheck(OPS.embedding.default, (at.int(), w.tiles, 33, w.format, torch.float32))
+    torch.library.opcheck(OPS.dequantize.default, (w.tiles, 33, w.format, torch.float16))
+    torch.library.opcheck(OPS.pack.default, (w.planes, w.format))
 
 
 def test_under_inference_mode() -> None:
     w, x = weight("genuine", 33, 512, "bf16"), inputs(3, 512, BF16)
     expected = linear(x, w)
     with torch.inference_mode():
-        fp64.assert_same_bits(OPS.linear(x, w.tiles, None, 33, "auto"), expected)
+        fp64.assert_same_bits(OPS.linear(x, w.tiles, None, 33, w.format, "auto"), expected)
     learned = x.clone().requires_grad_()
-    fp64.assert_same_bits(OPS.linear(learned, w.tiles, None, 33, "auto"), expected)
+    fp64.assert_same_bits(OPS.linear(learned, w.tiles, None, 33, w.format, "auto"), expected)
 
 
 @pytest.mark.parametrize("m", [1, 8, 64, 2048])
@@ -303,10 +303,10 @@ def test_nothing_waits_for_the_gpu(m: int) -> None:
     w, x = weight("genuine", 1001, 2560, "bf16"), inputs(m, 2560, BF16)
     at = torch.arange(5, device="cuda")
     calls: list[Any] = [
-        lambda: OPS.linear(x, w.tiles, None, 1001, "auto"),
-        lambda: OPS.embedding(at, w.tiles, 1001, BF16),
-        lambda: OPS.dequantize(w.tiles, 1001, BF16),
-        lambda: OPS.pack(*w.planes),
+        lambda: OPS.linear(x, w.tiles, None, 1001, w.format, "auto"),
+        lambda: OPS.embedding(at, w.tiles, 1001, w.format, BF16),
+        lambda: OPS.dequantize(w.tiles, 1001, w.format, BF16),
+        lambda: OPS.pack(w.planes, w.format),
     ]
     for call in calls:
         call()  # compiled and loaded now
@@ -327,11 +327,11 @@ def test_two_gpus_in_one_process(m: int, formula: str) -> None:
     second = [t.to("cuda:1") for t in (x, w.tiles, bias)]
     for current in (0, 1):
         with torch.cuda.device(current):
-            there = OPS.linear(*second, 250, formula)
-            here = OPS.linear(x, w.tiles, bias, 250, formula)
-            rows = OPS.embedding(torch.arange(9, device="cuda:1"), second[1], 250, BF16)
-            whole = OPS.dequantize(second[1], 250, BF16)
-            tiles = OPS.pack(*(None if p is None else p.to("cuda:1") for p in w.planes))
+            there = OPS.linear(*second, 250, w.format, formula)
+            here = OPS.linear(x, w.tiles, bias, 250, w.format, formula)
+            rows = OPS.embedding(torch.arange(9, device="cuda:1"), second[1], 250, w.format, BF16)
+            whole = OPS.dequantize(second[1], 250, w.format, BF16)
+            tiles = OPS.pack([plane.to("cuda:1") for plane in w.planes], w.format)
         assert there.device == rows.device == tiles.device == torch.device("cuda:1")
         assert here.device == torch.device("cuda:0")
         fp64.assert_same_bits(here, expected, "GPU 0")

@@ -17,6 +17,7 @@ from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
 from q6k_kernels.formats import planes
 from q6k_kernels.formats.blocks import BLOCK_BYTES, D_AT, SCALES_AT, decode
+from q6k_kernels.formats.types import WeightType
 
 torch = pytest.importorskip("torch")
 
@@ -25,13 +26,13 @@ pytestmark = pytest.mark.gpu
 LARGER = [weight("blk.1.ffn_up.weight", (1000, 2048), seed=8), weight("blk.1.exps.weight", (6, 33, 512), seed=9)]
 
 
-def to_planes(blocks: Any, arrays: dict[str, Any], scales: str) -> int | None:
+def to_planes(blocks: Any, arrays: dict[str, Any], row: WeightType) -> int | None:
     """In numpy: the compiled repacker need not be installed where kernels are tested."""
     raw = np.frombuffer(blocks, np.uint8).reshape(-1, BLOCK_BYTES)
     codes, scale = decode(raw)
     ql, qh = planes.pack(codes)
     found = {"ql": ql, "qh": qh, "scale": planes.round_to_bf16(scale)}
-    if scales == "exact":
+    if row.stepped:
         found |= {"scale": raw[:, SCALES_AT:D_AT], "steps": raw[:, D_AT:]}
     for role, array in found.items():
         np.frombuffer(arrays[role], np.uint8)[:] = np.ascontiguousarray(array).view(np.uint8).ravel()

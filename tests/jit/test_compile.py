@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from q6k_kernels.formats.types import CODE_MACROS
 from q6k_kernels.jit import compiler
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "kernels" / "compile_kernels.py"

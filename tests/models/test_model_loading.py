@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from q6k_kernels import PackedWeight, Q6KEmbedding, Q6KLinear, load_model, open_bundle
 from q6k_kernels.bundle.metadata import read_metadata
 from q6k_kernels.formats.tiles import order_rows
+from q6k_kernels.formats.types import row_of
 from q6k_kernels.models import assemble as model_room
 from q6k_kernels.models.architecture import row_order
 from q6k_kernels.models.fusing import Part
@@ -110,12 +111,11 @@ def test_rows_change_places_and_no_bit_changes(heads: int, head_dim: int, scales
     planes = [torch.randint(0, 256, (n, width), dtype=torch.uint8, generator=generator) for width in (128, 64, 16)]
     ours = permuted(torch.arange(n).numpy(), heads)  # row i of the file is row ours[i] of the model
     scale = planes[2].view(torch.int8) if scales == "exact" else torch.randn(n, 16, generator=generator).bfloat16()
-    steps = torch.randn(n, 1, generator=generator).half() if scales == "exact" else None
-    model_planes = [planes[0], planes[1], scale] + ([] if steps is None else [steps])
-    weight = PackedWeight.from_planes(*(plane[ours] for plane in model_planes))
-    order_rows(weight.tiles, row_order(n, head_dim))
-    for found, expected in zip(weight.planes(), model_planes, strict=False):
-        assert found is not None
+    steps = [torch.randn(n, 1, generator=generator).half()] if scales == "exact" else []
+    model_planes = [planes[0], planes[1], scale, *steps]
+    weight = PackedWeight.from_planes([plane[ours] for plane in model_planes], row_of("Q6_K", scales).name)
+    order_rows(weight.tiles, row_order(n, head_dim), weight.row)
+    for found, expected in zip(weight.planes(), model_planes, strict=True):
         assert torch.equal(found, expected)
 
 

@@ -182,14 +182,14 @@ INDICES = torch.zeros(3, dtype=torch.int64)
         ({"x": X[:, :256]}, r"x: expected .* \(\.\.\., 512\), found bfloat16 \(3, 256\)"),
         ({"x": X.double()}, r"x: expected bfloat16(,| or) float16.*, found float64 \(3, 512\)"),
         ({"x": X[0, 0]}, r"x: .*found bfloat16 \(\)"),
-        ({"tiles": TILES.to(torch.int8)}, r"tiles: expected contiguous uint8 .*found int8 \(2, 2, 3584\)"),
+        ({"tiles": TILES.to(torch.int8)}, r"tiles of q6_k: expected contiguous uint8 .*found int8 \(2, 2, 3584\)"),
         (
             {"tiles": TILES[None]},
             r"found uint8 \(1, 2, 2, 3584\).*of a stack of experts take one, weight\[expert\]",
         ),
         (
             {"tiles": TILES[..., :3583]},
-            r"3584 \(bf16 scales\) or 3360 \(exact scales\), found uint8 \(2, 2, 3583\)",
+            r"tile_bytes 3584, found uint8 \(2, 2, 3583\)",
         ),
         ({"tiles": TILES.transpose(0, 1)}, r"contiguous.*found uint8 \(2, 2, 3584\), strides \(3584, 7168, 1\)"),
         ({"n": 16}, r"n: 2 tiles of 16 hold 17 to 32 rows, found 16"),
@@ -243,6 +243,27 @@ def test_the_others_say_what_they_refuse(device: str) -> None:
         packed.op_pack(tiles[0, 0], tiles[0, 0], tiles[0, 0], None)
 
 
+def test_every_operation_names_the_weight_type(device: str) -> None:
+    """Tiles of another one are refused, though their size would tell which."""
+    tiles, x, at = TILES.to(device), X.to(device), INDICES.to(device)
+    arrays = list(planes(N, K, "bf16", device).values())
+    for format, words, pack_words in (
+        ("q6_k_exact", r"tiles of q6_k_exact: .*3360, found uint8 \(2, 2, 3584\)", "planes: q6_k_exact has ql, qh, sc"),
+        ("bf16", *["format: expected one of q6_k, q6_k_exact, found 'bf16'"] * 2),
+    ):
+        for call in (
+            lambda of: schema.linear(x, tiles, None, N, of, "auto"),
+            lambda of: schema.embedding(at, tiles, N, of, torch.float32),
+            lambda of: schema.dequantize(tiles, N, of, torch.float32),
+            lambda of: torch.ops.q6k.embedding_named(at, tiles, N, of, "float32"),
+            lambda of: torch.ops.q6k.dequantize_named(tiles, N, of, "float32"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                call(format)
+        with pytest.raises(ValueError, match=pack_words):
+            schema.pack(arrays, format)
+
+
 def test_a_gradient_is_refused_while_it_would_be_recorded(device: str) -> None:
     tiles, x = TILES.to(device), X.to(device)
     bias = torch.zeros(N, device=device)
@@ -260,13 +281,13 @@ def test_a_gradient_is_refused_while_it_would_be_recorded(device: str) -> None:
 def cases(device: str) -> list[tuple[Any, tuple[Any, ...]]]:
     arrays = planes(N, K, "exact", device)
     tiles = tiles_of(arrays)
-    bias = torch.ones(N, device=device)
+    bias, of = torch.ones(N, device=device), "q6_k_exact"
     return [
-        (schema.linear, (inputs(3, K, torch.bfloat16, device), tiles, bias, N, "int8")),
-        (schema.linear, (inputs(6, K, torch.float16, device).view(2, 3, K), tiles, None, N, "bf16")),
-        (schema.embedding, (torch.tensor([[3, 19], [0, 1]], device=device), tiles, N, torch.float16)),
-        (schema.dequantize, (tiles, N, torch.bfloat16)),
-        (schema.pack, tuple(arrays.values())),
+        (schema.linear, (inputs(3, K, torch.bfloat16, device), tiles, bias, N, of, "int8")),
+        (schema.linear, (inputs(6, K, torch.float16, device).view(2, 3, K), tiles, None, N, of, "bf16")),
+        (schema.embedding, (torch.tensor([[3, 19], [0, 1]], device=device), tiles, N, of, torch.float16)),
+        (schema.dequantize, (tiles, N, of, torch.bfloat16)),
+        (schema.pack, (list(arrays.values()), of)),
     ]
 
 
@@ -278,9 +299,9 @@ def test_torchs_own_checks_of_an_op_pass(device: str, case: int) -> None:
 
 def step(tokens: torch.Tensor, tiles: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """An embedding and its tied head, with something between that a compiler can fuse."""
-    x = packed.op_embedding(tokens, tiles, N, torch.bfloat16)
+    x = schema.embedding(tokens, tiles, N, "q6_k", torch.bfloat16)
     x = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6).bfloat16()
-    return packed.op_linear(x, tiles, bias, N, "auto").softmax(-1)
+    return schema.linear(x, tiles, bias, N, "q6_k", "auto").softmax(-1)
 
 
 @pytest.mark.parametrize(
@@ -345,11 +366,11 @@ def test_autocast_changes_nothing(device: str) -> None:
 def test_dtypes_by_name(dtype: torch.dtype, device: str) -> None:
     """What compiled programs call."""
     tiles, at = tiles_of(planes(N, K, "exact", device)), torch.tensor([3, 0, 19], device=device)
-    name = str(dtype).removeprefix("torch.")
-    assert torch.equal(torch.ops.q6k.dequantize_named(tiles, N, name), packed.op_dequantize(tiles, N, dtype))
-    assert torch.equal(torch.ops.q6k.embedding_named(at, tiles, N, name), packed.op_embedding(at, tiles, N, dtype))
-    torch.library.opcheck(torch.ops.q6k.embedding_named.default, (at, tiles, N, name))
-    torch.library.opcheck(torch.ops.q6k.dequantize_named.default, (tiles, N, name))
+    name, of = str(dtype).removeprefix("torch."), "q6_k_exact"
+    assert torch.equal(torch.ops.q6k.dequantize_named(tiles, N, of, name), packed.op_dequantize(tiles, N, dtype))
+    assert torch.equal(torch.ops.q6k.embedding_named(at, tiles, N, of, name), packed.op_embedding(at, tiles, N, dtype))
+    torch.library.opcheck(torch.ops.q6k.embedding_named.default, (at, tiles, N, of, name))
+    torch.library.opcheck(torch.ops.q6k.dequantize_named.default, (tiles, N, of, name))
     for bad in ("float64", "half", ""):
         with pytest.raises(ValueError, match=f"expected bfloat16, float16 or float32, found '{bad}'"):
-            torch.ops.q6k.dequantize_named(tiles, N, bad)
+            torch.ops.q6k.dequantize_named(tiles, N, of, bad)

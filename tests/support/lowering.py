@@ -41,10 +41,10 @@ class Keyword(nn.Module):
         super().__init__()
         self.register_buffer("tiles", weight.tiles)
         self.register_buffer("offset", bias)
-        self.shape = weight.shape
+        self.shape, self.format = weight.shape, weight.format
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = PackedWeight(self.get_buffer("tiles"), self.shape)
+        weight = PackedWeight(self.get_buffer("tiles"), self.shape, self.format)
         return q6k_linear(x, weight, bias=self.get_buffer("offset"))
 
 

@@ -173,8 +173,32 @@ STRUCTURE: dict[str, tuple[Callable[[Path], object], str, str | None, str | None
     ),
     "planar of another type": (
         tensor_edit("token_embd.weight", lambda t: t.update(type="Q4_K")),
-        "Q4_K of shape [5, 512] has no planar form",
+        "Q4_K of shape [5, 512] has no form q6_k",
         "token_embd.weight",
+        None,
+    ),
+    "format that the scales do not choose": (
+        tensor_edit("token_embd.weight", lambda t: t.update(format="q6_k_exact")),
+        "option scales bf16 gives Q6_K as q6_k, found q6_k_exact",
+        "token_embd.weight",
+        None,
+    ),
+    "format unknown": (
+        tensor_edit("token_embd.weight", lambda t: t.update(format="q7_k")),
+        "format: expected one of q6_k, q6_k_exact, found 'q7_k'",
+        "token_embd.weight",
+        None,
+    ),
+    "format null": (
+        tensor_edit("token_embd.weight", lambda t: t.update(format=None)),
+        "stored planar, and a weight type None: planar tensors have one, others have none",
+        "token_embd.weight",
+        None,
+    ),
+    "format of a dense tensor": (
+        tensor_edit("output_norm.weight", lambda t: t.update(format="q6_k")),
+        "stored plain, and a weight type 'q6_k': planar tensors have one, others have none",
+        "output_norm.weight",
         None,
     ),
     "listed twice": (

@@ -72,14 +72,19 @@ class Architecture:
         return config.final_logit_softcapping if self.capped_logits else None
 
 
+ATTACHED = "q6k_architecture"
+"""Name of the attribute."""
+
+
 def attach(model: nn.Module, architecture: Architecture) -> None:
     """Leave an architecture on a model that was built by it, for `attached`; copies of the model keep it."""
-    model.q6k_architecture = architecture
+    model.__dict__[ATTACHED] = architecture
 
 
 def attached(model: nn.Module) -> Architecture | None:
     """Return the architecture that a model was built by; None if `load_model` has not built it."""
-    return getattr(model, "q6k_architecture", None)
+    architecture: Architecture | None = model.__dict__.get(ATTACHED)
+    return architecture
 
 
 def biases(shapes: Shapes) -> Values:
