@@ -141,7 +141,9 @@ def test_gathered_rows_are_the_references(gpu: Memory, scales: str, dtype: torch
 def test_an_index_outside_the_rows_traps(gpu: Memory, index_dtype: torch.dtype, bad: int) -> None:
     tiles = packed.tiles_of(*planes((37, 768), "bf16"))
     with pytest.raises(cuda_emulator.EmulationError, match="q6k_gather: trap"):
-        row_kernels.embedding(torch.tensor([3, bad, 5], dtype=index_dtype), tiles, 37, packed.row(tiles), torch.bfloat16)
+        row_kernels.embedding(
+            torch.tensor([3, bad, 5], dtype=index_dtype), tiles, 37, packed.row(tiles), torch.bfloat16
+        )
     assert_same_bits(
         row_kernels.embedding(torch.tensor([3], dtype=index_dtype), tiles, 37, packed.row(tiles), torch.bfloat16),
         packed.dequantized(*planes((37, 768), "bf16"), dtype=torch.bfloat16)[3:4],
@@ -162,7 +164,8 @@ def test_threads_may_run_in_any_order(gpu: Memory, scales: str) -> None:
                 kernel.order = order
             assert torch.equal(row_kernels.pack(planes(shape, scales), row_of("Q6_K", scales)), wanted)
             assert_same_bits(
-                row_kernels.dequantize(wanted, 37, row, dtype), packed.dequantized(*planes(shape, scales), dtype=dtype)
+                row_kernels.dequantize(wanted, 37, row, dtype),
+                packed.dequantized(*planes(shape, scales), dtype=dtype),
             )
     finally:
         for kernel in kernels:
@@ -222,7 +225,13 @@ def test_slices_say_what_they_refuse(arguments: dict[str, Any], message: str) ->
 )
 def test_embedding_says_what_it_refuses(arguments: dict[str, Any], message: str) -> None:
     tiles = packed.tiles_of(*planes((37, 768), "bf16"))
-    given = {"indices": torch.tensor([1]), "tiles": tiles, "n": 37, "row": BF16, "dtype": torch.bfloat16} | arguments
+    given = {
+        "indices": torch.tensor([1]),
+        "tiles": tiles,
+        "n": 37,
+        "row": BF16,
+        "dtype": torch.bfloat16,
+    } | arguments
     with pytest.raises(ValueError, match=message):
         row_kernels.embedding(**given)
 

@@ -192,7 +192,10 @@ def test_launches_that_overlap_wait_for_each_other(m: int, formula: str, n: int,
             again = OPS.linear(hidden.neg(), w.tiles, None, n, w.format, formula)
             if wait:
                 torch.cuda.synchronize()
-            hidden = OPS.linear(OPS.linear(y, w.tiles, None, n, w.format, formula), w.tiles, None, n, w.format, formula) * scale**3
+            hidden = (
+                OPS.linear(OPS.linear(y, w.tiles, None, n, w.format, formula), w.tiles, None, n, w.format, formula)
+                * scale**3
+            )
             kept += [y + again, hidden]
         return kept
 

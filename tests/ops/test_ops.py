@@ -248,7 +248,11 @@ def test_every_operation_names_the_weight_type(device: str) -> None:
     tiles, x, at = TILES.to(device), X.to(device), INDICES.to(device)
     arrays = list(planes(N, K, "bf16", device).values())
     for format, words, pack_words in (
-        ("q6_k_exact", r"tiles of q6_k_exact: .*3360, found uint8 \(2, 2, 3584\)", "planes: q6_k_exact has ql, qh, sc"),
+        (
+            "q6_k_exact",
+            r"tiles of q6_k_exact: .*3360, found uint8 \(2, 2, 3584\)",
+            "planes: q6_k_exact has ql, qh, sc",
+        ),
         ("bf16", *["format: expected one of q6_k, q6_k_exact, found 'bf16'"] * 2),
     ):
         for call in (
@@ -368,7 +372,9 @@ def test_dtypes_by_name(dtype: torch.dtype, device: str) -> None:
     tiles, at = tiles_of(planes(N, K, "exact", device)), torch.tensor([3, 0, 19], device=device)
     name, of = str(dtype).removeprefix("torch."), "q6_k_exact"
     assert torch.equal(torch.ops.q6k.dequantize_named(tiles, N, of, name), packed.op_dequantize(tiles, N, dtype))
-    assert torch.equal(torch.ops.q6k.embedding_named(at, tiles, N, of, name), packed.op_embedding(at, tiles, N, dtype))
+    assert torch.equal(
+        torch.ops.q6k.embedding_named(at, tiles, N, of, name), packed.op_embedding(at, tiles, N, dtype)
+    )
     torch.library.opcheck(torch.ops.q6k.embedding_named.default, (at, tiles, N, of, name))
     torch.library.opcheck(torch.ops.q6k.dequantize_named.default, (tiles, N, of, name))
     for bad in ("float64", "half", ""):

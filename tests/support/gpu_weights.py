@@ -216,8 +216,7 @@ def poisoned() -> Iterator[None]:
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, activations: str = "auto") -> Tensor:
     """`q6k::linear` into poisoned memory."""
     with poisoned():
-        y = schema.linear(x, weight.tiles, bias, weight.n, weight.format, activations)
-    return y
+        return schema.linear(x, weight.tiles, bias, weight.n, weight.format, activations)
 
 
 def poisoned_call(operation: Any, *arguments: Any) -> Tensor:
