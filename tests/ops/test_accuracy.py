@@ -197,14 +197,14 @@ def one_output(y: float, magnitude: float, k: int = 256) -> Exact:
 def test_tolerance_is_the_sum_of_its_parts() -> None:
     g = 11 * 2.0**-24 / (1 - 11 * 2.0**-24)
     for dtype, ulp in ((torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10), (torch.float32, 2.0**-23)):
-        assert float(tolerance(one_output(1, 2), dtype, 10)) == pytest.approx(2 * g + ulp / 2, rel=1e-12)
+        assert float(tolerance(one_output(1, 2), dtype, 10)) == pytest.approx(2 * g + ulp / 2, rel=1e-12, abs=0)
     # Below a power of two the sum may land above it, where an ulp is twice as large.
     below = tolerance(one_output(2 - 2.0**-23, 2), torch.bfloat16, 10)
-    assert float(below) == pytest.approx(2 * g + 2.0**-7, rel=1e-12)
+    assert float(below) == pytest.approx(2 * g + 2.0**-7, rel=1e-12, abs=0)
     # At zero and among subnormals: an ulp of the smallest, and fp32's underflow.
-    assert float(tolerance(one_output(0, 0), torch.float16, 10)) == pytest.approx(2.0**-25, rel=1e-12)
+    assert float(tolerance(one_output(0, 0), torch.float16, 10)) == pytest.approx(2.0**-25, rel=1e-12, abs=0)
     tiny = float(tolerance(one_output(0, 0), torch.float32, 10))
-    assert tiny == pytest.approx(2.0**-150 + 256 * 2.0**-149, rel=1e-12)
+    assert tiny == pytest.approx(2.0**-150 + 256 * 2.0**-149, rel=1e-12, abs=0)
     assert tolerance(one_output(1, 2.0**127), torch.float16).isposinf()
     assert tolerance(one_output(float("inf"), float("inf")), torch.float16).isposinf()
     # By default, any order: terms - 1 additions, two products, the bias and one to spare.
