@@ -16,7 +16,7 @@ from gguf_builder import F32, Builder, key_value, small_model, weight
 from q6k_convert.convert import stream
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
-from q6k_convert.errors import IOFailedError
+from q6k_kernels.errors import GgufReadError
 
 # Manifest
 
@@ -135,7 +135,7 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(
         return real(*args)
 
     monkeypatch.setattr(stream, "_process", process)
-    with pytest.raises(IOFailedError, match="m.gguf was modified while it was being read"):
+    with pytest.raises(GgufReadError, match="m.gguf was modified while it was being read"):
         convert(path, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
 

@@ -154,7 +154,7 @@ def test_gemmas_own_keys_are_checked(tiny: Tiny, key: str, value: Any, problem: 
 
 
 def test_a_key_of_another_type_is_a_broken_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"llama\.context_length.*expected a whole number, found string"):
+    with pytest.raises(BundleError, match=r"llama\.context_length.*expected a whole number, found STRING"):
         load_model(with_keys(LLAMA, tmp_path, context_length="many"))
 
 
