@@ -10,32 +10,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from q6k_kernels.models.assemble import load_model
-    from q6k_kernels.weights.layers import Q6KEmbedding, Q6KLinear
+    from q6k_kernels.weights.layers import PackedEmbedding, PackedLinear
     from q6k_kernels.weights.reader import Bundle, open_bundle
-    from q6k_kernels.weights.weight import PackedWeight, dequantize, embedding, q6k_linear
+    from q6k_kernels.weights.weight import PackedWeight, dequantize, embedding, linear
 
 __all__ = [
     "Bundle",
+    "PackedEmbedding",
+    "PackedLinear",
     "PackedWeight",
-    "Q6KEmbedding",
-    "Q6KLinear",
     "dequantize",
     "embedding",
+    "linear",
     "load_model",
     "open_bundle",
-    "q6k_linear",
 ]
 
 _MODULES = {
     "Bundle": "weights.reader",
     "PackedWeight": "weights.weight",
-    "Q6KEmbedding": "weights.layers",
-    "Q6KLinear": "weights.layers",
+    "PackedEmbedding": "weights.layers",
+    "PackedLinear": "weights.layers",
     "dequantize": "weights.weight",
     "embedding": "weights.weight",
     "load_model": "models.assemble",
     "open_bundle": "weights.reader",
-    "q6k_linear": "weights.weight",
+    "linear": "weights.weight",
 }
 
 

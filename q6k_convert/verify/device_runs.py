@@ -24,7 +24,7 @@ from q6k_kernels.bundle.structure import Entry
 from q6k_kernels.formats.checks import PLANE_DTYPES
 from q6k_kernels.formats.types import TILE_ROWS, WeightType, weight_type
 from q6k_kernels.ops import accuracy, reference
-from q6k_kernels.weights.weight import PackedWeight, embedding, q6k_linear
+from q6k_kernels.weights.weight import PackedWeight, embedding, linear
 
 Formula = Literal["int8", "bf16"]
 Progress = Callable[[int], None]
@@ -205,12 +205,12 @@ def run_on_gpu(
 def _multiply(weight: PackedWeight, tally: Tally) -> Tensor:
     """Return the rows of y that are compared; on a GPU, time calls from Python, one after the other."""
     with torch.no_grad():
-        y = q6k_linear(tally.x, weight, activations=tally.formula)
+        y = linear(tally.x, weight, activations=tally.formula)
         if weight.tiles.is_cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
             for _ in range(CALLS):
-                q6k_linear(tally.x, weight, activations=tally.formula)
+                linear(tally.x, weight, activations=tally.formula)
             end.record()
             end.synchronize()
             tally.seconds = float(begin.elapsed_time(end)) / 1e3 / CALLS

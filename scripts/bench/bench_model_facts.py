@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bench_model_rows import Row
-from q6k_kernels import Q6KEmbedding, Q6KLinear
+from q6k_kernels import PackedEmbedding, PackedLinear
 
 READ_PIECE = 64 << 20
 
@@ -52,7 +52,7 @@ def read_all(bundle: Path) -> int:
 
 def packed_bytes(model: nn.Module) -> int:
     """Of all packed weights, what is shared counted once."""
-    layers = [module for module in model.modules() if isinstance(module, Q6KLinear | Q6KEmbedding)]
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
     return sum({layer.tiles.data_ptr(): layer.tiles.nbytes for layer in layers}.values())
 
 
@@ -63,6 +63,6 @@ def held_bytes(model: nn.Module) -> int:
 
 def needed_bytes(model: nn.Module) -> int:
     """Of packed weights that a token needs: all linear layers, and its row of the embedding."""
-    linear = sum(module.tiles.nbytes for module in model.modules() if isinstance(module, Q6KLinear))
-    embeddings = [module for module in model.modules() if isinstance(module, Q6KEmbedding)]
+    linear = sum(module.tiles.nbytes for module in model.modules() if isinstance(module, PackedLinear))
+    embeddings = [module for module in model.modules() if isinstance(module, PackedEmbedding)]
     return linear + sum(each.tiles.nbytes // each.num_embeddings for each in embeddings)

@@ -33,7 +33,7 @@ from dense_model import dense_model
 from q6k_convert import convert_gguf
 from q6k_convert.convert.plan import Options
 from q6k_convert.run.perplexity import losses
-from q6k_kernels import Q6KLinear, load_model, open_bundle
+from q6k_kernels import PackedLinear, load_model, open_bundle
 from q6k_kernels.tokenizer.tokenizer import load_tokenizer
 
 Row = dict[str, Any]
@@ -107,7 +107,7 @@ def windows(ids: list[int], bos: int | None, length: int) -> list[list[int]]:
 def force(model: torch.nn.Module, activations: str) -> None:
     """Lets all packed layers of a model multiply alike."""
     for module in model.modules():
-        if isinstance(module, Q6KLinear):
+        if isinstance(module, PackedLinear):
             module.activations = activations  # type: ignore[assignment]
 
 

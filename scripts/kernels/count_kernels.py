@@ -57,7 +57,7 @@ MORE = ("SpeedOfLight", "SchedulerStats", "WarpStateStats", "ComputeWorkloadAnal
 
 def run_cases() -> None:
     """What is profiled: one launch of each."""
-    from q6k_kernels.weights.weight import PackedWeight, q6k_linear
+    from q6k_kernels.weights.weight import PackedWeight, linear
 
     for m, (n, k), scales in CASES:
         ql, qh = (torch.randint(0, 256, (n, k // part), dtype=torch.uint8, device="cuda") for part in (2, 4))
@@ -68,7 +68,7 @@ def run_cases() -> None:
             arrays = [scale, torch.full((n, k // 256), 1e-5, dtype=torch.float16, device="cuda")]
         weight = PackedWeight.from_planes([ql, qh, *arrays], row_of("Q6_K", scales).name)
         x = torch.randn(m, k, device="cuda").bfloat16()
-        q6k_linear(x, weight)
+        linear(x, weight)
         torch.cuda.synchronize()
 
 

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from torch._inductor import config
 
-from q6k_kernels import Q6KLinear
+from q6k_kernels import PackedLinear
 from q6k_kernels.errors import ExportFailedError
 from q6k_kernels.export import cpp_runtime, exporting, program_file
 
@@ -60,7 +60,7 @@ def test_a_compiler_without_it_links_torchs(compiler: Callable[[str], Path], tmp
     source.write_text("#include <iostream>\nvoid print() { std::cout << 1; }\n")
     subprocess.run([path, "-shared", "-fPIC", source, "-o", alone], check=True)
     assert not cpp_runtime.is_shared(alone.read_bytes())
-    layer, x = Q6KLinear(256, 8), torch.ones(2, 256)
+    layer, x = PackedLinear(256, 8), torch.ones(2, 256)
     package = tmp_path / "layer.pt2"
     with torch.no_grad():
         exporting.export_module(layer, (x,), package)
@@ -82,5 +82,5 @@ def test_a_compiler_that_links_no_shared_runtime_is_refused(
     path = compiler(script)
     expected = rf"^{re.escape(str(path))} links no library that uses libstdc\+\+\.so\.6.*{told}\. Set CXX to"
     with pytest.raises(ExportFailedError, match=expected):
-        exporting.export_module(Q6KLinear(256, 8), (torch.ones(1, 256),), tmp_path / "layer.pt2")
+        exporting.export_module(PackedLinear(256, 8), (torch.ones(1, 256),), tmp_path / "layer.pt2")
     assert not list(tmp_path.glob("*.pt2"))

@@ -18,7 +18,7 @@ import lowering
 from exported_model import ExportedModel
 from families import FAMILIES, VOCABULARY, tiny
 from q6k_convert.cli.main import app
-from q6k_kernels import Q6KLinear, load_model
+from q6k_kernels import PackedLinear, load_model
 from q6k_kernels.errors import ExportFailedError, ProgramError
 from q6k_kernels.export import exporting, program_file
 from q6k_kernels.export.exportable import ExportableModel
@@ -77,7 +77,7 @@ def test_a_graph_without_the_operation_is_refused() -> None:
     class Unused(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = Q6KLinear(256, 8)
+            self.layer = PackedLinear(256, 8)
 
         def forward(self, x: Any) -> Any:
             return x + 1
@@ -97,7 +97,7 @@ def test_what_torch_does_not_trace_is_refused() -> None:
 
 def test_packages_of_modules_end_in_pt2(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a name that ends in \.pt2"):
-        exporting.export_module(Q6KLinear(256, 8), (torch.zeros(1, 256),), tmp_path / "layer.so")
+        exporting.export_module(PackedLinear(256, 8), (torch.zeros(1, 256),), tmp_path / "layer.so")
 
 
 # Whole models, compiled
@@ -106,7 +106,7 @@ def test_packages_of_modules_end_in_pt2(tmp_path: Path) -> None:
 def test_the_graphs_hold_the_operation(exported: ExportedModel) -> None:
     """For each packed layer once; and nothing of a packed weight's size is there but its tiles."""
     module = ExportableModel(load_model(exported.bundle), 128).eval()
-    layers = [each for each in module.modules() if isinstance(each, Q6KLinear)]
+    layers = [each for each in module.modules() if isinstance(each, PackedLinear)]
     for name, program in exporting.trace(module).items():
         found = exporting.packed_operations(program)
         assert found.count("q6k.linear.default") == len(layers)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from families import ANSWER, FAMILIES, WINDOW, expected, prompt, tiny
 from model_cases import MODELS, largest_difference
-from q6k_kernels import Q6KLinear, load_model
+from q6k_kernels import PackedLinear, load_model
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.generate import step as stepping
 from q6k_kernels.generate.generator import Generator
@@ -77,7 +77,7 @@ def test_some_weights_packed_and_some_not(name: str, tmp_path: Path) -> None:
     out, reference = replace(MODELS[name], types=types).bundle(tmp_path)
     model: Any = load_model(out)
     assert not hasattr(model.model.layers[0].self_attn, "qkv_proj")
-    assert isinstance(model.model.layers[1].self_attn.qkv_proj, Q6KLinear)
+    assert isinstance(model.model.layers[1].self_attn.qkv_proj, PackedLinear)
     ids = text(20)
     assert largest_difference(stepped(model, ids, 12), reference(torch.tensor([ids])).logits[0, 12:]) < 5e-5
 

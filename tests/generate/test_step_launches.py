@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from q6k_kernels import Q6KLinear
+from q6k_kernels import PackedLinear
 from q6k_kernels.cpp import variants as all_of
 from q6k_kernels.cuda import device
 from q6k_kernels.generate import step_cuda
@@ -99,7 +99,7 @@ def test_every_head_has_its_blocks(multiprocessors: int, monkeypatch: pytest.Mon
 def test_activations_come_in_the_forms_that_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     Launches(90, monkeypatch)
     run, norm = Kernels(CPU, torch.bfloat16), Norm(torch.zeros(512), 0.0)
-    packed, wide = Q6KLinear(512, 16), Q6KLinear(512, 16, activations="bf16")
+    packed, wide = PackedLinear(512, 16), PackedLinear(512, 16, activations="bf16")
     for users, halves, codes in [
         ([packed], False, True),
         ([packed, nn.Linear(1, 1)], True, True),

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from torch import Tensor, nn
 
-from q6k_kernels import Q6KLinear
+from q6k_kernels import PackedLinear
 from q6k_kernels.generate import step_cuda
 from q6k_kernels.generate.step_cuda import Kernels
 from q6k_kernels.generate.step_reference import Cached, Heads, Norm, TokenChoice, TorchOperations
@@ -36,7 +36,7 @@ def moved(value: Any) -> Any:
 
 def users(k: int) -> list[nn.Module]:
     """One that wants 8 bits, one that wants 16."""
-    return [Q6KLinear(k, 16, device="cuda"), nn.Linear(1, 1)]
+    return [PackedLinear(k, 16, device="cuda"), nn.Linear(1, 1)]
 
 
 def kernels() -> Kernels:

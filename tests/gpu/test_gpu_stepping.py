@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 from torch import Tensor, nn
 
-from q6k_kernels import Q6KLinear, load_model
+from q6k_kernels import PackedLinear, load_model
 from q6k_kernels.cuda import decode, decode_plan
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.generate import step_cuda
@@ -40,7 +40,7 @@ def norm(k: int, seed: int) -> Norm:
 
 def users(k: int) -> list[nn.Module]:
     """A product that wants activations in 8 bits, and one that does not."""
-    packed = Q6KLinear(k, 16, device="cuda") if k % 256 == 0 else nn.Linear(1, 1)
+    packed = PackedLinear(k, 16, device="cuda") if k % 256 == 0 else nn.Linear(1, 1)
     return [packed, nn.Linear(1, 1)]
 
 

@@ -196,7 +196,6 @@ def test_an_architecture_without_kernels_is_an_error(function: str, arch: int) -
 
 def test_dynamic_shared_memory_is_what_launches_ask_for() -> None:
     """By hand from the layouts in the device code."""
-    from q6k_kernels.formats.types import CODE_MACROS
 
     variants = pytest.importorskip("q6k_kernels.cpp.variants", exc_type=ImportError)
     found = dict[tuple[Any, ...], int]()

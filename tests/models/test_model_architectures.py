@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model_cases import GEMMA2, GEMMA3, IDS, MODELS, largest_difference, logits
-from q6k_kernels import Q6KEmbedding, Q6KLinear, load_model
+from q6k_kernels import PackedEmbedding, PackedLinear, load_model
 from q6k_kernels.models.filling import ScaledEmbedding
 from tiny_models import F16, Q8_0, Tiny
 
@@ -81,12 +81,12 @@ def test_tensors_of_other_types_stay_as_the_file_has_them(name: str, tmp_path: P
     model: Any = load_model(out)
     assert largest_difference(logits(model), logits(reference)) < 5e-5
     first, second = model.model.layers[0], model.model.layers[1]
-    assert isinstance(first.self_attn.q_proj, Q6KLinear)
+    assert isinstance(first.self_attn.q_proj, PackedLinear)
     assert type(first.self_attn.v_proj) is torch.nn.Linear
-    assert isinstance(first.mlp.gate_up_proj, Q6KLinear)
-    assert isinstance(second.mlp.gate_proj, Q6KLinear)
+    assert isinstance(first.mlp.gate_up_proj, PackedLinear)
+    assert isinstance(second.mlp.gate_proj, PackedLinear)
     assert type(second.mlp.up_proj) is torch.nn.Linear
-    assert not isinstance(model.model.embed_tokens, Q6KEmbedding)
+    assert not isinstance(model.model.embed_tokens, PackedEmbedding)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral as llama", "qwen2", "qwen3, tied", "gemma2", "gemma3"])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from q6k_kernels import PackedWeight, Q6KEmbedding, Q6KLinear, load_model, open_bundle
+from q6k_kernels import PackedEmbedding, PackedLinear, PackedWeight, load_model, open_bundle
 from q6k_kernels.bundle.metadata import read_metadata
 from q6k_kernels.formats.tiles import order_rows
 from q6k_kernels.formats.types import row_of
@@ -65,7 +65,7 @@ def test_all_packed_weights_are_in_packed_layers_and_nowhere_else(llama: Path) -
     bundle = open_bundle(llama)
     packed = [tensor for tensor in bundle.manifest.tensors if tensor.storage == "planar"]
     assert len(packed) == 2 * 7 + 2
-    layers = [module for module in model.modules() if isinstance(module, Q6KLinear | Q6KEmbedding)]
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
     weights = [bundle.load(tensor.name) for tensor in packed]
     assert sum(layer.weight.nbytes for layer in layers) == sum(
         w.nbytes for w in weights if isinstance(w, PackedWeight)
@@ -122,7 +122,7 @@ def test_rows_change_places_and_no_bit_changes(heads: int, head_dim: int, scales
 def test_a_tied_head_shares_the_packed_embedding(tied: Path) -> None:
     model: Any = load_model(tied)
     assert model.config.tie_word_embeddings
-    assert isinstance(model.lm_head, Q6KLinear)
+    assert isinstance(model.lm_head, PackedLinear)
     assert model.lm_head.tiles.data_ptr() == model.model.embed_tokens.tiles.data_ptr()
 
 
@@ -146,8 +146,8 @@ def test_weights_that_cannot_lie_below_each_other_stay_apart(tmp_path: Path) -> 
     config = {"num_attention_heads": 32, "num_key_value_heads": 1, "head_dim": 8}
     out, reference = replace(LLAMA, config=config).bundle(tmp_path)
     model: Any = load_model(out)
-    assert isinstance(model.model.layers[0].self_attn.k_proj, Q6KLinear)
-    assert isinstance(model.model.layers[0].mlp.gate_up_proj, Q6KLinear)
+    assert isinstance(model.model.layers[0].self_attn.k_proj, PackedLinear)
+    assert isinstance(model.model.layers[0].mlp.gate_up_proj, PackedLinear)
     torch.testing.assert_close(logits(model), logits(reference), rtol=0, atol=1e-4)
 
 

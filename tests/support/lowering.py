@@ -15,7 +15,7 @@ from torch.export import Dim
 import gguf_builder
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
-from q6k_kernels import PackedWeight, Q6KLinear, open_bundle, q6k_linear
+from q6k_kernels import PackedLinear, PackedWeight, linear, open_bundle
 from q6k_kernels.export import exporting
 
 N, K = 200, 512
@@ -28,7 +28,7 @@ class Decode(nn.Module):
 
     def __init__(self, weight: PackedWeight) -> None:
         super().__init__()
-        self.layer = Q6KLinear.from_weight(weight)
+        self.layer = PackedLinear.from_weight(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)  # type: ignore[no-any-return]
@@ -45,7 +45,7 @@ class Keyword(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = PackedWeight(self.get_buffer("tiles"), self.shape, self.format)
-        return q6k_linear(x, weight, bias=self.get_buffer("offset"))
+        return linear(x, weight, bias=self.get_buffer("offset"))
 
 
 def packed(folder: Path, scales: str, device: str) -> tuple[PackedWeight, np.ndarray]:

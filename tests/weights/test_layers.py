@@ -17,8 +17,8 @@ torch = pytest.importorskip("torch")
 from torch import nn
 
 from q6k_kernels.formats.types import row_of
-from q6k_kernels.weights.layers import Q6KEmbedding, Q6KLinear
-from q6k_kernels.weights.weight import PackedWeight, q6k_linear
+from q6k_kernels.weights.layers import PackedEmbedding, PackedLinear
+from q6k_kernels.weights.weight import PackedWeight, linear
 
 X = torch.randn(3, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
 TOKENS = torch.tensor([[0, 39], [7, 7]])
@@ -29,8 +29,8 @@ class Tied(nn.Module):
 
     def __init__(self, packed: PackedWeight) -> None:
         super().__init__()
-        self.body = nn.ModuleDict({"embed": Q6KEmbedding.from_weight(packed), "norm": nn.LayerNorm(packed.k)})
-        self.head = Q6KLinear.from_weight(packed)
+        self.body = nn.ModuleDict({"embed": PackedEmbedding.from_weight(packed), "norm": nn.LayerNorm(packed.k)})
+        self.head = PackedLinear.from_weight(packed)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.head(self.body["embed"](tokens))
@@ -47,10 +47,10 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("scales", ["bf16", "exact"])
 def test_linear_is_the_operation(scales: str, activations: Any) -> None:
     packed, bias = weight((40, 512), scales), torch.linspace(-1, 1, 40).bfloat16()
-    layer = Q6KLinear.from_weight(packed, activations=activations)
-    assert torch.equal(layer(X), q6k_linear(X, packed, activations=activations))
-    layer = Q6KLinear.from_weight(packed, bias, activations)
-    assert torch.equal(layer(X), q6k_linear(X, packed, bias, activations))
+    layer = PackedLinear.from_weight(packed, activations=activations)
+    assert torch.equal(layer(X), linear(X, packed, activations=activations))
+    layer = PackedLinear.from_weight(packed, bias, activations)
+    assert torch.equal(layer(X), linear(X, packed, bias, activations))
     assert layer.tiles.data_ptr() == packed.tiles.data_ptr()
     assert layer.bias is not None
     assert layer.bias.data_ptr() == bias.data_ptr()
@@ -59,7 +59,7 @@ def test_linear_is_the_operation(scales: str, activations: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_embedding_is_the_operation(dtype: torch.dtype) -> None:
-    layer = Q6KEmbedding.from_weight(weight((40, 512)), dtype)
+    layer = PackedEmbedding.from_weight(weight((40, 512)), dtype)
     rows = layer(TOKENS)
     assert (rows.shape, rows.dtype) == ((2, 2, 512), dtype)
     assert torch.equal(rows, numbers((40, 512), dtype=dtype)[TOKENS])
@@ -70,37 +70,37 @@ def test_like_torchs_own_layers() -> None:
     packed = weight((40, 512))
     theirs = nn.Linear(512, 40, bias=False, dtype=torch.bfloat16)
     theirs.weight = nn.Parameter(numbers((40, 512)))
-    ours = Q6KLinear.from_weight(packed)
+    ours = PackedLinear.from_weight(packed)
     torch.testing.assert_close(ours(X).float(), theirs(X).detach().float(), rtol=2**-7, atol=1e-5)
     assert (ours.in_features, ours.out_features, ours.bias) == (512, 40, None)
-    embedding = Q6KEmbedding.from_weight(packed)
+    embedding = PackedEmbedding.from_weight(packed)
     assert (embedding.num_embeddings, embedding.embedding_dim) == (40, 512)
     assert torch.equal(embedding(TOKENS), nn.functional.embedding(TOKENS, numbers((40, 512))))
 
 
 def test_a_new_layer_is_zero_and_has_no_gradient() -> None:
-    layer = Q6KLinear(512, 40, bias=True, dtype=torch.float32)
+    layer = PackedLinear(512, 40, bias=True, dtype=torch.float32)
     assert not layer(X).any()
     assert [(name, p.dtype, p.requires_grad) for name, p in layer.named_parameters()] == [
         ("tiles", torch.uint8, False),
         ("bias", torch.float32, False),
     ]
-    assert not Q6KEmbedding(40, 512)(TOKENS).any()
+    assert not PackedEmbedding(40, 512)(TOKENS).any()
     with pytest.raises(ValueError, match="x requires a gradient"):
         layer(X.clone().requires_grad_())
 
 
 def test_what_is_shown() -> None:
-    shown = "Q6KLinear(in_features=512, out_features=40, bias=True, format='q6_k_exact', activations='int8')"
-    assert repr(Q6KLinear(512, 40, bias=True, format="q6_k_exact", activations="int8")) == shown
-    assert repr(Q6KEmbedding(40, 512)) == "Q6KEmbedding(40, 512, format='q6_k', dtype=torch.bfloat16)"
+    shown = "PackedLinear(in_features=512, out_features=40, bias=True, format='q6_k_exact', activations='int8')"
+    assert repr(PackedLinear(512, 40, bias=True, format="q6_k_exact", activations="int8")) == shown
+    assert repr(PackedEmbedding(40, 512)) == "PackedEmbedding(40, 512, format='q6_k', dtype=torch.bfloat16)"
 
 
 @pytest.mark.parametrize(("device", "assign"), [("cpu", False), ("cpu", True), ("meta", True)])
 @pytest.mark.parametrize("scales", ["bf16", "exact"])
 def test_state_dicts(scales: Any, device: str, assign: bool) -> None:
     bias = torch.linspace(-1, 1, 40)
-    source = Q6KLinear.from_weight(weight((40, 512), scales), bias)
+    source = PackedLinear.from_weight(weight((40, 512), scales), bias)
     assert {name: tensor.dtype for name, tensor in source.state_dict().items()} == {
         "bias": torch.float32,
         "tiles": torch.uint8,
@@ -108,13 +108,13 @@ def test_state_dicts(scales: Any, device: str, assign: bool) -> None:
     file = io.BytesIO()
     torch.save(source.state_dict(), file)
     file.seek(0)
-    layer = Q6KLinear(512, 40, bias=True, format=row_of("Q6_K", scales).name, device=device, dtype=torch.float32)
+    layer = PackedLinear(512, 40, bias=True, format=row_of("Q6_K", scales).name, device=device, dtype=torch.float32)
     layer.load_state_dict(torch.load(file, weights_only=True), assign=assign)
     assert torch.equal(layer(X), source(X))
     assert layer.bias is not None
     assert not layer.bias.requires_grad
     with pytest.raises(RuntimeError, match="size mismatch for tiles"):
-        Q6KLinear(256, 40).load_state_dict({"tiles": source.tiles})
+        PackedLinear(256, 40).load_state_dict({"tiles": source.tiles})
 
 
 def by_torch_save(module: nn.Module) -> nn.Module:
@@ -166,8 +166,8 @@ def test_tiles_come_through_and_stay_shared(how: str) -> None:
 
 
 def test_a_layer_in_two_places_is_converted_once() -> None:
-    head = Q6KLinear.from_weight(weight((40, 512)))
-    both = nn.ModuleList([nn.Sequential(head), nn.Sequential(head), Q6KLinear.from_weight(head.weight)])
+    head = PackedLinear.from_weight(weight((40, 512)))
+    both = nn.ModuleList([nn.Sequential(head), nn.Sequential(head), PackedLinear.from_weight(head.weight)])
     before = head(X)
     both._apply(lambda tensor: tensor.clone())
     assert both[0][0] is both[1][0]
@@ -177,12 +177,12 @@ def test_a_layer_in_two_places_is_converted_once() -> None:
 def test_layers_of_one_weight_move_with_it() -> None:
     """As torch's own layers do that have one parameter."""
     packed = weight((40, 512))
-    first, second = Q6KLinear.from_weight(packed), Q6KLinear.from_weight(packed)
+    first, second = PackedLinear.from_weight(packed), PackedLinear.from_weight(packed)
     before = packed.tiles.data_ptr()
     first._apply(torch.clone)
     assert packed.tiles.data_ptr() != before
     assert first.tiles is second.tiles is packed.tiles is first.weight.tiles
-    assert Q6KLinear.from_weight(packed.rows(0, 16)).tiles.data_ptr() == packed.tiles.data_ptr()
+    assert PackedLinear.from_weight(packed.rows(0, 16)).tiles.data_ptr() == packed.tiles.data_ptr()
 
 
 def test_parameters_that_torch_makes_anew_are_tied_again_by_hand() -> None:
@@ -223,13 +223,13 @@ def test_a_state_dict_of_parameters_keeps_a_tied_model_tied() -> None:
 
 
 def test_meta_layers_can_be_filled() -> None:
-    layer = Q6KLinear(512, 40, device="meta").to_empty(device="cpu")
+    layer = PackedLinear(512, 40, device="meta").to_empty(device="cpu")
     assert layer.tiles.device.type == "cpu"
-    layer.load_state_dict(Q6KLinear.from_weight(weight((40, 512))).state_dict())
-    assert torch.equal(layer(X), q6k_linear(X, weight((40, 512))))
+    layer.load_state_dict(PackedLinear.from_weight(weight((40, 512))).state_dict())
+    assert torch.equal(layer(X), linear(X, weight((40, 512))))
     with torch.device("meta"):
-        assert Q6KEmbedding(40, 512).tiles.is_meta
-        assert Q6KLinear(512, 40, bias=True).bias.is_meta  # type: ignore[union-attr]
+        assert PackedEmbedding(40, 512).tiles.is_meta
+        assert PackedLinear(512, 40, bias=True).bias.is_meta  # type: ignore[union-attr]
 
 
 def test_compiling_a_tied_model() -> None:
@@ -242,24 +242,30 @@ def test_compiling_a_tied_model() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Q6KLinear(500, 40), "multiple of 256 long.*found 40 of 500$"),
-        (lambda: Q6KLinear(512, 0), "found 0 of 512"),
-        (lambda: Q6KEmbedding(40, 0), "found 40 of 0"),
-        (lambda: Q6KLinear(512, 40, format="fp8"), "expected one of q6_k, q6_k_exact, found 'fp8'"),
-        (lambda: Q6KLinear(512, 40, activations="fp8"), "activations: expected auto, int8 or bf16, found 'fp8'"),
-        (lambda: Q6KLinear(512, 40, dtype=torch.int8), "dtype: expected bfloat16, .*, found torch.int8"),
-        (lambda: Q6KEmbedding(40, 512, dtype=torch.float64), "dtype: expected bfloat16, .*, found torch.float64"),
-        (lambda: Q6KLinear.from_weight(weight((3, 20, 256))), r"expected \(N, K\), found a stack \(3, 20, 256\)"),
-        (lambda: Q6KEmbedding.from_weight(weight((3, 20, 256))), r"take one, weight\[expert\]"),
+        (lambda: PackedLinear(500, 40), "multiple of 256 long.*found 40 of 500$"),
+        (lambda: PackedLinear(512, 0), "found 0 of 512"),
+        (lambda: PackedEmbedding(40, 0), "found 40 of 0"),
+        (lambda: PackedLinear(512, 40, format="fp8"), "expected one of q6_k, q6_k_exact, found 'fp8'"),
+        (lambda: PackedLinear(512, 40, activations="fp8"), "activations: expected auto, int8 or bf16, found 'fp8'"),
+        (lambda: PackedLinear(512, 40, dtype=torch.int8), "dtype: expected bfloat16, .*, found torch.int8"),
         (
-            lambda: Q6KLinear.from_weight(weight((40, 512)), torch.zeros(41)),
+            lambda: PackedEmbedding(40, 512, dtype=torch.float64),
+            "dtype: expected bfloat16, .*, found torch.float64",
+        ),
+        (
+            lambda: PackedLinear.from_weight(weight((3, 20, 256))),
+            r"expected \(N, K\), found a stack \(3, 20, 256\)",
+        ),
+        (lambda: PackedEmbedding.from_weight(weight((3, 20, 256))), r"take one, weight\[expert\]"),
+        (
+            lambda: PackedLinear.from_weight(weight((40, 512)), torch.zeros(41)),
             r"bias: expected \(40,\) on cpu, found \(41,\) on cpu",
         ),
         (
-            lambda: Q6KLinear.from_weight(weight((40, 512)), torch.zeros(40, device="meta")),
+            lambda: PackedLinear.from_weight(weight((40, 512)), torch.zeros(40, device="meta")),
             r"bias: expected \(40,\) on cpu, found \(40,\) on meta",
         ),
-        (lambda: Q6KLinear.from_weight(weight((40, 512)), torch.zeros(40).int()), "found torch.int32"),
+        (lambda: PackedLinear.from_weight(weight((40, 512)), torch.zeros(40).int()), "found torch.int32"),
     ],
 )
 def test_layers_say_what_they_refuse(make: Callable[[], Any], message: str) -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from q6k_kernels.weights import transfer
 from q6k_kernels.weights.reader import NotLoadableError, open_bundle
-from q6k_kernels.weights.weight import PackedWeight, embedding, q6k_linear
+from q6k_kernels.weights.weight import PackedWeight, embedding, linear
 
 F64, BF16, I8, I16, I32, I64 = 28, 30, 24, 25, 26, 27
 
@@ -160,7 +160,7 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path, device: str) -> None:
     assert isinstance(head, PackedWeight)
     assert opened.load("output.weight", device) is not head
     rows = embedding(torch.arange(5, device=device), head)
-    assert q6k_linear(rows, head).shape == (5, 5)
+    assert linear(rows, head).shape == (5, 5)
     some = opened.load_all(device, ["output.weight", "output_norm.weight"])
     assert list(some) == ["output.weight", "output_norm.weight"]
 

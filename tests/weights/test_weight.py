@@ -17,7 +17,7 @@ from packed import multiplied, numbers, planes, weight
 torch = pytest.importorskip("torch")
 
 from q6k_kernels.formats.types import WEIGHT_TYPES
-from q6k_kernels.weights.weight import PackedWeight, dequantize, embedding, q6k_linear
+from q6k_kernels.weights.weight import PackedWeight, dequantize, embedding, linear
 
 SHAPES = [(1, 256), (40, 512), (3, 20, 256)]
 
@@ -57,14 +57,14 @@ def test_planes_and_numbers(shape: tuple[int, ...], scales: str) -> None:
 def test_operations_take_it_whole() -> None:
     packed, arrays = weight((40, 512)), planes((40, 512), "bf16")
     x, bias = torch.randn(3, 512).bfloat16(), torch.randn(40)
-    assert torch.equal(q6k_linear(x, packed), multiplied(x, **arrays))
-    assert torch.equal(q6k_linear(x, packed, bias=bias), multiplied(x, **arrays, bias=bias))
-    found = q6k_linear(x, packed, bias, "int8")
+    assert torch.equal(linear(x, packed), multiplied(x, **arrays))
+    assert torch.equal(linear(x, packed, bias=bias), multiplied(x, **arrays, bias=bias))
+    found = linear(x, packed, bias, "int8")
     assert torch.equal(found, multiplied(x, **arrays, bias=bias, activations="int8"))
     assert torch.equal(embedding(torch.tensor([39, 2]), packed), numbers((40, 512))[[39, 2]])
     assert embedding(torch.tensor([39, 2]), packed, torch.float16).dtype == torch.float16
     with pytest.raises(ValueError, match=r"of a stack of experts take one, weight\[expert\]"):
-        q6k_linear(torch.zeros(3, 256), weight((3, 20, 256)))
+        linear(torch.zeros(3, 256), weight((3, 20, 256)))
 
 
 def test_experts_of_a_stack_share_its_memory() -> None:
@@ -104,8 +104,8 @@ def test_weights_below_each_other() -> None:
     expected = torch.cat([numbers((n, 512), seed=seed) for seed, n in ((1, 32), (2, 16), (3, 7))])
     assert torch.equal(joined.dequantize(), expected)
     x = torch.randn(2, 512)
-    apart = torch.cat([q6k_linear(x, part) for part in parts], dim=-1)
-    torch.testing.assert_close(q6k_linear(x, joined), apart)
+    apart = torch.cat([linear(x, part) for part in parts], dim=-1)
+    torch.testing.assert_close(linear(x, joined), apart)
     stacks = [weight((2, 16, 256), seed=1), weight((2, 3, 256), seed=2)]
     joined = PackedWeight.cat(stacks)
     assert joined.shape == (2, 19, 256)
@@ -234,7 +234,7 @@ def test_compiling_code_that_uses_one() -> None:
     stack = weight((3, 32, 256))
 
     def layer(x: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
-        return torch.relu(q6k_linear(x, packed)) + q6k_linear(x, stack[1])
+        return torch.relu(linear(x, packed)) + linear(x, stack[1])
 
     x = torch.randn(3, 256)
     compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -247,11 +247,11 @@ def test_the_package_imports_torch_when_it_is_needed() -> None:
 import sys, q6k_kernels
 assert "torch" not in sys.modules
 assert {"PackedWeight", "open_bundle"} <= set(dir(q6k_kernels))
-from q6k_kernels import PackedWeight, Q6KLinear, Q6KEmbedding, open_bundle, q6k_linear, dequantize, embedding
+from q6k_kernels import PackedWeight, PackedLinear, PackedEmbedding, open_bundle, linear, dequantize, embedding
 from q6k_kernels import load_model
 assert "torch" in sys.modules
 assert "transformers" not in sys.modules
-assert q6k_kernels.q6k_linear is q6k_linear
+assert q6k_kernels.linear is linear
 assert set(q6k_kernels.__all__) <= set(vars(q6k_kernels)) | {"Bundle"}
 try:
     q6k_kernels.nothing

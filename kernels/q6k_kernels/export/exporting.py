@@ -26,7 +26,7 @@ from q6k_kernels.errors import ExportFailedError
 from q6k_kernels.export import cpp_runtime, program_file
 from q6k_kernels.export.exportable import ExportableModel
 from q6k_kernels.export.program_file import Info
-from q6k_kernels.weights.layers import Q6KEmbedding, Q6KLinear
+from q6k_kernels.weights.layers import PackedEmbedding, PackedLinear
 
 EXAMPLE = 16
 """Tokens and slots that a trace is made with; any would do."""
@@ -102,7 +102,7 @@ def traced(module: nn.Module, arguments: tuple[Any, ...], dynamic_shapes: Any = 
     except (RuntimeError, ValueError, torch._dynamo.exc.UserError) as error:
         raise _failed(f"torch.export refuses {type(module).__name__}", error, _TRACING) from error
     _name_dtypes(program)
-    layers = sum(isinstance(each, Q6KLinear | Q6KEmbedding) for each in module.modules())
+    layers = sum(isinstance(each, PackedLinear | PackedEmbedding) for each in module.modules())
     found = len(packed_operations(program))
     if found < layers:
         raise ExportFailedError(

@@ -20,7 +20,7 @@ from q6k_kernels.formats.types import weight_type
 from q6k_kernels.generate.step_reference import Cached, Heads, Norm, ProductInput, TokenChoice
 from q6k_kernels.jit import loader
 from q6k_kernels.models.architecture import Activation
-from q6k_kernels.weights.layers import Q6KLinear
+from q6k_kernels.weights.layers import PackedLinear
 
 if TYPE_CHECKING:
     from torch import nn
@@ -163,7 +163,7 @@ class Kernels:
             assert activations.halves is not None  # noqa: S101 -- as `_activations` has seen to
             y: Tensor = module(activations.halves)
             return y
-        assert isinstance(module, Q6KLinear)  # noqa: S101 -- else it would not take them
+        assert isinstance(module, PackedLinear)  # noqa: S101 -- else it would not take them
         assert activations.codes is not None  # noqa: S101 -- as above
         y = torch.empty(1, module.out_features, dtype=self._dtype, device=self._torch_device)
         row = weight_type(module.format)
@@ -195,7 +195,7 @@ class Kernels:
         )
 
     def _takes_codes(self, module: nn.Module) -> bool:
-        if not isinstance(module, Q6KLinear) or module.activations == "bf16":
+        if not isinstance(module, PackedLinear) or module.activations == "bf16":
             return False
         row = weight_type(module.format)
         return decode_plan.fits(module.out_features, module.in_features, row, self._device)

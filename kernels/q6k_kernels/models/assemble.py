@@ -3,7 +3,7 @@
     model = load_model("out/", device="cuda")
     model.generate(ids, max_new_tokens=20)
 
-Linear layers and embeddings whose weights are Q6_K become `Q6KLinear` and `Q6KEmbedding`; projections that share
+Linear layers and embeddings whose weights are Q6_K become `PackedLinear` and `PackedEmbedding`; projections that share
 their input run as one (see `fusing`); a tied head shares the embedding's memory. All other weights are cast to
 `dtype`, whatever float type they are stored in, as transformers' layers want weights and activations of one dtype.
 
@@ -50,7 +50,7 @@ def load_model(
         device: the CPU or a CUDA GPU.
         dtype: of activations and of all weights that are not packed: bfloat16, float16, or on the CPU float32. By
             default bfloat16 on a GPU, float32 on the CPU.
-        activations: "int8", "bf16" or "auto", see `q6k_kernels.q6k_linear`.
+        activations: "int8", "bf16" or "auto", see `q6k_kernels.linear`.
         progress: told the bytes that a tensor takes in the bundle once it is where it belongs: in all, the `nbytes`
             of `open_bundle(path).manifest.tensors`.
 

@@ -18,7 +18,7 @@ from q6k_kernels.formats.checks import Activations
 from q6k_kernels.formats.tiles import order_rows
 from q6k_kernels.models import fusing
 from q6k_kernels.models.architecture import FREQUENCY_FACTORS, Architecture, gguf_names, is_interleaved, row_order
-from q6k_kernels.weights.layers import Q6KEmbedding, Q6KLinear
+from q6k_kernels.weights.layers import PackedEmbedding, PackedLinear
 from q6k_kernels.weights.reader import Bundle
 from q6k_kernels.weights.weight import PackedWeight
 
@@ -134,7 +134,7 @@ class Filler:
             return
         bias = None if module.bias is None else self._plain(f"{name}.bias")
         weight = self._packed(f"{name}.weight")
-        self.model.set_submodule(name, Q6KLinear.from_weight(weight, bias, self.activations))
+        self.model.set_submodule(name, PackedLinear.from_weight(weight, bias, self.activations))
 
     def _embedding(self, name: str, module: nn.Embedding) -> None:
         scale = float(cast("Any", module).scalar_embed_scale) if self.architecture.scaled_embedding else None
@@ -145,7 +145,7 @@ class Filler:
             return
         weight = self._packed(f"{name}.weight")
         if scale is None:
-            self.model.set_submodule(name, Q6KEmbedding.from_weight(weight, self.dtype))
+            self.model.set_submodule(name, PackedEmbedding.from_weight(weight, self.dtype))
         else:
             scaled = ScaledEmbedding.from_weight(weight, self.dtype)
             scaled.scale = float(torch.tensor(scale, dtype=self.dtype))
@@ -153,8 +153,8 @@ class Filler:
 
     def _tie(self) -> None:
         embedding: Any = self.model.get_input_embeddings()
-        if isinstance(embedding, Q6KEmbedding):
-            self.model.set_submodule(HEAD, Q6KLinear.from_weight(embedding.weight, None, self.activations))
+        if isinstance(embedding, PackedEmbedding):
+            self.model.set_submodule(HEAD, PackedLinear.from_weight(embedding.weight, None, self.activations))
         else:
             self.model.get_submodule(HEAD).weight = embedding.weight
 
@@ -229,7 +229,7 @@ class Filler:
             )
 
 
-class ScaledEmbedding(Q6KEmbedding):
+class ScaledEmbedding(PackedEmbedding):
     """Rows of a packed weight times `scale`, rounded to `dtype` before and after, as Gemma's are."""
 
     scale: float

@@ -22,7 +22,7 @@ from q6k_kernels.cuda import device as launching
 from q6k_kernels.formats.checks import Activations
 from q6k_kernels.formats.tiles import tiles_shape
 from q6k_kernels.formats.types import TILE_ROWS, weight_type
-from q6k_kernels.weights.layers import Q6KLinear
+from q6k_kernels.weights.layers import PackedLinear
 from q6k_kernels.weights.weight import PackedWeight
 
 
@@ -116,9 +116,9 @@ def fuse(
         rows: N of each.
         weight: all of them, (sum of rows, K).
         bias: (sum of rows,), or None.
-        activations: see `Q6KLinear`.
+        activations: see `PackedLinear`.
     """
-    setattr(module, group.name, Q6KLinear.from_weight(weight, bias, activations))
+    setattr(module, group.name, PackedLinear.from_weight(weight, bias, activations))
     at = 0
     for part, count in zip(group.parts, rows, strict=True):
         setattr(module, part, Part(at, at + count))

@@ -1,7 +1,7 @@
-"""Layers on packed weights: Q6KLinear and Q6KEmbedding, in the places of nn.Linear and nn.Embedding.
+"""Layers on packed weights: PackedLinear and PackedEmbedding, in the places of nn.Linear and nn.Embedding.
 
-    head = Q6KLinear.from_weight(weight)
-    embed = Q6KEmbedding.from_weight(weight, dtype=torch.bfloat16)
+    head = PackedLinear.from_weight(weight)
+    embed = PackedEmbedding.from_weight(weight, dtype=torch.bfloat16)
 
 The tiles are a parameter `tiles`, uint8, that asks for no gradient. Layers made from one `PackedWeight`, as of a
 tied embedding and head, have the same parameter, so torch treats them as it does tied layers of its own: they share
@@ -56,8 +56,8 @@ def _matrix(weight: PackedWeight) -> tuple[int, ...]:
     return weight.shape
 
 
-class Q6KLinear(_Packed):
-    """y = x Wᵀ + bias, the weight packed: what nn.Linear does, see `q6k_kernels.q6k_linear`.
+class PackedLinear(_Packed):
+    """y = x Wᵀ + bias, the weight packed: what nn.Linear does, see `q6k_kernels.linear`.
 
     Made with a weight of zeros; `load_state_dict` or `from_weight` give it another.
 
@@ -66,7 +66,7 @@ class Q6KLinear(_Packed):
         out_features: N.
         bias: whether there is one, a parameter (N,).
         format: the name of the weight type, see `formats.types`.
-        activations: "auto", "int8" or "bf16", see `q6k_kernels.q6k_linear`.
+        activations: "auto", "int8" or "bf16", see `q6k_kernels.linear`.
         device: where; also "meta".
         dtype: of the bias: bfloat16, float16 or float32.
 
@@ -131,7 +131,7 @@ class Q6KLinear(_Packed):
         )
 
 
-class Q6KEmbedding(_Packed):
+class PackedEmbedding(_Packed):
     """Rows of a packed weight by their numbers: what nn.Embedding does, see `q6k_kernels.embedding`.
 
     Made with a weight of zeros; `load_state_dict` or `from_weight` give it another.

@@ -1,6 +1,6 @@
 """A packed weight as one object, and the operations on it as functions.
 
-    y = q6k_linear(x, weight)              x (..., K), weight (N, K) -> (..., N)
+    y = linear(x, weight)              x (..., K), weight (N, K) -> (..., N)
     rows = embedding(indices, weight)      -> (..., K)
     w = dequantize(weight, torch.float32)  -> (N, K)
 
@@ -221,7 +221,7 @@ class PackedWeight:
 torch.serialization.add_safe_globals([PackedWeight])
 
 
-def q6k_linear(
+def linear(
     x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activations: Activations = "auto"
 ) -> Tensor:
     """Multiplies x with the transposed weight, adds the bias: sums in fp32, rounded once (see `reference`).
