@@ -1,1 +1,3 @@
 """The commands: parse, call, print. Imports every other room."""
+
+__all__ = ["main"]

@@ -29,11 +29,13 @@ Launch = Callable[[PackedWeight], None]
 """Multiplies with one copy of the weight."""
 
 
-def _decode(plan: decode_plan.Plan, x: Tensor, y: Tensor, device: launching.Device, weight: PackedWeight) -> None:
+def _decode(
+    plan: decode_plan.DecodePlan, x: Tensor, y: Tensor, device: launching.Device, weight: PackedWeight
+) -> None:
     decode._launch(plan, x, weight.tiles, None, weight.n, weight.row, y, device)
 
 
-def _gemm(plan: gemm_wgmma.Plan, x: Tensor, y: Tensor, device: launching.Device, weight: PackedWeight) -> None:
+def _gemm(plan: gemm_wgmma.WgmmaPlan, x: Tensor, y: Tensor, device: launching.Device, weight: PackedWeight) -> None:
     gemm_wgmma.linear(x, weight.tiles, None, weight.n, weight.row, y, device, plan)
 
 
@@ -59,7 +61,7 @@ def decode_plans(
 def gemm_plans(x: Tensor, y: Tensor, device: launching.Device) -> Iterator[tuple[str, bool, Launch]]:
     """Every configuration, with as many blocks a multiprocessor as fit or fewer, outputs shared or not."""
     (m, k), n = x.shape, y.shape[1]
-    chosen, met = gemm_wgmma.plan(m, n, k, device), set[gemm_wgmma.Plan]()
+    chosen, met = gemm_wgmma.plan(m, n, k, device), set[gemm_wgmma.WgmmaPlan]()
     for config in gemm_wgmma.CONFIGS:
         for resident, share in itertools.product(range(1, config.occupancy + 1), (False, True)):
             plan = gemm_wgmma.plan_of(config, resident, share, m, n, k, device)

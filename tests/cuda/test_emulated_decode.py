@@ -72,7 +72,7 @@ def test_products_are_right_in_every_order_of_threads(
     on = device(90, multiprocessors)
     plan, plans = decode_plan.plan, []
 
-    def forced(*sizes: int | bool | Device) -> decode_plan.Plan | None:
+    def forced(*sizes: int | bool | Device) -> decode_plan.DecodePlan | None:
         # Two rows are quantised by a kernel of their own.
         fused = sizes[0] <= decode_plan.FUSED_TOKENS and sizes[0] != 2
         choice = decode_plan.Choice.of(decode_plan.SHAPES[-1], fused, early=cluster > 1)

@@ -19,7 +19,7 @@ from q6k_kernels.cpp.variants import ARCHITECTURES, device_like
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda import gemm_mma
 from q6k_kernels.cuda.device import Device
-from q6k_kernels.cuda.gemm_mma import CONFIGS, Plan, plan, variants
+from q6k_kernels.cuda.gemm_mma import CONFIGS, MmaPlan, plan, variants
 from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType, weight_type
 from q6k_kernels.ops import accuracy
 
@@ -106,11 +106,11 @@ def activations(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)[:, :k]
 
 
-def forced(config: tuple[int, int], splits: int, slots: int, m: int, n: int, row: WeightType) -> Plan:
+def forced(config: tuple[int, int], splits: int, slots: int, m: int, n: int, row: WeightType) -> MmaPlan:
     tokens, parts = config
     blocks = -(-m // tokens) * -(-n // (128 // parts))
     shared = 2 * 8192 + 8 * slots * row.tile_bytes
-    return Plan(tokens, parts, splits, slots, (blocks, splits, 1), shared)
+    return MmaPlan(tokens, parts, splits, slots, (blocks, splits, 1), shared)
 
 
 def multiply(x: torch.Tensor, tiles: torch.Tensor, bias: torch.Tensor | None, n: int) -> torch.Tensor:
@@ -119,7 +119,7 @@ def multiply(x: torch.Tensor, tiles: torch.Tensor, bias: torch.Tensor | None, n:
     return y
 
 
-def emulated_roundings(chosen: Plan, k: int) -> int:
+def emulated_roundings(chosen: MmaPlan, k: int) -> int:
     """Fewer than on a GPU: the emulated matrix units cut once a product, and exactly."""
     return 2 * 16 * chosen.steps(k) + chosen.parts + chosen.splits + 1
 

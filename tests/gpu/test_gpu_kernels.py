@@ -88,7 +88,7 @@ def test_gemm_wgmma_with_less_to_share_than_blocks(monkeypatch: pytest.MonkeyPat
     fp64.assert_right(y, fp64.linear(x, w.q, w.s, "bf16"), str(plan))
 
 
-def poisoned(launch: gemm_wgmma.Plan, device: torch.device) -> torch.Tensor:
+def poisoned(launch: gemm_wgmma.WgmmaPlan, device: torch.device) -> torch.Tensor:
     """Scratch memory in which every sum is NaN."""
     scratch = torch.empty(4 * launch.scratch_floats + 8 * launch.scratch_flags, dtype=torch.uint8, device=device)
     return scratch.fill_(0xFF)

@@ -3,3 +3,5 @@
 `q6k-convert build-ops` is the command; `q6k_kernels.ops.library.load` puts the library in the place of Python's
 implementations. `src/` has the host side, `../cuda/` the kernels, the same text that Python compiles at run time.
 """
+
+__all__ = ["variants"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from q6k_kernels.cuda.decode_kernels import reached
-from q6k_kernels.cuda.decode_plan import MOST_TOKENS, Kernel, Plan, activation_bytes, plan
+from q6k_kernels.cuda.decode_plan import MOST_TOKENS, DecodePlan, Kernel, activation_bytes, plan
 from q6k_kernels.cuda.device import Device, Variant, bias_arguments, common_macros, stream
 from q6k_kernels.formats.ggml import SUPER_BLOCK
 from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType
@@ -83,7 +83,7 @@ def linear_of_codes(
 
 
 def _launch(
-    chosen: Plan,
+    chosen: DecodePlan,
     x: Tensor,
     tiles: Tensor,
     bias: Tensor | None,
@@ -99,7 +99,7 @@ def _launch(
 
 
 def _multiply(
-    chosen: Plan,
+    chosen: DecodePlan,
     x: Tensor,
     stride: int,
     tiles: Tensor,
@@ -135,7 +135,7 @@ def _multiply(
     )
 
 
-def _quantize(x: Tensor, chosen: Plan, row: WeightType, device: Device) -> Tensor:
+def _quantize(x: Tensor, chosen: DecodePlan, row: WeightType, device: Device) -> Tensor:
     """The rows x (M, K) in 8 bits, as the decode kernel that was chosen reads them."""
     (m, k), tokens = x.shape, chosen.tokens
     codes, steps = (k // SUPER_BLOCK * each for each in activation_bytes(tokens, False))
@@ -150,7 +150,7 @@ def _quantize(x: Tensor, chosen: Plan, row: WeightType, device: Device) -> Tenso
     return quantized
 
 
-def _variant_of(chosen: Plan, row: WeightType, dtype: torch.dtype) -> Variant:
+def _variant_of(chosen: DecodePlan, row: WeightType, dtype: torch.dtype) -> Variant:
     return _variant(chosen.kernel, chosen.cluster > 1, row, dtype == torch.float16)
 
 

@@ -18,7 +18,7 @@ from itertools import product
 
 from q6k_kernels.cuda.device import Device
 from q6k_kernels.formats.ggml import SUPER_BLOCK
-from q6k_kernels.formats.types import TILE_ROWS, WeightType
+from q6k_kernels.formats.types import TILE_ROWS, WEIGHT_TYPES, WeightType
 
 MOST_TOKENS = 8
 TOKENS = (1, 2, 4, 8)
@@ -47,7 +47,7 @@ Kernel = tuple[int, bool, int, int, int]
 
 
 @dataclass(frozen=True)
-class Plan:
+class DecodePlan:
     """One launch.
 
     Attributes:
@@ -80,7 +80,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to launch that is tried, if it fits: its shape, and what `Plan` says of the rest."""
+    """A way to launch that is tried, if it fits: its shape, and what `DecodePlan` says of the rest."""
 
     shape: Shape
     fused: bool
@@ -102,8 +102,8 @@ class Row:
         tokens: rows of activations the kernel is compiled for.
         k: columns, at most.
         tiles: tiles of weights a multiprocessor, rounded up, at most.
-        fused: as in `Plan`.
-        early: as in `Plan`.
+        fused: as in `DecodePlan`.
+        early: as in `DecodePlan`.
         shapes: tried in this order.
         resident: blocks on a multiprocessor, at most.
     """
@@ -122,8 +122,11 @@ class Row:
         return format in self.formats and tokens in self.tokens and k <= self.k and tiles <= self.tiles
 
 
-Q6_K, EXACT = ("q6_k",), ("q6_k_exact",)
-BOTH = Q6_K + EXACT
+BF16 = tuple(name for name, row in WEIGHT_TYPES.items() if not row.stepped)
+"""Weight types with a bf16 scale for each group."""
+STEPPED = tuple(name for name, row in WEIGHT_TYPES.items() if row.stepped)
+"""Weight types with an int8 scale for each group, times a step."""
+BOTH = BF16 + STEPPED
 ANY = 1 << 62
 """More than any size."""
 # `fused` and `early`: every block quantises, and asks for activations after its first tiles, or before them; or a
@@ -138,9 +141,9 @@ ROWS = (
     Row(BOTH, (1, 2), 8192, 10, *EARLY, LARGE),
     Row(BOTH, (1, 2), 16383, 10, *LATE, LARGE),
     Row(BOTH, (1, 2), 16383, 48, *LATE, TWO + LARGE, resident=1),
-    Row(Q6_K, (1,), 4096, ANY, *EARLY, ((8, 3, 2), *LARGE)),
-    Row(EXACT, (1,), 4096, ANY, *EARLY, ((8, 2, 2), *LARGE)),
-    Row(EXACT, (1,), 16383, ANY, *APART, ((8, 3, 2), *LARGE)),
+    Row(BF16, (1,), 4096, ANY, *EARLY, ((8, 3, 2), *LARGE)),
+    Row(STEPPED, (1,), 4096, ANY, *EARLY, ((8, 2, 2), *LARGE)),
+    Row(STEPPED, (1,), 16383, ANY, *APART, ((8, 3, 2), *LARGE)),
     Row(BOTH, (2,), 4096, ANY, *EARLY, LARGE),
     Row(BOTH, (2,), 8192, ANY, *APART, TWO + LARGE),
     Row(BOTH, (2,), 16383, ANY, *LATE, LARGE),
@@ -148,8 +151,8 @@ ROWS = (
     Row(BOTH, (4,), 8192, 10, *APART, LARGE),
     Row(BOTH, (4,), 4096, ANY, *LATE, LARGE),
     Row(BOTH, (4,), 8192, ANY, *APART, TWO + LARGE),
-    Row(EXACT, (8,), 8192, 10, *APART, LARGE),
-    Row(Q6_K, (8,), 8192, 250, *APART, SMALL + LARGE),
+    Row(STEPPED, (8,), 8192, 10, *APART, LARGE),
+    Row(BF16, (8,), 8192, 250, *APART, SMALL + LARGE),
     Row(BOTH, (8,), 8192, ANY, *APART, ((8, 2, 2), *LARGE)),
     Row(BOTH, (4, 8), ANY, ANY, *APART, SMALL + LARGE),
 )
@@ -173,7 +176,7 @@ def plan(
     device: Device,
     forced: tuple[int, Choice] | None = None,
     quantized: bool = False,
-) -> Plan | None:
+) -> DecodePlan | None:
     """Return the launch for `m` rows (1..8) of activations, or None if so many do not fit in shared memory.
 
     Args:
@@ -197,7 +200,7 @@ def plan(
             warps = way.shape[0]
             sums = 2 * warps if cluster == 1 else -(-row_tiles // ranges) + warps
             shared = room.taken + sums * room.sums_bytes
-            return Plan(tokens, way.fused, *way.shape, cluster, ranges, way.early, shared)
+            return DecodePlan(tokens, way.fused, *way.shape, cluster, ranges, way.early, shared)
     return None
 
 

@@ -37,7 +37,7 @@ _ARGUMENTS, _REDUCE_ARGUMENTS = struct.Struct("@PPPPPqiiii"), struct.Struct("@PP
 
 
 @dataclass(frozen=True)
-class Plan:
+class MmaPlan:
     """A launch, and a second one if `splits` is more than 1.
 
     Attributes:
@@ -75,7 +75,7 @@ class Plan:
 
 
 @lru_cache(maxsize=4096)
-def plan(m: int, n: int, k: int, row: WeightType, device: Device) -> Plan:
+def plan(m: int, n: int, k: int, row: WeightType, device: Device) -> MmaPlan:
     """The launch for `m` rows of activations.
 
     Args:
@@ -94,11 +94,11 @@ def plan(m: int, n: int, k: int, row: WeightType, device: Device) -> Plan:
     return min(candidates, key=lambda candidate: _cost(candidate, m, n, k, device))
 
 
-def _plan(config: tuple[int, int], splits: int, m: int, n: int, row: WeightType, device: Device) -> Plan:
+def _plan(config: tuple[int, int], splits: int, m: int, n: int, row: WeightType, device: Device) -> MmaPlan:
     (tokens, parts), slots = config, _slots(device.arch)
     blocks = -(-m // tokens) * -(-n // (TILE_ROWS * WARPS // parts))
     shared = 2 * STAGE_BYTES + WARPS * slots * row.tile_bytes
-    return Plan(tokens, parts, splits, slots, (blocks, splits, 1), shared)
+    return MmaPlan(tokens, parts, splits, slots, (blocks, splits, 1), shared)
 
 
 def _slots(arch: int) -> int:
@@ -106,7 +106,7 @@ def _slots(arch: int) -> int:
     return 1 if arch in SMALL_SHARED else 2
 
 
-def _cost(candidate: Plan, m: int, n: int, k: int, device: Device) -> float:
+def _cost(candidate: MmaPlan, m: int, n: int, k: int, device: Device) -> float:
     """In steps, of about a microsecond: a model, not measured."""
     blocks = candidate.grid[0] * candidate.grid[1]
     fullest = -(-blocks // device.multiprocessors)

@@ -31,9 +31,7 @@
 #define Q6K_OCCUPANCY 1
 #endif
 
-constexpr int CONSUMERS = Q6K_CONSUMERS;
-constexpr int TILE_STAGES = Q6K_TILE_STAGES;
-constexpr int X_STAGES = Q6K_X_STAGES;
+constexpr int CONSUMERS = Q6K_CONSUMERS, TILE_STAGES = Q6K_TILE_STAGES, X_STAGES = Q6K_X_STAGES;
 
 constexpr int ROWS = 64 * CONSUMERS;  // of a block's output
 constexpr int ROW_TILES = ROWS / TILE_ROWS;

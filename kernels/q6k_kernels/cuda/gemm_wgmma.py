@@ -80,7 +80,7 @@ CONFIGS = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class WgmmaPlan:
     """One launch.
 
     Attributes:
@@ -113,7 +113,7 @@ class Plan:
         return self.blocks * self.config.consumers * 4 if self.shared else 0
 
 
-def plan_of(config: Config, resident: int, share: bool, m: int, n: int, k: int, device: Device) -> Plan:
+def plan_of(config: Config, resident: int, share: bool, m: int, n: int, k: int, device: Device) -> WgmmaPlan:
     """The launch of a configuration.
 
     Args:
@@ -130,12 +130,12 @@ def plan_of(config: Config, resident: int, share: bool, m: int, n: int, k: int, 
     whole = outputs // blocks * blocks if share else outputs
     pairs = (outputs - whole) * (k // SUPER_BLOCK)
     if not 0 < pairs < 1 << 31:
-        return Plan(config, token_blocks, row_blocks, min(outputs, blocks), outputs)
-    return Plan(config, token_blocks, row_blocks, blocks if whole else min(pairs, blocks), whole)
+        return WgmmaPlan(config, token_blocks, row_blocks, min(outputs, blocks), outputs)
+    return WgmmaPlan(config, token_blocks, row_blocks, blocks if whole else min(pairs, blocks), whole)
 
 
 @lru_cache(maxsize=4096)
-def plan(m: int, n: int, k: int, device: Device) -> Plan:
+def plan(m: int, n: int, k: int, device: Device) -> WgmmaPlan:
     """The launch that should be fastest.
 
     Args:
@@ -152,7 +152,7 @@ def plan(m: int, n: int, k: int, device: Device) -> Plan:
     return min(candidates, key=lambda candidate: _cost(candidate, k, device))
 
 
-def _cost(candidate: Plan, k: int, device: Device) -> float:
+def _cost(candidate: WgmmaPlan, k: int, device: Device) -> float:
     """Clock cycles of the fullest multiprocessor, roughly."""
     config, depth = candidate.config, k // SUPER_BLOCK
     resident = -(-candidate.blocks // device.multiprocessors)
@@ -182,7 +182,7 @@ def linear(
     row: WeightType,
     y: Tensor,
     device: Device,
-    chosen: Plan | None = None,
+    chosen: WgmmaPlan | None = None,
 ) -> None:
     """Launches what `q6k_kernels.cuda.dispatch.linear` has checked.
 
@@ -225,7 +225,7 @@ def linear(
     )
 
 
-def _scratch(launch: Plan, device: torch.device) -> Tensor:
+def _scratch(launch: WgmmaPlan, device: torch.device) -> Tensor:
     """Memory for a launch's sums, then its flags, with whatever is in it."""
     return torch.empty(4 * launch.scratch_floats + 8 * launch.scratch_flags, dtype=torch.uint8, device=device)
 

@@ -1,3 +1,5 @@
 """Models as programs: torch.export and AOTInductor, the package they make, running it, and ExecuTorch's classes.
 Imports everything below.
 """
+
+__all__ = ["executorch", "exportable", "exporting", "program"]

@@ -123,6 +123,8 @@ WEIGHT_TYPES = {row.name: row for row in _ROWS}
 """Name -> row."""
 PACKED_TYPES = frozenset(row.ggml for row in _ROWS)
 """GGML types that have a row."""
+DEFAULT = _ROWS[0].name
+"""The form that ExecuTorch's class and converting without options have."""
 CODE_MACROS = tuple(name for name, _ in _ROWS[0].macros)
 """Names of a row's macros, in order."""
 

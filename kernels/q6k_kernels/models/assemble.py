@@ -1,9 +1,9 @@
-"""A whole model from a bundle: transformers' own classes, their Q6_K weights packed.
+"""A whole model from a bundle: transformers' own classes, their weights packed where the bundle has them so.
 
     model = load_model("out/", device="cuda")
     model.generate(ids, max_new_tokens=20)
 
-Linear layers and embeddings whose weights are Q6_K become `PackedLinear` and `PackedEmbedding`; projections that share
+Linear layers and embeddings with packed weights become `PackedLinear` and `PackedEmbedding`; projections that share
 their input run as one (see `fusing`); a tied head shares the embedding's memory. All other weights are cast to
 `dtype`, whatever float type they are stored in, as transformers' layers want weights and activations of one dtype.
 

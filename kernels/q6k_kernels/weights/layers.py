@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from q6k_kernels.formats.checks import Activations, check_activations, check_dtype
 from q6k_kernels.formats.tiles import tiles_shape
-from q6k_kernels.formats.types import weight_type
+from q6k_kernels.formats.types import DEFAULT, weight_type
 from q6k_kernels.ops import schema
 from q6k_kernels.weights.weight import PackedWeight
 
@@ -81,7 +81,7 @@ class PackedLinear(_Packed):
         in_features: int,
         out_features: int,
         bias: bool = False,
-        format: str = "q6_k",
+        format: str = DEFAULT,
         activations: Activations = "auto",
         device: Device = None,
         dtype: torch.dtype = torch.bfloat16,
@@ -151,7 +151,7 @@ class PackedEmbedding(_Packed):
         self,
         num_embeddings: int,
         embedding_dim: int,
-        format: str = "q6_k",
+        format: str = DEFAULT,
         device: Device = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:

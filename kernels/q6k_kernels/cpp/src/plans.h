@@ -21,7 +21,7 @@ struct Device {
   int64_t arch, multiprocessors, shared_bytes, multiprocessor_shared_bytes;
 };
 
-// `decode_plan.Plan`.
+// `decode_plan.DecodePlan`.
 struct DecodePlan {
   int64_t tokens, fused, warps, stages, occupancy, cluster, ranges, early, shared_bytes;
 };
@@ -48,7 +48,7 @@ struct WgmmaConfig {
   }
 };
 
-// `gemm_wgmma.Plan`.
+// `gemm_wgmma.WgmmaPlan`.
 struct WgmmaPlan {
   WgmmaConfig config;
   int64_t token_blocks, row_blocks, blocks, whole;
@@ -59,7 +59,7 @@ struct WgmmaPlan {
 };
 WgmmaPlan plan_wgmma(int64_t m, int64_t n, int64_t k, const Device& device);
 
-// `gemm_mma.Plan`.
+// `gemm_mma.MmaPlan`.
 struct MmaPlan {
   int64_t tokens, parts, splits, slots, blocks, shared_bytes;
 
