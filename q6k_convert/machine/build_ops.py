@@ -1,7 +1,7 @@
-"""Building the C++ library of the operations: the tools it takes, and CMake.
+"""Builds the C++ library of the operations: its kernels with NVRTC, the rest with CMake and a C++ compiler.
 
-In DIR it leaves `libq6k_ops.so` and `build/`, which is CMake's: building again compiles only what has changed, and
-`build/build.log` has all that was printed.
+In DIR it leaves `libq6k_ops.so` and `build/`, which is CMake's. Building again compiles only what has changed, as
+kernels stay in the cache of kernels. `build/build.log` has all that CMake and the compiler printed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from typing import Any
 
 from q6k_convert import __version__, text
 from q6k_convert.errors import EnvironmentMissingError, UsageError
-from q6k_convert.machine import built_kernels
 from q6k_convert.machine.doctor import OLDEST_TORCH
-from q6k_kernels.errors import GpuTooOldError
+from q6k_kernels.errors import CompileFailedError, GpuTooOldError
 from q6k_kernels.jit import compiler, cubin_cache
 
 LIBRARY = "libq6k_ops.so"
 OLDEST_CMAKE = (3, 20)
 NOTE_SECONDS = 5.0
 """Between two lines of progress."""
-_STEP = re.compile(r"^\[\s*(\d+)(?:/(\d+)|%)\]\s*(.*)")
+SHOWN_LINES = 12
+"""Of what CMake or the compiler says where it fails."""
+_STEP = re.compile(r"^\[[\s\d/%]+\]")
+# Not the command line, which may have -Werror in it.
+_FAULT = re.compile(r"(^|\s)(fatal )?error:|CMake Error|undefined reference|cannot find -l|\*\*\* ")
 _SOURCE = Path(compiler.__file__).parents[1] / "cpp"
 Note = Callable[[str], None]
 
@@ -40,24 +43,22 @@ class Tools:
     """What a build takes.
 
     Attributes:
-        cmake: the program.
-        nvcc: the program.
-        nvcc_release: (13, 0), say.
-        generator: which of CMake's.
+        nvrtc: the version of the kernels' compiler, "13.0" say.
         torch: its version.
+        cmake: the program.
+        generator: which of CMake's.
     """
 
-    cmake: str
-    nvcc: str
-    nvcc_release: tuple[int, int]
-    generator: str
+    nvrtc: str
     torch: str
+    cmake: str
+    generator: str
 
 
 def build(
     out: Path | None, architectures: Sequence[int], jobs: int | None, note: Note, only: str = ""
 ) -> dict[str, Any]:
-    """Builds the library.
+    """Build the library.
 
     Args:
         out: its folder; by default `ops` in the cache of kernels.
@@ -67,12 +68,14 @@ def build(
         only: for tests, a regular expression of the units to build in, whose names are as `units.name_of` has them.
 
     Returns:
-        For `--json`: `library`, its path, `bytes`, `architectures`, `nvcc`, `torch`, `seconds`, and `kernels`, what
-        each takes.
+        For `--json`: `library`, its path, `bytes`, `architectures`, `nvrtc`, `torch`, `seconds`, and `kernels`,
+        what each takes.
 
     Raises:
         UsageError: an architecture is none that kernels run on.
         EnvironmentMissingError: a tool is missing or too old, or the build fails.
+        CompilerMissingError: there is no NVRTC, or it does not know an architecture.
+        CompileFailedError: a kernel does not compile, or spills.
         OSError: the folder cannot be written to.
     """
     started = time.monotonic()
@@ -84,20 +87,31 @@ def build(
                 f"--arch {arch}: expected a compute capability of 80 or later, as 90 for 9.0", "`--arch 90`, say."
             ) from error
     tools = find_tools()
-    chosen = tuple(dict.fromkeys(architectures)) or _all_architectures()
-    _expect_architectures(tools, chosen)
+    from q6k_kernels.cpp import cubins, generate, units  # they import torch
+
+    wanted = units.of_library(tuple(dict.fromkeys(architectures)), only)
+    chosen = list(dict.fromkeys(arch for arch, _, _ in wanted))
     folder = (out if out is not None else cubin_cache.directory() / "ops").resolve()
     work = folder / "build"
     work.mkdir(parents=True, exist_ok=True)
-    release = ".".join(map(str, tools.nvcc_release))
     targets = ", ".join(compiler.architecture(divmod(arch, 10)) for arch in chosen)
-    note(f"building {folder / LIBRARY} for {targets}, with nvcc {release} and torch {tools.torch}")
-    with (work / "build.log").open("w", encoding="utf-8") as log:
-        _configure(tools, work, chosen, only, note, log.write)
-        _compile(tools, work, jobs, note, log.write)
-    rows = built_kernels.rows(work / "generated")
-    for line in built_kernels.table(rows):
+    note(f"building {folder / LIBRARY} for {targets}, with NVRTC {tools.nvrtc} and torch {tools.torch}")
+    processes = jobs or len(os.sched_getaffinity(0))
+    built = []
+    for unit in cubins.compile_units(wanted, processes, note):
+        if unit.errors:
+            raise CompileFailedError(
+                unit.errors[0], "This is a bug in q6k_kernels, or NVRTC is too old: report it.", unit.log
+            )
+        built.append(unit)
+    rows = [row for unit in built for row in unit.rows]
+    for line in cubins.table(rows):
         note(line)
+    generate.write(work / "generated", built, __version__)
+    with (work / "build.log").open("w", encoding="utf-8") as log:
+        _configure(tools, work, note, log.write)
+        command = [tools.cmake, "--build", str(work), "--parallel", str(processes)]
+        _run(command, work, note, log.write)
     library = _install(work / LIBRARY, folder / LIBRARY)
     _expect_loads(library, chosen)
     seconds = time.monotonic() - started
@@ -107,8 +121,8 @@ def build(
         "status": "done",
         "library": str(library),
         "bytes": size,
-        "architectures": list(chosen),
-        "nvcc": release,
+        "architectures": chosen,
+        "nvrtc": tools.nvrtc,
         "torch": tools.torch,
         "seconds": seconds,
         "kernels": rows,
@@ -116,10 +130,11 @@ def build(
 
 
 def find_tools() -> Tools:
-    """cmake, nvcc and torch.
+    """Find NVRTC, torch, CMake and a C++ compiler.
 
     Raises:
         EnvironmentMissingError: one is missing, or too old.
+        CompilerMissingError: NVRTC is.
     """
     cmake = shutil.which("cmake")
     if cmake is None:
@@ -130,19 +145,12 @@ def find_tools() -> Tools:
             f"{cmake} is {'.'.join(map(str, found))}, needed is {'.'.join(map(str, OLDEST_CMAKE))} or later",
             "Install a newer one: `pip install cmake ninja`.",
         )
-    places = [Path(root) / "bin" for root in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if root]
-    nvcc = shutil.which("nvcc") or next((str(each / "nvcc") for each in places if (each / "nvcc").is_file()), None)
-    if nvcc is None:
-        raise EnvironmentMissingError(
-            "nvcc is not on PATH, nor in $CUDA_HOME/bin or /usr/local/cuda/bin",
-            "Install NVIDIA's CUDA toolkit, no newer than the driver where the library shall run.",
-        )
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         raise EnvironmentMissingError(
             f"the C++ compiler {os.environ.get('CXX', 'c++')} is not on PATH", "Install g++ or clang++, or set CXX."
         )
     generator = "Ninja" if shutil.which("ninja") else "Unix Makefiles"
-    return Tools(cmake, nvcc, _version(nvcc, r"release (\d+)\.(\d+)"), generator, _torch())
+    return Tools(".".join(map(str, compiler.version())), _torch(), cmake, generator)
 
 
 def _torch() -> str:
@@ -162,12 +170,6 @@ def _torch() -> str:
     return version
 
 
-def _all_architectures() -> tuple[int, ...]:
-    from q6k_kernels.cpp.variants import ARCHITECTURES
-
-    return ARCHITECTURES
-
-
 def _version(program: str, pattern: str) -> tuple[int, int]:
     try:
         done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)  # noqa: S603
@@ -183,59 +185,17 @@ def _version(program: str, pattern: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _expect_architectures(tools: Tools, wanted: Sequence[int]) -> None:
-    command = [tools.nvcc, "--list-gpu-code"]
-    known = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()  # noqa: S603
-    targets = [compiler.architecture(divmod(arch, 10)) for arch in wanted]
-    unknown = [target for target in targets if target.rstrip("a") not in known]
-    if known and unknown:
-        raise EnvironmentMissingError(
-            f"{tools.nvcc} {'.'.join(map(str, tools.nvcc_release))} does not know {', '.join(unknown)}; it knows "
-            + ", ".join(known),
-            "Install a CUDA toolkit that supports this GPU, or leave it out: `--arch` for each one wanted.",
-        )
-
-
-def _configure(
-    tools: Tools, work: Path, architectures: Sequence[int], only: str, note: Note, log: Callable[[str], object]
-) -> None:
-    # Options of an earlier build must not stay; what it compiled does.
+def _configure(tools: Tools, work: Path, note: Note, log: Callable[[str], object]) -> None:
+    # Options of an earlier build must not stay.
     (work / "CMakeCache.txt").unlink(missing_ok=True)
     shutil.rmtree(work / "CMakeFiles", ignore_errors=True)
-    command = [
-        *(tools.cmake, "-S", str(_SOURCE), "-B", str(work), "-G", tools.generator),
-        f"-DQ6K_ARCHITECTURES={';'.join(map(str, architectures))}",
-        f"-DQ6K_VERSION={__version__}",
-        f"-DNVCC={tools.nvcc}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DQ6K_ONLY={only}",
-    ]
-    _run(command, work, log, lambda line: note(line[3:]) if "units to compile" in line else None)
+    _run([tools.cmake, "-S", str(_SOURCE), "-B", str(work), "-G", tools.generator], work, note, log)
 
 
-def _compile(tools: Tools, work: Path, jobs: int | None, note: Note, log: Callable[[str], object]) -> None:
-    started = last = time.monotonic()
-
-    def step(line: str) -> None:
-        nonlocal last
-        match, now = _STEP.match(line), time.monotonic()
-        if match is None or now - last < NOTE_SECONDS:
-            return
-        last = now
-        share = int(match[1]) / int(match[2] or 100)
-        left = (now - started) * (1 - share) / share if share else 0.0
-        note(f"{100 * share:.0f}%: {match[3]}, {text.seconds(left)} left")
-
-    _run([tools.cmake, "--build", str(work), "--parallel", str(jobs or _processors())], work, log, step)
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def _run(command: list[str], work: Path, log: Callable[[str], object], line_by_line: Note) -> None:
-    """Runs a program, its output into the log, line by line; interrupted, it ends all that it started."""
-    last = deque[str](maxlen=200)
+def _run(command: list[str], work: Path, note: Note, log: Callable[[str], object]) -> None:
+    """Run a program, its output into the log; interrupted, end all that it started."""
+    told = time.monotonic()
+    last, complaint = deque[str](maxlen=SHOWN_LINES), list[str]()
     with subprocess.Popen(  # noqa: S603
         command,
         stdin=subprocess.DEVNULL,
@@ -248,16 +208,23 @@ def _run(command: list[str], work: Path, log: Callable[[str], object], line_by_l
         try:
             for line in process.stdout or ():
                 log(line)
+                if not line.strip():
+                    continue
                 last.append(line.rstrip())
-                line_by_line(line.rstrip())
+                if len(complaint) < SHOWN_LINES and (complaint or _FAULT.search(line)):
+                    complaint.append(line.rstrip())
+                elif _STEP.match(line) and time.monotonic() - told >= NOTE_SECONDS:
+                    told = time.monotonic()
+                    note(line.rstrip())
         except BaseException:
             os.killpg(process.pid, signal.SIGTERM)
             raise
     if process.returncode:
-        told = [line for line in last if line] or ["no message"]
-        first = next((line for line in told if "error" in line.lower()), told[-1])
+        shown = complaint or list(last) or ["no message"]
+        for line in shown:
+            note(line)
         raise EnvironmentMissingError(
-            f"{Path(command[0]).name} ended with code {process.returncode}: {first}",
+            f"{Path(command[0]).name} ended with code {process.returncode}: {shown[0]}",
             f"{work / 'build.log'} has all of it.",
         )
 

@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     about = ops_library.load(args.library)
     library = measure(args.rounds)
     rows = {name: {"python": python[name], "library": library[name]} for name in python}
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {N}x{K}, library by nvcc {about.nvcc}")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {N}x{K}, library by NVRTC {about.nvrtc}")
     show(rows)
     if args.json:
         facts = {"gpu": torch.cuda.get_device_name(), "torch": str(torch.__version__), "n": N, "k": K}

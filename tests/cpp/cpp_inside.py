@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def test_one_implementation_is_active_on_each_device() -> None:
             active = [line for line in lines if line.startswith(f"{key}: ")]
             assert len(active) == 1
             assert "register.cpp" in active[0]
-        assert sum(line.startswith("Meta: ") and "ops.py" in line for line in lines) == 1
+        assert sum(line.startswith("Meta: ") and "schema.py" in line for line in lines) == 1
         assert any("inactive" in line for line in lines) == (ORDER == "python first")
 
 
@@ -95,8 +96,10 @@ def test_packing_and_rows_are_right_to_the_bit(n: int, k: int, lead: tuple[int, 
         assert torch.equal(packed.op_embedding(indices.T.int(), one, n, dtype), weights[indices.T])
         assert packed.op_embedding(indices[:0], one, n, dtype).shape == (0, 5, k)
         name = str(dtype).removeprefix("torch.")
-        assert torch.equal(torch.ops.q6k.dequantize_named(one, n, name), weights)
-        assert torch.equal(torch.ops.q6k.embedding_named(indices, one, n, name), weights[indices])
+        assert torch.equal(torch.ops.q6k.dequantize_named(one, n, packed.row(one).name, name), weights)
+        assert torch.equal(
+            torch.ops.q6k.embedding_named(indices, one, n, packed.row(one).name, name), weights[indices]
+        )
 
 
 def strided(plane: torch.Tensor) -> torch.Tensor:
@@ -159,43 +162,62 @@ def test_arguments_are_refused_in_pythons_words() -> None:
     x, bias, index = torch.zeros(2, k, dtype=BF16), torch.zeros(n), torch.zeros(2, dtype=torch.int64)
     ql, qh, scale, steps = planes(n, k, True)
     wanting, meta = x.clone().requires_grad_(), torch.zeros(2, k, dtype=BF16, device="meta")
+    name, exact = "q6_k", "q6_k_exact"
     linears = [
-        *((x, bad, None, n, "auto") for bad in (tiles.float(), tiles[0], stack, tiles[..., :-1], tiles[:, :0])),
-        *((x, tiles.transpose(0, 1), None, n, "auto"), (x, tiles[:, ::2], None, n, "auto")),
-        *((x, tiles, None, bad, "auto") for bad in (0, -1, 32, 49)),
-        *((bad, tiles, None, n, "auto") for bad in (x.double(), x[:, :-1], x[0, 0], x.int(), meta)),
-        *((x, tiles, bad, n, "auto") for bad in (bias[:-1], bias.double(), bias[None], bias.to("meta"))),
-        *((x, tiles, None, n, bad) for bad in ("", "INT8", "fp8")),
-        *((wanting, tiles, None, n, "auto"), (x, tiles, bias.clone().requires_grad_(), n, "auto")),
-        (wanting * 2, tiles, None, n, "auto"),
+        *(
+            (x, bad, None, n, name, "auto")
+            for bad in (tiles.float(), tiles[0], stack, tiles[..., :-1], tiles[:, :0])
+        ),
+        *((x, bad, None, n, name, "auto") for bad in (tiles.transpose(0, 1), tiles[:, ::2])),
+        *((x, tiles, None, bad, name, "auto") for bad in (0, -1, 32, 49)),
+        *((bad, tiles, None, n, name, "auto") for bad in (x.double(), x[:, :-1], x[0, 0], x.int(), meta)),
+        *((x, tiles, bad, n, name, "auto") for bad in (bias[:-1], bias.double(), bias[None], bias.to("meta"))),
+        *((x, tiles, None, n, bad, "auto") for bad in (exact, "", "Q6_K")),
+        *((x, tiles, None, n, name, bad) for bad in ("", "INT8", "fp8")),
+        *((wanting, tiles, None, n, name, "auto"), (x, tiles, bias.clone().requires_grad_(), n, name, "auto")),
+        (wanting * 2, tiles, None, n, name, "auto"),
     ]
     embeddings = [
-        *((bad, tiles, n, BF16) for bad in (index.float(), index.short(), index - 1, index + n, index.to("meta"))),
-        *((index, tiles, n, torch.float64), (index, tiles, n, torch.int8), (index, tiles, n + 99, BF16)),
+        *(
+            (bad, tiles, n, name, BF16)
+            for bad in (index.float(), index.short(), index - 1, index + n, index.to("meta"))
+        ),
+        *((index, tiles, n, name, torch.float64), (index, tiles, n, name, torch.int8)),
+        *((index, tiles, n + 99, name, BF16), (index, tiles, n, exact, BF16)),
     ]
-    dequantizes = [(tiles, n, torch.complex64), (tiles, 0, BF16), (stack, 16, BF16)]
+    dequantizes = [(tiles, n, name, torch.complex64), (tiles, 0, name, BF16), (stack, 16, name, BF16)]
     packs = [
-        *((bad, qh, scale, steps) for bad in (ql.int(), ql[0], ql[:0], ql[:, :-1])),
-        *((ql, qh[:-1], scale, steps), (ql, qh, scale, None), (ql, qh, scale.to(BF16), steps)),
-        *((ql, qh, scale, steps.float()), (ql, qh, scale, steps[:, :-1]), (ql, qh.to("meta"), scale, steps)),
+        *(([bad, qh, scale, steps], exact) for bad in (ql.int(), ql[0], ql[:0], ql[:, :-1])),
+        *(([ql, qh[:-1], scale, steps], exact), ([ql, qh, scale], exact), ([ql, qh, scale.to(BF16), steps], exact)),
+        *(([ql, qh, scale, steps.float()], exact), ([ql, qh, scale, steps[:, :-1]], exact)),
+        *(([ql, qh.to("meta"), scale, steps], exact), ([ql, qh, scale, steps], name), ([], name)),
     ]
     named = (
         [
-            (index.float(), tiles, n, "float16"),
-            *((index, tiles, n, bad) for bad in ("float64", "", "torch.float32")),
+            (index.float(), tiles, n, name, "float16"),
+            *((index, tiles, n, name, bad) for bad in ("float64", "", "torch.float32")),
         ],
-        [(tiles, 0, "bfloat16"), (tiles, n, "half")],
+        [(tiles, 0, name, "bfloat16"), (tiles, n, name, "half"), (tiles, n, "q6k", "float16")],
     )
     cases = zip(ops._OPERATIONS, NAMES, (linears, embeddings, dequantizes, packs, *named), strict=True)
-    for (_, on_cpu, *_), name, calls in cases:
+    for (_, on_cpu, *_), operation, calls in cases:
         for arguments in calls:
             with pytest.raises((ValueError, IndexError)) as expected:
                 on_cpu(*arguments)
-            if any(isinstance(each, torch.Tensor) and each.is_meta for each in arguments):
+            if any(each.is_meta for each in tensors(arguments)):
                 continue  # torch hands that to the function for fake tensors
             with pytest.raises(expected.type) as found:
-                getattr(torch.ops.q6k, name)(*arguments)
+                getattr(torch.ops.q6k, operation)(*arguments)
             assert str(found.value) == str(expected.value)
+
+
+def tensors(arguments: Any) -> Iterator[torch.Tensor]:
+    """Those among arguments, and in lists among them."""
+    for each in arguments:
+        if isinstance(each, torch.Tensor):
+            yield each
+        elif isinstance(each, list):
+            yield from each
 
 
 class Layer(torch.nn.Module):
@@ -224,4 +246,4 @@ def test_export_and_compile() -> None:
             for run in (program.module(), compiled):
                 for found, right in zip(run(x, indices), layer(x, indices), strict=True):
                     assert torch.equal(found, right)
-    torch.library.opcheck(torch.ops.q6k.linear.default, (x, layer.tiles, None, 37, "bf16"))
+    torch.library.opcheck(torch.ops.q6k.linear.default, (x, layer.tiles, None, 37, "q6_k_exact", "bf16"))

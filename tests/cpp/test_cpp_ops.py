@@ -6,6 +6,8 @@ Loading it changes what the operations are, so whatever does is a process of its
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +20,14 @@ import packed
 from cpp_library import library
 from q6k_convert.cli.main import app
 from q6k_convert.errors import EnvironmentMissingError
-from q6k_convert.machine import build_ops, built_kernels
-from q6k_kernels.cpp import compile_unit, generate, units
-from q6k_kernels.errors import CompileFailedError
+from q6k_convert.machine import build_ops
+from q6k_kernels.cpp import cubins, generate, units
+from q6k_kernels.errors import CompileFailedError, CompilerMissingError
+from q6k_kernels.jit import compiler
 
 TESTS = Path(__file__).parent
+KINDS = "pack_|rows_6_16_0_0_0_|gemm_mma_6_16_0_0_0_16"
+"""Names of units of which some are compiled here."""
 ORDERS = ("load", "python first", "library first")
 
 
@@ -71,7 +76,7 @@ def test_what_is_no_library_is_refused_and_python_goes_on(tmp_path: Path, conten
         ops_library.load(path)
     tiles = torch.zeros(1, 1, 3584, dtype=torch.uint8)
     assert packed.op_dequantize(tiles, 3, torch.float32).shape == (3, 256)
-    assert "ops.py" in torch._C._dispatch_dump("q6k::dequantize").partition("CPU: ")[2].partition("\n")[0]
+    assert "schema.py" in torch._C._dispatch_dump("q6k::dequantize").partition("CPU: ")[2].partition("\n")[0]
 
 
 def test_withdrawn_implementations_come_back() -> None:
@@ -95,19 +100,29 @@ def command(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["build-ops", *arguments])
 
 
-@pytest.mark.parametrize(("tool", "told"), [("cmake", "cmake is not on PATH"), ("nvcc", "nvcc is not on PATH")])
+@pytest.mark.parametrize(
+    ("tool", "told"), [("cmake", "cmake is not on PATH"), ("c++", "compiler c++ is not on PATH")]
+)
 def test_a_missing_tool_is_named(tool: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    which = build_ops.shutil.which
-    tools = {"cmake": "/usr/bin/true"}
-    monkeypatch.setattr(
-        build_ops.shutil, "which", lambda name: None if name == tool else tools.get(name) or which(name)
-    )
-    monkeypatch.setattr(build_ops, "_version", lambda program, pattern: (13, 0))
-    monkeypatch.setattr(build_ops.Path, "is_file", lambda path: False)
+    monkeypatch.setattr(build_ops.shutil, "which", lambda name: None if name == tool else "/usr/bin/true")
+    monkeypatch.setattr(build_ops, "_version", lambda program, pattern: (3, 25))
+    monkeypatch.delenv("CXX", raising=False)
     result = command("--out", str(tmp_path))
     assert result.exit_code == 6
     assert told in result.stderr
     assert "try: Install" in result.stderr
+
+
+def test_missing_nvrtc_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise CompilerMissingError("NVRTC was not found", "`pip install nvidia-cuda-nvrtc`.")
+
+    monkeypatch.setattr(build_ops.shutil, "which", lambda name: "/usr/bin/true")
+    monkeypatch.setattr(build_ops, "_version", lambda program, pattern: (3, 25))
+    monkeypatch.setattr(compiler, "version", missing)
+    result = command("--out", str(tmp_path))
+    assert result.exit_code == 6
+    assert result.stderr == "error: NVRTC was not found\ntry: `pip install nvidia-cuda-nvrtc`.\n"
 
 
 def test_a_tool_that_is_too_old_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,84 +144,103 @@ def test_architectures_without_kernels_are_usage(arch: str, tmp_path: Path) -> N
     assert "expected a compute capability of 80 or later" in result.stderr
 
 
-def test_an_architecture_that_nvcc_does_not_know(built: Path, tmp_path: Path) -> None:
+def test_an_architecture_that_nvrtc_does_not_know(tmp_path: Path) -> None:
     result = command("--out", str(tmp_path), "--arch", "990")
     assert result.exit_code == 6
     assert "does not know sm_990; it knows " in result.stderr
 
 
-def test_a_failing_build_says_where_its_log_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: Path
-) -> None:
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that take no time."""
+    every = units.of_library([90])
+    monkeypatch.setattr(units, "of_library", lambda *_: {u: k for u, k in every.items() if u[1] == "pack.cuh"})
+
+
+def test_a_failing_cmake_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: None) -> None:
     monkeypatch.setattr(build_ops, "_SOURCE", tmp_path / "nowhere")
+    told = list[str]()
     with pytest.raises(EnvironmentMissingError, match="cmake ended with code 1: CMake Error") as caught:
-        build_ops.build(tmp_path, [90], 1, print)
+        build_ops.build(tmp_path, [90], 1, told.append)
+    assert any(str(tmp_path / "nowhere") in line for line in told)
     assert str(tmp_path / "build" / "build.log") in caught.value.remedy
     assert "nowhere" in (tmp_path / "build" / "build.log").read_text()
 
 
+@pytest.mark.parametrize("ninja", [True, False])
+def test_a_failing_compiler_is_quoted_and_not_its_command_line(
+    ninja: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: None
+) -> None:
+    """With -Werror on the command line, whose first word that has "error" in it is no message."""
+    if ninja and build_ops.shutil.which("ninja") is None:
+        pytest.skip("ninja is not on PATH")
+    project = tmp_path / "cpp"
+    shutil.copytree(build_ops._SOURCE, project, ignore=shutil.ignore_patterns("*.py", "__pycache__", "example"))
+    for source in (project / "src").glob("*.cpp"):
+        source.unlink()
+    (project / "src" / "one.cpp").write_text("int f(int unused) {\n  return 0;\n}\n")
+    which = build_ops.shutil.which
+    monkeypatch.setattr(build_ops, "_SOURCE", project)
+    monkeypatch.setattr(build_ops.shutil, "which", lambda name: which(name) if ninja or name != "ninja" else None)
+    monkeypatch.setenv("CXXFLAGS", "-Werror")
+    told = list[str]()
+    with pytest.raises(EnvironmentMissingError) as caught:
+        build_ops.build(tmp_path, [90], 1, told.append)
+    assert re.search(r"cmake ended with code \d: .*one\.cpp:1:11: error: unused parameter", caught.value.cause)
+    at = next(number for number, line in enumerate(told) if "error: unused parameter" in line)
+    assert "int f(int unused) {" in told[at + 1]
+    assert not (tmp_path / build_ops.LIBRARY).exists()
+    monkeypatch.delenv("CXXFLAGS")  # as users have it, a warning is none of their business
+    with pytest.raises(EnvironmentMissingError, match="does not load"):
+        build_ops.build(tmp_path, [90], 1, told.append)
+    assert "warning: unused parameter" in (tmp_path / "build" / "build.log").read_text()
+
+
 def test_what_kernels_take_is_reported(built: Path) -> None:
-    rows = built_kernels.rows(built.parent / "build" / "generated")
-    assert {row["kernel"] for row in rows} >= {"q6k_decode", "q6k_quantize", "q6k_gemm_wgmma", "q6k_gemm_mma"}
+    rows = [row for unit in cubins.compile_units(units.of_library([80], KINDS), 2, print) for row in unit.rows]
+    assert {row["kernel"] for row in rows} >= {"q6k_pack", "q6k_gather", "q6k_dequantize", "q6k_gemm_mma"}
     assert all(0 < row["registers"] <= 255 and row["spill_bytes"] == 0 for row in rows)
-    for kernel, least in (("q6k_gemm_wgmma", 1024), ("q6k_gemm_mma", 1024), ("q6k_reduce", 0)):
+    for kernel, least in (("q6k_gemm_mma", 1024), ("q6k_reduce", 0)):
         asked = {row["dynamic_shared_bytes"] for row in rows if row["kernel"] == kernel}
         assert least <= min(asked) <= max(asked) <= 227 << 10
-    lines = built_kernels.table(rows)
+    lines = cubins.table(rows)
     assert len(lines) == len(rows) + 1
     assert lines[0].split() == [
         *("arch", "kernel", "registers", "spills", "stack", "shared", "dynamic", "macros")
     ]  # fmt: skip
-    assert "TOKENS=8" in "".join(lines)
+    assert "BN=16" in "".join(lines)
 
 
 def test_a_table_has_every_figure_in_its_column() -> None:
     row = {"arch": 90, "file": "f.cuh", "kernel": "q6k_f", "registers": 40, "spill_bytes": 1, "stack_bytes": 2}
     row |= {"shared_bytes": 3, "dynamic_shared_bytes": 4096, "defines": {"Q6K_TOKENS": 8, "OTHER": 0}}
-    _, known, unknown = built_kernels.table([row, row | {"dynamic_shared_bytes": None}])
+    _, known, unknown = cubins.table([row, row | {"dynamic_shared_bytes": None}])
     assert known.split() == ["90", "q6k_f", "40", "1", "2", "3", "4096", "TOKENS=8", "OTHER=0"]
     assert unknown == known.replace("4096", "    ")
 
 
-def test_a_unit_that_spills_is_no_cubin(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    log = (
-        "ptxas info    : Compiling entry function 'q6k_pack' for 'sm_90a'\n"
-        "ptxas info    : Function properties for q6k_pack\n"
-        "    16 bytes stack frame, 24 bytes spill stores, 32 bytes spill loads\n"
-        "ptxas info    : Used 255 registers, used 1 barriers\n"
-    )
-    described = tmp_path / "units.json"
-    described.write_text('{"u": {"file": "pack.cuh", "options": [], "kernels": ["q6k_pack", "q6k_other"]}}')
-    monkeypatch.setattr(compile_unit, "compile_with_nvcc", lambda *_: units.Compiled(b"code", log))
-    assert compile_unit.main("nvcc", str(described), "u", str(tmp_path / "u.cubin")) == 1
-    assert "error: u: q6k_pack spills 32 bytes; it has no kernel q6k_other" in capsys.readouterr().err
-    assert not (tmp_path / "u.cubin").exists()
-
-
-def test_a_kernel_that_spills_fails_the_build(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_spills_fails_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel of eight rows' sums, made to share a multiprocessor's registers with seven more of its blocks."""
-    sums = {"Q6K_EXACT": 1, "Q6K_TOKENS": 8, "Q6K_WARPS": 8}.items()
-    name = next(units.name_of(unit) for unit in units.plan([90]) if sums <= dict(unit[2]).items())
-    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-DQ6K_OCCUPANCY=8")
-    with pytest.raises(EnvironmentMissingError, match=rf"code 1: error: {name}: q6k_decode spills [1-9]\d+ bytes"):
-        build_ops.build(tmp_path, [90], 1, print, f"^{name}$")
+    sums = {"Q6K_TOKENS": 8, "Q6K_WARPS": 8}.items()
+    arch, file, defines = next(unit for unit in units.plan([90]) if sums <= dict(unit[2]).items())
+    spilling = arch, file, tuple({**dict(defines), "Q6K_OCCUPANCY": 8}.items())
+    monkeypatch.setattr(units, "of_library", lambda *_: {spilling: ["q6k_decode"]})
+    with pytest.raises(CompileFailedError, match=rf"{units.name_of(spilling)}: q6k_decode spills [1-9]\d+ bytes"):
+        build_ops.build(tmp_path, [90], 1, print)
     assert not (tmp_path / build_ops.LIBRARY).exists()
-
-
-def test_source_that_does_not_compile(built: Path) -> None:
-    with pytest.raises(CompileFailedError, match=r"nvcc does not compile u: .*error: identifier .nonsense."):
-        units.compile_with_nvcc("nvcc", "nonsense x;", "u", ("-arch=sm_90a",))
+    result = command("--out", str(tmp_path))
+    assert result.exit_code == 6
+    assert "spills" in result.stderr
 
 
 def test_every_variant_has_its_place_in_the_library() -> None:
     pytest.importorskip("torch")
-    wanted = [unit for unit in units.plan() if unit[1] not in units.OF_STEPS]
+    wanted = list(units.of_library())
     assert {unit[1] for unit in wanted} == set(units.FILES)
-    for unit in wanted:
-        units.check(unit)
     assert len({units.name_of(unit) for unit in wanted}) == len(wanted)
-    assert len(generate.index(wanted).splitlines()) == 2 * len(wanted) + 5
+    blob, index = generate.cubin_index(cubins.Built(unit, b"code", [], [], "") for unit in wanted)
+    places = [tuple(map(int, line.split("}, ")[1].rstrip("},").split(", "))) for line in index.splitlines()[2:-1]]
+    assert [at for at, _ in places] == list(range(0, 64 * len(wanted), 64))
+    assert {blob[at : at + size] for at, size in places} == {b"code"}
     with pytest.raises(ValueError, match="pack.cuh: the library's host side knows Q6K_EXACT; variants has Q6K_NEW"):
         units.check((90, "pack.cuh", (("Q6K_NEW", 1),)))

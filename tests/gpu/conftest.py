@@ -23,7 +23,7 @@ import ast, contextlib, sys
 from q6k_kernels.jit import loader
 for file, defines in ast.literal_eval(sys.argv[2]):
     with contextlib.suppress(Exception):
-        loader.cubin(file, defines, sys.argv[1])
+        loader.compiled(file, defines, sys.argv[1])
 """
 
 

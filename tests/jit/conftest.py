@@ -30,7 +30,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """The options of every compilation that really happens."""
     calls, compile_cubin = list[tuple[str, ...]](), compiler.compile_cubin
 
-    def counted(source: str, name: str, arguments: tuple[str, ...]) -> tuple[bytes, str]:
+    def counted(source: str, name: str, arguments: tuple[str, ...]) -> compiler.Compiled:
         calls.append(arguments)
         return compile_cubin(source, name, arguments)
 

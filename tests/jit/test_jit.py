@@ -60,20 +60,20 @@ def test_gpus_that_are_too_old_are_refused(capability: tuple[int, int]) -> None:
 def test_a_mistake_is_reported_where_it_is(sources: Path) -> None:
     (sources / "k.cuh").write_text(KERNEL.replace("*p", "*q"))
     with pytest.raises(CompileFailedError) as caught:
-        loader.cubin("k.cuh", ONE, "sm_80", sources)
+        loader.compiled("k.cuh", ONE, "sm_80", sources)
     assert 'k.cuh(2): error: identifier "q" is undefined' in caught.value.cause
     assert "-DVALUE=1" in caught.value.cause
     assert "^" in caught.value.log
     (sources / "common.cuh").write_text("\n\nnonsense\n")
     with pytest.raises(CompileFailedError, match=re.escape("common.cuh(3): error")):
-        loader.cubin("k.cuh", ONE, "sm_80", sources)
+        loader.compiled("k.cuh", ONE, "sm_80", sources)
 
 
 def test_a_source_that_is_missing(tmp_path: Path, sources: Path) -> None:
     with pytest.raises(SourceMissingError, match="absent.cuh cannot be read: No such file"):
-        loader.cubin("absent.cuh", (), "sm_80", sources)
+        loader.compiled("absent.cuh", (), "sm_80", sources)
     with pytest.raises(SourceMissingError, match="common.cuh cannot be read"):
-        loader.cubin("k.cuh", (), "sm_80", tmp_path)
+        loader.compiled("k.cuh", (), "sm_80", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["", "A B", "A;rm", "-O0", "1A"])
@@ -104,7 +104,7 @@ def fresh_compiler() -> Iterator[None]:
 def test_no_bindings(monkeypatch: pytest.MonkeyPatch, sources: Path) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(CompilerMissingError, match="cuda-bindings is not installed") as caught:
-        loader.cubin("k.cuh", ONE, "sm_80", sources)
+        loader.compiled("k.cuh", ONE, "sm_80", sources)
     assert "pip install cuda-bindings" in caught.value.remedy
 
 
@@ -116,7 +116,7 @@ def test_no_nvrtc(error: type[Exception], monkeypatch: pytest.MonkeyPatch, sourc
 
     monkeypatch.setattr(compiler, "_nvrtc", lambda: SimpleNamespace(nvrtcVersion=version))
     with pytest.raises(CompilerMissingError, match="NVRTC.* was not found .*: libnvrtc.so.13: no such file"):
-        loader.cubin("k.cuh", ONE, "sm_80", sources)
+        loader.compiled("k.cuh", ONE, "sm_80", sources)
     monkeypatch.undo()
 
 
@@ -129,7 +129,7 @@ def test_the_compiler_says_what_it_is() -> None:
 # What kernels take
 
 
-NVCC = """\
+PTXAS = """\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function 'two' for 'sm_80'
 ptxas info    : Function properties for two
@@ -151,9 +151,9 @@ ptxas info    : Function properties for _Z6calledPf
     ("log", "expected"),
     [
         ("", {}),
-        (NVCC, {"two": (24, 40, 12, 1024), "one": (10, 0, 0, 0)}),
-        (NVCC.replace("    ", "ptxas         .     "), {"two": (24, 40, 12, 1024), "one": (10, 0, 0, 0)}),
-        (NVCC + CALLED, {"two": (24, 40, 16, 1024), "one": (10, 0, 4, 0)}),
+        (PTXAS, {"two": (24, 40, 12, 1024), "one": (10, 0, 0, 0)}),
+        (PTXAS.replace("    ", "ptxas         .     "), {"two": (24, 40, 12, 1024), "one": (10, 0, 0, 0)}),
+        (PTXAS + CALLED, {"two": (24, 40, 16, 1024), "one": (10, 0, 4, 0)}),
     ],
 )
 def test_the_log_is_read(log: str, expected: dict[str, tuple[int, ...]]) -> None:
@@ -163,7 +163,7 @@ def test_the_log_is_read(log: str, expected: dict[str, tuple[int, ...]]) -> None
 
 def test_a_log_without_figures_is_refused() -> None:
     with pytest.raises(ValueError, match="does not say what two, one takes"):
-        compiler.resources(NVCC.replace("Used", "Took"))
+        compiler.resources(PTXAS.replace("Used", "Took"))
 
 
 def test_figures_of_a_real_kernel() -> None:
@@ -185,13 +185,16 @@ extern "C" __global__ void k(float* p, int n) {
 
 
 def test_a_compiled_kernel_is_found_again(sources: Path, cache: Path, compiled: list[Any]) -> None:
-    first = loader.cubin("k.cuh", ONE, "sm_80", sources)
-    assert loader.cubin("k.cuh", ONE, "sm_80", sources) == first
+    first = loader.compiled("k.cuh", ONE, "sm_80", sources)
+    assert loader.compiled("k.cuh", ONE, "sm_80", sources) == first
     assert len(compiled) == 1
     (entry,) = cache.iterdir()
     # The format, byte by byte, as its docstring has it.
-    assert entry.read_bytes() == b"q6k cubin 1\n\0\0\0\0" + hashlib.sha256(first).digest() + first
-    assert cubin_cache.contents() == cubin_cache.Contents(1, 48 + len(first))
+    log = first.log.encode()
+    content = struct.pack("<I", len(log)) + log + first.cubin
+    assert entry.read_bytes() == b"q6k cubin 2\n\0\0\0\0" + hashlib.sha256(content).digest() + content
+    assert cubin_cache.contents() == cubin_cache.Contents(1, 48 + len(content))
+    assert set(compiler.resources(first.log)) == {"k", "other"}
 
 
 CHANGES: dict[str, Callable[[pytest.MonkeyPatch, Path, dict[str, Any]], object]] = {
@@ -209,10 +212,10 @@ def test_whatever_makes_another_kernel_compiles(
     change: str, sources: Path, cache: Path, compiled: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = {"file": "k.cuh", "defines": ONE, "arch": "sm_80", "sources": sources}
-    loader.cubin(**call)
+    loader.compiled(**call)
     CHANGES[change](monkeypatch, sources, call)
     for _ in range(2):
-        loader.cubin(**call)
+        loader.compiled(**call)
     assert (len(compiled), len(list(cache.iterdir()))) == (2, 2)
 
 
@@ -229,19 +232,19 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "a bit of the magic": lambda entry: bytes([entry[0] ^ 1]) + entry[1:],
     "a bit of the checksum": lambda entry: entry[:20] + bytes([entry[20] ^ 1]) + entry[21:],
     "a bit of the cubin": lambda entry: entry[:-1] + bytes([entry[-1] ^ 0x80]),
-    "a bare cubin": lambda entry: entry[48:],
+    "without the header": lambda entry: entry[48:],
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_entry_is_made_again(damage: str, sources: Path, cache: Path, compiled: list[Any]) -> None:
-    right = loader.cubin("k.cuh", ONE, "sm_80", sources)
+    right = loader.compiled("k.cuh", ONE, "sm_80", sources)
     (entry,) = cache.iterdir()
-    content = entry.read_bytes()
-    entry.write_bytes(DAMAGES[damage](content))
+    entry.write_bytes(DAMAGES[damage](entry.read_bytes()))
     with pytest.warns(CacheWarning, match="has a damaged entry"):
-        assert loader.cubin("k.cuh", ONE, "sm_80", sources) == right
-    assert entry.read_bytes() == content
+        again = loader.compiled("k.cuh", ONE, "sm_80", sources)
+    assert again.cubin == right.cubin
+    assert loader.compiled("k.cuh", ONE, "sm_80", sources) == again
     assert len(compiled) == 2
 
 
@@ -249,7 +252,7 @@ def test_a_damaged_entry_is_made_again(damage: str, sources: Path, cache: Path, 
 def test_a_cache_that_cannot_be_used_costs_a_warning(sources: Path, cache: Path) -> None:
     cache.write_text("a file where the directory should be")
     with pytest.warns(CacheWarning) as caught:
-        assert loader.cubin("k.cuh", ONE, "sm_80", sources).startswith(b"\x7fELF")
+        assert loader.compiled("k.cuh", ONE, "sm_80", sources).cubin.startswith(b"\x7fELF")
     assert [str(each.message).split(": ")[0] for each in caught] == [
         f"the cache of compiled kernels, {cache}, cannot be read",
         f"the cache of compiled kernels, {cache}, cannot be written",
@@ -261,7 +264,7 @@ def test_a_cache_that_cannot_be_used_costs_a_warning(sources: Path, cache: Path)
 def test_a_cache_that_may_only_be_read(sources: Path, cache: Path) -> None:
     cache.mkdir(mode=0o500)
     with pytest.warns(CacheWarning, match="cannot be written: .*Permission denied"):
-        assert loader.cubin("k.cuh", ONE, "sm_80", sources).startswith(b"\x7fELF")
+        assert loader.compiled("k.cuh", ONE, "sm_80", sources).cubin.startswith(b"\x7fELF")
 
 
 def test_a_failed_write_leaves_nothing(sources: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +273,7 @@ def test_a_failed_write_leaves_nothing(sources: Path, cache: Path, monkeypatch: 
 
     monkeypatch.setattr(Path, "replace", refuse)
     with pytest.warns(CacheWarning, match="cannot be written: .*No space left"):
-        loader.cubin("k.cuh", ONE, "sm_80", sources)
+        loader.compiled("k.cuh", ONE, "sm_80", sources)
     assert list(cache.iterdir()) == []
 
 
@@ -295,8 +298,8 @@ def test_processes_share_a_cache(sources: Path, cache: Path) -> None:
     program = (
         "import hashlib, sys; from pathlib import Path; from q6k_kernels.jit import loader as jit\n"
         "for value in range(8):\n"
-        "    code = jit.cubin('k.cuh', (('VALUE', value),), 'sm_80', Path(sys.argv[1]))\n"
-        "    print(hashlib.sha256(code).hexdigest())\n"
+        "    code = jit.compiled('k.cuh', (('VALUE', value),), 'sm_80', Path(sys.argv[1]))\n"
+        "    print(hashlib.sha256(code.cubin).hexdigest())\n"
     )
     command = [sys.executable, "-W", "error", "-c", program, str(sources)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]

@@ -75,7 +75,7 @@ def examined(code: int) -> dict[str, dict[str, Any]]:
 
 def test_all_is_well(machine: SimpleNamespace, cache: Path) -> None:
     machine.cuda.reset(devices=2)
-    cubin_cache.fetch("0" * 64, lambda: bytes(52))
+    cubin_cache.fetch("0" * 64, lambda: compiler.Compiled(bytes(40), "x" * 8))
     found = examined(0)
     assert {name: finding["detail"] for name, finding in found.items() if name != "python"} == {
         "torch": "2.11.0+cu130, built for CUDA 13.0",

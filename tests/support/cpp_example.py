@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from cpp_library import PACKAGE
+from cpp_library import PACKAGE, WARNINGS
 from q6k_kernels.jit import cubin_cache
 
 SOURCE = PACKAGE / "cpp" / "example"
@@ -45,7 +45,7 @@ def build_example() -> Path:
     if not folder.exists():
         kept.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept, ignore_cleanup_errors=True) as made:
-            called("cmake", "-S", SOURCE, "-B", made, f"-DPython_EXECUTABLE={sys.executable}")
+            called("cmake", "-S", SOURCE, "-B", made, f"-DPython_EXECUTABLE={sys.executable}", CXXFLAGS=WARNINGS)
             called("cmake", "--build", made, "--parallel", os.cpu_count())
             with contextlib.suppress(OSError):  # another process was faster
                 Path(made).rename(folder)

@@ -21,7 +21,7 @@ from q6k_convert.machine import build_ops
 from q6k_kernels.cpp import units
 from q6k_kernels.cuda import decode, decode_plan, gemm_mma, gemm_wgmma
 from q6k_kernels.cuda import device as launching
-from q6k_kernels.formats.types import WEIGHT_TYPES
+from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType
 from q6k_kernels.jit import compiler, cubin_cache
 
 PACKAGE = Path(compiler.__file__).parents[1]
@@ -29,6 +29,8 @@ H200 = launching.Device(0, 90, 132, 227 << 10, 228 << 10)
 A100 = launching.Device(0, 80, 108, 163 << 10, 164 << 10)
 DECODE, WGMMA, MMA = 0, 1, 2
 KEPT_SECONDS = 7 * 86400
+WARNINGS = "-Werror"
+"""What CMake hands to the compiler: a warning fails the tests, never a user's build."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,9 @@ class Product:
     fp16: bool
 
     @property
-    def format(self) -> str:
-        """The weight type."""
-        return "q6_k_exact" if self.exact else "q6_k"
+    def row(self) -> WeightType:
+        """The weight's type."""
+        return WEIGHT_TYPES["q6_k_exact" if self.exact else "q6_k"]
 
     @property
     def device(self) -> launching.Device:
@@ -65,33 +67,29 @@ PRODUCTS = [
 
 def _kernels(product: Product) -> Iterator[launching.Variant]:
     """What Python launches of it."""
-    m, n, k, exact, fp16 = product.m, product.n, product.k, product.exact, product.fp16
+    m, n, k, row, fp16 = product.m, product.n, product.k, product.row, product.fp16
     device = product.device
     if product.kind == WGMMA:
-        yield gemm_wgmma._variant(gemm_wgmma.plan(m, n, k, device).config, exact, fp16)
+        yield gemm_wgmma._variant(gemm_wgmma.plan(m, n, k, device).config, row, fp16)
     elif product.kind == MMA:
-        plan = gemm_mma.plan(m, n, k, exact, device)
-        yield gemm_mma._variant((plan.tokens, plan.parts), plan.slots, exact, fp16)
+        plan = gemm_mma.plan(m, n, k, row, device)
+        yield gemm_mma._variant((plan.tokens, plan.parts), plan.slots, row, fp16)
     else:
         for rows in {min(m, 8), (m - 1) % 8 + 1}:
-            chosen = decode_plan.plan(rows, n, k, WEIGHT_TYPES[product.format], device)
+            chosen = decode_plan.plan(rows, n, k, row, device)
             while chosen is None:
                 rows //= 2
-                chosen = decode_plan.plan(rows, n, k, WEIGHT_TYPES[product.format], device)
-            yield decode._variant(chosen.kernel, chosen.cluster > 1, exact, fp16)
-
-
-def missing_tools() -> str | None:
-    """Why the library cannot be built here."""
-    missing = [tool for tool in ("cmake", "nvcc", "c++") if shutil.which(tool) is None]
-    return f"{', '.join(missing)} not on PATH" if missing else None
+                chosen = decode_plan.plan(rows, n, k, row, device)
+            yield decode._variant(chosen.kernel, chosen.cluster > 1, row, fp16)
+            if not chosen.fused:
+                yield decode._quantize_variant(chosen.tokens, fp16)
 
 
 @cache
 def library() -> Path:
     """The library, built if none of the same sources is there; it has the kernels of PRODUCTS for their GPUs."""
-    if (reason := missing_tools()) is not None:
-        pytest.skip(reason)
+    if missing := [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]:
+        pytest.skip(f"{', '.join(missing)} not on PATH")
     import torch
 
     names = sorted(
@@ -99,20 +97,8 @@ def library() -> Path:
     )
     only = f"^({'|'.join(names)})$"
     digest = hashlib.sha256(f"{only} {torch.__version__} {build_ops.find_tools()}".encode())
-    for path in sorted(
-        path
-        for pattern in (
-            "csrc/*.cuh",
-            "cpp/*.*",
-            "cpp/src/*",
-            "compiler.py",
-            "variants.py",
-            "decode*.py",
-            "gemm_*.py",
-        )
-        for path in PACKAGE.glob(pattern)
-        if path.suffix != ".pyc"
-    ):
+    patterns = ("cuda/*.*", "cpp/*.*", "cpp/src/*", "jit/*.py", "formats/tiles.py")
+    for path in sorted(path for pattern in patterns for path in PACKAGE.glob(pattern)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     kept = cubin_cache.directory() / "tests"
     folder = kept / digest.hexdigest()[:16]
@@ -122,7 +108,9 @@ def library() -> Path:
             if time.time() - old.stat().st_mtime > KEPT_SECONDS:
                 shutil.rmtree(old, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=kept, ignore_cleanup_errors=True) as made:
-            build_ops.build(Path(made), [80, 90], None, print, only)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("CXXFLAGS", WARNINGS)
+                build_ops.build(Path(made), [80, 90], None, print, only)
             with contextlib.suppress(OSError):  # another process was faster
                 Path(made).rename(folder)
     return folder / build_ops.LIBRARY
@@ -145,23 +133,23 @@ class Functions:
             device.multiprocessor_shared_bytes,
         )
 
-    def _plan(self, function: Any, sizes: tuple[int, ...], device: launching.Device, room: int) -> tuple[int, Any]:
+    def _plan(self, function: Any, sizes: tuple[Any, ...], device: launching.Device, room: int) -> tuple[int, Any]:
         out = (self._size * room)()
-        arguments = [self._size(size) for size in sizes[:3]] + [int(size) for size in sizes[3:]]
+        arguments = [self._size(size) for size in sizes[:3]] + [row.name.encode() for row in sizes[3:]]
         return function(*arguments, self._device(device), out), list(out)
 
-    def decode(self, m: int, n: int, k: int, exact: bool, device: launching.Device) -> list[int] | None:
+    def decode(self, m: int, n: int, k: int, row: WeightType, device: launching.Device) -> list[int] | None:
         """`decode_plan.plan`'s values."""
-        some, out = self._plan(self.library.q6k_ops_plan_decode, (m, n, k, exact), device, 9)
+        some, out = self._plan(self.library.q6k_ops_plan_decode, (m, n, k, row), device, 9)
         return out if some else None
 
     def wgmma(self, m: int, n: int, k: int, device: launching.Device) -> list[int]:
         """The configuration of `gemm_wgmma.plan`, its other values, and scratch memory."""
         return list(self._plan(self.library.q6k_ops_plan_wgmma, (m, n, k), device, 12)[1])
 
-    def mma(self, m: int, n: int, k: int, exact: bool, device: launching.Device) -> list[int]:
+    def mma(self, m: int, n: int, k: int, row: WeightType, device: launching.Device) -> list[int]:
         """`gemm_mma.plan`'s values."""
-        return list(self._plan(self.library.q6k_ops_plan_mma, (m, n, k, exact), device, 6)[1])
+        return list(self._plan(self.library.q6k_ops_plan_mma, (m, n, k, row), device, 6)[1])
 
     def slice_rows(self, m: int, k: int) -> int:
         """`prefill.slice_rows`."""
@@ -182,8 +170,9 @@ class Functions:
         error = ctypes.create_string_buffer(2000)
         code = self.library.q6k_ops_launch(
             product.kind,
+            product.row.name.encode(),
             self._device(device),
-            (self._size * 8)(*numbers, product.exact, product.fp16),
+            (self._size * 7)(*numbers, product.fp16),
             (ctypes.c_void_p * 6)(*pointers),
             ctypes.c_uint64(ticket),
             error,

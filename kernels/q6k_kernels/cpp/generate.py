@@ -1,14 +1,16 @@
-"""Writes what the library is built from besides `src/`: what CMake runs while it configures.
+"""Writes what the library is built from besides `src/`.
 
-    python -m q6k_kernels.cpp.generate FOLDER [--arch 80 ...] [--only REGEX]
+    python -m q6k_kernels.cpp.generate FOLDER [--arch 80 ...] [--jobs N]
 
 | file | what |
 |---|---|
-| units.json | every unit: file, kernels, the dynamic shared memory that they ask for, options |
-| units.cmake | their names, and the device code that they are made of |
-| cubins.S | their cubins, one behind the other |
-| cubins.inc | which is which: architecture, file, values of macros |
+| cubins.bin | the kernels' code, one cubin behind the other |
+| cubins.S | that file as data of the library |
+| cubins.inc | where each cubin lies: architecture, file, values of macros, offset, bytes |
 | tables.h | the numbers that plans are made from, as Python has them |
+| abi.h | values of cuda.h, as NVIDIA's bindings for Python have them |
+| about.h | versions |
+| settings.cmake | the folder of torch |
 
 Files that would not change are left alone, so that nothing is built again.
 """
@@ -16,20 +18,31 @@ Files that would not change are left alone, so that nothing is built again.
 from __future__ import annotations
 
 import argparse
-import json
-import re
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from q6k_kernels.cpp import units as library
-from q6k_kernels.cpp.units import FILES, Unit
+import torch
+
+from q6k_kernels.cpp.cubins import Built, compile_units
+from q6k_kernels.cpp.units import FILES, of_library
 from q6k_kernels.cuda import decode, decode_plan, device, dispatch, expand, gemm_mma, gemm_wgmma
 from q6k_kernels.cuda import rows as row_kernels
 from q6k_kernels.formats import ggml, types
-from q6k_kernels.jit import compiler
+from q6k_kernels.jit import compiler, driver, loader
 
 MOST_VALUES = 12
-"""Of the macros of a unit; `Key` in `src/kernels.h` has room for as many."""
+"""Macros of a unit that there is room for."""
+CUBIN_ALIGNMENT = 64
+"""Bytes; the driver reads cubins where they lie."""
+ENUMS = (
+    *("CUresult", "CUdevice_attribute", "CUfunction_attribute", "CUlaunchAttributeID", "CUstreamCaptureMode"),
+    *("CUtensorMapDataType", "CUtensorMapInterleave", "CUtensorMapSwizzle", "CUtensorMapL2promotion"),
+    "CUtensorMapFloatOOBfill",
+)
+VALUES = ("CU_LAUNCH_PARAM_END", "CU_LAUNCH_PARAM_BUFFER_POINTER", "CU_LAUNCH_PARAM_BUFFER_SIZE")
+"""What `src/` uses of cuda.h, besides functions and structures."""
 
 
 def weight_types() -> list[str]:
@@ -56,6 +69,7 @@ def tables() -> str:
         "TILE_ROWS": types.TILE_ROWS,
         "SUPER_BLOCK": ggml.SUPER_BLOCK,
         "SCALES_STEPPED": types.KIND_OF_SCALE["I8"],
+        "MOST_VALUES": MOST_VALUES,
         "MOST_PLANES": row_kernels.PACKED_PLANES,
         "ALIGNMENT": device.ALIGNMENT,
         "DECODE_M": dispatch.DECODE_M,
@@ -120,79 +134,103 @@ def _decode_rows() -> list[str]:
     ]
 
 
-def assembly(names: Iterable[str], folder: Path) -> str:
-    """The cubins as read-only data, aligned as the driver reads them."""
-    lines = ["# Made by generate.py.", '.section .rodata.q6k_cubins, "a", %progbits']
-    for index, name in enumerate(names):
-        lines += [
-            ".balign 64",
-            *(f".globl q6k_cubin_{index}{end}\n.hidden q6k_cubin_{index}{end}" for end in ("", "_end")),
-            f"q6k_cubin_{index}:",
-            f'.incbin "{folder / "cubins" / name}.cubin"',
-            f"q6k_cubin_{index}_end:",
-            ".byte 0",
-        ]
-    return "\n".join([*lines, '.section .note.GNU-stack, "", %progbits', ""])
+def abi_header() -> str:
+    """The values of cuda.h, under its names, and the sets of results that mean the same."""
+    cuda = driver.bindings()
+    members = (member for enum in ENUMS for member in getattr(cuda, enum))
+    values = {member.name: int(member) for member in members}
+    values |= {name: int(getattr(cuda, name)) for name in VALUES}
+    sets = {
+        "ERRORS_OF_IMAGES": loader.ERRORS_OF_IMAGES,
+        "ERRORS_OF_EARLIER_KERNELS": driver.ERRORS_OF_EARLIER_KERNELS,
+    }
+    lines = [
+        "// Made by generate.py from NVIDIA's bindings for Python.",
+        "#pragma once",
+        "namespace q6k {",
+        *(f"constexpr int {name} = {value};" for name, value in values.items()),
+        *(f"constexpr int {name}[] = {_list(sorted(results))};" for name, results in sets.items()),
+        "}  // namespace q6k",
+    ]
+    return "\n".join(lines) + "\n"
 
 
-def index(units: Iterable[Unit]) -> str:
-    """The table of cubins."""
-    externs, rows = [], []
-    for number, (arch, file, defines) in enumerate(units):
+def about_header(version: str) -> str:
+    """What the library says of itself, and the compiler of its kernels."""
+    nvrtc = ".".join(map(str, compiler.version()))
+    return f"""// Made by generate.py.
+#pragma once
+#define Q6K_VERSION "{version}"
+#define Q6K_NVRTC "{nvrtc}"
+"""
+
+
+def cubin_index(built: Iterable[Built]) -> tuple[bytes, str]:
+    """All cubins, each where the driver can read it, and the table of them."""
+    blob, rows = bytearray(), list[str]()
+    for each in built:
+        arch, file, defines = each.unit
         values = [int(value) for _, value in defines]
         if len(values) > MOST_VALUES or not all(0 <= value < 1 << 16 for value in values):
             raise ValueError(f"{file}: {len(values)} macros {values}: the library has room for {MOST_VALUES}")
+        blob += bytes(-len(blob) % CUBIN_ALIGNMENT)
         key = f"{FILES.index(file)}, {len(values)}, {_list(values)}"
-        externs.append(f"extern const unsigned char q6k_cubin_{number}[], q6k_cubin_{number}_end[];")
-        rows.append(f"{{{arch}, {{{key}}}, q6k_cubin_{number}, q6k_cubin_{number}_end}},")
-    head = ['extern "C" {', *externs, "}", "const Cubin CUBINS[] = {"]
-    return "\n".join(["// Made by generate.py.", *head, *rows, "};", ""])
+        rows.append(f"{{{arch}, {{{key}}}, {len(blob)}, {len(each.cubin)}}},")
+        blob += each.cubin
+    return bytes(blob), "\n".join(["// Made by generate.py.", "const Cubin CUBINS[] = {", *rows, "};", ""])
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Writes the files."""
-    parser = argparse.ArgumentParser()
+def assembly(blob: Path) -> str:
+    """A file as read-only data."""
+    return f"""# Made by generate.py.
+.section .rodata.q6k_cubins, "a", %progbits
+.balign {CUBIN_ALIGNMENT}
+.globl q6k_cubins
+.hidden q6k_cubins
+q6k_cubins:
+.incbin "{blob}"
+.section .note.GNU-stack, "", %progbits
+"""
+
+
+def write(folder: Path, built: Sequence[Built], version: str) -> None:
+    """Write the files.
+
+    Args:
+        folder: where they go; made if need be.
+        built: the library's units, compiled.
+        version: what the library says of itself.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    blob, rows = cubin_index(built)
+    contents = {
+        "cubins.bin": blob,
+        "cubins.S": assembly(folder.resolve() / "cubins.bin").encode(),
+        "cubins.inc": rows.encode(),
+        "tables.h": tables().encode(),
+        "abi.h": abi_header().encode(),
+        "about.h": about_header(version).encode(),
+        "settings.cmake": f'set(TORCH_FOLDER "{Path(torch.__file__).parent}")\n'.encode(),
+    }
+    for name, content in contents.items():
+        path = folder / name
+        if not path.exists() or path.read_bytes() != content:
+            path.write_bytes(content)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile the kernels and write the files; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--arch", type=int, nargs="*", default=())
-    parser.add_argument("--only", default="", help="units whose name this matches")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args(arguments)
-    folder: Path = args.folder.resolve()
-    wanted = {unit: kernels for unit, kernels in library.plan(args.arch).items() if unit[1] not in library.OF_STEPS}
-    units = {library.name_of(unit): unit for unit in wanted if re.search(args.only, library.name_of(unit))}
-    for unit in units.values():
-        library.check(unit)
-    dynamic = library.dynamic_shared(units.values())
-    described = {
-        name: {
-            "arch": unit[0],
-            "file": unit[1],
-            "defines": dict(unit[2]),
-            "kernels": wanted[unit],
-            "dynamic_shared_bytes": {
-                kernel: dynamic.get((unit[0], (unit[1], kernel, unit[2]))) for kernel in wanted[unit]
-            },
-            "options": library.options_of(unit),
-        }
-        for name, unit in units.items()
-    }
-    sources = sorted({compiler.SOURCES / each for _, file, _ in units.values() for each in compiler.files_of(file)})
-    folder.joinpath("cubins").mkdir(parents=True, exist_ok=True)
-    _write(folder / "units.json", json.dumps(described, indent=1) + "\n")
-    _write(
-        folder / "units.cmake",
-        "".join(
-            f"set({key} {' '.join(json.dumps(str(one)) for one in each)})\n"
-            for key, each in (("UNITS", units), ("CUH", sources))
-        ),
-    )
-    _write(folder / "cubins.S", assembly(units, folder))
-    _write(folder / "cubins.inc", index(units.values()))
-    _write(folder / "tables.h", tables())
-
-
-def _write(path: Path, text: str) -> None:
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        path.write_text(text, encoding="utf-8")
+    built = list(compile_units(of_library(args.arch), args.jobs, print))
+    for error in (errors := [error for each in built for error in each.errors]):
+        print(f"error: {error}", file=sys.stderr)
+    if not errors:
+        write(args.folder, built, "0")
+    return int(bool(errors))
 
 
 def _list(values: Iterable[object]) -> str:
@@ -200,4 +238,4 @@ def _list(values: Iterable[object]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,20 +1,14 @@
-"""What the library's kernels are compiled from: a unit for each file and set of macros, by nvcc, ahead of time.
+"""What kernels are compiled from ahead of time: a unit for each architecture, file and set of macros.
 
-A unit is what `jit` compiles at run time, to the same cubin but for the compiler's version. Which there are, only
-`q6k_kernels.cpp.variants` says. Needs no torch, but for `plan` and `dynamic_shared`.
+A unit is what `jit` compiles at run time, to the same cubin. Which there are, only `q6k_kernels.cpp.variants` says.
 """
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-from q6k_kernels.errors import CompileFailedError
 from q6k_kernels.formats.types import CODE_MACROS
-from q6k_kernels.jit import compiler
 from q6k_kernels.jit.compiler import Defines
 
 Unit = tuple[int, str, Defines]
@@ -22,41 +16,25 @@ Unit = tuple[int, str, Defines]
 Variant = tuple[str, str, Defines]
 """File, kernel, macros."""
 
-MACROS: dict[str, tuple[tuple[str, ...], ...]] = {
+MACROS: dict[str, tuple[str, ...]] = {
     "decode.cuh": (
-        (
-            *(*CODE_MACROS, "Q6K_FP16", "Q6K_TOKENS", "Q6K_FUSED"),
-            *("Q6K_WARPS", "Q6K_STAGES", "Q6K_OCCUPANCY", "Q6K_SPLIT"),
-        ),
+        *(*CODE_MACROS, "Q6K_FP16", "Q6K_TOKENS", "Q6K_FUSED"),
+        *("Q6K_WARPS", "Q6K_STAGES", "Q6K_OCCUPANCY", "Q6K_SPLIT"),
     ),
+    "quantize_rows.cuh": ("Q6K_FP16", "Q6K_TOKENS", "Q6K_FUSED"),
     "gemm_wgmma.cuh": (
-        (
-            *(*CODE_MACROS, "Q6K_FP16", "Q6K_TOKENS", "Q6K_CONSUMERS"),
-            *("Q6K_TILE_STAGES", "Q6K_X_STAGES", "Q6K_OCCUPANCY"),
-        ),
+        *(*CODE_MACROS, "Q6K_FP16", "Q6K_TOKENS", "Q6K_CONSUMERS"),
+        *("Q6K_TILE_STAGES", "Q6K_X_STAGES", "Q6K_OCCUPANCY"),
     ),
-    "gemm_mma.cuh": ((*CODE_MACROS, "Q6K_FP16", "Q6K_BN", "Q6K_KW", "Q6K_SLOTS"),),
-    "rows.cuh": ((*CODE_MACROS, "Q6K_OUT"), (*CODE_MACROS, "Q6K_OUT", "Q6K_INDEX32")),
-    "pack.cuh": (CODE_MACROS,),
+    "gemm_mma.cuh": (*CODE_MACROS, "Q6K_FP16", "Q6K_BN", "Q6K_KW", "Q6K_SLOTS"),
+    "rows.cuh": (*CODE_MACROS, "Q6K_OUT", "Q6K_INDEX32"),
+    "pack.cuh": CODE_MACROS,
 }
-"""The macros of each file in the order in which `src/` gives their values; `check` holds `variants` against it."""
+"""The macros of each file in the order in which `src/` gives their values; `check` compares `variants` with it."""
 OF_STEPS = ("step.cuh", "attend.cuh", "choose.cuh")
 """Files with kernels of decoding steps, which are no part of the ops: `step_kernels` launches them from Python."""
 FILES = tuple(MACROS)
 """In the order of `File` in `src/kernels.h`."""
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """One unit from nvcc.
-
-    Attributes:
-        cubin: the code; empty if nvcc, against its word, wrote none.
-        log: warnings, and what each kernel takes, for `compiler.resources`.
-    """
-
-    cubin: bytes
-    log: str
 
 
 def plan(architectures: Sequence[int] = ()) -> dict[Unit, list[str]]:
@@ -68,6 +46,19 @@ def plan(architectures: Sequence[int] = ()) -> dict[Unit, list[str]]:
         for file, kernel, defines in all_variants(arch):
             units.setdefault((arch, file, defines), []).append(kernel)
     return units
+
+
+def of_library(architectures: Sequence[int] = (), only: str = "") -> dict[Unit, list[str]]:
+    """The units of `plan` that the library holds; of them those whose name the regular expression `only` matches.
+
+    Raises:
+        ValueError: `src/` does not know a unit's macros.
+    """
+    every = {unit: kernels for unit, kernels in plan(architectures).items() if unit[1] not in OF_STEPS}
+    found = {unit: kernels for unit, kernels in every.items() if re.search(only, name_of(unit))}
+    for unit in found:
+        check(unit)
+    return found
 
 
 def dynamic_shared(units: Iterable[Unit]) -> dict[tuple[int, Variant], int]:
@@ -82,15 +73,15 @@ def dynamic_shared(units: Iterable[Unit]) -> dict[tuple[int, Variant], int]:
 
 
 def check(unit: Unit) -> None:
-    """Whether `src/` knows the unit's macros.
+    """Check that `src/` knows the unit's macros.
 
     Raises:
         ValueError: it does not: a kernel has got a macro that the library's host side does not choose.
     """
     _, file, defines = unit
     names = tuple(name for name, _ in defines)
-    if names not in MACROS.get(file, ()):
-        known = " or ".join(", ".join(each) for each in MACROS.get(file, ())) or "no such file"
+    if names != MACROS.get(file):
+        known = ", ".join(MACROS.get(file, ("no such file",)))
         raise ValueError(f"{file}: the library's host side knows {known}; variants has {', '.join(names)}")
 
 
@@ -98,34 +89,3 @@ def name_of(unit: Unit) -> str:
     """A name for the unit's files, as sm90_decode_0_1_8: its macros' values in order."""
     arch, file, defines = unit
     return "_".join((f"sm{arch}", file.removesuffix(".cuh"), *(str(int(value)) for _, value in defines)))
-
-
-def options_of(unit: Unit) -> tuple[str, ...]:
-    """What nvcc is told."""
-    arch, _, defines = unit
-    return compiler.options(defines, compiler.architecture(divmod(arch, 10)))
-
-
-def compile_with_nvcc(nvcc: str, source: str, name: str, options: tuple[str, ...]) -> Compiled:
-    """One translation unit.
-
-    Args:
-        nvcc: the program.
-        source: the unit's text.
-        name: what to call it in messages.
-        options: from `compiler.options`.
-
-    Raises:
-        CompileFailedError: nvcc refused it; the text holds the first error, `log` all.
-    """
-    with tempfile.TemporaryDirectory(prefix="compile-") as folder:
-        unit = Path(folder) / f"{name}.cu"
-        cubin = unit.with_suffix(".cubin")
-        unit.write_text(source, encoding="utf-8")
-        command = [nvcc, "-cubin", *options, str(unit), "-o", str(cubin)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-        log = done.stdout + done.stderr
-        if done.returncode:
-            first = next((line for line in log.splitlines() if "error" in line), log.strip() or "no message")
-            raise CompileFailedError(f"nvcc does not compile {name}: {first}", "", log)
-        return Compiled(cubin.read_bytes() if cubin.exists() else b"", log)

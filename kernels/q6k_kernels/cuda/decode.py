@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from q6k_kernels.cuda.decode_kernels import reached
-from q6k_kernels.cuda.decode_plan import MOST_TOKENS, DecodePlan, Kernel, activation_bytes, plan
+from q6k_kernels.cuda.decode_plan import MOST_TOKENS, TOKENS, DecodePlan, Kernel, activation_bytes, plan
 from q6k_kernels.cuda.device import Device, Variant, bias_arguments, common_macros, stream
 from q6k_kernels.formats.ggml import SUPER_BLOCK
 from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType
@@ -19,7 +19,7 @@ from q6k_kernels.jit import loader
 if TYPE_CHECKING:
     from torch import Tensor
 
-FILE, KERNEL, QUANTIZE = "decode.cuh", "q6k_decode", "q6k_quantize"
+KERNEL, QUANTIZE = "q6k_decode", "q6k_quantize"
 QUANTIZE_THREADS = 128
 _ARGUMENTS = struct.Struct("@PPPPqiiiiii")
 _QUANTIZE_ARGUMENTS = struct.Struct("@PPPqii")
@@ -94,7 +94,7 @@ def _launch(
 ) -> None:
     stride = x.stride(0)
     if not chosen.fused:
-        x = _quantize(x, chosen, row, device)
+        x = _quantize(x, chosen.tokens, device)
     _multiply(chosen, x, stride, tiles, bias, n, row, y, device)
 
 
@@ -135,16 +135,15 @@ def _multiply(
     )
 
 
-def _quantize(x: Tensor, chosen: DecodePlan, row: WeightType, device: Device) -> Tensor:
-    """The rows x (M, K) in 8 bits, as the decode kernel that was chosen reads them."""
-    (m, k), tokens = x.shape, chosen.tokens
+def _quantize(x: Tensor, tokens: int, device: Device) -> Tensor:
+    """The rows x (M, K) in 8 bits, as a decode kernel for so many tokens reads them."""
+    m, k = x.shape
     codes, steps = (k // SUPER_BLOCK * each for each in activation_bytes(tokens, False))
     quantized = torch.empty(codes + steps, dtype=torch.uint8, device=x.device)
     arguments = _QUANTIZE_ARGUMENTS.pack(
         x.data_ptr(), quantized.data_ptr(), quantized.data_ptr() + codes, x.stride(0), m, k
     )
-    variant = _variant_of(chosen, row, x.dtype)
-    kernel = loader.load(FILE, QUANTIZE, variant[2], device.index)
+    kernel = loader.load(*_quantize_variant(tokens, x.dtype == torch.float16), device.index)
     blocks = -(-(tokens * k // 16) // QUANTIZE_THREADS)
     kernel.launch((blocks, 1, 1), QUANTIZE_THREADS, arguments, stream=stream(device), dependent=device.arch >= 90)
     return quantized
@@ -158,13 +157,21 @@ def _variant_of(chosen: DecodePlan, row: WeightType, dtype: torch.dtype) -> Vari
 def _variant(kernel: Kernel, split: bool, row: WeightType, fp16: bool) -> Variant:
     names = ("Q6K_TOKENS", "Q6K_FUSED", "Q6K_WARPS", "Q6K_STAGES", "Q6K_OCCUPANCY", "Q6K_SPLIT")
     macros = zip(names, map(int, (*kernel, split)), strict=True)
-    return FILE, KERNEL, (*common_macros(row, fp16), *macros)
+    return "decode.cuh", KERNEL, (*common_macros(row, fp16), *macros)
+
+
+@cache
+def _quantize_variant(tokens: int, fp16: bool) -> Variant:
+    return "quantize_rows.cuh", QUANTIZE, (("Q6K_FP16", int(fp16)), ("Q6K_TOKENS", tokens), ("Q6K_FUSED", 0))
 
 
 def variants(device: Device) -> list[Variant]:
     """Return all that `linear` and `linear_of_codes` load on a GPU for some size."""
     return [
-        _variant(kernel, split, row, fp16)
-        for row, fp16 in product(WEIGHT_TYPES.values(), (False, True))
-        for kernel, split in reached(row, device)
+        *(
+            _variant(kernel, split, row, fp16)
+            for row, fp16 in product(WEIGHT_TYPES.values(), (False, True))
+            for kernel, split in reached(row, device)
+        ),
+        *(_quantize_variant(tokens, fp16) for tokens, fp16 in product(TOKENS, (False, True))),
     ]

@@ -1,4 +1,4 @@
-// Activations in 8 bits, as decode.cuh, which follows in the same unit, multiplies them.
+// Activations in 8 bits, as decode.cuh multiplies them: in front of whatever makes or reads them.
 //
 // d_a = max |x| / 127 over 32 values of a row, a = rint(x / d_a); reference.py has the definition, to the bit.
 //
@@ -117,21 +117,5 @@ __device__ __forceinline__ void quantize_rows(const u16* x, i64 stride, int m, i
     }
   }
   if (waiting) between();
-}
-#else
-// Parameters: x 16-bit (m, k), rows 16-byte aligned and `stride` elements apart; codes and steps, as decode wants them
-// for all of K; rows from m to TOKENS become zeros. Grid: a thread for each 16 activations of TOKENS rows.
-extern "C" __global__ void __launch_bounds__(128)
-    q6k_quantize(const u16* x, u8* codes, float* steps, i64 stride, int m, int k) {
-  let_dependents_start();
-  const int groups = k / 16, at = blockIdx.x * 128 + threadIdx.x;
-  const int own = min(at, TOKENS * groups - 1), token = own / groups, group = own - token * groups;
-  wait_for_previous_grid();
-  uint4 raw[2] = {};
-  if (token < m) {
-    const uint4* const from = reinterpret_cast<const uint4*>(x + token * stride + group * 16);
-    raw[0] = from[0], raw[1] = from[1];
-  }
-  quantize_into(codes, steps, raw, token, group, at < TOKENS * groups);
 }
 #endif

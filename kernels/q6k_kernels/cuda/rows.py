@@ -191,7 +191,8 @@ def _pack_variant(row: WeightType) -> Variant:
 
 
 def _dequantize_variant(row: WeightType, dtype: torch.dtype) -> Variant:
-    return "rows.cuh", "q6k_dequantize", (*row.macros, ("Q6K_OUT", FLOATS.index(dtype)))
+    file, _, macros = _gather_variant(row, dtype, False)  # compiled with it, for which indices mean nothing
+    return file, "q6k_dequantize", macros
 
 
 def _gather_variant(row: WeightType, dtype: torch.dtype, int32: bool) -> Variant:

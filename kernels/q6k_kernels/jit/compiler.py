@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from q6k_kernels.errors import CompileFailedError, CompilerMissingError, GpuTooOldError, SourceMissingError
 
@@ -20,6 +20,7 @@ PREAMBLE = "common.cuh"
 """File that is compiled in front of every other."""
 FOUNDATIONS = {
     "decode.cuh": ("quantize.cuh",),
+    "quantize_rows.cuh": ("quantize.cuh",),
     "step.cuh": ("quantize.cuh",),
     "attend.cuh": ("quantize.cuh", "heads.cuh"),
     "gemm_wgmma.cuh": ("wgmma.cuh",),
@@ -36,6 +37,18 @@ _FUNCTION = re.compile(
     r"Function properties for (\w+)\n.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
     r"(?:\n.*?Used (\d+) registers(?:.*?(\d+) bytes smem)?)?"
 )
+
+
+class Compiled(NamedTuple):
+    """A translation unit that was compiled.
+
+    Attributes:
+        cubin: the code.
+        log: warnings, and what each kernel takes, for `resources`.
+    """
+
+    cubin: bytes
+    log: str
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ def source_text(file: str, sources: Path = SOURCES) -> str:
 
 
 def options(defines: Defines, arch: str) -> tuple[str, ...]:
-    """Return the options for NVRTC, which nvcc takes as well; the last makes the log say what `resources` reads.
+    """Return the options for NVRTC; the last makes the log say what `resources` reads.
 
     Raises:
         ValueError: the name of a macro is not an identifier.
@@ -155,16 +168,13 @@ def identity() -> str:
     return f"nvrtc {major}.{minor} {library_path().stat().st_size}"
 
 
-def compile_cubin(source: str, name: str, arguments: tuple[str, ...]) -> tuple[bytes, str]:
-    """Compile one translation unit.
+def compile_cubin(source: str, name: str, arguments: tuple[str, ...]) -> Compiled:
+    """Compile one translation unit. Threads may do so side by side.
 
     Args:
         source: its text.
         name: what to call it in messages.
         arguments: from `options`.
-
-    Returns:
-        The cubin, and the log: warnings and the resources of each kernel.
 
     Raises:
         CompilerMissingError: there is no NVRTC, or it does not know the architecture.
@@ -172,7 +182,7 @@ def compile_cubin(source: str, name: str, arguments: tuple[str, ...]) -> tuple[b
     """
     version()
     nvrtc = _nvrtc()
-    _expect_architecture(arguments)
+    expect_architecture(next(each for each in arguments if each.startswith("-arch=")).removeprefix("-arch="))
     code, program = nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], [])
     _expect_success(code, "nvrtcCreateProgram")
     try:
@@ -187,13 +197,32 @@ def compile_cubin(source: str, name: str, arguments: tuple[str, ...]) -> tuple[b
                 "This is a bug in q6k_kernels, or the compiler is too old: report the log with it.",
                 log,
             )
-        return _fetch("nvrtcGetCUBIN", program), log
+        return Compiled(_fetch("nvrtcGetCUBIN", program), log)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
 
+def expect_architecture(arch: str) -> None:
+    """Check that NVRTC compiles for an architecture.
+
+    Args:
+        arch: from `architecture`.
+
+    Raises:
+        CompilerMissingError: it does not know it, or there is no NVRTC.
+    """
+    major, minor = version()
+    code, known = _nvrtc().nvrtcGetSupportedArchs()
+    _expect_success(code, "nvrtcGetSupportedArchs")
+    if int(arch.removeprefix("sm_").rstrip("af")) not in known:
+        raise CompilerMissingError(
+            f"NVRTC {major}.{minor} does not know {arch}; it knows " + ", ".join(f"sm_{each}" for each in known),
+            "Install a torch built for a CUDA version that supports this GPU.",
+        )
+
+
 def resources(log: str) -> dict[str, Resources]:
-    """Read the resources of each kernel, by name, from the log of NVRTC or nvcc with --ptxas-options=-v.
+    """Read the resources of each kernel, by name, from the log of NVRTC with --ptxas-options=-v.
 
     Spills of functions that are called, not inlined, are added to every kernel: the log does not say which
     kernels call them.
@@ -215,19 +244,6 @@ def resources(log: str) -> dict[str, Resources]:
         name: Resources(registers, stack, spilled + called, shared)
         for name, (registers, stack, spilled, shared) in found.items()
     }
-
-
-def _expect_architecture(arguments: tuple[str, ...]) -> None:
-    nvrtc = _nvrtc()
-    code, known = nvrtc.nvrtcGetSupportedArchs()
-    _expect_success(code, "nvrtcGetSupportedArchs")
-    wanted = next(argument for argument in arguments if argument.startswith("-arch=sm_")).removeprefix("-arch=sm_")
-    if int(wanted.rstrip("af")) not in known:
-        raise CompilerMissingError(
-            f"NVRTC {version()[0]}.{version()[1]} does not know sm_{wanted}; it knows "
-            + ", ".join(f"sm_{each}" for each in known),
-            "Install a torch built for a CUDA version that supports this GPU.",
-        )
 
 
 def _fetch(function: str, program: Any) -> bytes:

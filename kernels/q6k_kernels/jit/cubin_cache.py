@@ -3,8 +3,10 @@
 A directory of files named by the SHA-256 of all that determines a cubin: the format below, the compiler, its
 options (architecture and macros included) and the source. An entry is
 
-    16 bytes   "q6k cubin 1", a line feed, zeros
+    16 bytes   "q6k cubin 2", a line feed, zeros
     32 bytes   SHA-256 of the rest
+     4 bytes   length of the log, little-endian
+    the compiler's log, UTF-8
     the cubin
 
 written under another name and renamed, so that processes never see half of one. An entry that breaks this format
@@ -22,10 +24,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from q6k_kernels.jit.compiler import Compiled
+
 VARIABLE = "Q6K_KERNELS_CACHE"
 """Environment variable that names the directory."""
-MAGIC = b"q6k cubin 1\n".ljust(16, b"\0")
+MAGIC = b"q6k cubin 2\n".ljust(16, b"\0")
 SUFFIX = ".cubin"
+_HEADER_BYTES = len(MAGIC) + hashlib.sha256().digest_size
 
 
 class CacheWarning(UserWarning):
@@ -58,7 +63,7 @@ def key(*parts: str) -> str:
     return digest.hexdigest()
 
 
-def fetch(name: str, make: Callable[[], bytes]) -> bytes:
+def fetch(name: str, make: Callable[[], Compiled]) -> Compiled:
     """Return the entry of that name; if there is none or it is damaged, store and return `make()`."""
     try:
         path = directory() / f"{name}{SUFFIX}"
@@ -68,13 +73,16 @@ def fetch(name: str, make: Callable[[], bytes]) -> bytes:
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
         _warn(f"cannot be read: {error}")
     else:
-        payload = entry[len(MAGIC) + 32 :]
-        if entry == _header(payload) + payload:
-            return payload
+        payload = entry[_HEADER_BYTES:]
+        if entry[:_HEADER_BYTES] == _header(payload):
+            end = 4 + int.from_bytes(payload[:4], "little")
+            return Compiled(payload[end:], payload[4:end].decode())
         _warn(f"has a damaged entry, {path.name}, which is made again")
     made = make()
+    log = made.log.encode()
+    payload = len(log).to_bytes(4, "little") + log + made.cubin
     try:
-        _write(directory(), f"{name}{SUFFIX}", _header(made) + made)
+        _write(directory(), f"{name}{SUFFIX}", _header(payload) + payload)
     except (OSError, RuntimeError) as error:
         _warn(f"cannot be written: {error}")
     return made

@@ -15,7 +15,7 @@ from typing import Any
 
 from q6k_kernels.errors import DriverCallError, SourceMissingError
 from q6k_kernels.jit import compiler, cubin_cache, driver
-from q6k_kernels.jit.compiler import SOURCES, Defines
+from q6k_kernels.jit.compiler import SOURCES, Compiled, Defines
 
 SHARED_BYTES = 48 << 10
 """Shared memory that a block may have without permission, static and dynamic together."""
@@ -200,15 +200,15 @@ def load(file: str, kernel: str, defines: Defines, device: int, *, sources: Path
     return known
 
 
-def cubin(file: str, defines: Defines, arch: str, sources: Path = SOURCES) -> bytes:
-    """Return the cubin of a file, from the disk cache if it is there. Needs no GPU.
+def compiled(file: str, defines: Defines, arch: str, sources: Path = SOURCES) -> Compiled:
+    """Return a file compiled for an architecture, from the disk cache if it is there. Needs no GPU.
 
     Raises:
         CompilerMissingError, CompileFailedError, SourceMissingError: see `compiler.compile_cubin`.
     """
     source, options = compiler.source_text(file, sources), compiler.options(defines, arch)
     name = cubin_cache.key(compiler.identity(), *options, source)
-    return cubin_cache.fetch(name, lambda: compiler.compile_cubin(source, file, options)[0])
+    return cubin_cache.fetch(name, lambda: compiler.compile_cubin(source, file, options))
 
 
 def _load(unit: tuple[str, Defines, str, Path], kernel: str, device: int) -> Kernel:
@@ -228,15 +228,15 @@ def _load(unit: tuple[str, Defines, str, Path], kernel: str, device: int) -> Ker
 
 def _load_library(unit: tuple[str, Defines, str, Path]) -> int:
     file, _, arch, _ = unit
-    code = cubin(*unit)
+    code = compiled(*unit).cubin
     try:
         return driver.load_library(code, f"{file} for {arch}")
     except DriverCallError as error:
         if error.result not in ERRORS_OF_IMAGES:
             raise
-        compiled, supported = compiler.version(), driver.version()
+        made_by, supported = compiler.version(), driver.version()
         raise DriverCallError(
-            f"{error.cause}; it was compiled by NVRTC {compiled[0]}.{compiled[1]} "
+            f"{error.cause}; it was compiled by NVRTC {made_by[0]}.{made_by[1]} "
             f"({compiler.library_path()}), and the driver supports CUDA {supported[0]}.{supported[1]}",
             "Update the driver, or install a torch, and remove an NVRTC, so that NVRTC is no newer than it.",
             error.result,

@@ -35,13 +35,13 @@ class About:
     Attributes:
         path: its file.
         version: of q6k-convert that built it.
-        nvcc: the compiler of its kernels, "13.0" say.
+        nvrtc: the version of its kernels' compiler, "13.0" say.
         architectures: compute capabilities that it has kernels for, 90 for 9.0.
     """
 
     path: Path
     version: str
-    nvcc: str
+    nvrtc: str
     architectures: tuple[int, ...]
 
 
@@ -85,4 +85,4 @@ def about(path: str | os.PathLike[str]) -> About:
     library = ctypes.CDLL(str(file))
     library.q6k_ops_about.restype = ctypes.c_char_p
     text = json.loads(library.q6k_ops_about())
-    return About(file, text["version"], text["nvcc"], tuple(text["architectures"]))
+    return About(file, text["version"], text["nvrtc"], tuple(text["architectures"]))

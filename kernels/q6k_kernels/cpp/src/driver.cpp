@@ -13,7 +13,7 @@ namespace q6k {
 namespace {
 
 constexpr const char* UPDATE =
-    "Install NVIDIA's driver 525 or later (CUDA 12.0); `nvidia-smi` shows which one is there.";
+    ". Install NVIDIA's driver 525 or later (CUDA 12.0); `nvidia-smi` shows which one is there.";
 constexpr int OLDEST = 12000;
 constexpr int MOST_DEVICES = 64;
 
@@ -21,21 +21,15 @@ std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-// cuda.h renames functions that have a newer form; their symbols are those of the macros' values.
-#define Q6K_TEXT(name) #name
-#define Q6K_SYMBOL(name) Q6K_TEXT(name)
-
 Driver load() {
   void* const library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (!library) {
-    throw std::runtime_error(std::string("the NVIDIA driver does not load: ") + dlerror() + ". " + UPDATE);
+    throw std::runtime_error(std::string("the NVIDIA driver does not load: ") + dlerror() + UPDATE);
   }
   Driver found;
-#define Q6K_FIND(name)                                                                                        \
-  found.name = reinterpret_cast<decltype(&::name)>(dlsym(library, Q6K_SYMBOL(name)));                         \
-  if (!found.name) {                                                                                          \
-    throw std::runtime_error(std::string("the NVIDIA driver is too old: it has no " Q6K_SYMBOL(name) ". ") + UPDATE); \
-  }
+#define Q6K_FIND(name, ...)                                                                                   \
+  found.name = reinterpret_cast<CUresult (*)(__VA_ARGS__)>(dlsym(library, #name));                             \
+  if (!found.name) throw std::runtime_error(std::string("the NVIDIA driver is too old: it has no " #name) + UPDATE);
   Q6K_DRIVER_FUNCTIONS(Q6K_FIND)
 #undef Q6K_FIND
   return found;
@@ -46,30 +40,12 @@ const Driver& loaded() {
   return found;
 }
 
-// Earlier kernels' failures, which are not the fault of the call that reports them.
-bool is_of_earlier_kernel(CUresult code) {
-  switch (code) {
-    case CUDA_ERROR_ILLEGAL_ADDRESS:
-    case CUDA_ERROR_LAUNCH_TIMEOUT:
-    case CUDA_ERROR_ASSERT:
-    case CUDA_ERROR_HARDWARE_STACK_ERROR:
-    case CUDA_ERROR_ILLEGAL_INSTRUCTION:
-    case CUDA_ERROR_MISALIGNED_ADDRESS:
-    case CUDA_ERROR_INVALID_ADDRESS_SPACE:
-    case CUDA_ERROR_INVALID_PC:
-    case CUDA_ERROR_LAUNCH_FAILED:
-      return true;
-    default:
-      return false;
-  }
-}
-
 Driver initialised() {
   Driver found = loaded();
   check(found.cuDriverGetVersion(&found.version), "cuDriverGetVersion");
   if (found.version < OLDEST) {
     throw std::runtime_error("the NVIDIA driver is too old: it supports CUDA " + version_text(found.version) +
-                             ", needed is " + version_text(OLDEST) + ". " + UPDATE);
+                             ", needed is " + version_text(OLDEST) + UPDATE);
   }
   const CUresult code = found.cuInit(0);
   if (code == CUDA_ERROR_NO_DEVICE) {
@@ -79,9 +55,8 @@ Driver initialised() {
   return found;
 }
 
-int64_t attribute(int index, CUdevice_attribute which) {
-  CUdevice handle;
-  int value;
+int64_t attribute(int index, int which) {
+  int handle, value;
   const std::string what = "GPU " + std::to_string(index);
   check(driver().cuDeviceGet(&handle, index), "cuDeviceGet", what);
   check(driver().cuDeviceGetAttribute(&value, which, handle), "cuDeviceGetAttribute", what);
@@ -124,8 +99,8 @@ void check(CUresult code, const char* function, const std::string& what) {
   loaded().cuGetErrorString(code, &words);
   std::ostringstream text;
   text << function << (what.empty() ? "" : " for ") << what << " failed: " << (name ? name : "CUresult") << " ("
-       << static_cast<int>(code) << "), " << (words ? words : "unknown to this driver") << ". ";
-  if (is_of_earlier_kernel(code)) {
+       << code << "), " << (words ? words : "unknown to this driver") << ". ";
+  if (is_one_of(code, ERRORS_OF_EARLIER_KERNELS)) {
     text << "A kernel launched earlier failed, ours or another; restart the process, and set CUDA_LAUNCH_BLOCKING=1 "
             "to see which.";
   } else {
@@ -149,7 +124,7 @@ const Device& device_of(int index) {
 CUcontext primary_context(int index) {
   static PerDevice<CUcontext> contexts;
   return contexts.get(index, [index]() {
-    CUdevice handle;
+    int handle;
     CUcontext context = nullptr;
     const std::string what = "GPU " + std::to_string(index);
     check(driver().cuDeviceGet(&handle, index), "cuDeviceGet", what);
@@ -158,11 +133,11 @@ CUcontext primary_context(int index) {
   });
 }
 
-Current::Current(CUcontext context) { check(driver().cuCtxPushCurrent(context), "cuCtxPushCurrent"); }
+Current::Current(CUcontext context) { check(driver().cuCtxPushCurrent_v2(context), "cuCtxPushCurrent"); }
 
 Current::~Current() {
   CUcontext popped;
-  driver().cuCtxPopCurrent(&popped);  // fails only after a kernel has, which the next call reports
+  driver().cuCtxPopCurrent_v2(&popped);  // fails only after a kernel has, which the next call reports
 }
 
 RelaxedCapture::RelaxedCapture() {

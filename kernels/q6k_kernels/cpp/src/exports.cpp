@@ -3,6 +3,7 @@
 #include <cstring>
 #include <exception>
 
+#include "about.h"
 #include "gpu.h"
 #include "launches.h"
 
@@ -30,10 +31,10 @@ Device device(const int64_t* d) { return {static_cast<int>(d[0]), d[1], d[2], d[
 
 }  // namespace
 
-// {"version": ..., "nvcc": ..., "architectures": [...]}
+// {"version": ..., "nvrtc": ..., "architectures": [...]}
 Q6K_EXPORT const char* q6k_ops_about() {
   static const std::string text =
-      "{\"version\": \"" Q6K_VERSION "\", \"nvcc\": \"" Q6K_NVCC "\", \"architectures\": [" + architectures() + "]}";
+      "{\"version\": \"" Q6K_VERSION "\", \"nvrtc\": \"" Q6K_NVRTC "\", \"architectures\": [" + architectures() + "]}";
   return text.c_str();
 }
 

@@ -9,15 +9,19 @@
 #include <utility>
 #include <vector>
 
+#include "about.h"
+
 namespace q6k {
 namespace {
+
+extern "C" const unsigned char q6k_cubins[];  // cubins.S
 
 struct Cubin {
   int64_t arch;
   struct {
-    uint16_t file, count, values[8];
+    uint16_t file, count, values[MOST_VALUES];
   } key;
-  const unsigned char *begin, *end;
+  size_t offset, bytes;  // in q6k_cubins
 };
 
 #include "cubins.inc"
@@ -41,21 +45,16 @@ const Cubin* find_cubin(const Key& key, int64_t arch) {
 
 CUlibrary load_library(const Cubin& cubin) {
   CUlibrary library;
-  const CUresult code =
-      driver().cuLibraryLoadData(&library, cubin.begin, nullptr, nullptr, 0, nullptr, nullptr, 0);
-  switch (code) {
-    case CUDA_ERROR_INVALID_IMAGE:
-    case CUDA_ERROR_NO_BINARY_FOR_GPU:
-    case CUDA_ERROR_UNSUPPORTED_PTX_VERSION:
-    case CUDA_ERROR_INVALID_SOURCE:
-      throw std::runtime_error(
-          "cuLibraryLoadData failed (" + std::to_string(static_cast<int>(code)) +
-          "): the library's kernels were compiled by nvcc " Q6K_NVCC ", and the driver supports CUDA " +
-          std::to_string(driver().version / 1000) + "." + std::to_string(driver().version % 1000 / 10) +
-          ". Update the driver, or build the library again with a CUDA toolkit that is no newer than it.");
-    default:
-      check(code, "cuLibraryLoadData");
+  const CUresult code = driver().cuLibraryLoadData(&library, q6k_cubins + cubin.offset, nullptr, nullptr, 0, nullptr,
+                                                   nullptr, 0);
+  if (is_one_of(code, ERRORS_OF_IMAGES)) {
+    throw std::runtime_error(
+        "cuLibraryLoadData failed (" + std::to_string(code) +
+        "): the library's kernels were compiled by NVRTC " Q6K_NVRTC ", and the driver supports CUDA " +
+        std::to_string(driver().version / 1000) + "." + std::to_string(driver().version % 1000 / 10) +
+        ". Update the driver, or build the library again with an NVRTC that is no newer than it.");
   }
+  check(code, "cuLibraryLoadData");
   return library;
 }
 
@@ -112,7 +111,7 @@ constexpr size_t RECENT = 256;
 thread_local std::array<Recent, RECENT> recent;
 
 size_t hash_of(const Key& key, int device) {
-  uint64_t words[3] = {}, mixed = static_cast<uint64_t>(device);
+  uint64_t words[(sizeof key + 7) / 8] = {}, mixed = static_cast<uint64_t>(device);
   std::memcpy(words, &key, sizeof key);
   for (const uint64_t word : words) mixed = (mixed ^ word) * 0x9E3779B97F4A7C15u;
   return static_cast<size_t>(mixed >> 40) % RECENT;
@@ -120,7 +119,7 @@ size_t hash_of(const Key& key, int device) {
 
 }  // namespace
 
-const Kernel& load(const Key& key, const char* name, const Device& device) {
+const Kernel& load(Key key, const char* name, const Device& device) {
   Recent& place = recent[hash_of(key, device.index)];
   if (place.kernel && place.name == name && place.device == device.index && place.key == key) return *place.kernel;
   const Kernel& kernel = load_now(key, name, device);
@@ -170,8 +169,9 @@ void Kernel::launch(const Launch& how, const Arguments& arguments) const {
   config.attrs = attributes;
   config.numAttrs = count;
   size_t size = arguments.size();
-  void* extra[] = {CU_LAUNCH_PARAM_BUFFER_POINTER, const_cast<unsigned char*>(arguments.data()),
-                   CU_LAUNCH_PARAM_BUFFER_SIZE, &size, CU_LAUNCH_PARAM_END};
+  const auto mark = [](uintptr_t value) { return reinterpret_cast<void*>(value); };
+  void* extra[] = {mark(CU_LAUNCH_PARAM_BUFFER_POINTER), const_cast<unsigned char*>(arguments.data()),
+                   mark(CU_LAUNCH_PARAM_BUFFER_SIZE), &size, mark(CU_LAUNCH_PARAM_END)};
   const Driver& functions = driver();
   CUcontext current = nullptr;
   CUresult code = functions.cuCtxGetCurrent(&current);
@@ -194,7 +194,7 @@ void Kernel::permit(int64_t shared_bytes, int64_t cluster) const {
   const std::lock_guard<std::mutex> lock(loaded().lock);
   const RelaxedCapture relaxed;
   const Current current(context_);
-  const auto set = [&](CUfunction_attribute which, int64_t value, const char* what) {
+  const auto set = [&](int which, int64_t value, const char* what) {
     check(driver().cuFuncSetAttribute(function_, which, static_cast<int>(value)), "cuFuncSetAttribute",
           std::string(what) + " of " + name_ + " to " + std::to_string(value));
   };

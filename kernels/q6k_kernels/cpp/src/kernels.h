@@ -15,13 +15,16 @@
 namespace q6k {
 
 // In the order of `FILES` in units.py.
-enum File : uint16_t { DECODE, GEMM_WGMMA, GEMM_MMA, ROWS, PACK };
+enum File : uint16_t { DECODE, QUANTIZE_ROWS, GEMM_WGMMA, GEMM_MMA, ROWS, PACK };
 
 // A file of device code and the values of its macros, in the order of `MACROS` in units.py.
 struct Key {
-  uint16_t file = 0, count = 0, values[12] = {};
+  uint16_t file = 0, count = 0, values[MOST_VALUES] = {};
 
   Key() = default;
+  Key(File of, std::initializer_list<int64_t> macros) : file(of) {
+    for (const int64_t value : macros) add(value);
+  }
   // Those of the weight type come first.
   Key(File of, const WeightType& type, std::initializer_list<int64_t> others) : file(of) {
     for (const int64_t value : {type.bits, type.group, type.minimum, type.scales}) add(value);
@@ -32,9 +35,9 @@ struct Key {
  private:
   void add(int64_t value) { values[count++] = static_cast<uint16_t>(value); }
 };
-static_assert(sizeof(Key) == 28, "compared as bytes: no padding");
+static_assert(sizeof(Key) == (2 + MOST_VALUES) * sizeof(uint16_t), "compared as bytes: no padding");
 
-// A kernel's parameters, packed as nvcc lays them out, and no further than the last ends.
+// A kernel's parameters, packed as the compiler lays them out, and no further than the last ends.
 class Arguments {
  public:
   template <typename... T>
@@ -86,7 +89,7 @@ class Kernel {
 
 // A kernel, ready to be launched on a GPU. `name` is a literal. Throws std::runtime_error if the library has none for
 // that GPU, or the driver refuses it.
-const Kernel& load(const Key& key, const char* name, const Device& device);
+const Kernel& load(Key key, const char* name, const Device& device);
 
 // The compute capabilities that the library has kernels for, as "80,90".
 std::string architectures();

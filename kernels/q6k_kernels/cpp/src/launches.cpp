@@ -32,7 +32,7 @@ const void* quantize(const DecodePlan& plan, const Product& product, Scratch& sc
                             product.stride, integer(product.m), integer(product.k));
   Launch how = {ceil_div(plan.tokens * product.k / 16, QUANTIZE_THREADS), 1, QUANTIZE_THREADS, product.stream};
   how.dependent = overlaps(*product.device);
-  load(decode_key(plan, product), "q6k_quantize", *product.device).launch(how, arguments);
+  load(Key(QUANTIZE_ROWS, {product.fp16, plan.tokens, false}), "q6k_quantize", *product.device).launch(how, arguments);
   return quantized;
 }
 
@@ -56,17 +56,17 @@ std::atomic<uint64_t>& ticket() {
 }
 
 // A CUtensorMap of 8-bit or 16-bit elements; the contiguous dimension first.
-void encode(CUtensorMap& map, const void* pointer, CUtensorMapDataType type, cuuint32_t rank, const cuuint64_t* sizes,
-            const cuuint64_t* strides, const cuuint32_t* box, CUtensorMapSwizzle swizzle) {
-  const cuuint32_t steps[] = {1, 1, 1};
+void encode(CUtensorMap& map, const void* pointer, int type, uint32_t rank, const uint64_t* sizes,
+            const uint64_t* strides, const uint32_t* box, int swizzle) {
+  const uint32_t steps[] = {1, 1, 1};
   check(driver().cuTensorMapEncodeTiled(&map, type, rank, const_cast<void*>(pointer), sizes, strides, box, steps,
                                         CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
         "cuTensorMapEncodeTiled");
 }
 
-cuuint64_t u64(int64_t value) { return static_cast<cuuint64_t>(value); }
-cuuint32_t u32(int64_t value) { return static_cast<cuuint32_t>(value); }
+uint64_t u64(int64_t value) { return static_cast<uint64_t>(value); }
+uint32_t u32(int64_t value) { return static_cast<uint32_t>(value); }
 
 }  // namespace
 
@@ -106,15 +106,15 @@ void launch_wgmma(const Product& product, Scratch& scratch) {
   const int64_t bytes = product.type->tile_bytes, width = bytes / TILE_PIECES, blocks = product.k / SUPER_BLOCK;
   // The driver encodes for the thread's current context only; one that has not used CUDA yet has none.
   const Current current(primary_context(product.device->index));
-  alignas(128) CUtensorMap map;
-  const cuuint64_t tile_sizes[] = {u64(width), u64(blocks * TILE_PIECES), u64(product.row_tiles)};
-  const cuuint64_t tile_strides[] = {u64(width), u64(blocks * bytes)};
-  const cuuint32_t tile_box[] = {u32(width), u32(TILE_PIECES), u32(config.rows() / TILE_ROWS)};
+  CUtensorMap map;
+  const uint64_t tile_sizes[] = {u64(width), u64(blocks * TILE_PIECES), u64(product.row_tiles)};
+  const uint64_t tile_strides[] = {u64(width), u64(blocks * bytes)};
+  const uint32_t tile_box[] = {u32(width), u32(TILE_PIECES), u32(config.rows() / TILE_ROWS)};
   encode(map, product.tiles, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, tile_sizes, tile_strides, tile_box,
          CU_TENSOR_MAP_SWIZZLE_NONE);
   arguments.append_at(112, &map, sizeof map);
-  const cuuint64_t x_sizes[] = {u64(product.k), u64(product.m)}, x_strides[] = {u64(product.stride * 2)};
-  const cuuint32_t x_box[] = {64, u32(config.tokens)};
+  const uint64_t x_sizes[] = {u64(product.k), u64(product.m)}, x_strides[] = {u64(product.stride * 2)};
+  const uint32_t x_box[] = {64, u32(config.tokens)};
   encode(map, product.x, product.fp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
          x_sizes, x_strides, x_box, CU_TENSOR_MAP_SWIZZLE_128B);
   arguments.append_at(112 + sizeof map, &map, sizeof map);
@@ -167,7 +167,7 @@ void launch_dequantize(const void* tiles, void* out, int out_kind, int64_t first
                        const WeightType& type, const Device& device, CUstream stream) {
   const int64_t half_tiles = 2 * ceil_div(rows, TILE_ROWS) * (k / SUPER_BLOCK);
   const Launch how = {ceil_div(half_tiles * 32, ROW_THREADS), 1, ROW_THREADS, stream};
-  load(Key(ROWS, type, {out_kind}), "q6k_dequantize", device)
+  load(Key(ROWS, type, {out_kind, false}), "q6k_dequantize", device)
       .launch(how, Arguments(tiles, out, integer(first_row), integer(rows), integer(k)));
 }
 

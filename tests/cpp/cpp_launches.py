@@ -21,9 +21,9 @@ from q6k_kernels.cpp import variants
 from q6k_kernels.cuda import decode, decode_plan, expand, gemm_mma, gemm_wgmma
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.errors import CudaError
-from q6k_kernels.formats import tiles
 from q6k_kernels.formats.types import WEIGHT_TYPES
 from q6k_kernels.jit import loader
+from q6k_kernels.jit.compiler import Compiled
 
 FAKE = Path(os.environ["Q6K_FAKE_CUDA"])
 STREAM, TICKET = 0x5EED, 1 << 40
@@ -53,13 +53,13 @@ def fake() -> Iterator[FakeCuda]:
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: f"sm_{gpu.arch}-{gpu.multiprocessors}")
 def test_decode_plans(functions: Functions, gpu: launching.Device) -> None:
     some = 0
-    for n, k, exact, m in itertools.product(ROWS, COLUMNS, (False, True), range(1, 9)):
-        plan = decode_plan.plan(m, n, k, WEIGHT_TYPES["q6_k_exact" if exact else "q6_k"], gpu)
+    for n, k, row, m in itertools.product(ROWS, COLUMNS, WEIGHT_TYPES.values(), range(1, 9)):
+        plan = decode_plan.plan(m, n, k, row, gpu)
         wanted = None
         if plan is not None:
             some += 1
             wanted = [*map(int, plan.kernel), plan.cluster, plan.ranges, int(plan.early), plan.shared_bytes]
-        assert functions.decode(m, n, k, exact, gpu) == wanted, (m, n, k, exact)
+        assert functions.decode(m, n, k, row, gpu) == wanted, (m, n, k, row.name)
     assert some > 1000
 
 
@@ -78,10 +78,10 @@ def test_wgmma_plans(functions: Functions, gpu: launching.Device) -> None:
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: f"sm_{gpu.arch}-{gpu.multiprocessors}")
 def test_mma_plans(functions: Functions, gpu: launching.Device) -> None:
-    for n, k, exact, m in itertools.product(ROWS[:12], COLUMNS[::2], (False, True), MANY[:15]):
-        plan = gemm_mma.plan(m, n, k, exact, gpu)
+    for n, k, row, m in itertools.product(ROWS[:12], COLUMNS[::2], WEIGHT_TYPES.values(), MANY[:15]):
+        plan = gemm_mma.plan(m, n, k, row, gpu)
         wanted = [plan.tokens, plan.parts, plan.splits, plan.slots, plan.grid[0], plan.shared_bytes]
-        assert functions.mma(m, n, k, exact, gpu) == wanted, (m, n, k, exact)
+        assert functions.mma(m, n, k, row, gpu) == wanted, (m, n, k, row.name)
         assert plan.grid[1:] == (plan.splits, 1)
 
 
@@ -98,10 +98,9 @@ class Memory:
 
     def __init__(self, product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
         dtype = torch.float16 if product.fp16 else torch.bfloat16
-        size = tiles.TILE_BYTES["exact" if product.exact else "bf16"]
         self.product = product
         self.x = torch.zeros(product.m, product.k + 8, dtype=dtype)[:, : product.k]
-        self.tiles = torch.zeros(-(-product.n // 16), product.k // 256, size, dtype=torch.uint8)
+        self.tiles = torch.zeros(-(-product.n // 16), product.k // 256, product.row.tile_bytes, dtype=torch.uint8)
         self.bias = torch.zeros(product.n) if product.exact else None
         self.y = torch.zeros(product.m, product.n, dtype=dtype)
         self._room = torch.zeros(64 << 20, dtype=torch.uint8)
@@ -128,7 +127,7 @@ class Memory:
             patch.setattr(gemm_wgmma, "_tickets", itertools.count(TICKET))
             gemm_wgmma._tile_map.cache_clear()
             gemm_wgmma._x_map.cache_clear()
-            arguments = self.x, self.tiles, self.bias, self.product.n, self.y
+            arguments = self.x, self.tiles, self.bias, self.product.n, self.product.row, self.y
             if self.product.kind == MMA:
                 gemm_mma.linear(*arguments)
             else:
@@ -153,7 +152,7 @@ def asked(fake: FakeCuda) -> list[str]:
 @pytest.fixture(autouse=True)
 def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """For Python: the driver that writes down looks for a kernel's name alone."""
-    monkeypatch.setattr(loader, "cubin", lambda file, defines, arch, sources: named_cubin())
+    monkeypatch.setattr(loader, "compiled", lambda *_: Compiled(named_cubin(), ""))
 
 
 def named_cubin() -> bytes:
