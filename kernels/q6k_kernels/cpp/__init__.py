@@ -4,4 +4,4 @@
 implementations. `src/` has the host side, `../cuda/` the kernels, the same text that Python compiles at run time.
 """
 
-__all__ = ["variants"]
+__all__ = ["cubins", "generate", "units"]
