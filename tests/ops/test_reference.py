@@ -17,10 +17,12 @@ from gguf_builder import q6k_blocks
 
 torch = pytest.importorskip("torch")
 
+from packed import dequantized as dequantize
+from packed import multiplied as linear
 from packed import planes_of
 from q6k_cases import Q6_K, SHAPES, blocks, inputs, name_of, parts, planes
 from q6k_kernels.ops import accuracy, reference
-from q6k_kernels.ops.reference import dequantize, linear, quantize_activations, roundings
+from q6k_kernels.ops.reference import quantize_activations, roundings
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -237,12 +239,15 @@ GOOD = {
         ({"ql": torch.zeros(3, 64, dtype=torch.uint8)}, r"found uint8 \(3, 64\)"),
         ({"ql": torch.zeros(0, 256, dtype=torch.uint8)}, r"N >= 1.*found uint8 \(0, 256\)"),
         ({"ql": GOOD["ql"][None]}, r"found uint8 \(1, 3, 256\)"),
-        ({"qh": GOOD["ql"]}, r"qh: with ql of shape \(3, 256\) expected uint8 \(3, 128\), found uint8 \(3, 256\)"),
-        ({"scale": GOOD["scale"].half()}, r"scale without steps: .*bfloat16 \(3, 32\), found float16 \(3, 32\)"),
-        ({"steps": torch.zeros(3, 2).half()}, r"scale with steps: .*int8 \(3, 32\), found bfloat16"),
+        (
+            {"qh": GOOD["ql"]},
+            r"qh of q6_k: with ql of shape \(3, 256\) expected uint8 \(3, 128\), found uint8 \(3, 256\)",
+        ),
+        ({"scale": GOOD["scale"].half()}, r"scale of q6_k: .*bfloat16 \(3, 32\), found float16 \(3, 32\)"),
+        ({"steps": torch.zeros(3, 2).half()}, r"scale of q6_k_exact: .*int8 \(3, 32\), found bfloat16"),
         (
             {"scale": torch.zeros(3, 32, dtype=torch.int8), "steps": torch.zeros(2, 2).half()},
-            r"steps: .*expected float16 \(3, 2\), found float16 \(2, 2\)",
+            r"steps of q6_k_exact: .*expected float16 \(3, 2\), found float16 \(2, 2\)",
         ),
         ({"bias": torch.zeros(2)}, r"bias: expected .*\(3,\), found float32 \(2,\)"),
         ({"bias": torch.zeros(3, dtype=torch.int32)}, r"found int32 \(3,\)"),
