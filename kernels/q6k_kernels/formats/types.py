@@ -103,7 +103,7 @@ class WeightType:
         return (
             ("Q6K_BITS", self.bits),
             ("Q6K_GROUP", self.group),
-            ("Q6K_MINIMUM", 0),
+            ("Q6K_MINIMUM", int("min" in self.roles)),
             ("Q6K_SCALES", KIND_OF_SCALE[self.scales[0].dtype]),
         )
 
