@@ -1,6 +1,6 @@
-"""What can go wrong in a GGUF file, from a kernel's source to its run on a GPU, and from a bundle to a model.
+"""The errors of this package: of GGUF files, of compiling and running kernels, of making a model from a bundle.
 
-A closed set. Every exception carries one sentence for the cause and one for the remedy; its text is both.
+The set is closed. Every exception carries one sentence for the cause and one for the remedy; its text is both.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class ExplainedError(RuntimeError):
-    """Base of all errors here.
+    """Base of all errors in this module.
 
     Attributes:
         cause: what was expected and what was found, with the file, the key or the tensor.
@@ -23,11 +23,11 @@ class ExplainedError(RuntimeError):
 
 
 class GgufError(ExplainedError):
-    """Base of what goes wrong with a GGUF file."""
+    """Base of the errors of GGUF files."""
 
 
 class GgufReadError(GgufError):
-    """A GGUF file cannot be opened or read, or changes meanwhile."""
+    """A GGUF file cannot be opened or read, or changes while it is read."""
 
 
 class GgufRejectedError(GgufError):
@@ -35,9 +35,9 @@ class GgufRejectedError(GgufError):
 
     Args:
         path: the file.
-        item: what in it is wrong: a key, a tensor, a header field.
+        item: what is wrong in the file: a key, a tensor, a header field.
         problem: what was expected and what was found.
-        offset: where in the file, in bytes from its start; None where no one place is to blame.
+        offset: bytes from the start of the file to the problem; None if it has no single place.
         remedy: what the user can do.
     """
 
@@ -58,7 +58,7 @@ class GgufRejectedError(GgufError):
 
 
 class CudaError(ExplainedError):
-    """Base of what goes wrong between a kernel's source and its run on a GPU."""
+    """Base of the errors between a kernel's source and its run on a GPU."""
 
 
 class DriverMissingError(CudaError):
@@ -78,7 +78,7 @@ class DriverCallError(CudaError):
 
 
 class GpuMissingError(CudaError):
-    """The NVIDIA driver is there, a GPU is not, or not one that this process may use."""
+    """The NVIDIA driver is installed, but there is no GPU that this process may use."""
 
 
 class GpuTooOldError(CudaError):
@@ -93,7 +93,7 @@ class CompileFailedError(CudaError):
     """NVRTC refused a kernel's source.
 
     Attributes:
-        log: what it printed.
+        log: what NVRTC printed.
     """
 
     def __init__(self, cause: str, remedy: str, log: str) -> None:
@@ -102,15 +102,15 @@ class CompileFailedError(CudaError):
 
 
 class SourceMissingError(CudaError):
-    """The package's device code is not where it belongs, or has no such kernel."""
+    """The package's device code is missing, or has no such kernel."""
 
 
 class ModelError(ExplainedError):
-    """Base of what keeps a bundle from becoming a model; the bundle itself may be sound."""
+    """Base of the errors of making a model from a bundle; the bundle itself may be sound."""
 
 
 class UnsupportedModelError(ModelError):
-    """An architecture, or something about it, that no model is built for."""
+    """The architecture, or a feature of it, is not supported."""
 
 
 class HyperparameterError(ModelError):
@@ -118,7 +118,7 @@ class HyperparameterError(ModelError):
 
 
 class WeightsError(ModelError):
-    """A tensor that the model needs is missing, mis-shaped or in no form that loads, or there is one too many."""
+    """A tensor that the model needs is missing, has a wrong shape or cannot be loaded, or there is one too many."""
 
 
 class PackageMissingError(ModelError):
@@ -126,8 +126,8 @@ class PackageMissingError(ModelError):
 
 
 class ProgramError(ModelError):
-    """An exported model is damaged, or not for this machine."""
+    """An exported model is damaged, or made for another machine."""
 
 
 class ExportFailedError(ModelError):
-    """torch could not trace or compile a module, or what it made has no packed operation."""
+    """torch could not trace or compile a module, or the result has no packed operation."""

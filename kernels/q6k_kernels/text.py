@@ -1,4 +1,4 @@
-"""Texts that errors are made of."""
+"""Helpers for the texts of errors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from collections.abc import Sequence
 
 
 def listing(items: Sequence[str], separator: str = ", ", most: int = 10) -> str:
-    """Join items; past `most`, say how many more there are."""
+    """Join the first `most` items, and say how many more there are."""
     more = len(items) - most
     return separator.join(items[:most]) + (f"{separator}and {more} more" if more > 0 else "")

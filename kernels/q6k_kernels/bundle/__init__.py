@@ -1,5 +1,6 @@
-"""The q6k-planar bundle on disk: shards, manifest, writer, structure and content checks, metadata. Imports formats
-and gguf; no torch, no GPU.
+"""The q6k-planar bundle on disk: shards, manifest, writer, structure and content checks, metadata.
+
+Imports formats and gguf; no torch, no GPU.
 """
 
 __all__ = ["content", "manifest", "metadata", "shards", "storage", "structure", "writer"]

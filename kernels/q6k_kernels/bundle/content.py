@@ -1,6 +1,6 @@
-"""Are the bytes of a bundle the ones that were written? Checksums of everything, and finite scales.
+"""The check of a bundle's content: checksums of all files and arrays, and scales that are finite.
 
-Reads every byte once, in pieces, several arrays at a time; memory does not depend on the bundle's size.
+Every byte is read once, in pieces, several arrays at a time. Memory use does not depend on the bundle's size.
 """
 
 from __future__ import annotations
@@ -19,26 +19,29 @@ from q6k_kernels.bundle.manifest import Manifest, StoredArray, StoredTensor
 from q6k_kernels.bundle.structure import Entry, Finding, read_header
 
 PIECE_BYTES = 1 << 20
-"""Read at a time: what is hashed is then still in the core's own cache."""
-# The bits of infinity by dtype; those of NaN are above them.
+"""Bytes read at a time: few enough to be hashed while they are in the core's own cache."""
+# The bits of infinity by dtype; those of a NaN are larger.
 _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00}
 
 
 def content_bytes(manifest: Manifest) -> int:
-    """The bytes that `check_content` reads."""
+    """Return the number of bytes that `check_content` reads."""
     return sum(file.size for file in manifest.files.values())
 
 
 def check_content(
     directory: Path, manifest: Manifest, *, jobs: int, progress: Callable[[int], None]
 ) -> list[Finding]:
-    """Every checksum of the manifest, and every scale finite unless the bundle was made to keep others.
+    """Check every checksum of the manifest, and that scales are finite unless the bundle was made to keep others.
 
     Args:
         directory: a bundle whose structure is sound.
         manifest: its manifest.
         jobs: arrays read at the same time.
-        progress: told, from any of the threads but one at a time, how many bytes are newly done.
+        progress: called with the number of bytes newly done, from any thread but from one at a time.
+
+    Returns:
+        What is wrong; nothing for a sound bundle.
 
     Raises:
         OSError: a file cannot be read.
@@ -49,7 +52,7 @@ def check_content(
     for name, file in manifest.files.items():
         work.append(lambda name=name, file=file: reader.check_file(name, file.checked_bytes, file.checksum))  # type: ignore[misc]
     finite = not manifest.options.get("allow_nonfinite")
-    # The longest first, so that none is left to run alone at the end.
+    # The longest first, so that no long one runs alone at the end.
     for tensor, role, array in sorted(_arrays(manifest), key=lambda item: -_length(shards, item[2])):
         entry = shards[array.file][array.key]
         checked = finite and tensor.storage == "planar" and role in ("scale", "steps")
@@ -80,7 +83,7 @@ def _length(shards: dict[str, dict[str, Entry]], array: StoredArray) -> int:
 
 
 class _Reader:
-    """Reads and hashes ranges of the bundle's files; one buffer a thread."""
+    """Reader of ranges of the bundle's files, with one buffer for each thread."""
 
     def __init__(self, directory: Path, progress: Callable[[int], None]) -> None:
         self.directory = directory
@@ -91,12 +94,12 @@ class _Reader:
         self._files = list[FileIO]()
 
     def close(self) -> None:
-        """Closes the files that are still open."""
+        """Close the files that are still open."""
         for file in self._files:
             file.close()
 
     def check_file(self, name: str, length: int, checksum: str) -> list[Finding]:
-        """The first `length` bytes of a file: all of it, or a shard's header."""
+        """Check the first `length` bytes of a file by their checksum: all of it, or a shard's header."""
         hasher = xxhash.xxh3_128()
         for piece in self._pieces(name, 0, length):
             hasher.update(piece)
@@ -105,7 +108,7 @@ class _Reader:
         return [Finding(f"checksum of its first {length} bytes is {hasher.hexdigest()}, expected {checksum}", name)]
 
     def check_array(self, tensor: StoredTensor, array: StoredArray, entry: Entry, *, finite: bool) -> list[Finding]:
-        """One array: its checksum, and whether its values are finite if that is asked."""
+        """Check an array's checksum and, with `finite`, that its values are finite."""
         hasher, at, bad = xxhash.xxh3_128(), 0, None
         for piece in self._pieces(array.file, entry.begin, entry.end):
             hasher.update(piece)
@@ -124,7 +127,7 @@ class _Reader:
         return findings
 
     def _pieces(self, name: str, begin: int, end: int) -> Iterator[memoryview]:
-        """The bytes of a range, one after the other in the thread's one buffer."""
+        """Yield the bytes of a range piece by piece, each in the thread's one buffer."""
         mine = self._local
         if not hasattr(mine, "buffer"):
             mine.buffer, mine.name, mine.file = memoryview(bytearray(PIECE_BYTES)), None, None
@@ -149,7 +152,7 @@ class _Reader:
 
 
 def _first_not_finite(piece: memoryview, infinity: int) -> int | None:
-    """The first 16-bit value that is infinite or NaN: of both signs the largest as integers."""
+    """Return the index of the first 16-bit value that is infinite or NaN, the largest integers of either sign."""
     values = np.frombuffer(piece, np.uint16)
     if values.view(np.int16).max() < infinity and values.max() < infinity | 0x8000:
         return None

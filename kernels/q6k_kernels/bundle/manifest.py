@@ -37,7 +37,7 @@ NAME = "bundle.json"
 METADATA_NAME = "metadata.gguf"
 CHECKSUM = "xxh3_128"
 MAX_BYTES = 32 << 20
-"""Bound of the manifest's size: what it takes to list the tensors of any GGUF that is read stays below it."""
+"""Limit of the manifest's size in bytes; the manifest of any GGUF that the reader accepts is smaller."""
 _ENDING = re.compile(rb',\n "manifest_checksum": "([0-9a-f]{32})"\n}\n')
 _ENDING_BYTES = 61
 _SURROGATE = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89a-fA-F]")
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 class BundleError(ValueError):
-    """A directory is no bundle, or breaks the rules of the format; the message says which and where."""
+    """A directory is no bundle, or breaks a rule of the format; the message says which rule and where."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class StoredTensor:
         shape: torch order.
         storage: one of `STORAGES`.
         format: the name of its weight type, if it is packed.
-        arrays: by role: those of the weight type, or data; none if it is skipped.
+        arrays: its arrays by role: those of the weight type, or `data`; none if it is skipped.
     """
 
     name: str
@@ -82,7 +82,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Of all its arrays."""
+        """Size of all its arrays in bytes."""
         return sum(math.prod(array.shape) * DTYPE_BYTES[array.dtype] for array in self.arrays.values())
 
 
@@ -118,12 +118,12 @@ class Manifest:
 
 
 def checksum(data: bytes) -> str:
-    """The checksum used throughout a bundle."""
+    """Return the checksum of `data` that a bundle uses throughout."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
 def serialize(manifest: Manifest) -> bytes:
-    """The one text of a manifest."""
+    """Return the canonical text of a manifest."""
     content = {"format": FORMAT, "version": VERSION, "checksum": CHECKSUM} | asdict(manifest)
     bare = json.dumps(content, indent=1, ensure_ascii=False)
     content["manifest_checksum"] = checksum(bare.encode())
@@ -131,12 +131,12 @@ def serialize(manifest: Manifest) -> bytes:
 
 
 def is_bundle(directory: Path) -> bool:
-    """Whether the directory claims to be a bundle: it has a manifest."""
+    """Check whether the directory claims to be a bundle: it has a manifest."""
     return (directory / NAME).is_file()
 
 
 def read(directory: Path) -> Manifest:
-    """Reads and checks `bundle.json`.
+    """Read and check `bundle.json`.
 
     Raises:
         BundleError: it is missing, of an unknown version, or breaks a rule of the format.
@@ -157,7 +157,7 @@ def read(directory: Path) -> Manifest:
         _check_version(top)
         ending = _ENDING.fullmatch(raw, max(0, len(raw) - _ENDING_BYTES))
         if ending is None or checksum(raw[:-_ENDING_BYTES] + b"\n}").encode() != ending[1]:
-            raise BundleError("its content is not what its own checksum demands: the file was altered")
+            raise BundleError("its content does not match its own checksum: the file was altered")
         if _SURROGATE.search(raw):
             raise BundleError("a text in it has an escaped surrogate, which UTF-8 cannot hold")
         return _parsed(top)
@@ -207,7 +207,7 @@ def _parsed(top: dict[str, Any]) -> Manifest:
         tensors=[_tensor(t) for t in _objects(StoredTensor, _field(top, "tensors", list))],
     )
     for option, value in manifest.options.items():
-        # Flat, so that no nesting can exhaust whoever prints it.
+        # Flat, so that no nesting can exhaust the stack of a program that prints it.
         if not isinstance(value, str | int) and not (
             isinstance(value, list) and all(isinstance(item, str) for item in value)
         ):

@@ -1,7 +1,7 @@
-"""A bundle's `metadata.gguf`: the model's hyper-parameters and vocabulary, each of the type that is asked for.
+"""A bundle's `metadata.gguf`: the model's hyper-parameters and vocabulary, read as the type that is asked for.
 
-The GGUF reader bounds what the file states. Here its size is bounded, too, and it is kept in memory: a vocabulary
-of 262,144 tokens is decoded once somebody asks for it.
+The GGUF reader bounds what the file states. This module also bounds the file's size and keeps it in memory: a
+vocabulary of 262,144 tokens is decoded only when it is asked for.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
 class Metadata:
     """Key-value pairs of one file, read by `read_metadata`.
 
-    The typed readers return None for a key that is absent and raise BundleError for one of another type, which
-    they name together with what was expected.
+    The typed readers return None for a key that is absent and raise BundleError for one of another type; the
+    message names both types.
 
     Attributes:
-        path: of the file, for messages.
+        path: path of the file, for messages.
         architecture: `general.architecture`; "" if the file names none.
     """
 
@@ -72,7 +72,7 @@ class Metadata:
 
     @property
     def context_length(self) -> int | None:
-        """Number of positions that the model knows; None if the file does not say."""
+        """Context length in tokens; None if the file does not state it."""
         return self.integer(f"{self.architecture}.context_length")
 
     def string(self, key: str) -> str | None:
@@ -111,7 +111,7 @@ class Metadata:
         return values
 
     def value(self, key: str) -> Any:
-        """Read a value of any type; an array, of at most `MAX_LIST`, as a list. None if the key is absent."""
+        """Read a value of any type, an array of at most `MAX_LIST` as a list; None if the key is absent."""
         kv = self._file.kv.get(key)
         if kv is not None and kv.element is not None and kv.count > MAX_LIST:
             self._reject(kv, f"{_described(kv)}, more than the limit of {MAX_LIST}")

@@ -44,12 +44,12 @@ class ArraySpec:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file, laid out.
+    """The layout of one safetensors file.
 
     Attributes:
         header: everything before the data, length field included.
         offsets: key -> first byte of the array in the file.
-        size: of the whole file.
+        size: size of the whole file in bytes.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Shard:
 
 
 def lay_out(name: str, arrays: Iterable[ArraySpec]) -> Shard:
-    """Orders arrays in a file and fixes their offsets and the header."""
+    """Order the arrays of a file and fix their offsets and the header."""
     ordered = tuple(sorted(arrays, key=lambda a: -DTYPE_BYTES[a.dtype]))
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at, begins = 0, dict[str, int]()
@@ -77,9 +77,9 @@ def lay_out(name: str, arrays: Iterable[ArraySpec]) -> Shard:
 
 
 def plan_shards(groups: Sequence[Sequence[ArraySpec]], max_bytes: int) -> list[Shard]:
-    """Distributes groups of arrays over as few files as their order allows.
+    """Distribute groups of arrays over as few files as their order allows.
 
-    A group (the arrays of one tensor) is never split, so one larger than `max_bytes` has a file to
+    A group (the arrays of one tensor) is never split, so a group larger than `max_bytes` has a file to
     itself. One file is called `model.safetensors`, several `model-00001-of-0000N.safetensors`.
 
     Args:
@@ -87,7 +87,7 @@ def plan_shards(groups: Sequence[Sequence[ArraySpec]], max_bytes: int) -> list[S
         max_bytes: data bytes a file may hold.
 
     Raises:
-        ValueError: that would take more than 99,999 files.
+        ValueError: the arrays would take more than 99,999 files.
     """
     files: list[list[ArraySpec]] = [[]]
     filled = 0
@@ -109,7 +109,7 @@ def plan_shards(groups: Sequence[Sequence[ArraySpec]], max_bytes: int) -> list[S
 
 
 def index_json(shards: Sequence[Shard]) -> bytes:
-    """`model.safetensors.index.json`: which file holds which key (Hugging Face's convention)."""
+    """Return `model.safetensors.index.json`: which file holds which key (Hugging Face's convention)."""
     weight_map = {array.key: shard.name for shard in shards for array in shard.arrays}
     total = sum(array.nbytes for shard in shards for array in shard.arrays)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -3,7 +3,7 @@
 | storage     | arrays                                                                     |
 |-------------|----------------------------------------------------------------------------|
 | planar      | those of its weight type: `X.ql`, … (see `formats.types`)                  |
-| plain       | `X`, as it was: float, bf16 and integer types                              |
+| plain       | `X`, unchanged: float, bf16 and integer types                              |
 | dequantized | `X`, bf16                                                                  |
 | raw         | `X`, uint8 rows of GGUF blocks                                             |
 | skipped     | none                                                                       |
@@ -31,7 +31,7 @@ PLAIN_DTYPES = {
     "I16": "I16",
     "I8": "I8",
 }
-"""GGML type -> safetensors dtype, for the types stored as they are."""
+"""GGML type -> safetensors dtype, for the types stored unchanged."""
 
 
 def arrays_of(
@@ -41,13 +41,13 @@ def arrays_of(
 
     Args:
         name: the tensor's GGUF name.
-        ggml_type: its type's name, `Q6_K` say.
+        ggml_type: its type's name, for example `Q6_K`.
         shape: torch order; (N, K) or (E, N, K) for planar storage.
         storage: how it is stored.
         format: the name of the weight type of planar storage, else None.
 
     Raises:
-        ValueError: a tensor of this type or shape cannot be stored so.
+        ValueError: a tensor of this type or shape cannot be stored in this way.
     """
     *lead, last = shape or (1,)
     if (format is not None) != (storage == "planar"):
@@ -64,7 +64,7 @@ def arrays_of(
         }
     if storage == "plain":
         if ggml_type not in PLAIN_DTYPES:
-            raise ValueError(f"{ggml_type} is not stored as it is")
+            raise ValueError(f"{ggml_type} cannot be stored unchanged")
         return {"data": ArraySpec(name, PLAIN_DTYPES[ggml_type], tuple(shape))}
     if storage == "dequantized":
         return {"data": ArraySpec(name, "BF16", tuple(shape))}

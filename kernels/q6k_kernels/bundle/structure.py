@@ -1,6 +1,6 @@
-"""Is a bundle's directory put together by the rules? Reads headers and names, no array data.
+"""The check of a bundle's structure: files, headers, names, dtypes and shapes. It reads no array data.
 
-Checked here, each broken rule becoming one finding with file, tensor and array:
+Each of these rules that is broken becomes a finding with file, tensor and array:
 
 1. every file of the manifest is there, a regular file of the stated size, and not a link out of the
    directory; no other safetensors file lies beside them
@@ -30,13 +30,13 @@ from q6k_kernels.bundle.storage import Storage, arrays_of
 from q6k_kernels.formats.types import row_of
 
 MAX_HEADER = 16 << 20
-"""Bytes of a shard's header; the 16,384 tensors a GGUF may have take less."""
+"""Limit of a shard's header in bytes; the 16,384 tensors that a GGUF may have take less."""
 MAX_INDEX = 16 << 20
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, and where: file, tensor and array as far as they can be told."""
+    """One thing that is wrong, and where: file, tensor and array as far as they are known."""
 
     problem: str
     file: str | None = None
@@ -51,7 +51,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Entry:
-    """One array as a shard's header has it; `begin` and `end` count from the start of the file."""
+    """One array in a shard's header; `begin` and `end` count from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -60,7 +60,7 @@ class Entry:
 
 
 def check_structure(directory: Path, manifest: Manifest) -> list[Finding]:
-    """Everything that breaks a rule above; empty for a sound bundle.
+    """Check the rules above and return what breaks them; nothing for a sound bundle.
 
     Raises:
         OSError: a file that is there cannot be read.
@@ -82,7 +82,7 @@ def check_structure(directory: Path, manifest: Manifest) -> list[Finding]:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The arrays of a safetensors file, its header checked against the rules of the format.
+    """Read the header of a safetensors file, check it by the format's rules, and return its arrays by key.
 
     Raises:
         ValueError: a rule is broken; the message says which.

@@ -6,8 +6,8 @@
       bundle.json                  the manifest; without it a directory is no bundle
 
 Array data arrives as pieces at positions, from any number of threads (`write`), and is hashed in
-order by one (`hash`). Nothing here knows where the directory will end up: whoever asks for a bundle
-writes it under another name and renames it when `finish` has made it durable.
+order by one (`hash`). The caller writes a bundle under a temporary name and renames the directory
+once `finish` has made it durable.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from q6k_kernels.bundle.manifest import Manifest, SourceFile, StoredArray, Store
 from q6k_kernels.bundle.shards import INDEX_NAME, ArraySpec, Shard, index_json
 
 WRITEBACK_BYTES = 32 << 20
-"""Once this much has been written, the disk is set to work on it while more is being made."""
+"""Bytes written after which the disk begins to store them, while more are being made."""
 
 
 class BundleWriter:
-    """Writes one bundle into an existing, empty directory.
+    """Writer of one bundle into an existing, empty directory.
 
     Args:
-        directory: where; its files are created, never opened if they exist.
+        directory: the directory; its files are created, never opened if they exist.
         shards: the layout, from `plan_shards`.
 
     Raises (every method): OSError, with the file's name.
@@ -47,7 +47,7 @@ class BundleWriter:
         self._files: dict[str, StoredFile] = {}
         self._open = dict[str, int]()
         self._lock = threading.Lock()
-        # One thread keeps the disk at work on what is written while more is being made.
+        # One thread keeps the disk busy with what is written while more is being made.
         self._disk = ThreadPoolExecutor(1, "writeback")
         self._syncs = list[Future[None]]()
         self._unsynced = 0
@@ -63,12 +63,12 @@ class BundleWriter:
             raise
 
     def write(self, key: str, at: int, data: memoryview) -> None:
-        """Puts `data` at byte `at` of an array. Any thread, any order."""
+        """Write `data` at byte `at` of an array. Any thread may call it, in any order."""
         shard = self._shards[key]
         _pwrite(shard.name, self._descriptor(shard), data, shard.offsets[key] + at)
 
     def hash(self, key: str, data: memoryview) -> None:
-        """Adds the next bytes of an array, already written, to its checksum. In order, one thread."""
+        """Add the next bytes of an array, already written, to its checksum. In order, from one thread."""
         name = self._shards[key].name
         self._hashes[key].update(data)
         self._missing[name] -= len(data)
@@ -80,7 +80,7 @@ class BundleWriter:
             self._syncs.append(self._disk.submit(self._sync, name, close=False))
 
     def add_file(self, name: str, pieces: Iterable[bytes]) -> None:
-        """Writes a whole file beside the shards."""
+        """Write a whole file beside the shards."""
         fd, hasher, size = self._create(name), xxhash.xxh3_128(), 0
         for piece in pieces:
             _pwrite(name, fd, piece, size)
@@ -90,7 +90,7 @@ class BundleWriter:
         self._files[name] = StoredFile(size, size, hasher.hexdigest())
 
     def stored_array(self, spec: ArraySpec) -> StoredArray:
-        """The manifest's entry of an array, once all of it was hashed."""
+        """Return the manifest's entry of an array, all of which has been hashed."""
         return StoredArray(
             key=spec.key,
             dtype=spec.dtype,
@@ -109,7 +109,7 @@ class BundleWriter:
         tied: dict[str, str],
         tensors: list[StoredTensor],
     ) -> Manifest:
-        """Makes everything durable, then writes the manifest and makes that durable too."""
+        """Make everything durable, then write the manifest and make it durable, too."""
         for sync in self._syncs:
             sync.result()
         if any(self._missing.values()):
@@ -124,7 +124,7 @@ class BundleWriter:
         return manifest
 
     def close(self) -> None:
-        """Closes the files, whole or not. The directory is the caller's to remove."""
+        """Close the files, complete or not. It is for the caller to remove the directory."""
         self._disk.shutdown(cancel_futures=True)
         for fd in self._open.values():
             os.close(fd)
@@ -136,7 +136,7 @@ class BundleWriter:
         return self._open[name]
 
     def _descriptor(self, shard: Shard) -> int:
-        """The shard's descriptor; created at its first use, so that few are open at a time."""
+        """Return the shard's descriptor, created at its first use, so that few are open at a time."""
         with self._lock:
             if shard.name not in self._open:
                 fd = self._create(shard.name)
@@ -165,7 +165,7 @@ def _pwrite(name: str, fd: int, data: bytes | memoryview, at: int) -> None:
 
 
 class _Named:
-    """Gives an OSError of a descriptor the name of its file."""
+    """Context that adds the file's name to the OSError of a descriptor."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -179,7 +179,7 @@ class _Named:
 
 
 def fsync_directory(directory: Path) -> None:
-    """Makes the directory's entries durable."""
+    """Make the directory's entries durable."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with _Named(str(directory)):

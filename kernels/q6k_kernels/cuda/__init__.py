@@ -1,4 +1,5 @@
-"""Each CUDA kernel beside what launches it, the plans that choose a launch, and the dispatch over all of them.
+"""The CUDA kernels, each beside the module that launches it, the plans of launches, and the dispatch.
+
 Imports formats and jit; knows no model.
 """
 

@@ -1,12 +1,12 @@
-// One token's attention: its norms and rotary embedding, its key and value into the cache, and the keys, split over
-// blocks, the last of which adds up what all have and quantises it (quantize.cuh, before this file).
+// Attention of one token: norms and rotary embedding, then its key and value go into the cache. The keys are split
+// over blocks; the last block to finish adds the results of all and quantises them (quantize.cuh, before this file).
 //
-//   Q6K_HEAD_DIM  see heads.cuh, which comes before this file, too
-//   Q6K_WARPS     of a block
+//   Q6K_HEAD_DIM  see heads.cuh, which also comes before this file
+//   Q6K_WARPS     warps of a block
 //
 // Matrix instructions multiply 16 keys of a warp with up to 8 query heads that share them, then values with weights.
-// What does not depend on the launch before is asked for before the wait for it, above all the keys and values of
-// earlier steps, which go to shared memory.
+// Whatever does not depend on the previous launch is loaded before the wait for that launch: above all the keys and
+// values of earlier steps, which go to shared memory.
 
 #ifndef Q6K_WARPS
 #define Q6K_WARPS 8

@@ -1,8 +1,9 @@
-// The next token: the best logit, or the best of logit / temperature + noise (`sampling` has the formulas).
+// The next token: the best logit, or the best of logit / temperature + noise (`generate.sampling` has the formulas).
 //
-// What a thread has seen is one number, the score in an order that integers have, then the token, smaller ones first.
-// The last block to be done compares what all have found, and writes the token where the next step reads it. Nearly
-// all of the time is spent waiting for memory: for the logits, the counter, and what other blocks have found.
+// A thread keeps its best candidate as one integer: the score, mapped to integers of the same order, then the token,
+// smaller ones first. The last block to finish compares the candidates of all blocks, and writes the token where the
+// next step reads it. Nearly all of the time is spent waiting for memory: for the logits, the counter, and the
+// candidates of other blocks.
 
 constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / 32;

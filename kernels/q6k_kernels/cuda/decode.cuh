@@ -1,15 +1,15 @@
 // Decode: y[M,N] = x[M,K] W^T (+ bias) for M <= 8, W6A8.
 //
-// The bus sets the time, so everything serves the stream of tiles. Each warp keeps a ring of tiles in shared
-// memory, filled by asynchronous copies that need no registers. A few short rows of x every block quantises
-// for itself, while the ring fills; more would keep it from its work, so q6k_quantize does them once for all blocks,
-// in a launch that hides behind the first copies of the next (programmatic dependent launch).
+// Memory bandwidth sets the time, so everything serves the stream of tiles. Each warp keeps a ring of tiles in shared
+// memory, filled by asynchronous copies that need no registers. If rows of x are few and short, every block quantises
+// them for itself while the ring fills. Else q6k_quantize does so once for all blocks, in a launch that overlaps with
+// the first copies of the next (programmatic dependent launch).
 // mma.m16n8k16 multiplies one group of 16 rows with up to 8 tokens, so that M = 8 costs about what M = 1 does.
 //
 //   Q6K_TOKENS, Q6K_FUSED   see quantize.cuh, which comes before this file
 //   Q6K_WARPS    warps of a block
 //   Q6K_STAGES   tiles of a warp's ring
-//   Q6K_OCCUPANCY  blocks that shall fit a multiprocessor
+//   Q6K_OCCUPANCY  blocks that must fit on a multiprocessor
 //   Q6K_SPLIT    1: the blocks of a cluster share a range of row tiles and split K; their sums meet in distributed
 //                shared memory (sm_90 and later)
 //

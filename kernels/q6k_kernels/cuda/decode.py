@@ -1,4 +1,4 @@
-"""Decode, up to 8 rows of activations in 8 bits: `cuda/decode.cuh`, launched as `decode_plan` chooses."""
+"""Decode with activations in 8 bits: `cuda/decode.cuh`, launched as `cuda.decode_plan` chooses."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _QUANTIZE_ARGUMENTS = struct.Struct("@PPPqii")
 def linear(
     x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, row: WeightType, y: Tensor, device: Device
 ) -> None:
-    """Launches what `q6k_kernels.cuda.dispatch.linear` has checked.
+    """Launch the product y = x Wᵀ (+ bias); `cuda.dispatch.linear` has checked the arguments.
 
     Args:
-        x: bf16 or fp16 (M, K), rows 16-byte aligned; M at will, 8 rows a launch.
+        x: bf16 or fp16 (M, K), rows 16-byte aligned; any M, up to 8 rows a launch.
         tiles: uint8 (T, K/256, tile_bytes).
         bias: (n,) or None.
         n: rows of the weight.
         row: the weight type.
         y: x's dtype (M, n), contiguous.
-        device: of all of them.
+        device: the GPU of all tensors.
 
     Raises:
         ValueError: not even one row of activations fits in the GPU's shared memory.
@@ -65,16 +65,16 @@ def linear_of_codes(
     y: Tensor,
     device: Device,
 ) -> None:
-    """Launches the product of one row of activations that another kernel has quantised.
+    """Launch the product of one row of activations that another kernel has quantised.
 
     Args:
-        codes: uint8, `decode_plan.code_bytes(K)` long: what `q6k_quantize` makes of one row.
+        codes: uint8, one row as `q6k_quantize` writes it, of the size that `decode_plan.code_bytes(K)` gives.
         tiles: uint8 (T, K/256, tile_bytes).
         bias: (n,) or None.
-        n: rows of the weight, which `decode_plan.fits`.
+        n: rows of the weight; `decode_plan.fits` has accepted its size.
         row: the weight type.
         y: bf16 or fp16 (1, n), contiguous.
-        device: of all of them.
+        device: the GPU of all tensors.
     """
     chosen = plan(1, n, tiles.shape[1] * SUPER_BLOCK, row, device, quantized=True)
     if chosen is None:
@@ -136,7 +136,7 @@ def _multiply(
 
 
 def _quantize(x: Tensor, tokens: int, device: Device) -> Tensor:
-    """The rows x (M, K) in 8 bits, as a decode kernel for so many tokens reads them."""
+    """Quantise the rows x (M, K) to 8 bits, in the order in which a decode kernel for `tokens` rows reads them."""
     m, k = x.shape
     codes, steps = (k // SUPER_BLOCK * each for each in activation_bytes(tokens, False))
     quantized = torch.empty(codes + steps, dtype=torch.uint8, device=x.device)
@@ -166,7 +166,7 @@ def _quantize_variant(tokens: int, fp16: bool) -> Variant:
 
 
 def variants(device: Device) -> list[Variant]:
-    """Return all that `linear` and `linear_of_codes` load on a GPU for some size."""
+    """Return every variant that `linear` and `linear_of_codes` load on a GPU for some size."""
     return [
         *(
             _variant(kernel, split, row, fp16)

@@ -1,4 +1,4 @@
-"""Which decode kernels some size is launched with: what a build compiles, derived from the rows of `decode_plan`.
+"""The decode kernels that a build compiles: those that the rows of `cuda.decode_plan` choose for some size.
 
 At one K the rows split the numbers of row tiles into intervals, and a way to launch that fits a number of row tiles
 fits every smaller one. So within an interval the ways follow one another, each up to the most row tiles that it
@@ -18,14 +18,14 @@ from q6k_kernels.formats.ggml import SUPER_BLOCK
 from q6k_kernels.formats.types import WeightType
 
 MOST_BLOCKS = 1 << 14
-"""Super-blocks of a block's part of K, more than fit in any shared memory."""
+"""Super-blocks in a block's part of K: more than fit in any shared memory."""
 MOST_ROW_TILES = 1 << 27
 """Row tiles of 2^31 rows."""
 
 
 @lru_cache
 def reached(weights: WeightType, device: Device) -> tuple[tuple[Kernel, bool], ...]:
-    """Return the kernels that some size of a weight type is launched with, each with whether blocks split K."""
+    """Return the kernels that a weight type needs for some size, each with whether blocks split K."""
     kinds = [(tokens, quantized) for tokens in TOKENS for quantized in {False, tokens == 1}]
     return tuple(sorted({each for kind in kinds for each in _reached(weights, *kind, device)}))
 
@@ -49,7 +49,7 @@ def _reached(weights: WeightType, tokens: int, quantized: bool, device: Device) 
 
 @lru_cache
 def _most_blocks(cluster: int, way: Choice, tokens: int, weights: WeightType, device: Device) -> int:
-    """Return the most super-blocks of K at which a way to launch fits; 0 if at none."""
+    """Return the most super-blocks of K at which a way to launch fits; 0 if it never fits."""
 
     def too_many(part: int) -> bool:
         return room_of(cluster, way, tokens, cluster * part, weights, device).row_tiles < 1
@@ -61,7 +61,7 @@ def _most_blocks(cluster: int, way: Choice, tokens: int, weights: WeightType, de
 def _most_row_tiles(
     cluster: int, way: Choice, tokens: int, blocks: int, weights: WeightType, device: Device
 ) -> int:
-    """Return the most row tiles that a way to launch fits at one K; 0 if not one."""
+    """Return the most row tiles at which a way to launch fits for one K; 0 if it never fits."""
     room = room_of(cluster, way, tokens, blocks, weights, device)
 
     def too_many(row_tiles: int) -> bool:

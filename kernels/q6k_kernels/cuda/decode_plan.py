@@ -1,11 +1,11 @@
-"""How products of up to 8 rows of activations are launched: chosen from sizes alone, so it can be tested anywhere.
+"""The launch of products of up to 8 rows of activations, chosen from sizes alone: it can be tested anywhere.
 
 `ROWS` is the choice; `plan` takes its first row for a size and then the first of the row's shapes that fits:
 
 1. A block's shared memory holds a ring of tiles for each warp, the activations of its part of K and the sums
    of row tiles that several warps share. More tokens than fit are done in several launches.
 2. With clusters (sm_90 and later) blocks may split K, so that long rows of activations fit. K is split over no more
-   blocks than it takes.
+   blocks than needed.
 
 The C++ library chooses from the same rows, and `decode_kernels` derives from them which kernels there are.
 """
@@ -23,12 +23,12 @@ from q6k_kernels.formats.types import TILE_ROWS, WEIGHT_TYPES, WeightType
 MOST_TOKENS = 8
 TOKENS = (1, 2, 4, 8)
 FUSED_TOKENS = 4
-"""Rows of activations up to which it may pay that every block quantises them for itself."""
+"""Most rows of activations for which it may pay that every block quantises them for itself."""
 CLUSTERS = (1, 2, 4, 8)
 CLUSTER_ARCH = 90
 """The least compute capability that has clusters."""
 MOST_WAVES = 4
-"""Rounds of blocks: each quantises or copies the activations again, so where sums need more, K is split further."""
+"""Most rounds of blocks. Each quantises or copies the activations again: if sums need more, K is split further."""
 
 
 Shape = tuple[int, int, int]
@@ -48,17 +48,17 @@ Kernel = tuple[int, bool, int, int, int]
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """One launch.
+    """One launch of the decode kernel.
 
     Attributes:
         tokens: rows of activations the kernel is compiled for.
         fused: whether every block quantises the activations for itself.
-        warps: of a block.
+        warps: warps of a block.
         stages: tiles of a warp's ring.
         occupancy: blocks on a multiprocessor.
         cluster: blocks that split K.
         ranges: blocks, or clusters, that split the row tiles.
-        early: whether rings are filled, if `fused` two stages of them, before activations are asked for.
+        early: whether tiles are requested before activations: all stages of a ring, two of them if `fused`.
         shared_bytes: shared memory of a block.
     """
 
@@ -80,7 +80,7 @@ class DecodePlan:
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to launch that is tried, if it fits: its shape, and what `DecodePlan` says of the rest."""
+    """A way to launch: shape, `fused` and `early` as in `DecodePlan`, and most blocks on a multiprocessor."""
 
     shape: Shape
     fused: bool
@@ -89,13 +89,13 @@ class Choice:
 
     @classmethod
     def of(cls, shape: Shape, fused: bool, early: bool = True, resident: int = 2) -> Choice:
-        """Return a way to launch with at most `resident` blocks a multiprocessor, as far as the shape has them."""
+        """Return a way to launch with `resident` blocks on a multiprocessor, or the shape's occupancy if lower."""
         return cls(shape, fused, early or not fused, min(resident, shape[2]))
 
 
 @dataclass(frozen=True)
 class Row:
-    """Sizes, and the ways to launch them, the best first.
+    """A range of sizes, and the ways to launch them, the best first.
 
     Attributes:
         formats: weight types.
@@ -129,13 +129,13 @@ STEPPED = tuple(name for name, row in WEIGHT_TYPES.items() if row.stepped)
 BOTH = BF16 + STEPPED
 ANY = 1 << 62
 """More than any size."""
-# `fused` and `early`: every block quantises, and asks for activations after its first tiles, or before them; or a
-# launch of its own quantises.
+# `fused` and `early`: every block quantises, and requests activations after its first tiles (EARLY) or before them
+# (LATE); or a separate launch quantises (APART).
 EARLY, LATE, APART = (True, True), (True, False), (False, True)
 
-# Fitted to measurements on an H200, see kernels/NOTES.md. Activations that come after a full ring of tiles wait for
-# it: where a launch is short, or activations are long, blocks that quantise them ask for them first. The last row
-# of a weight type and a number of tokens is for any size.
+# Fitted to measurements on an H200, see kernels/NOTES.md. Activations that are requested after a full ring of
+# tiles wait for it. So where a launch is short, or activations are long, blocks that quantise request them first.
+# The last row of a weight type and a number of tokens is for any size.
 #   weight types, tokens, K and tiles at most; fused and early, shapes
 ROWS = (
     Row(BOTH, (1, 2), 8192, 10, *EARLY, LARGE),
@@ -211,7 +211,7 @@ class Room:
     Attributes:
         taken: bytes of its ring and activations.
         sums_bytes: bytes of a warp's sums of a row tile that it shares with others.
-        row_tiles: row tiles a range may have, for their sums to fit beside; 0 or less if none.
+        row_tiles: most row tiles of a range whose sums fit in the rest; 0 or less if none.
     """
 
     taken: int
@@ -220,7 +220,7 @@ class Room:
 
 
 def room_of(cluster: int, way: Choice, tokens: int, blocks: int, row: WeightType, device: Device) -> Room:
-    """Return what is left for sums beside a block's part of `blocks` super-blocks of activations."""
+    """Return the room for sums beside a block's ring and its part of `blocks` super-blocks of activations."""
     warps, stages, occupancy = way.shape
     limit = min(device.shared_bytes, device.multiprocessor_shared_bytes // occupancy - 1024)
     activations = -(-blocks // cluster) * sum(activation_bytes(tokens, way.fused))
@@ -233,7 +233,7 @@ def room_of(cluster: int, way: Choice, tokens: int, blocks: int, row: WeightType
 
 
 def ranges_of(cluster: int, way: Choice, row_tiles: int, room: Room, device: Device) -> int | None:
-    """Return the ranges of `row_tiles`: as many as run at once, more if sums need it, None if they do not fit."""
+    """Return the number of ranges: as many as run at once, more if sums need it, None if they do not fit."""
     if room.row_tiles < 1:
         return None
     at_once = device.multiprocessors * way.resident
@@ -242,7 +242,7 @@ def ranges_of(cluster: int, way: Choice, row_tiles: int, room: Room, device: Dev
 
 
 def activation_bytes(tokens: int, fused: bool) -> tuple[int, int]:
-    """Bytes of quantised activations of a super-block, and of their scales, as `cuda/decode.cuh` lays them out."""
+    """Return the bytes of a super-block's quantised activations, and of their scales, as in `cuda/decode.cuh`."""
     return 4 * (64 * tokens + (16 if fused else 0)), 32 * tokens if tokens <= 4 else 256
 
 
@@ -252,6 +252,6 @@ def fits(n: int, k: int, row: WeightType, device: Device) -> bool:
 
 
 def code_bytes(k: int) -> tuple[int, int]:
-    """Bytes of one quantised row of k activations, and of their scales, which lie behind them."""
+    """Return the bytes of one quantised row of k activations, and of its scales, which follow them."""
     codes, steps = activation_bytes(1, False)
     return k // SUPER_BLOCK * codes, k // SUPER_BLOCK * steps

@@ -1,4 +1,4 @@
-"""What every launch needs to know: the GPU's limits, the current stream, numbers that kernels and hosts share."""
+"""What every launch needs: the GPU's limits, the current stream, and constants that kernels and hosts share."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ Variant = tuple[str, str, tuple[tuple[str, int], ...]]
 """A kernel to compile: file, name, macros."""
 
 ALIGNMENT = 16
-"""Of whatever kernels read or write, in bytes."""
+"""Alignment in bytes of everything that kernels read or write."""
 BIAS_KINDS: Mapping[torch.dtype, int] = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 """`BiasKind` in `cuda/common.cuh`; 0 is none."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a GPU offers a launch.
+    """The limits of a GPU that a launch depends on.
 
     Attributes:
         index: its ordinal.
         arch: compute capability, 90 for 9.0.
-        multiprocessors: how many.
-        shared_bytes: shared memory that a block may have.
-        multiprocessor_shared_bytes: and all blocks of a multiprocessor together, 1 KB of overhead each.
+        multiprocessors: number of multiprocessors.
+        shared_bytes: most shared memory of a block, in bytes.
+        multiprocessor_shared_bytes: that of all blocks on a multiprocessor, each with 1 KB of overhead.
     """
 
     index: int
@@ -44,7 +44,7 @@ class Device:
 
 @cache
 def device(index: int) -> Device:
-    """The GPU with that ordinal."""
+    """Return the GPU with that ordinal."""
     properties = torch.cuda.get_device_properties(index)
     return Device(
         index,
@@ -56,15 +56,15 @@ def device(index: int) -> Device:
 
 
 def stream(on: Device) -> int:
-    """The CUstream in which torch works now on that GPU."""
+    """Return torch's current CUstream on that GPU."""
     return int(torch.cuda.current_stream(on.index).cuda_stream)
 
 
 def check_aligned(tiles: Tensor) -> None:
-    """Kernels copy tiles 16 bytes at a time.
+    """Check that tiles are 16-byte aligned, because kernels copy 16 bytes at a time.
 
     Raises:
-        ValueError: they begin elsewhere, as a view into other memory may.
+        ValueError: they are not, as a view into other memory may be.
     """
     if tiles.data_ptr() % ALIGNMENT:
         raise ValueError(
@@ -73,19 +73,19 @@ def check_aligned(tiles: Tensor) -> None:
 
 
 def end_write(tiles: Tensor) -> None:
-    """Puts something between the launch that wrote tiles and the next.
+    """Separate the launch that wrote tiles from the next one, by a memset.
 
     Kernels that multiply begin to copy tiles while the launch before them ends (programmatic dependent launch), so
-    that launch must not be the one that wrote them. A memset, which nothing overlaps with, comes between.
+    that launch must not be the one that wrote them. Nothing overlaps with a memset.
     """
     torch.zeros(1, dtype=torch.uint8, device=tiles.device)
 
 
 def common_macros(row: WeightType, fp16: bool) -> tuple[tuple[str, int], ...]:
-    """Return what `cuda/common.cuh` is specialised by: the weight type, and the activations' dtype."""
+    """Return the macros that specialise `cuda/common.cuh`: the weight type's, and the activations' dtype."""
     return (*row.macros, ("Q6K_FP16", int(fp16)))
 
 
 def bias_arguments(bias: Tensor | None) -> tuple[int, int]:
-    """Pointer and `BiasKind`."""
+    """Return the bias's pointer and `BiasKind`."""
     return (0, 0) if bias is None else (bias.data_ptr(), BIAS_KINDS[bias.dtype])

@@ -1,11 +1,11 @@
-"""The operations on CUDA GPUs: which kernel does what. Arguments were checked by `ops`.
+"""The operations on CUDA GPUs: which kernel computes what. `ops` has checked the arguments.
 
 | rows of x (M) | activations | kernel |
 |---|---|---|
-| 1 to `DECODE_M` | int8 | `decode`: quantises on the way, or in a launch of its own |
-| more | bf16 | Hopper: `gemm_wgmma`. Other GPUs: `gemm_mma`, and from `PREFILL_M` on `prefill` |
+| 1 to `DECODE_M` | int8 | `decode`: quantises in the same launch or in a separate one |
+| more | bf16 | Hopper: `gemm_wgmma`. Other GPUs: `gemm_mma`, and from `PREFILL_M` on `expand` |
 
-That is what "auto" picks; "int8" and "bf16" can be forced at any M. Nothing here waits for the GPU, and all of it
+"auto" picks by this table; "int8" and "bf16" can be forced at any M. Nothing here waits for the GPU, and all of it
 can be captured in a CUDA graph.
 """
 
@@ -20,16 +20,16 @@ from q6k_kernels.cuda import rows as row_kernels
 from q6k_kernels.formats.types import WeightType
 
 DECODE_M = 8
-"""Rows of x up to which "auto" quantises activations, if one fits: up to there one launch does them all, and it is
+"""Most rows of x for which "auto" quantises activations, if one row fits: a single launch serves them, and it is
 faster (4.0 against 8.3 us at M = 1, 5.6 against 8.3 at M = 8 on the smallest layer measured)."""
 PREFILL_M = 256
-"""Rows from which on expanding the weights for cuBLAS pays, on GPUs other than Hopper. Not measured there."""
+"""Rows of x from which expanding weights for cuBLAS should pay on GPUs other than Hopper. Not measured there."""
 
 
 def linear(
     x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, row: WeightType, activations: str = "auto"
 ) -> Tensor:
-    """The product of x and the transposed weights, plus the bias.
+    """Return the product of x and the transposed weights, plus the bias.
 
     Args:
         x: bfloat16 or float16 (..., K), any strides.
@@ -69,7 +69,7 @@ def linear(
 
 
 def aligned_rows(x: Tensor) -> Tensor:
-    """The activations as (M, K), rows contiguous and 16-byte aligned: a view if they are so, else a copy."""
+    """Return the activations as (M, K), rows contiguous and 16-byte aligned: a view if possible, else a copy."""
     rows = x.detach().reshape(-1, x.shape[-1])
     apart = rows.stride(0)
     if rows.stride(1) == 1 and apart % 8 == 0 and apart >= rows.shape[1] and not rows.data_ptr() % 16:

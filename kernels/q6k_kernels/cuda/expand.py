@@ -1,7 +1,7 @@
-"""Many rows of 16-bit activations on GPUs that `gemm_wgmma` does not serve: expand a slice of weights, multiply.
+"""Many rows of 16-bit activations on GPUs that `gemm_wgmma` does not serve: weights are expanded.
 
-A slice of rows is expanded into scratch memory small enough to stay near the L2 cache, and cuBLAS multiplies
-with it, before the next slice. Products are summed and returned in fp32, then rounded once with the bias.
+A slice of rows is expanded into scratch memory, small enough to stay near the L2 cache, and cuBLAS multiplies with
+it; then comes the next slice. Products are summed and returned in fp32, then rounded once with the bias.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from q6k_kernels.cuda import rows as row_kernels
 from q6k_kernels.formats.types import TILE_ROWS, WeightType
 
 SCRATCH_BYTES = 48 << 20
-"""Weights of a slice and their products, together."""
+"""Bytes of a slice's weights and their products together."""
 
 
 def slice_rows(m: int, k: int) -> int:
-    """Rows of weights in a slice: a multiple of 16, at least 16."""
+    """Return the rows of weights in a slice: a multiple of 16, at least 16."""
     return max(TILE_ROWS, SCRATCH_BYTES // (2 * k + 4 * m) // TILE_ROWS * TILE_ROWS)
 
 
 def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, row: WeightType, y: Tensor) -> None:
-    """Computes what `q6k_kernels.cuda.dispatch.linear` has checked.
+    """Compute the product y = x Wᵀ (+ bias); `cuda.dispatch.linear` has checked the arguments.
 
     Args:
         x: bf16 or fp16 (M, K), M >= 1.

@@ -1,23 +1,23 @@
-// y[M,N] = x[M,K] W^T (+ bias) for some tokens, W6A16, by mma.m16n8k16: for GPUs without wgmma, sm_80 and later.
+// Prefill: y[M,N] = x[M,K] W^T (+ bias), W6A16, by mma.m16n8k16: for GPUs without wgmma, sm_80 and later.
 //
 // Weights are operand A: what a lane holds of a tile is its fragment of 16 rows, rounded once to 16 bits in
 // registers. Tokens are operand B, from shared memory by ldmatrix. Sums are fp32, rounded once at the end.
 //
 //   Q6K_BN     16, 32 or 64: tokens of a block
-//   Q6K_KW     parts of K that the warps of a block sum apart; BN * KW <= 64
+//   Q6K_KW     parts of K that the warps of a block sum separately; BN * KW <= 64
 //   Q6K_SLOTS  1 or 2: tiles there is room for in shared memory, for each warp
 //
-// A block of 8 warps has BN tokens and 128 / KW rows: warp w the row tile w / KW and, of every KW super-blocks in
-// turn, number w % KW. Tiles come into shared memory by asynchronous copies, each asked for as soon as the first
-// half of its slot's last tile is used up. Activations come through registers, in stages of 8 KB that all warps
-// share, one ahead; KW is there so that few rows and tokens still make stages of that size and fill the GPU.
+// A block of 8 warps has BN tokens and 128 / KW rows. Warp w has the row tile w / KW and, of every KW super-blocks,
+// number w % KW. Tiles come into shared memory by asynchronous copies, each begun as soon as the first half of the
+// slot's previous tile is used up. Activations come through registers, one stage ahead, in stages of 8 KB that all
+// warps share. With KW, few rows and tokens still make stages of that size and fill the GPU.
 //
 // Small N: blockIdx.y splits K further. Sums of the parts go to a workspace, and q6k_reduce adds them in order. All
 // sums are made in a fixed order: the result does not depend on timing.
 //
-// What a term meets on its way: at most ceil(ceil(K/256 / splits) / KW) * 16 products of matrix units, in each of
-// which 16 products and the sum so far may be cut to fp32 (rather than rounded) before they are added; then KW +
-// splits fp32 additions, and one for the bias.
+// fp32 roundings of a term: at most ceil(ceil(K/256 / splits) / KW) * 16 products of matrix units, in each of which
+// 16 products and the sum so far may be cut to fp32 (rather than rounded) before they are added; then KW + splits
+// additions, and one for the bias.
 
 #ifndef Q6K_BN
 #define Q6K_BN 16

@@ -1,8 +1,8 @@
-"""Some rows of 16-bit activations on GPUs without wgmma: how `cuda/gemm_mma.cuh` is launched.
+"""Prefill with some rows of 16-bit activations on GPUs without wgmma: the launch of `cuda/gemm_mma.cuh`.
 
-A plan is chosen from sizes alone, by a rough model of time: the steps that the fullest multiprocessor has to do, a
-step being a super-block of a block's rows, and what splitting K costs. Few tokens and rows: the warps of a block
-split K. Fewer still: blocks split it too, and a second kernel adds their sums.
+A plan is chosen from sizes alone, by a rough model of time. It counts the steps of the fullest multiprocessor, a
+step being a super-block of a block's rows, and adds the cost of splitting K. With few tokens and rows the warps of
+a block split K. With fewer still, blocks split it too, and a second kernel adds their sums.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from q6k_kernels.jit import loader
 
 FILE, KERNEL, REDUCE = "gemm_mma.cuh", "q6k_gemm_mma", "q6k_reduce"
 CONFIGS = ((16, 1), (16, 4), (32, 1), (32, 2), (64, 1))
-"""Tokens of a block, and parts of K that its warps sum apart: Q6K_BN and Q6K_KW."""
+"""Tokens of a block, and parts of K that its warps sum separately: Q6K_BN and Q6K_KW."""
 WARPS, THREADS, REDUCE_THREADS = 8, 256, 256
 STAGE_BYTES = 8192
-"""Of activations in shared memory; two of them."""
+"""Bytes of a stage of activations in shared memory; there are two."""
 MOST_SPLITS = 16
 MOST_WORKSPACE = 64 << 20
-"""Bytes of partial sums, so that they stay in an L2 cache or near it."""
+"""Most bytes of partial sums: these stay in an L2 cache or near it."""
 SMALL_SHARED = (86, 89, 120, 121)
 """Compute capabilities with 100 KB of shared memory a multiprocessor."""
 _ARGUMENTS, _REDUCE_ARGUMENTS = struct.Struct("@PPPPPqiiii"), struct.Struct("@PPPiiii")
@@ -38,14 +38,14 @@ _ARGUMENTS, _REDUCE_ARGUMENTS = struct.Struct("@PPPPPqiiii"), struct.Struct("@PP
 
 @dataclass(frozen=True)
 class MmaPlan:
-    """A launch, and a second one if `splits` is more than 1.
+    """One launch, and a second one to add sums if `splits` is more than 1.
 
     Attributes:
-        tokens: of a block's outputs.
-        parts: of K that a block's warps sum apart.
-        splits: of K over blocks.
-        slots: tiles each warp has room for.
-        grid: blocks.
+        tokens: tokens of a block's outputs.
+        parts: parts of K that a block's warps sum separately.
+        splits: parts of K that blocks sum separately.
+        slots: tiles that each warp has room for.
+        grid: blocks in x, y and z.
         shared_bytes: dynamic shared memory of a block.
     """
 
@@ -58,15 +58,15 @@ class MmaPlan:
 
     @property
     def rows(self) -> int:
-        """Of a block's outputs."""
+        """Rows of a block's outputs."""
         return TILE_ROWS * WARPS // self.parts
 
     def steps(self, k: int) -> int:
-        """Super-blocks that a warp multiplies, at most."""
+        """Return the most super-blocks that a warp multiplies."""
         return math.ceil(math.ceil(k // SUPER_BLOCK / self.splits) / self.parts)
 
     def roundings(self, k: int) -> int:
-        """The fp32 roundings that any one term goes through, at most; for `accuracy.tolerance`.
+        """Return the most fp32 roundings that any term goes through, for `accuracy.tolerance`.
 
         Every product of matrix units adds 17 numbers, each of which may be cut (two roundings' worth) before and
         once after: 36. Then come the sums of parts, of splits, and the bias.
@@ -76,7 +76,7 @@ class MmaPlan:
 
 @lru_cache(maxsize=4096)
 def plan(m: int, n: int, k: int, row: WeightType, device: Device) -> MmaPlan:
-    """The launch for `m` rows of activations.
+    """Return the launch for `m` rows of activations.
 
     Args:
         m: at least 1.
@@ -102,12 +102,12 @@ def _plan(config: tuple[int, int], splits: int, m: int, n: int, row: WeightType,
 
 
 def _slots(arch: int) -> int:
-    """Two blocks should fit on a multiprocessor."""
+    """Return the tiles that each warp has room for, such that two blocks fit on a multiprocessor."""
     return 1 if arch in SMALL_SHARED else 2
 
 
 def _cost(candidate: MmaPlan, m: int, n: int, k: int, device: Device) -> float:
-    """In steps, of about a microsecond: a model, not measured."""
+    """Estimate the time in steps of about a microsecond, by a model that is not measured."""
     blocks = candidate.grid[0] * candidate.grid[1]
     fullest = -(-blocks // device.multiprocessors)
     alone = 1.3 if fullest == 1 else 1.0  # a block alone leaves memory idle at times
@@ -116,7 +116,7 @@ def _cost(candidate: MmaPlan, m: int, n: int, k: int, device: Device) -> float:
 
 
 def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, row: WeightType, y: Tensor) -> None:
-    """Launches what `q6k_kernels.cuda.dispatch.linear` has checked.
+    """Launch the product y = x Wᵀ (+ bias); `cuda.dispatch.linear` has checked the arguments.
 
     Args:
         x: bf16 or fp16 (M, K), M >= 1, rows 16-byte aligned and contiguous, any distance apart.
@@ -165,7 +165,7 @@ def _variant(config: tuple[int, int], slots: int, row: WeightType, fp16: bool) -
 
 
 def variants(arch: int) -> list[Variant]:
-    """All that `linear` may load on a GPU of that compute capability, 90 for 9.0."""
+    """Return every variant that `linear` may load on a GPU of that compute capability, 90 for 9.0."""
     found = [
         _variant(config, _slots(arch), row, fp16)
         for config, row, fp16 in product(CONFIGS, WEIGHT_TYPES.values(), (False, True))

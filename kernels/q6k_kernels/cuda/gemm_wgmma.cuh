@@ -1,19 +1,19 @@
-// Many tokens on Hopper: y[M,N] = x[M,K] W^T (+ bias), W6A16, by warpgroup matrix instructions (sm_90a).
+// Prefill on Hopper: y[M,N] = x[M,K] W^T (+ bias), W6A16, by warpgroup matrix instructions (sm_90a).
 //
-// The weights are the A operand: a tile's lane order is the A fragment, so they go from shared memory through
-// registers, where they become 16 bits wide, straight into the tensor cores and are never written anywhere.
-// Tokens are the B operand, from shared memory. Two warps only copy: one the tiles (bulk copies), one the
+// The weights are operand A: a tile's lane order is the A fragment. So they go from shared memory to registers, where
+// they become 16 bits wide, and from there into the tensor cores; expanded weights are never written to memory.
+// Tokens are operand B, from shared memory. Two warps only copy: one the tiles (bulk copies), one the
 // activations (tensor copies with the 128-byte swizzle that the instruction reads).
 //
 //   Q6K_TOKENS      see wgmma.cuh, which comes before this file
 //   Q6K_CONSUMERS   warpgroups that multiply, 64 rows each
 //   Q6K_TILE_STAGES, Q6K_X_STAGES   depth of the two rings: super-blocks of tiles, 64 columns of x
-//   Q6K_OCCUPANCY   blocks that shall fit a multiprocessor
+//   Q6K_OCCUPANCY   blocks that must fit on a multiprocessor
 //
 // Outputs are blocks of ROWS x TOKENS. As many as fill the GPU evenly are computed whole. The (output, super-block)
-// pairs of the others form one line that all thread blocks share evenly, so that each has the same work: an output
-// that falls to several of them is summed in their order by the one that has its beginning, to whom the others
-// leave their sums in global memory. The result never depends on timing.
+// pairs of the others form one line that all thread blocks share evenly, so that each has the same work. If several
+// thread blocks share an output, they leave their sums in global memory to the one that has the output's beginning,
+// which adds them in order. The result never depends on timing.
 //
 // fp32 roundings of a term: those of the tensor core's sums over a block's part of K, one for each block that
 // shares the output (K/256 at most), and the bias.

@@ -1,8 +1,9 @@
-"""Many rows of 16-bit activations on Hopper: how `cuda/gemm_wgmma.cuh` is launched.
+"""Prefill with 16-bit activations on Hopper: the launch of `cuda/gemm_wgmma.cuh`.
 
-A block computes ROWS x TOKENS outputs. Few tokens: small blocks, two to a multiprocessor. Many: the largest blocks,
-since weights are expanded once for each block of tokens. Outputs that do not fill the GPU evenly are cut along K:
-then every block has the same share, and what a block has of another's output passes through scratch memory.
+A block computes ROWS x TOKENS outputs. Few tokens take small blocks, two to a multiprocessor. Many tokens take the
+largest blocks, since weights are expanded once for each block of tokens. Outputs that do not fill the GPU evenly
+are cut along K: then every block has the same share, and partial sums of another block's output pass through
+scratch memory.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from q6k_kernels.jit import driver, loader, tensor_map
 
 FILE, KERNEL = "gemm_wgmma.cuh", "q6k_gemm_wgmma"
 ARCH = 90
-"""The one architecture with these instructions."""
+"""The only compute capability with these instructions."""
 TILE_PIECES = 14
-"""Rows that a tile is copied as: a copy's box is at most 256 wide, and rows are multiples of 16 bytes."""
+"""Rows in which a tile is copied: a copy's box is at most 256 wide, and rows are multiples of 16 bytes."""
 _ARGUMENTS = struct.Struct("@PPPPQiiiiii48x128s128s")
 _tickets = count(int.from_bytes(os.urandom(8), "little") >> 1)
-"""What marks a launch's words in memory that others used before. A graph's replays share one, one after another."""
+"""Numbers that mark a launch's words in reused memory. Replays of a graph share one, as they run one by one."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class Config:
     """What the kernel is compiled for; the macros of `cuda/gemm_wgmma.cuh` say more.
 
     Attributes:
-        tokens: of a block's outputs.
+        tokens: tokens of a block's outputs.
         consumers: warpgroups that multiply, 64 rows each.
-        tile_stages: super-blocks of tiles on their way.
-        x_stages: steps of 64 columns of x on their way.
+        tile_stages: depth of the ring of tiles, in super-blocks.
+        x_stages: depth of the ring of activations, in steps of 64 columns.
         occupancy: blocks on a multiprocessor.
         cycles: clock cycles that a super-block takes one of `occupancy` blocks, divided by `occupancy`; fitted
             to measurements on an H200, like the constants of `_cost`.
@@ -55,16 +56,16 @@ class Config:
 
     @property
     def rows(self) -> int:
-        """Of a block's outputs."""
+        """Rows of a block's outputs."""
         return 64 * self.consumers
 
     @property
     def threads(self) -> int:
-        """Of a block: the consumers, and those that copy."""
+        """Threads of a block: the consumers, and those that copy."""
         return self.consumers * 128 + (128 if self.tokens > 128 else 64)
 
     def shared_bytes(self, row: WeightType) -> int:
-        """Return the shared memory of a block; on top of 1 KB to align."""
+        """Return the bytes of shared memory of a block, with 1 KB to align it."""
         rings = self.x_stages * self.tokens * 128 + self.tile_stages * self.rows // TILE_ROWS * row.tile_bytes
         return rings + self.consumers * 4 * 512 + (self.x_stages + self.tile_stages) * 16
 
@@ -81,14 +82,14 @@ CONFIGS = (
 
 @dataclass(frozen=True)
 class WgmmaPlan:
-    """One launch.
+    """One launch of the kernel.
 
     Attributes:
         config: the kernel.
-        token_blocks: blocks of tokens that the outputs are in.
-        row_blocks: blocks of rows.
-        blocks: thread blocks.
-        whole: outputs that are computed whole, by one thread block; the others are shared.
+        token_blocks: number of blocks of tokens.
+        row_blocks: number of blocks of rows.
+        blocks: number of thread blocks.
+        whole: number of outputs that one thread block computes alone; thread blocks share the others.
     """
 
     config: Config
@@ -99,27 +100,27 @@ class WgmmaPlan:
 
     @property
     def shared(self) -> int:
-        """Outputs that thread blocks share."""
+        """Number of outputs that thread blocks share."""
         return self.token_blocks * self.row_blocks - self.whole
 
     @property
     def scratch_floats(self) -> int:
-        """fp32 values in scratch memory: the sums that each thread block may leave to another."""
+        """Number of fp32 values in scratch memory: the sums that each thread block may leave to another."""
         return self.blocks * self.config.rows * self.config.tokens if self.shared else 0
 
     @property
     def scratch_flags(self) -> int:
-        """Words of 8 bytes in scratch memory: a flag for each warp that leaves sums."""
+        """Number of 8-byte words in scratch memory: a flag for each warp that leaves sums."""
         return self.blocks * self.config.consumers * 4 if self.shared else 0
 
 
 def plan_of(config: Config, resident: int, share: bool, m: int, n: int, k: int, device: Device) -> WgmmaPlan:
-    """The launch of a configuration.
+    """Return the launch of a configuration.
 
     Args:
-        config: which.
+        config: the configuration.
         resident: thread blocks on a multiprocessor, at most what the configuration is compiled for.
-        share: whether those outputs are shared that are left when the GPU has been filled as often as it can be.
+        share: whether thread blocks share the outputs that are left after the last full round of the GPU.
         m: rows of activations.
         n: rows of the weight.
         k: columns of both.
@@ -136,7 +137,7 @@ def plan_of(config: Config, resident: int, share: bool, m: int, n: int, k: int, 
 
 @lru_cache(maxsize=4096)
 def plan(m: int, n: int, k: int, device: Device) -> WgmmaPlan:
-    """The launch that should be fastest.
+    """Return the launch that should be fastest.
 
     Args:
         m: rows of activations, at least 1.
@@ -153,7 +154,7 @@ def plan(m: int, n: int, k: int, device: Device) -> WgmmaPlan:
 
 
 def _cost(candidate: WgmmaPlan, k: int, device: Device) -> float:
-    """Clock cycles of the fullest multiprocessor, roughly."""
+    """Estimate the clock cycles of the fullest multiprocessor."""
     config, depth = candidate.config, k // SUPER_BLOCK
     resident = -(-candidate.blocks // device.multiprocessors)
     rounds = -(-candidate.whole // candidate.blocks)
@@ -161,13 +162,13 @@ def _cost(candidate: WgmmaPlan, k: int, device: Device) -> float:
     x_mb = candidate.token_blocks * config.tokens * k * 2 / 1e6
     far = 1 + min(0.25, max(0.0, x_mb - 10) / 200)
     pairs = rounds * depth + -(-candidate.shared * depth // candidate.blocks) * far
-    # Nobody to hide behind; with many tokens, blocks wait for the tensor cores rather than for memory.
+    # A block alone hides no waits; with many tokens, blocks wait for the tensor cores rather than for memory.
     alone = 1.0
     if resident < config.occupancy:
         alone = 1.35 if config.tokens <= 64 else 1.2 if candidate.shared else 1.5
     ends = 4000.0
     if candidate.shared:
-        # Leaving sums, and collecting those of an output's other parts.
+        # The time to leave sums, and to collect those of an output's other parts.
         sums = config.tokens * config.consumers
         ends += 4500 + 10 * sums + 3000 * (resident - 1)
         ends += 4 * sums * min(3.0, max(0.0, candidate.blocks / candidate.shared - 1))
@@ -184,7 +185,7 @@ def linear(
     device: Device,
     chosen: WgmmaPlan | None = None,
 ) -> None:
-    """Launches what `q6k_kernels.cuda.dispatch.linear` has checked.
+    """Launch the product y = x Wᵀ (+ bias); `cuda.dispatch.linear` has checked the arguments.
 
     Args:
         x: bf16 or fp16 (M, K), M >= 1, rows and start 16-byte aligned.
@@ -193,7 +194,7 @@ def linear(
         n: rows of the weight.
         row: the weight type.
         y: x's dtype (M, n), contiguous.
-        device: of all of them, of compute capability 9.0.
+        device: the GPU of all tensors, of compute capability 9.0.
         chosen: forces a plan, to measure it.
     """
     (m, k), fp16 = x.shape, x.dtype == torch.float16
@@ -226,7 +227,7 @@ def linear(
 
 
 def _scratch(launch: WgmmaPlan, device: torch.device) -> Tensor:
-    """Memory for a launch's sums, then its flags, with whatever is in it."""
+    """Return uninitialised memory for a launch's sums, then its flags."""
     return torch.empty(4 * launch.scratch_floats + 8 * launch.scratch_flags, dtype=torch.uint8, device=device)
 
 
@@ -268,7 +269,7 @@ def _variant(config: Config, row: WeightType, fp16: bool) -> Variant:
 
 
 def variants(device: Device) -> list[Variant]:
-    """All that `linear` may load on a GPU."""
+    """Return every variant that `linear` may load on a GPU."""
     if device.arch != ARCH:
         return []
     kinds = product(CONFIGS, WEIGHT_TYPES.values(), (False, True))

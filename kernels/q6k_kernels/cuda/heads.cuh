@@ -1,4 +1,4 @@
-// What attention is made of: matrix instructions on 16-bit values, and a head's norm and rotary embedding.
+// The parts of attention: matrix instructions on 16-bit values, and a head's norm and rotary embedding.
 //
 //   Q6K_HEAD_DIM  values of a head, a multiple of 32 up to 256
 

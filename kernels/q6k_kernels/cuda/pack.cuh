@@ -2,7 +2,7 @@
 // their bytes in shared memory, and writes the tile front to back, 16 bytes a lane.
 //
 // Memory-bound: a weight is read and written once, for about six instructions of a thread. Pointers are not
-// __restrict__: else the compiler would put off loading the scales until the rest is done.
+// __restrict__, with which the compiler would load the scales only after the rest is done.
 
 constexpr int PACK_WARPS = 8;
 constexpr int QL_PITCH = 128 + 16;  // bytes between rows in shared memory: eight rows meet all banks once

@@ -1,6 +1,6 @@
-// Activations in 8 bits, as decode.cuh multiplies them: in front of whatever makes or reads them.
+// Activations in 8 bits, as decode.cuh multiplies them. Comes before every file that makes or reads them.
 //
-// d_a = max |x| / 127 over 32 values of a row, a = rint(x / d_a); reference.py has the definition, to the bit.
+// d_a = max |x| / 127 over 32 values of a row, a = rint(x / d_a); ops/reference.py defines both to the bit.
 //
 //   Q6K_TOKENS  1, 2, 4 or 8: rows of x there is room for; M may be less
 //   Q6K_FUSED   1: every block quantises x for itself; 0: q6k_quantize has done it

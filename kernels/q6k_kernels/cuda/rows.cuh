@@ -3,10 +3,10 @@
 //   Q6K_OUT       0: bf16 outputs, 1: fp16, 2: fp32; each the exact product q * scale, rounded to nearest once
 //   Q6K_INDEX32   1: indices are int32, 0: int64; q6k_gather only
 //
-// Four lanes take a super-block of one row, lane t the four weights of each group that a tile keeps for it: 64
-// consecutive bytes in each piece. They swap words so that every store writes 64 consecutive bytes too.
+// Four lanes take a super-block of one row. Lane t takes the four weights of each group that a tile keeps for it, 64
+// consecutive bytes in each piece. The lanes swap words so that every store writes 64 consecutive bytes too.
 // Memory-bound: 0.82 or 0.875 bytes read and 2 or 4 written a weight, for about 2 instructions. Pointers are not
-// __restrict__: else the compiler would put off loads until after the first stores, and wait for memory twice.
+// __restrict__, with which the compiler would delay loads until after the first stores, and wait for memory twice.
 
 #ifndef Q6K_OUT
 #define Q6K_OUT 0

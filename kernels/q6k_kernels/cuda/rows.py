@@ -1,7 +1,6 @@
-"""Packing on the GPU, and rows of packed weights as plain numbers: how `cuda/pack.cuh` and `cuda/rows.cuh` are
-launched.
+"""Packing on the GPU, and rows of packed weights as numbers: the launches of `cuda/pack.cuh` and `cuda/rows.cuh`.
 
-All of them are bound by memory, and all are right to the bit: `prepack.pack` and `reference.dequantize` say what.
+All are bound by memory. Results equal those of `formats.tiles.pack` and `ops.reference.dequantize` bit for bit.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from q6k_kernels.formats.types import TILE_ROWS, WEIGHT_TYPES, WeightType
 from q6k_kernels.jit import loader
 
 PACK_WARPS = 8
-"""Of a block, a tile each."""
+"""Warps of a block; each packs one tile."""
 THREADS = 256
-"""Of a block of the kernels that read tiles."""
+"""Threads of a block of the kernels that read tiles."""
 PACKED_PLANES = 4
-"""Planes that `cuda/pack.cuh` takes, null where a weight type has fewer."""
+"""Number of planes that `cuda/pack.cuh` takes; null where a weight type has fewer."""
 _PACK, _GATHER, _DEQUANTIZE = struct.Struct("@PPPPPiiq"), struct.Struct("@PPPIii"), struct.Struct("@PPiii")
 
 
 def pack(planes: Sequence[Tensor], row: WeightType) -> Tensor:
-    """Pack planes into tiles on a GPU: `tiles.pack` says what it takes and returns.
+    """Pack planes into tiles on a GPU; arguments and result are those of `formats.tiles.pack`.
 
     Raises:
         ValueError: a wrong dtype, shapes that do not agree, or planes that are not all on one GPU.
@@ -60,13 +59,13 @@ def pack(planes: Sequence[Tensor], row: WeightType) -> Tensor:
 
 
 def embedding(indices: Tensor, tiles: Tensor, n: int, row: WeightType, dtype: torch.dtype) -> Tensor:
-    """Rows by index.
+    """Return rows by index.
 
     An index outside 0..n-1 stops the kernel, as it does in `torch.nn.functional.embedding` on a GPU: the next
     call that waits for the GPU raises, and the process can no longer use it.
 
     Args:
-        indices: int32 or int64, any shape, also without elements.
+        indices: int32 or int64, any shape; it may be empty.
         tiles: uint8 (T, B, tile_bytes).
         n: rows N.
         row: the weight type.
@@ -102,7 +101,7 @@ def embedding(indices: Tensor, tiles: Tensor, n: int, row: WeightType, dtype: to
 
 
 def dequantize(tiles: Tensor, n: int, row: WeightType, dtype: torch.dtype) -> Tensor:
-    """All rows.
+    """Return all rows as numbers.
 
     Args:
         tiles: uint8 (T, B, tile_bytes).
@@ -125,12 +124,12 @@ def dequantize(tiles: Tensor, n: int, row: WeightType, dtype: torch.dtype) -> Te
 
 
 def dequantize_rows(tiles: Tensor, first_row: int, rows: int, n: int, row: WeightType, out: Tensor) -> None:
-    """Consecutive rows, into a tensor that is there.
+    """Write consecutive rows as numbers into an existing tensor.
 
     Args:
         tiles: uint8 (T, B, tile_bytes).
         first_row: a multiple of 16.
-        rows: how many; also none.
+        rows: number of rows; it may be 0.
         n: rows N, at least `first_row + rows`.
         row: the weight type.
         out: bfloat16, float16 or float32 (rows, K), contiguous and 16-byte aligned.
@@ -170,7 +169,7 @@ def _check_tiles(tiles: Tensor, n: int, row: WeightType) -> int:
 
 
 def _device(**tensors: Tensor | None) -> Device:
-    """The GPU that all tensors are on."""
+    """Return the GPU that all tensors are on."""
     found = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     first, *others = found.values()
     if first.type != "cuda" or any(other != first for other in others):
@@ -180,7 +179,7 @@ def _device(**tensors: Tensor | None) -> Device:
 
 
 def _aligned(plane: Tensor) -> Tensor:
-    """The plane as the kernel reads it: a view into other memory may begin anywhere."""
+    """Return the plane contiguous and aligned: a copy if it is a view that begins elsewhere."""
     return (
         plane.clone(memory_format=torch.contiguous_format) if plane.data_ptr() % ALIGNMENT else plane.contiguous()
     )
@@ -201,7 +200,7 @@ def _gather_variant(row: WeightType, dtype: torch.dtype, int32: bool) -> Variant
 
 
 def variants(arch: int) -> list[Variant]:  # noqa: ARG001  # the same for all
-    """All that this module may load on a GPU of that compute capability, 90 for 9.0."""
+    """Return every variant that this module may load on a GPU of that compute capability, 90 for 9.0."""
     rows = WEIGHT_TYPES.values()
     return [
         *(_pack_variant(row) for row in rows),

@@ -1,8 +1,8 @@
-// A decoding step between its products: one token's residual sum, norm and gate, each followed by the quantisation
-// that the next product begins with (quantize.cuh, which comes before this file, with one token). Tiny, so what they
-// take is mostly waiting: the next product's first tiles are on their way meanwhile.
+// The parts of a decode step between its products: one token's residual sum, norm and gate, each followed by the
+// quantisation that the next product needs (quantize.cuh, which comes before this file, with one token). They are tiny
+// and mostly wait; meanwhile the next product loads its first tiles.
 //
-//   Q6K_NORM_GROUPS  of 16 values, that each of 256 threads has of a row that is normed
+//   Q6K_NORM_GROUPS  groups of 16 values that each of 256 threads has of a row that is normed
 
 static_assert(TOKENS == 1 && !Q6K_FUSED, "a step is of one token, quantised once for all blocks");
 

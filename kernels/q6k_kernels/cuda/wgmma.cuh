@@ -1,4 +1,4 @@
-// The instructions of Hopper (sm_90a) that gemm_wgmma.cuh, which follows in the same unit, is made of.
+// The instructions of Hopper (sm_90a) for gemm_wgmma.cuh, which follows in the same unit.
 //
 //   Q6K_TOKENS  tokens of a block's output, columns of the matrix instruction: 16, 32, 64, 128 or 256
 

@@ -1,5 +1,6 @@
-"""All that knows what a bit means: GGML's types, its blocks, planes, and tiles as kernels read them. Imports no
-other room; `ggml`, `blocks` and `planes` import no torch.
+"""The bit layouts: weight types, GGML's types and blocks, planes, tiles, and the checks of shapes and dtypes.
+
+Imports no other package of the project; `types`, `ggml`, `blocks` and `planes` import no torch.
 """
 
 __all__ = ["blocks", "checks", "ggml", "planes", "tiles", "types"]

@@ -1,4 +1,4 @@
-"""Blocks as GGUF files have them, decoded in numpy: the definition, for checks, tools and small data.
+"""The blocks of GGUF files, decoded in numpy: the definition, for checks, tools and small data.
 
 A block of Q6_K, ggml's 6-bit type, has 256 weights in 210 bytes: ql:128 qh:64 scales:16 d:2. It is two halves of
 128 weights; weight 32j+l of a half (j = 0..3, l = 0..31) has its low nibble in `ql[32*(j%2) + l]` of
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = TYPE_SIZES[GGMLType.Q6_K][1]
 SCALES_AT, D_AT = 192, 208
-"""Where in a block the sub-scales and d lie."""
+"""Byte offsets in a block of the sub-scales and of d."""
 
 
 def decode(blocks: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
@@ -33,9 +33,9 @@ def decode(blocks: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int8], npt.NDA
         computed without rounding, so that `q * repeat(scale, 16)` in fp32 is ggml's dequantisation.
 
     Raises:
-        ValueError: wrong dtype or a broken last block.
+        ValueError: the dtype is wrong, or the last block is incomplete.
     """
-    import numpy as np  # here, because a conversion can do without and starts sooner
+    import numpy as np  # imported here: a conversion starts sooner without it
 
     if blocks.dtype != np.uint8 or blocks.ndim == 0 or blocks.shape[-1] % BLOCK_BYTES:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Checks of what operations are given: dtypes and shapes, with errors that state the rule and the value."""
+"""Checks of the operations' arguments: dtypes and shapes, with errors that state the rule and the value."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLANE_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "BF16": torch.bfloat16, "F1
 
 
 def check_planes(planes: Sequence[Tensor], row: WeightType, *, stack: bool = False) -> tuple[int, ...]:
-    """Return (N, K) of planes, or with `stack` (E, N, K) too.
+    """Check planes and return the shape of their weight: (N, K), or (E, N, K) of a stack.
 
     Args:
         planes: one tensor for each of `row.arrays`, in that order.
@@ -26,7 +26,7 @@ def check_planes(planes: Sequence[Tensor], row: WeightType, *, stack: bool = Fal
         stack: whether (E, N, K) is allowed.
 
     Raises:
-        ValueError: too few or too many, a wrong dtype, or shapes that do not agree.
+        ValueError: there are too few or too many planes, a dtype is wrong, or the shapes do not agree.
     """
     if len(planes) != len(row.arrays):
         raise ValueError(f"planes: {row.name} has {', '.join(row.roles)}; found {len(planes)} tensors")
@@ -55,10 +55,10 @@ def check_planes(planes: Sequence[Tensor], row: WeightType, *, stack: bool = Fal
 
 
 def check_input(x: Tensor, n: int, k: int, bias: Tensor | None, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
-    """Check that x, of one of `dtypes`, and bias go with weights (N, K).
+    """Check that x, of one of `dtypes`, and bias fit weights (N, K).
 
     Raises:
-        ValueError: a wrong dtype or shape.
+        ValueError: a dtype or shape is wrong.
     """
     if x.ndim == 0 or x.dtype not in dtypes or x.shape[-1] != k:
         raise ValueError(f"x: expected {either(dtypes)} (..., {k}), found {found(x)}")
@@ -67,13 +67,13 @@ def check_input(x: Tensor, n: int, k: int, bias: Tensor | None, dtypes: tuple[to
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """Check that weights can be rounded to `dtype`; ValueError if not."""
+    """Check that weights can be rounded to `dtype`; raise ValueError if not."""
     if dtype not in FLOATS:
         raise ValueError(f"dtype: expected {either(FLOATS)}, found {dtype}")
 
 
 def check_activations(activations: str) -> None:
-    """Check that there is such a formula; ValueError if not."""
+    """Check that `activations` is "auto", "int8" or "bf16"; raise ValueError if not."""
     if activations not in ("auto", "int8", "bf16"):
         raise ValueError(f"activations: expected auto, int8 or bf16, found {activations!r}")
 
@@ -90,5 +90,5 @@ def plain(dtype: torch.dtype) -> str:
 
 
 def found(tensor: Tensor) -> str:
-    """Say what a tensor is: dtype and shape."""
+    """Describe a tensor by its dtype and shape."""
     return f"{plain(tensor.dtype)} {tuple(tensor.shape)}"

@@ -1,7 +1,7 @@
-"""GGML's tensor types: numbers, block sizes, and what there is to know of Q6_K.
+"""GGML's tensor types: numbers, names and block sizes.
 
-The `gguf` package has the same table (the tests hold this one against it), but importing it takes longer
-than all else a command does before its work.
+The `gguf` package has the same table, and a test compares the two. This copy exists because importing that package
+takes longer than everything else a command does before its work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ GROUP = 16
 
 
 class GGMLType(IntEnum):
-    """GGML's types by the number that stands in a GGUF."""
+    """GGML's types, by their numbers in a GGUF file."""
 
     F32 = 0
     F16 = 1
@@ -101,4 +101,4 @@ REMOVED_TYPES = {
     37: "IQ4_NL_4_8",
     38: "IQ4_NL_8_8",
 }
-"""Type numbers that ggml once used and has withdrawn."""
+"""Type numbers that ggml has withdrawn -> the names they had."""

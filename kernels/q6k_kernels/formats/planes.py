@@ -27,7 +27,7 @@ _PAIR_SHIFTS = np.array([0, 2, 4, 6], dtype=np.uint8)
 
 
 def pack(q: npt.NDArray[np.int8]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Weights to planes.
+    """Pack weights into planes.
 
     Args:
         q: int8 (..., K), values -32..31, K a multiple of 256.
@@ -36,17 +36,17 @@ def pack(q: npt.NDArray[np.int8]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np
         ql uint8 (..., K/2) and qh uint8 (..., K/4).
 
     Raises:
-        ValueError: wrong dtype, K or values.
+        ValueError: the dtype, K or a value is wrong.
     """
     if q.dtype != np.int8 or q.ndim == 0 or q.shape[-1] % SUPER_BLOCK:
         raise ValueError(f"expected int8 (..., K) with K a multiple of {SUPER_BLOCK}, found {q.dtype} {q.shape}")
     if q.size and (q.min() < -OFFSET or q.max() >= OFFSET):
         raise ValueError(f"expected weights in -32..31, found {q.min()}..{q.max()}")
     u: npt.NDArray[np.uint8] = np.ascontiguousarray(q + np.int8(OFFSET)).view(np.uint8)
-    # Two neighbours in a 16-bit word, the first lowest: shifting by 4 joins their nibbles in its low byte.
+    # Two neighbours form a 16-bit word, the first lowest: shifting by 4 joins their nibbles in its low byte.
     neighbours = (u & np.uint8(15)).view("<u2")
     ql = (neighbours | neighbours >> 4).astype(np.uint8)
-    # Eight in a 64-bit word: shifts by 14, 28 and 42 bring weights 2, 4, 6 beside weight 0 in the low byte,
+    # Eight form a 64-bit word: shifts by 14, 28 and 42 bring weights 2, 4, 6 beside weight 0 in the low byte,
     # and 3, 5, 7 beside weight 1 in the one above.
     eights = (u >> 4).view("<u8")
     even_odd = (eights | eights >> 14 | eights >> 28 | eights >> 42).astype("<u2").view(np.uint8)
@@ -55,7 +55,7 @@ def pack(q: npt.NDArray[np.int8]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np
 
 
 def unpack(ql: npt.NDArray[np.uint8], qh: npt.NDArray[np.uint8]) -> npt.NDArray[np.int8]:
-    """Planes to weights, the inverse of `pack`.
+    """Unpack planes into weights, the inverse of `pack`.
 
     Args:
         ql: uint8 (..., K/2).
@@ -79,9 +79,9 @@ def unpack(ql: npt.NDArray[np.uint8], qh: npt.NDArray[np.uint8]) -> npt.NDArray[
 
 
 def round_to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """fp32 to the bits of bf16, to nearest even; every NaN becomes 0x7FC0.
+    """Round fp32 to the bits of bf16, ties to even; every NaN becomes 0x7FC0.
 
-    One NaN for all: its sign and payload would otherwise depend on the processor that computed it.
+    A NaN's sign and payload would otherwise depend on the processor that computed it.
     """
     bits = values.view(np.uint32)
     rounded = bits >> 16
@@ -95,5 +95,5 @@ def round_to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
 
 
 def bf16_to_float(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
-    """The bits of bf16 to fp32, exactly."""
+    """Convert the bits of bf16 to fp32, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)

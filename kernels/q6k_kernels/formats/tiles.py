@@ -1,9 +1,10 @@
 """The layout of packed weights in memory: tiles, as the matrix units of a GPU read them.
 
-A bundle keeps a weight as planes (see `planar`), which any program can make and read; kernels want every
-byte where the thread that needs it looks. So at load planes become tiles, of the same content and size.
+A bundle keeps a weight as planes (see `formats.planes`), which any program can make and read. Kernels want each
+byte where the thread that needs it reads. So a weight's planes become tiles when it is loaded: the same bits in
+another order, in as many bytes.
 
-A weight (N, K) of a weight type (see `types`) is one uint8 tensor `tiles` (T, B, tile_bytes), T = ceil(N / 16)
+A weight (N, K) of one of `formats.types` is one uint8 tensor `tiles` (T, B, tile_bytes), T = ceil(N / 16)
 tiles of rows, B = K / 256 super-blocks; a stack (E, N, K) is (E, T, B, tile_bytes), so that `tiles[e]` is an
 expert, without a copy. It is contiguous and 16-byte aligned. Rows past N are zero bytes, which are weights of zero.
 
@@ -26,10 +27,10 @@ A tile is 16 rows of 256 weights, q in -32..31 as two's complement of 6 bits:
     [3328, 3360)  float16 at 3328 + 2r: d of row r
 
 Lane and b are the order of fragment A of `mma.m16n8k16` with 16-bit types (PTX ISA, "Matrix Fragments for
-mma.m16n8k16"): a lane's 16 bytes are its fragments of eight groups. Two's complement needs no offset of 32. The
-rows of a tile are apart in pieces of 64 bytes, so that a gather of one row reads little else.
+mma.m16n8k16"): a lane's 16 bytes are its fragments of eight groups. Two's complement needs no offset of 32. A
+row of a tile lies in pieces of 64 bytes, so that gathering one row reads little else.
 
-Everything here is torch, on any device. Bits move in words of 64, as one byte at a time would take far longer.
+Everything here is torch and runs on any device. Bits move in 64-bit words: single bytes would take far longer.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from q6k_kernels.formats.types import TILE_ROWS, WeightType
 
 HIGH_BYTES, LOW_BYTES = 2048, 1024
 PACK_WEIGHTS = 1 << 19
-"""Weights packed or unpacked at a time; at most 8 bytes each, so 4 MB: they stay in a cache."""
+"""Weights packed or unpacked at a time; at most 8 bytes each, so that 4 MB stay in a cache."""
 
 _CODES = HIGH_BYTES + LOW_BYTES
 # The same bits of each of the eight bytes of a word.
@@ -59,10 +60,10 @@ def tiles_shape(shape: tuple[int, ...], row: WeightType) -> tuple[int, ...]:
 
 
 def check_tiles(tiles: Tensor, n: int, row: WeightType, *, stack: bool = False) -> int:
-    """Return K of tiles of a weight type that hold n rows each.
+    """Check the tiles of a weight with n rows, or of a stack of such weights, and return K.
 
     Raises:
-        ValueError: they are no tiles (T, B, tile_bytes), or with `stack` (E, T, B, tile_bytes), or not of n rows.
+        ValueError: they are not uint8 (T, B, tile_bytes) or, with `stack`, (E, T, B, tile_bytes), or not of n rows.
     """
     shape = tiles.shape
     if (
@@ -94,10 +95,10 @@ def pack(planes: Sequence[Tensor], row: WeightType) -> Tensor:
         row: the weight type.
 
     Returns:
-        uint8 (T, B, tile_bytes) or (E, T, B, tile_bytes), new, on the planes' device.
+        New uint8 (T, B, tile_bytes) or (E, T, B, tile_bytes) on the planes' device.
 
     Raises:
-        ValueError: a wrong dtype, or shapes that do not agree.
+        ValueError: a dtype is wrong, or the shapes do not agree.
     """
     shape = check_planes(planes, row, stack=True)
     tiles = torch.empty(tiles_shape(shape, row), dtype=torch.uint8, device=planes[0].device)
@@ -106,7 +107,7 @@ def pack(planes: Sequence[Tensor], row: WeightType) -> Tensor:
 
 
 def pack_into(tiles: Tensor, planes: Sequence[Tensor], row: WeightType) -> None:
-    """Pack planes into tiles that are there: uint8, contiguous, of the shape that `tiles_shape` says."""
+    """Pack planes into existing tiles: uint8, contiguous, of the shape that `tiles_shape` returns."""
     stack = planes[0].ndim == 3
     for index in range(len(planes[0]) if stack else 1):
         out, *matrix = (each[index] if stack else each for each in (tiles, *planes))
@@ -123,10 +124,10 @@ def unpack(tiles: Tensor, n: int, row: WeightType) -> list[Tensor]:
         row: the weight type.
 
     Returns:
-        The planes as `pack` takes them, new, on the tiles' device.
+        New planes on the tiles' device, as `pack` takes them.
 
     Raises:
-        ValueError: a wrong dtype, shape or n.
+        ValueError: the dtype, the shape or n is wrong.
     """
     k, stack = check_tiles(tiles, n, row, stack=True), tiles.ndim == 4
     planes = [
@@ -142,9 +143,9 @@ def unpack(tiles: Tensor, n: int, row: WeightType) -> list[Tensor]:
 
 
 def order_rows(tiles: Tensor, order: Tensor, row: WeightType) -> None:
-    """Put the rows of a weight in another order, in place: row i becomes what row `order[i]` was.
+    """Reorder the rows of a weight in place: the new row i is the old row `order[i]`.
 
-    Takes more memory for as long as it lasts, 0.6 of what the tiles take.
+    Takes temporary memory of 0.6 times the size of the tiles.
 
     Args:
         tiles: uint8 (T, B, tile_bytes).
@@ -162,11 +163,11 @@ def codes_and_scales(tiles: Tensor, rows: slice | Tensor, row: WeightType) -> tu
 
     Args:
         tiles: uint8 (T, B, tile_bytes).
-        rows: from start to stop; or an integer tensor (R,) of rows, in any order.
+        rows: a slice from start to stop, or an integer tensor (R,) of rows in any order.
         row: the weight type.
 
     Returns:
-        q float32 (R, K), codes less their offset, and s float32 (R, K/group).
+        q float32 (R, K), the codes minus their offset, and s float32 (R, K/group), the scales.
     """
     if isinstance(rows, slice):
         first = rows.start // TILE_ROWS
@@ -181,14 +182,14 @@ def codes_and_scales(tiles: Tensor, rows: slice | Tensor, row: WeightType) -> tu
 
 
 def group_scales(scales: Sequence[Tensor], row: WeightType) -> Tensor:
-    """Return the scales of groups, float32 (N, K/group), without rounding, from the arrays of scales."""
+    """Return the scales of groups, float32 (N, K/group), computed without rounding from the arrays of scales."""
     if not row.stepped:
         return scales[0].float()
     return scales[0].float() * scales[1].float().repeat_interleave(SUPER_BLOCK // row.group, -1)
 
 
 def _blocks(n: int, tiles: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows, and their tiles, in blocks of about `PACK_WEIGHTS`."""
+    """Yield slices of rows with their tiles, about `PACK_WEIGHTS` weights at a time."""
     step = max(1, PACK_WEIGHTS // (TILE_ROWS * SUPER_BLOCK * tiles.shape[1]))
     for at in range(0, len(tiles), step):
         part = tiles[at : at + step]
@@ -196,10 +197,10 @@ def _blocks(n: int, tiles: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _fields(tiles: Tensor, row: WeightType) -> list[Tensor]:
-    """Return views of tiles by row, which is dimensions T, h and g of all: high, low, and the arrays of scales.
+    """Return views of the fields of tiles: high, low and the arrays of scales. T, h and g of each number the row.
 
     high is int16 (T, h, g, B, c, i, b >> 1, t), low (T, h, g, B, i, b >> 1, t), so that a row's elements are in
-    order, two in each word; scale bfloat16 or uint8 (T, h, g, B, j), steps float16 (T, h, g, B).
+    order, two in each word. The array scale is bfloat16 or uint8 (T, h, g, B, j), steps float16 (T, h, g, B).
     """
     t, b, _ = tiles.shape
     high = tiles[..., :HIGH_BYTES].view(torch.int16).view(t, b, 2, 2, 8, 4, 4, 2).permute(0, 2, 4, 1, 3, 6, 7, 5)
@@ -215,7 +216,7 @@ def _fields(tiles: Tensor, row: WeightType) -> list[Tensor]:
 
 
 def _pack_block(tiles: Tensor, planes: Sequence[Tensor], row: WeightType) -> None:
-    """Pack rows of planes into their tiles; in place where that saves memory, as fresh memory is slow."""
+    """Pack rows of planes into their tiles. Works in place where it can, because fresh memory is slow."""
     ql, qh, *scales = planes
     n, b = len(ql), tiles.shape[1]
     # Two elements for every byte of ql, in the order of the weights.
@@ -259,7 +260,7 @@ def _unpack_block(tiles: Tensor, row: WeightType) -> list[Tensor]:
 
 
 def _four_q(high: Tensor, low: Tensor) -> Tensor:
-    """int64 (R, K/8), in each byte 4 * q: its sign is the byte's.
+    """Return int64 (R, K/8) with 4 * q in each byte, so that the byte's sign is that of q.
 
     Args:
         high: int16 (R, B, c, i, b >> 1, t), a field of some rows.
@@ -277,7 +278,7 @@ def _four_q(high: Tensor, low: Tensor) -> Tensor:
 
 
 def _scales(fields: Sequence[Tensor], row: WeightType) -> list[Tensor]:
-    """Return the planes of scales (R, K/weights) from fields of some rows."""
+    """Return the arrays of scales (R, K/weights) from the fields of some rows."""
     planes = [field.reshape(len(field), field.shape[1:].numel()) for field in fields]
     return [
         (plane ^ 0x80).view(torch.int8) if array.dtype == "I8" else plane

@@ -1,9 +1,9 @@
-"""Weight types that stay packed: one row each, from which planes, tiles, kernels' macros and sizes are derived.
+"""Weight types that stay packed, one row each; planes, tiles, kernels' macros and sizes are derived from it.
 
     weight = scale * (code - offset)
 
-A code has `bits` bits: the low four lie in `X.ql`, the others in `X.qh` (see `planes`). Weights of a group share a
-scale. A bundle's arrays, in this order, each (..., K / weights an element):
+A code has `bits` bits: the low four lie in `X.ql`, the others in `X.qh` (see `formats.planes`). Weights of a
+group share a scale. A bundle's arrays, in this order, each (..., K / weights an element):
 
 | row        | code planes              | scale arrays                                            | bits a weight |
 |------------|--------------------------|---------------------------------------------------------|---------------|
@@ -25,7 +25,7 @@ TILE_ROWS = 16
 """Rows of a tile; it has `SUPER_BLOCK` columns."""
 
 Scales = Literal["bf16", "exact"]
-"""What `--scales` chooses between where a GGML type has more than one row."""
+"""Values of `--scales`, which picks a row where a GGML type has more than one."""
 
 
 class PlaneArray(NamedTuple):
@@ -33,8 +33,8 @@ class PlaneArray(NamedTuple):
 
     Attributes:
         role: the suffix of its key in a bundle.
-        dtype: safetensors' name.
-        weights: weights that one element holds bits of, or is the scale of.
+        dtype: safetensors' name of the elements' dtype.
+        weights: number of weights that one element holds bits of, or is the scale of.
     """
 
     role: str
@@ -43,23 +43,23 @@ class PlaneArray(NamedTuple):
 
 
 DTYPE_BYTES = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2}
-"""Bytes of an element, by safetensors' dtype, of the arrays that rows have."""
+"""safetensors dtype -> bytes of an element, for the arrays of all rows."""
 KIND_OF_SCALE = {"BF16": 0, "I8": 1}
 """Dtype of the array `scale` -> `Q6K_SCALES`: SCALES_BF16, SCALES_STEPPED in `cuda/common.cuh`."""
 
 
 @dataclass(frozen=True)
 class WeightType:
-    """One row.
+    """A weight type: one row of the table.
 
     Attributes:
         name: what operations, manifests and messages call it.
         ggml: the GGML type it holds.
         chosen_by: the value of `--scales` that picks it.
         bits: bits of a code.
-        offset: what a stored code is larger than the weight's.
+        offset: what is subtracted from a stored code.
         block: weights of a GGML block; K is a multiple of it.
-        scales: arrays of scales.
+        scales: the arrays of scales, in a bundle's order.
     """
 
     name: str
@@ -88,7 +88,7 @@ class WeightType:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of all arrays, for each weight."""
+        """Bits of all arrays together, per weight."""
         return sum(8 * DTYPE_BYTES[array.dtype] / array.weights for array in self.arrays)
 
     @cached_property
@@ -99,7 +99,7 @@ class WeightType:
 
     @cached_property
     def macros(self) -> tuple[tuple[str, int], ...]:
-        """Macros that `cuda/common.cuh` is specialised by."""
+        """Macros that specialise `cuda/common.cuh`, with their values."""
         return (
             ("Q6K_BITS", self.bits),
             ("Q6K_GROUP", self.group),
@@ -124,16 +124,16 @@ WEIGHT_TYPES = {row.name: row for row in _ROWS}
 PACKED_TYPES = frozenset(row.ggml for row in _ROWS)
 """GGML types that have a row."""
 DEFAULT = _ROWS[0].name
-"""The form that ExecuTorch's class and converting without options have."""
+"""The weight type of a conversion without options, and of ExecuTorch's class."""
 CODE_MACROS = tuple(name for name, _ in _ROWS[0].macros)
 """Names of a row's macros, in order."""
 
 
 def weight_type(name: str) -> WeightType:
-    """Return the row of that name.
+    """Return the weight type of that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such weight type.
     """
     row = WEIGHT_TYPES.get(name)
     if row is None:
@@ -142,14 +142,14 @@ def weight_type(name: str) -> WeightType:
 
 
 def row_of(ggml: str, scales: Scales) -> WeightType:
-    """Return the row that holds a GGML type.
+    """Return the weight type that holds a GGML type.
 
     Args:
-        ggml: the type's name, "Q6_K" say.
-        scales: which, where there are several.
+        ggml: the GGML type's name, for example "Q6_K".
+        scales: picks one of several weight types.
 
     Raises:
-        ValueError: the type has no row.
+        ValueError: the GGML type has no row.
     """
     rows = [row for row in _ROWS if row.ggml == ggml]
     if not rows:

@@ -1,6 +1,6 @@
-"""The bytes of an untrusted file: positioned reads, a cursor that bounds every length, rejections.
+"""The bytes of an untrusted file: positioned reads, a cursor that bounds every length, and errors about the file.
 
-Read with `pread`, never mapped: a file that shrinks meanwhile is an error and not a crash.
+Files are read with `pread` and never mapped: one that shrinks meanwhile raises an error and crashes nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SourceBytes:
         self.close()
 
     def hold(self) -> None:
-        """Copy the whole file into memory and close it; it is read from there. The caller has bounded its size.
+        """Copy the whole file into memory and close it; reads then use the copy. The caller has bounded its size.
 
         Raises:
             GgufReadError: the file was modified since it was opened, or the read failed.
@@ -62,7 +62,7 @@ class SourceBytes:
         self._held = held
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from the file at `offset`. Safe from several threads at once.
+        """Fill `buffer` from the file at `offset`. Several threads may call it at once.
 
         Raises:
             GgufReadError: the file has become shorter, or the read failed.
@@ -200,7 +200,7 @@ class Cursor:
             window, at = self._window, self.at - 8 - self._window_at
             begin = at
             try:
-                for done in range(done + 1, count + 1):  # noqa: B007, B020 -- goes on where it was
+                for done in range(done + 1, count + 1):  # noqa: B007, B020 -- resumes where it stopped
                     length = unpack(window, at)[0]
                     begin, at = at, at + 8 + length
             except (struct.error, OverflowError):  # the window ends before this string

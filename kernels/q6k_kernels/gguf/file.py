@@ -5,7 +5,7 @@
     array   = element_type:u32  count:u64  element*
 
 All little-endian; `tensors.py` has the tensor records, `model.py` joins split files.
-Source of the format: ggml's docs/gguf.md; versions 2 and 3 differ in nothing a reader sees.
+Source of the format: ggml's docs/gguf.md; versions 2 and 3 read alike.
 
 The file is untrusted: nothing is allocated by a number it states until that number has been
 compared with the file's size. Arrays (a vocabulary, say) are only stepped over until somebody asks for them.
@@ -87,7 +87,7 @@ FLOATS = frozenset({ValueType.FLOAT32, ValueType.FLOAT64})
 
 @dataclass(frozen=True, slots=True)
 class KeyValue:
-    """Where one key-value pair lies; the value itself is read by `GGUFFile.value`.
+    """The place of one key-value pair in its file; `GGUFFile.value` reads the value.
 
     Attributes:
         start, end: the pair's bytes in the file, key included.
@@ -155,7 +155,7 @@ class GGUFFile(SourceBytes):
         """Read the value of a key that must be of one type; None if absent.
 
         Raises:
-            GgufRejectedError: it is of another type; an array, say, is not even read.
+            GgufRejectedError: it is of another type; then it is not read.
         """
         kv = self.kv.get(key)
         if kv is None:
@@ -238,7 +238,7 @@ def _read_key_values(cursor: Cursor, count: int) -> dict[str, KeyValue]:
         kind = _value_type(cursor, item)
         at, element, elements = cursor.at, None, 1
         if kind is ValueType.STRING:
-            # Read now only to refuse broken text early; kept nowhere.
+            # Read only to refuse broken text early; the value is not kept.
             cursor.string(item, MAX_STRING_BYTES)
         elif kind is ValueType.ARRAY:
             element = _value_type(cursor, item)

@@ -79,7 +79,7 @@ class GGUFModel:
         return part is None or kv is None or part.scalar(kv.key, ValueType.BOOL)
 
     def metadata(self) -> Iterator[bytes]:
-        """Yield a GGUF of this model's key-value pairs, byte for byte, and no tensors; in pieces.
+        """Yield, in pieces, a GGUF file of this model's key-value pairs, byte for byte, without tensors.
 
         Keys that only later parts have follow those of the first.
         """
@@ -167,7 +167,7 @@ def _siblings(given: GGUFFile, count: int) -> list[Path]:
 
 
 def _check_parts(parts: list[GGUFFile], count: int) -> None:
-    """Raise GgufRejectedError unless the parts belong to one model; it lists all that do not."""
+    """Raise GgufRejectedError unless the parts belong to one model; its text lists those that do not."""
     first, problems, owner, numbers = parts[0], list[str](), dict[str, GGUFFile](), dict[int, str]()
     keys = dict[str, tuple[GGUFFile, KeyValue]]()
     total = _split_number(first, "split.tensors.count", 0)
@@ -197,9 +197,9 @@ def _check_parts(parts: list[GGUFFile], count: int) -> None:
 
 
 def _differing_key(known: dict[str, tuple[GGUFFile, KeyValue]], part: GGUFFile) -> str | None:
-    """Return a key to which this part and one before it give different bytes; else add its keys to `known`."""
+    """Return a key whose bytes differ from an earlier part's; if there is none, add the part's keys to `known`."""
     for key, kv in part.kv.items():
-        # `split.no` is meant to differ.
+        # `split.no` differs between the parts of one model.
         if key in known and key != "split.no" and not _same(*known[key], part, kv):
             return key
     for key, kv in part.kv.items():

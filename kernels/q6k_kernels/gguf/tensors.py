@@ -32,7 +32,7 @@ class TensorRecord:
         shape: torch order (GGUF's dimensions reversed), so a weight is (N, K) or (E, N, K).
         offset: first byte, from the start of the file.
         nbytes: size in the file, padding excluded.
-        record_at: where the record lies, for messages.
+        record_at: byte at which the record begins, for messages.
     """
 
     name: str

@@ -1,15 +1,15 @@
-"""Every operation in fp64, the tolerance for outputs that follows from it, and the comparison of the two.
+"""Every operation in fp64, the tolerance of outputs derived from it, and the comparison of outputs with both.
 
     w[n,k] = scale[n,g] * code[n,k] - min[n,g]    g = k // G the group of weight k; without a min, it is 0
 
     dequantise                 w, rounded to fp32 and then to the dtype asked for
-    embedding                  rows of that
+    embedding                  rows of the dequantised weight
     activations to 8 bits      in groups of 32: d_a = amax / 127, a = rint(x / d_a)
     linear, 16-bit ("bf16")    y = sum_k x[k] * w[k], w dequantised to x's dtype
     linear, int8 ("int8")      y = sum_g d_a * (scale[g] * sum_(k in g) code[k] * a[k] - min[g] * sum_(k in g) a[k])
 
-This is the measure of every implementation, so it shares with them nothing but the text. It computes where its
-arguments are, on the CPU or a GPU.
+Every implementation is tested against this module, so it shares no formula with them. It computes on the device of
+its arguments, the CPU or a GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from q6k_kernels.formats.types import WeightType
 ACTIVATION_GROUP = 32
 """Activations that share one d_a."""
 CHUNK = 1 << 24
-"""Weights, or terms of a sum, in fp64 at a time; about 40 bytes each, 700 MB."""
+"""Weights, or terms of a sum, held in fp64 at a time; about 40 bytes each, 700 MB."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class Weight:
 
 @dataclass(frozen=True)
 class Exact:
-    """What `linear` should give, and what the tolerance depends on.
+    """The exact result of `linear`, and the quantities that its tolerance depends on.
 
     Attributes:
         y: float64 (..., N).
         magnitude: float64 (..., N), the sum of the terms' absolute values. A term is x * w or, with int8
-            activations, d_a * scale * (the integer sum of a group); what a min takes away is one more.
+            activations, d_a * scale * (the integer sum of a group); a min adds one more.
         k: length of the sums.
-        terms: how many terms one output adds.
+        terms: number of terms that one output adds.
     """
 
     y: Tensor
@@ -84,13 +84,13 @@ class Exact:
         return Exact(self.y[rows], self.magnitude[rows], self.k, self.terms)
 
     def plus(self, bias: Tensor) -> Exact:
-        """Return the same with a bias (N,)."""
+        """Return this result with a bias (N,) added."""
         b = bias.detach().double()
         return Exact(self.y + b, self.magnitude + b.abs(), self.k, self.terms)
 
 
 def of_planes(planes: Sequence[Tensor], row: WeightType) -> Weight:
-    """Return the codes and scales in a bundle's planes, weight by weight as the format's text places them.
+    """Return the codes and scales of a bundle's planes, placed as the rules of the format say.
 
     Args:
         planes: one tensor for each of `row.arrays`, (N, width).
@@ -115,7 +115,7 @@ def of_planes(planes: Sequence[Tensor], row: WeightType) -> Weight:
 
 
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """Return the weights (N, K) in `dtype`: rounded to fp32, as GGUF has them, and from there once more."""
+    """Return the weights (N, K) in `dtype`: rounded to fp32, as in GGUF, and then to `dtype`."""
     w = weight.codes.double().reshape(*weight.scale.shape, weight.group) * weight.scale.unsqueeze(-1)
     if weight.min is not None:
         w -= weight.min.unsqueeze(-1)
@@ -123,19 +123,19 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def embedding(indices: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
-    """Return the dequantised rows at `indices` (...): (..., K) of `dtype`."""
+    """Return the dequantised rows at `indices`, of any shape (...), as (..., K) of `dtype`."""
     return dequantize(weight.rows(indices.flatten()), dtype).view(*indices.shape, weight.codes.shape[1])
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x, float (M, K), in 8 bits: a (M, K), integers of -127 to 127, and d_a (M, K/32), both float64.
+    """Quantise x, float (M, K), to 8 bits: a (M, K), integers of -127 to 127, and d_a (M, K/32), both float64.
 
-    The quotients are those of fp32: fp64's, rounded to fp32, are the same bits, for 53 bits are more than twice 24.
+    Quotients are fp32's: dividing in fp64 and rounding gives the same bits, because 53 bits are more than twice 24.
     A group whose d_a is zero has a = 0; one that holds an infinity or NaN has a = 0 and d_a = NaN.
     """
     groups = x.detach().double().reshape(len(x), x.shape[1] // ACTIVATION_GROUP, ACTIVATION_GROUP)
     amax = groups.abs().amax(-1, keepdim=True)
-    # By a tensor: torch turns division by a number into multiplication with its reciprocal on GPUs.
+    # By a tensor, because on GPUs torch turns division by a number into multiplication with its reciprocal.
     d_a = (amax / torch.full_like(amax, 127)).float().double()
     d_a = torch.where(amax.isfinite(), d_a, torch.nan)
     a = torch.where(d_a > 0, (groups / d_a).float().double().round().clamp(-127, 127), 0)
@@ -193,7 +193,7 @@ def _int8(a: Tensor, d_a: Tensor, weight: Weight, width: int) -> tuple[Tensor, T
 
 
 def tolerance(exact: Exact, dtype: torch.dtype, roundings: int | None = None) -> Tensor:
-    """Return how far an output may be from `linear`'s: fp32 sums, then one rounding. Every part is derived.
+    """Return how far an output may be from the exact one: fp32 sums, then one rounding. Every part is derived.
 
     1. A term that meets r roundings on its way through products and additions carries a factor
        (1 + e1)...(1 + er), |ei| <= u = 2**-24. So the fp32 sum is off by at most g * sum |terms| with
@@ -204,13 +204,13 @@ def tolerance(exact: Exact, dtype: torch.dtype, roundings: int | None = None) ->
     3. Rounding the sum to nearest moves it by at most half an ulp of `dtype`, taken at the largest value
        that the sum may have, |exact| + 1. + 2.
 
-    This holds while nothing overflows in fp32. Where sum |terms| reaches 2**127 it might: there the result
-    is infinite and anything goes.
+    This holds while nothing overflows in fp32. Where sum |terms| reaches 2**127 it might overflow, so the
+    tolerance is infinite there.
 
     Args:
         exact: from `linear`.
-        dtype: the output's: bfloat16, float16 or float32.
-        roundings: fp32 roundings that the unluckiest term meets. By default terms + 3, which holds for any
+        dtype: dtype of the output: bfloat16, float16 or float32.
+        roundings: most fp32 roundings that any term goes through. By default terms + 3, which holds for any
             order of summation: 2 for products, terms - 1 additions, the bias, and one to spare; integer sums
             of int8 activations are exact. An implementation whose order is known states less, as
             `reference.roundings` does for its own.
@@ -228,8 +228,8 @@ def tolerance(exact: Exact, dtype: torch.dtype, roundings: int | None = None) ->
 def error_in_tolerances(output: Tensor, exact: Tensor, allowed: Tensor) -> Tensor:
     """Return |output - exact| / allowed for every output: up to 1 is right, above is wrong.
 
-    NaN and infinities must be met exactly (0, else infinite), but for one case: a finite value that may
-    round past the largest one of the output's dtype may become infinite, as IEEE rounding has it.
+    NaN and infinities must be equal: the error is 0 if they are, else infinite. One exception: a finite value
+    that may round past the largest value of the output's dtype may become infinite, as in IEEE rounding.
 
     Args:
         output: bfloat16, float16 or float32, any shape.
@@ -250,7 +250,7 @@ def error_in_tolerances(output: Tensor, exact: Tensor, allowed: Tensor) -> Tenso
 
 
 class Wrong(NamedTuple):
-    """An output outside its tolerance: where, what is there, what should be, and how far that may be off."""
+    """An output outside its tolerance: its index, its value, the exact value and the tolerance."""
 
     at: tuple[int, ...]
     found: float
@@ -263,9 +263,9 @@ class Comparison:
     """Outputs compared with `Exact`.
 
     Attributes:
-        worst: the largest error in tolerances: right up to 1, infinite for a NaN or infinity too many.
-        wrong: how many outputs are outside their tolerance.
-        first: the first of those.
+        worst: the largest error in tolerances: up to 1 is right; infinite for a NaN or infinity out of place.
+        wrong: number of outputs outside their tolerance.
+        first: the first of them.
     """
 
     worst: float
@@ -274,7 +274,7 @@ class Comparison:
 
 
 def compare(output: Tensor, exact: Exact, roundings: int | None = None) -> Comparison:
-    """Compare outputs with what they should be, within `tolerance`.
+    """Compare outputs with the exact ones, within `tolerance`.
 
     Args:
         output: bfloat16, float16 or float32, of the shape and on the device of `exact`.
@@ -298,7 +298,7 @@ def compare(output: Tensor, exact: Exact, roundings: int | None = None) -> Compa
 
 
 def _ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return how far `dtype`'s numbers lie apart at values >= 0, as if it had no largest one; NaN at infinity."""
+    """Return the distance of `dtype`'s numbers at values >= 0, as if it had no largest one; NaN at infinity."""
     info = torch.finfo(dtype)
     normal = values.clamp(min=info.smallest_normal)
     return info.eps * (normal / (2 * normal.frexp().mantissa))

@@ -1,15 +1,16 @@
-"""The ops as a C++ library, `libq6k_ops.so`, in the place of Python's implementations.
+"""The ops as a C++ library, `libq6k_ops.so`, in place of Python's implementations.
 
     q6k-convert build-ops --out DIR        # builds it
     from q6k_kernels.ops import library
     library.load("DIR/libq6k_ops.so")
 
-The same kernels with the same results, for less time of the CPU a call; on the CPU the same formulas, in sums of
-another order. Schemas are the same, and `q6k_kernels.ops.schema` adds what fake tensors take, so
-`torch.compile` and `torch.export` go on working. C++ programs load the library alone, by `dlopen`, or as a package
-of AOTInductor is loaded. Python programs may, too, by `torch.ops.load_library(path)`, before or after
-`q6k_kernels.ops.schema` is imported; after it, torch warns that one implementation takes
-another's place, which it does.
+On a GPU it launches the same kernels with the same results, and takes less CPU time a call. On the CPU it computes
+the same formulas, with sums in another order. Schemas are the same, and `q6k_kernels.ops.schema` adds the functions
+for fake tensors, so that `torch.compile` and `torch.export` work.
+
+C++ programs load the library alone, with `dlopen`. Python programs may load it alone, too, with
+`torch.ops.load_library(path)`, before or after they import `q6k_kernels.ops.schema`. After that import torch warns
+that one implementation replaces another, which is intended.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from typing import Any
 
 import torch
 
-_torch_ops: Any = torch.ops  # which torch leaves without types
+_torch_ops: Any = torch.ops  # torch leaves it without types
 _BUILD = "build it with `q6k-convert build-ops`"
 _loaded: list[About] = []
 
 
 @dataclass(frozen=True)
 class About:
-    """A library that is loaded.
+    """A loaded library.
 
     Attributes:
         path: its file.
-        version: of q6k-convert that built it.
-        nvrtc: the version of its kernels' compiler, "13.0" say.
+        version: version of q6k-convert that built it.
+        nvrtc: version of its kernels' compiler, for example "13.0".
         architectures: compute capabilities that it has kernels for, 90 for 9.0.
     """
 
@@ -46,13 +47,13 @@ class About:
 
 
 def load(path: str | os.PathLike[str]) -> About:
-    """Loads the library and puts its operations in the place of Python's; once more is no harm.
+    """Load the library and use its operations in place of Python's; loading it again does no harm.
 
-    Not while another thread uses the operations: for a moment there are none.
+    No other thread may use the operations meanwhile: for a moment there are none.
 
     Raises:
         OSError: there is no such file, or it does not load.
-        ValueError: it is no library of these operations, or another one was loaded before.
+        ValueError: it is no library of these operations, or another one is loaded already.
     """
     from q6k_kernels.ops import schema
 
@@ -73,14 +74,14 @@ def load(path: str | os.PathLike[str]) -> About:
             f"{file}: does not load: {error}; {_BUILD}, against this torch {torch.__version__}"
         ) from error
     finally:
-        schema.implement()  # what the library has not registered
+        schema.implement()  # registers what the library has not
     found = about(file)
     _loaded.append(found)
     return found
 
 
 def about(path: str | os.PathLike[str]) -> About:
-    """What a library says of itself, which is loaded for that if it is not yet."""
+    """Return what a library says of itself; load it first if it is not loaded."""
     file = Path(path).resolve()
     library = ctypes.CDLL(str(file))
     library.q6k_ops_about.restype = ctypes.c_char_p

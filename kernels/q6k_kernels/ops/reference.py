@@ -1,13 +1,13 @@
 """The operations on packed weights in plain torch: what runs on the CPU, and what kernels are tested against.
 
-A weight is `w = q * s`, s the scale of its group of 16 (see `planar`); with steps `s = steps * scale`.
+A weight is `w = q * s`, s the scale of its group of 16 (see `formats.planes`); with steps `s = steps * scale`.
 
     W6A16 ("bf16")  y = sum_k x[k] * round(w[k]), the weights rounded to x's dtype
     W6A8  ("int8")  y = sum_g s[g] * d_a[g//2] * sum_(k in g) q[k] * a[k], with (a, d_a) = quantize_activations(x)
 
-Sums run in fp32 at least, a bias joins there, and one rounding to x's dtype ends it; `accuracy` says the same
-in fp64, and how far the two may be apart. Memory is bounded by working on blocks of rows; speed matters less
-than that every line can be held against the formulas. Nothing here has a gradient.
+Sums run in fp32 at least. The bias is added to them, and the result is rounded once, to x's dtype. `accuracy` has
+the same formulas in fp64, and the tolerance between the two. Memory is bounded by working on some rows at a time.
+The code follows the formulas line by line, at the cost of speed. Nothing here has a gradient.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from q6k_kernels.formats.tiles import group_scales
 from q6k_kernels.formats.types import TILE_ROWS, WeightType
 
 Rows = Callable[[slice], tuple[Tensor, Tensor]]
-"""Where weights come from: rows -> q, float32 (rows, K), and s, float32 (rows, K/16), the scales of groups."""
+"""A source of weights: a slice of rows -> q, float32 (rows, K), and the scales s, float32 (rows, K/16)."""
 
 ACTIVATION_GROUP = 32
 """Activations that share one d_a: two groups of weights."""
@@ -51,13 +51,13 @@ def dequantize(planes: Sequence[Tensor], row: WeightType, dtype: torch.dtype = t
     Args:
         planes: one tensor for each of `row.arrays`, (N, width).
         row: the weight type.
-        dtype: bfloat16, float16 or float32, rounded to once. float16 overflows to infinity past 65504.
+        dtype: bfloat16, float16 or float32; weights are rounded once. float16 overflows to infinity past 65504.
 
     Returns:
         (N, K) of `dtype`, on the planes' device.
 
     Raises:
-        ValueError: a wrong dtype, or shapes that do not agree.
+        ValueError: a dtype is wrong, or the shapes do not agree.
     """
     check_planes(planes, row)
     check_dtype(dtype)
@@ -65,22 +65,22 @@ def dequantize(planes: Sequence[Tensor], row: WeightType, dtype: torch.dtype = t
 
 
 def codes_and_scales(planes: Sequence[Tensor], row: WeightType) -> tuple[Tensor, Tensor]:
-    """Return q, float32 (N, K), codes less their offset, and s, float32 (N, K/group), of planes (N, width)."""
+    """Return q, float32 (N, K), the codes minus their offset, and s, float32 (N, K/group), of planes (N, width)."""
     ql, qh, *scales = planes
     return _codes(ql, qh) - row.offset, group_scales(scales, row)
 
 
 def weights(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
-    """q, float32 (rows, K), times s, float32 (rows, K/16), each for its group; rounded to `dtype` once."""
+    """Multiply q, float32 (rows, K), by its groups' scales s, float32 (rows, K/16); round to `dtype` once."""
     return (q.view(len(q), -1, GROUP) * s.unsqueeze(-1)).view(q.shape).to(dtype)
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations to 8 bits, each row in groups of 32: d_a = amax / 127, a = rint(x / d_a).
+    """Quantise activations to 8 bits, each row in groups of 32: d_a = amax / 127, a = rint(x / d_a).
 
     Both divisions are fp32's, correctly rounded, and rint goes to even: (a, d_a) is defined to the bit.
-    A group whose d_a is zero (all zeros, or fp32 below 2**-143 or so) has a = 0. |a| is held to 127, which
-    only matters to fp32 values near 2**-140, where d_a is too coarse a subnormal. A group that holds an
+    A group whose d_a is zero (all zeros, or fp32 below 2**-143 or so) has a = 0. |a| is clamped to 127, which
+    only matters for fp32 values near 2**-140, where d_a is too coarse a subnormal. A group that holds an
     infinity or NaN has d_a = NaN and a = 0, so that all outputs of its row are NaN.
 
     Args:
@@ -99,7 +99,7 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
         )
     groups = x.detach().float().reshape(x.shape[0], x.shape[1] // ACTIVATION_GROUP, ACTIVATION_GROUP)
     amax = groups.abs().amax(-1)
-    # By a tensor: torch turns division by a number into multiplication with its reciprocal on GPUs.
+    # By a tensor, because on GPUs torch turns division by a number into multiplication with its reciprocal.
     d_a = amax / torch.full_like(amax, 127)
     d_a = torch.where(amax.isfinite(), d_a, torch.nan)
     quotients = groups / d_a.unsqueeze(-1)
@@ -118,7 +118,7 @@ def linear(
     """Multiply x with the transposed weights and add the bias: the formulas at the top of this module.
 
     Args:
-        x: bfloat16, float16 or float32 (..., K), strides at will; also no rows at all. With "bf16", float32
+        x: bfloat16, float16 or float32 (..., K), any strides, zero rows allowed. With "bf16", float32
             activations meet float32 weights: nothing but the output is rounded to 16 bits or less.
         planes: one tensor for each of `row.arrays`, (N, width), N >= 1.
         row: the weight type.
@@ -148,9 +148,9 @@ def linear(
 
 
 def multiply(x: Tensor, rows: Rows, n: int, k: int, bias: Tensor | None, activations: Activations) -> Tensor:
-    """`linear` on weights from anywhere, its arguments checked: (..., K) -> (..., N) of x's dtype.
+    """Multiply as `linear` does, with weights from any source and checked arguments: (..., K) -> (..., N).
 
-    The same rows are multiplied together wherever they come from, so that every source gives the same bits.
+    Every source has its rows multiplied in the same slices, so that all give the same bits.
     """
     x_rows = x.detach().reshape(-1, k)
     y = torch.empty(len(x_rows), n, dtype=x.dtype, device=x.device)
@@ -168,7 +168,7 @@ def multiply(x: Tensor, rows: Rows, n: int, k: int, bias: Tensor | None, activat
 
 
 def row_blocks(n: int, k: int) -> Iterator[slice]:
-    """N rows of K weights in blocks of at most `BLOCK_WEIGHTS`, of whole tiles of 16 rows where those fit."""
+    """Yield slices of N rows of K weights, at most `BLOCK_WEIGHTS` each, in whole tiles of 16 rows if one fits."""
     step = max(1, BLOCK_WEIGHTS // k)
     step = step // TILE_ROWS * TILE_ROWS or step
     for at in range(0, n, step):
@@ -176,7 +176,7 @@ def row_blocks(n: int, k: int) -> Iterator[slice]:
 
 
 def roundings(k: int, activations: Literal["int8", "bf16"]) -> int:
-    """The fp32 roundings that any one term of `linear`'s sums goes through, at most; for `tolerance`.
+    """Return the most fp32 roundings that any term of `linear`'s sums goes through, for `accuracy.tolerance`.
 
     "bf16": one product, the 255 additions of a super-block in any order, an addition for each of K/256
     super-blocks, and one for the bias. "int8": two products, 15 additions of the groups in a super-block, and
@@ -186,32 +186,33 @@ def roundings(k: int, activations: Literal["int8", "bf16"]) -> int:
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What "bf16" multiplies in: torch.set_float32_matmul_precision may cut fp32 operands to bf16's 8 bits.
+    """Return the dtype in which "bf16" multiplies activations of `dtype`.
 
-    That leaves bf16 values whole (and the integers of "int8"), but no others: those go through fp64.
+    torch.set_float32_matmul_precision may cut fp32 operands to bf16's 8 bits. That leaves bf16 values whole (and
+    the integers of "int8"), but no others, which are multiplied in fp64.
     """
     return torch.float32 if dtype == torch.bfloat16 else torch.float64
 
 
 def _bf16_operands(x: Tensor) -> tuple[Tensor, None]:
-    """(K/256, M, 256) for `_bf16_sums`."""
+    """Return x as (K/256, M, 256) for `_bf16_sums`, and None."""
     return x.to(_product_dtype(x.dtype)).view(len(x), -1, SUPER_BLOCK).transpose(0, 1), None
 
 
 def _bf16_sums(x: Tensor, w: Tensor) -> Tensor:
-    """float32 (M, N): a product for each super-block, then their sum, which keeps chains of roundings short."""
+    """Return y, float32 (M, N): products by super-block, then their sum, which keeps chains of roundings short."""
     return (x @ w.view(len(w), -1, SUPER_BLOCK).permute(1, 2, 0)).sum(0).float()
 
 
 def _int8_operands(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A (K/16, M, 16) and d_a (K/16, M, 1) for `_int8_sums`."""
+    """Return a (K/16, M, 16) and d_a (K/16, M, 1) for `_int8_sums`."""
     a, d_a = quantize_activations(x)
     groups = a.float().view(len(x), -1, GROUP).transpose(0, 1)
     return groups, d_a.T.repeat_interleave(ACTIVATION_GROUP // GROUP, 0).unsqueeze(-1)
 
 
 def _int8_sums(a: Tensor, d_a: Tensor, q: Tensor, s: Tensor) -> Tensor:
-    """float32 (M, N).
+    """Return y, float32 (M, N), of activations in 8 bits.
 
     The inner sums are integers below 16 * 32 * 127 < 2**16, as are their parts: fp32 holds them exactly in
     any order of addition, and its operands fit in bf16, so no setting of matmul precision changes them.

@@ -7,16 +7,18 @@
     q6k::embedding_named(Tensor indices, Tensor tiles, SymInt n, str format, str dtype) -> Tensor
     q6k::dequantize_named(Tensor tiles, SymInt n, str format, str dtype) -> Tensor
 
-The last two are for compiled programs (see `export`): AOTInductor of torch 2.11 makes another ScalarType of one.
+The last two are for compiled programs (see `export`): AOTInductor of torch 2.11 changes a ScalarType to another.
 `format` is the name of a weight type (see `formats.types`), `tiles` what `formats.tiles` describes, of a weight
-with n rows; `weights.weight` has functions that take all three as one. Importing this module registers the ops.
-They work under `torch.compile`, `torch.export` and in CUDA graphs, and have no gradient: a tensor that requires
-one is refused while gradients are recorded.
+with n rows; `weights.weight` has functions that take all three as one object.
+
+Importing this module registers the ops. They work under `torch.compile`, `torch.export` and in CUDA graphs. They
+have no gradient: a tensor that requires one is refused while gradients are recorded.
 
 Defined with `torch.library.Library`, as `custom_op` would add 20 microseconds to every call of a decoding step.
 
-The same ops as a C++ library (see `library`) may be loaded before or after: what it has registered is left
-alone here, and what it registers later is used from then on. The functions for fake tensors are always these.
+The same ops as a C++ library (see `ops.library`) may be loaded before or after this module. What the library has
+registered stays, and what it registers later is used from then on. The functions for fake tensors are always those
+of this module.
 """
 
 from __future__ import annotations
@@ -45,19 +47,19 @@ from q6k_kernels.formats.types import weight_type
 from q6k_kernels.ops import reference
 
 DEFINED = "Q6K_OPS_DEFINED"
-"""Environment variable with the number of the process in which the schemas are there: a C++ library that is loaded
-later does not try to define them, which some versions of torch would complain of."""
+"""Environment variable with the id of the process in which the schemas are defined. A C++ library that is loaded
+later does not define them again, which some versions of torch would complain about."""
 HALVES = (torch.bfloat16, torch.float16)
 """Dtypes of activations on a GPU."""
 
-_Library: Any = torch.library.Library  # whose methods torch leaves without types
+_Library: Any = torch.library.Library  # torch leaves its methods without types
 _LIBRARY = _Library("q6k", "FRAGMENT")
 """Schemas and functions for fake tensors."""
 _implementations: list[Any] = []
-"""What `implement` has registered, for as long as it is."""
+"""The registrations that `implement` made; each lasts as long as its object."""
 
 
-# What every backend demands. These run at every call, so they build no text unless they fail.
+# Checks for every backend. They run at every call, so they build no text unless they fail.
 
 
 def _check_linear(
@@ -69,7 +71,7 @@ def _check_linear(
     activations: str,
     dtypes: tuple[torch.dtype, ...] = FLOATS,
 ) -> int:
-    """Return K."""
+    """Check the arguments of `linear` and return K."""
     k = check_tiles(tiles, n, weight_type(format))
     check_input(x, n, k, bias, dtypes)
     check_activations(activations)
@@ -85,7 +87,7 @@ def _check_linear(
 
 
 def _check_embedding(indices: Tensor, tiles: Tensor, n: int, format: str, dtype: torch.dtype) -> int:
-    """Return K."""
+    """Check the arguments of `embedding` and return K."""
     k = check_tiles(tiles, n, weight_type(format))
     check_dtype(dtype)
     if indices.dtype is not torch.int64 and indices.dtype is not torch.int32:
@@ -96,14 +98,14 @@ def _check_embedding(indices: Tensor, tiles: Tensor, n: int, format: str, dtype:
 
 
 def _check_dequantize(tiles: Tensor, n: int, format: str, dtype: torch.dtype) -> int:
-    """Return K."""
+    """Check the arguments of `dequantize` and return K."""
     k = check_tiles(tiles, n, weight_type(format))
     check_dtype(dtype)
     return k
 
 
 def _check_pack(planes: Sequence[Tensor], format: str) -> tuple[int, ...]:
-    """Return the shape of the tiles."""
+    """Check the arguments of `pack` and return the shape of the tiles."""
     row = weight_type(format)
     shape = check_planes(planes, row, stack=True)
     if any(plane.device != planes[0].device for plane in planes):
@@ -154,7 +156,7 @@ def _pack_cpu(planes: Sequence[Tensor], format: str) -> Tensor:
     return pack_tiles(planes, weight_type(format))
 
 
-# On a GPU: kernels that are compiled at their first use, so their module is loaded then.
+# On a GPU: kernels. They are compiled at their first use, so their module is imported then.
 
 
 @cache
@@ -210,7 +212,7 @@ def _pack_fake(planes: Sequence[Tensor], format: str) -> Tensor:
 
 
 def _named(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same with the dtype's name, "bfloat16" say, for the dtype."""
+    """Return a function that takes the dtype's name, for example "bfloat16", in place of the dtype."""
 
     def call(*arguments: Any) -> Tensor:
         *others, name = arguments
@@ -258,7 +260,7 @@ _OPERATIONS = (
 
 
 def _define() -> None:
-    """Registers the schemas that are not there yet, and the functions for fake tensors."""
+    """Register the schemas that are not defined yet, and the functions for fake tensors."""
     for schema, _, _, fake in _OPERATIONS:
         name = schema.partition("(")[0]
         if not hasattr(torch.ops.q6k, name):
@@ -268,7 +270,7 @@ def _define() -> None:
 
 
 def implement() -> None:
-    """Registers this module's implementations for the CPU and CUDA where there is none."""
+    """Register this module's implementations for the CPU and CUDA where there are none."""
     library = _Library("q6k", "IMPL")
     _implementations.append(library)
     for schema, on_cpu, on_cuda, _ in _OPERATIONS:
@@ -279,7 +281,7 @@ def implement() -> None:
 
 
 def withdraw() -> None:
-    """Takes them back, for others to come in their place; schemas and functions for fake tensors stay."""
+    """Withdraw the implementations, so that others can replace them; schemas and fake functions stay."""
     while _implementations:
         _implementations.pop()._destroy()
 

@@ -1,8 +1,7 @@
-"""Check that the kernels compute here what the formulas say: every operation once, on small random weights.
+"""The self-test: every operation once on this machine, with small random weights.
 
-Planes go through the operations of `ops`, and what comes out is compared with what `accuracy` says on the CPU:
-products within its tolerance, rows to the bit. On a GPU that takes some seconds at first, while kernels are
-compiled, and then some tenths of one.
+The operations' results are compared with those of `accuracy` on the CPU: products within its tolerance, rows bit
+for bit. On a GPU the first run takes some seconds, while kernels are compiled, and later ones tenths of a second.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from q6k_kernels.ops import (
 )
 
 N, K = 275, 512
-"""Of the weight: rows that end within a tile, two super-blocks."""
+"""Shape of the weight: rows that end within a tile, and two super-blocks."""
 PRODUCTS: tuple[tuple[int, Literal["int8", "bf16"]], ...] = ((1, "int8"), (16, "bf16"), (300, "bf16"))
-"""Rows of activations and how they are treated: decoding, a short prefill and a long one."""
+"""Rows of activations and how they are treated: decode, a short prefill and a long one."""
 SEED = 6
 
 
@@ -35,9 +34,9 @@ class Check:
     """One operation on one device.
 
     Attributes:
-        name: the operation, with what scales and sizes.
-        passed: whether it was right.
-        detail: how right, or what went wrong.
+        name: the operation, the weight type and the sizes.
+        passed: whether the result is right.
+        detail: how close the result is, or what is wrong.
     """
 
     name: str
@@ -46,10 +45,10 @@ class Check:
 
 
 def run(device: torch.device | str) -> list[Check]:
-    """Run all checks on a device: `cpu` or a GPU. Other errors of an operation are its check's result.
+    """Run all checks on a device, `cpu` or a GPU. Any error but CudaError fails the check it occurs in.
 
     Raises:
-        CudaError: a kernel cannot be compiled or launched, and the error says what to do about it.
+        CudaError: a kernel cannot be compiled or launched; the error says what to do.
     """
     with torch.no_grad():
         return [check for row in WEIGHT_TYPES.values() for check in _run(torch.device(device), row)]
@@ -128,5 +127,5 @@ def _check(name: str, step: Callable[[], str]) -> Check:
         return Check(name, True, step())
     except CudaError:
         raise
-    except Exception as error:  # whatever it is, it is the result
+    except Exception as error:  # any error is a result of the check
         return Check(name, False, f"{type(error).__name__}: {error}")

@@ -1,11 +1,11 @@
-"""Layers on packed weights: PackedLinear and PackedEmbedding, in the places of nn.Linear and nn.Embedding.
+"""Layers on packed weights: PackedLinear and PackedEmbedding, in place of nn.Linear and nn.Embedding.
 
     head = PackedLinear.from_weight(weight)
     embed = PackedEmbedding.from_weight(weight, dtype=torch.bfloat16)
 
-The tiles are a parameter `tiles`, uint8, that asks for no gradient. Layers made from one `PackedWeight`, as of a
-tied embedding and head, have the same parameter, so torch treats them as it does tied layers of its own: they share
-it when a module that holds them is moved, copied (`copy.deepcopy`), or saved with `torch.save` and loaded again. A
+The tiles are a parameter `tiles`, uint8, without a gradient. Layers made from one `PackedWeight`, such as a
+tied embedding and head, have the same parameter, so torch treats them like its own tied layers: they still share it
+when a module that holds them is moved, copied (`copy.deepcopy`), or saved with `torch.save` and loaded again. A
 state dict has the tiles under both names. Like torch's own, layers need tying again where torch makes parameters
 anew: after `load_state_dict(assign=True)`, `to_empty` from the meta device, and conversions with
 `torch.__future__.set_overwrite_module_params_on_conversion(True)`.
@@ -50,16 +50,16 @@ class _Packed(nn.Module):
 
 
 def _matrix(weight: PackedWeight) -> tuple[int, ...]:
-    """(N, K)."""
+    """Return the shape (N, K) of a weight; raise ValueError for a stack."""
     if len(weight.shape) != 2:
         raise ValueError(f"weight: expected (N, K), found a stack {weight.shape}: take one, weight[expert]")
     return weight.shape
 
 
 class PackedLinear(_Packed):
-    """y = x Wᵀ + bias, the weight packed: what nn.Linear does, see `q6k_kernels.linear`.
+    """A linear layer y = x Wᵀ + bias on a packed weight, in place of nn.Linear; see `q6k_kernels.linear`.
 
-    Made with a weight of zeros; `load_state_dict` or `from_weight` give it another.
+    It begins with a weight of zeros; `load_state_dict` or `from_weight` give it another.
 
     Args:
         in_features: K, a multiple of 256.
@@ -67,8 +67,8 @@ class PackedLinear(_Packed):
         bias: whether there is one, a parameter (N,).
         format: the name of the weight type, see `formats.types`.
         activations: "auto", "int8" or "bf16", see `q6k_kernels.linear`.
-        device: where; also "meta".
-        dtype: of the bias: bfloat16, float16 or float32.
+        device: device of the weight; "meta" is allowed.
+        dtype: dtype of the bias: bfloat16, float16 or float32.
 
     Raises:
         ValueError: an argument is none of these.
@@ -120,11 +120,11 @@ class PackedLinear(_Packed):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., K) -> (..., N) of x's dtype."""
+        """Return x times the transposed weight, plus the bias: (..., K) -> (..., N) of x's dtype."""
         return schema.linear(x, self.tiles, self.bias, self.out_features, self.format, self.activations)
 
     def extra_repr(self) -> str:
-        """What is shown between the brackets."""
+        """Return the text between the brackets of `repr`."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.format!r}, activations={self.activations!r}"
@@ -132,16 +132,16 @@ class PackedLinear(_Packed):
 
 
 class PackedEmbedding(_Packed):
-    """Rows of a packed weight by their numbers: what nn.Embedding does, see `q6k_kernels.embedding`.
+    """Rows of a packed weight by index, in place of nn.Embedding; see `q6k_kernels.embedding`.
 
-    Made with a weight of zeros; `load_state_dict` or `from_weight` give it another.
+    It begins with a weight of zeros; `load_state_dict` or `from_weight` give it another.
 
     Args:
         num_embeddings: N.
         embedding_dim: K, a multiple of 256.
         format: the name of the weight type, see `formats.types`.
-        device: where; also "meta".
-        dtype: of the rows: bfloat16, float16 or float32. It stays when the layer is converted to another.
+        device: device of the weight; "meta" is allowed.
+        dtype: dtype of the rows: bfloat16, float16 or float32. It stays when the layer is converted to another.
 
     Raises:
         ValueError: an argument is none of these.
@@ -173,9 +173,9 @@ class PackedEmbedding(_Packed):
         return layer
 
     def forward(self, indices: Tensor) -> Tensor:
-        """Indices of any shape -> (..., K) of `dtype`."""
+        """Return the rows at indices of any shape (...), as (..., K) of `dtype`."""
         return schema.embedding(indices, self.tiles, self.num_embeddings, self.format, self.dtype)
 
     def extra_repr(self) -> str:
-        """What is shown between the brackets."""
+        """Return the text between the brackets of `repr`."""
         return f"{self.num_embeddings}, {self.embedding_dim}, format={self.format!r}, dtype={self.dtype}"

@@ -1,14 +1,14 @@
-"""Loading from a bundle: one tensor at a time, straight to where it will be used.
+"""Loading from a bundle: one tensor at a time, straight to the device that uses it.
 
     bundle = open_bundle("out/")
     weight = bundle.load("blk.0.attn_q.weight", "cuda")    a PackedWeight
     norm = bundle.load("blk.0.attn_norm.weight", "cuda")   a Tensor
     everything = bundle.load_all("cuda")
 
-Opening reads the manifest and the shards' headers, and checks them (see `manifest` and `structure`); no array is
-read before it is asked for, and no file stays open. Planes are packed on the device that they are loaded to, some
-rows at a time, so that loading takes little memory beside the weight itself. Contents are not compared with their
-checksums: `q6k-convert verify` does that.
+Opening reads the manifest and the shards' headers, and checks them (see `bundle.manifest` and
+`bundle.structure`); no array is read before it is asked for, and no file stays open. Planes are packed on the
+device that they are loaded to, some rows at a time, so that loading takes little memory beside the weight itself.
+Contents are not compared with their checksums: `q6k-convert verify` does that.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from q6k_kernels.weights.weight import PackedWeight
 
 
 class NotLoadableError(ValueError):
-    """A tensor is in the bundle in no form that can be loaded; the message says how to convert it otherwise."""
+    """A tensor has no form in the bundle that can be loaded; the message says how to convert it otherwise."""
 
 
 def open_bundle(path: str | os.PathLike[str]) -> Bundle:
-    """Opens a bundle for loading.
+    """Open a bundle for loading.
 
     Args:
-        path: its directory.
+        path: the bundle's directory.
 
     Raises:
         BundleError: it is no bundle, or its files break a rule of the format; the message says which.
@@ -44,7 +44,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     """
     directory = Path(path)
     manifest = manifests.read(directory)
-    # Before the headers are read, so that a file that changes from here on is found to have changed.
+    # Taken before the headers are read, so that any later change of a file is found.
     shards = [name for name in manifest.files if name.endswith(".safetensors") and (directory / name).is_file()]
     stamps = {name: stamp((directory / name).stat()) for name in shards}
     if findings := check_structure(directory, manifest):
@@ -55,13 +55,13 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
 
 
 class Bundle:
-    """What a bundle holds, by GGUF name; made by `open_bundle`.
+    """A bundle that is open for loading, its tensors by GGUF name; made by `open_bundle`.
 
     Attributes:
-        path: its directory.
-        manifest: all that `bundle.json` says.
-        names: of all tensors, in the order of their data, then those that are tied to another.
-        tied: name -> the name of the tensor that takes its place, as of a head that is the embedding.
+        path: the bundle's directory.
+        manifest: the content of `bundle.json`.
+        names: names of all tensors, in the order of their data, then those tied to another.
+        tied: name -> name of the tensor loaded in its place, such as the embedding for a tied head.
         metadata_path: a GGUF file with the model's key-value pairs, and no tensors.
     """
 
@@ -94,7 +94,7 @@ class Bundle:
         return name in self._tensors or name in self.tied
 
     def info(self, name: str) -> StoredTensor:
-        """What the manifest says of a tensor; of a tied one, of that which takes its place.
+        """Return the manifest's entry of a tensor; for a tied name, that of the tensor loaded in its place.
 
         Raises:
             KeyError: there is no tensor of this name.
@@ -107,38 +107,38 @@ class Bundle:
     def load(
         self, name: str, device: torch.device | str | int = "cpu", *, expert: int | None = None
     ) -> PackedWeight | Tensor:
-        """Reads one tensor.
+        """Read one tensor.
 
-        Each call reads it anew. A name that is tied loads the tensor that takes its place; `load_all` makes the two
-        one object. For many tensors `loader` is faster on a GPU.
+        Each call reads it anew. A tied name loads the tensor that it is tied to; `load_all` returns one object for
+        both names. For many tensors `loader` is faster on a GPU.
 
         Args:
-            name: its GGUF name.
+            name: GGUF name of the tensor.
             device: the CPU or a CUDA GPU.
-            expert: of a stack (E, N, K) only this weight (N, K), 0..E-1.
+            expert: index, 0..E-1, of the only weight (N, K) to read from a stack (E, N, K).
 
         Returns:
-            A PackedWeight of a Q6_K tensor, which is on the device with nothing left to wait for but the device's
-            current stream; of others a Tensor as it is stored: floats, bf16 or integers, in torch's order of dims.
+            A PackedWeight if the tensor is packed, else a Tensor of the stored dtype, in torch's order of dims. On
+            a GPU it is ready for the current stream.
 
         Raises:
             KeyError: there is no tensor of this name.
             IndexError: there is no such expert.
             NotLoadableError: it is stored as raw GGUF blocks, or not at all.
-            BundleError: a file has changed since the bundle was opened, or is shorter than it was.
-            ValueError: another kind of device, or an expert of what is no stack of packed weights.
+            BundleError: a file has changed since the bundle was opened, or ends too early.
+            ValueError: the device is of another kind, or `expert` is given for no stack of packed weights.
             OSError: a file cannot be read.
         """
         return self.loader(device)(name, expert=expert)
 
     def loader(self, device: torch.device | str | int = "cpu") -> Loader:
-        """What reads tensor after tensor to one device.
+        """Return a loader that reads tensor after tensor to one device.
 
         Args:
             device: the CPU or a CUDA GPU.
 
         Raises:
-            ValueError: another kind of device.
+            ValueError: the device is of another kind.
         """
         return Loader(self, way_to(device))
 
@@ -164,14 +164,14 @@ class Bundle:
     def load_all(
         self, device: torch.device | str | int = "cpu", names: Iterable[str] | None = None
     ) -> dict[str, PackedWeight | Tensor]:
-        """Reads many tensors; names that are tied get the same object.
+        """Read many tensors; tied names get the same object.
 
         Args:
             device: the CPU or a CUDA GPU.
-            names: which; by default all.
+            names: names of the tensors; all by default.
 
         Raises:
-            As `load`; also where all are asked for and one of them cannot be loaded.
+            As `load`; by default also if any tensor of the bundle cannot be loaded.
         """
         load = self.loader(device)
         loaded = dict[str, PackedWeight | Tensor]()
@@ -185,17 +185,17 @@ class Bundle:
 
 
 class Loader:
-    """Reads a bundle's tensors to one device; made by `Bundle.loader`.
+    """Reader of a bundle's tensors to one device; made by `Bundle.loader`.
 
-    On the way to a GPU all of them go through the same page-locked memory, 64 MB, which is there for as long as
-    this is: the first bytes of one are read while the last of the one before are copied.
+    To a GPU all tensors go through the same page-locked memory, 64 MB, which the loader keeps. The first bytes of a
+    tensor are read while the last bytes of the one before are copied.
     """
 
     def __init__(self, bundle: Bundle, staging: Staging | None) -> None:
         self._bundle, self._staging = bundle, staging
 
     def __call__(self, name: str, *, expert: int | None = None) -> PackedWeight | Tensor:
-        """Reads one tensor, as `Bundle.load`."""
+        """Read one tensor, as `Bundle.load` does."""
         return self._bundle._load(name, self._staging, expert)
 
 

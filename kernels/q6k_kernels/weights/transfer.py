@@ -1,8 +1,8 @@
 """The way of one tensor from its files to a device: opened, read in slices, copied, packed.
 
-On the CPU, plain arrays are read to where they stay, and planes some rows at a time, to be packed while they are in
-the cache. To a GPU all goes in slices through page-locked memory, one being read while another is copied, and
-planes are packed there.
+On the CPU, plain arrays are read into their final memory. Planes are read some rows at a time, to be packed while
+they are in the cache. To a GPU everything goes in slices through page-locked memory: one is read while another
+is copied. Planes are packed on the GPU.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from q6k_kernels.ops import schema
 from q6k_kernels.weights.weight import PackedWeight
 
 CPU_SLICE_BYTES = 4 << 20
-"""Of planes read at a time, and packed while they are in the cache."""
+"""Bytes of planes that are read at a time, and packed while they are in the cache."""
 GPU_SLICE_BYTES = 32 << 20
-"""Of arrays copied to a GPU at a time; two such are under way, one being read and one being copied."""
+"""Bytes copied to a GPU at a time. There are two such slices: one is read while the other is copied."""
 HUGE_BYTES = 8 << 20
-"""From here on memory on the CPU is asked for in huge pages, 2 MB each."""
+"""Bytes from which memory on the CPU is requested in huge pages, 2 MB each."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -48,16 +48,16 @@ DTYPES = {
 """safetensors dtype -> torch dtype."""
 
 Stamp = tuple[int, int]
-"""Of a file: what is different once it has been written to."""
+"""Size of a file and the time of its last change: one of them differs once the file has been written to."""
 
 
 def stamp(status: os.stat_result) -> Stamp:
-    """Size, and time of the last change in nanoseconds."""
+    """Return the size in bytes, and the time of the last change in nanoseconds."""
     return status.st_size, status.st_mtime_ns
 
 
 def way_to(device: torch.device | str | int) -> Staging | None:
-    """The way to a device; None for the CPU."""
+    """Return the staging memory for a device; None for the CPU."""
     target = torch.device(device)
     if target.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, found {target}; load to the CPU and move from there")
@@ -91,12 +91,12 @@ class Arrays:
         }
 
     def nbytes(self, role: str) -> int:
-        """Of an array."""
+        """Return the size of an array in bytes."""
         entry = self._places[role][1]
         return entry.end - entry.begin
 
     def read(self, role: str, at: int, out: Tensor) -> None:
-        """Fills `out`, uint8 on the CPU, from byte `at` of an array."""
+        """Fill `out`, uint8 on the CPU, from byte `at` of an array."""
         file, entry = self._places[role]
         view, begin, done = memoryview(cast("Any", out.numpy())), entry.begin + at, 0
         while done < len(view):
@@ -114,7 +114,7 @@ class Arrays:
 
 
 class Staging:
-    """The way to a GPU: two slices of page-locked memory, of which one is read into while one is copied."""
+    """Staging memory for a GPU: two page-locked slices, one being filled while the other is copied."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -123,7 +123,7 @@ class Staging:
         self._turn = 0
 
     def next(self, nbytes: int) -> Tensor:
-        """That much memory to read into; waits until it is free."""
+        """Wait for the other slice to be free, and return `nbytes` of it to read into."""
         self._turn ^= 1
         self._copied[self._turn].synchronize()
         if len(self._slices[self._turn]) < nbytes:
@@ -132,13 +132,13 @@ class Staging:
         return self._slices[self._turn][:nbytes]
 
     def copy(self, out: Tensor) -> None:
-        """Begins to copy what was read into `next` to `out`, uint8 on the GPU."""
+        """Begin to copy what was read into the slice of `next` to `out`, uint8 on the GPU."""
         out.copy_(self._slices[self._turn][: out.numel()], non_blocking=True)
         self._copied[self._turn].record(torch.cuda.current_stream(self.device))
 
 
 def load_plain(arrays: Arrays, tensor: StoredTensor, staging: Staging | None) -> Tensor:
-    """A tensor as it is stored: floats, bf16 or integers. `staging` leads to the GPU, None to the CPU."""
+    """Load a tensor of the stored dtype: floats, bf16 or integers; to the GPU of `staging`, or the CPU if None."""
     result = _empty(tensor.shape, DTYPES[tensor.arrays["data"].dtype], staging)
     out = result.view(-1).view(torch.uint8)
     if staging is None:
@@ -152,13 +152,13 @@ def load_plain(arrays: Arrays, tensor: StoredTensor, staging: Staging | None) ->
 
 
 def load_planar(arrays: Arrays, tensor: StoredTensor, expert: int | None, staging: Staging | None) -> PackedWeight:
-    """A packed weight, a stack, or of a stack the weight `expert`. `staging` leads to the GPU, None to the CPU."""
+    """Load a packed weight or stack, or one `expert` of a stack; to the GPU of `staging`, or the CPU if None."""
     *stack, n, k = tensor.shape
-    row = weight_type(cast("str", tensor.format))  # the structure was checked: what is packed has one
+    row = weight_type(cast("str", tensor.format))  # the checked structure guarantees one
     widths = [arrays.nbytes(role) // math.prod((*stack, n)) for role in row.roles]
     shape = (n, k) if expert is not None else (*stack, n, k)
     tiles = _empty(tiles_shape(shape, row), torch.uint8, staging)
-    # Where the matrices of a stack begin with new tiles, they are one matrix.
+    # If every matrix of a stack begins with a new tile, the stack is one large matrix.
     matrices = 1 if len(shape) == 2 or n % TILE_ROWS == 0 else shape[0]
     rows = math.prod(shape[:-1]) // matrices
     first = (expert or 0) * n
@@ -187,20 +187,20 @@ def load_planar(arrays: Arrays, tensor: StoredTensor, expert: int | None, stagin
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, staging: Staging | None) -> Tensor:
-    """New memory: on the GPU, or on the CPU, there in huge pages if there is much of it.
+    """Allocate memory on the GPU, or on the CPU: there in huge pages if it is large.
 
-    The system clears pages as they are first touched, and taking many small ones is slower than reading a file.
+    The system clears pages when they are first touched, which for many small ones is slower than reading a file.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if staging is not None or nbytes < HUGE_BYTES:
         return torch.empty(tuple(shape), dtype=dtype, device="cpu" if staging is None else staging.device)
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # it is only advice, which not every system takes
+    with suppress(OSError):  # it is advice that not every system takes
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
 
 
 def _parts(memory: Tensor, widths: list[int], count: int) -> list[Tensor]:
-    """Where `count` rows of each plane lie in memory, one plane after the other."""
+    """Return views of memory that hold `count` rows of each plane, one plane after the other."""
     ends = list(accumulate(count * width for width in widths))
     return [memory[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]

@@ -4,7 +4,7 @@
     rows = embedding(indices, weight)      -> (..., K)
     w = dequantize(weight, torch.float32)  -> (N, K)
 
-The same code runs on the CPU and on a GPU, wherever the tensors are. Nothing here has a gradient.
+They run on the tensors' device, the CPU or a GPU. Nothing here has a gradient.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class PackedWeight:
     """A weight (N, K), or a stack of them (E, N, K), packed as `formats.tiles` lays it out in memory.
 
     Attributes:
-        tiles: uint8 (T, B, tile_bytes) or (E, T, B, tile_bytes). Not to be written to.
+        tiles: uint8 (T, B, tile_bytes) or (E, T, B, tile_bytes). Read-only.
         shape: (N, K) or (E, N, K).
         format: the name of its weight type, see `formats.types`.
 
     Raises:
-        ValueError: there is no such weight type, or tiles and shape do not belong together.
+        ValueError: there is no such weight type, or tiles and shape do not agree.
     """
 
     tiles: Tensor
@@ -63,27 +63,27 @@ class PackedWeight:
 
     @property
     def n(self) -> int:
-        """N, outputs of a linear layer, rows of an embedding; of each weight in a stack."""
+        """N: outputs of a linear layer, or rows of an embedding; that of each weight in a stack."""
         return self.shape[-2]
 
     @property
     def k(self) -> int:
-        """K, inputs of a linear layer, width of an embedding."""
+        """K: inputs of a linear layer, or width of an embedding."""
         return self.shape[-1]
 
     @property
     def row(self) -> WeightType:
-        """Its weight type."""
+        """The weight type."""
         return weight_type(self.format)
 
     @property
     def device(self) -> torch.device:
-        """Where the tiles are."""
+        """The device of the tiles."""
         return self.tiles.device
 
     @property
     def nbytes(self) -> int:
-        """Of the tiles."""
+        """Size of the tiles in bytes."""
         return self.tiles.nbytes
 
     def __repr__(self) -> str:
@@ -91,7 +91,7 @@ class PackedWeight:
         return f"PackedWeight({self.shape}, {self.format!r}, device='{self.device}', {size})"
 
     def __getitem__(self, expert: int) -> PackedWeight:
-        """One weight (N, K) of a stack; shares its memory."""
+        """Return one weight (N, K) of a stack; it shares the stack's memory."""
         if len(self.shape) != 3:
             raise ValueError(f"only a stack (E, N, K) has experts to index, found {self.shape}; see `rows`")
         if not -self.shape[0] <= expert < self.shape[0]:
@@ -99,14 +99,14 @@ class PackedWeight:
         return PackedWeight(self.tiles[expert], self.shape[1:], self.format)
 
     def __iter__(self) -> Iterator[PackedWeight]:
-        """The weights of a stack."""
+        """Yield the weights of a stack."""
         return (self[expert] for expert in range(self.shape[0] if len(self.shape) == 3 else 1))
 
     def rows(self, start: int, stop: int) -> PackedWeight:
-        """Rows of a weight (N, K), from `start` to `stop`; shares its memory.
+        """Return the rows `start` to `stop` of a weight (N, K), which share its memory.
 
         Raises:
-            ValueError: a stack, no rows, or an end that is neither a multiple of 16 nor N.
+            ValueError: it is a stack, the range is empty, or an end is neither a multiple of 16 nor N.
         """
         if len(self.shape) != 2:
             raise ValueError(
@@ -122,10 +122,10 @@ class PackedWeight:
 
     @staticmethod
     def cat(weights: Sequence[PackedWeight]) -> PackedWeight:
-        """Puts weights below each other, as of q, k and v, or gate and up, to multiply them at once.
+        """Concatenate weights along N, such as q, k and v, or gate and up, to multiply with all at once.
 
         Args:
-            weights: of the same weight type, K and (stacks) E; N of all but the last multiples of 16.
+            weights: of the same weight type, K and (for stacks) E; N of all but the last is a multiple of 16.
 
         Raises:
             ValueError: they do not fit together.
@@ -157,17 +157,17 @@ class PackedWeight:
             format: the name of the weight type.
 
         Raises:
-            ValueError: there is no such weight type, a wrong dtype, or shapes or devices that do not agree.
+            ValueError: there is no such weight type, a dtype is wrong, or shapes or devices do not agree.
         """
         k = planes[0].shape[-1] * weight_type(format).arrays[0].weights
         return PackedWeight(schema.pack(planes, format), (*planes[0].shape[:-1], k), format)
 
     def planes(self) -> list[Tensor]:
-        """Return the arrays of a bundle again, as `from_planes` takes them."""
+        """Unpack the weight into the arrays of a bundle, as `from_planes` takes them."""
         return unpack(self.tiles, self.n, self.row)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """The weights as numbers: (N, K) or (E, N, K) of bfloat16, float16 or float32, rounded once."""
+        """Return the weights as numbers: (N, K) or (E, N, K) of bfloat16, float16 or float32, rounded once."""
         if len(self.shape) == 2:
             return schema.dequantize(self.tiles, self.n, self.format, dtype)
         result = torch.empty(self.shape, dtype=dtype, device=self.device)
@@ -176,36 +176,36 @@ class PackedWeight:
         return result
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> PackedWeight:
-        """On another device; itself if it is there already."""
+        """Return the weight on another device; itself if it is there already."""
         return self._with(self.tiles.to(device, non_blocking=non_blocking))
 
     def cuda(self) -> PackedWeight:
-        """On the current GPU."""
+        """Return the weight on the current GPU."""
         return self.to("cuda")
 
     def cpu(self) -> PackedWeight:
-        """On the CPU."""
+        """Return the weight on the CPU."""
         return self.to("cpu")
 
     def pin_memory(self) -> PackedWeight:
-        """In page-locked memory of the CPU, from where `to(gpu, non_blocking=True)` need not be waited for."""
+        """Return the weight in page-locked CPU memory, from which `to(gpu, non_blocking=True)` does not block."""
         return self._with(self.tiles.pin_memory())
 
     def _with(self, tiles: Tensor) -> PackedWeight:
         return self if tiles is self.tiles else PackedWeight(tiles, self.shape, self.format)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return tensors alone, for safetensors and the like: `tiles`, `shape` int64, `format` ASCII in uint8."""
+        """Return the weight as tensors, for safetensors: `tiles`, `shape` int64, `format` ASCII in uint8."""
         format = torch.frombuffer(bytearray(self.format.encode()), dtype=torch.uint8)
         shape = torch.tensor(self.shape, dtype=torch.int64)
         return {"tiles": self.tiles.detach(), "shape": shape, "format": format}
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Tensor]) -> PackedWeight:
-        """The inverse of `state_dict`.
+        """Make a weight from what `state_dict` returns.
 
         Raises:
-            ValueError: something else than `tiles`, `shape` and `format`, or they do not belong together.
+            ValueError: the keys are not `tiles`, `shape` and `format`, or these do not agree.
         """
         if set(state) != {"tiles", "shape", "format"}:
             raise ValueError(f"state: expected tiles, shape, format, found {', '.join(sorted(state)) or 'nothing'}")
@@ -213,56 +213,56 @@ class PackedWeight:
         return PackedWeight(state["tiles"], tuple(state["shape"].tolist()), name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Through the constructor, so that what was saved is checked when it is loaded.
+        # By the constructor, so that a saved weight is checked when it is loaded.
         return PackedWeight, (self.tiles, self.shape, self.format)
 
 
-# Lets torch.load(weights_only=True), the default, make one, once this module was imported.
+# Allows torch.load(weights_only=True), the default, to make one once this module is imported.
 torch.serialization.add_safe_globals([PackedWeight])
 
 
 def linear(
     x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activations: Activations = "auto"
 ) -> Tensor:
-    """Multiplies x with the transposed weight, adds the bias: sums in fp32, rounded once (see `reference`).
+    """Multiply x with the transposed weight and add the bias: sums in fp32, rounded once (see `ops.reference`).
 
     Args:
-        x: bfloat16 or float16 (..., K), on the CPU also float32; strides at will, also no rows at all.
-        weight: (N, K), on x's device. On a GPU its copy may begin while the kernel launched just before ends: one
-            that changes the tiles in place must not be that kernel.
+        x: bfloat16 or float16 (..., K), on the CPU also float32; any strides, zero rows allowed.
+        weight: (N, K), on x's device. On a GPU the tiles may be read while the kernel launched just before
+            ends, so that kernel must not change them.
         bias: bfloat16, float16 or float32 (N,).
-        activations: "int8" quantises x to 8 bits in groups of 32 and sums integers, made for a few rows;
+        activations: "int8" quantises x to 8 bits in groups of 32 and sums integers, for a few rows;
             "bf16" multiplies in x's own dtype; "auto" picks by the number of rows.
 
     Returns:
-        (..., N) of x's dtype, new.
+        New (..., N) of x's dtype.
 
     Raises:
-        ValueError: a wrong dtype, shape, device or option, a stack of weights, or x or bias requires a gradient
-            while gradients are recorded.
+        ValueError: a dtype, shape, device or option is wrong, the weight is a stack, or x or bias requires a
+            gradient while gradients are recorded.
     """
     return schema.linear(x, weight.tiles, bias, weight.n, weight.format, activations)
 
 
 def embedding(indices: Tensor, weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Rows of a weight as numbers.
+    """Return rows of a weight as numbers.
 
     Args:
         indices: int64 or int32, any shape, each 0..N-1, on the weight's device.
         weight: (N, K).
-        dtype: bfloat16, float16 or float32, rounded to once.
+        dtype: bfloat16, float16 or float32; rows are rounded once.
 
     Returns:
-        (..., K) of `dtype`, new.
+        New (..., K) of `dtype`.
 
     Raises:
-        ValueError: a wrong dtype, shape or device.
-        IndexError: an index is out of range, on the CPU. On a GPU it stops the kernel, as it does that of
+        ValueError: a dtype, shape or device is wrong.
+        IndexError: an index is out of range, on the CPU. On a GPU it stops the kernel, as in
             `torch.nn.functional.embedding`: the next call that waits for the GPU raises.
     """
     return schema.embedding(indices, weight.tiles, weight.n, weight.format, dtype)
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """`PackedWeight.dequantize`."""
+    """Return the weights as numbers, as `PackedWeight.dequantize` does."""
     return weight.dequantize(dtype)
