@@ -94,10 +94,10 @@ def test_a_row_is_found_by_the_ggml_type_and_the_scales() -> None:
         ("Q6_K", (3, 512), "planar", None, "stored planar, and a weight type None: planar tensors have one"),
         ("F32", (3, 512), "plain", "q6_k", "stored plain, and a weight type 'q6_k': .* others have none"),
         ("Q6_K", (3, 512), "planar", "q7_k", "format: expected one of q6_k, q6_k_exact, found 'q7_k'"),
-        ("Q8_0", (3, 512), "planar", "q6_k", r"Q8_0 of shape \[3, 512\] has no form q6_k"),
-        ("Q6_K", (3, 500), "planar", "q6_k", r"Q6_K of shape \[3, 500\] has no form q6_k"),
-        ("Q6_K", (512,), "planar", "q6_k", r"Q6_K of shape \[512\] has no form q6_k"),
-        ("Q6_K", (1, 2, 3, 512), "planar", "q6_k", r"Q6_K of shape \[1, 2, 3, 512\] has no form q6_k"),
+        ("Q8_0", (3, 512), "planar", "q6_k", r"Q8_0 of shape \[3, 512\] cannot be stored as q6_k"),
+        ("Q6_K", (3, 500), "planar", "q6_k", r"Q6_K of shape \[3, 500\] cannot be stored as q6_k"),
+        ("Q6_K", (512,), "planar", "q6_k", r"Q6_K of shape \[512\] cannot be stored as q6_k"),
+        ("Q6_K", (1, 2, 3, 512), "planar", "q6_k", r"Q6_K of shape \[1, 2, 3, 512\] cannot be stored as q6_k"),
     ],
 )
 def test_what_has_no_arrays(ggml: str, shape: tuple[int, ...], storage: str, format: str, message: str) -> None:

@@ -201,9 +201,9 @@ TILES = torch.zeros(3, 2, 3584, dtype=torch.uint8)
     ("tiles", "shape", "message"),
     [
         (TILES, (49, 512), r"3 tiles of 16 hold 33 to 48 rows, found 49"),
-        (TILES, (40, 256), r"shape: the tiles are those of \(40, 512\), found \(40, 256\)"),
+        (TILES, (40, 256), r"shape: expected \(40, 512\) for these tiles, found \(40, 256\)"),
         (TILES, (1, 40, 512), r"shape: expected \(N, K\) with tiles of 3.*, found \(1, 40, 512\) with tiles of 3"),
-        (TILES[None], (2, 40, 512), r"shape: the tiles are those of \(1, 40, 512\), found \(2, 40, 512\)"),
+        (TILES[None], (2, 40, 512), r"shape: expected \(1, 40, 512\) for these tiles, found \(2, 40, 512\)"),
         (TILES[None], (40, 512), r"found \(40, 512\) with tiles of 4"),
         (TILES, (512,), r"found \(512,\) with tiles of 3"),
         (TILES.float(), (40, 512), r"tiles of q6_k: expected contiguous uint8 .*found float32 \(3, 2, 3584\)"),

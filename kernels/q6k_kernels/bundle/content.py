@@ -152,7 +152,7 @@ class _Reader:
 
 
 def _first_not_finite(piece: memoryview, infinity: int) -> int | None:
-    """Return the index of the first 16-bit value that is infinite or NaN, the largest integers of either sign."""
+    """Return the index of the first infinite or NaN value, or None: as integers these are the largest of a sign."""
     values = np.frombuffer(piece, np.uint16)
     if values.view(np.int16).max() < infinity and values.max() < infinity | 0x8000:
         return None

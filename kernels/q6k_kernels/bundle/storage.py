@@ -57,7 +57,7 @@ def arrays_of(
     if format is not None:
         row = weight_type(format)
         if ggml_type != row.ggml or len(shape) not in (2, 3) or last % row.block:
-            raise ValueError(f"{ggml_type} of shape {list(shape)} has no form {format}")
+            raise ValueError(f"{ggml_type} of shape {list(shape)} cannot be stored as {format}")
         return {
             array.role: ArraySpec(f"{name}.{array.role}", array.dtype, (*lead, last // array.weights))
             for array in row.arrays

@@ -21,7 +21,7 @@ constexpr int KEYS = 16;               // of a warp at a time
 constexpr int ROW = DIM * 2 + 16;      // bytes of a key or value in shared memory: rows that are read together are
                                        // in distinct banks
 constexpr int WARP_BYTES = 2 * KEYS * ROW;  // keys, values
-constexpr int MOST_BLOCKS = 32;        // that share keys: a lane of a warp for each
+constexpr int MOST_BLOCKS = 32;        // most blocks that share keys: a lane of a warp for each
 constexpr float LOG2_E = 1.4426950408889634f;
 
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xFF800000u); }
@@ -37,19 +37,19 @@ __device__ __forceinline__ float weight_of(float score, float largest) {
   return score == minus_infinity() ? 0.0f : power_of_two(score - largest);
 }
 
-__device__ __forceinline__ float load_of_others(const float* from) {  // past the cache of this multiprocessor
+__device__ __forceinline__ float load_of_others(const float* from) {  // bypasses this multiprocessor's cache
   float value;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
   return value;
 }
 
-// 16 bytes, or zeros.
+// Copies 16 bytes, or zeros.
 __device__ __forceinline__ void copy_or_clear_16(u32 to_shared, const void* from, bool copy) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "r"(copy ? 16 : 0)
                : "memory");
 }
 
-// Of lanes with the same t, which have the keys of one head.
+// Reduces over lanes with the same t, which have the keys of one head.
 __device__ __forceinline__ float largest_of_keys(float value) {
 #pragma unroll
   for (int apart = 4; apart < 32; apart <<= 1) value = fmaxf(value, __shfl_xor_sync(0xFFFFFFFFu, value, apart));
@@ -57,11 +57,11 @@ __device__ __forceinline__ float largest_of_keys(float value) {
 }
 
 // Parameters: the token's q (all heads, DIM), k and v (key heads, DIM), 16-bit; keys and values, the cache (key heads,
-// slots, DIM), 16-bit; cosines and sines fp32 (positions, DIM / 2); q_norm, k_norm fp32 (DIM,), or null; position, of
-// the token; partials fp32, heads * (DIM + 2) for each block; counters, 0, one for each row of blocks; x 16-bit
-// (all heads * DIM,), or null; codes and steps, as q6k_quantize writes them, or null; scale, of scores; softcap, or 0:
-// none; epsilon, of the norms; slots; window, of a ring of slots that positions go round, or 0: slot and position are
-// one; heads, of a block, at most HEADS; group, query heads for each key head, a multiple of it.
+// slots, DIM), 16-bit; cosines and sines fp32 (positions, DIM / 2); q_norm, k_norm fp32 (DIM,), or null; the token's
+// position; partials fp32, heads * (DIM + 2) for each block; counters, 0, one for each row of blocks; x 16-bit
+// (all heads * DIM,), or null; codes and steps, as q6k_quantize writes them, or null; the scores' scale; softcap, 0
+// for none; the norms' epsilon; slots; window, the size of a ring of slots, or 0 if slot and position are equal; heads
+// of a block, at most HEADS; group, query heads for each key head, a multiple of `heads`.
 // Grid: blocks that share keys, at most MOST_BLOCKS, x (all heads / heads). Shared memory: WARPS * WARP_BYTES.
 extern "C" __global__ void __launch_bounds__(THREADS)
     q6k_attend(const u16* q, const u16* k, const u16* v, u16* keys, u16* values, const float* cosines,
@@ -77,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int row = blockIdx.y, head = row * heads / group;  // of keys
 
-  // The step before ended before this one began, so its position and its keys are there.
+  // The previous step ended before this one began, so its position and its keys are in memory.
   const i64 here = *position;
   const int used = (int)min(here + 1, (i64)slots), own_slot = (int)(window ? here % slots : here);
   const int share = ((used + gridDim.x - 1) / gridDim.x + KEYS - 1) / KEYS * KEYS;
@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   u16* const head_values = values + (i64)head * slots * DIM;
   u8* const own_shared = shared + warp * WARP_BYTES;
   const u32 keys_at = shared_address(own_shared), values_at = keys_at + KEYS * ROW;
-  // A group of copies of its own, if only an empty one.
+  // Each call is a group of copies, even if it copies nothing.
   auto load = [&](const u16* from, u32 to, int first) {
     if (first < end) {
       for (int at = lane; at < KEYS * (DIM / 8); at += 32) {
@@ -122,8 +122,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int at = heads * DIM + threadIdx.x; at < HEADS * DIM; at += THREADS) queries[at / DIM][at % DIM] = 0;
   for (int d = threadIdx.x; d < DIM; d += THREADS) own_value[d] = v[head * DIM + d];
   __syncthreads();
-  let_dependents_start();  // later than elsewhere: its copies would be in the way of what was asked for above
-  // Of the blocks that share this key head, one.
+  let_dependents_start();  // as late as this: its copies would delay the loads above
+  // One of the blocks that share this key head writes.
   if (begin <= own_slot && own_slot < end && row * heads % group == 0) {
     for (int d = threadIdx.x; d < DIM; d += THREADS) {
       head_keys[(i64)own_slot * DIM + d] = queries[HEADS][d];
@@ -131,10 +131,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
   }
 
-  // sums[i]: dims 16 i + g and + 8, heads 2t and 2t + 1, of which `largest` and `weight` are, too.
+  // sums[i]: dims 16 i + g and + 8, heads 2t and 2t + 1; `largest` and `weight` are of the same heads.
   float sums[DIM / 16][4] = {}, largest[2] = {minus_infinity(), minus_infinity()}, weight[2] = {};
   for (; first < end; first += WARPS * KEYS) {
-    wait_copies<1>();  // for the keys; the values may still be on their way
+    wait_copies<1>();  // for the keys; the values may still be copied
     __syncwarp();
     put_own(own_shared, queries[HEADS], first);
     float scores[4] = {};  // keys g and g + 8, heads 2t and 2t + 1
@@ -173,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     const u32 b0 = transposed(pack_halves(scores[0], scores[1]));
     const u32 b1 = transposed(pack_halves(scores[2], scores[3]));
-    wait_copies<1>();  // for the values; the next keys may still be on their way
+    wait_copies<1>();  // for the values; the next keys may still be copied
     __syncwarp();
     put_own(own_shared + KEYS * ROW, own_value, first);
     const u32 value_at = values_at + ((lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 16;
@@ -229,8 +229,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
   __syncthreads();
   if (!last) return;
-  // 64 outputs of a warp, two of a lane, of one head or of two. All loads at once: a lane has the maximum and weight
-  // of a block, and of its own outputs what each block has.
+  // A warp adds 64 outputs, a lane two, of one head or two. All loads are issued at once: a lane loads the maximum
+  // and weight of one block, and every block's part of its own outputs.
   for (int out = warp * 64; out < outputs; out += WARPS * 64) {
     const int blocks = gridDim.x, own = min(out + 2 * lane, outputs - 2), own_head = own / DIM;
     const int two[2] = {out / DIM, min(out + 63, outputs - 1) / DIM};

@@ -38,15 +38,15 @@ __device__ __forceinline__ u64 ranked(float score, u32 token) {
 }
 
 template <int LANES>
-__device__ __forceinline__ u64 best_of(u64 most) {  // of a warp's first LANES, in each of them
+__device__ __forceinline__ u64 best_of(u64 most) {  // best of a warp's first LANES, returned in each of them
 #pragma unroll
   for (int apart = LANES / 2; apart; apart >>= 1) most = max(most, __shfl_xor_sync(0xFFFFFFFFu, most, apart));
   return most;
 }
 
-// Parameters: logits 16-bit (vocabulary,), aligned to 16 bytes; position, of the last token; token, the next, also put
-// at chosen[position + 1]; bests (MOST_BLOCKS,); counter, 0 between launches; seed; softcap of logits, or 0: none;
-// temperature, or 0: no noise. Grid: at most MOST_BLOCKS.
+// Parameters: logits 16-bit (vocabulary,), aligned to 16 bytes; position of the last token; token, the next one, also
+// written to chosen[position + 1]; bests (MOST_BLOCKS,); counter, 0 between launches; seed; softcap of logits, 0 for
+// none; temperature, 0 for no noise. Grid: at most MOST_BLOCKS.
 extern "C" __global__ void __launch_bounds__(THREADS)
     q6k_choose(const u16* logits, i64* position, i64* token, i64* chosen, u64* bests, u32* counter, const i64* seed,
                float softcap, float temperature, int vocabulary) {
@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (u32 i = 0; i < MOST_BLOCKS / 32; ++i) most = max(most, found[i]);
   most = best_of<32>(most);
   if (lane != 0) return;
-  // Where no logit is a number, a token all the same, within bounds.
+  // If no logit is a number, the token must still be within bounds.
   const i64 next = most ? 0xFFFFFFFFu - (u32)most : size - 1;
   *counter = 0;  // for the next launch
   *token = next;

@@ -30,7 +30,7 @@ typedef long long i64;
 
 constexpr int TILE_ROWS = 16;
 constexpr int SUPER_BLOCK = 256;
-constexpr int QUARTERS = 4;              // of a super-block: 64 weights, four groups
+constexpr int QUARTERS = 4;              // parts of a super-block: 64 weights, four groups
 constexpr bool STEPPED = Q6K_SCALES == SCALES_STEPPED;
 constexpr int TILE_WEIGHTS = TILE_ROWS * SUPER_BLOCK;
 constexpr int LOW_AT = TILE_WEIGHTS / 2;                        // byte of a tile where the low pairs begin
@@ -110,7 +110,7 @@ __device__ __forceinline__ u32 load_shared_4(u32 address) {
   return v;
 }
 
-// Of bytes that are read once: the first to leave the L2 cache, which then keeps what launches hand to each other.
+// A policy for bytes that are read once: they leave the L2 cache first, which keeps what launches pass to each other.
 __device__ __forceinline__ u64 evict_first() {
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

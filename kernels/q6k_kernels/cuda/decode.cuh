@@ -33,7 +33,7 @@
 #define Q6K_SPLIT 0
 #endif
 
-// Of a decoding step, whose other launches' blocks shall find room beside these. Elsewhere so few would spill.
+// In a decode step, blocks of other launches must find room beside these. Elsewhere so few registers would spill.
 #if Q6K_TOKENS == 1 && !Q6K_FUSED && Q6K_WARPS * Q6K_OCCUPANCY >= 16 && __CUDA_ARCH__ == 900
 #define Q6K_LIMITS __maxnreg__(104)
 #else
@@ -130,7 +130,7 @@ __device__ __forceinline__ float load_of_rank(u32 address, int rank) {
 
 // ---- sums over warps ---------------------------------------------------------------------------------------
 
-// Where the part of `total` begins; hosts see to it that the product is below 2^31.
+// Start of a part of `total`; hosts ensure that the product is below 2^31.
 __device__ __forceinline__ int share(int total, int part, int parts) { return (u32)(total * part) / (u32)parts; }
 
 // The warp that has tile `tile` of the `total` that a block's warps share.
@@ -140,8 +140,8 @@ __device__ __forceinline__ int first_warp(int total, int tile) {
   return w;
 }
 
-// What the warps from w on have for one output, up to the one whose tiles begin at `end` or after. Each warp's
-// value lies `pitch` bytes after the one before. Four loads are under way at a time.
+// Adds the values of warps w, w + 1, ... for one output, up to the warp whose tiles begin at `end` or after. Each
+// warp's value lies `pitch` bytes after the previous one. Four loads are in flight at a time.
 __device__ __forceinline__ float sum_of_warps(u32 values, int pitch, int total, int w, int end) {
   float sum = 0.0f;
   for (; w < WARPS && share(total, w, WARPS) < end; w += 4) {
@@ -161,8 +161,8 @@ __device__ __forceinline__ float sum_of_warps(u32 values, int pitch, int total, 
 // ---- the kernel --------------------------------------------------------------------------------------------
 
 // Parameters: tiles (T, K/256, TILE_BYTES); x, if FUSED 16-bit (m, k), rows 16-byte aligned and `stride`
-// elements apart, else what q6k_quantize made of it, steps behind codes; y 16-bit (m, n); bias (n,) of `bias_kind`,
-// or null; m <= TOKENS; early, 1 unless FUSED: whether to ask for tiles before activations.
+// elements apart, else as q6k_quantize writes it, steps after codes; y 16-bit (m, n); bias (n,) of `bias_kind`,
+// or null; m <= TOKENS; early, 1 unless FUSED: whether to load tiles before activations.
 // Grid: blocks of a cluster x ranges of row tiles. Shared memory: `decode_plan.py` has the sizes.
 // No pointer is __restrict__: loads of what an earlier launch writes must not move above the wait for it.
 extern "C" __global__ void Q6K_LIMITS
@@ -200,16 +200,16 @@ extern "C" __global__ void Q6K_LIMITS
     for (int stage = 0; stage < STAGES; ++stage) {
       if (stage < begin || stage >= end) continue;
       copy_next(stage);
-      // All at once would be in the way of whatever the launch before still has to read.
+      // All copies at once would delay what the previous launch still has to read.
       if (!Q6K_FUSED) wait_copies<0>();
     }
   };
   u8* const codes = shared + RING_BYTES;
-  const int most_depth = (blocks + cluster - 1) / cluster;  // so that all blocks of a cluster lay out memory alike
+  const int most_depth = (blocks + cluster - 1) / cluster;  // all blocks of a cluster lay out memory alike
   float* const steps = reinterpret_cast<float*>(codes + most_depth * CODES_A_BLOCK);
   const u32 partials = shared_address(steps) + most_depth * STEPS_A_BLOCK;
-  // Activations that come after a full ring of tiles wait for it, so who has to quantise them asks for them after
-  // two stages, and for a small product first.
+  // Activations requested after a full ring of tiles wait for it. So blocks that quantise request them after two
+  // stages, and for a small product first.
   constexpr int EARLY_STAGES = Q6K_FUSED && STAGES > 2 ? 2 : STAGES;
   if (early) fill_ring(0, EARLY_STAGES);
   wait_for_previous_grid();
@@ -241,7 +241,7 @@ extern "C" __global__ void Q6K_LIMITS
     const int row = (first_row + row_tile) * TILE_ROWS + r;
     if (row < n && token < m) y[(i64)token * n + row] = to_half(value + bias_at(bias, bias_kind, row));
   };
-  // A block alone needs at most two places a warp: every row tile between its first and last it ends itself.
+  // Without clusters a warp needs at most two slots: it completes each row tile between its first and last itself.
   auto slot_of = [&](int w, int row_tile, int first) {
     const int slot = !SPLIT ? 2 * w + (row_tile != first) : row_tile + w;
     return partials + slot * TILE_ROWS * TOKENS * 4;
@@ -285,10 +285,10 @@ extern "C" __global__ void Q6K_LIMITS
   }
 
   __syncthreads();
-  constexpr int OUTPUTS = TILE_ROWS * TOKENS;  // of a row tile
+  constexpr int OUTPUTS = TILE_ROWS * TOKENS;  // outputs of a row tile
   const int total = rows * depth;
   if (!SPLIT) {
-    // What a warp began of its last row tile and did not end, the warps after it ended.
+    // The last row tile that a warp began and did not complete was completed by the warps after it.
     for (int at = threadIdx.x; at < WARPS * OUTPUTS; at += THREADS) {
       const int w = at / OUTPUTS, inside = at % OUTPUTS;
       const int w_begin = share(total, w, WARPS), w_end = share(total, w + 1, WARPS);

@@ -184,7 +184,7 @@ def plan(
         n: rows of the weight.
         k: columns of both.
         row: the weight type.
-        device: what the GPU offers.
+        device: the GPU's limits.
         forced: a cluster size and a choice, to measure them.
         quantized: whether the activations come in 8 bits.
     """

@@ -31,7 +31,7 @@
 
 constexpr int BN = Q6K_BN, KW = Q6K_KW, SLOTS = Q6K_SLOTS;
 constexpr int GEMM_WARPS = 8, GEMM_THREADS = 32 * GEMM_WARPS;
-constexpr int ROWS = TILE_ROWS * GEMM_WARPS / KW;  // of a block
+constexpr int ROWS = TILE_ROWS * GEMM_WARPS / KW;  // rows of a block
 constexpr int STAGE_BYTES = 8192;                  // of activations: KW parts of BN tokens
 constexpr int STAGE_K = STAGE_BYTES / 2 / (BN * KW);
 constexpr int STAGES_PER_BLOCK = SUPER_BLOCK / STAGE_K;   // stages of a super-block
@@ -56,7 +56,7 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const u32 (&a)[4], u
 #endif
 }
 
-// Four 8 x 8 matrices: this lane's address is that of row lane % 8 of matrix lane / 8.
+// Loads four 8 x 8 matrices; this lane addresses row lane % 8 of matrix lane / 8.
 __device__ __forceinline__ void load_matrices(u32 (&b)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
@@ -64,7 +64,7 @@ __device__ __forceinline__ void load_matrices(u32 (&b)[4], u32 address) {
                : "memory");
 }
 
-// Two 16-byte pieces of activations that a thread copies to every stage: whence, and where in a stage. The second
+// Two 16-byte pieces of activations that a thread copies to every stage: source, and place in a stage. The second
 // is 4 KB further in the stage: later tokens, or later super-blocks for later parts of K.
 struct Activations {
   const u16* from;
@@ -78,10 +78,10 @@ struct Activations {
     first_block = begin + part;
     tokens_left = tokens - token;
     from = x + ((i64)first_token + token) * stride + (i64)first_block * SUPER_BLOCK + at * 8;
-    // Pieces are swapped within 128 bytes, so that eight tokens' lie in different banks.
+    // Pieces are swapped within 128 bytes, so that those of eight tokens lie in different banks.
     to = part * PART_BYTES + token * TOKEN_BYTES + ((at ^ (token & 7)) << 4);
   }
-  // Of stage `sub` of super-block number `step` of each part; tokens past M and super-blocks past `end` are zeros.
+  // Loads stage `sub` of each part's super-block `step`; tokens past M and super-blocks past `end` are zeros.
   __device__ __forceinline__ void load(int step, int sub, int end, i64 stride) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -102,7 +102,7 @@ struct Activations {
   }
 };
 
-// Half a tile, eight groups, in the widest loads.
+// Half a tile, eight groups, read by the widest loads.
 __device__ __forceinline__ void load_half(LaneQuarter (&quarters)[2], u32 tile, int lane, int half) {
   const int g = lane >> 2;
 #pragma unroll
@@ -133,7 +133,7 @@ __device__ __forceinline__ void load_half(LaneQuarter (&quarters)[2], u32 tile, 
 //   workspace  fp32 (splits, m, n); written if there are more, without the bias
 //   bias       (n) of `bias_kind`, a BiasKind
 //   stride, bias_kind, m, n, k
-// What the grid before may still be writing is not __restrict__: such loads might move before the wait.
+// Memory that the previous grid may still write is not __restrict__: its loads might move before the wait.
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 2)
     q6k_gemm_mma(const u8* __restrict__ tiles, const u16* x, u16* y, float* workspace,
                  const void* bias, i64 stride, int bias_kind, int m, int n, int k) {

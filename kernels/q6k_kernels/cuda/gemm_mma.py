@@ -83,7 +83,7 @@ def plan(m: int, n: int, k: int, row: WeightType, device: Device) -> MmaPlan:
         n: rows of the weight.
         k: a multiple of 256.
         row: the weight type.
-        device: what the GPU offers.
+        device: the GPU's limits.
     """
     tokens = min(max(16, 1 << (m - 1).bit_length()), 64)
     splits = range(1, min(MOST_SPLITS, k // SUPER_BLOCK, max(1, MOST_WORKSPACE // (4 * m * n))) + 1)

@@ -33,10 +33,10 @@
 
 constexpr int CONSUMERS = Q6K_CONSUMERS, TILE_STAGES = Q6K_TILE_STAGES, X_STAGES = Q6K_X_STAGES;
 
-constexpr int ROWS = 64 * CONSUMERS;  // of a block's output
+constexpr int ROWS = 64 * CONSUMERS;  // rows of a block's output
 constexpr int ROW_TILES = ROWS / TILE_ROWS;
 constexpr int THREADS = CONSUMERS * 128 + (TOKENS > 128 ? 128 : 64);
-// Groups of products under way while weights are prepared: with few tokens they end long before that.
+// Groups of products in flight while weights are prepared: with few tokens they end long before that.
 constexpr int PENDING = TOKENS >= 128 ? 1 : 0;
 constexpr int X_BYTES = TOKENS * 128;
 constexpr int TILE_STAGE_BYTES = ROW_TILES * TILE_BYTES;
@@ -44,13 +44,13 @@ constexpr int TILE_STAGE_BYTES = ROW_TILES * TILE_BYTES;
 constexpr int TILES_BEGIN = X_STAGES * X_BYTES;
 constexpr int STAGING_BEGIN = TILES_BEGIN + TILE_STAGES * TILE_STAGE_BYTES;
 constexpr int BARRIERS_BEGIN = STAGING_BEGIN + CONSUMERS * 4 * 512;
-constexpr int WARPS = CONSUMERS * 4;  // that multiply
+constexpr int WARPS = CONSUMERS * 4;  // warps that multiply
 
 // ---- who does what -----------------------------------------------------------------------------------------
 
-// How outputs fall to blocks. The first `whole` are computed whole, `gridDim.x` at a time. The (output, super-block)
+// Assigns outputs to blocks. The first `whole` are computed whole, `gridDim.x` at a time. The (output, super-block)
 // pairs of the others are shared out in parts of equal length, the first ones longer by one if need be. Parts are
-// numbered against blocks: a block waits for parts after its own, and those have begun whatever else the GPU does.
+// numbered in reverse order of blocks: a block waits for later parts, so for earlier blocks, which have certainly begun.
 struct Shares {
   int outputs, whole, depth;  // depth: super-blocks of K
 
@@ -61,8 +61,8 @@ struct Shares {
   }
 };
 
-// A block's pieces of work, one after the other: super-blocks [begin, end) of `output`. Little state: registers are
-// what sums are made of.
+// A block's pieces of work, one after the other: super-blocks [begin, end) of `output`. It keeps little state,
+// because the sums need the registers.
 struct Piece {
   int output, begin, end;
 
@@ -124,8 +124,8 @@ __device__ __forceinline__ void write_outputs(const float* sums, float upper_bia
 
 // ---- outputs that blocks share -------------------------------------------------------------------------------
 
-// A part has room for one block's sums, in an order of threads, and a flag for each warp. `ticket` is a number that
-// no other launch uses, so what was in that memory before is no flag that is up; who has read one takes it down.
+// A part has room for one block's sums, ordered by thread, and a flag for each warp. No other launch uses the number
+// `ticket`, so that older contents of the memory are no raised flag. A warp that has read a flag lowers it.
 struct Exchange {
   float* sums;
   u64* flags;
@@ -145,7 +145,7 @@ struct Exchange {
     if (lane == 0) raise_flag(flags + part * WARPS + warp, ticket);
   }
 
-  // Adds the sums of the parts from `first` to `last`, in their order; some loads are under way at a time.
+  // Adds the sums of the parts from `first` to `last`, in order; some loads are in flight at a time.
   __device__ __forceinline__ void collect(float (&own)[SUMS], int first, int last, int warp, int lane) const {
     constexpr int LOADS = SUMS < 32 ? SUMS / 4 : 8;
     for (int part = first + lane; part <= last; part += 32) {

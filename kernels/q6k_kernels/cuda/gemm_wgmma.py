@@ -124,7 +124,7 @@ def plan_of(config: Config, resident: int, share: bool, m: int, n: int, k: int, 
         m: rows of activations.
         n: rows of the weight.
         k: columns of both.
-        device: what the GPU offers.
+        device: the GPU's limits.
     """
     token_blocks, row_blocks = -(-m // config.tokens), -(-n // config.rows)
     outputs, blocks = token_blocks * row_blocks, device.multiprocessors * resident
@@ -143,7 +143,7 @@ def plan(m: int, n: int, k: int, device: Device) -> WgmmaPlan:
         m: rows of activations, at least 1.
         n: rows of the weight.
         k: columns of both.
-        device: what the GPU offers.
+        device: the GPU's limits.
     """
     candidates = [
         plan_of(config, resident, share, m, n, k, device)

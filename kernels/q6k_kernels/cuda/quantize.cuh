@@ -34,7 +34,7 @@ __device__ __forceinline__ u32 low_bytes(u32 a, u32 b, u32 c, u32 d) {
 
 // A group of 16 values to bytes rint(value / d) that end the words they are returned in, as if the division were
 // rounded to fp32 before the rint. The product with the reciprocal is off by less than 2^-15, which matters only
-// next to halves: then, and where d is too small for a reciprocal, it is divided.
+// next to halves: then, and where d is too small for a reciprocal, the value is divided.
 __device__ __forceinline__ void quantize_group(float (&values)[16], float d, u32 (&words)[16]) {
   constexpr float TO_INTEGER = 12582912.0f;  // 1.5 * 2^23: sums with it are rounded to integers
   const float inverse = __frcp_rn(d);

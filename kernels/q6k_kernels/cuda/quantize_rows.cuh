@@ -2,7 +2,7 @@
 //
 //   Q6K_TOKENS, Q6K_FUSED   see quantize.cuh, which comes before this file; Q6K_FUSED is 0
 
-// Parameters: x 16-bit (m, k), rows 16-byte aligned and `stride` elements apart; codes and steps, as decode wants them
+// Parameters: x 16-bit (m, k), rows 16-byte aligned and `stride` elements apart; codes and steps, as decode reads them
 // for all of K; rows from m to TOKENS become zeros. Grid: a thread for each 16 activations of TOKENS rows.
 extern "C" __global__ void __launch_bounds__(128)
     q6k_quantize(const u16* x, u8* codes, float* steps, i64 stride, int m, int k) {

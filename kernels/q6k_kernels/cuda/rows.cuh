@@ -66,7 +66,7 @@ struct RowPart {
   }
 };
 
-// Four weights times their scale. `nibbles` and `pairs`: their bytes in the tile, of all groups that share them.
+// Four weights times their scale. `nibbles` and `pairs` are their bytes in the tile, shared by several groups.
 __device__ __forceinline__ void multiply(
     u32 nibbles, u32 pairs, int group, float scale, float (&weights)[4]) {
   const u32 top = nibbles >> 4 * (group & 1) & 0x0F0F0F0Fu, below = pairs >> 2 * (group & 3) & 0x03030303u;
@@ -133,9 +133,9 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) q6k_gather(
   const u32 super_blocks = (u32)k / SUPER_BLOCK;
   const u32 wanted = blockIdx.x * (ROW_THREADS / 4) + threadIdx.x / 4;
   const bool active = wanted < pairs;
-  const u32 pair = active ? wanted : pairs - 1;  // lanes past the end read what another does
+  const u32 pair = active ? wanted : pairs - 1;  // lanes past the end read what another lane reads
   const u32 at = pair / super_blocks;
-  wait_for_previous_grid();  // indices may be its result, and `out` what it reads
+  wait_for_previous_grid();  // it may write `indices` and read `out`
   let_dependents_start();
   const Index row = indices[at];
   if (row < 0 || row >= n) __trap();

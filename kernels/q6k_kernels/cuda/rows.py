@@ -33,7 +33,7 @@ def pack(planes: Sequence[Tensor], row: WeightType) -> Tensor:
     """Pack planes into tiles on a GPU; arguments and result are those of `formats.tiles.pack`.
 
     Raises:
-        ValueError: a wrong dtype, shapes that do not agree, or planes that are not all on one GPU.
+        ValueError: a dtype is wrong, shapes do not agree, or the planes are not all on one GPU.
         CudaError: a kernel cannot be compiled or launched.
     """
     shape = check_planes(planes, row, stack=True)
@@ -75,7 +75,7 @@ def embedding(indices: Tensor, tiles: Tensor, n: int, row: WeightType, dtype: to
         (..., K) of `dtype`, new.
 
     Raises:
-        ValueError: a wrong dtype, shape or n, or tensors that are not all on one GPU.
+        ValueError: a dtype, a shape or n is wrong, or the tensors are not all on one GPU.
         CudaError: a kernel cannot be compiled or launched.
     """
     k = _check_tiles(tiles, n, row)
@@ -113,7 +113,7 @@ def dequantize(tiles: Tensor, n: int, row: WeightType, dtype: torch.dtype) -> Te
         (N, K) of `dtype`, new.
 
     Raises:
-        ValueError: a wrong dtype, shape or n, or tiles that are not on a GPU.
+        ValueError: the dtype, the shape or n is wrong, or the tiles are not on a GPU.
         CudaError: a kernel cannot be compiled or launched.
     """
     k = _check_tiles(tiles, n, row)
@@ -135,7 +135,7 @@ def dequantize_rows(tiles: Tensor, first_row: int, rows: int, n: int, row: Weigh
         out: bfloat16, float16 or float32 (rows, K), contiguous and 16-byte aligned.
 
     Raises:
-        ValueError: a wrong dtype, shape, row or n, or tensors that are not all on one GPU.
+        ValueError: a dtype, a shape, a row or n is wrong, or the tensors are not all on one GPU.
         CudaError: a kernel cannot be compiled or launched.
     """
     k = _check_tiles(tiles, n, row)

@@ -1,6 +1,6 @@
 // The parts of a decode step between its products: one token's residual sum, norm and gate, each followed by the
-// quantisation that the next product needs (quantize.cuh, which comes before this file, with one token). They are tiny
-// and mostly wait; meanwhile the next product loads its first tiles.
+// quantisation that the next product needs (quantize.cuh, which comes before this file, with one token). They are
+// tiny and mostly wait; meanwhile the next product loads its first tiles.
 //
 //   Q6K_NORM_GROUPS  groups of 16 values that each of 256 threads has of a row that is normed
 
@@ -75,10 +75,10 @@ __device__ __forceinline__ void load_weights(const float* from, float (&weights)
 
 // sum = hidden + (norm of) delta; x = norm of sum: as 16-bit values, in 8 bits, or both.
 //
-// Parameters, all of one row of k values, a multiple of 32, at most 4096 NORM_GROUPS: hidden; delta, or null: none is
-// added; after, the weight of delta's own norm, or null: it has none; weight, of the norm; sum, x, or null; codes and steps, as
-// q6k_quantize writes them, or null. Norms are root mean squares; their weights are fp32. One block. The
-// weights are asked for before the wait, as later the next product's copies keep memory busy.
+// Parameters, all of one row of k values, a multiple of 32, at most 4096 NORM_GROUPS: hidden; delta, or null to add
+// nothing; after, the weight of delta's own norm, or null for none; the norm's weight; sum, x, or null; codes and
+// steps, as q6k_quantize writes them, or null. Norms are root mean squares; their weights are fp32. One block. The
+// weights are loaded before the wait, because later the next product's copies keep memory busy.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     q6k_add_norm(const u16* hidden, const u16* delta, const float* after, const float* weight, u16* sum, u16* x,
                  u8* codes, float* steps, float epsilon, int k) {

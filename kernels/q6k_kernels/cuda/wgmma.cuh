@@ -135,7 +135,7 @@ __device__ __forceinline__ void multiplies_wait() {
 
 // ---- words that blocks leave for each other in global memory -------------------------------------------------
 
-// Whoever awaits the flag sees what this thread wrote before, and what other lanes wrote before it met them.
+// A thread that awaits the flag sees what this thread wrote before, and what other lanes wrote before they met it.
 __device__ __forceinline__ void raise_flag(u64* flag, u64 value) {
   asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
 }

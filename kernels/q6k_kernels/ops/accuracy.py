@@ -208,7 +208,7 @@ def tolerance(exact: Exact, dtype: torch.dtype, roundings: int | None = None) ->
     tolerance is infinite there.
 
     Args:
-        exact: from `linear`.
+        exact: what `linear` returns.
         dtype: dtype of the output: bfloat16, float16 or float32.
         roundings: most fp32 roundings that any term goes through. By default terms + 3, which holds for any
             order of summation: 2 for products, terms - 1 additions, the bias, and one to spare; integer sums
@@ -278,7 +278,7 @@ def compare(output: Tensor, exact: Exact, roundings: int | None = None) -> Compa
 
     Args:
         output: bfloat16, float16 or float32, of the shape and on the device of `exact`.
-        exact: from `linear`.
+        exact: what `linear` returns.
         roundings: see `tolerance`.
 
     Raises:

@@ -90,7 +90,7 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
         a int8 (M, K), values -127..127, and d_a float32 (M, K/32).
 
     Raises:
-        ValueError: a wrong dtype or shape.
+        ValueError: the dtype or shape is wrong.
     """
     if x.ndim != 2 or x.dtype not in FLOATS or x.shape[1] % ACTIVATION_GROUP:
         raise ValueError(
@@ -132,7 +132,7 @@ def linear(
         their row into NaN.
 
     Raises:
-        ValueError: a wrong dtype, shape or option, or tensors on different devices.
+        ValueError: a dtype, a shape or an option is wrong, or the tensors are on different devices.
     """
     n, k = check_planes(planes, row)
     check_input(x, n, k, bias)

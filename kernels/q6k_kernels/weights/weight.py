@@ -49,7 +49,7 @@ class PackedWeight:
         *stack, n, _ = self.shape
         found = (*self.tiles.shape[:-3], n, check_tiles(self.tiles, n, self.row, stack=True))
         if found != tuple(self.shape):
-            raise ValueError(f"shape: the tiles are those of {found}, found {tuple(self.shape)}")
+            raise ValueError(f"shape: expected {found} for these tiles, found {tuple(self.shape)}")
         object.__setattr__(self, "shape", (*stack, n, found[-1]))
 
     def parameter(self) -> nn.Parameter:
