@@ -167,7 +167,7 @@ CHANGES = [
     ("capacity 128\n", "capacity 128\ncapacity 128\n", "one line of capacity"),
     ("capacity 128\n", "capacity -1\n", "means nothing"),
     ("constant q6k_0 ", "constant q6k_999 ", "no entry data/weights/q6k_999"),
-    (" uint8 ", " uint8 9x", "bytes, and is to be model"),
+    (" uint8 ", " uint8 9x", "expected [0-9]+, uncompressed, for model"),
     ("constant q6k_0 ", "constant ../../x ", "means nothing"),
     ("keys_0\n", "keys_9\n", "asks for keys_0"),
     ("values_0\n", "keys_0\n", "has keys_0 twice"),

@@ -153,7 +153,7 @@ def test_noise_is_gumbels_in_every_way_of_counting() -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     generator = Generator(tiny("llama"), capacity=30)
-    with pytest.raises(RuntimeError, match="prefill what the answer is to follow first"):
+    with pytest.raises(RuntimeError, match="no prompt to answer: call `prefill` first"):
         generator.generate(1)
     with pytest.raises(CapacityError, match="31 tokens, and the cache holds 30"):
         generator.prefill(prompt(31))

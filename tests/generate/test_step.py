@@ -146,7 +146,7 @@ def test_models_without_such_a_step_are_named() -> None:
 
 def test_a_step_comes_after_a_prompt() -> None:
     generator = Generator(tiny("llama"), capacity=30, fused=True)
-    with pytest.raises(RuntimeError, match="layer 2 has no keys yet: a prompt comes first"):
+    with pytest.raises(RuntimeError, match="layer 2 has no keys yet: run a prompt through the model first"):
         generator.cache.buffers(2)
     with pytest.raises(RuntimeError, match="layer 0 has no keys yet"):
         generator.step(30)

@@ -1,4 +1,4 @@
-"""Every kernel there is, by GPU architecture: what a build for that architecture has to get through."""
+"""All kernels by GPU architecture, which a build for that architecture has to compile."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from q6k_kernels.formats.types import CODE_MACROS, WEIGHT_TYPES, WeightType
 from q6k_kernels.generate import step_cuda
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-"""Compute capabilities that kernels are compiled for in tests; others of 8.0 and later are like one of them."""
+"""Compute capabilities that tests compile kernels for; every other one from 8.0 on resembles one of them."""
 _SHARED_KB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
-"""Of a block; a multiprocessor has 1 KB more."""
+"""Shared memory of a block in KB, by architecture; a multiprocessor has 1 KB more."""
 _SHAPES = tuple(product((1024, 4096, 16384, 65536, 262144), (1024, 4096, 8192, 16384, 21504, 32768)))
-"""Weights (N, K), of the sizes that models have, whose plans `shared_bytes` asks for."""
+"""Common shapes of weights, (N, K), whose plans `shared_bytes` examines."""
 _TOKENS = (*range(1, decode_plan.MOST_TOKENS + 1), 16, 32, 64)
-"""Rows of activations that it asks for: every kernel's sizes."""
+"""Rows of activations that `shared_bytes` examines, for each size of every kernel."""
 _Key = tuple[str, tuple[int, ...], tuple[int, ...]]
-"""A kernel that a plan may choose: its name, the values of its weight type's macros, and of its own."""
+"""A kernel that a plan may choose: its name, the values of its weight type's macros, and its own values."""
 
 
 def device_like(arch: int) -> Device:
-    """A GPU of that architecture, with 100 multiprocessors and the shared memory that it has.
+    """Return a GPU of an architecture, with 100 multiprocessors and the architecture's shared memory.
 
-    That is what the CUDA Programming Guide documents ("Technical Specifications per Compute Capability"). An
-    architecture that is not listed there gets the least that one of its major version has, 99 KB a block for 8.x
-    and 12.x and 227 KB for 9.x, 10.x and 11.x; an unknown major version the least of all, 99 KB.
+    Sizes are those of the CUDA Programming Guide ("Technical Specifications per Compute Capability"). An
+    architecture that is not listed there gets the smallest size of its major version, 99 KB a block for 8.x and
+    12.x and 227 KB for 9.x, 10.x and 11.x. An unknown major version gets the smallest size of all, 99 KB.
 
     Args:
         arch: compute capability, 90 for 9.0.
 
     Raises:
-        ValueError: it is below 80, which no kernel is for.
+        ValueError: `arch` is below 80, which no kernel supports.
     """
     if arch < 80:
         raise ValueError(f"arch: expected a compute capability of 80 or later, as 90 for 9.0, found {arch}")
@@ -42,10 +42,10 @@ def device_like(arch: int) -> Device:
 
 
 def all_variants(arch: int) -> list[Variant]:
-    """The kernels that may be loaded on a GPU of that architecture.
+    """Return the kernels that may be loaded on a GPU of an architecture.
 
     Raises:
-        ValueError: it is below 80.
+        ValueError: `arch` is below 80.
     """
     device = device_like(arch)
     return [
@@ -57,10 +57,10 @@ def all_variants(arch: int) -> list[Variant]:
 
 
 def shared_bytes(arch: int) -> dict[Variant, int]:
-    """The largest dynamic shared memory, in bytes of a block, that launches of each kernel ask for.
+    """Return the largest dynamic shared memory of each kernel's launches, in bytes of a block.
 
-    Exact for kernels whose shared memory does not depend on sizes; for `decode` the largest of plans for common
-    sizes of weights. Kernels that none of these plans chooses are left out; those that use none have 0.
+    It is exact for kernels whose shared memory does not depend on sizes. For `decode` it is the largest among plans
+    for common shapes of weights. Kernels that no plan chooses are left out; kernels without shared memory have 0.
 
     Raises:
         ValueError: `arch` is below 80.

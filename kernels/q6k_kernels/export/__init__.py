@@ -1,4 +1,4 @@
-"""Models as programs: torch.export and AOTInductor, the package they make, running it, and ExecuTorch's classes.
+"""Models as programs: torch.export and AOTInductor, the package file, running it, and ExecuTorch's classes.
 Imports everything below.
 """
 

@@ -1,9 +1,9 @@
 """The C++ runtime of compiled programs, which has to be torch's: the shared libstdc++.so.6.
 
-Some compilers copy libstdc++.a into each library that they link: those that come without the shared one, as the
-CXX of some containers does, and any with -static-libstdc++. Two runtimes in one process share some of their
-variables and not others. AOTInductor's programs read their device's name by std::regex as they are loaded; with a
-copy of the runtime that ends in std::bad_cast or a segmentation fault, whatever the program computes.
+Some compilers copy libstdc++.a into each library that they link: those without a shared libstdc++, as in some
+containers, and any with -static-libstdc++. Two runtimes in one process share only some of their variables.
+AOTInductor's programs parse the name of their device with std::regex while they load. With a copy of the runtime,
+that fails with std::bad_cast or a segmentation fault, whatever the program computes.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from q6k_kernels.errors import ExportFailedError
 
 RUNTIME = "libstdc++.so.6"
 _NEEDED = (f"{RUNTIME}\0".encode(), b"libc++.so.1\0")
-"""Names among those of the libraries that an ELF file needs; libc++ shares no variable with torch's runtime."""
+"""Shared runtimes that an ELF file may need; libc++ is safe, as it shares no variable with torch's runtime."""
 _SOURCE = "#include <iostream>\nvoid q6k_probe(int value) { std::cout << value; }\n"
 
 
 def is_shared(library: bytes) -> bool:
-    """Return whether a shared library, given as its file's content, uses a shared C++ runtime and no copy."""
+    """Check whether a shared library, given as the content of its file, uses a shared C++ runtime and no copy."""
     return any(name in library for name in _NEEDED)
 
 
 def link_options() -> dict[str, Any]:
-    """Return the options with which AOTInductor links torch's runtime: none for most compilers.
+    """Return the options that make AOTInductor link torch's runtime; most compilers need none.
 
     Raises:
-        ExportFailedError: its compiler links no library that uses the shared runtime.
+        ExportFailedError: the compiler cannot link a library to the shared runtime.
         torch._inductor.exc.InvalidCxxCompiler: there is no compiler.
     """
     from torch._inductor import cpp_builder
@@ -38,7 +38,7 @@ def link_options() -> dict[str, Any]:
     compiler = cpp_builder.get_cpp_compiler()
     if _links_shared(compiler)[0]:
         return {}
-    library = f":{RUNTIME}"  # by its file's name, ahead of the libstdc++.a that the compiler adds
+    library = f":{RUNTIME}"  # by file name, before the libstdc++.a that the compiler adds
     linked, told = _links_shared(compiler, f"-l{library}")
     if linked:
         return {"aot_inductor.custom_op_libs": [library]}
@@ -50,7 +50,7 @@ def link_options() -> dict[str, Any]:
 
 
 def _links_shared(compiler: str, *options: str) -> tuple[bool, str]:
-    """Return whether what the compiler links uses a shared runtime, and ": " and its last words if it fails."""
+    """Return whether a linked library uses a shared runtime, and ": " and the last line of an error, or ""."""
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "probe.cpp", Path(folder) / "probe.so"
         source.write_text(_SOURCE)

@@ -1,14 +1,14 @@
-"""Weights of a bundle in ExecuTorch's own classes, their codes and scales as they are.
+"""Weights of a bundle in ExecuTorch's own classes, with their codes and scales unchanged.
 
     weight = planar_tensor(open_bundle("out/"), "blk.0.ffn_up.weight")    # CudaDp4aPlanarInt6Tensor
 
-A bundle's planes are ExecuTorch's planes, so nothing is encoded anew. Of scales ExecuTorch has had two forms:
+A bundle's planes are ExecuTorch's planes, so nothing is encoded again. ExecuTorch has had two forms of scales:
 
     --scales bf16    scale bf16 (N, K/16), as in pytorch/executorch's pull request 20229
-    --scales exact   scale int8 (N, K/16) and steps fp16 (N, K/256), as since on its main branch; 1.5.1 was tried
+    --scales exact   scale int8 (N, K/16) and steps fp16 (N, K/256), the later form; tested with 1.5.1
 
-Exact scales are GGUF's own numbers, so what is handed over is lossless. ExecuTorch's importer rounds scales to bf16
-and then finds 8-bit codes for them, which leaves 45 to 47 dB.
+Exact scales are GGUF's own numbers, so the conversion is lossless. ExecuTorch's own importer rounds scales to bf16
+and then to 8-bit codes, which leaves 45 to 47 dB.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ CLASS = "executorch.backends.cuda.dp4a_planar_int6_tensor.CudaDp4aPlanarInt6Tens
 
 
 class FormError(ValueError):
-    """The installed ExecuTorch wants scales in the other form, or a tensor is not a matrix in Q6_K."""
+    """The installed ExecuTorch expects the other form of scales, or a tensor is not a Q6_K matrix."""
 
 
 @dataclass(frozen=True)
 class PlanarArguments:
-    """What ExecuTorch's class is made of.
+    """The arguments of ExecuTorch's class.
 
     Attributes:
-        ql: uint8 (N, K/2), low nibbles.
-        qh: uint8 (N, K/4), high pairs of bits.
-        scale: (N, K/16), bfloat16 scales, or int8 sub-scales.
-        steps: float16 (N, K/256) with int8 sub-scales, else None.
-        block_size: weights that share a scale, in each dimension.
+        ql: low four bits of the codes, uint8 (N, K/2).
+        qh: high two bits of the codes, uint8 (N, K/4).
+        scale: bfloat16 scales or int8 sub-scales, (N, K/16).
+        steps: scales of super-blocks, float16 (N, K/256), with int8 sub-scales; else None.
+        block_size: size of a group, weights that share a scale, in each dimension.
         shape: (N, K).
     """
 
@@ -53,7 +53,7 @@ class PlanarArguments:
     shape: torch.Size
 
     def in_order(self) -> list[Any]:
-        """As the class's constructor takes them."""
+        """Return them in the order of the constructor's parameters."""
         scales = [self.scale] if self.steps is None else [self.scale, self.steps]
         return [self.ql, self.qh, *scales, self.block_size, self.shape]
 
@@ -61,16 +61,16 @@ class PlanarArguments:
 def planar_arguments(
     bundle: Bundle, name: str, device: torch.device | str | int = "cpu", *, expert: int | None = None
 ) -> PlanarArguments:
-    """A Q6_K tensor as ExecuTorch stores it; takes no ExecuTorch.
+    """Return a Q6_K tensor in ExecuTorch's form; ExecuTorch need not be installed.
 
     Args:
-        bundle: where it is.
+        bundle: the bundle of the tensor.
         name: its GGUF name.
         device: the CPU or a CUDA GPU.
-        expert: of a stack (E, N, K) this weight.
+        expert: index into a stack of experts, (E, N, K).
 
     Raises:
-        FormError: it is no matrix in Q6_K: of another type, or a stack and no expert is given.
+        FormError: the tensor has another type, or is a stack and no expert is given.
         KeyError, IndexError, NotLoadableError, BundleError, OSError: see `Bundle.load`.
     """
     weight = bundle.load(name, device, expert=expert)
@@ -91,17 +91,17 @@ def planar_arguments(
 def planar_tensor(
     bundle: Bundle, name: str, device: torch.device | str | int = "cpu", *, expert: int | None = None
 ) -> Tensor:
-    """A Q6_K tensor as the installed ExecuTorch's `CudaDp4aPlanarInt6Tensor`.
+    """Return a Q6_K tensor as the installed ExecuTorch's `CudaDp4aPlanarInt6Tensor`.
 
     Args:
-        bundle: where it is.
+        bundle: the bundle of the tensor.
         name: its GGUF name.
         device: the CPU or a CUDA GPU.
-        expert: of a stack (E, N, K) this weight.
+        expert: index into a stack of experts, (E, N, K).
 
     Raises:
-        PackageMissingError: ExecuTorch, or torchao on which its class builds, is not installed.
-        FormError: see `planar_arguments`; or the bundle's scales are not in the installed class's form.
+        PackageMissingError: ExecuTorch, or torchao, which its class needs, is not installed.
+        FormError: see `planar_arguments`; or the installed class expects the other form of scales.
     """
     made = planar_class()
     wants_steps = "steps" in inspect.signature(made.__new__).parameters
@@ -117,10 +117,10 @@ def planar_tensor(
 
 
 def planar_class() -> Any:
-    """ExecuTorch's class.
+    """Import ExecuTorch's class.
 
     Raises:
-        PackageMissingError: it, or torchao, is not installed, or too old to have it.
+        PackageMissingError: ExecuTorch or torchao is not installed, or too old to have the class.
     """
     module, name = CLASS.rsplit(".", 1)
     try:

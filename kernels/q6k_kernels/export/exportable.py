@@ -1,14 +1,14 @@
-"""A model in the form that leaves Python: tokens, positions and slots in, logits out, its cache a part of it.
+"""A model as an exportable module: tokens, positions and slots in, logits out, with the cache as buffers.
 
     module = ExportableModel(model, capacity=4096)
     logits = module(tokens, positions, slots)        # float32 (1, V), of the token after the last
 
-Layers that attend to everything have a slot for every position, layers with a window a ring of slots (see
-`kv_cache`). They are buffers, written in place: what is exported keeps the text so far between calls. A text is
-taken in chunks of `chunk` tokens at most, and a ring has room for as many new ones beside those still seen.
+Full attention layers have a slot for every position, layers with a sliding window a ring of slots (see `kv_cache`).
+The buffers are written in place, so an exported program keeps the text between calls. A call takes a chunk of at
+most `chunk` tokens.
 
-How many slots are looked at is an input, or rather its length is, as a length is what a program can depend on
-without waiting for the device.
+The number of slots to read is the length of the input `slots`: a program can depend on the length of a tensor
+without waiting for the device, but not on a number in it.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ SHORTEST_CAPACITY = 8
 
 
 class ExportableModel(nn.Module):
-    """One text, continued by a model, as a module without Python objects between its calls.
+    """A text that a model continues, as a module whose whole state is in buffers.
 
     Attributes:
-        model: transformers', whose attention becomes `attention.implementation("sdpa")`.
+        model: transformers' model; its attention becomes `attention.implementation("sdpa")`.
         capacity: positions in the cache.
         chunk: the most tokens of one call.
         vocabulary: V of the logits (1, V).
 
     Args:
-        model: a causal language model of transformers', in eval mode, whole on one device.
+        model: a causal language model of transformers, in eval mode, whole on one device.
         capacity: 8 or more; it is rounded up to a multiple of 8.
 
     Raises:
-        ValueError: a smaller capacity.
+        ValueError: the capacity is too small.
         UnsupportedModelError: a layer is neither full nor sliding attention.
     """
 
@@ -60,7 +60,7 @@ class ExportableModel(nn.Module):
         self.vocabulary = int(model.get_output_embeddings().out_features)  # type: ignore[no-untyped-call]
         inner: Any = model.model
         for index, kind in enumerate(self.kinds):
-            # A few more than are ever looked at: all of a buffer would be another case to the compiler than a part.
+            # More slots than are ever read: the compiler treats all of a buffer differently from a part of it.
             slots = self.capacity + ALIGNMENT if kind == FULL else self.ring
             shape = (1, config.num_key_value_heads, slots, inner.layers[index].self_attn.head_dim)
             for name in (f"keys_{index}", f"values_{index}"):
@@ -69,16 +69,16 @@ class ExportableModel(nn.Module):
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """The cache: names and buffers, zeros at first."""
+        """The buffers of the cache by name, zeros at first."""
         return {name: buffer for name, buffer in self.named_buffers() if "." not in name}
 
     def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
-        """The next tokens of the text.
+        """Process the next tokens of the text.
 
         Args:
             tokens: int64 (1, T), T from 1 to `chunk`.
-            positions: int64 (T,), theirs: the first begins where the text so far ends, or at 0 for a new text.
-            slots: int64 (S,), 0, 1, 2 and so on; S is the first position at least, and 2, `capacity` at most.
+            positions: positions of the tokens, int64 (T,): they continue the text, or begin at 0 for a new text.
+            slots: 0, 1, 2 and so on, int64 (S,). S is at least 2 and the first position, and at most `capacity`.
 
         Returns:
             Logits of the token after them, float32 (1, V).
@@ -95,7 +95,7 @@ class ExportableModel(nn.Module):
         return logits
 
     def _masks(self, positions: Tensor, slots: Tensor) -> Masks:
-        """(1, 1, T, keys), True where a key counts, of layers of each kind."""
+        """Return the masks of each kind of layer, bool (1, 1, T, keys), True for the keys to attend to."""
         last, before = positions[:, None], positions[:1] - 1
         new = positions <= last
         old = (slots <= before).expand(positions.shape[0], -1)
@@ -105,30 +105,30 @@ class ExportableModel(nn.Module):
             old = (held >= 0) & (held > last - self.window)
             new = new & (positions > last - self.window)
             masks[SLIDING] = torch.cat([old, new], dim=1)[None, None]
-        # One mask for a model whose layers are of one kind, else a mask for each.
+        # One mask if all layers are of one kind, else a mask for each kind.
         return masks if len(set(self.kinds)) > 1 else masks[self.kinds[0]]
 
 
 class _Cache:
-    """What transformers' attention layers call; lives as long as one call."""
+    """The cache that transformers' attention layers see during one call."""
 
     def __init__(self, owner: ExportableModel, positions: Tensor, seen: int) -> None:
         self._owner, self._positions, self._seen = owner, positions, seen
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Stores a layer's new keys and values, (1, heads, T, head size); gives those its mask is about."""
+        """Store a layer's new keys and values, (1, heads, T, head size); return those that its mask covers."""
         owner = self._owner
         keys, values = (owner.get_buffer(f"{name}_{layer_idx}") for name in ("keys", "values"))
         full = owner.kinds[layer_idx] == FULL
         slots, count = (self._positions, self._seen) if full else (self._positions % owner.ring, owner.ring)
-        # Never read back: in a ring the new may take the places of what the first of them still see. Besides, with
-        # keys read back, torch 2.11 compiled a decode for GPUs in which slots told that the mask leaves out; so the
-        # mask leaves out what is written here, and it does not matter when a compiler has it read.
+        # Joined before writing: in a ring new tokens may overwrite slots that the first of them still see. The mask
+        # excludes the slots written here, so the order in which a compiler reads and writes does not matter. With
+        # keys read back after writing, torch 2.11 compiled a decode for GPUs that depended on masked slots.
         seen = torch.cat([keys[:, :, :count], key], dim=2), torch.cat([values[:, :, :count], value], dim=2)
         keys.index_copy_(2, slots, key)
         values.index_copy_(2, slots, value)
         return seen
 
     def get_seq_length(self, *_: Any) -> int:
-        """A part of transformers' caches; its models ask for it only where they are given no positions."""
+        """Refuse: transformers' models ask a cache for its length only if they get no position_ids."""
         raise NotImplementedError("give the model position_ids")

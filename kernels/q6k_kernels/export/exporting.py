@@ -3,9 +3,9 @@
     export_model(ExportableModel(model, capacity=4096), "model.pt2", architecture="llama")
     program = export_module(layer, (x,), "layer.pt2", dynamic_shapes=({0: Dim("M", min=2)},))
 
-Packed weights are constants of the graph as they are, uint8 tiles, and what multiplies them is the operation
-`q6k::linear`, which whoever runs the program has to load first: `libq6k_ops.so` (see `ops_library`), or in Python
-`import q6k_kernels.ops.schema`. The number of rows M is the operation's own affair, so one program serves them all.
+Packed weights stay packed: they are constants of the graph, uint8 tiles, and the operation `q6k::linear` multiplies
+them. A process that runs the program has to load the operations first: `libq6k_ops.so` (see `ops.library`), or in
+Python `import q6k_kernels.ops.schema`. The operation takes any number of rows M, so one program serves them all.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from q6k_kernels.export.program_file import Info
 from q6k_kernels.weights.layers import PackedEmbedding, PackedLinear
 
 EXAMPLE = 16
-"""Tokens and slots that a trace is made with; any would do."""
+"""Tokens and slots of the example that is traced; any number would do."""
 _OPTIONS = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
 _TRACING = "TORCH_LOGS=+export,+dynamic says more."
 _COMPILING = "It takes g++ or clang++, and for a GPU Triton and CUDA's headers; TORCH_LOGS=inductor says more."
@@ -38,7 +38,7 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class OperationCounts:
-    """How many operations a program's graph has: in all, and on packed weights."""
+    """The numbers of operations in a program's graph: all, and those on packed weights."""
 
     all: int
     packed: int
@@ -49,9 +49,9 @@ class Exported:
     """An exported model.
 
     Attributes:
-        info: what its package says of itself.
-        operations: of each of its programs.
-        weights_bytes: in the package, each weight once.
+        info: the text of its package.
+        operations: operation counts by program.
+        weights_bytes: size of the weights in the package in bytes, each weight once.
     """
 
     info: Info
@@ -60,7 +60,7 @@ class Exported:
 
 
 def trace(module: ExportableModel) -> dict[str, ExportedProgram]:
-    """A model's two programs: "prefill" for 2 tokens or more, "decode" for one, for any number of slots.
+    """Trace a model's two programs, "prefill" for 2 tokens or more and "decode" for one, for any number of slots.
 
     Raises:
         ExportFailedError: torch.export refuses the model, or its graph lacks packed operations.
@@ -70,7 +70,7 @@ def trace(module: ExportableModel) -> dict[str, ExportedProgram]:
     slots = torch.arange(longest, device=device)
     length, seen = Dim("tokens", min=2, max=module.chunk), Dim("slots", min=2, max=module.capacity)
     one = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    # Not as many tokens as slots, or the trace would take the two for one number.
+    # Fewer tokens than slots: torch.export would take two equal sizes for one.
     many = torch.zeros(1, longest - 1, dtype=torch.int64, device=device), slots[: longest - 1].clone()
     return {
         "prefill": traced(module, (*many, slots), ({1: length}, {0: length}, {0: seen})),
@@ -79,15 +79,15 @@ def trace(module: ExportableModel) -> dict[str, ExportedProgram]:
 
 
 def traced(module: nn.Module, arguments: tuple[Any, ...], dynamic_shapes: Any = None) -> ExportedProgram:
-    """torch.export of a module with packed layers, whose graph has a packed operation for each.
+    """Trace a module with packed layers by torch.export, and check that each has an operation in the graph.
 
     Args:
-        module: in eval mode.
-        arguments: that it is called with, positional.
-        dynamic_shapes: as torch.export takes them.
+        module: a module in eval mode.
+        arguments: an example of its positional arguments.
+        dynamic_shapes: see torch.export.
 
     Raises:
-        ExportFailedError: torch.export refuses it, or packed operations are missing.
+        ExportFailedError: torch.export refuses the module, or packed operations are missing.
     """
     try:
         with torch.no_grad():
@@ -96,7 +96,7 @@ def traced(module: nn.Module, arguments: tuple[Any, ...], dynamic_shapes: Any = 
                 arguments,
                 dynamic_shapes=dynamic_shapes,
                 strict=False,
-                # Some guards hold for all sizes, and torch cannot prove it.
+                # Some guards hold for all sizes, but torch cannot prove them.
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
     except (RuntimeError, ValueError, torch._dynamo.exc.UserError) as error:
@@ -113,7 +113,7 @@ def traced(module: nn.Module, arguments: tuple[Any, ...], dynamic_shapes: Any = 
 
 
 def _name_dtypes(program: ExportedProgram) -> None:
-    """Has operations take dtypes by name: AOTInductor of torch 2.11 hands a ScalarType on as another."""
+    """Make operations take dtypes by name, since AOTInductor of torch 2.11 passes a wrong ScalarType."""
     named = {
         torch.ops.q6k.embedding.default: torch.ops.q6k.embedding_named.default,
         torch.ops.q6k.dequantize.default: torch.ops.q6k.dequantize_named.default,
@@ -131,7 +131,7 @@ def _name(argument: Any) -> Any:
 
 
 def packed_operations(program: ExportedProgram) -> list[str]:
-    """The operations of namespace q6k in a program's graph, in order: "q6k.linear.default" and others."""
+    """Return the operations of namespace q6k in a program's graph, in order: "q6k.linear.default" and others."""
     return [str(node.target) for node in program.graph.nodes if str(node.target).startswith("q6k.")]
 
 
@@ -142,16 +142,16 @@ def export_module(
     *,
     dynamic_shapes: Any = None,
 ) -> ExportedProgram:
-    """Compiles one module into a package of its own, which `torch._inductor.aoti_load_package(path)` loads.
+    """Compile one module into a package, which `torch._inductor.aoti_load_package(path)` loads.
 
     Args:
-        module: with packed layers, in eval mode, on the device that it is to run on.
+        module: a module with packed layers, in eval mode, on the device that the package will run on.
         arguments: an example of its positional arguments.
-        path: of the package, ending in .pt2; replaced if it is there.
-        dynamic_shapes: as torch.export takes them; `{0: Dim("M", min=2)}` for a number of rows.
+        path: path of the package, ending in .pt2; an existing file is replaced.
+        dynamic_shapes: see torch.export; `{0: Dim("M", min=2)}` for a number of rows.
 
     Returns:
-        What was compiled.
+        The traced program.
 
     Raises:
         ExportFailedError: torch refuses the module, or cannot compile it here.
@@ -174,13 +174,13 @@ def export_model(
     architecture: str,
     note: Note = lambda _: None,
 ) -> Exported:
-    """Compiles a whole model into a package, see `program_file`; `program.Program` runs it.
+    """Compile a whole model into a package, see `program_file`; `program.Program` runs it.
 
     Args:
-        module: of a model from `load_model`, on the device that it is to run on.
-        path: of the package, ending in .pt2; replaced if it is there.
-        architecture: GGUF's name of it.
-        note: told what happens, line by line.
+        module: a model from `load_model`, on the device that the package will run on.
+        path: path of the package, ending in .pt2; an existing file is replaced.
+        architecture: GGUF's name of the architecture.
+        note: called with a line of text at each stage.
 
     Raises:
         ExportFailedError: torch refuses the model, or cannot compile it here.
@@ -222,7 +222,7 @@ def export_model(
 
 
 def _constants(programs: Iterable[ExportedProgram], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights and tables of all programs by name, the state's left out; shared ones under every name."""
+    """Return the constants of all programs by name, without the state; shared ones under each of their names."""
     found = dict[str, Tensor]()
     for program in programs:
         for name, tensor in (*program.state_dict.items(), *program.constants.items()):
@@ -240,7 +240,7 @@ def _target(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A name beside the target, which takes its place when all went well and is gone if not."""
+    """Yield a temporary path beside the target; it replaces the target on success and is removed on failure."""
     temporary = target.with_name(f".{target.stem}.{os.getpid()}.pt2")
     try:
         yield temporary
@@ -255,7 +255,7 @@ def _compiling(name: str) -> Iterator[None]:
 
     try:
         with warnings.catch_warnings():
-            # What inductor and what it calls advise its own authors, or users with float32 on a GPU.
+            # Advice for the authors of inductor and Triton, or for users with float32 on a GPU.
             warnings.filterwarnings("ignore", category=FutureWarning)
             warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")
             yield

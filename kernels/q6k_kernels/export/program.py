@@ -1,11 +1,11 @@
-"""Running an exported model in Python, as the C++ example does.
+"""Running an exported model in Python, in the same way as the C++ example.
 
     program = Program("model.pt2")
     logits = program.prefill(ids)
     for token in program.generate(20): ...
 
-It needs nothing of transformers. The operations come from `q6k_kernels.ops.schema`, or from the C++ library if
-that is loaded (see `ops_library`).
+It does not need transformers. The operations come from `q6k_kernels.ops.schema`, or from the C++ library if that
+is loaded (see `ops.library`).
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from torch.export.pt2_archive._package import load_pt2
 from q6k_kernels.errors import ProgramError
 from q6k_kernels.export import program_file
 from q6k_kernels.export.program_file import Info
-from q6k_kernels.ops import schema  # noqa: F401 -- ops registers what programs call
+from q6k_kernels.ops import schema  # noqa: F401 -- registers the operations that programs call
 
 SLOTS_AT_ONCE = 256
-"""Slots that are looked at come in so many, so that few sizes of memory are asked for."""
+"""Multiple that the slots of a call are rounded up to, so that allocations come in few sizes."""
 
 
 class Program:
     """An exported model with one text, for one thread at a time.
 
     Attributes:
-        info: what the package says of itself.
-        device: where it runs.
+        info: the text of the package.
+        device: the device that it runs on.
         length: tokens so far.
-        state: the cache's tensors by name.
+        state: the tensors of the cache by name.
 
     Args:
-        path: the package; it must stay as it is while the program is used.
-        device: by default what it was compiled for: the CPU, or the current GPU.
+        path: the package; the file must not change while the program is used.
+        device: the device; by default the CPU or the current GPU, whichever the package was compiled for.
 
     Raises:
-        ProgramError: it is no such package, is damaged, has a C++ runtime of its own, or is not for this torch,
-            this device or this GPU.
-        OSError: it cannot be read.
+        ProgramError: the file is not such a package, is damaged, has its own C++ runtime, or was compiled for
+            another torch, device or GPU.
+        OSError: the file cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str], device: torch.device | str | None = None) -> None:
@@ -52,13 +52,13 @@ class Program:
         self.device = _device(file, self.info, device)
         program_file.check_runtime(file)
         index = -1 if self.device.index is None else self.device.index
-        # By themselves in their thread: so that no call waits for the device to end the one before.
+        # Single-threaded runners: otherwise each call would wait for the device to finish the call before.
         runners = load_pt2(str(file), run_single_threaded=True, device_index=index).aoti_runners
         held = _moved(constants, self.device)
         held |= {
             each.name: torch.zeros(each.shape, dtype=each.dtype, device=self.device) for each in self.info.state
         }
-        self._held = held  # the runners keep none of them alive
+        self._held = held  # the runners do not keep them alive
         for name in program_file.PROGRAMS:
             wanted = runners[name].get_constant_fqns() if name in runners else None
             if wanted is None or (missing := set(wanted) - set(held)):
@@ -72,11 +72,11 @@ class Program:
         self.length = 0
 
     def reset(self) -> None:
-        """Forgets the text."""
+        """Forget the text."""
         self.length = 0
 
     def prefill(self, ids: Sequence[int]) -> Tensor:
-        """Takes in the next tokens of the text.
+        """Process the next tokens of the text.
 
         Args:
             ids: one or more, each below the vocabulary's size.
@@ -99,11 +99,11 @@ class Program:
         return logits
 
     def generate(self, count: int, first: Tensor) -> Iterator[int]:
-        """The best token after each, as long as the cache has room.
+        """Generate tokens, each the best one, while the cache has room.
 
         Args:
-            count: how many.
-            first: logits of the first, from `prefill`.
+            count: the most tokens.
+            first: logits of the first token, from `prefill`.
         """
         logits = first
         for number in range(count):
@@ -126,7 +126,7 @@ class Program:
 
 
 def _moved(constants: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Each on the device, once for all names it has."""
+    """Move constants to the device; names that share memory share it there, too."""
     moved = dict[tuple[int, torch.dtype, torch.Size], Tensor]()
     found = dict[str, Tensor]()
     for name, constant in constants.items():

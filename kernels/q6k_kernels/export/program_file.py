@@ -1,26 +1,26 @@
-"""An exported model as one file: a PT2 archive with two compiled programs, and their weights once, as packed.
+"""An exported model as one file: a PT2 archive with two compiled programs and one copy of their packed weights.
 
-A PT2 archive is a ZIP file whose entries are stored as they are and begin at multiples of 64 bytes.
+A PT2 archive is a ZIP file whose entries are uncompressed and begin at multiples of 64 bytes.
 
     data/aotinductor/prefill/…   AOTInductor's program for 2 tokens or more, without weights
-    data/aotinductor/decode/…    for one token
+    data/aotinductor/decode/…    AOTInductor's program for one token, without weights
     data/weights/q6k_0 …         weights, each the bytes of a contiguous tensor
-    extra/q6k_program            text, UTF-8, a line each:
+    extra/q6k_program            UTF-8 text with these lines:
       q6k-program 1                          the format's name and version, the first line
-      torch 2.11.0                           what compiled it; the same minor version runs it
-      device cuda 9.0                        with the compute capability it is for, or: device cpu
-      architecture llama                     GGUF's name of it
-      dtype bfloat16                         of activations and cache
+      torch 2.11.0                           the version that compiled it; the same minor version runs it
+      device cuda 9.0                        with its compute capability; or: device cpu
+      architecture llama                     GGUF's name of the architecture
+      dtype bfloat16                         dtype of activations and cache
       capacity 4096                          positions in the cache
       chunk 2048                             the most tokens of one call
       vocabulary 128256                      V of logits
-      constant q6k_0 uint8 8016x16x3584 NAME entry in data/weights, dtype, shape (`scalar` for none), and the
-                                             programs' name of it; several names may share an entry
+      constant q6k_0 uint8 8016x16x3584 NAME entry in data/weights, dtype, shape (`scalar` for none), and its
+                                             name in the programs; several names may share an entry
       state bfloat16 1x8x4096x128 NAME       a part of the cache: zeros at first, written in place
 
-Both take int64 tokens (1, T), positions (T,) and slots (S,), see `exportable`, and give float32 logits (1, V).
-Whoever runs them gives both the same tensors, by name, as constants that are the user's: so weights and cache
-are in memory once. The programs are machine code: run only packages from those you trust.
+Both programs take int64 tokens (1, T), positions (T,) and slots (S,), see `exportable`, and return float32 logits
+(1, V). A runner passes both the same tensors by name, as user-managed constants, so weights and cache are in memory
+once. The programs are machine code: run only packages from sources that you trust.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class Array:
     """A constant or a part of the state.
 
     Attributes:
-        name: which the programs know it by.
+        name: its name in the programs.
         dtype: one of `DTYPES`.
-        shape: of a contiguous tensor.
-        entry: below data/weights; empty for state.
+        shape: shape of the contiguous tensor.
+        entry: its entry in data/weights; empty for state.
     """
 
     name: str
@@ -72,25 +72,25 @@ class Array:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Info:
-    """What `extra/q6k_program` says.
+    """The content of `extra/q6k_program`.
 
     Attributes:
-        compiled_by: torch's version, "2.11.0" say.
+        compiled_by: version of torch, as "2.11.0".
         device: "cpu" or "cuda".
-        capability: compute capability, (9, 0) say; None for the CPU.
-        architecture: GGUF's name of it.
-        dtype: of activations and cache.
+        capability: compute capability, as (9, 0); None for the CPU.
+        architecture: GGUF's name of the architecture.
+        dtype: dtype of activations and cache.
         capacity: positions in the cache.
         chunk: the most tokens of one call.
         vocabulary: V of logits (1, V).
-        constants: weights.
-        state: the cache.
+        constants: the weights.
+        state: the tensors of the cache.
     """
 
     compiled_by: str
@@ -106,7 +106,7 @@ class Info:
 
 
 def arrays_of(tensors: Mapping[str, Tensor]) -> tuple[tuple[Array, ...], list[Tensor]]:
-    """What a file of these constants lists, and the tensors of its entries: one for all names that share memory."""
+    """Return the arrays that a package lists for these tensors, and the tensors to store, shared ones once."""
     entries, arrays = dict[tuple[Any, ...], int](), []
     stored = list[Tensor]()
     for name, tensor in tensors.items():
@@ -119,16 +119,16 @@ def arrays_of(tensors: Mapping[str, Tensor]) -> tuple[tuple[Array, ...], list[Te
 
 
 def write(path: Path, info: Info, programs: Mapping[str, Iterable[str]], stored: Iterable[Tensor]) -> None:
-    """Writes a package.
+    """Write a package.
 
     Args:
-        path: its file, which must end in .pt2.
-        info: what it holds.
-        programs: the files that AOTInductor made of each of `PROGRAMS`.
-        stored: the entries' tensors, from `arrays_of`; copied to the host one at a time.
+        path: path of the package, ending in .pt2.
+        info: its text.
+        programs: AOTInductor's files of each of `PROGRAMS`.
+        stored: the tensors of the entries, from `arrays_of`; copied to the host one at a time.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the package cannot be written.
     """
     with PT2ArchiveWriter(str(path)) as archive:
         for name in PROGRAMS:
@@ -143,16 +143,18 @@ def write(path: Path, info: Info, programs: Mapping[str, Iterable[str]], stored:
 
 
 def read(path: Path) -> tuple[Info, dict[str, Tensor]]:
-    """What a package holds, and its constants by name, on the CPU: a private view of the file, which must stay.
+    """Read a package: its text, and its constants by name on the CPU, as private views of the file.
+
+    The file must not change while the constants are used.
 
     Raises:
-        ProgramError: it is no such package, or its parts contradict each other.
-        OSError: it cannot be read.
+        ProgramError: the file is not such a package, or its parts contradict each other.
+        OSError: the file cannot be read.
     """
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as files, PT2ArchiveReader(str(path)) as archive:
-            # Below the folder that all entries are in.
+            # Names without the folder that all entries are in.
             entries = {entry.filename.partition("/")[2]: entry for entry in files.infolist()}
             if ENTRY not in entries:
                 raise ProgramError(f"{path}: a package, but not of an exported model: it has no {ENTRY}", _EXPORT)
@@ -168,8 +170,8 @@ def read(path: Path) -> tuple[Info, dict[str, Tensor]]:
                 if entry.file_size != each.nbytes or entry.compress_type != zipfile.ZIP_STORED:
                     packed = "" if entry.compress_type == zipfile.ZIP_STORED else ", compressed"
                     raise ProgramError(
-                        f"{path}: {record} has {entry.file_size} bytes{packed}, and is to be {each.name} "
-                        f"of {each.nbytes} as they are",
+                        f"{path}: {record} has {entry.file_size} bytes{packed}, expected {each.nbytes}, "
+                        f"uncompressed, for {each.name}",
                         _EXPORT,
                     )
                 offsets[each.entry] = archive.archive_file.get_record_offset(record)  # type: ignore[attr-defined]
@@ -194,7 +196,7 @@ def check_runtime(path: Path) -> None:
     """Check that a package's programs use the C++ runtime that torch does, before torch loads them.
 
     Raises:
-        ProgramError: one has a copy of its own, see `cpp_runtime`.
+        ProgramError: a program has its own copy, see `cpp_runtime`.
     """
     with zipfile.ZipFile(path) as files:
         for name in files.namelist():

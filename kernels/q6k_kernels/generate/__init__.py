@@ -1,5 +1,5 @@
-"""Texts from a model: prompt and decoding, the decoding step in plain torch and in CUDA, cache, recording,
-sampling. Imports models and everything below.
+"""Text generation: prefill and decode, the decoding step in plain torch and in CUDA, cache, recording, sampling.
+Imports `models` and everything below.
 """
 
 __all__ = ["attention", "generator", "kv_cache", "step_cuda"]

@@ -1,12 +1,12 @@
-"""Attention for `generate` and `export`, registered with transformers under names of their own.
+"""Attention for `generate` and `export`, registered with transformers under our own names.
 
-    plain  decodes by two products and a softmax in fp32
-    sdpa   decodes by torch's scaled_dot_product_attention, which exported programs call as one operation
+    plain  decodes with two products and a softmax in fp32
+    sdpa   decodes with torch's scaled_dot_product_attention, which exported programs call as one operation
 
-Prompts always go through SDPA. Where a single token is decoded, query heads that share keys become rows of one
-query, so that the keys are read once and never repeated. Which keys count is known on the device alone, so a mask
-says it; with a mask, SDPA has no kernel that splits the keys, while the products of `plain` are spread wider.
-Scores with a soft cap (Gemma 2) are what SDPA cannot do: they go through the two products, in prompts too.
+Prefill always uses SDPA. In decode, query heads that share keys become rows of one query, so that the keys are read
+once. The number of valid keys is known only on the device, so a mask states it. With a mask SDPA has no kernel that
+splits the keys, while the products of `plain` use more of the GPU. SDPA has no soft cap of scores (Gemma 2), so
+those go through the two products in prefill too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def implementation(attention: Literal["plain", "sdpa"]) -> str:
-    """Register an attention with transformers, and return the name by which that knows it."""
+    """Register an attention with transformers, and return its name there."""
     from transformers import AttentionInterface
 
     name = f"q6k_{attention}"
@@ -39,7 +39,20 @@ def _sdpa(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Query (1, H, Q, D), key and value (1, H / n, K, D), mask (1, 1, Q, K) or None: causal -> (1, Q, H, D)."""
+    """Attend by SDPA.
+
+    Args:
+        _module: not used.
+        query: (1, H, Q, D).
+        key: (1, H / n, K, D).
+        value: (1, H / n, K, D).
+        attention_mask: (1, 1, Q, K); None for causal attention.
+        scaling: factor of the scores; None for D ** -0.5.
+        softcap: soft cap of the scores, or None.
+
+    Returns:
+        (1, Q, H, D), and None in place of the attention weights.
+    """
     if softcap is not None:
         return _products(query, key, value, attention_mask, scaling, softcap), None
     heads, length = query.shape[1:3]
@@ -51,7 +64,7 @@ def _sdpa(
     if attention_mask is None:
         out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=repeats > 1)
     else:
-        # With a mask and shared keys, SDPA has only its slowest form, which takes memory for all scores.
+        # With a mask and shared keys SDPA falls back to its slowest form, which stores all scores.
         key, value = (shared.repeat_interleave(repeats, dim=1) for shared in (key, value))
         out = scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
@@ -82,7 +95,7 @@ def _products(
 ) -> Tensor:
     heads, length, size = query.shape[1:]
     key_heads = key.shape[1]
-    # Heads that share keys as rows of one query.
+    # Heads that share keys become rows of one query.
     rows = query.reshape(1, key_heads, -1, size)
     scores = (rows @ key.transpose(2, 3)).float() * (size**-0.5 if scaling is None else scaling)
     if softcap is not None:
@@ -97,5 +110,5 @@ def _products(
 
 
 def _rows(query: Tensor, repeats: int) -> Tensor:
-    """(1, H, 1, D) -> (1, H / repeats, repeats, D): heads that share keys as rows of one query."""
+    """Reshape (1, H, 1, D) to (1, H / repeats, repeats, D): heads that share keys become rows of one query."""
     return query.reshape(1, query.shape[1] // repeats, repeats, query.shape[3])

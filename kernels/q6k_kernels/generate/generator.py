@@ -4,12 +4,12 @@
     generator.prefill(ids)
     for token in generator.generate(128, stop={2}): ...
 
-A decoding step begins and ends on the device: embedding, layers, head, choice of the token, which becomes the next
-step's input, and the position. On a GPU it is recorded as a CUDA graph and replayed (`recording`); the host reads
-tokens some steps late, from pinned memory, and never makes the device wait. So it learns of a stop token after some
-steps too many, whose tokens are dropped.
+A decoding step runs entirely on the device: embedding, layers, head and the choice of the token, which is the input
+of the next step. On a GPU the step is recorded as a CUDA graph and replayed (`recording`). The host reads tokens a
+few steps late, from pinned memory, and never makes the device wait. So it sees a stop token a few steps late, and
+drops the tokens of those steps.
 
-The step is our own (`step`), one graph for any length of the text, or the forward pass of transformers' model.
+The step is our own (`step`), with one graph for any length of the text, or the forward pass of transformers' model.
 """
 
 from __future__ import annotations
@@ -35,36 +35,36 @@ if TYPE_CHECKING:
 
 
 class CapacityError(ValueError):
-    """A text would be longer than the cache."""
+    """The text would be longer than the cache."""
 
 
 class NotFiniteError(ModelError):
-    """The model's logits are infinite or not numbers."""
+    """The model's logits are infinite or NaN."""
 
 
 class Generator:
-    """One text, continued by a model.
+    """A text that a model continues.
 
     Attributes:
-        capacity: positions in the cache: the most tokens of prompt and answer together.
-        length: tokens so far, prompt and answer.
-        stop_reason: why the last `generate` ended: "stop" (a stop token), "length", or None while it has not.
-        cache: keys and values.
+        capacity: positions in the cache, the most tokens of prompt and answer together.
+        length: tokens so far, of prompt and answer.
+        stop_reason: why the last `generate` ended: "stop" (a stop token) or "length"; None before it ends.
+        cache: the cache of keys and values.
         fused: whether decoding steps are our own.
 
     Args:
-        model: a causal language model of transformers', in eval mode, whole on one device.
+        model: a causal language model of transformers, in eval mode, whole on one device.
         capacity: 1 or more.
-        temperature: 0 takes the best token, above 0 one by its probability.
-        seed: of the random choices, 0 to 2^32 - 1; the same gives the same tokens.
-        fused: whether decoding steps are our own, see `step`; by default on a GPU, for models from `load_model`, if
-            there are kernels for their dtype and sizes. Others are the forward pass of transformers' model.
-        chunk: tokens of a prompt that go through the model at once.
+        temperature: 0 takes the best token; above 0 tokens are drawn by their probability.
+        seed: seed of the draws, 0 to 2^32 - 1; the same seed gives the same tokens.
+        fused: whether decoding steps are our own, see `step`, or the forward pass of transformers' model. They are
+            our own by default on a GPU, for models from `load_model` with kernels for their dtype and sizes.
+        chunk: the most tokens of a prompt in one forward pass.
 
     Raises:
         ValueError: an argument is out of its range.
-        UnsupportedModelError: the model has layers that the cache has no form for, or `fused` is asked for and
-            not possible.
+        UnsupportedModelError: the cache does not support a layer of the model, or `fused` is True and the fused
+            step does not support the model.
     """
 
     def __init__(
@@ -94,23 +94,23 @@ class Generator:
         self.length = 0
         self.stop_reason: Literal["stop", "length"] | None = None
         self._token = torch.zeros(1, dtype=torch.int64, device=self.device)
-        # By position, the tokens that were chosen; one more than the cache holds, as the last is never looked at.
+        # The chosen tokens by position; one more than the cache has, as the last token is never an input.
         self._chosen = torch.zeros(capacity + 1, dtype=torch.int64, device=self.device)
         self._seed = torch.tensor([seed], dtype=torch.int64, device=self.device)
         self._choice = TokenChoice(self.cache.position, self._token, self._chosen, self._seed, temperature)
         self._temperature = torch.tensor([temperature], device=self.device) if temperature else None
         self._recorder = Recorder((self._token, self.cache.position), several=self.fused)
-        # The last token of an answer: not in the cache yet, and to go through the model before what follows it.
+        # The last token of an answer: not in the cache yet, so the next prefill begins with it.
         self._unseen: list[int] = []
         self._ready = False
 
     def reset(self) -> None:
-        """Forgets the text; keeps the cache's memory and what is recorded."""
+        """Forget the text; keep the memory of the cache and the recorded steps."""
         self.length, self._unseen, self._ready, self.stop_reason = 0, [], False, None
 
     @torch.no_grad()
     def prefill(self, ids: Sequence[int]) -> Tensor:
-        """Takes in the next tokens of the text, and chooses the one after them.
+        """Process the next tokens of the text, and choose the token after them.
 
         Args:
             ids: one or more, each below the model's vocabulary size.
@@ -121,7 +121,7 @@ class Generator:
         Raises:
             CapacityError: the text would be longer than the capacity.
             ValueError: no ids, or one outside the vocabulary.
-            NotFiniteError: the logits are infinite or not numbers.
+            NotFiniteError: the logits are infinite or NaN.
         """
         embedding: Any = self._model.get_input_embeddings()
         size = embedding.num_embeddings
@@ -149,27 +149,27 @@ class Generator:
         return logits[0]
 
     def prepare(self, tokens: int) -> None:
-        """Records what decoding that many tokens from here takes, which `generate` would do else.
+        """Record in advance the steps that `generate` needs for that many tokens.
 
         Raises:
-            CapacityError, RuntimeError: as `generate`.
+            CapacityError, RuntimeError: see `generate`.
         """
         self._check_decode(tokens)
         for at in {self._bucket(at): at for at in range(self.length, self.length + tokens - 1)}.values():
             self._steps(at)
-        if tokens >= 2 * self._recorder.together:  # `_generate` will run so many at once
+        if tokens >= 2 * self._recorder.together:  # `_generate` will run several at once
             self._steps(self.length, self._recorder.together)
 
     def generate(self, tokens: int, stop: Collection[int] = ()) -> Iterator[int]:
-        """The tokens that follow, one by one.
+        """Generate the answer, token by token.
 
         Args:
-            tokens: how many at most, 1 or more.
-            stop: ids that end the answer; such a token is not given, but is a part of the text.
+            tokens: the most tokens to generate, 1 or more.
+            stop: ids that end the answer; such a token is not returned, but belongs to the text.
 
         Raises:
             CapacityError: the text would be longer than the capacity.
-            RuntimeError: there is no prompt since the last answer.
+            RuntimeError: no `prefill` since the last answer.
         """
         self._check_decode(tokens)
         self._ready = False
@@ -183,8 +183,8 @@ class Generator:
         try:
             while read < tokens:
                 while posted < tokens and (ahead := posted - read) <= mailbox.lag:
-                    # Several steps at once follow as many that are under way, and whose tokens are read meanwhile:
-                    # the device never waits for the host, and the first tokens of an answer come one by one.
+                    # Several steps at once are started only behind as many running ones, whose tokens are read
+                    # meanwhile. So the device never waits for the host, and an answer begins token by token.
                     together = self._recorder.together
                     count = together if together <= min(ahead, tokens - posted) else 1
                     self._steps(start + posted - 1, count)()
@@ -204,16 +204,16 @@ class Generator:
 
     @torch.no_grad()
     def step(self, keys: int) -> None:
-        """One decoding step, what is recorded: the last token through the model, the next chosen.
+        """Run one decoding step: the last token through the model, then the choice of the next. This is recorded.
 
         Args:
-            keys: slots of the cache that it looks at, more than its position.
+            keys: slots of the cache that the step reads, more than its position.
         """
         if self._fused_step is not None:
             self._fused_step.advance(self._choice)
             return
         masks = self.cache.begin_step(keys)
-        # Its position is where its keys and values go.
+        # The cache's position is the slot that the step writes.
         logits = self._forward(self._token[None], masks, self.cache.position[None])
         self._choose(logits)
 
@@ -239,7 +239,7 @@ class Generator:
             return None
 
     def _forward(self, ids: Tensor, masks: object, positions: Tensor) -> Tensor:
-        """Logits of the last token, float32 (1, V)."""
+        """Return the logits after the last token, float32 (1, V)."""
         out = self._model(
             input_ids=ids,
             attention_mask=masks,
@@ -252,7 +252,7 @@ class Generator:
         return logits
 
     def _choose(self, logits: Tensor) -> None:
-        """The token after the cache's position, which moves there."""
+        """Choose the token after the cache's position, and advance the position to it."""
         following = self.cache.position + 1
         token = choose(logits, following, self._seed, self._temperature)
         self._chosen.index_copy_(0, following, token)
@@ -260,16 +260,16 @@ class Generator:
         self.cache.position.copy_(following)
 
     def _bucket(self, position: int) -> int:
-        """How many slots a step at this position looks at."""
+        """Return the number of slots that a step at this position reads."""
         return self.cache.slots if self.fused else bucket(position, self.capacity, self.cache.slots)
 
     def _steps(self, position: int, count: int = 1) -> Callable[[], object]:
-        """What runs so many steps, the first at this position."""
+        """Return a function that runs `count` steps, the first at this position."""
         return self._recorder.form(self.step, self._bucket(position + count - 1), count, self._our_attention)
 
     @contextmanager
     def _our_attention(self) -> Iterator[None]:
-        """The model with our attention, for as long as this lasts: it is the caller's, and may serve others too."""
+        """Give the model our attention inside the context only, as it is the caller's and may have other users."""
         config = self._model.config
         before = config._attn_implementation
         config._attn_implementation = self._attention
@@ -284,7 +284,7 @@ class Generator:
 
     def _check_decode(self, tokens: int) -> None:
         if not self._ready:
-            raise RuntimeError("prefill what the answer is to follow first")
+            raise RuntimeError("no prompt to answer: call `prefill` first")
         if tokens < 1:
             raise ValueError(f"tokens: expected 1 or more, found {tokens}")
         self._check_room(self.length + tokens)

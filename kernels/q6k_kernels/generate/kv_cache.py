@@ -1,12 +1,12 @@
-"""Keys and values of the tokens so far, in buffers that never move, and the masks that say which of them count.
+"""Keys and values of the tokens so far, in buffers that never move, and the masks of valid slots.
 
-A layer that attends to everything has a slot for every position up to the capacity. A layer with a sliding window
-has a ring: position p lies in slot p mod R. Keys carry their position in themselves (RoPE), so their order in the
-ring does not matter; the mask tells slots that hold a position of the window from all others. R is the window and
-`SLACK` more, so that up to so many steps can be taken back: what they overwrote was out of every window already.
+A full attention layer has a slot for every position up to the capacity. A layer with a sliding window has a ring of
+R slots: position p lies in slot p mod R. Keys include their position (RoPE), so their order in the ring does not
+matter; the mask selects the slots that hold a position of the window. R is the window plus `SLACK`, so that up to
+`SLACK` steps can be undone: the positions that they overwrote had left every window.
 
-For transformers' models: `update` is called by each attention layer, the masks go in as `attention_mask`. Decoding
-reads and writes tensors at fixed addresses, its position included, and so can be recorded in a CUDA graph.
+Each attention layer of a transformers model calls `update`; the masks are passed as `attention_mask`. Decode reads
+and writes tensors at fixed addresses, including the position, so it can be recorded in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from q6k_kernels.errors import UnsupportedModelError
 
 SLACK = 64
 ALIGNMENT = 8
-"""Slots come in so many, 16 bytes of scores in 16 bits: fast kernels want their rows to begin there."""
+"""Multiple that slots are rounded up to: 16 bytes of 16-bit scores, the alignment that fast kernels want."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 Masks = Tensor | dict[str, Tensor | None] | None
@@ -40,16 +40,16 @@ class KeyValueCache:
 
     Attributes:
         capacity: the most positions that it holds.
-        slots: of full layers, the capacity or a few more.
+        slots: slots of full layers, the capacity rounded up.
         position: int64 (1,), the position that the next decoding step writes.
 
     Args:
-        config: of a transformers model.
+        config: configuration of a transformers model.
         capacity: positions, 1 or more.
-        device: where.
+        device: device of the buffers.
 
     Raises:
-        UnsupportedModelError: a layer that is neither full nor sliding attention.
+        UnsupportedModelError: a layer is neither full nor sliding attention.
     """
 
     def __init__(self, config: Any, capacity: int, device: torch.device) -> None:
@@ -62,23 +62,23 @@ class KeyValueCache:
         self.ring = min(self.slots, aligned(self.window + SLACK))
         self._layers = [_LayerCache(kind, self.slots if kind == FULL else self.ring) for kind in self.kinds]
         self._slots = torch.arange(self.slots, device=device)
-        # The forward pass under way: of one token at `position`, or of a chunk of the prompt from `start`.
+        # The current forward pass: `_keys` slots for one token at `position`, else 0 and a chunk from `_start`.
         self._keys, self._start = 0, 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values; 0 before the first token."""
+        """Size of all keys and values in bytes; 0 before the first token."""
         tensors = (tensor for layer in self._layers for tensor in (layer.keys, layer.values))
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def begin_step(self, keys: int) -> Masks:
-        """Before a forward pass of one token at `position`.
+        """Prepare a forward pass of one token at `position`.
 
         Args:
-            keys: how many slots of full layers are looked at; more than `position`.
+            keys: slots of full layers that are read; more than `position`.
 
         Returns:
-            Masks (1, 1, 1, slots), True where a slot counts.
+            Masks (1, 1, 1, slots), True for the slots to attend to.
         """
         self._keys = keys
         return self._by_kind(
@@ -87,10 +87,10 @@ class KeyValueCache:
         )
 
     def begin_chunk(self, start: int, length: int) -> Masks:
-        """Before a forward pass of `length` tokens at `start` and after, which must be the next that are due.
+        """Prepare a forward pass of `length` tokens from `start`, the next position of the text.
 
         Returns:
-            Masks (1, 1, length, keys); None where each token sees all before it, and there is nothing else.
+            Masks (1, 1, length, keys); None for plain causal attention within the chunk.
         """
         self._keys, self._start = 0, start
         new = self._slots[start : start + length]
@@ -105,7 +105,7 @@ class KeyValueCache:
         return self._by_kind(full, recent[None, None])
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Stores a layer's new keys and values, (1, heads, length, head size); gives those its mask is about."""
+        """Store a layer's new keys and values, (1, heads, length, head size); return those that its mask covers."""
         layer = self._layers[layer_idx]
         if layer.keys is None or layer.values is None:
             layer.keys = key.new_zeros((*key.shape[:2], layer.slots, key.shape[3]))
@@ -125,7 +125,7 @@ class KeyValueCache:
             return layer.keys[:, :, : start + length], layer.values[:, :, : start + length]
         seen = (key, value)
         if start:
-            # Joined before they are written: the new may take the places of what the first of them still see.
+            # Joined before writing: new tokens may overwrite slots that the first of them still see.
             seen = (torch.cat([layer.keys, key], dim=2), torch.cat([layer.values, value], dim=2))
         last = min(length, layer.slots)
         slot = self._slots[start + length - last : start + length] % layer.slots
@@ -134,40 +134,44 @@ class KeyValueCache:
         return seen
 
     def buffers(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values, (1, heads, slots, head size); there are some from the first prompt on."""
+        """Return a layer's keys and values, (1, heads, slots, head size).
+
+        Raises:
+            RuntimeError: no prompt has gone through the model yet.
+        """
         layer = self._layers[layer_idx]
         if layer.keys is None or layer.values is None:
-            raise RuntimeError(f"layer {layer_idx} has no keys yet: a prompt comes first")
+            raise RuntimeError(f"layer {layer_idx} has no keys yet: run a prompt through the model first")
         return layer.keys, layer.values
 
     def get_seq_length(self, *_: Any) -> int:
-        """A part of transformers' caches; its models ask for it only where they are given no positions."""
+        """Refuse: transformers' models ask a cache for its length only if they get no position_ids."""
         raise NotImplementedError("give the model position_ids")
 
     def _in_window(self, newest: Tensor, seen_from: Tensor) -> Tensor:
-        """Which slots of a ring hold a position in the window that ends at `seen_from`; (…, R).
+        """Return which slots of a ring hold a position in the window that ends at `seen_from`, bool (…, R).
 
         Args:
-            newest: (1,) the last position that was written.
-            seen_from: (1,) or (length, 1).
+            newest: the last position that was written, (1,).
+            seen_from: the positions that attend, (1,) or (length, 1).
         """
         held = newest - (newest - self._slots[: self.ring]) % self.ring
         return (held >= 0) & (held > seen_from - self.window)
 
     def _by_kind(self, full: Tensor | None, sliding: Tensor | None) -> Masks:
-        """One mask for a model whose layers are of one kind, else a mask for each."""
+        """Return one mask if all layers are of one kind, else a mask for each kind."""
         if len(set(self.kinds)) == 1:
             return full if self.kinds[0] == FULL else sliding
         return {FULL: full, SLIDING: sliding}
 
 
 def aligned(slots: int) -> int:
-    """The next multiple of `ALIGNMENT`."""
+    """Round up to a multiple of `ALIGNMENT`."""
     return -(-slots // ALIGNMENT) * ALIGNMENT
 
 
 def layer_kinds(config: Any) -> list[str]:
-    """`FULL` or `SLIDING` of each layer.
+    """Return the kind of each layer, `FULL` or `SLIDING`.
 
     Raises:
         UnsupportedModelError: a layer is neither.

@@ -1,4 +1,4 @@
-"""Tokens on their way from the device that chooses them to the host that reads them, in order."""
+"""The queue of tokens from the device, which chooses them, to the host, which reads them in order."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 LAG = 8
-"""Steps on a GPU between one being started and its token being read. As many, and those that are started with the
-last of them (`recording.TOGETHER`), may turn out to be too many."""
+"""Steps on a GPU from the start of a step to the reading of its token. So many steps, and those that start together
+with the last of them (`recording.TOGETHER`), may have run in vain when a stop token is read."""
 
 
 class Mailbox:
-    """Where the device is the host: tokens are there at once.
+    """The queue on the CPU, where tokens are available at once.
 
     Args:
-        chosen: int64, the tokens by position; written by the steps.
+        chosen: the tokens by position, int64; the steps write it.
     """
 
     lag = 0
@@ -26,19 +26,19 @@ class Mailbox:
         self._posted = deque[int]()
 
     def post(self, at: int, count: int = 1) -> None:
-        """Steps have been started that choose the token at this position and those after it, `count` in all."""
+        """Note that steps have been started that choose `count` tokens, the first at this position."""
         self._posted.extend(range(at, at + count))
 
     def read(self) -> int:
-        """The oldest token that was posted and not read."""
+        """Return the oldest posted token that has not been read."""
         return int(self._chosen[self._posted.popleft()])
 
     def close(self) -> None:
-        """Waits until nothing is under way."""
+        """Wait until all copies are complete."""
 
 
 class GpuMailbox(Mailbox):
-    """Copies on a stream of their own, beside the steps that go on; only the host waits, for what is steps old."""
+    """The queue on a GPU: tokens are copied on a separate stream beside the steps; only the host waits."""
 
     lag = LAG
 

@@ -1,10 +1,10 @@
-"""Decoding steps made ready to be run again and again: in eager mode on the CPU, as CUDA graphs on a GPU.
+"""Decoding steps prepared for repeated use: in eager mode on the CPU, as CUDA graphs on a GPU.
 
-A step of transformers' model reads as much of the cache as it is recorded for, so there is a graph for each of a
-few lengths, each four times the one before, and a short text does not pay for a long cache.
+A graph of transformers' step reads a fixed number of slots of the cache. So there is a graph for each of a few
+lengths, each four times the one before, and a short text does not pay for a long cache.
 
-Launches inside a graph overlap; where one graph ends and the next begins, a GPU waits for some microseconds. Our
-own steps (`step`) depend on nothing but numbers on the device, so they are recorded several in a row, too.
+Launches inside a graph overlap, but between two graphs a GPU waits for some microseconds. Our own steps (`step`)
+depend only on numbers on the device, so several in a row are also recorded as one graph.
 """
 
 from __future__ import annotations
@@ -20,44 +20,43 @@ from q6k_kernels.generate.kv_cache import SLACK
 from q6k_kernels.generate.mailbox import LAG
 
 SMALLEST_BUCKET, BUCKET_FACTOR = 1024, 4
-"""Of the cache's lengths that steps are recorded for: what a step reads in vain of a cache four times too long is
-less than it reads of most models' weights."""
+"""The cache lengths that steps are recorded for: the first, and the ratio of one to the next. Reading a cache four
+times too long costs less than reading the weights of most models."""
 TOGETHER = 8
-"""Steps of the longer graph, which saves seven of eight waits. Twice as many would save half of what is left, and
-at the end of an answer twice as many would be too many."""
-assert TOGETHER <= LAG  # noqa: S101 -- they follow as many that are under way, or never would be run
-assert LAG + TOGETHER < SLACK  # noqa: S101 -- the cache can take back no more than may turn out to be too many
+"""Steps of the longer graph, which saves seven of eight waits. Twice as many would save only half of the remaining
+waits, and run twice as many steps in vain at the end of an answer."""
+assert TOGETHER <= LAG  # noqa: S101 -- they start only behind as many running steps
+assert LAG + TOGETHER < SLACK  # noqa: S101 -- the cache must be able to undo all steps run in vain
 LONGEST_MS = 50.0
-"""What the longer graph may take. Its tokens arrive all at once, which twenty times a second still looks like a
-flow; and of steps that take longer the wait is less than a thousandth."""
+"""Longest time of the longer graph in milliseconds. Its tokens arrive together; twenty times a second still looks
+fluent. For slower steps the wait is less than a thousandth of their time."""
 
 
 def bucket(position: int, capacity: int, slots: int) -> int:
-    """How many slots of the cache a step of transformers' model looks at.
+    """Return the number of slots of the cache that a step of transformers' model reads.
 
     Args:
-        position: of the step.
-        capacity: of the cache.
-        slots: of its full layers.
+        position: position of the step.
+        capacity: capacity of the cache.
+        slots: slots of its full layers.
     """
     keys = SMALLEST_BUCKET
     while keys <= position:
         keys *= BUCKET_FACTOR
-    # One of nearly the whole cache would be recorded for little.
+    # A graph for more than half of the cache would save little over one for all of it.
     return keys if 2 * keys <= capacity else slots
 
 
 class Recorder:
-    """Forms of a step, each made when it is first asked for.
+    """The recorded forms of a step, each made at its first use.
 
     Attributes:
-        together: steps that are worth being run at once: 1, or `TOGETHER` once the first recording has shown that
-            they are short.
-        made: the forms, by slots that are looked at and number of steps.
+        together: steps to run at once: 1, or `TOGETHER` once the first recording has shown that steps are short.
+        made: the forms, by slots that are read and number of steps.
 
     Args:
-        state: what a step begins with and changes, all on one device: the token and its position.
-        several: whether several may be recorded in a row.
+        state: the tensors that a step reads and changes, all on one device: the token and its position.
+        several: whether several steps may be recorded in a row.
     """
 
     def __init__(self, state: tuple[Tensor, ...], *, several: bool) -> None:
@@ -70,13 +69,13 @@ class Recorder:
     def form(
         self, step: Callable[[int], None], keys: int, count: int, within: Callable[[], AbstractContextManager[None]]
     ) -> Callable[[], object]:
-        """What runs the step so many times. To be asked for one step before it is asked for several.
+        """Return a function that runs the step `count` times. Ask for one step before several.
 
         Args:
-            step: takes `keys`. Not kept where it is recorded, so that its owner goes when nobody uses it any more.
-            keys: slots of the cache that it looks at.
-            count: steps.
-            within: what the step needs around it.
+            step: the step, called with `keys`. A recorded form does not keep it, so its owner can be freed.
+            keys: slots of the cache that the step reads.
+            count: number of steps.
+            within: makes the context that the step needs.
         """
         if (keys, count) not in self.made:
             make = self._recorded if self._device.type == "cuda" else self._in_eager
@@ -96,7 +95,7 @@ class Recorder:
     def _recorded(
         self, step: Callable[[int], None], keys: int, count: int, within: Callable[[], AbstractContextManager[None]]
     ) -> Callable[[], object]:
-        """The steps as a CUDA graph."""
+        """Record the steps as a CUDA graph."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), within():
             if count == 1:
@@ -111,7 +110,7 @@ class Recorder:
         return graph.replay
 
     def _run_first(self, step: Callable[[int], None], keys: int) -> None:
-        """Run the step in eager mode, which compiles the kernels that it takes."""
+        """Run the step in eager mode, which compiles its kernels."""
         put_back = self._put_back()
         side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
@@ -123,10 +122,10 @@ class Recorder:
         torch.cuda.synchronize()
 
     def _milliseconds(self, graph: torch.cuda.CUDAGraph) -> float:
-        """What one step takes."""
+        """Measure one step."""
         put_back = self._put_back()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        graph.replay()  # the first time brings it to the GPU
+        graph.replay()  # the first replay uploads the graph
         put_back()
         begin.record()
         graph.replay()
@@ -136,7 +135,7 @@ class Recorder:
         return float(begin.elapsed_time(end))
 
     def _put_back(self) -> Callable[[], None]:
-        """Undoes a step: what it has written into the cache is written anew by the first step that counts."""
+        """Return a function that undoes a step. The next step overwrites what it wrote into the cache."""
         before = [each.clone() for each in self._state]
 
         def put_back() -> None:

@@ -1,7 +1,7 @@
 """Choosing the next token on the device: the best, or a random one by its probability.
 
-Random choices are Gumbel's: the best of logit / temperature + noise is a draw from the softmax. The noise is a
-function of seed, position and token, of nothing else: the same in eager mode, compiled and in a CUDA graph.
+Random choices use Gumbel noise: the maximum of logit / temperature + noise is a draw from the softmax. The noise is
+a function of seed, position and token only, so it is the same in eager mode, compiled and in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch import Tensor
 
 _LOW = 0xFFFFFFFF
 ROWS = 512
-"""Parts of the vocabulary that are searched apart, if its size is a multiple; else as many as divide both."""
+"""Parts of the vocabulary that are searched in parallel: the greatest common divisor of this and its size."""
 
 
 def choose(logits: Tensor, position: Tensor, seed: Tensor, temperature: Tensor | None) -> Tensor:
-    """The next token.
+    """Choose the next token.
 
     Args:
         logits: float32 (1, V).
-        position: int64 (1,), of the token to be chosen.
+        position: int64 (1,), position of the token to be chosen.
         seed: int64 (1,), 0 to 2^32 - 1.
         temperature: float32 (1,), above 0; None for the best token.
 
@@ -31,8 +31,8 @@ def choose(logits: Tensor, position: Tensor, seed: Tensor, temperature: Tensor |
     tokens = torch.arange(logits.shape[-1], device=logits.device)
     if temperature is not None:
         logits = logits / temperature + gumbel_noise(tokens, position, seed)
-    # `argmax`, as reductions of many rows, which are spread over a GPU as one is not. The last token, if none is
-    # the best because some are not numbers, so that what follows stays within bounds.
+    # `argmax` as reductions of many rows, which use the whole GPU; one long row would not. If a logit is NaN, no
+    # token equals the maximum: then the last token is chosen, so that the next step stays within bounds.
     rows = math.gcd(logits.shape[-1], ROWS)
     best = logits == logits.view(rows, -1).amax(dim=-1).amax()
     chosen = torch.where(best, tokens, logits.shape[-1] - 1)
@@ -40,16 +40,16 @@ def choose(logits: Tensor, position: Tensor, seed: Tensor, temperature: Tensor |
 
 
 def gumbel_noise(tokens: Tensor, position: Tensor, seed: Tensor) -> Tensor:
-    """Independent draws of Gumbel's distribution, float32 (V,), each from 32 bits."""
+    """Return independent draws from the Gumbel distribution, float32 (V,), each made from 32 bits."""
     key = _mixed(_mixed(seed + 0x9E3779B9) ^ position)
     bits = _mixed(_mixed(tokens ^ key) + key)
-    # Small values decide, and there floats are fine; 1 itself would be an infinite wait.
+    # Small values decide, and floats are precise there; 1 itself would give an infinite draw.
     uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform))
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """A bijection of 32-bit numbers, in int64, every bit of which depends on every other."""
+    """Mix the bits of 32-bit numbers in int64: a bijection in which each bit depends on all."""
     x = x & _LOW
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _LOW
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _LOW

@@ -3,9 +3,9 @@
     step = Step(model, cache, operations)
     step.advance(choice)
 
-transformers' modules hold the weights; what they compute for one token is said here once more, as the model's
-architecture says (`models.architecture`). Residual sums, norms and quantisation are one launch, rotation, cache
-and attention another. Nothing depends on how long the text is but numbers on the device, so one CUDA graph serves
+transformers' modules hold the weights. Their computation for one token is written here again, with the choices of
+the model's architecture (`models.architecture`). Residual sum, norm and quantisation are one launch; rotation,
+cache and attention are another. The length of the text is only a number on the device, so one CUDA graph serves
 every length.
 """
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ANGLES_AT_ONCE = 8192
-"""Positions whose angles are computed together."""
+"""Positions whose angles are computed at once."""
 
 
 class StepOperations(Protocol):
-    """What a step is made of: `step_reference.TorchOperations` says what each does, `step_cuda.Kernels` is fast."""
+    """The operations of a step: `step_reference.TorchOperations` specifies them, `step_cuda.Kernels` is fast."""
 
     def supports(self, hidden: int, between: int, heads: Heads) -> str: ...  # noqa: D102
     def reserve(self, heads: Heads) -> None: ...  # noqa: D102
@@ -57,7 +57,7 @@ class StepOperations(Protocol):
 
 @dataclass(frozen=True)
 class _Projections:
-    """Products that share their input: of one module after the other, and where in all of them each part ends."""
+    """Projections that share their input: a module for each, or one for all, and the columns of each."""
 
     modules: list[nn.Module]
     widths: list[int]
@@ -80,12 +80,12 @@ class Step:
     """The decoding step of a model.
 
     Args:
-        model: from `load_model`.
-        cache: made for it. Its buffers must exist when the step is called: a prompt has gone through the model.
-        operations: what it is made of.
+        model: a model from `load_model`.
+        cache: the model's cache. Its buffers must exist when the step is called, so run a prompt first.
+        operations: the operations to run.
 
     Raises:
-        UnsupportedModelError: not from `load_model`, or of sizes that the operations are not for.
+        UnsupportedModelError: the model is not from `load_model`, or the operations do not support its sizes.
     """
 
     def __init__(self, model: PreTrainedModel, cache: KeyValueCache, operations: StepOperations) -> None:
@@ -113,11 +113,15 @@ class Step:
             operations.reserve(layer.heads)
 
     def advance(self, choice: TokenChoice) -> None:
-        """One step: the last token through the model, the next chosen. `choice.position` is the cache's."""
+        """Run one step: the last token through the model, then the choice of the next.
+
+        Args:
+            choice: where to find the last token and put the next; its position must be the cache's tensor.
+        """
         self._operations.choose(self._logits(choice.token), self._softcap, choice)
 
     def __call__(self, token: Tensor) -> Tensor:
-        """One token, int64 (1,), at the cache's position -> logits of the one after it, float32 (1, V)."""
+        """Return the logits, float32 (1, V), that follow a token, int64 (1,), at the cache's position."""
         return capped(self._logits(token), self._softcap)
 
     @torch.no_grad()
@@ -162,7 +166,7 @@ class Step:
             cosines=angles[0],
             sines=angles[1],
         )
-        # transformers' Llama calls the norm before its feed-forward network one after attention.
+        # In transformers' Llama the norm before the feed-forward network is named `post_attention_layernorm`.
         between = layer.pre_feedforward_layernorm if after else layer.post_attention_layernorm
         return _StepLayer(
             norm=self._norm_of(layer.input_layernorm),
@@ -187,7 +191,7 @@ def _projections(module: Any, group: Group, widths: list[int]) -> _Projections:
 
 
 def _angles(rotary: Any, kind: tuple[str, ...], cache: KeyValueCache) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position's angles, float32 (slots, dim / 2)."""
+    """Compute the cosines and sines of the rotary angles of all positions, float32 (slots, dim / 2)."""
     tables: tuple[list[Tensor], list[Tensor]] = [], []
     dtype_of = torch.empty(0, device=cache.device)
     for begin in range(0, cache.slots, ANGLES_AT_ONCE):

@@ -1,7 +1,7 @@
-"""What lies between the products of a decoding step, on a GPU: how `cuda/step.cuh` and its like are launched.
+"""The operations of a decoding step on a GPU: launches of `cuda/step.cuh`, `cuda/attend.cuh` and `cuda/choose.cuh`.
 
-`step_reference` has the same operations in plain torch, and says what they compute. Here activations that packed
-weights are multiplied with stay in 8 bits on the way: the kernel that makes them quantises them.
+`step_reference` specifies the operations, in plain torch. Here the activations for packed weights pass between
+launches in 8 bits: the kernel that computes them also quantises them.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ NORM_GROUPS = (1, 2)
 MOST_NORM = 16 * NORM_THREADS * NORM_GROUPS[-1]
 HEAD_DIMS = (64, 96, 128, 256)
 ATTEND_WARPS, ATTEND_STATIC = (8, 4), 8 << 10
-"""Of a block, whichever fits; bytes of shared memory that it has at most besides keys and values."""
+"""Warps of a block of attention, the first number that fits; bound of its static shared memory in bytes."""
 MOST_HEADS, MOST_BLOCKS = 8, 32
-"""Query heads of a block, and blocks that share their keys."""
+"""The most query heads of a block, and the most blocks that split the keys of one head."""
 CHOOSE_THREADS, CHOOSE_VALUES, CHOOSE_BLOCKS = 128, 8, 256
-"""Of a block, logits that a thread reads at once, and the most blocks; as in `cuda/choose.cuh`."""
+"""Threads of a block, logits that a thread reads at once, and the most blocks; as in `cuda/choose.cuh`."""
 GATES = {"silu": 0, "gelu_tanh": 1}
-"""`Gate` in `cuda/step.cuh`."""
+"""Activation -> its number in the enum `Gate` of `cuda/step.cuh`."""
 _ADD_NORM, _GATE = struct.Struct("@PPPPPPPPfi"), struct.Struct("@PPPPPii")
 _CHOOSE = struct.Struct("@PPPPPPPffi")
 _ATTEND = struct.Struct("@PPPPPPPPPPPPPPPfffiiii")
@@ -50,7 +50,7 @@ class Kernels:
 
     Args:
         device: a GPU.
-        dtype: of activations: bfloat16 or float16.
+        dtype: dtype of activations, bfloat16 or float16.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -63,7 +63,7 @@ class Kernels:
         self._counted = torch.zeros(1, dtype=torch.int32, device=device)
 
     def supports(self, hidden: int, between: int, heads: Heads) -> str:
-        """See `step_reference`."""
+        """Return why the kernels do not support a model's sizes; "" if they do."""
         if hidden > MOST_NORM or hidden % 32:
             return f"a hidden size of {hidden}: expected a multiple of 32 up to {MOST_NORM}"
         if between % 32:
@@ -73,7 +73,7 @@ class Kernels:
         return ""
 
     def reserve(self, heads: Heads) -> None:
-        """Takes the memory that `attend` needs; to be called before a step is recorded, for each kind of layer."""
+        """Allocate the memory that `attend` needs; call it for each kind of layer before a step is recorded."""
         rows, blocks, together = self._grid(heads)
         floats = rows * blocks * together * (heads.dim + 2)
         self._partials = self._partials.new_empty(max(len(self._partials), floats))
@@ -82,7 +82,7 @@ class Kernels:
     def add_norm(
         self, hidden: Tensor, delta: Tensor | None, after: Norm | None, norm: Norm, users: list[nn.Module]
     ) -> tuple[Tensor, ProductInput]:
-        """See `step_reference`. `users` are the products that follow."""
+        """Launch the residual sum and its norm, see `step_reference`; `users` decide the forms of the output."""
         total = hidden if delta is None else torch.empty_like(hidden)
         out = self._activations(hidden.shape[-1], users)
         self._launch(
@@ -103,7 +103,7 @@ class Kernels:
         return total, out
 
     def gate(self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]) -> ProductInput:
-        """See `step_reference`."""
+        """Launch the activation function of `gate` times `up`, see `step_reference`."""
         out = self._activations(gate.shape[-1], users)
         self._launch(
             (STEP, GATE, self._macros),
@@ -123,7 +123,7 @@ class Kernels:
         position: Tensor,
         users: list[nn.Module],
     ) -> ProductInput:
-        """See `step_reference`."""
+        """Launch rotation, cache write and attention, see `step_reference`."""
         out = self._activations(heads.count * heads.dim, users)
         rows, blocks, together = self._grid(heads)
         warps = _attend_warps(heads.dim, self._device)
@@ -158,13 +158,13 @@ class Kernels:
         return out
 
     def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor:
-        """A product, (1, N)."""
+        """Compute a product, (1, N)."""
         if not self._takes_codes(module):
-            assert activations.halves is not None  # noqa: S101 -- as `_activations` has seen to
+            assert activations.halves is not None  # noqa: S101 -- `_activations` provides them
             y: Tensor = module(activations.halves)
             return y
-        assert isinstance(module, PackedLinear)  # noqa: S101 -- else it would not take them
-        assert activations.codes is not None  # noqa: S101 -- as above
+        assert isinstance(module, PackedLinear)  # noqa: S101 -- as `_takes_codes` has checked
+        assert activations.codes is not None  # noqa: S101 -- `_activations` provides them
         y = torch.empty(1, module.out_features, dtype=self._dtype, device=self._torch_device)
         row = weight_type(module.format)
         decode.linear_of_codes(
@@ -173,7 +173,7 @@ class Kernels:
         return y
 
     def choose(self, logits: Tensor, softcap: float | None, choice: TokenChoice) -> None:
-        """See `step_reference`."""
+        """Launch the choice of the next token, see `step_reference`."""
         vocabulary = logits.shape[-1]
         blocks = -(-vocabulary // (CHOOSE_THREADS * CHOOSE_VALUES))
         self._launch(
@@ -211,12 +211,12 @@ class Kernels:
         )
 
     def _outputs(self, out: ProductInput) -> tuple[int, int, int]:
-        """Pointers: 16-bit values, codes, steps."""
+        """Return the pointers to the 16-bit values, codes and scales; 0 for what is absent."""
         codes = _pointer(out.codes)
         return _pointer(out.halves), codes, codes and codes + decode_plan.code_bytes(out.k)[0]
 
     def _grid(self, heads: Heads) -> tuple[int, int, int]:
-        """Rows of blocks, blocks that share the keys of one, and query heads of it."""
+        """Return the rows of the grid, the blocks of a row, which split its keys, and the query heads of a row."""
         group = heads.count // heads.key_heads
         together = max(count for count in range(1, MOST_HEADS + 1) if group % count == 0)
         rows = heads.count // together
@@ -259,12 +259,12 @@ def _attend_warps(dim: int, device: Device) -> int:
 
 
 def attend_bytes(macros: dict[str, int]) -> int:
-    """Dynamic shared memory of the attention kernel with these macros."""
+    """Return the dynamic shared memory of the attention kernel with these macros, in bytes of a block."""
     return _attend_bytes(macros["Q6K_HEAD_DIM"], macros["Q6K_WARPS"])
 
 
 def _attend_bytes(dim: int, warps: int) -> int:
-    """Keys and values of a block in shared memory."""
+    """Return the size of a block's keys and values in shared memory, in bytes."""
     return 2 * warps * ATTEND_KEYS * (2 * dim + 16)
 
 
@@ -273,7 +273,7 @@ def _pointer(tensor: Tensor | None) -> int:
 
 
 def variants(device: Device) -> list[Variant]:
-    """All that a step may load on a GPU."""
+    """Return all kernels that a step may load on a GPU."""
     found = list[Variant]()
     for fp16 in (False, True):
         macros = (("Q6K_FP16", int(fp16)), *_ONE_TOKEN)

@@ -1,7 +1,7 @@
-"""What lies between the products of a decoding step, in plain torch: for the CPU, and to test the kernels by.
+"""The operations of a decoding step in plain torch: for the CPU, and as the reference in tests of the kernels.
 
-A step is of one token. All tensors of activations are (1, K) in the model's dtype; what is computed from them is
-computed in fp32 and rounded where a layer of transformers would.
+A step processes one token. All activations are (1, K) in the model's dtype. Computations are in fp32 and round
+where a layer of transformers rounds.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProductInput:
-    """What products begin with.
+    """The input of products, in one or two forms.
 
     Attributes:
-        halves: (1, K) in the model's dtype; None if no product wants it.
-        codes: in 8 bits, as `decode.linear_of_codes` takes it; None if no product wants it.
+        halves: the activations in the model's dtype, (1, K); None if no product reads them.
+        codes: the activations in 8 bits, see `decode.linear_of_codes`; None if no product reads them.
         k: K.
     """
 
@@ -37,31 +37,31 @@ class ProductInput:
 
 @dataclass(frozen=True)
 class Norm:
-    """A root mean square norm: `weight` float32 (K,), all that a normed value is multiplied with; `epsilon`."""
+    """A root mean square norm with its `epsilon` and its whole factor `weight`, float32 (K,)."""
 
     weight: Tensor
     epsilon: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(..., K) -> the same in fp32."""
+        """Return the norm of (..., K) in fp32."""
         x = x.float()
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon) * self.weight
 
 
 @dataclass(frozen=True)
 class Heads:
-    """A layer's attention.
+    """The attention heads of a layer.
 
     Attributes:
-        count: query heads.
-        key_heads: heads of keys and values; a divisor of `count`.
-        dim: values of a head.
-        scale: of scores.
-        softcap: of scores, or None.
-        q_norm: of each query head, `weight` (dim,), or None.
-        k_norm: of each key head, likewise; with the same epsilon.
-        cosines: float32 (positions, dim / 2), of rotary embeddings.
-        sines: likewise.
+        count: number of query heads.
+        key_heads: number of heads of keys and values, a divisor of `count`.
+        dim: size of a head.
+        scale: factor of the scores.
+        softcap: soft cap of the scores, or None.
+        q_norm: norm of each query head with `weight` (dim,), or None.
+        k_norm: norm of each key head with `weight` (dim,) and the epsilon of `q_norm`, or None.
+        cosines: cosines of rotary angles, float32 (positions, dim / 2).
+        sines: sines of rotary angles, float32 (positions, dim / 2).
     """
 
     count: int
@@ -81,8 +81,8 @@ class Cached:
 
     Attributes:
         keys: (1, key heads, slots, dim) in the model's dtype, contiguous.
-        values: likewise.
-        window: positions that are seen, of a ring of slots; 0 if all are, and slot and position are one.
+        values: (1, key heads, slots, dim) in the model's dtype, contiguous.
+        window: size of the sliding window, whose slots are a ring; 0 for full attention, a slot for each position.
     """
 
     keys: Tensor
@@ -92,13 +92,13 @@ class Cached:
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """Where tokens come from and go to.
+    """The tensors and options of the choice of a token.
 
     Attributes:
-        position: int64 (1,), of the last token; becomes that of the chosen one.
-        token: int64 (1,), the last token; becomes the chosen one.
-        chosen: int64 (positions,), tokens by position.
-        seed: int64 (1,).
+        position: position of the last token, int64 (1,); advanced to that of the chosen token.
+        token: the last token, int64 (1,); replaced by the chosen token.
+        chosen: the tokens by position, int64 (positions,).
+        seed: seed of random choices, int64 (1,).
         temperature: 0 for the best token.
     """
 
@@ -110,36 +110,36 @@ class TokenChoice:
 
 
 class TorchOperations:
-    """The operations of a step."""
+    """The operations of a step in plain torch."""
 
     def supports(self, hidden: int, between: int, heads: Heads) -> str:
-        """What of a model these operations are not for, in words; empty if there is nothing.
+        """Return why the operations do not support a model's sizes; "" if they do.
 
         Args:
-            hidden: values between layers.
-            between: values between gate and down.
-            heads: of a layer.
+            hidden: hidden size.
+            between: size between gate and down, the intermediate size.
+            heads: the heads of a layer.
         """
         del hidden, between, heads
         return ""
 
     def reserve(self, heads: Heads) -> None:
-        """Takes the memory that `attend` needs: none."""
+        """Allocate the memory that `attend` needs: none."""
 
     def add_norm(
         self, hidden: Tensor, delta: Tensor | None, after: Norm | None, norm: Norm, users: list[nn.Module]
     ) -> tuple[Tensor, ProductInput]:
-        """The residual sum, and its norm.
+        """Compute the residual sum and its norm.
 
         Args:
-            hidden: (1, K).
-            delta: (1, K), what is added, or None.
-            after: delta's own norm, or None.
-            norm: of the sum.
-            users: the products that follow.
+            hidden: the residual stream, (1, K).
+            delta: the summand, (1, K), or None.
+            after: norm of `delta`, or None.
+            norm: norm of the sum.
+            users: the modules whose products read the result.
 
         Returns:
-            The sum (1, K), and its norm.
+            The sum, (1, K), and its norm.
         """
         del users
         if delta is not None:
@@ -149,7 +149,7 @@ class TorchOperations:
         return hidden, _plain(norm(hidden).to(hidden.dtype))
 
     def gate(self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]) -> ProductInput:
-        """The activation function of `gate` times `up`, both (1, K)."""
+        """Compute the activation function of `gate` times `up`, both (1, K)."""
         del users
         x = gate.float()
         activated = silu(x) if activation == "silu" else gelu(x, approximate="tanh")
@@ -165,16 +165,16 @@ class TorchOperations:
         position: Tensor,
         users: list[nn.Module],
     ) -> ProductInput:
-        """Puts a token's key and value into the cache, and attends to what it sees there.
+        """Write a token's key and value to the cache, and attend to the cache.
 
         Args:
-            q: (1, count * dim), before norms and rotation.
-            k: (1, key heads * dim), likewise.
-            v: (1, key heads * dim).
-            heads: the layer's.
-            cached: the layer's.
-            position: int64 (1,), of the token.
-            users: the products that follow.
+            q: queries before norms and rotation, (1, count * dim).
+            k: keys before norms and rotation, (1, key heads * dim).
+            v: values, (1, key heads * dim).
+            heads: the heads of the layer.
+            cached: the layer's part of the cache.
+            position: position of the token, int64 (1,).
+            users: the modules whose products read the result.
 
         Returns:
             (1, count * dim).
@@ -200,12 +200,12 @@ class TorchOperations:
         return _plain((weights @ cached.values[0].float()).to(q.dtype).view(1, -1))
 
     def choose(self, logits: Tensor, softcap: float | None, choice: TokenChoice) -> None:
-        """The next token, see `sampling`, put where `choice` says.
+        """Choose the next token, see `sampling`, and write it to the tensors of `choice`.
 
         Args:
             logits: (1, V).
-            softcap: of logits, or None.
-            choice: how, and where to.
+            softcap: soft cap of the logits, or None.
+            choice: the tensors and options.
         """
         temperature = torch.tensor([choice.temperature], device=logits.device) if choice.temperature else None
         following = choice.position + 1
@@ -215,13 +215,13 @@ class TorchOperations:
         choice.position.copy_(following)
 
     def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor:
-        """A product, (1, N)."""
+        """Compute a product, (1, N)."""
         y: Tensor = module(activations.halves)
         return y
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """Logits in fp32, softly capped if a model does that."""
+    """Return logits in fp32, with a soft cap if there is one."""
     logits = logits.float()
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
@@ -231,7 +231,7 @@ def _plain(x: Tensor) -> ProductInput:
 
 
 def _rotated(vectors: Tensor, heads: Heads, position: Tensor) -> Tensor:
-    """(heads, dim), the halves of each rotated by the position's angles."""
+    """Rotate the halves of each head, (heads, dim), by the angles of a position, int64 (1,)."""
     cosines, sines = (table[position].repeat(1, 2) for table in (heads.cosines, heads.sines))
     one, other = vectors.float().chunk(2, dim=-1)
     return (vectors.float() * cosines + torch.cat([-other, one], dim=-1) * sines).to(vectors.dtype)

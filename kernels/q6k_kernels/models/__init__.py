@@ -1,5 +1,5 @@
-"""Whole models: what each architecture is, its hyper-parameters, and how a transformers model is filled with
-packed weights. Imports weights and everything below.
+"""Whole models: the architectures, their hyper-parameters, and transformers models filled with packed weights.
+Imports `weights` and everything below.
 """
 
 __all__ = ["architecture", "assemble", "fusing", "registry"]

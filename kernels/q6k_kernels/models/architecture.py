@@ -1,7 +1,7 @@
-"""What an architecture is: how its GGUF files differ from transformers' models, and what its layers compute.
+"""The facts about an architecture: how its GGUF files differ from transformers' models, what its layers compute.
 
-Each family of models has a file here with one row for each of its architectures; `registry` collects them. Whoever
-fills or runs a model asks its row, which `load_model` leaves on the model, and looks at no class or attribute.
+Each family of models has a file here with one row for each of its architectures; `registry` collects them.
+`load_model` attaches the row to the model. Code that fills or runs a model asks the row, never the model's class.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 FREQUENCY_FACTORS = "rope_freqs.weight"
-"""By what the frequencies of rotary embeddings are divided, float (head_dim / 2,)."""
+"""Name of the tensor that divides the frequencies of rotary embeddings, float (head_dim / 2,)."""
 
 Activation = Literal["silu", "gelu_tanh"]
 Values = dict[str, Any]
@@ -29,23 +29,23 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of GGUF's architectures.
+    """One architecture of GGUF.
 
     Attributes:
-        name: in GGUF, `general.architecture`.
-        describe: the rest of a configuration: keys and shapes -> transformers' model type and its fields.
+        name: its `general.architecture` in GGUF.
+        describe: maps keys, shapes and the common values to transformers' model type and its further fields.
         tensor_names: its name in the `gguf` package's maps of tensor names; by default `name`.
-        used: keys of `hyperparameters.NEUTRAL` that `describe` heeds.
-        interleaved: whether rows of q and k, in each head, alternate between the halves that rotate together.
-        frequency_factors: whether `rope_freqs.weight` may be there.
-        norm_offset: what GGUF has added to norms' weights; transformers has not, and adds it when it norms.
-        norms_after: whether each half of a layer has a norm after it too, and not only one before it.
-        head_norms: whether each head of q and k is normed.
-        activation: the function of the gate in a feed-forward network.
-        scaled_embedding: whether rows of the embedding are multiplied by a number.
-        capped_scores: whether scores of attention may have a soft cap, `attn_logit_softcapping`.
-        capped_logits: whether logits may have one, `final_logit_softcapping`.
-        angles_by_kind: whether layers with windows rotate heads by angles of their own.
+        used: keys of `hyperparameters.NEUTRAL` that `describe` takes into account.
+        interleaved: whether the rows of q and k alternate between the two halves of a head, see `row_order`.
+        frequency_factors: whether a file may have `rope_freqs.weight`.
+        norm_offset: number that GGUF adds to the weights of norms; transformers adds it in the norm instead.
+        norms_after: whether attention and feed-forward network have a norm after them as well as before.
+        head_norms: whether each head of q and k has a norm.
+        activation: activation function of the gate in the feed-forward network.
+        scaled_embedding: whether the rows of the embedding are multiplied by a constant.
+        capped_scores: whether attention scores may have a soft cap, `attn_logit_softcapping`.
+        capped_logits: whether logits may have a soft cap, `final_logit_softcapping`.
+        angles_by_kind: whether layers with a sliding window have their own rotary angles.
     """
 
     name: str
@@ -73,31 +73,31 @@ class Architecture:
 
 
 ATTACHED = "q6k_architecture"
-"""Name of the attribute."""
+"""Name of the attribute that holds a model's architecture."""
 
 
 def attach(model: nn.Module, architecture: Architecture) -> None:
-    """Leave an architecture on a model that was built by it, for `attached`; copies of the model keep it."""
+    """Attach an architecture to a model that was built from it; copies of the model keep it."""
     model.__dict__[ATTACHED] = architecture
 
 
 def attached(model: nn.Module) -> Architecture | None:
-    """Return the architecture that a model was built by; None if `load_model` has not built it."""
+    """Return the architecture that a model was built from; None if `load_model` did not build it."""
     architecture: Architecture | None = model.__dict__.get(ATTACHED)
     return architecture
 
 
 def biases(shapes: Shapes) -> Values:
-    """Return whether attention has biases, for a configuration."""
+    """Return the configuration field that says whether attention has biases."""
     return {"attention_bias": "blk.0.attn_q.bias" in shapes}
 
 
 def make_config(architecture: Architecture, metadata: Metadata, shapes: Shapes) -> PretrainedConfig:
-    """The transformers configuration of a model.
+    """Make the transformers configuration of a model.
 
     Raises:
         HyperparameterError: a key is missing, out of range or not what the tensors' shapes say.
-        UnsupportedModelError: the model does something that is not built here, or transformers refuses it.
+        UnsupportedModelError: the model needs something that is not supported, or transformers refuses it.
         BundleError: a key is of the wrong type.
     """
     from transformers import AutoConfig
@@ -108,17 +108,17 @@ def make_config(architecture: Architecture, metadata: Metadata, shapes: Shapes) 
     try:
         return AutoConfig.for_model(kind, **values, **more)
     except Exception as error:
-        # It has classes of its own for what it refuses, not the same in all versions.
+        # The class of the error differs between versions of transformers.
         raise UnsupportedModelError(
             f"{metadata.path}: transformers refuses the configuration: {error}", ONLY_FUNCTIONS
         ) from error
 
 
 def gguf_names(architecture: Architecture, parameters: list[str], layers: int) -> dict[str, str]:
-    """Names of a transformers model's parameters -> GGUF names.
+    """Map the names of a transformers model's parameters to GGUF names.
 
     Raises:
-        UnsupportedModelError: a parameter has none.
+        UnsupportedModelError: a parameter has no GGUF name.
     """
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -128,7 +128,7 @@ def gguf_names(architecture: Architecture, parameters: list[str], layers: int) -
     found = dict[str, str]()
     for parameter in parameters:
         module, _, kind = parameter.rpartition(".")
-        # gguf's map leaves out the heads of gemma2, which are tied in all known models.
+        # gguf's map has no entry for gemma2's head, as all known gemma2 models tie it.
         name = "output" if module == "lm_head" else names.get_name(module)
         if name is None:
             raise UnsupportedModelError(f"no GGUF name is known for the parameter {parameter}", ONLY_FUNCTIONS)
@@ -137,19 +137,19 @@ def gguf_names(architecture: Architecture, parameters: list[str], layers: int) -
 
 
 def is_interleaved(architecture: Architecture, name: str) -> bool:
-    """Whether a tensor's rows are in the order that `row_order` is for."""
+    """Check whether a tensor's rows have to be reordered by `row_order`."""
     return architecture.interleaved and (".attn_q." in name or ".attn_k." in name)
 
 
 def row_order(rows: int, head_dim: int, device: torch.device | None = None) -> Tensor:
-    """Where transformers' rows of q and k lie in a llama GGUF, int64 (rows,).
+    """Return the GGUF row of each transformers row of q or k in a llama file, int64 (rows,).
 
-    Rotary embeddings turn pairs of rows. llama.cpp has the two of a pair side by side, transformers half a head
-    apart: row (head, half, pair) of transformers is row (head, pair, half) of GGUF.
+    Rotary embeddings rotate pairs of rows. llama.cpp stores the two rows of a pair side by side, transformers half
+    a head apart: row (head, half, pair) of transformers is row (head, pair, half) of GGUF.
 
     Args:
-        rows: a multiple of `head_dim`.
-        head_dim: even.
-        device: where; the CPU by default.
+        rows: number of rows, a multiple of `head_dim`.
+        head_dim: rows of a head, an even number.
+        device: device of the result; the CPU by default.
     """
     return torch.arange(rows, device=device).view(-1, head_dim // 2, 2).transpose(1, 2).reshape(-1)

@@ -1,14 +1,14 @@
-"""A whole model from a bundle: transformers' own classes, their weights packed where the bundle has them so.
+"""A whole model from a bundle: transformers' own classes, with packed weights wherever the bundle has them.
 
     model = load_model("out/", device="cuda")
     model.generate(ids, max_new_tokens=20)
 
 Linear layers and embeddings with packed weights become `PackedLinear` and `PackedEmbedding`; projections that share
 their input run as one (see `fusing`); a tied head shares the embedding's memory. All other weights are cast to
-`dtype`, whatever float type they are stored in, as transformers' layers want weights and activations of one dtype.
+`dtype`, since transformers' layers want weights and activations of one dtype.
 
-The model is built on the meta device, where nothing takes memory. Before a weight is read, all names and shapes
-are compared with the bundle's. Then one tensor at a time goes from its file to its device (see `filling`).
+The model is built on the meta device, where nothing takes memory. All names and shapes are compared with the
+bundle's before a weight is read. Then one tensor at a time goes from its file to its device (see `filling`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OLDEST_TRANSFORMERS = (5, 17)
-"""The first release that models are built with."""
+"""The oldest supported release of transformers."""
 
 
 def load_model(
@@ -43,29 +43,29 @@ def load_model(
     activations: Activations = "auto",
     progress: Callable[[int], None] = lambda _: None,
 ) -> PreTrainedModel:
-    """Builds the model that a bundle holds.
+    """Build the model that a bundle holds.
 
     Args:
         path: the bundle's directory.
         device: the CPU or a CUDA GPU.
-        dtype: of activations and of all weights that are not packed: bfloat16, float16, or on the CPU float32. By
-            default bfloat16 on a GPU, float32 on the CPU.
+        dtype: dtype of activations and unpacked weights: bfloat16, float16, or on the CPU float32. By default
+            bfloat16 on a GPU, float32 on the CPU.
         activations: "int8", "bf16" or "auto", see `q6k_kernels.linear`.
-        progress: told the bytes that a tensor takes in the bundle once it is where it belongs: in all, the `nbytes`
-            of `open_bundle(path).manifest.tensors`.
+        progress: called after each tensor with its size in the bundle in bytes; the sum is that of all `nbytes` in
+            `open_bundle(path).manifest.tensors`.
 
     Returns:
-        A transformers model for causal language modelling, in eval mode, no parameter of which asks for a gradient.
-        Its `generation_config` has the ids that the GGUF names: BOS, padding, and what ends a text or a turn. It
-        keeps the `Architecture` that it was built by, see `architecture.attached`.
+        A transformers model for causal language modelling, in eval mode, without gradients. Its
+        `generation_config` has the ids that the GGUF names: BOS, padding, and the ends of a text or a turn.
+        `architecture.attached` returns the `Architecture` that it was built from.
 
     Raises:
         PackageMissingError: transformers is missing or too old.
-        UnsupportedModelError: an architecture, or something about it, that no model is built for.
+        UnsupportedModelError: the architecture, or an option of it, is not supported.
         HyperparameterError: a key of the metadata is missing, impossible, or contradicts the tensors.
-        WeightsError: a tensor is missing, unexpected, mis-shaped, left out, or raw GGUF blocks.
-        BundleError: it is no bundle, or breaks the rules of the format.
-        ValueError: an argument is none of these.
+        WeightsError: a tensor is missing, unexpected, of the wrong shape, left out, or raw GGUF blocks.
+        BundleError: the directory is not a bundle, or breaks the rules of the format.
+        ValueError: an argument has none of the values above.
         OSError: a file cannot be read.
     """
     device = torch.device(device)
@@ -107,7 +107,7 @@ def _on_meta(bundle: Bundle, metadata: Metadata, architecture: Architecture, dty
 
     shapes = {tensor.name: tuple(tensor.shape) for tensor in bundle.manifest.tensors}
     config = make_config(architecture, metadata, shapes)
-    # SDPA knows no soft cap, and some releases of transformers pick it all the same and leave the cap out.
+    # SDPA has no soft cap; some releases of transformers choose it all the same and drop the cap.
     attention = {"attn_implementation": "eager"} if architecture.softcap_of_scores(config) else {}
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)  # type: ignore[no-untyped-call]

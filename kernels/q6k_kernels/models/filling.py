@@ -1,7 +1,7 @@
-"""Weights from a bundle into a transformers model that is on the meta device, one tensor at a time.
+"""Filling a transformers model on the meta device with a bundle's weights, one tensor at a time.
 
-Names and shapes are checked before the first is read, and at the end that every tensor was read, once, and that
-nothing of the model was left out. Never is there more of a weight twice than one tensor.
+Names and shapes are checked before the first tensor is read. At the end every tensor must have been read once, and
+every parameter filled. At most one tensor exists twice in memory at any time.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ HEAD = "lm_head"
 
 
 class Filler:
-    """Fills one model.
+    """The filling of one model.
 
     Args:
-        model: on the meta device.
-        bundle: what to fill it from.
+        model: a model on the meta device.
+        bundle: the source of its weights.
         architecture: how the bundle's tensors differ from the model's parameters.
-        device: where to.
-        dtype: of what is not packed.
-        activations: of packed linear layers.
-        progress: told the stored bytes of each tensor once it is loaded.
+        device: device of the filled model.
+        dtype: dtype of weights that are not packed.
+        activations: mode of the packed linear layers.
+        progress: called with the stored bytes of each tensor once it is loaded.
 
     Raises:
-        UnsupportedModelError: a parameter has no name in GGUF.
+        UnsupportedModelError: a parameter has no GGUF name.
         WeightsError: a tensor is missing, unexpected, or has another shape.
     """
 
@@ -89,10 +89,10 @@ class Filler:
                 )
 
     def fill(self) -> None:
-        """Loads all weights, and computes what no file has.
+        """Load all weights, and compute the rotary frequencies, which no file has.
 
         Raises:
-            WeightsError: a tensor is of a type, or has values, that its place cannot take.
+            WeightsError: a tensor has a type or values that its parameter cannot take.
             BundleError: a file has changed since the bundle was opened.
             OSError: a file cannot be read.
         """
@@ -119,7 +119,7 @@ class Filler:
         biases = [f"{part}.bias" for part in parts if f"{part}.bias" in self.names]
         formats = {self._format(f"{part}.weight") for part in parts}
         if len(formats) != 1 or (format := formats.pop()) is None:
-            return False  # one launch multiplies with one weight type
+            return False  # one launch handles one weight type
         if not fusing.can_join(rows) or len(biases) not in (0, len(parts)):
             return False
         k = self.shapes[f"{parts[0]}.weight"][1]
@@ -163,7 +163,7 @@ class Filler:
             setattr(module, kind, nn.Parameter(self._plain(f"{name}.{kind}"), requires_grad=False))
 
     def _format(self, parameter: str) -> str | None:
-        """Return the name of a weight's type, None if it is not packed."""
+        """Return the name of a weight's type; None if it is not packed."""
         return self.bundle.info(self.names[parameter]).format
 
     def _load(self, name: str) -> PackedWeight | Tensor:
@@ -176,7 +176,7 @@ class Filler:
         name = self.names[parameter]
         weight = cast("PackedWeight", self._load(name))
         if is_interleaved(self.architecture, name):
-            # No value changes, and nothing is unpacked.
+            # The rows move in packed form, so no value changes.
             order_rows(weight.tiles, row_order(weight.n, self.config.head_dim, weight.device), weight.row)
             if weight.tiles.is_cuda:
                 launching.end_write(weight.tiles)
@@ -201,7 +201,7 @@ class Filler:
         return tensor
 
     def _rotary(self) -> None:
-        """Frequencies of rotary embeddings: computed on the CPU in fp32, so that all devices have the same."""
+        """Compute the rotary frequencies: on the CPU in fp32, so that all devices have the same ones."""
         factors = None
         if FREQUENCY_FACTORS in self.unread:
             factors = self._floats(FREQUENCY_FACTORS).float().cpu()
@@ -230,10 +230,10 @@ class Filler:
 
 
 class ScaledEmbedding(PackedEmbedding):
-    """Rows of a packed weight times `scale`, rounded to `dtype` before and after, as Gemma's are."""
+    """An embedding whose rows are multiplied by `scale`, as in Gemma; rounded to `dtype` before and after."""
 
     scale: float
 
     def forward(self, indices: Tensor) -> Tensor:
-        """Indices of any shape -> (..., K) of `dtype`."""
+        """Return the rows of indices of any shape, (..., K) in `dtype`."""
         return super().forward(indices) * self.scale

@@ -1,12 +1,12 @@
 """Linear layers that share their input, run as one: q, k and v of attention, gate and up of a feed-forward network.
 
-The rows of their weights lie below each other in one packed weight, put there as they are loaded, and one launch
-multiplies them all. transformers' modules stay as they are: a hook multiplies before the module begins, and what it
-takes for its projections are parts that take views out of the product.
+Loading stacks the rows of their weights in one packed weight, so one launch computes all their products.
+transformers' modules stay unchanged: a hook computes the product before the module's forward, and in place of its
+projections the module has `Part`s, each of which returns a view of its columns of the product.
 
     attention(x)  ->  y = qkv_proj(x) and attention(y), in which q_proj(y) = y[..., :q], k_proj(y) = y[..., q:q+k]
 
-Nothing is kept between calls, nothing depends on data, so that it compiles and is captured in CUDA graphs.
+Nothing is kept between calls and nothing depends on data, so modules can be compiled and captured in CUDA graphs.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from q6k_kernels.weights.weight import PackedWeight
 
 @dataclass(frozen=True)
 class Group:
-    """Projections of one module, in the order in which their rows are put below each other.
+    """Projections of one module that run as one, in the order of their stacked rows.
 
     Attributes:
-        name: of the whole.
-        parts: of each.
+        name: attribute of the fused layer.
+        parts: attributes of the projections.
     """
 
     name: str
@@ -44,10 +44,10 @@ GATE_UP = Group("gate_up_proj", ("gate_proj", "up_proj"))
 
 
 class Part(nn.Module):
-    """Takes a projection's outputs, a view, out of the product of all.
+    """The place of one projection in a fused product; it returns a view of its columns.
 
     Args:
-        begin, end: which columns.
+        begin, end: its columns.
     """
 
     def __init__(self, begin: int, end: int) -> None:
@@ -55,16 +55,16 @@ class Part(nn.Module):
         self.begin, self.end = begin, end
 
     def forward(self, products: Tensor) -> Tensor:
-        """(..., N of all) -> (..., N of this one)."""
+        """Return this projection's columns, (..., end - begin), of the product of all, (..., N)."""
         return products[..., self.begin : self.end]
 
     def extra_repr(self) -> str:
-        """What is shown between the brackets."""
+        """Return the columns, for the module's printed form."""
         return f"{self.begin}:{self.end}"
 
 
 def groups(model: nn.Module) -> Iterator[tuple[str, nn.Module, Group]]:
-    """Modules that have all the projections of a group, each an nn.Linear: name, module, group."""
+    """Yield name, module and group of each module that has all projections of a group as nn.Linear."""
     for name, module in model.named_modules():
         for group in (QKV, GATE_UP):
             if all(isinstance(getattr(module, part, None), nn.Linear) for part in group.parts):
@@ -72,21 +72,21 @@ def groups(model: nn.Module) -> Iterator[tuple[str, nn.Module, Group]]:
 
 
 def can_join(rows: Sequence[int]) -> bool:
-    """Whether weights with that many rows each can be one: each but the first has to begin with new tiles."""
+    """Check whether weights of these row counts can be stacked: each has to begin at a tile boundary."""
     return len(rows) > 1 and all(count % TILE_ROWS == 0 for count in rows[:-1])
 
 
 def join(
     rows: Sequence[int], k: int, format: str, load: Callable[[int], PackedWeight], device: torch.device
 ) -> PackedWeight:
-    """Put weights of the same type and K below each other, of which only one at a time exists a second time.
+    """Stack weights of the same type and K; only one of them at a time exists twice in memory.
 
     Args:
-        rows: N of each; see `can_join`.
-        k: K.
+        rows: N of each weight; see `can_join`.
+        k: K of all weights.
         format: the name of their weight type.
-        load: gives weight number i, (rows[i], K), on the device.
-        device: where they are.
+        load: returns weight number i, (rows[i], K), on the device.
+        device: device of the weights and of the result.
     """
     shape, at = (sum(rows), k), 0
     tiles = torch.empty(tiles_shape(shape, weight_type(format)), dtype=torch.uint8, device=device)
@@ -107,14 +107,14 @@ def fuse(
     bias: Tensor | None,
     activations: Activations = "auto",
 ) -> None:
-    """Makes a module run its projections as one.
+    """Make a module run its projections as one.
 
     Args:
-        module: of transformers, whose forward takes `hidden_states`, or what it multiplies, as its first argument,
-            and uses it for nothing but these projections and its shape.
-        group: which projections.
-        rows: N of each.
-        weight: all of them, (sum of rows, K).
+        module: a module of transformers. Its forward takes the input of the projections as its first argument or as
+            `hidden_states`, and uses only its shape for anything else.
+        group: the projections.
+        rows: N of each projection.
+        weight: the stacked weight, (sum of rows, K).
         bias: (sum of rows,), or None.
         activations: see `PackedLinear`.
     """
@@ -142,6 +142,6 @@ def _multiply_gate_up(
     return _multiply(module.gate_up_proj, args, kwargs)  # type: ignore[arg-type]
 
 
-# Functions of this module, that find the layer by the module they are called for: so copies and pickles of a model
-# use their own layers.
+# Module-level functions that find the fused layer by the module they are called for: so copies and pickles of a
+# model use their own layers.
 _HOOKS = {QKV.name: _multiply_qkv, GATE_UP.name: _multiply_gate_up}

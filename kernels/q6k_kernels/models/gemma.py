@@ -1,6 +1,7 @@
 """Gemma 2, and the text part of Gemma 3: transformers' gemma2 and gemma3_text.
 
-GGUF has added 1 to weights of norms. Windows, soft caps and scales follow llama.cpp's rules where a file is silent.
+GGUF stores the weights of norms with 1 added. Where a file is silent, windows, soft caps and scales follow
+llama.cpp's rules.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def _gemma2(keys: Keys, shapes: Shapes, values: Values) -> tuple[str, Values]:
 
 def _gemma3(keys: Keys, shapes: Shapes, values: Values) -> tuple[str, Values]:
     ropes = {
-        # Only global layers see the whole context, so only they are scaled.
+        # Only global layers see the whole context, so only their positions are scaled.
         "full_attention": scaled_rope(keys, theta=1_000_000.0),
         "sliding_attention": rope(keys, "rope.freq_base_swa"),
     }
@@ -49,7 +50,7 @@ def _softcap(keys: Keys, key: str, default: float) -> float | None:
 
 
 def _attention_scalar(keys: Keys, values: Values, layers_of_27b: int) -> int:
-    """What scores are divided by the root of; most files do not say it, so 27B models are known by their layers."""
+    """Return the number whose root divides scores. Most files omit it; 27B models are told by their layers."""
     if SCORE_SCALE in keys:
         scalar = keys.real(SCORE_SCALE, 1e-6, 1.0) ** -2
         if abs(scalar - round(scalar)) > 1e-3 * scalar:
@@ -63,7 +64,7 @@ def _attention_scalar(keys: Keys, values: Values, layers_of_27b: int) -> int:
 
 
 def _windows(keys: Keys, values: Values, period: int, window: int) -> Values:
-    """Which layers see only a window: all but the last of each `period`."""
+    """Return the window and the kind of each layer: all but the last of each `period` have a window."""
     layers = values["num_hidden_layers"]
     window = keys.integer(WINDOW, 0, 1 << 31, window)
     key = "attention.sliding_window_pattern"
@@ -74,11 +75,11 @@ def _windows(keys: Keys, values: Values, period: int, window: int) -> Values:
             raise keys.wrong(key, f"expected one value for each of {layers} layers, found {len(slides)}")
     else:
         period = keys.integer(key, 0, 1 << 16, period)
-        # llama.cpp: 0 is no period at all, all layers slide.
+        # In llama.cpp 0 means no period: all layers slide.
         slides = [period == 0 or (layer + 1) % period != 0 for layer in range(layers)]
     slides = [slide and window > 0 for slide in slides]
     return {
-        # Without windows transformers still wants one for the mask that no layer uses.
+        # transformers wants a window even if no layer slides.
         "sliding_window": window or values["max_position_embeddings"],
         "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
     }

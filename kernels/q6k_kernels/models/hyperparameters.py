@@ -1,8 +1,8 @@
-"""From a bundle's metadata to the numbers of a transformers configuration, none of them trusted.
+"""From a bundle's metadata to the numbers of a transformers configuration, each checked.
 
-Keys are those of llama.cpp, `ARCHITECTURE.attention.head_count` and so on, with its defaults. A size must be
-that of the tensor that has it, so that nothing larger than the bundle itself is ever built. A key that changes
-what a model computes, in a way that is not built here, is refused unless its value has no effect.
+Keys are those of llama.cpp, `ARCHITECTURE.attention.head_count` and so on, with its defaults. Every size is
+compared with the shape of a tensor, so that no model is built that is larger than the bundle. A key that changes
+what a model computes in an unsupported way is refused, unless its value has no effect.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from q6k_kernels.bundle.metadata import Metadata
 from q6k_kernels.errors import HyperparameterError, UnsupportedModelError
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Of the bundle's tensors, by GGUF name."""
+"""Shapes of the bundle's tensors, by GGUF name."""
 
 MAX_CONTEXT = (1 << 31) - 1
 EXPORT_AGAIN = "Export the model again with a current converter (convert_hf_to_gguf.py of llama.cpp)."
@@ -50,18 +50,18 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_ext_factor": (1.0,),
     "rope.scaling.yarn_log_multiplier": (0.0,),
 }
-"""Keys that change what is computed -> the values with which they do not."""
+"""Keys that change what a model computes -> their values without effect."""
 
 
 class Keys:
-    """The keys of one architecture: typed, bounded, and named in full when one is wrong.
+    """The keys of one architecture, read with types and bounds; errors give the full name of a key.
 
     Args:
-        metadata: of the bundle.
-        used: keys of `NEUTRAL` that the architecture heeds.
+        metadata: metadata of the bundle.
+        used: keys of `NEUTRAL` that the architecture takes into account.
 
     Raises:
-        UnsupportedModelError: another of them has an effect.
+        UnsupportedModelError: another key of `NEUTRAL` has an effect.
     """
 
     def __init__(self, metadata: Metadata, used: frozenset[str] = frozenset()) -> None:
@@ -79,33 +79,33 @@ class Keys:
         return f"{self.prefix}.{key}" in self.metadata
 
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
-        """A whole number from `low` to `high`; `default` if the key is absent.
+        """Return a whole number from `low` to `high`; `default` if the key is absent.
 
         Raises:
-            HyperparameterError: it is absent and has no default, or is out of range.
-            BundleError: it is of another type.
+            HyperparameterError: the key is absent without a default, or out of range.
+            BundleError: the key has another type.
         """
         return int(self._bounded(key, self.metadata.integer(f"{self.prefix}.{key}"), low, high, default))
 
     def real(self, key: str, low: float, high: float, default: float | None = None) -> float:
-        """A number from `low` to `high`; as `integer`."""
+        """Return a number from `low` to `high`, with the errors of `integer`."""
         return float(self._bounded(key, self.metadata.real(f"{self.prefix}.{key}"), low, high, default))
 
     def string(self, key: str, default: str) -> str:
-        """A text; `default` if the key is absent."""
+        """Return a text; `default` if the key is absent."""
         value = self.metadata.string(f"{self.prefix}.{key}")
         return default if value is None else value
 
     def value(self, key: str) -> object:
-        """A value of any type; None if the key is absent."""
+        """Return a value of any type; None if the key is absent."""
         return self.metadata.value(f"{self.prefix}.{key}")
 
     def wrong(self, key: str, problem: str) -> HyperparameterError:
-        """An error about a key."""
+        """Return an error about a key."""
         return HyperparameterError(f"{self.metadata.path}: {self.prefix}.{key}: {problem}", EXPORT_AGAIN)
 
     def expect(self, key: str, value: int, expected: int, why: str) -> None:
-        """Raises HyperparameterError unless a number is what the tensors say."""
+        """Raise HyperparameterError unless a number equals what the tensors say."""
         if value != expected:
             raise self.wrong(key, f"expected {expected}, {why}, found {value}")
 
@@ -120,11 +120,11 @@ class Keys:
 
 
 def sizes(keys: Keys, shapes: Shapes) -> dict[str, Any]:
-    """What every architecture here has: sizes, heads, context, epsilon, ids of special tokens, tying.
+    """Read what all architectures have: sizes, heads, context, epsilon, ids of special tokens, tying.
 
     Raises:
         HyperparameterError: a key is missing, out of range or not what the tensors' shapes say.
-        UnsupportedModelError: rotary embeddings of a part of a head, or values of another size than keys.
+        UnsupportedModelError: rotary embeddings cover a part of a head only, or values and keys differ in size.
     """
     vocabulary, hidden = _matrix(keys, shapes, "token_embd.weight")
     keys.expect(
@@ -191,7 +191,7 @@ def _head_dim(keys: Keys, shapes: Shapes, hidden: int, heads: int, kv_heads: int
 
 
 def _special_tokens(metadata: Metadata, vocabulary: int) -> dict[str, Any]:
-    """Ids for the configuration: BOS, padding, and all that end a text or a turn."""
+    """Return the ids of special tokens: BOS, padding, and all that end a text or a turn."""
     found = dict[str, int]()
     for name in ("bos", "padding", "eos", "eot", "eom"):
         key = f"tokenizer.ggml.{name}_token_id"
@@ -211,18 +211,18 @@ def _special_tokens(metadata: Metadata, vocabulary: int) -> dict[str, Any]:
 
 
 def rope(keys: Keys, key: str = "rope.freq_base", theta: float = 10000.0) -> dict[str, Any]:
-    """Rotary embeddings without scaling: theta by a key, or its default."""
+    """Return the parameters of unscaled rotary embeddings: theta from a key, or its default."""
     return {"rope_type": "default", "rope_theta": keys.real(key, 1.0, 1e12, theta)}
 
 
 def scaled_rope(keys: Keys, theta: float = 10000.0) -> dict[str, Any]:
-    """Rotary embeddings with the scaling that the metadata asks for: none, linear or YaRN.
+    """Return the parameters of rotary embeddings with the scaling that the metadata names: none, linear or YaRN.
 
     Raises:
-        UnsupportedModelError: another scaling.
+        UnsupportedModelError: the metadata names another scaling.
     """
     found = rope(keys, theta=theta)
-    # `rope.scale_linear` is what files of 2023 have.
+    # Files of 2023 have `rope.scale_linear` instead.
     factor = keys.real("rope.scale_linear", 0.0, 1e6, 0.0)
     factor = keys.real("rope.scaling.factor", 0.0, 1e6, factor)
     kind = keys.string("rope.scaling.type", "linear")

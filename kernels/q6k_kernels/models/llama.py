@@ -1,7 +1,7 @@
-"""Llama 1 to 3.x, Mistral and alike: transformers' llama and mistral.
+"""Llama 1 to 3.x, Mistral and similar models: transformers' llama and mistral.
 
-llama.cpp writes Mistral models as `llama`. A sliding window in the metadata makes one of them a mistral. Rows of q
-and k are in another order than transformers'; Llama 3.1 and later have `rope_freqs.weight`.
+llama.cpp writes Mistral models as `llama`; one with a sliding window in its metadata becomes transformers' mistral.
+The rows of q and k are not in transformers' order (see `row_order`); Llama 3.1 and later have `rope_freqs.weight`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Qwen 2, 2.5 and 3, not the mixtures of experts: transformers' qwen2 and qwen3."""
+"""Qwen 2, 2.5 and 3 without mixtures of experts: transformers' qwen2 and qwen3."""
 
 from __future__ import annotations
 

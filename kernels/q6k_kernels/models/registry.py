@@ -1,4 +1,4 @@
-"""Which architectures become models: the rows of all families."""
+"""The supported architectures: the rows of all families."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from q6k_kernels.models.architecture import Architecture
 from q6k_kernels.models.hyperparameters import ONLY_FUNCTIONS
 
 ARCHITECTURES: dict[str, Architecture] = {row.name: row for family in (llama, qwen, gemma) for row in family.ROWS}
-"""By `general.architecture`."""
+"""The rows by `general.architecture`."""
 
 
 def architecture_of(metadata: Metadata) -> Architecture:
-    """The architecture that the metadata names.
+    """Return the architecture that the metadata names.
 
     Raises:
-        UnsupportedModelError: it is none of those here, or none is named.
+        UnsupportedModelError: the metadata names none, or one that is not in `ARCHITECTURES`.
     """
     name = metadata.architecture
     if name not in ARCHITECTURES:

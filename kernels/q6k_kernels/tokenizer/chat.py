@@ -1,8 +1,8 @@
-"""Chat templates: Jinja programs that come with a model, from whoever made the file, and turn messages into text.
+"""Chat templates: Jinja programs that come with a model and turn messages into one text.
 
-A template can loop, and build text that doubles with every turn, so it is run in a process of its own, with limits
-on time and memory, in Jinja's sandbox, and with nothing but the messages and the names of a few tokens. This file
-is that process's program as well.
+A template is untrusted: it can loop, or build text that doubles with every turn. So it runs in Jinja's sandbox, in
+a process of its own with limits on time and memory. It sees the messages and the names of a few tokens, nothing
+else. This file is also the program of that process.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ SECONDS = 10
 
 
 class TemplateError(ValueError):
-    """A template failed, refused the messages, or took more time or memory than it may; the message says which."""
+    """A template failed, refused the messages, or exceeded its time or memory; the message says which."""
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], variables: Mapping[str, str]) -> str:
-    """The messages as one text, up to where the model's answer begins.
+    """Render the messages as one text that ends where the model's answer begins.
 
     Args:
         template: the Jinja text, at most `MAX_TEMPLATE` characters.
         messages: each with `role` and `content`.
-        variables: what else the template may use: `bos_token` and its like.
+        variables: further names for the template: `bos_token`, `eos_token` and others.
 
     Raises:
-        TemplateError: the text cannot be made, or would be longer than `MAX_TEXT` characters.
+        TemplateError: rendering fails, or the text is longer than `MAX_TEXT` characters.
     """
     if len(template) > MAX_TEMPLATE:
         raise TemplateError(f"the chat template has {len(template)} characters, more than the limit {MAX_TEMPLATE}")
     task = json.dumps({"template": template, "messages": list(messages), "variables": dict(variables)})
-    # -P: the modules beside this file are none of the child's.
+    # -P: the child must not import the modules beside this file.
     command = [sys.executable, "-P", __file__]
     try:
         done = subprocess.run(  # noqa: S603 -- this file, by this Python
@@ -63,9 +63,9 @@ def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks an answer in training data; its body is text like any other."""
+        """The tag `{% generation %}`, which marks an answer in training data; its body is ordinary text."""
 
-        tags = {"generation"}  # noqa: RUF012 -- Jinja's own way
+        tags = {"generation"}  # noqa: RUF012 -- Jinja reads a class attribute
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

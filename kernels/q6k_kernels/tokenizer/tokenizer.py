@@ -1,14 +1,14 @@
-"""From text to token ids and back, by the vocabulary in a bundle's `metadata.gguf`.
+"""Text to token ids and back, with the vocabulary in a bundle's `metadata.gguf`.
 
     tokenizer = load_tokenizer("out/")
     ids = tokenizer.encode("The capital of France is")               BOS as the file says
     ids = tokenizer.encode_chat([{"role": "user", "content": "Hi"}])    by the file's chat template
     text = tokenizer.decode(ids)
-    stream = tokenizer.stream()                                      text as tokens arrive, no character in halves
+    stream = tokenizer.stream()                                      text as tokens arrive, whole characters only
     print(stream.push(token), end="") ... print(stream.end())
 
-A control token is never read out of what a user wrote: "<end_of_turn>" in a prompt or a message is text. Only what
-a chat template itself puts there steers the model.
+Text from a user never becomes a control token: "<end_of_turn>" in a prompt or a message is plain text. Only the
+chat template itself can insert control tokens.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from q6k_kernels.tokenizer.vocabulary import (
 
 Messages = Sequence[Mapping[str, str]]
 
-# Characters that Unicode keeps for a program's own use; one marks what is not to be read as a control token.
+# Noncharacters, which Unicode reserves for internal use; one marks text that must not become a control token.
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
 def load_tokenizer(bundle: str | os.PathLike[str], directory: str | os.PathLike[str] | None = None) -> Tokenizer:
-    """The tokenizer of a bundle.
+    """Load the tokenizer of a bundle.
 
     Args:
         bundle: its directory, or its `metadata.gguf`.
-        directory: a Hugging Face directory whose tokenizer is taken instead; nothing is downloaded, and no code in
+        directory: a Hugging Face directory whose tokenizer is used instead; nothing is downloaded, and no code in
             it is run.
 
     Raises:
-        TokenizerError: the vocabulary is of an unknown kind, incomplete or contradictory, or the directory has
-            none that loads.
+        TokenizerError: the vocabulary is of an unknown kind, incomplete or contradictory, or no tokenizer loads
+            from the directory.
         BundleError: `metadata.gguf` is broken.
-        OSError: it cannot be read.
+        OSError: `metadata.gguf` cannot be read.
     """
     if directory is not None:
         return _from_directory(Path(directory))
@@ -62,7 +62,7 @@ class Tokenizer:
     """A vocabulary and a chat template.
 
     Attributes:
-        vocabulary: what it is made of.
+        vocabulary: the tokens and the encoder.
         chat_template: the Jinja text; None if the file has none.
     """
 
@@ -75,7 +75,7 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int | None:
-        """The id of the token that begins a text."""
+        """Id of the token that begins a text; None if the file names none."""
         return self.vocabulary.names.get("bos")
 
     @property
@@ -84,14 +84,14 @@ class Tokenizer:
         return self.vocabulary.stop
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with BOS and EOS as the file says; none of it is read as a control token."""
+        """Return the token ids of a text, with BOS and EOS as the file says; no part becomes a control token."""
         vocabulary = self.vocabulary
         before = [vocabulary.names["bos"]] if vocabulary.add_bos else []
         after = [vocabulary.names["eos"]] if vocabulary.add_eos else []
         return [*before, *self._encode_text(text), *after]
 
     def encode_chat(self, messages: Messages) -> list[int]:
-        """Token ids of a conversation, up to where the model's answer begins.
+        """Return the token ids of a conversation, up to where the model's answer begins.
 
         Args:
             messages: each with `role` ("system", "user", "assistant") and `content`.
@@ -101,15 +101,15 @@ class Tokenizer:
         """
         ids = self._encode_rendered(messages)
         bos = self.vocabulary.names.get("bos")
-        # Most templates write it themselves.
+        # Most templates write BOS themselves.
         return [bos, *ids] if bos is not None and self.vocabulary.add_bos and ids[:1] != [bos] else ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of tokens; control tokens have none, bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of tokens. Control tokens have none; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self._piece(token) for token in ids).decode(errors="replace")
 
     def stream(self) -> TextStream:
-        """A new decoder of tokens that arrive one after the other."""
+        """Return a new decoder for tokens that arrive one at a time."""
         return TextStream(self)
 
     def _piece(self, token: int) -> bytes:
@@ -154,18 +154,18 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text from tokens that arrive one after the other: a character is given once all its bytes are there."""
+    """Decoder for tokens that arrive one at a time: it returns a character once all its bytes are there."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """What is new with this token; "" while a character is not whole."""
+        """Return the text that this token completes; "" while a character is incomplete."""
         return self._decoder.decode(self._tokenizer._piece(token))
 
     def end(self) -> str:
-        """What is left at the end: U+FFFD for a character that never became whole."""
+        """Return the rest of the text: U+FFFD if the last character is incomplete, else ""."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -173,12 +173,14 @@ def _unused_mark(messages: Messages) -> str:
     text = "".join(value for message in messages for value in message.values())
     mark = next((mark for mark in _MARKS if mark not in text), None)
     if mark is None:
-        raise TokenizerError("the messages use all of U+FDD0 to U+FDEF", "Leave out one: they are no characters.")
+        raise TokenizerError(
+            "the messages use all of U+FDD0 to U+FDEF", "Remove one of them: Unicode assigns them to no character."
+        )
     return mark
 
 
 def _marked(text: str, begins: re.Pattern[str], mark: str) -> str:
-    """The text with a mark behind the first character of all that could be read as a control token."""
+    """Return the text with a mark after the first character of everything that looks like a control token."""
     at = [match.start() + 1 for match in begins.finditer(text)]
     return mark.join(text[start:end] for start, end in zip([0, *at], [*at, len(text)], strict=True))
 
@@ -191,7 +193,7 @@ def _from_directory(directory: Path) -> Tokenizer:
     try:
         loaded: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         backend = loaded.backend_tokenizer
-    except Exception as error:  # whatever is wrong with what lies there
+    except Exception as error:  # a broken directory can fail in any way
         raise TokenizerError(
             f"{directory}: no tokenizer loads from it: {type(error).__name__}: {error}",
             "Give a directory with a model's tokenizer.json and tokenizer_config.json.",
@@ -200,11 +202,11 @@ def _from_directory(directory: Path) -> Tokenizer:
 
 
 class _DirectoryTokenizer(Tokenizer):
-    """A tokenizer of transformers'; it adds BOS and EOS its own way."""
+    """A tokenizer that transformers loaded; it adds BOS and EOS by its own rules."""
 
     def __init__(self, directory: Path, loaded: Any, backend: Any) -> None:
         self._loaded = loaded
-        # As JSON without escapes, so that "▁" stands in it as itself.
+        # JSON without escapes, so that "▁" can be searched for.
         decoder = json.dumps(json.loads(backend.to_str())["decoder"], ensure_ascii=False)
         byte_level = "ByteLevel" in decoder
         if not byte_level and "▁" not in decoder:

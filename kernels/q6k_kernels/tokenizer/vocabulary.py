@@ -1,13 +1,13 @@
-"""A model's vocabulary as a GGUF file states it: from text to token ids, and from an id to bytes.
+"""The vocabulary in a GGUF file: from text to token ids, and from an id to bytes.
 
-Two kinds are known by `tokenizer.ggml.model`:
+`tokenizer.ggml.model` names one of two kinds:
 
-    llama   SentencePiece's BPE: scores instead of merges, spaces as "▁", bytes that no token has as <0xNN>
-    gpt2    byte-level BPE: merges, and in `tokenizer.ggml.pre` the name of the way text is split before them
+    llama   SentencePiece's BPE: scores instead of merges, spaces as "▁", bytes without a token as <0xNN>
+    gpt2    byte-level BPE: merges; `tokenizer.ggml.pre` names the rule that splits text before merging
 
-What a file leaves unsaid is taken as llama.cpp, the format's home, takes it. The encoder, of the package
-`tokenizers`, never reads a control token out of text: who wants them in it puts them there by id. User-defined
-tokens (runs of spaces or newlines in Gemma's) are always matched whole.
+Where a file is silent, llama.cpp's defaults apply, as llama.cpp defines the format. The encoder, from the package
+`tokenizers`, never turns text into a control token; callers insert those by id. User-defined tokens (runs of spaces
+or newlines in Gemma) are always matched whole.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from q6k_kernels.errors import ModelError
 MAX_TOKENS = 1 << 20
 MAX_MERGES = 1 << 21
 MAX_TOKEN_CHARACTERS = 1 << 10
-"""Longer ones are matched whole or not at all: taking them apart in all ways costs the square of their length."""
+"""Longest token that is split into pairs, which costs the square of its length; longer ones match only whole."""
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _SPACE = "\u2581"
@@ -36,7 +36,7 @@ _LLAMA3 = (
 )
 _QWEN2 = _LLAMA3.replace("{1,3}", "")
 _GPT2 = rf"{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
-# llama.cpp's own, for files that name none of the ways it knows: one split after the other.
+# llama.cpp's fallback for files that name no rule it knows: these splits, one after the other.
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2.removesuffix(r"|\s+"), r"\p{N}+", "[0-9][0-9][0-9]")
 SPLITS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), (_LLAMA3,)),
@@ -47,7 +47,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "smollm": (r"\p{N}", _GPT2),
     "default": _DEFAULT,
 }
-"""`tokenizer.ggml.pre` -> expressions that split text, each what the one before it left."""
+"""`tokenizer.ggml.pre` -> expressions that split text; each splits the pieces of the one before."""
 _WHOLE_WORDS_AND_BOS = ("llama-bpe", "llama3", "llama-v3", "falcon3")
 
 # Control tokens that end an answer, whatever the file's `eos_token_id` says.
@@ -55,7 +55,7 @@ _ENDS = {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "
 
 
 class TokenizerError(ModelError):
-    """There is no tokenizer for this model, or it cannot do what is asked."""
+    """No tokenizer can be made for this model, or it cannot do what is asked."""
 
 
 GIVE_A_DIRECTORY = "Give the model's own tokenizer: a directory with its tokenizer.json (--tokenizer DIR)."
@@ -63,14 +63,14 @@ GIVE_A_DIRECTORY = "Give the model's own tokenizer: a directory with its tokeniz
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a tokenizer is made of.
+    """The tokens of a model, and the encoder that produces them.
 
     Attributes:
-        backend: from text to ids; reads no control token out of text, adds no BOS.
-        pieces: by id, the bytes a token stands for; none for control tokens.
-        control: text -> id of tokens that steer the model.
-        names: "bos", "eos", "unk", "pad" -> id, for those that the file names.
-        add_bos, add_eos: whether they belong around every text.
+        backend: encodes text to ids; never produces a control token, adds no BOS.
+        pieces: the bytes of each token, by id; empty for control tokens.
+        control: text -> id of control tokens.
+        names: "bos", "eos", "eot", "eom", "unk", "pad" -> id, for those that the file names.
+        add_bos, add_eos: whether every text begins with BOS, or ends with EOS.
         stop: ids that end an answer.
     """
 
@@ -84,11 +84,11 @@ class Vocabulary:
 
 
 def read_vocabulary(metadata: Metadata) -> Vocabulary:
-    """The vocabulary that `tokenizer.ggml.*` states.
+    """Read the vocabulary from the keys `tokenizer.ggml.*`.
 
     Raises:
-        TokenizerError: it is of an unknown kind, incomplete, or contradicts itself; names the key.
-        BundleError: a key is of another type than it should be.
+        TokenizerError: it is of an unknown kind, incomplete, or contradicts itself; the message names the key.
+        BundleError: a key has the wrong type.
     """
     kind = metadata.string("tokenizer.ggml.model")
     if kind not in ("llama", "gpt2"):
@@ -174,7 +174,7 @@ def _sentencepiece(metadata: Metadata, tokens: list[str], types: list[int]) -> T
 def _merges_of(
     metadata: Metadata, tokens: list[str], types: list[int], scores: list[float], vocabulary: dict[str, int]
 ) -> list[tuple[str, str]]:
-    """The pairs that make tokens, the best token first: BPE by scores, said as BPE by merges."""
+    """Return the pairs that join to a token, best score first: BPE by scores, expressed as BPE by merges."""
     merges = []
     for i, token in enumerate(tokens):
         if types[i] not in (NORMAL, USER_DEFINED, UNUSED) or len(token) > MAX_TOKEN_CHARACTERS:
@@ -218,7 +218,7 @@ def _byte_level(metadata: Metadata, tokens: list[str], pre: str | None) -> Token
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level vocabularies write bytes with: printable ones as themselves."""
+    """Return the character -> byte map of byte-level vocabularies: printable bytes stand for themselves."""
     themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(themselves)]
     return {chr(byte): byte for byte in themselves} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -228,7 +228,7 @@ _BYTES = _byte_alphabet()
 
 
 def byte_level_piece(token: str) -> bytes:
-    """The bytes of a token of a byte-level vocabulary; of one that is not written so, its own text."""
+    """Return the bytes of a byte-level token, or its UTF-8 text if it has characters outside that alphabet."""
     try:
         return bytes([_BYTES[character] for character in token])
     except KeyError:
@@ -236,12 +236,12 @@ def byte_level_piece(token: str) -> bytes:
 
 
 def sentencepiece_piece(token: str) -> bytes:
-    """The bytes of a token of SentencePiece's."""
+    """Return the bytes of a SentencePiece token."""
     return token.replace(_SPACE, " ").encode()
 
 
 def byte_token(token: str) -> bytes | None:
-    """The byte of `<0xNN>`; None of any other token."""
+    """Return the byte that a token `<0xNN>` stands for; None for any other token."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         try:
             return bytes.fromhex(token[3:5])

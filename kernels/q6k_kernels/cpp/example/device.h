@@ -8,12 +8,12 @@
 
 namespace q6k {
 
-// Loads `libq6k_ops.so`, whose operations the programs call. Throws a Failure of Exit::MISSING: there is no such file,
-// it does not load, or it is another library.
+// Loads `libq6k_ops.so`, whose operations the programs call. Throws a Failure of Exit::MISSING if there is no such
+// file, if it does not load, or if it is another library.
 void load_operations(const std::string& path);
 
-// The CPU, or the first GPU that CUDA_VISIBLE_DEVICES leaves. Throws a Failure of Exit::MISSING: the package is for
-// another torch, for a GPU where there is none, or for another compute capability.
+// The CPU, or the first GPU that CUDA_VISIBLE_DEVICES leaves. Throws a Failure of Exit::MISSING if the package is
+// for another torch, for a GPU where there is none, or for another compute capability.
 c10::Device device_of(const Package& package);
 
 }  // namespace q6k

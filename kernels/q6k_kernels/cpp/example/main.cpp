@@ -85,7 +85,7 @@ void check(const Arguments& arguments, const q6k::Info& info) {
       misused("ID: the model has tokens 0 to " + std::to_string(info.vocabulary - 1) + ", found " + std::to_string(id));
     }
   }
-  // The last new token is not taken in.
+  // The last new token does not go through the model.
   const auto given = static_cast<int64_t>(arguments.ids.size());
   if (given > info.capacity || arguments.count - 1 > info.capacity - given) {
     misused("a text of " + std::to_string(given) + " ids and " + std::to_string(arguments.count) +
@@ -117,7 +117,7 @@ void generate(const Arguments& arguments) {
   at::Tensor token = program.prefill(arguments.ids);
   std::vector<int64_t> found = {token.item<int64_t>()};
   const auto prefilled = Clock::now();
-  // A GPU is asked for all of them before one is looked at: it goes on from its own choice.
+  // On a GPU all steps are enqueued before a token is read: each step continues from the choice on the device.
   std::vector<at::Tensor> tokens;
   for (int64_t i = 1; i < arguments.count; ++i) tokens.push_back(token = program.decode(token));
   for (const at::Tensor& each : tokens) found.push_back(each.item<int64_t>());

@@ -22,10 +22,10 @@ using caffe2::serialize::PyTorchStreamReader;
 
 constexpr size_t LONGEST_TEXT = size_t{1} << 24;
 constexpr const char* WEIGHTS = "data/weights/";
-// Of a ZIP file's local header: bytes of it, and where it says how the entry is compressed.
+// A ZIP file's local header: its size in bytes, and the offset of the compression method.
 constexpr size_t HEADER_BYTES = 30, METHOD_AT = 8;
 
-// A whole file in memory, read only: pages come from the file as they are looked at.
+// A whole file mapped into memory, read only: pages are read from the file on first access.
 class Mapping {
  public:
   explicit Mapping(const std::string& path) {
@@ -62,7 +62,7 @@ class Mapping {
   size_t size_ = 0;
 };
 
-// torch's reader of archives sees the same bytes as the tensors, whatever becomes of the name meanwhile.
+// Lets torch's archive reader read the mapping: the same bytes as the tensors, even if the file is replaced.
 class Bytes final : public caffe2::serialize::ReadAdapterInterface {
  public:
   explicit Bytes(std::shared_ptr<const Mapping> file) : file_(std::move(file)) {}
@@ -113,7 +113,7 @@ class Reader {
     if (begin % c10::elementSize(array.dtype)) {
       refuse(record + " is at " + std::to_string(begin) + ", not at a multiple of its numbers' size");
     }
-    // torch has no tensors that cannot be written to; whoever tried would be stopped by the mapping.
+    // torch has no read-only tensors; writing to this one would fault, as the mapping is read only.
     void* const memory = const_cast<char*>(file_->data() + begin);
     return at::from_blob(
         memory, array.shape, [file = file_](void*) {}, at::TensorOptions().dtype(array.dtype));
@@ -124,7 +124,7 @@ class Reader {
     throw Failure(Exit::PACKAGE, path_ + ": " + what + EXPORT_AGAIN);
   }
 
-  // Compressed bytes are no weights.
+  // Compressed bytes cannot be used as weights.
   void check_stored(const std::string& record, uint64_t begin) {
     const uint64_t header = archive_.getRecordHeaderOffset(record);
     if (header > begin || begin - header < HEADER_BYTES) {
@@ -164,7 +164,7 @@ Package read_package(const std::string& path) {
   try {
     return read(path);
   } catch (const c10::Error& error) {
-    // Of which the first sentence says it all.
+    // The first sentence of torch's message is enough.
     const std::string words = one_line(error);
     throw Failure(Exit::PACKAGE, path + ": not a PT2 archive, or a damaged one: " + words.substr(0, words.find(". ")) +
                                      EXPORT_AGAIN);

@@ -1,4 +1,4 @@
-// An exported model's file: what its text says, and its weights as views of the file in memory.
+// An exported model's file: its parsed text, and its weights as views of the mapped file.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -19,8 +19,8 @@ struct Package {
   Tensors entries;
 };
 
-// Throws a Failure: of Exit::IO if the file cannot be read, of Exit::PACKAGE if it is no such package, is cut short, or
-// its parts contradict each other.
+// Throws a Failure: of Exit::IO if the file cannot be read, of Exit::PACKAGE if it is not such a package, is cut short,
+// or its parts contradict each other.
 Package read_package(const std::string& path);
 
 }  // namespace q6k

@@ -14,7 +14,7 @@
 namespace q6k {
 namespace {
 
-// Slots that are looked at come in so many, so that few sizes of memory are asked for.
+// Multiple that the slots of a call are rounded up to, so that allocations come in few sizes.
 constexpr int64_t SLOTS_AT_ONCE = 256;
 
 int64_t up_to(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -47,7 +47,7 @@ void Program::add_state() {
 std::unique_ptr<Program::Loader> Program::load(const std::string& name) {
   std::unique_ptr<Loader> loader;
   try {
-    // By itself in its thread: so that no call waits for the device to end the one before.
+    // Single-threaded: otherwise each call would wait for the device to finish the call before.
     loader = std::make_unique<Loader>(path_, name, true, 1, device_.index());
   } catch (const std::exception& error) {
     refuse("the program " + name + " does not load: " + one_line(error));
@@ -74,7 +74,7 @@ at::Tensor Program::prefill(const std::vector<int64_t>& ids) {
   const at::Tensor host = at::from_blob(const_cast<int64_t*>(ids.data()), {1, count}, at::kLong);
   at::Tensor logits;
   for (int64_t at = 0; at < count; at += info_.chunk) {
-    // Copied, so that it begins where memory does, and the ids may go.
+    // Copied, so that it is aligned and does not depend on the lifetime of the ids.
     logits = run(host.narrow(1, at, std::min(info_.chunk, count - at)).clone().to(device_));
   }
   return logits.argmax(-1, true);

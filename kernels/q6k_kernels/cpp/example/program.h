@@ -1,4 +1,4 @@
-// An exported model with one text, run as program.py runs it.
+// An exported model with one text, run in the same way as in export/program.py.
 #pragma once
 #include <c10/core/Device.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
@@ -19,10 +19,10 @@ class Program {
 
   const Info& info() const { return info_; }
 
-  // Takes in the next tokens of the text: one or more, each of the vocabulary, and no more than the cache has room for.
+  // Processes the next tokens of the text: one or more, each in the vocabulary, as many as the cache has room for.
   // Returns the best token after them, int64 (1, 1) on the device; nothing waits for it.
   at::Tensor prefill(const std::vector<int64_t>& ids);
-  // The best token after one, as `prefill` and `decode` return it, for which the cache must have room.
+  // Returns the best token after one from `prefill` or `decode`, for which the cache must have room.
   at::Tensor decode(const at::Tensor& token);
 
  private:
@@ -36,7 +36,7 @@ class Program {
   std::string path_;
   Info info_;
   c10::Device device_;
-  Tensors held_;  // constants and state by name; the programs keep none of them alive
+  Tensors held_;  // constants and state by name; the programs do not keep them alive
   std::unique_ptr<Loader> prefill_, decode_;
   at::Tensor slots_;
   int64_t length_ = 0;

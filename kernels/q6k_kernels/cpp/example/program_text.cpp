@@ -81,7 +81,7 @@ class Parser {
     throw Failure(Exit::PACKAGE, path_ + ": " + PROGRAM_TEXT + " " + what + EXPORT_AGAIN);
   }
 
-  // Whether the line, key and values, is one of the format's.
+  // Returns whether the line, a key and its values, follows the format.
   bool take(const std::vector<std::string>& words) {
     const std::string& key = words[0];
     ++seen_[key];

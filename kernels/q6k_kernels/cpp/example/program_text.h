@@ -1,4 +1,4 @@
-// What `extra/q6k_program` of a package says; program_file.py describes it.
+// The content of a package's `extra/q6k_program`; export/program_file.py describes it.
 #pragma once
 #include <c10/core/ScalarType.h>
 
@@ -11,10 +11,10 @@ namespace q6k {
 
 // A constant, or a part of the state.
 struct Array {
-  std::string name;   // which the programs know it by
-  std::string entry;  // below data/weights; empty for state
+  std::string name;   // its name in the programs
+  std::string entry;  // its entry in data/weights; empty for state
   c10::ScalarType dtype = c10::ScalarType::Undefined;
-  std::vector<int64_t> shape;  // of a contiguous tensor
+  std::vector<int64_t> shape;  // shape of the contiguous tensor
   int64_t nbytes = 0;
 };
 

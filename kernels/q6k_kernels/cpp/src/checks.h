@@ -1,4 +1,4 @@
-// What every operation demands of its arguments: the rules and texts of ops/schema.py and of formats/checks.py and tiles.py.
+// Checks of the operations' arguments: the rules and messages of ops/schema.py, formats/checks.py and formats/tiles.py.
 //
 // std::invalid_argument becomes Python's ValueError, std::out_of_range its IndexError.
 #pragma once
@@ -9,14 +9,14 @@ namespace q6k {
 
 enum class Activations { AUTO, INT8, BF16 };
 
-// K of the weight. `halves`: whether x has to be 16-bit, as on a GPU.
+// Returns K of the weight. `halves`: whether x has to be 16-bit, as on a GPU.
 int64_t check_linear(const Tensor& x, const Tensor& tiles, const std::optional<Tensor>& bias, int64_t n,
                      const WeightType& type, const std::string& activations, bool halves);
 int64_t check_embedding(const Tensor& indices, const Tensor& tiles, int64_t n, const WeightType& type, int32_t dtype);
 int64_t check_dequantize(const Tensor& tiles, int64_t n, const WeightType& type, int32_t dtype);
-// The shape of the tiles.
+// Returns the shape of the tiles.
 std::vector<int64_t> check_pack(const std::vector<Tensor>& planes, const WeightType& type);
-// Of a name that `check_linear` has accepted.
+// The mode with a name that `check_linear` has accepted.
 Activations activations_of(const std::string& name);
 // Kernels copy tiles 16 bytes at a time.
 void check_aligned(const Tensor& tiles);

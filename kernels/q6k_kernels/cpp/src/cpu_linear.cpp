@@ -14,7 +14,7 @@ float bias_at(const void* bias, int kind, int64_t row) {
   return static_cast<const float*>(bias)[row];
 }
 
-// What every product needs to know.
+// The arguments of every product.
 struct Matrix {
   const unsigned char* tiles;
   const void* bias;  // null for none
@@ -130,7 +130,7 @@ template <typename T, typename Sum>
 void multiply(const Matrix& matrix, const void* x, void* y, Activations activations) {
   const T* const from = static_cast<const T*>(x);
   T* const to = static_cast<T*>(y);
-  // "auto" rounds no activation here: see `reference.linear`.
+  // On the CPU "auto" does not round activations, see `reference.linear`.
   if (activations == Activations::INT8) {
     multiply_int8<T>(matrix, from, to);
   } else {

@@ -18,7 +18,7 @@ void with_type(int32_t dtype, Use use) {
   }
 }
 
-// Row `row` of a weight into `out`, k of `dtype`, at place `at`.
+// Writes row `row` of a weight to `out`, k values of `dtype`, at index `at`.
 void write_row(const Tensor& tiles, int64_t row, void* out, int64_t at, int64_t k, const WeightType& type,
                int32_t dtype) {
   const unsigned char* tile =
@@ -37,7 +37,7 @@ int64_t index_at(const Tensor& indices, const void* data, int64_t at) {
                                            : static_cast<const int64_t*>(data)[at];
 }
 
-// What of the planes one row of a super-block is.
+// The part of the planes that holds one row of a super-block.
 struct PlaneRow {
   const unsigned char *ql, *qh, *scale, *step;  // 128, 64, 16 or 32, and 2 bytes; a step only if scales are stepped
 };

@@ -5,7 +5,7 @@
 
 #include "launches.h"
 
-// Only a torch with CUDA has it: weak, so that the library loads in one without.
+// Weak, as only a torch with CUDA has it: so the library also loads in a torch without.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace q6k {
@@ -22,7 +22,7 @@ CUstream stream_of(const Tensor& tensor) {
   return static_cast<CUstream>(stream);
 }
 
-// torch's memory, given back to it at the end: by then the launches are in the stream, behind which it is used again.
+// Memory from torch's allocator, freed at the end: the launches are in the stream by then, before any later user.
 class TorchScratch final : public Scratch {
  public:
   explicit TorchScratch(const Tensor& like) : like_(like) {}
@@ -36,7 +36,7 @@ class TorchScratch final : public Scratch {
   std::list<Tensor> taken_;
 };
 
-// x as rows, contiguous each and 16-byte aligned, any distance apart: its own memory if it is so, else a copy.
+// x as contiguous rows, 16-byte aligned, with any stride: its own memory if it has that form, else a copy.
 struct Rows {
   std::optional<Tensor> copied;
   const void* data;
@@ -45,9 +45,9 @@ struct Rows {
 
 Rows rows_of(const Tensor& x, int64_t k) {
   Rows rows = {std::nullopt, x.data(), x.numel() / k, k};
-  // One distance for all rows, if the leading dimensions allow it.
+  // One stride for all rows, if the leading dimensions allow it.
   bool even = x.stride(-1) == 1;
-  int64_t next = -1;  // the distance that the next dimension outwards has to have
+  int64_t next = -1;  // the stride that the next outer dimension has to have
   for (int64_t i = x.dim() - 2; i >= 0; --i) {
     if (x.size(i) == 1) continue;
     if (next < 0) {
@@ -64,7 +64,8 @@ Rows rows_of(const Tensor& x, int64_t k) {
   return rows;
 }
 
-// Many rows on other GPUs than Hopper: a slice of weights expanded, cuBLAS, the next slice. See prefill.py.
+// Many rows on GPUs other than Hopper: expands a slice of the weight, multiplies it by cuBLAS, then does the next one.
+// See cuda/expand.py.
 void expand_and_multiply(const Product& product, const Tensor& rows, const Tensor& tiles,
                          const std::optional<Tensor>& bias, const Tensor& y) {
   const int64_t m = product.m, n = product.n, k = product.k, step = std::min(slice_rows(m, k), n);
@@ -152,8 +153,8 @@ Tensor pack_cuda(const std::vector<Tensor>& planes, const WeightType& type, cons
   }
   launch_pack(given, type, tiles.data(), codes.size(-2), codes.size(-1) * type.arrays[0].weights,
               tiles.numel() / tiles.size(-1), device, stream_of(codes));
-  // Kernels that multiply begin to copy tiles while the launch before them ends: a memset, which nothing overlaps
-  // with, comes between that and the launch that wrote them (`launching.end_write`).
+  // Kernels of products begin to copy tiles while the launch before them ends. A memset, which overlaps with
+  // nothing, separates them from the launch that wrote the tiles (`cuda.device.end_write`).
   const Tensor between = empty({1}, dtypes().uint8, tiles);
   Q6K_TORCH(aoti_torch_zero_(between.handle()));
   return tiles;

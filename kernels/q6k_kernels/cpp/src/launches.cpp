@@ -13,7 +13,7 @@ Key decode_key(const DecodePlan& plan, const Product& product) {
 
 bool overlaps(const Device& device) { return device.arch >= 90; }
 
-// As kernels take sizes.
+// A size in the type of kernel parameters.
 int integer(int64_t value) {
   if (value < 0 || value > INT32_MAX) {
     throw std::invalid_argument("expected sizes below 2^31, found " + std::to_string(value));
@@ -23,7 +23,7 @@ int integer(int64_t value) {
 
 const char* bytes_at(const void* pointer, int64_t bytes) { return static_cast<const char*>(pointer) + bytes; }
 
-// Quantised rows, as the kernel for `plan.tokens` rows reads them.
+// Quantised rows in the layout of the kernel for `plan.tokens` rows.
 const void* quantize(const DecodePlan& plan, const Product& product, Scratch& scratch) {
   const ActivationBytes each = activation_bytes(plan.tokens, false);
   const int64_t blocks = product.k / SUPER_BLOCK, codes = blocks * each.codes;
@@ -104,7 +104,7 @@ void launch_wgmma(const Product& product, Scratch& scratch) {
                       ticket().fetch_add(1), product.bias_kind, integer(product.m), integer(product.n),
                       integer(product.k), integer(product.n), integer(plan.whole));
   const int64_t bytes = product.type->tile_bytes, width = bytes / TILE_PIECES, blocks = product.k / SUPER_BLOCK;
-  // The driver encodes for the thread's current context only; one that has not used CUDA yet has none.
+  // The driver encodes for the thread's current context; a thread that has not used CUDA yet has none.
   const Current current(primary_context(product.device->index));
   CUtensorMap map;
   const uint64_t tile_sizes[] = {u64(width), u64(blocks * TILE_PIECES), u64(product.row_tiles)};

@@ -1,11 +1,11 @@
-// The launches of each operation, from pointers and sizes: what decode.py, gemm_wgmma.py, gemm_mma.py and
-// row_kernels.py do. Arguments were checked; tensors.h is what brings them here.
+// The launches of each operation, from pointers and sizes, as in cuda/decode.py, cuda/gemm_wgmma.py, cuda/gemm_mma.py
+// and cuda/rows.py. Arguments have been checked.
 #pragma once
 #include "kernels.h"
 
 namespace q6k {
 
-// Memory of the GPU for as long as the object lives, in the order of the current stream.
+// GPU memory with the lifetime of the object, ordered by the current stream.
 class Scratch {
  public:
   virtual ~Scratch() = default;
@@ -26,14 +26,14 @@ struct Product {
   CUstream stream;
 };
 
-// Up to 8 rows a launch, as many launches as it takes. Throws std::invalid_argument if not one row fits.
+// In launches of up to 8 rows. Throws std::invalid_argument if not even one row fits.
 void launch_decode(const Product& product, Scratch& scratch);
-// Hopper's.
+// For Hopper.
 void launch_wgmma(const Product& product, Scratch& scratch);
-// Other GPUs' for some rows; the second form is its sums alone, used to add a bias and round.
+// For GPUs other than Hopper.
 void launch_mma(const Product& product, Scratch& scratch);
 
-// The number that marks the next launch's words in memory that blocks share, for tests.
+// For tests: the number that marks the next launch's words in memory shared by blocks.
 void set_ticket(uint64_t next);
 
 // The planes of a weight type in its order, aligned; null past its last.

@@ -7,8 +7,8 @@
 
 namespace q6k {
 
-// Calls body(i) for every i below `count`, several at a time. What it throws, the memory it asks for not being there
-// say, ends the loop's other calls and is thrown here.
+// Calls body(i) for every i below `count`, several at a time. An exception in a call (out of memory, say) ends the
+// loop and is thrown here.
 template <typename Body>
 void parallel_for(int64_t count, const Body& body) {
   struct Work {

@@ -1,4 +1,4 @@
-// decode_plan.py's `plan`: the first of DECODE_ROWS for a size, then the first of its shapes that fits.
+// `plan` of cuda/decode_plan.py: the first of DECODE_ROWS for a size, then the first of its shapes that fits.
 #include <algorithm>
 #include <cstring>
 #include <iterator>
@@ -14,7 +14,7 @@ struct Way {
   int64_t warps, stages, occupancy, fused, early, resident;
 };
 
-// `choices`, but for clusters.
+// `choices`, without clusters.
 std::vector<Way> ways_of(const DecodeRow& row, const Device& device) {
   std::vector<Way> ways;
   const auto add = [&](const int64_t(&shape)[3]) {
@@ -28,7 +28,7 @@ std::vector<Way> ways_of(const DecodeRow& row, const Device& device) {
   return ways;
 }
 
-// `room_of` and `ranges_of`; none if it does not fit.
+// `room_of` and `ranges_of`; none if the shape does not fit.
 std::optional<DecodePlan> fit(const Way& way, int64_t tokens, int64_t row_tiles, int64_t blocks, int64_t cluster,
                               const WeightType& type, const Device& device) {
   const int64_t limit = std::min(device.shared_bytes, device.multiprocessor_shared_bytes / way.occupancy - 1024);

@@ -1,4 +1,4 @@
-// gemm_wgmma.py's and gemm_mma.py's `plan`, line by line: doubles are added and multiplied in the same order.
+// `plan` of cuda/gemm_wgmma.py and cuda/gemm_mma.py, line by line, with the same order of operations on doubles.
 #include <algorithm>
 #include <iterator>
 

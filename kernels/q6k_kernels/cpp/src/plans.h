@@ -1,6 +1,6 @@
-// Which launch does a product: decode_plan.py, gemm_wgmma.py and gemm_mma.py in C++, from the same tables (tables.h).
+// The plan of a product: cuda/decode_plan.py, gemm_wgmma.py and gemm_mma.py in C++, from the same tables (tables.h).
 //
-// Plans depend on sizes and the GPU alone, and are those of Python: tests compare them on a grid of sizes.
+// Plans depend only on sizes and the GPU. Tests compare them with Python's on a grid of sizes.
 #pragma once
 #include <cstdint>
 #include <optional>
@@ -15,7 +15,7 @@ const WeightType& weight_type(const std::string& name);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What a GPU offers a launch; `launching.Device` says what each is.
+// The limits of a GPU; `cuda.device.Device` describes each.
 struct Device {
   int index;
   int64_t arch, multiprocessors, shared_bytes, multiprocessor_shared_bytes;
@@ -32,7 +32,7 @@ struct ActivationBytes {
 };
 ActivationBytes activation_bytes(int64_t tokens, bool fused);
 
-// For 1 to 8 rows of activations; none if so many do not fit in shared memory.
+// For 1 to 8 rows of activations; none if they do not fit in shared memory.
 std::optional<DecodePlan> plan_decode(int64_t m, int64_t n, int64_t k, const WeightType& type, const Device& device);
 
 // `gemm_wgmma.Config`, a row of WGMMA_CONFIGS.
@@ -67,7 +67,7 @@ struct MmaPlan {
 };
 MmaPlan plan_mma(int64_t m, int64_t n, int64_t k, const WeightType& type, const Device& device);
 
-// Rows of weights that are expanded at a time for cuBLAS: `prefill.slice_rows`.
+// Rows of a weight that are expanded at a time for cuBLAS: `cuda.expand.slice_rows`.
 inline int64_t slice_rows(int64_t m, int64_t k) {
   const int64_t rows = EXPAND_BYTES / (2 * k + 4 * m) / TILE_ROWS * TILE_ROWS;
   return rows > TILE_ROWS ? rows : TILE_ROWS;

@@ -1,7 +1,7 @@
-// The operations as torch has them: their schemas, and boxed functions for the CPU and for CUDA.
+// Registration of the operations with torch: schemas, and boxed functions for the CPU and for CUDA.
 //
-// Python may have registered them before, or may do so later: a schema that is there already is left alone, and of two
-// implementations the one that came last is used; ops.py registers none where there is one.
+// Python may register them before or after. A schema that exists already stays; of two implementations torch uses the
+// later one, and ops/schema.py registers none where one exists.
 #include <torch/csrc/stable/library.h>
 #include <unistd.h>
 
@@ -11,7 +11,7 @@
 #include "gpu.h"
 
 extern "C" {
-// Since torch 2.12; without them an operation has no tag, which matters to those alone who ask for it.
+// Since torch 2.12; before, an operation has no tag, which matters only to callers that read tags.
 __attribute__((weak)) AOTITorchError torch_library_def_with_tags(TorchLibraryHandle, const char*, const int32_t*,
                                                                  int32_t);
 __attribute__((weak)) int32_t torch_tag_pt2_compliant_tag();
@@ -20,18 +20,18 @@ __attribute__((weak)) int32_t torch_tag_pt2_compliant_tag();
 namespace q6k {
 namespace {
 
-// The arguments of a call, which become ours: whatever happens, they are given back.
+// Takes ownership of a call's arguments, so that they are released also when an exception is thrown.
 Tensor take_tensor(StableIValue value) { return Tensor(torch::stable::detail::to<AtenTensorHandle>(value)); }
 
 std::optional<Tensor> take_optional(StableIValue value) {
-  // Its memory is torch's to hand out and ours to free; torch's own conversion does.
+  // torch allocates the optional and the receiver has to free it, which torch's own conversion does.
   const auto taken = torch::stable::detail::to<std::optional<AtenTensorHandle>>(value);
   if (!taken) return std::nullopt;
   return Tensor(*taken);
 }
 
 std::string take_string(StableIValue value) {
-  // By hand, as torch's own conversion never frees what it makes.
+  // By hand, as torch's own conversion leaks memory.
   const auto handle = torch::stable::detail::to<StringHandle>(value);
   size_t length = 0;
   const char* text = "";
@@ -127,11 +127,11 @@ constexpr Operation OPERATIONS[] = {
      dequantize<true, true>},
 };
 
-// What registers while the library loads. Nothing here throws: an exception would end the process.
+// Registers while the library loads. Nothing here throws: an exception would end the process.
 class Registration {
  public:
   Registration() {
-    // Says that Python has defined the schemas: then trying to would fail, which torch 2.11 prints.
+    // Set if Python has defined the schemas: defining them again would fail, and torch 2.11 prints that.
     const char* const defined = std::getenv("Q6K_OPS_DEFINED");
     if (!defined || std::to_string(getpid()) != defined) define();
     implement("CPU", cpu_, &Operation::cpu);
@@ -160,7 +160,7 @@ class Registration {
     }
   }
 
-  // Never given back: the operations are there until the process ends.
+  // Never freed: the operations exist until the process ends.
   TorchLibraryHandle schemas_ = nullptr, cpu_ = nullptr, cuda_ = nullptr;
 };
 

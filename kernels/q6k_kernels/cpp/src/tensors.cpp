@@ -17,7 +17,7 @@ StableIValue boxed(const T& value) {
   return torch::stable::detail::from<T>(value);
 }
 
-// A new reference, which whoever takes it has to give back.
+// A new reference, which the receiver has to release.
 AtenTensorHandle again(const Tensor& tensor) {
   AtenTensorHandle handle;
   Q6K_TORCH(aoti_torch_new_tensor_handle(tensor.handle(), &handle));
@@ -149,7 +149,7 @@ Tensor multiply_fp32(const Tensor& a, const Tensor& b) {
 }
 
 Tensor add(const Tensor& a, const Tensor& b) {
-  // Of all additions only subtraction is in the stable interface; a - (-b) has the same bits.
+  // The stable interface has subtraction but no addition; a - (-b) has the same bits.
   const Tensor minus = tensor_of(call("aten::neg", "", {boxed(again(b))}));
   AtenTensorHandle sum;
   Q6K_TORCH(aoti_torch_aten_subtract_Tensor(a.handle(), minus.handle(), 1.0, &sum));
@@ -160,7 +160,7 @@ void copy(const Tensor& to, const Tensor& from) { Q6K_TORCH(aoti_torch_copy_(to.
 
 bool wants_gradient(const Tensor& tensor) {
   if (!aoti_torch_grad_mode_is_enabled()) return false;
-  // The stable interface does not say it, but a view made now is no leaf if it has a gradient to hand on.
+  // The stable interface cannot tell directly, but a view made here is not a leaf if a gradient flows through it.
   const StableIValue alias = call("aten::alias", "", {boxed(again(tensor))});
   return !torch::stable::detail::to<bool>(call("aten::is_leaf", "", {alias}));
 }

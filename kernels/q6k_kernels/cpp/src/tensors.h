@@ -1,4 +1,4 @@
-// Tensors through torch's stable C interface: what a tensor is, new ones, and the few torch operations needed here.
+// Tensors through torch's stable C interface: their properties, new tensors, and a few operations of torch.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
@@ -27,17 +27,17 @@ inline const Dtypes& dtypes() {
   return all;
 }
 
-// "bfloat16", as torch has it without its prefix.
+// The name of a dtype without torch's prefix: "bfloat16".
 std::string dtype_name(int32_t dtype);
-// One of bfloat16, float16 and float32, by its name.
+// The dtype bfloat16, float16 or float32 with a name.
 int32_t dtype_named(const std::string& name);
-// The place of a dtype in `reference.FLOATS`, bf16, fp16, fp32; -1 if it is none of them.
+// The index of a dtype in `reference.FLOATS` (bf16, fp16, fp32); -1 for others.
 inline int float_kind(int32_t dtype) {
   const Dtypes& all = dtypes();
   return dtype == all.bf16 ? 0 : dtype == all.fp16 ? 1 : dtype == all.fp32 ? 2 : -1;
 }
 
-// A tensor that is owned, and what it is, read once.
+// An owned tensor with its properties, which are read once.
 class Tensor {
  public:
   explicit Tensor(AtenTensorHandle owned);
@@ -74,24 +74,24 @@ class Tensor {
   int32_t dtype_ = 0, device_type_ = 0, device_index_ = 0;
 };
 
-// "(2, 256)", "(3,)", as Python has tuples.
+// A shape in Python's notation: "(2, 256)", "(3,)".
 std::string shape_text(const std::vector<int64_t>& shape);
-// "cuda:0".
+// A device in torch's notation: "cuda:0".
 std::string device_text(const Tensor& tensor);
 
-// A new contiguous tensor on `like`'s device, with whatever is in memory.
+// A new contiguous tensor on `like`'s device, uninitialised.
 Tensor empty(const std::vector<int64_t>& shape, int32_t dtype, const Tensor& like);
-// A contiguous tensor with its content, itself perhaps; aligned to that many bytes, if not 0.
+// The tensor itself if it is contiguous and aligned, else a contiguous copy; `alignment` in bytes, 0 for any.
 Tensor contiguous(const Tensor& tensor, int64_t alignment = 0);
-// A view of its memory, `offset` elements on from where the tensor begins.
+// A view of its memory that begins `offset` elements after the tensor's start.
 Tensor view(const Tensor& tensor, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
             int64_t offset);
-// a b in fp32, both 16-bit matrices.
+// The matrix product a b in fp32 of 16-bit matrices.
 Tensor multiply_fp32(const Tensor& a, const Tensor& b);
 // a + b.
 Tensor add(const Tensor& a, const Tensor& b);
 void copy(const Tensor& to, const Tensor& from);
-// Whether a gradient is asked for while gradients are recorded.
+// Checks whether a gradient is required while gradients are recorded.
 bool wants_gradient(const Tensor& tensor);
 
 }  // namespace q6k

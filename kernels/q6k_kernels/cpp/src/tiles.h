@@ -1,4 +1,4 @@
-// A tile's bytes as numbers, one row at a time: formats/tiles.py has the layout.
+// Decoding of tiles, one row at a time; formats/tiles.py describes the layout.
 #pragma once
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -43,7 +43,7 @@ inline void read_codes(const unsigned char* tile, int r, signed char (&q)[SUPER_
   });
 }
 
-// The scales of its groups: fp32 without rounding.
+// The scales of the row's groups, in fp32 without rounding.
 inline void read_scales(const unsigned char* tile, int r, const WeightType& type, float (&s)[GROUPS]) {
   if (type.scales == SCALES_STEPPED) {
     Fp16 step;
