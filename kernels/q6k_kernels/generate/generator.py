@@ -269,7 +269,7 @@ class Generator:
 
     @contextmanager
     def _our_attention(self) -> Iterator[None]:
-        """Give the model our attention inside the context only, as it is the caller's and may have other users."""
+        """Give the model our attention inside the context only, since it belongs to the caller."""
         config = self._model.config
         before = config._attn_implementation
         config._attn_implementation = self._attention

@@ -131,7 +131,7 @@ class Reader {
       refuse(record + " begins at " + std::to_string(begin) + ", with a header at " + std::to_string(header));
     }
     const char* const method = file_->data() + header + METHOD_AT;
-    if (method[0] != 0 || method[1] != 0) refuse(record + " is compressed, expected one that is stored as it is");
+    if (method[0] != 0 || method[1] != 0) refuse(record + " is compressed, expected an uncompressed entry");
   }
 
   const std::string& path_;

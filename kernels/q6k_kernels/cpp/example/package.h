@@ -15,7 +15,7 @@ struct Package {
   std::string path;
   Info info;
   // By entry, on the CPU, each of the dtype and shape that its constants have. The file stays mapped as long as one of
-  // them lives, and must stay as it is; nothing may write to them.
+  // them lives, and must not change; nothing may write to them.
   Tensors entries;
 };
 
