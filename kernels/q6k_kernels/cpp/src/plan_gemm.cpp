@@ -1,20 +1,20 @@
 // `plan` of cuda/gemm_wgmma.py and cuda/gemm_mma.py, line by line, with the same order of operations on doubles.
 #include <algorithm>
 #include <iterator>
+#include <stdexcept>
+#include <string>
 
 #include "plans.h"
 
-#include <stdexcept>
-
 namespace q6k {
 
-const WeightType& weight_type(const std::string& name) {
+const WeightType& weight_type(std::string_view name) {
   std::string names;
   for (const WeightType& type : WEIGHT_TYPES) {
     if (name == type.name) return type;
     names += (names.empty() ? "" : ", ") + std::string(type.name);
   }
-  throw std::invalid_argument("format: expected one of " + names + ", found '" + name + "'");
+  throw std::invalid_argument("format: expected one of " + names + ", found '" + std::string(name) + "'");
 }
 
 namespace {

@@ -4,14 +4,14 @@
 #pragma once
 #include <cstdint>
 #include <optional>
-#include <string>
+#include <string_view>
 
 #include "tables.h"
 
 namespace q6k {
 
 // The row of that name. Throws std::invalid_argument if there is none.
-const WeightType& weight_type(const std::string& name);
+const WeightType& weight_type(std::string_view name);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
