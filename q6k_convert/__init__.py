@@ -1,4 +1,4 @@
-"""q6k-convert: GGUF files to planar Q6_K bundles, exactly and at the speed of the disk.
+"""Convert GGUF files to q6k-planar bundles, exactly and at the speed of the disk.
 
 From Python: `convert_gguf` writes a bundle, `open_gguf` reads a GGUF's header and tensor list,
 `decode` turns Q6_K blocks into int8 weights and scales. Nothing here imports torch.
@@ -25,7 +25,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public function on first use, so that `q6k-convert --help` imports no numpy."""
+    """Import a public function on first use, so that `q6k-convert --help` imports no numpy."""
     if name in _HOMES:
         from importlib import import_module
 

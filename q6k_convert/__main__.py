@@ -1,4 +1,4 @@
-"""`python -m q6k_convert` is `q6k-convert`."""
+"""Entry point of `python -m q6k_convert`, the same as `q6k-convert`."""
 
 from q6k_convert.cli.main import main
 

@@ -1,7 +1,7 @@
 """The failures of commands, each with its exit code.
 
 Every exception carries one sentence for the cause and, where there is one, one for the remedy.
-`cli/reporting.py` alone turns them, and those of `q6k_kernels.errors`, into words and exit codes.
+Only `cli/reporting.py` prints them and the errors of `q6k_kernels.errors`, and turns them into exit codes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What the process returns to its caller; the same in every command."""
+    """Exit codes of the process, the same for every command."""
 
     DONE = 0
     BUG = 1
@@ -34,31 +34,31 @@ class Q6KConvertError(Exception):
 
 
 class UsageError(Q6KConvertError):
-    """The command line asks for something that makes no sense."""
+    """The command line is invalid or contradicts itself."""
 
     exit_code = ExitCode.USAGE
 
 
 class InputRejectedError(Q6KConvertError):
-    """What is given as input, a file or what the Hub has, cannot be converted as asked."""
+    """The input, a file or a repository of the Hub, cannot be converted as asked."""
 
     exit_code = ExitCode.INPUT_REJECTED
 
 
 class IOFailedError(Q6KConvertError):
-    """Reading or writing failed, or the output place is taken."""
+    """Reading or writing failed, or the output path is taken."""
 
     exit_code = ExitCode.IO
 
 
 class VerificationFailedError(Q6KConvertError):
-    """What was made is not what it was made from."""
+    """An output does not match what it was made from."""
 
     exit_code = ExitCode.VERIFICATION_FAILED
 
 
 class EnvironmentMissingError(Q6KConvertError):
-    """The installation or the machine lacks a piece the command needs."""
+    """A package, a tool or a device that the command needs is missing."""
 
     exit_code = ExitCode.ENVIRONMENT
 
@@ -66,7 +66,7 @@ class EnvironmentMissingError(Q6KConvertError):
 class InterruptedRunError(KeyboardInterrupt):
     """Ctrl-C or a termination signal.
 
-    Like every KeyboardInterrupt it is no Exception, so that a library that catches those lets it pass.
+    A KeyboardInterrupt is not an Exception, so libraries that catch every Exception let it pass.
     """
 
     exit_code = ExitCode.INTERRUPTED

@@ -1,4 +1,4 @@
-"""Small texts for people: sizes, rates, times, and names that came from a file."""
+"""Format sizes, times, shapes and file names for people."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?I?)B?", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """`5GB` (decimal), `512MiB` (binary) or plain bytes -> bytes. Raises ValueError."""
+    """Return the bytes that a text like `5GB` (decimal), `512MiB` (binary) or `1000000` names.
+
+    Raises:
+        ValueError: the text is not a size.
+    """
     match = _SIZE.fullmatch(text.strip())
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(f"{text!r} is not a size; write it like 5GB, 512MiB or 1000000")
@@ -19,7 +23,7 @@ def parse_size(text: str) -> int:
 
 
 def size(nbytes: float) -> str:
-    """Bytes with a decimal unit: `1.23 GB`."""
+    """Return a number of bytes with a decimal unit: `1.23 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.2f} {unit}"
@@ -28,22 +32,22 @@ def size(nbytes: float) -> str:
 
 
 def seconds(duration: float) -> str:
-    """`0.42 s`, `12.3 s` or `3:05 min`."""
+    """Return a duration in seconds as `0.42 s`, `12.3 s` or `3:05 min`."""
     if duration < 60:
         return f"{duration:.2f} s" if duration < 10 else f"{duration:.1f} s"
     return f"{int(duration) // 60}:{int(duration) % 60:02d} min"
 
 
 def displayable(text: str) -> str:
-    """Text that UTF-8 can hold: the bytes of a file name that are none become escapes."""
+    """Return a text that UTF-8 can encode; bytes of a file name that are not UTF-8 become escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def shape(dims: Sequence[int]) -> str:
-    """`4096×11008`, or `scalar`."""
+    """Return a shape as `4096×11008`, or `scalar`."""
     return "×".join(map(str, dims)) or "scalar"
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 tensor`, `2 tensors`."""
+    """Return a count with its noun: `1 tensor`, `2 tensors`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -1,3 +1,3 @@
-"""The commands: parse, call, print. Imports every other room."""
+"""Command line: parse, call, print. Imports every other package of q6k_convert."""
 
 __all__ = ["main"]

@@ -1,4 +1,4 @@
-"""What is in a GGUF, a plan or a bundle, as plain data: for the tables and for `--json`."""
+"""Describe a GGUF, a plan, a bundle or a verification as plain data, for tables and for `--json`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 def plan_contents(plan: Plan) -> Row:
-    """A plan: where from, what happens to each type of tensor, bytes in and out, shards."""
+    """Describe a plan: sources, storage of each type of tensor, bytes in and out, shards."""
     rows = _by_type(
         (t.record.type.name, t.storage, math.prod(t.record.shape), t.record.nbytes, t.bytes_out)
         for t in plan.tensors
@@ -44,7 +44,7 @@ def plan_contents(plan: Plan) -> Row:
 
 
 def result_contents(result: Result, peak_memory: int) -> Row:
-    """A finished conversion: sizes, bits per weight, time and rate."""
+    """Describe a finished conversion: sizes in bytes, bits per weight, time in seconds and rate."""
     stored = [t for t in result.manifest.tensors if t.arrays]
     planar = [t for t in stored if t.storage == "planar"]
     return {
@@ -63,7 +63,7 @@ def result_contents(result: Result, peak_memory: int) -> Row:
 
 
 def gguf_contents(model: GGUFModel) -> Row:
-    """A GGUF: files, keys with their values (arrays by type and length only), tensors."""
+    """Describe a GGUF: files, keys with their values (of arrays only type and length), tensors."""
     tensors = [
         {
             "name": r.name,
@@ -90,7 +90,7 @@ def gguf_contents(model: GGUFModel) -> Row:
 
 
 def bundle_contents(directory: Path, manifest: Manifest) -> Row:
-    """A bundle: producer, options, sources, files, tensors, and what its arrays take on a GPU."""
+    """Describe a bundle: producer, options, sources, files, tensors, and bytes of its arrays on a GPU."""
     return {
         "kind": "bundle",
         "path": str(directory),
@@ -123,7 +123,7 @@ def bundle_contents(directory: Path, manifest: Manifest) -> Row:
 
 
 def verification_contents(run: Verification, peak_memory: int) -> Row:
-    """A verification: verdict, stages, findings, sizes, and per tensor what is known of it."""
+    """Describe a verification: verdict, stages, findings, sizes, and the results for each tensor."""
     manifest = run.manifest
     bundle = bundle_contents(run.directory, manifest) if manifest else None
     faults = Counter(finding.tensor for _, finding in run.findings if finding.tensor is not None)
@@ -184,7 +184,7 @@ def _shown(part: GGUFFile, kv: KeyValue) -> Any:
 
 
 def _by_type(tensors: Iterable[tuple[str, str | None, int, int, int]]) -> list[Row]:
-    """Totals per type and storage, largest first."""
+    """Return totals per type and storage, most weights first."""
     rows = dict[tuple[str, str | None], Row]()
     for kind, storage, weights, bytes_in, bytes_out in tensors:
         row = rows.setdefault(
@@ -199,7 +199,7 @@ def _by_type(tensors: Iterable[tuple[str, str | None, int, int, int]]) -> list[R
 
 
 def _source_bytes(tensor: StoredTensor) -> int:
-    """What the tensor takes in a GGUF."""
+    """Return the bytes that a tensor takes in a GGUF."""
     kind = GGMLType.__members__.get(tensor.type)
     block_weights, block_bytes = TYPE_SIZES[kind] if kind is not None else (1, 0)
     return math.prod(tensor.shape) // block_weights * block_bytes

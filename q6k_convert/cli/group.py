@@ -1,18 +1,30 @@
-"""The program's own way with commands: `convert` is understood where none is named."""
+"""Typer classes of the program: `convert` is the default command, and help shows no type beside flags."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+
+
+class PlainCommand(TyperCommand):
+    """Command whose help shows no type beside flags, which take no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters of the command."""
+        return _without_flag_types(super().get_params(ctx))
 
 
 class ConvertByDefault(TyperGroup):
-    """`q6k-convert model.gguf out/` is `q6k-convert convert model.gguf out/`."""
+    """Command group that reads `q6k-convert model.gguf out/` as `q6k-convert convert model.gguf out/`."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters of the program itself."""
+        return _without_flag_types(super().get_params(ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Puts `convert` in front unless a command or an option of the program itself comes first."""
+        """Put `convert` in front unless a command or an option of the program itself comes first."""
         own = {option for param in self.get_params(ctx) for option in param.opts}
         if args and args[0] not in self.commands and args[0] not in own:
             self._refuse_mistyped(ctx, args[0])
@@ -24,3 +36,10 @@ class ConvertByDefault(TyperGroup):
 
         if (close := get_close_matches(word, self.commands, n=1)) and not Path(word).exists():
             ctx.fail(f"There is no command and no file {word!r}. Did you mean {close[0]!r}?")
+
+
+def _without_flag_types(params: list[Any]) -> list[Any]:
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    return params

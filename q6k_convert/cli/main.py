@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Here is what concerns bundles; `cli_models` has what runs them."""
+"""Commands that make and check bundles: parse, call, print. `model_commands` has those that run them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from q6k_convert import __version__
-from q6k_convert.cli.group import ConvertByDefault
+from q6k_convert.cli.group import ConvertByDefault, PlainCommand
 from q6k_convert.cli.model_commands import build_ops, doctor, export, generate
 from q6k_convert.cli.options import EXIT_CODES, HUB_REFERENCE, JsonOption, QuietOption, VerboseOption
 from q6k_convert.cli.reporting import peak_memory, reporting
@@ -36,38 +36,38 @@ def program(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """GGUF files to planar Q6_K bundles for PyTorch on NVIDIA GPUs.
+    """Convert GGUF files to q6k-planar bundles for PyTorch on NVIDIA GPUs; verify, run and export them.
 
     `q6k-convert MODEL.gguf OUT/` is short for `q6k-convert convert MODEL.gguf OUT/`.
     """
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(cls=PlainCommand, epilog=EXIT_CODES)
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="MODEL.gguf", help=f"A GGUF file, any part of a split one, or {HUB_REFERENCE}")
+        str, typer.Argument(metavar="MODEL.gguf", help=f"GGUF file, any part of a split one, or {HUB_REFERENCE}")
     ],
-    output: Annotated[Path, typer.Argument(metavar="OUT/", help="The bundle's directory, new or empty.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT/", help="Directory of the bundle to write; new or empty.")],
     scales: Annotated[
         Literal["bf16", "exact"],
-        typer.Option(help="Scales of Q6_K weights: rounded to bf16, or GGUF's own (lossless, smaller)."),
+        typer.Option(help="Store scales of Q6_K weights rounded to bf16, or exactly as in the GGUF (smaller)."),
     ] = "bf16",
     other: Annotated[
         Literal["bf16", "raw", "skip", "error"],
         typer.Option(
-            help="Other quantised tensors: dequantise to bf16, keep as GGUF blocks, leave out, or refuse."
+            help="Dequantise other quantised tensors to bf16, store their GGUF blocks, skip or refuse them."
         ),
     ] = "bf16",
     include: Annotated[
         list[str] | None,
-        typer.Option(metavar="GLOB", help="Store only tensors of such names; repeatable.", show_default="all"),
+        typer.Option(metavar="GLOB", help="Store only tensors whose name matches; repeatable.", show_default="all"),
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(metavar="GLOB", help="Leave out tensors of such names; repeatable.", show_default="none"),
+        typer.Option(metavar="GLOB", help="Leave out tensors whose name matches; repeatable.", show_default="none"),
     ] = None,
     max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Start a new shard past this size: 5GB, 512MiB, …")
+        str, typer.Option(metavar="SIZE", help="Start a new shard past this size: 5GB, 512MiB, or bytes.")
     ] = "5GB",
     allow_nonfinite: Annotated[
         bool,
@@ -75,7 +75,9 @@ def convert(
     ] = False,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Replace an existing bundle, once the new one is whole.", show_default="off"),
+        typer.Option(
+            "--force", help="Replace an existing bundle once the new one is complete.", show_default="off"
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and stop.", show_default="off")
@@ -83,7 +85,11 @@ def convert(
     jobs: Annotated[
         int | None,
         typer.Option(
-            min=1, max=256, help="Worker threads; the output is the same.", show_default="processors, at most 8"
+            min=1,
+            max=256,
+            metavar="N",
+            help="Use N worker threads; the output stays the same.",
+            show_default="processors, at most 8",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -108,7 +114,7 @@ def convert(
             raise UsageError("--max-shard-size must be at least one byte")
         options = Options(scales, other, tuple(include or ()), tuple(exclude or ()), shard_bytes, allow_nonfinite)
         if parse(source) is not None:
-            check_output(output, [], force=force)  # before what may take hours
+            check_output(output, [], force=force)  # before a download that may take hours
         found = resolve(source, terminal.note, terminal.progress, download=not dry_run)
         if found.path is None:
             terminal.document({"status": "planned"} | found.document)
@@ -128,14 +134,14 @@ def convert(
         terminal.document({"status": "done", "plan": planned, "result": summary} | found.document)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(cls=PlainCommand, epilog=EXIT_CODES)
 def inspect(
     source: Annotated[
-        str, typer.Argument(metavar="MODEL.gguf|OUT/", help=f"A GGUF file, a bundle, or {HUB_REFERENCE}")
+        str, typer.Argument(metavar="MODEL.gguf|OUT/", help=f"GGUF file, bundle, or {HUB_REFERENCE}")
     ],
     key: Annotated[
         str | None,
-        typer.Option(metavar="KEY", help="Print only the whole value of this GGUF key.", show_default="none"),
+        typer.Option(metavar="KEY", help="Print only the full value of this GGUF key.", show_default="none"),
     ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -152,7 +158,7 @@ def inspect(
         path = local_path(source, terminal.note, terminal.progress)
         directory = path.is_dir()
         if key is not None:
-            # A bundle's metadata may be that of a split model, whose other parts are not there.
+            # metadata.gguf may come from a split model, whose other parts are not in the bundle.
             with GGUFModel([GGUFFile(path / manifest.METADATA_NAME)]) if directory else open_gguf(path) as model:
                 missing = object()
                 value = model.value(key, missing)
@@ -170,43 +176,43 @@ def inspect(
             terminal.document(content)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(cls=PlainCommand, epilog=EXIT_CODES)
 def verify(
-    bundle: Annotated[Path, typer.Argument(metavar="OUT/", help="A bundle.")],
+    bundle: Annotated[Path, typer.Argument(metavar="OUT/", help="Bundle to check.")],
     source: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL.gguf",
-            help="Recompute every tensor from this GGUF and compare; a Hub's file as with convert.",
+            help="Recompute every tensor from this GGUF file, or file on the Hub as for convert, and compare.",
             show_default="none",
         ),
     ] = None,
     fast: Annotated[
-        bool, typer.Option("--fast", help="Check the structure only, read no array.", show_default="off")
+        bool, typer.Option("--fast", help="Check only the structure; read no array.", show_default="off")
     ] = False,
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
         typer.Option(
-            help="Run the packed tensors there too: by the kernels, or the reference on the CPU; "
-            "auto: on a GPU if all it takes is there."
+            help="Also multiply with every packed tensor: by the reference on the cpu, or the kernels on cuda; "
+            "auto uses a GPU that is ready, else skips this."
         ),
     ] = "auto",
     all_tensors: Annotated[
-        bool, typer.Option("--all", help="Show every tensor, not only the worst.", show_default="off")
+        bool, typer.Option("--all", help="List every tensor, not only the worst.", show_default="off")
     ] = False,
     report: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.html", help="Write a page for people to read.", show_default="none"),
+        typer.Option(metavar="FILE.html", help="Write the results to an HTML page.", show_default="none"),
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, max=256, help="Threads.", show_default="processors, at most 8"),
+        typer.Option(min=1, max=256, metavar="N", help="Use N threads.", show_default="processors, at most 8"),
     ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Check a bundle: its files, its checksums, its source, its results on a device."""
+    """Check a bundle: structure and checksums; weights against its source; results on a device."""
     with reporting(as_json, quiet, verbose) as terminal:
         from q6k_convert.cli import contents
         from q6k_convert.convert.pipeline import default_jobs
@@ -241,9 +247,9 @@ def verify(
 
 
 for command in (generate, export, doctor, build_ops):
-    app.command(epilog=EXIT_CODES)(command)
+    app.command(cls=PlainCommand, epilog=EXIT_CODES)(command)
 
 
 def main() -> None:
-    """The entry point of `q6k-convert`."""
+    """Run `q6k-convert`; the entry point of the installed program."""
     app(prog_name="q6k-convert")

@@ -1,4 +1,4 @@
-"""The commands that run models, and what they take: generate, export, doctor, build-ops."""
+"""Commands that run models or prepare the machine for that: generate, export, doctor, build-ops."""
 
 from __future__ import annotations
 
@@ -12,51 +12,63 @@ from q6k_convert.cli.reporting import reporting
 from q6k_convert.errors import ExitCode
 
 DeviceOption = Annotated[
-    Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if all it takes is there, else the CPU.")
+    Literal["auto", "cpu", "cuda"],
+    typer.Option(help="Run on this device; auto: a GPU that is ready, else the CPU."),
 ]
 DtypeOption = Annotated[
     Literal["auto", "bf16", "fp16", "fp32"],
-    typer.Option(help="Of activations and unpacked weights; auto: bf16 on a GPU, fp32 on the CPU."),
+    typer.Option(help="Compute in this dtype; auto: bf16 on a GPU, fp32 on the CPU."),
 ]
 ActivationsOption = Annotated[
     Literal["auto", "int8", "bf16"],
-    typer.Option(help="How packed weights are multiplied; auto: int8 for few rows, by measurement."),
+    typer.Option(help="Multiply packed weights with int8 or 16-bit activations; auto: int8 for few rows."),
 ]
 
 
 def generate(
-    bundle: Annotated[Path, typer.Argument(metavar="OUT/", help="A bundle.")],
+    bundle: Annotated[Path, typer.Argument(metavar="OUT/", help="Bundle of the model.")],
     prompt: Annotated[
         str | None,
         typer.Option(
-            "--prompt", "-p", metavar="TEXT", help="What to continue; - reads it from stdin.", show_default="none"
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="Continue this text, or answer it with --chat; - reads stdin.",
+            show_default="none",
         ),
     ] = None,
     chat: Annotated[
         bool,
-        typer.Option("--chat", help="Ask it as a user, by the model's chat template.", show_default="off"),
+        typer.Option(
+            "--chat", help="Send the prompt as a user's message, in the model's chat template.", show_default="off"
+        ),
     ] = False,
     system: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="What the model is told first, with --chat.", show_default="none"),
+        typer.Option(
+            metavar="TEXT", help="Put this system message before the prompt; needs --chat.", show_default="none"
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=1 << 24, metavar="N", help="Stop after as many.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=1 << 24, metavar="N", help="Stop after N tokens.")
+    ] = 128,
     temperature: Annotated[
-        float, typer.Option(min=0.0, max=100.0, help="0: always the best token; above: one by its probability.")
+        float,
+        typer.Option(min=0.0, max=100.0, metavar="T", help="Sample at temperature T; 0 takes the likeliest token."),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Of the choices by probability.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, metavar="N", help="Seed the sampling with N.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     activations: ActivationsOption = "auto",
     tokenizer: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="A Hugging Face tokenizer instead of the model's.", show_default="none"),
+        typer.Option(metavar="DIR", help="Use this Hugging Face tokenizer, not the bundle's.", show_default="none"),
     ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Continue a text with a bundle's model, or answer it."""
+    """Continue a text with a bundle's model, or answer it with --chat."""
     with reporting(as_json, quiet, verbose) as terminal:
         from q6k_convert.run.generate_command import GenerateRequest, run
 
@@ -77,23 +89,24 @@ def generate(
 
 
 def export(
-    bundle: Annotated[Path, typer.Argument(metavar="OUT/", help="A bundle.")],
-    target: Annotated[Path, typer.Argument(metavar="MODEL.pt2", help="The package to write.")],
+    bundle: Annotated[Path, typer.Argument(metavar="OUT/", help="Bundle of the model.")],
+    target: Annotated[Path, typer.Argument(metavar="MODEL.pt2", help="Program file to write.")],
     capacity: Annotated[
         int | None,
         typer.Option(
             min=8,
             max=1 << 24,
             metavar="N",
-            help="Tokens of prompt and answer together, at most.",
-            show_default="4096, or all that the model knows",
+            help="Allow N tokens of prompt and answer together.",
+            show_default="4096, or the model's context if shorter",
         ),
     ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     activations: ActivationsOption = "auto",
     force: Annotated[
-        bool, typer.Option("--force", help="Replace a file, once the new one is checked.", show_default="off")
+        bool,
+        typer.Option("--force", help="Replace an existing file once the new one is checked.", show_default="off"),
     ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -112,7 +125,7 @@ def export(
 
 
 def doctor(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
-    """Say what of torch, driver, GPUs and compiler is here, and test the kernels."""
+    """Check torch, driver, GPUs, compiler and cache, and test the kernels on every GPU."""
     with reporting(as_json, False, verbose) as terminal:
         from q6k_convert.machine.doctor import examine
 
@@ -126,18 +139,21 @@ def doctor(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
 def build_ops(
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where the library goes.", show_default="ops in the cache of kernels"),
+        typer.Option(
+            metavar="DIR", help="Write the library to this directory.", show_default="ops in the kernel cache"
+        ),
     ] = None,
     arch: Annotated[
         list[int] | None,
         typer.Option(
             metavar="XY",
-            help="Compute capability to compile kernels for, 90 for 9.0; repeatable.",
+            help="Compile kernels for this compute capability, 90 for 9.0; repeatable.",
             show_default="80, 86, 89, 90, 100, 120",
         ),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, max=256, help="Compilers at a time.", show_default="processors")
+        int | None,
+        typer.Option(min=1, max=256, metavar="N", help="Run N compilers at a time.", show_default="processors"),
     ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

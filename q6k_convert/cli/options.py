@@ -1,4 +1,4 @@
-"""Options and texts that commands share."""
+"""Options and help texts that several commands share."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ EXIT_CODES = """\
 Exit codes: 0 done; 1 a bug; 2 usage; 3 input rejected; 4 I/O or output conflict; 5 verification failed;
 6 environment (a compiled piece, a package or a GPU is missing); 130 interrupted."""
 HUB_REFERENCE = (
-    "a Hugging Face Hub's: ORG/REPO:QUANTISATION or ORG/REPO/FILE.gguf; ORG/REPO@REVISION for a revision."
+    "a file on the Hugging Face Hub: ORG/REPO:QUANTISATION or ORG/REPO/FILE.gguf; write ORG/REPO@REVISION for "
+    "another revision than main."
 )
 
 JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document on stdout, all else on stderr.", show_default="off")
+    bool,
+    typer.Option(
+        "--json", help="Print one JSON document on stdout, everything else on stderr.", show_default="off"
+    ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", show_default="off")]
 VerboseOption = Annotated[

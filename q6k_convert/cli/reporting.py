@@ -1,4 +1,4 @@
-"""The one place that turns a failure into a message and an exit code; and what a run took."""
+"""Turn every failure into a message and an exit code, and measure the peak memory of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
-    """Turns whatever goes wrong inside into a message and an exit code."""
+    """Turn any exception raised inside into a message and an exit code."""
     from q6k_convert.cli.terminal import Terminal
     from q6k_kernels.bundle.manifest import BundleError
     from q6k_kernels.errors import (
@@ -43,7 +43,7 @@ def reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
         raise typer.Exit(int(code))
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # `nohup` and background jobs of a shell ask for some of them to be ignored.
+        # `nohup` and a shell's background jobs set some of these signals to be ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
     try:
@@ -59,7 +59,7 @@ def reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
     except BundleError as error:
         fail(ExitCode.INPUT_REJECTED, str(error), "Make the bundle again from its GGUF file.")
     except BrokenPipeError:
-        # Whoever read our output has gone; there is nobody to tell.
+        # The reader of stdout has gone: there is nobody to print an error for.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise typer.Exit(int(ExitCode.IO)) from None
     except OSError as error:
@@ -76,16 +76,16 @@ def reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
 
 
 def _interrupt(number: int, _frame: object) -> NoReturn:
-    # Once is enough: what follows is the clean-up, which should not be cut short.
+    # One signal is enough: a second one must not cut the clean-up short.
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
     raise InterruptedRunError(f"interrupted ({signal.Signals(number).name})", "Run the same command again.")
 
 
 def peak_memory() -> int:
-    """The most memory this process has had resident, in bytes."""
+    """Return the peak resident memory of this process in bytes."""
     try:
-        # Linux's ru_maxrss starts from the parent's figure; this does not.
+        # Linux's ru_maxrss starts from the parent's peak; VmHWM does not.
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""What a person sees: plan, progress, result, listings and errors. Numbers come from `contents`."""
+"""Print plans, progress, results, listings and errors for people. Numbers come from `contents`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WORST = 15
 
 _STORAGE_WORDS = {
     "planar": "repacked to ql/qh planes",
-    "plain": "stored as they are",
+    "plain": "stored unchanged",
     "dequantized": "dequantised to bf16",
     "raw": "kept as GGUF blocks",
     "skipped": "not stored",
@@ -35,7 +35,7 @@ _STORAGE_WORDS = {
 
 
 class Terminal:
-    """Prints for people; or, with `as_json`, one document on stdout and all else on stderr."""
+    """Output for people; with `as_json`, one document on stdout and everything else on stderr."""
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
@@ -50,35 +50,35 @@ class Terminal:
         return _console(stderr=True)
 
     def document(self, content: Row) -> None:
-        """The JSON document, if one was asked for."""
+        """Print the JSON document if `--json` was given."""
         if self.as_json:
             print(displayable(json.dumps(content, indent=1, ensure_ascii=False)), flush=True)
 
     def error(self, cause: str, remedy: str = "") -> None:
-        """One red line for the cause, one for the remedy."""
+        """Print a red line for the cause and one for the remedy, on stderr."""
         for label, line in (("error", cause), ("try", remedy)):
             if line:
                 self._err.print(f"{label}: {_printable(line)}", style="red", soft_wrap=True)
 
     def note(self, line: str) -> None:
-        """A line about what is under way, on stderr."""
+        """Print a line about what the program is doing, on stderr."""
         if not self.quiet:
             self._err.print(_printable(line), soft_wrap=True)
 
     def stream(self, piece: str) -> None:
-        """A piece of a model's answer, on stdout; nothing where that is for the document."""
+        """Print a piece of a model's answer on stdout, unless stdout is for the JSON document."""
         if not self.as_json:
-            # A model can write anything; on a terminal it may write lines, and nothing that steers it.
+            # A model may emit control characters; a terminal gets only newlines, tabs and what is printable.
             safe = (c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in displayable(piece))
             sys.stdout.write("".join(safe) if sys.stdout.isatty() else displayable(piece))
             sys.stdout.flush()
 
     def traceback(self) -> None:
-        """The exception being handled, for `--verbose`."""
+        """Print the traceback of the exception being handled, for `--verbose`."""
         self._err.print_exception()
 
     def plan(self, plan: Row) -> None:
-        """What is about to happen."""
+        """Print what a conversion is going to do."""
         if self.quiet:
             return
         sources = plan["sources"]
@@ -105,7 +105,7 @@ class Terminal:
             self._err.print("note: no tensor of this model is a Q6_K weight", style="yellow")
 
     def result(self, result: Row, source: str) -> None:
-        """What was done, and what to do next."""
+        """Print what was done and which commands come next."""
         if self.quiet:
             return
         table = _table("", "", header=False)
@@ -130,7 +130,7 @@ class Terminal:
         self._out.print(table)
 
     def gguf(self, content: Row) -> None:
-        """A GGUF's listing."""
+        """Print the contents of a GGUF."""
         for file in content["files"]:
             self._say(
                 f"{file['name']}: GGUF version {file['version']}, alignment {file['alignment']}, "
@@ -147,7 +147,7 @@ class Terminal:
         self._totals(content, "bytes_in")
 
     def bundle(self, content: Row) -> None:
-        """A bundle's listing."""
+        """Print the contents of a bundle."""
         self._say(f"{content['path']}: q6k-planar bundle by {content['producer']}")
         table = _table("", "", header=False)
         _row(table, "architecture", content["architecture"])
@@ -169,7 +169,7 @@ class Terminal:
         self._totals(content, "bytes_out")
 
     def verification(self, report: Row, *, all_tensors: bool) -> None:
-        """What was checked, what was found, and the tensors, worst first."""
+        """Print the stages, the tensors (worst first) and the findings."""
         self._say(f"{report['bundle']}: {report['architecture'] or 'no readable manifest'}")
         stages = _table("check", "state", "what")
         for stage in report["stages"]:
@@ -220,7 +220,7 @@ class Terminal:
             self._say(f"the worst {len(table.rows)} of {len(ordered)} tensors; --all shows every one")
 
     def examination(self, report: Row) -> None:
-        """What of the machine is ready to run kernels, and what to do about the rest."""
+        """Print which parts of the machine are ready to run kernels, and how to repair the rest."""
         table = _table("part", "state", "what")
         for finding in report["findings"]:
             style = {"ok": "green", "missing": "red", "broken": "red"}.get(finding["state"], "dim")
@@ -236,14 +236,14 @@ class Terminal:
             self._out.print("not ready to run models on a GPU; converting and verifying need none", style="bold")
 
     def value(self, key: str, value: Any) -> None:
-        """The whole value of one key."""
+        """Print the full value of one key."""
         self.document({"key": key, "value": value})
         for item in value if isinstance(value, list) else [value]:
             self._say(str(item))
 
     @contextmanager
     def progress(self, total: int, what: str) -> Iterator[Callable[[int], None]]:
-        """Progress over `total` bytes: a bar on a terminal, a line now and then elsewhere."""
+        """Show progress over `total` bytes: a bar on a terminal, a line every few seconds elsewhere."""
         if self.quiet:
             yield lambda _: None
         elif sys.stderr.isatty():
@@ -277,7 +277,7 @@ class _Lines:
     def add(self, count: int) -> None:
         self.done += count
         now = time.monotonic()
-        if now - self.last >= _LINE_SECONDS and self.done > 0:  # 0: a download that had to start anew
+        if now - self.last >= _LINE_SECONDS and self.done > 0:  # it is 0 after a download had to start again
             self.last = now
             rate = self.done / (now - self.started)
             left = text.seconds((self.total - self.done) / rate)
@@ -289,7 +289,7 @@ class _Lines:
 
 
 def _console(*, stderr: bool, quiet: bool = False) -> Console:
-    from rich.console import Console  # here, for a quiet command needs none
+    from rich.console import Console  # imported here because a quiet command needs none
 
     class Plain(Console):
         def on_broken_pipe(self) -> None:
@@ -299,7 +299,7 @@ def _console(*, stderr: bool, quiet: bool = False) -> Console:
 
 
 def _table(*columns: str, header: bool = True) -> Table:
-    """A table; a column named `…>` is of numbers, one named `…!` is never folded."""
+    """Make a table; a column named `…>` is aligned right, one named `…!` is never folded."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_header=header, header_style="bold")
@@ -316,7 +316,7 @@ def _styled(word: str, style: str) -> Text:
 
 
 def _row(table: Table, *cells: str | Text) -> None:
-    """Adds a row; what came from a file cannot steer the terminal."""
+    """Add a row; control characters are escaped, so names from a file cannot steer the terminal."""
     table.add_row(*(_printable(cell) if isinstance(cell, str) else cell for cell in cells))
 
 

@@ -1,5 +1,3 @@
-"""From a GGUF file to a bundle: plan, repacking, streaming, staging of the output. Imports gguf and the kernel
-package's formats and bundle.
-"""
+"""Convert a GGUF file to a bundle: plan, repack, stream, stage the output."""
 
 __all__ = ["pipeline", "plan", "staging"]

@@ -1,4 +1,4 @@
-"""GGUF to bundle: open, plan, check the output, stream, finish, put in place."""
+"""Convert a GGUF to a bundle: open, plan, check the output, stream, finish, move into place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from q6k_kernels.bundle.manifest import METADATA_NAME, Manifest, StoredTensor
 from q6k_kernels.bundle.writer import BundleWriter
 from q6k_kernels.gguf.model import open_gguf
 
-_MANIFEST_BYTES_A_TENSOR = 2048  # more than any entry takes; for the check of free space
+_MANIFEST_BYTES_A_TENSOR = 2048  # upper bound of a manifest entry, for the check of free space
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,10 @@ class Result:
     """A finished conversion.
 
     Attributes:
-        output: the bundle's directory.
-        bytes_in, bytes_out: of all source files, and of all files of the bundle but the manifest.
+        output: directory of the bundle.
+        manifest: manifest of the bundle.
+        bytes_in: bytes of all source files.
+        bytes_out: bytes of all files of the bundle except the manifest.
         seconds: wall time of the conversion.
     """
 
@@ -37,7 +39,7 @@ class Result:
 
 
 def default_jobs() -> int:
-    """Worker threads by default: the processors this process may use, at most 8."""
+    """Return the default number of worker threads: the processors this process may use, at most 8."""
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
 
 
@@ -49,14 +51,14 @@ def convert(
     jobs: int | None = None,
     force: bool = False,
 ) -> Result:
-    """Converts a GGUF file (or all parts of a split one) to a bundle directory.
+    """Convert a GGUF file, or all parts of a split one, to a bundle directory.
 
     Args:
-        source: the file, or any part.
-        output: the bundle's directory; must not exist, be empty, or (with `force`) be a bundle.
-        options: what shapes the bundle.
-        jobs: worker threads; the result does not depend on it.
-        force: replace an existing bundle, once the new one is whole.
+        source: the file, or any part of a split one.
+        output: directory to write; it must not exist, be empty or, with `force`, be a bundle.
+        options: how tensors are stored; see `Options`.
+        jobs: worker threads; the output does not depend on them.
+        force: replace an existing bundle once the new one is complete.
 
     Raises:
         Q6KConvertError: one of the failures in `q6k_convert.errors`.
@@ -76,7 +78,7 @@ def run(
     force: bool,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Result:
-    """Carries out a plan; see `convert`. `progress` is told of source bytes newly done."""
+    """Carry out a plan, see `convert`. `progress` is called with the number of source bytes newly done."""
     started = time.monotonic()
     sources = [part.path for part in plan.model.parts]
     check_room(plan, output, force=force)
@@ -100,7 +102,11 @@ def run(
 
 
 def check_room(plan: Plan, output: Path, *, force: bool) -> None:
-    """Raises IOFailedError if the output place is taken or its file system too full."""
+    """Check that the output path is free and its file system has room.
+
+    Raises:
+        IOFailedError: the path is taken, or the file system is too full.
+    """
     final = check_output(output, [part.path for part in plan.model.parts], force=force)
     metadata = sum(part.kv_range[1] for part in plan.model.parts)
     index_and_manifest = _MANIFEST_BYTES_A_TENSOR * (len(plan.tensors) + 1)

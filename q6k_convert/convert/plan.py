@@ -1,4 +1,4 @@
-"""What a conversion will do, decided before it starts: every tensor, every array, every byte."""
+"""Plan a conversion before it starts: the storage of every tensor, and the place of every array."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Options:
-    """The options that shape a bundle; they are recorded in its manifest.
+    """Options that decide what a bundle contains; its manifest records them.
 
     Attributes:
         scales: "bf16" (d * sub-scale, rounded) or "exact" (GGUF's own sub-scales and d).
-        other: what to do with quantised tensors that are not 2-D or 3-D Q6_K.
-        include, exclude: shell patterns on tensor names; a tensor is taken if it matches an include
+        other: how to store quantised tensors that are not packed.
+        include, exclude: shell patterns on tensor names; a tensor is stored if it matches an include
             pattern (or there are none) and no exclude pattern.
-        max_shard_size: data bytes a shard may hold.
+        max_shard_size: most data bytes in a shard.
         allow_nonfinite: keep blocks whose d is NaN or infinite instead of rejecting the file.
     """
 
@@ -44,7 +44,7 @@ class Options:
     allow_nonfinite: bool = False
 
     def recorded(self) -> dict[str, Any]:
-        """The options as the manifest has them."""
+        """Return the options as the manifest records them."""
         return {
             "scales": self.scales,
             "other": self.other,
@@ -57,7 +57,7 @@ class Options:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """How one tensor is stored: its weight type, if it is packed, and its arrays by role (ql, qh, …; or data)."""
+    """Storage of one tensor: its weight type if it is packed, and its arrays by role (ql, qh, …; or data)."""
 
     part: GGUFFile
     record: TensorRecord
@@ -67,13 +67,13 @@ class TensorPlan:
 
     @property
     def bytes_out(self) -> int:
-        """Bytes of its arrays."""
+        """Bytes of the tensor's arrays."""
         return sum(array.nbytes for array in self.arrays.values())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion, ready to run: the open model, the options, every tensor's fate and the shards."""
+    """A conversion ready to run: the open model, the options, the storage of every tensor, and the shards."""
 
     model: GGUFModel
     options: Options
@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def bytes_in(self) -> int:
-        """Bytes that will be read: all of the source, for its checksum covers all of it."""
+        """Bytes to read: the whole source, because its checksum covers all of it."""
         return self.model.size
 
     @property
@@ -92,12 +92,12 @@ class Plan:
 
 
 def make_plan(model: GGUFModel, options: Options) -> Plan:
-    """Decides what becomes of every tensor.
+    """Decide how every tensor is stored.
 
     Raises:
-        InputRejectedError: `other` is "error", and there are tensors that would follow it.
-        GgufRejectedError: a tensor cannot be stored as the options ask, or two arrays would have one name.
-        UsageError: a pattern matches no tensor, nothing is left to store, or the shards are too many.
+        InputRejectedError: `other` is "error", and the model has tensors that it applies to.
+        GgufRejectedError: a tensor cannot be stored as the options ask, or two arrays would have the same name.
+        UsageError: a pattern matches no tensor, no tensor is left to store, or there would be too many shards.
     """
     selected = _selection([record.name for _, record in model.tensors()], options)
     tensors = list[TensorPlan]()
@@ -114,8 +114,8 @@ def make_plan(model: GGUFModel, options: Options) -> Plan:
         tensors.append(TensorPlan(part, record, storage, format, arrays))
     if refused:
         raise InputRejectedError(
-            f"{model.parts[0].path}: tensors: {len(refused)} neither {', '.join(sorted(PACKED_TYPES))} weights nor "
-            f"stored as they are: {listing(refused, most=5)}",
+            f"{model.parts[0].path}: tensors: {len(refused)} that are neither {', '.join(sorted(PACKED_TYPES))} "
+            f"weights nor stored unchanged: {listing(refused, most=5)}",
             "Use --other bf16, raw or skip to say how to store them, or --exclude them.",
         )
     if not any(tensor.arrays for tensor in tensors):
@@ -151,7 +151,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _storage(record: TensorRecord, other: Other) -> Storage | None:
-    """How a selected tensor is stored; None if `--other error` forbids it."""
+    """Return how a selected tensor is stored; None if `--other error` forbids it."""
     if record.type.name in PACKED_TYPES and len(record.shape) in (2, 3):
         return "planar"
     if record.type.name in PLAIN_DTYPES:
@@ -163,7 +163,11 @@ def _storage(record: TensorRecord, other: Other) -> Storage | None:
 
 
 def _check_dequantizer(part: GGUFFile, record: TensorRecord) -> None:
-    """Raises GgufRejectedError if the gguf package cannot dequantise the tensor's type."""
+    """Check that the gguf package can dequantise the tensor's type.
+
+    Raises:
+        GgufRejectedError: it cannot.
+    """
     import gguf
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Q6_K blocks repacked into the arrays of a bundle by compiled code, at the speed of the disk.
+"""Repack Q6_K blocks into the arrays of a bundle with compiled code, at the speed of the disk.
 
 `q6k_kernels.formats.blocks` describes a block and decodes it in plain numpy; the tests compare the two.
 """
@@ -16,7 +16,7 @@ from q6k_kernels.formats.blocks import BLOCK_BYTES
 from q6k_kernels.formats.types import DTYPE_BYTES, WeightType
 
 PATHS = {"portable": 0, "avx2": 1}
-"""The ways the compiled repacker knows, by name."""
+"""Code paths of the compiled repacker, by name."""
 
 _EXTENSION = "q6k_convert.convert._repack"
 
@@ -41,7 +41,7 @@ def _library() -> ctypes.CDLL:
 
 
 def best_path() -> str:
-    """The name in `PATHS` of the fastest repacking path this processor has."""
+    """Return the name in `PATHS` of the fastest path that this processor supports."""
     best: int = _library().q6k_best_path()
     return next(name for name, code in PATHS.items() if code == best)
 
@@ -52,19 +52,19 @@ def array_bytes(row: WeightType) -> dict[str, int]:
 
 
 def to_planes(blocks: Any, arrays: Mapping[str, Any], row: WeightType, path: str | None = None) -> int | None:
-    """Repack blocks straight into the arrays of a bundle, in one pass; threads may run it at once.
+    """Repack blocks into the arrays of a bundle in one pass. Several threads may call it at once.
 
     Args:
         blocks: n * 210 contiguous bytes: anything with the buffer protocol (a read-only one is copied).
         arrays: by role, contiguous writable buffers of n times `array_bytes(row)` bytes.
-        row: the weight type: it says whether scales are d * sub-scale, rounded to nearest even, or both numbers.
+        row: the weight type. Its scales are either d * sub-scale, rounded to nearest even, or both numbers apart.
         path: a name in `PATHS`; by default the fastest.
 
     Returns:
         The index of the first block whose d is NaN or infinite, None if there is none.
 
     Raises:
-        ValueError: a buffer of the wrong size, type or layout.
+        ValueError: a buffer has the wrong size, type or layout.
         EnvironmentMissingError: the compiled repacker is missing, or lacks that path.
     """
     source, targets = memoryview(blocks), {suffix: memoryview(array) for suffix, array in arrays.items()}

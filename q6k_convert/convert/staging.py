@@ -1,9 +1,8 @@
-"""A directory that appears whole or not at all.
+"""Write a directory that appears complete or not at all.
 
-The bundle is written into `.NAME.q6k-partial` beside `NAME` and renamed onto it when it is durable.
-A run holds a lock on the partial directory, so a second run on the same output is refused, and what a
-killed run left behind is cleared by the next. Nothing is ever overwritten in place, and nothing that is
-not part of a bundle is ever removed.
+The bundle is written to `.NAME.q6k-partial` beside `NAME` and renamed to `NAME` once it is on disk.
+A run locks the partial directory, so a second run on the same output is refused. The next run removes
+what a killed run left behind. Nothing is overwritten in place, and only files of a bundle are removed.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def check_output(output: Path, sources: Sequence[Path], *, force: bool) -> Path:
-    """Where the bundle will lie, symlinks resolved, if it may lie there.
+    """Return the path of the bundle with symlinks resolved, after checking that it may be written there.
 
     Raises:
         IOFailedError: something is in the way, or the output and an input are the same or nested.
@@ -83,7 +82,11 @@ def check_output(output: Path, sources: Sequence[Path], *, force: bool) -> Path:
 
 
 def check_space(final: Path, needed: int) -> None:
-    """Raises IOFailedError unless the file system of `final` has `needed` bytes free."""
+    """Check that the file system of `final` has `needed` bytes free.
+
+    Raises:
+        IOFailedError: it has not.
+    """
     place = next(p for p in (final, *final.parents) if p.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
@@ -95,10 +98,10 @@ def check_space(final: Path, needed: int) -> None:
 
 @contextmanager
 def staged(output: Path, sources: Sequence[Path], *, force: bool) -> Iterator[Path]:
-    """An empty directory to fill; it becomes `output` when the block ends, and vanishes if it fails.
+    """Yield an empty directory to fill. It becomes `output` when the block ends, and is removed if the block fails.
 
     Raises:
-        IOFailedError: as `check_output`, or another run is writing to this output.
+        IOFailedError: `check_output` refuses the output, or another run is writing to it.
     """
     final = check_output(output, sources, force=force)
     made = [p for p in (final.parent, *final.parent.parents) if not p.exists()]
@@ -109,7 +112,7 @@ def staged(output: Path, sources: Sequence[Path], *, force: bool) -> Iterator[Pa
             final.parent.mkdir(parents=True, exist_ok=True)
             locks.append(_locked(partial, final))
         _recover(final)
-        # The run that held the lock until now may have finished this very output.
+        # The run that held the lock until now may have finished this output.
         check_output(output, sources, force=force)
         _clear(partial)
         yield partial
@@ -131,7 +134,7 @@ def staged(output: Path, sources: Sequence[Path], *, force: bool) -> Iterator[Pa
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Holds back Ctrl-C and its like: what is begun inside is finished before they take effect."""
+    """Delay SIGINT, SIGTERM and SIGHUP until the block has ended."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are handled in the main thread only
         return
@@ -151,7 +154,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _locked(partial: Path, final: Path) -> int:
-    """Creates the partial directory and locks it; the descriptor holds the lock."""
+    """Create and lock the partial directory, and return the descriptor that holds the lock."""
     try:
         partial.mkdir()
         created = True
@@ -187,7 +190,7 @@ def _lock(directory: Path, final: Path) -> int:
 
 
 def _recover(final: Path) -> None:
-    """Sets right what a run left that was killed between the two renames of `_exchange`."""
+    """Restore or remove the old bundle of a run that was killed between the two renames of `_exchange`."""
     aside = _aside(final)
     if not os.path.lexists(aside):
         return
@@ -207,25 +210,29 @@ def _aside(final: Path) -> Path:
 
 
 def _clear(directory: Path) -> None:
-    """Removes what a run leaves in a partial directory; refuses if anything else is there."""
+    """Remove a bundle's files from a directory.
+
+    Raises:
+        IOFailedError: the directory holds anything else; then nothing is removed.
+    """
     entries = list(directory.iterdir())
     foreign = [e.name for e in entries if not _OUR_NAMES.fullmatch(e.name) or e.is_dir()]
     if foreign:
         raise IOFailedError(
             f"{directory} holds what no conversion wrote: {listing(foreign)}", "Remove that directory by hand."
         )
-    # The manifest first: without it, what is left cannot be taken for a bundle.
+    # The manifest goes first: without it, nobody takes the rest for a bundle.
     for entry in sorted(entries, key=lambda e: e.name != manifest.NAME):
         entry.unlink()
 
 
 def _put(partial: Path, final: Path) -> None:
-    """Renames the whole bundle into place; what was there goes only then."""
+    """Rename the complete bundle into place, then remove the old one."""
     if not final.exists() or not any(final.iterdir()):
         partial.rename(final)
         fsync_directory(final.parent)
         return
-    # The old bundle takes the partial directory's name, where another run would look for a lock.
+    # The old bundle gets the partial directory's name, which another run would try to lock.
     lock = _lock(final, final)
     try:
         old = _exchange(partial, final)
@@ -237,10 +244,10 @@ def _put(partial: Path, final: Path) -> None:
 
 
 def _exchange(partial: Path, final: Path) -> Path:
-    """Puts the new bundle in the old one's place, in one step where the file system can.
+    """Exchange the new bundle with the old one, in one step where the file system supports it.
 
     Returns:
-        Where the old one is now.
+        The path of the old bundle.
     """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:

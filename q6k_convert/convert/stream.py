@@ -1,8 +1,8 @@
-"""The source's bytes through the encoders into the bundle: parallel, in cache-sized pieces, in order.
+"""Stream the source through the encoders into the bundle: in parallel, in pieces that fit the cache.
 
-Workers read a piece, encode it and write its arrays at their places; the calling thread takes the
-finished pieces in source order and adds them to the checksums. So the bytes do not depend on the
-number of workers, and memory depends on nothing but it.
+Workers read a piece, encode it and write its arrays at their offsets. The calling thread takes the
+finished pieces in source order and adds them to the checksums. The output therefore does not depend on
+the number of workers, and memory depends on nothing else.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from q6k_kernels.formats.types import weight_type
 from q6k_kernels.gguf.file import GGUFFile
 
 PIECE_BLOCKS = 16384
-"""Q6_K blocks a piece at most: 3.4 MB in, 3.7 MB out; smaller ones cost more in Python than they save."""
+"""Most Q6_K blocks in a piece: 3.4 MB in, 3.7 MB out. Smaller pieces cost more time in Python than they save."""
 BUFFER_BYTES = 128 << 20
-"""All buffers together, whatever the number of workers."""
+"""Most bytes of all buffers together, for any number of workers."""
 DEQUANTIZED_WEIGHTS = 1 << 17
-"""Weights a piece that the gguf package dequantises: its temporaries are many times as large."""
+"""Most weights in a piece that the gguf package dequantises; its temporary arrays are many times as large."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A range of a source file: part of a tensor, or bytes that belong to none (tensor None)."""
+    """A range of a source file: part of a tensor, or bytes outside all tensors (tensor None)."""
 
     part: GGUFFile
     offset: int
@@ -46,7 +46,7 @@ class _Piece:
 
 
 class _Slot:
-    """The buffers of one piece under way."""
+    """Buffers for one piece in progress."""
 
     def __init__(self, plan: Plan, blocks: int) -> None:
         self.source = memoryview(bytearray(blocks * BLOCK_BYTES))
@@ -55,27 +55,27 @@ class _Slot:
         self._target = memoryview(bytearray(blocks * most))
 
     def arrays(self, sizes: Mapping[str, int]) -> dict[str, memoryview]:
-        """Cut the target memory into one buffer a role, of that many bytes each."""
+        """Return one buffer for each role, of the given sizes in bytes, cut from the target memory."""
         ends = accumulate(sizes.values())
         return {role: self._target[end - size : end] for (role, size), end in zip(sizes.items(), ends, strict=True)}
 
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    """A piece that has been written: what is left is to hash it, in order."""
+    """A piece that has been written and waits to be hashed in order."""
 
     source: memoryview
     arrays: list[tuple[str, memoryview]]
 
 
 def stream(plan: Plan, writer: BundleWriter, jobs: int, progress: Callable[[int], None]) -> list[SourceFile]:
-    """Runs the plan: every array written and hashed, every source file hashed.
+    """Run the plan: write and hash every array, and hash every source file.
 
     Args:
-        plan: what to do, its model open.
-        writer: the bundle, made for the plan's shards.
+        plan: the plan, with its model open.
+        writer: writer of the bundle, made for the plan's shards.
         jobs: worker threads.
-        progress: told, in the calling thread, how many source bytes are newly done.
+        progress: called in the calling thread with the number of source bytes newly done.
 
     Returns:
         The source files with their checksums.
@@ -119,7 +119,7 @@ def stream(plan: Plan, writer: BundleWriter, jobs: int, progress: Callable[[int]
 
 
 def _pieces(plan: Plan, most: int) -> Iterator[_Piece]:
-    """All bytes of all parts in order: what lies between tensors too, for the checksum."""
+    """Yield all bytes of all parts in order, also those between tensors, which the checksum covers."""
     by_part: dict[Any, list[TensorPlan]] = {}
     for tensor in plan.tensors:
         by_part.setdefault(tensor.part, []).append(tensor)
@@ -146,7 +146,7 @@ def _piece_bytes(tensor: TensorPlan, most: int) -> int:
 
 
 def _process(plan: Plan, writer: BundleWriter, piece: _Piece, slot: _Slot) -> _Done:
-    """Reads, encodes and writes one piece. Runs in a worker."""
+    """Read, encode and write one piece; runs in a worker."""
     source = slot.source[: piece.nbytes]
     piece.part.read_into(source, piece.offset)
     arrays = list[tuple[str, memoryview]]()
@@ -159,7 +159,7 @@ def _process(plan: Plan, writer: BundleWriter, piece: _Piece, slot: _Slot) -> _D
 
 
 def _encode(plan: Plan, piece: _Piece, source: memoryview, slot: _Slot) -> Iterator[tuple[str, int, memoryview]]:
-    """The arrays that a piece of a tensor becomes: role, byte position in the array, data."""
+    """Yield the encoded arrays of a piece of a tensor: role, byte offset in the array, data."""
     tensor = piece.tensor
     assert tensor is not None  # noqa: S101 -- for the type checker
     if tensor.format is not None:
@@ -179,13 +179,13 @@ def _encode(plan: Plan, piece: _Piece, source: memoryview, slot: _Slot) -> Itera
 
 
 def _dequantized(source: memoryview, tensor: TensorPlan) -> memoryview:
-    # Here, because they take longer to import than a model without such tensors takes to plan.
+    # Imported here: importing them takes longer than planning a model without such tensors.
     import gguf
     import numpy as np
 
     from q6k_kernels.formats.planes import round_to_bf16
 
-    # As one row: the package works row by row, and narrow rows cost it most of its speed.
+    # As one row: the package works row by row, and is slow on narrow rows.
     row = np.frombuffer(source, dtype=np.uint8).reshape(1, -1)
     with np.errstate(all="ignore"):
         weights = gguf.dequantize(row, gguf.GGMLQuantizationType(tensor.record.type))

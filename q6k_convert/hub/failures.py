@@ -1,6 +1,6 @@
-"""What the Hub refuses, or fails to do, as this program's errors.
+"""Turn failures of the Hub into this program's errors.
 
-They never repeat what the Hub or huggingface_hub says, which may hold signed addresses and what was sent.
+Messages never repeat the text of the Hub or of huggingface_hub: it may hold signed addresses or the token.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from q6k_convert.hub.names import Reference
 
 @contextmanager
 def in_words(reference: Reference, address: str, has_token: bool) -> Iterator[None]:
-    """Turn huggingface_hub's exceptions into this program's; the disk's stay as they are.
+    """Turn huggingface_hub's exceptions into this program's; errors of the disk pass unchanged.
 
     Args:
-        reference: what is asked for.
-        address: the Hub's, fit to be printed.
+        reference: the file or quantisation asked for.
+        address: address of the Hub, without a password.
         has_token: whether a token was sent.
     """
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    # The base of what its transport raises: of httpx in releases 1 of the package, of httpx2 in releases 2.
+    # Base class of transport errors: httpx's with huggingface_hub 1, httpx2's with huggingface_hub 2.
     transport_error: type[Exception] = HfHubHTTPError.__bases__[0]
     try:
         yield
-    except LocalEntryNotFoundError as error:  # stands for what went wrong when a file was asked for
+    except LocalEntryNotFoundError as error:  # wraps whatever went wrong with a request
         raise _failure(error.__cause__ or error, reference, address, has_token) from None
     except (transport_error, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -67,7 +67,7 @@ def _failure(error: BaseException, reference: Reference, address: str, has_token
 
 
 def _reason(error: BaseException) -> str:
-    """Say how a connection failed, by the system's words or the error's kind: its text may hold addresses."""
+    """Return how a connection failed: the system's message or the error's class, as its text may hold addresses."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

@@ -1,7 +1,7 @@
-"""A GGUF file of the Hugging Face Hub by its name, brought into the cache and checked before it is opened.
+"""Download a GGUF file of the Hugging Face Hub into the cache, and check it before it is opened.
 
-Requests, downloads and the cache are huggingface_hub's. Here are the order of the steps, the plan, offline mode.
-Of the documented layout of the cache this is used:
+huggingface_hub does the requests and downloads and keeps the cache. This module plans the download, orders the
+steps and handles offline mode. It relies on this part of the documented layout of the cache:
 
     HF_HUB_CACHE/models--ORG--REPO/refs/REVISION           the commit that the revision was when last fetched
                                    snapshots/COMMIT/FILE   a link to
@@ -38,8 +38,8 @@ class Source:
     """A GGUF to open.
 
     Attributes:
-        path: where it is; None if it would have had to be downloaded and that was not wanted.
-        document: for `--json`: what is downloaded; empty for a file that was no reference.
+        path: path of the file; None if it is not in the cache and `download` is False.
+        document: the download, for `--json`; empty if the argument was a path.
     """
 
     path: Path | None
@@ -47,25 +47,25 @@ class Source:
 
 
 def local_path(source: str, note: Callable[[str], None], progress: Progress) -> Path:
-    """Return `resolve`'s path, with whatever is missing downloaded."""
+    """Return the path that `resolve` finds, after downloading what is missing."""
     found = resolve(source, note, progress).path
     assert found is not None  # noqa: S101 -- for the type checker
     return found
 
 
 def resolve(source: str, note: Callable[[str], None], progress: Progress, *, download: bool = True) -> Source:
-    """Find the file that a command's argument stands for: itself, or what it refers to, brought into the cache.
+    """Return the file that a command's argument names: a path itself, or a reference's file in the cache.
 
     Args:
         source: a path or a reference.
-        note: told, line by line, what will be downloaded.
-        progress: makes a progress display from a total in bytes and a word for what is done.
-        download: if False, say what would be downloaded and do not.
+        note: called with each line about what will be downloaded.
+        progress: makes a progress display from a total in bytes and a label.
+        download: if False, only say what would be downloaded.
 
     Raises:
-        InputRejectedError: the Hub has no such file, keeps it from us, has several, or its answer is malformed.
-        IOFailedError: the Hub or the disk fails, or is full; a file's hash is wrong; or the Hub may not be asked
-            and the cache lacks the file.
+        InputRejectedError: the Hub has no such file or several, denies access, or its answer is malformed.
+        IOFailedError: the Hub or the disk fails, or the disk is full; a file's hash is wrong; or offline mode is
+            set and the cache lacks the file.
         EnvironmentMissingError: huggingface_hub is not installed, or too old.
         UsageError: HF_TOKEN or HF_ENDPOINT is malformed.
     """
@@ -94,16 +94,16 @@ class _Hub:
     """The Hub that HF_ENDPOINT names, as the holder of HF_TOKEN sees it, and the cache of one repository.
 
     Attributes:
-        address: the Hub's, without a name and password: what may be printed.
+        address: address of the Hub without user name and password, safe to print.
         has_token: whether HF_TOKEN is set.
-        offline: whether the Hub may not be asked.
+        offline: whether HF_HUB_OFFLINE forbids asking the Hub.
     """
 
     def __init__(self, reference: Reference) -> None:
         from huggingface_hub import HfApi, constants, is_offline_mode, logging
 
         logging.set_verbosity_error()  # type: ignore[no-untyped-call] # warnings quote addresses
-        # Only from the environment: a token that lies in a file was not meant for this program.
+        # Only from the environment: a token stored in a file was not meant for this program.
         token = os.environ.get("HF_TOKEN", "").strip()
         if token and not re.fullmatch(r"[!-~]{1,1000}", token):
             raise UsageError("HF_TOKEN holds characters that no token has", "Set it to the token and nothing else.")
@@ -118,7 +118,7 @@ class _Hub:
         self._ref = self._folder / "refs" / reference.revision
 
     def files(self) -> tuple[str, list[HubFile]]:
-        """Return the commit that the reference means now, and its files."""
+        """Return the commit that the reference names at present, and its files."""
         reference = self._reference
         if self.offline:
             return self._cached_files()
@@ -157,7 +157,7 @@ class _Hub:
             ) from None
 
     def is_cached(self, commit: str, file: HubFile) -> bool:
-        """Check whether a file need not be downloaded."""
+        """Check whether a file is in the cache."""
         repository = self._reference.repository
         found = self._api.hf_hub_download(repository, file.name, revision=commit, dry_run=True)
         if found.commit_hash != commit:
@@ -165,7 +165,7 @@ class _Hub:
         return found.is_cached
 
     def fetch(self, commit: str, file: HubFile, tell: Tell) -> Path:
-        """Return where a file is in the cache, downloaded if it is not there; its hash is yet to be checked."""
+        """Return a file's path in the cache, after downloading it if it is missing. Its hash is not checked."""
         bar = _bar(tell)
         try:
             return Path(
@@ -183,14 +183,14 @@ class _Hub:
             ) from None
 
     def remember(self, commit: str) -> None:
-        """Note which commit the revision is, for when the Hub may not be asked."""
+        """Record which commit the revision names, for offline mode."""
         if commit != self._reference.revision:
-            with suppress(OSError):  # a cache that somebody else keeps may be read-only
+            with suppress(OSError):  # a shared cache may be read-only
                 self._ref.parent.mkdir(parents=True, exist_ok=True)
                 self._ref.write_text(commit)
 
     def plan(self, commit: str, files: Sequence[HubFile], cached: Sequence[bool]) -> dict[str, Any]:
-        """Return what is downloaded and what is there already, for `--json`."""
+        """Return which files are downloaded and which are in the cache, for `--json`."""
         place = next(path for path in (self._folder, *self._folder.absolute().parents) if path.exists())
         there = [file.size if found else 0 for file, found in zip(files, cached, strict=True)]
         total = sum(file.size for file in files)
@@ -211,7 +211,7 @@ class _Hub:
 
 
 def _check_package(reference: Reference) -> None:
-    """Check that huggingface_hub is installed and new enough."""
+    """Check that huggingface_hub is installed and recent enough."""
     try:
         found = version("huggingface_hub")
     except PackageNotFoundError:
@@ -230,7 +230,7 @@ def _public(endpoint: str) -> str:
     """Return the Hub's address without a name and password.
 
     Raises:
-        UsageError: it is no address. It is not repeated, for it may be secret.
+        UsageError: the endpoint is not an address. The message does not repeat it, as it may hold a password.
     """
     try:
         parts = urlsplit(endpoint)
@@ -265,7 +265,7 @@ def _check_room(document: dict[str, Any]) -> None:
 
 
 def _bar(tell: Tell) -> type[tqdm[Any]]:
-    """Make the class of progress bars that huggingface_hub updates: they draw nothing and tell `tell` of bytes."""
+    """Return a class of progress bars for huggingface_hub that draw nothing and pass the bytes to `tell`."""
     from tqdm import tqdm
 
     class Bar(tqdm):  # type: ignore[type-arg]
@@ -273,10 +273,10 @@ def _bar(tell: Tell) -> type[tqdm[Any]]:
             super().__init__(disable=True)
 
         def update(self, n: float | None = 1) -> None:
-            tell(int(n or 0))  # of the file; below 0 where a server makes it start anew
+            tell(int(n or 0))  # bytes of the file; negative when a server makes it start again
 
         def update_transfer(self, n: float | None = 1) -> None:
-            """Ignore what Xet needs of the network for them, which is less where it knows a part already."""
+            """Ignore the bytes that Xet transfers: fewer than the file's where it has parts already."""
 
         def set_transfer_postfix_str(self, *_: object, **__: object) -> None:
             pass

@@ -1,7 +1,7 @@
-"""The check that files in the Hub's cache are those that the Hub lists: by hash, whoever brought them there.
+"""Check by hash that files in the Hub's cache are those that the Hub lists, whoever put them there.
 
-Hashing takes as long as reading. A check that passed is therefore remembered, for as long as the file keeps its
-inode, its size and its times, the last of which no program can set back:
+Hashing takes as long as reading, so a check that passed is remembered. It holds while the file keeps its inode,
+size and times; no program can set the last of these, the change time:
 
     HF_ASSETS_CACHE/q6k-convert/checked/HASH    device, inode, size, modified and changed (ns) of the file checked
 """
@@ -26,13 +26,13 @@ def check(files: Sequence[HubFile], paths: Sequence[Path], cached: Sequence[bool
     """Compare the hash of each file with the listed one.
 
     Args:
-        files: as they are listed.
-        paths: where they are.
-        cached: whether they were there before this run; one that was not is removed if it is wrong.
-        progress: makes a progress display from a total in bytes and a word for what is done.
+        files: files as the Hub lists them.
+        paths: their paths in the cache.
+        cached: whether each was in the cache before this run; a new file with a wrong hash is removed.
+        progress: makes a progress display from a total in bytes and a label.
 
     Raises:
-        IOFailedError: a file has another hash, or the cache does not say which it should have.
+        IOFailedError: a file has another hash, or the cache does not record the hash.
     """
     rows = [row for row in zip(files, paths, cached, strict=True) if not _is_remembered(row[0], row[1])]
     if not rows:
@@ -43,7 +43,7 @@ def check(files: Sequence[HubFile], paths: Sequence[Path], cached: Sequence[bool
 
 
 def _check(file: HubFile, path: Path, was_cached: bool, tell: Tell) -> None:
-    """Compare one file's hash, and remember that it is right."""
+    """Compare one file's hash with the listed one, and remember a match."""
     if not file.digest:
         raise IOFailedError(
             f"{path}: the cache does not say its hash, for it holds no links",
@@ -53,7 +53,7 @@ def _check(file: HubFile, path: Path, was_cached: bool, tell: Tell) -> None:
     found = _digest(file, path, tell)
     if found == file.digest:
         note = _note(file)
-        with suppress(OSError):  # without it the next run checks again
+        with suppress(OSError):  # without this record the next run checks again
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(stamp)
         return
@@ -67,7 +67,7 @@ def _check(file: HubFile, path: Path, was_cached: bool, tell: Tell) -> None:
 
 
 def _digest(file: HubFile, path: Path, tell: Tell) -> str:
-    """Return a file's hash in hex, of the kind that is listed."""
+    """Return a file's hash in hex, of the same kind as the listed one."""
     if len(file.digest) == 40:  # git's id of a file: the SHA-1 of its length and its content
         hasher = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     else:
@@ -80,7 +80,7 @@ def _digest(file: HubFile, path: Path, tell: Tell) -> str:
 
 
 def _is_remembered(file: HubFile, path: Path) -> bool:
-    """Check whether this very file, unchanged, has passed before."""
+    """Check whether this file has passed before and is unchanged since."""
     try:
         return bool(file.digest) and _note(file).read_text() == _stamp(path)
     except OSError:
@@ -88,13 +88,13 @@ def _is_remembered(file: HubFile, path: Path) -> bool:
 
 
 def _note(file: HubFile) -> Path:
-    """Return where a passed check is remembered."""
+    """Return the path of the record of a passed check."""
     from huggingface_hub import constants
 
     return Path(constants.HF_ASSETS_CACHE, "q6k-convert", "checked", file.digest)
 
 
 def _stamp(path: Path) -> str:
-    """Describe a file so that any change to it changes the description."""
+    """Return a description of a file that any change to the file changes."""
     status = path.stat()
     return f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"

@@ -1,11 +1,11 @@
-"""What a reference to a file of the Hugging Face Hub means, and which of a repository's files it selects.
+"""Parse references to files of the Hugging Face Hub, and select the files of a repository that they name.
 
     reference = ORG/REPO[@REVISION]:QUANTISATION      the one model of that quantisation, all its parts
               | ORG/REPO[@REVISION]/PATH/FILE.gguf    that file, and the other parts if it is one of several
     revision  = branch, tag or commit without a slash, or refs/pr/NUMBER; `main` if none is given
 
-What exists on this machine is never a reference. Neither is `DIR/FILE.gguf`, nor `DIR/…/FILE.gguf` where DIR
-exists: those are mistyped paths. The Hub is not trusted: its names, sizes and hashes are checked before use.
+A path that exists on this machine is never a reference. Neither is `DIR/FILE.gguf` or `DIR/…/FILE.gguf` where DIR
+exists: that is a mistyped path. The Hub is not trusted: its names, sizes and hashes are checked before use.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Reference:
     """A quantisation or a file of a repository at a revision.
 
     Attributes:
-        quantisation, file: one of the two; the other is "".
-        certain: whether it cannot be meant as a path: it names a quantisation or a revision.
+        quantisation, file: one of the two is given; the other is "".
+        certain: whether the text cannot be a path, because it names a quantisation or a revision.
     """
 
     text: str
@@ -61,19 +61,19 @@ class Reference:
 
     @property
     def where(self) -> str:
-        """The beginning of the text of `reject`'s errors."""
+        """Beginning of the messages of `reject`."""
         return f"{Path(self.text)}: on the Hub: "
 
     def reject(self, problem: str, remedy: str) -> InputRejectedError:
-        """Return an error about what the Hub has, or says that it has."""
+        """Return an error about the contents of the Hub."""
         return InputRejectedError(f"{self.where}{problem}", remedy)
 
     def malformed(self, what: str) -> InputRejectedError:
-        """Return an error about an answer that no Hub gives."""
+        """Return an error about a malformed answer of the Hub."""
         return self.reject(f"its answer is malformed: {what}", "Check HF_ENDPOINT, or run again later.")
 
     def absent(self, kind: type[Q6KConvertError], problem: str, remedy: str) -> Q6KConvertError:
-        """Return an error of this kind; or, where a mistyped path may be meant, one of exit code 4 that says so."""
+        """Return an error of this kind or, if the text may be a mistyped path, an IOFailedError that says so."""
         if self.certain:
             return (
                 self.reject(problem, remedy)
@@ -91,9 +91,9 @@ class HubFile:
     """A file of a repository.
 
     Attributes:
-        name: its path there.
-        size: in bytes.
-        digest: SHA-256 of the content in hex (64 digits) or, for a file kept in git itself, git's id of it (40).
+        name: path in the repository.
+        size: size in bytes.
+        digest: hash in hex: SHA-256 of the content (64 digits) or, for a small file kept in git, its git id (40).
     """
 
     name: str
@@ -102,7 +102,7 @@ class HubFile:
 
 
 def parse(source: str) -> Reference | None:
-    """Return the reference that a command's argument is; None if it is a path, also a mistyped one."""
+    """Return the reference in a command's argument; None if the argument is a path, even a mistyped one."""
     match = _REFERENCE.fullmatch(source)
     if match is None or os.path.lexists(source):
         return None
@@ -125,7 +125,7 @@ def listing(reference: Reference, info: ModelInfo) -> tuple[str, list[HubFile]]:
     """Check the Hub's answer about a repository, and return the commit and the GGUF files that it lists.
 
     Raises:
-        InputRejectedError: a field is missing or malformed, or it is another commit than the one asked for.
+        InputRejectedError: a field is missing or malformed, or the answer is about another commit.
     """
     commit, siblings = info.sha, info.siblings
     if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
@@ -143,7 +143,7 @@ def listing(reference: Reference, info: ModelInfo) -> tuple[str, list[HubFile]]:
             continue
         if not _is_safe(name) or name in files:
             raise reference.malformed(f"a file named {name[:200]!r}{' twice' if name in files else ''}")
-        # Of a small file, kept in git itself, there is git's own hash only.
+        # A small file is kept in git itself and has only git's hash.
         digest, digits = (sibling.lfs.sha256, 64) if sibling.lfs else (sibling.blob_id, 40)
         if not isinstance(digest, str) or not re.fullmatch(f"[0-9a-f]{{{digits}}}", digest):
             raise reference.malformed(f"{name} has no hash")
@@ -154,10 +154,10 @@ def listing(reference: Reference, info: ModelInfo) -> tuple[str, list[HubFile]]:
 
 
 def selected(reference: Reference, files: Sequence[HubFile]) -> list[HubFile]:
-    """Return the files that the reference means, in order: one, or all parts of a split one.
+    """Return the files that the reference names, in order: one file, or all parts of a split one.
 
     Raises:
-        InputRejectedError: there is none, a part is missing, or several files have the quantisation.
+        InputRejectedError: there is no such file, a part is missing, or several files have the quantisation.
     """
     named = {file.name: file for file in files}
     if not named:
@@ -197,15 +197,15 @@ def _quantised(reference: Reference, named: dict[str, HubFile]) -> str:
 
 
 def _first_part(name: str) -> str:
-    """Return the name of a file's first part; its own if it is not one of several."""
+    """Return the name of the first part of a split file; of another file its own name."""
     part = _PART.fullmatch(name)
     return f"{part['stem']}-00001-of-{part['count']}.gguf" if part else name
 
 
 def _label(name: str) -> str:
-    """Return the quantisation that a file's name ends in, or else its directory's, in lower case; "" for none."""
+    """Return the quantisation at the end of a file's name, else of its directory's, in lower case; "" for none."""
     path = PurePosixPath(name)
-    if path.name.lower().startswith("mmproj"):  # the part of a model that sees; not the model
+    if path.name.lower().startswith("mmproj"):  # the vision part of a model, not the model
         return ""
     part = _PART.fullmatch(path.name)
     for place in (part["stem"] if part else path.stem, path.parent.name):

@@ -1,3 +1,3 @@
-"""What this machine can do: the doctor, and building the C++ library of the operations."""
+"""Check what this machine can run, and build the C++ library of the operations."""
 
 __all__ = ["build_ops", "doctor"]

@@ -40,7 +40,7 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Tools:
-    """What a build takes.
+    """Tools that a build needs.
 
     Attributes:
         nvrtc: the version of the kernels' compiler, "13.0" say.
@@ -61,18 +61,18 @@ def build(
     """Build the library.
 
     Args:
-        out: its folder; by default `ops` in the cache of kernels.
-        architectures: compute capabilities to compile kernels for; all that tests are made for if there is none.
-        jobs: compilers at a time; as many as processors by default.
-        note: told what happens, line by line.
-        only: for tests, a regular expression of the units to build in, whose names are as `units.name_of` has them.
+        out: directory of the library; by default `ops` in the kernel cache.
+        architectures: compute capabilities to compile kernels for, as 90 for 9.0; by default all supported ones.
+        jobs: compilers at a time; by default the number of processors.
+        note: called with each line about the progress.
+        only: for tests, a regular expression that selects units by the names that `units.name_of` gives them.
 
     Returns:
         For `--json`: `library`, its path, `bytes`, `architectures`, `nvrtc`, `torch`, `seconds`, and `kernels`,
         what each takes.
 
     Raises:
-        UsageError: an architecture is none that kernels run on.
+        UsageError: kernels do not run on a given architecture.
         EnvironmentMissingError: a tool is missing or too old, or the build fails.
         CompilerMissingError: there is no NVRTC, or it does not know an architecture.
         CompileFailedError: a kernel does not compile, or spills.
@@ -230,14 +230,14 @@ def _run(command: list[str], work: Path, note: Note, log: Callable[[str], object
 
 
 def _install(made: Path, library: Path) -> Path:
-    """Puts the library in its place in one step: a process that has the old one loaded keeps it whole."""
+    """Replace the library in one step, so that a process which has the old one loaded keeps it intact."""
     temporary = library.with_suffix(".tmp")
     shutil.copy2(made, temporary)
     return temporary.replace(library)
 
 
 def _expect_loads(library: Path, architectures: Sequence[int]) -> None:
-    """In a process of its own, so that this one's operations stay as they are."""
+    """Check that the library loads, in another process, so that this one keeps its own operations."""
     program = "import sys; from q6k_kernels.ops.library import load; print(*load(sys.argv[1]).architectures)"
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-c", program, str(library)], capture_output=True, text=True, check=False

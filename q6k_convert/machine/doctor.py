@@ -1,7 +1,7 @@
-"""What of all that running a model takes is on this machine, and what is not.
+"""Check what this machine needs to run kernels.
 
-Each probe stands alone and reports whatever it meets, so that a broken machine gets a report and not a
-traceback. Only the last, the kernels' own test, puts anything on a GPU.
+Each probe catches its own errors, so a broken machine gets a report and not a traceback. Only the last
+probe, the self-test of the kernels, uses memory of a GPU.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 _GET_TORCH = "Install torch for CUDA: `pip install torch`."
 _LIKELY = "Run where `nvidia-smi` lists a GPU; in a container, start it with access to GPUs (`--gpus all`)."
 _ANY_ARCHITECTURE = "sm_80"
-"""What the compiler is tried for where no GPU is found that kernels run on."""
+"""Architecture that the compiler is tried with where no supported GPU is found."""
 _PROBE = 'extern "C" __global__ void probe(int* p) { *p = 1; }'
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one probe found.
+    """Result of one probe.
 
     Attributes:
-        name: what was looked at.
-        state: "ok", "missing", "broken", or "skipped" for want of something else.
+        name: part of the machine that was checked.
+        state: "ok", "missing", "broken", or "skipped" because something else is missing.
         detail: what was found, or what is wrong.
-        remedy: what to do, if something is.
-        needed: whether kernels do not run without it.
-        facts: what was found, for programs.
+        remedy: how to repair it, if something is wrong.
+        needed: whether kernels need this part to run.
+        facts: the same details as data, for `--json`.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Finding:
 
 @dataclass
 class _Known:
-    """What later probes need of earlier ones; None if it was not found."""
+    """Results that later probes need of earlier ones; None if not found."""
 
     torch_cuda: tuple[int, int] | None = None
     driver_cuda: tuple[int, int] | None = None
@@ -60,7 +60,7 @@ class _Known:
 
 
 def examine() -> dict[str, Any]:
-    """All findings, for `--json`: `status`, "ok" if kernels run and compute what they should, and `findings`."""
+    """Run all probes and return the document for `--json`: `status` ("ok" or "not ready") and `findings`."""
     known = _Known()
     findings = [finding for probe in _PROBES for finding in _guarded(probe, known)]
     if all(finding.state == "ok" for finding in findings if finding.needed):
@@ -249,7 +249,7 @@ _PROBES: tuple[Callable[[_Known], Iterator[Finding]], ...] = (_python, _torch, _
 
 
 def _release() -> str | None:
-    """The driver's own version, as 580.65.06; None where the kernel does not tell."""
+    """Return the version of the NVIDIA driver, like 580.65.06; None where Linux does not list it."""
     try:
         match = re.search(r"\b(\d{3,}\.\d+(\.\d+)?)\b", _DRIVER_VERSION.read_text(errors="replace"))
     except OSError:

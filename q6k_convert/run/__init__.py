@@ -1,3 +1,3 @@
-"""Running a bundle's model from the command line: text, and export of a program."""
+"""Run a bundle's model: generate text, or export it as a program."""
 
 __all__ = ["export_command", "generate_command"]

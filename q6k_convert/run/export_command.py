@@ -1,4 +1,4 @@
-"""A bundle's model as a compiled program in one file, held against the model it was made from before it is kept."""
+"""Compile a bundle's model into a program in one file, and check its logits before keeping it."""
 
 from __future__ import annotations
 
@@ -39,14 +39,16 @@ Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 Note = Callable[[str], None]
 DEFAULT_CAPACITY = 4096
 ALLOWED = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.15}
-"""Largest difference of logits, relative to how far they change from one token to the next. The compiler fuses what
-the model rounds in between, and where activations become 8-bit codes a rounding may tip a code over: 0.02 to 0.04
-were seen in 16 bits. A program that mistakes one token or position for another is off by about 1."""
+"""Largest accepted difference of logits, relative to their change from one token to the next.
+
+The compiler fuses operations between which the model rounds, and a different rounding can change an 8-bit code of
+the activations: differences of 0.02 to 0.04 were measured in 16 bits. A program that confuses tokens or positions
+differs by about 1."""
 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What is asked for; see the command's options."""
+    """Request of the command; see its options."""
 
     bundle: Path
     target: Path
@@ -58,20 +60,20 @@ class ExportRequest:
 
 
 def run(request: ExportRequest, note: Note, progress: Progress) -> dict[str, Any]:
-    """Exports, and returns what `--json` prints.
+    """Export a bundle's model, and return the document for `--json`.
 
     Args:
-        request: what is asked for.
-        note: told, line by line, what is under way.
-        progress: makes a progress display from a total in bytes and a word for what is done.
+        request: request of the command.
+        note: called with each line about the progress.
+        progress: makes a progress display from a total in bytes and a label.
 
     Raises:
-        UsageError: the options make no sense together.
-        IOFailedError: there is a file already, not to be replaced.
+        UsageError: the options contradict each other.
+        IOFailedError: the target exists and may not be replaced, or its directory does not exist.
         EnvironmentMissingError: a package, a compiler or the GPU is missing.
-        VerificationFailedError: the program's logits are not the model's.
-        ModelError: no model can be made from the bundle, or torch does not export it.
-        BundleError: it is no bundle, or its files break the format.
+        VerificationFailedError: the program's logits differ too far from the model's.
+        ModelError: no model can be made from the bundle, or torch cannot export it.
+        BundleError: the directory is not a bundle, or its files break the format.
         OSError: a file cannot be read or written.
     """
     _check_target(request)
@@ -80,7 +82,7 @@ def run(request: ExportRequest, note: Note, progress: Progress) -> dict[str, Any
     from q6k_kernels.bundle.metadata import read_metadata
     from q6k_kernels.models.registry import architecture_of
 
-    # Before all that takes long, or that may fail for a reason which would not matter then.
+    # Check the model first: the steps below take long or may fail for other reasons.
     metadata = read_metadata(request.bundle)
     architecture_of(metadata)
     capacity = _capacity(request, metadata)
@@ -104,7 +106,7 @@ class _Export:
         )
 
     def document(self, manifest: manifests.Manifest, progress: Progress) -> dict[str, Any]:
-        """Loads, exports to a file beside the target, checks that, and puts it in its place."""
+        """Load, export to a file beside the target, check that file, move it into place; return the document."""
         target = self.request.target
         temporary = target.with_name(f".{target.stem}.{os.getpid()}.checked.pt2")
         try:
@@ -115,7 +117,7 @@ class _Export:
             with self._timed("export"):
                 exported = self._exported(module, manifest.architecture, temporary)
             state_bytes = sum(each.nbytes for each in exported.info.state)
-            # Before the program takes as much memory again.
+            # Free the model first: the program takes as much memory again.
             del module
             gc.collect()
             if self.device.type == "cuda":
@@ -174,12 +176,12 @@ class _Export:
         return export_model(module, path, architecture=architecture, note=self.note)
 
     def _difference(self, path: Path, expected: list[Tensor]) -> float:
-        """The largest difference between the program's logits and those expected, see `ALLOWED`."""
+        """Return the largest difference between the program's logits and the expected ones, see `ALLOWED`."""
         from q6k_kernels.export.program import Program
 
         program = Program(path, self.device)
         for each in program.state.values():
-            each.normal_()  # no slot may tell before it is written
+            each.normal_()  # the result must not depend on slots that are not yet written
         ids = _sample(program.info.vocabulary)
         found = [program.prefill(ids[:-1]), program.prefill(ids[-1:])]
         change = (expected[1] - expected[0]).norm()
@@ -201,12 +203,12 @@ class _Export:
 
 
 def _sample(vocabulary: int) -> list[int]:
-    """Some tokens, the same every time."""
+    """Return 8 token ids, the same on every call."""
     return [(7919 * number + 2) % vocabulary for number in range(8)]
 
 
 def _logits_of_module(module: ExportableModel) -> list[Tensor]:
-    """Of the model itself: after a chunk of tokens, and after one more."""
+    """Return the model's own logits after a chunk of tokens, and after one more."""
     import torch
 
     device = module.model.device

@@ -1,4 +1,4 @@
-"""Text from a bundle: tokenizer, model, prompt, answer, and how long each of them took."""
+"""Generate text with a bundle's model: tokenizer, model, prefill, decode, and the time of each."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MAX_PROMPT_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What is asked for; see the command's options."""
+    """Request of the command; see its options."""
 
     bundle: Path
     prompt: str | None
@@ -55,19 +55,19 @@ class GenerateRequest:
 def run(
     request: GenerateRequest, write: Callable[[str], None], note: Callable[[str], None], progress: Progress
 ) -> dict[str, Any]:
-    """Generates, and returns what `--json` prints.
+    """Generate text, and return the document for `--json`.
 
     Args:
-        request: what is asked for.
-        write: told the answer, piece by piece, and a last line break.
-        note: told, line by line, what is under way.
-        progress: makes a progress display from a total in bytes and a word for what is done.
+        request: request of the command.
+        write: called with each piece of the answer, and a last line break.
+        note: called with each line about the progress.
+        progress: makes a progress display from a total in bytes and a label.
 
     Raises:
-        UsageError: the options make no sense together, or the text is too long for the model.
+        UsageError: the options contradict each other, or the text is too long for the model.
         EnvironmentMissingError: a package or the GPU is missing.
         ModelError: no model or tokenizer can be made from the bundle.
-        BundleError: it is no bundle, or its files break the format.
+        BundleError: the directory is not a bundle, or its files break the format.
         OSError: a file cannot be read.
     """
     prompt = _prompt(request)
@@ -76,7 +76,7 @@ def run(
     from q6k_kernels.bundle.metadata import read_metadata
     from q6k_kernels.models.registry import architecture_of
 
-    # Before all that takes long, or that may fail for a reason which would not matter then.
+    # Check the model first: the steps below take long or may fail for other reasons.
     metadata = read_metadata(request.bundle)
     architecture_of(metadata)
     device = device_of(request.device, note)
@@ -105,7 +105,7 @@ class _Generation:
             self.tokenizer, self.ids = _tokenized(request, prompt)
 
     def document(self, manifest: manifests.Manifest, progress: Progress) -> dict[str, Any]:
-        """Loads, prefills, decodes."""
+        """Load, prefill and decode, and return the document."""
         request = self.request
         with progress(sum(tensor.nbytes for tensor in manifest.tensors), "loading") as tell, self._timed("load"):
             model = self._model(tell)
@@ -127,7 +127,7 @@ class _Generation:
                     put(stream.push(token))
             put(stream.end())
         finally:
-            # Also where it is interrupted: what comes next begins a line of its own.
+            # Also if interrupted, so that the next message begins on a new line.
             self.write("\n")
         stopped = generator.stop_reason == "stop"
         steps = len(answer) - 1 + stopped
@@ -186,7 +186,7 @@ class _Generation:
         if self.device.type == "cuda":
             self.note("preparing kernels")
             with self._timed("prepare"):
-                # Once for the compilers; the second is the one that counts.
+                # This first prefill compiles the kernels; only the later one is timed.
                 generator.prefill(self.ids)
                 generator.prepare(request.max_new_tokens)
                 generator.reset()
@@ -216,7 +216,7 @@ def _prompt(request: GenerateRequest) -> str:
     if request.prompt is None:
         raise UsageError("there is no prompt", "Give one: --prompt TEXT, or --prompt - to read it from stdin.")
     if request.system is not None and not request.chat:
-        raise UsageError("--system is a part of a conversation", "Give --chat too.")
+        raise UsageError("--system needs --chat", "Give both, or put all of it into --prompt.")
     if request.prompt != "-":
         prompt = request.prompt
     else:
@@ -229,7 +229,7 @@ def _prompt(request: GenerateRequest) -> str:
             raise UsageError(f"the prompt on stdin is not UTF-8: {error.reason} at byte {error.start}") from error
     try:
         prompt.encode()
-    except UnicodeEncodeError as error:  # bytes of the command line that are no UTF-8
+    except UnicodeEncodeError as error:  # the command line holds bytes that are not UTF-8
         raise UsageError(f"the prompt is not UTF-8, at character {error.start}") from error
     return prompt
 

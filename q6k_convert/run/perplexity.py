@@ -1,4 +1,4 @@
-"""How much a text surprises a model, token by token."""
+"""Compute the loss of a model on a text, token by token."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 ROWS_AT_ONCE = 64
-"""Tokens whose logits are turned to float32 at a time."""
+"""Tokens whose logits are converted to float32 at a time."""
 
 
 def losses(model: Any, windows: list[list[int]]) -> Tensor:
-    """-log of each token's probability, float64 on the CPU, (tokens,); the first of each window has none."""
+    """Return -log of each token's probability, float64 (tokens,) on the CPU, without each window's first token."""
     found = []
     for window in windows:
         ids = torch.tensor([window], device=model.device)

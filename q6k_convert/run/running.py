@@ -1,4 +1,4 @@
-"""What commands that run a model have in common: the packages it takes, where it runs, and in which dtype."""
+"""Choose packages, device and dtype for the commands that run a model."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _INSTALL = "Install what models take: `pip install 'q6k-convert[inference]'`."
 
 
 def check_packages(doing: str) -> None:
-    """Whether torch and transformers are there.
+    """Check that torch and transformers are installed.
 
     Args:
-        doing: what needs them.
+        doing: what needs them, for the message.
 
     Raises:
-        EnvironmentMissingError: one is not.
+        EnvironmentMissingError: a package is not installed.
     """
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing:
@@ -32,10 +32,10 @@ def check_packages(doing: str) -> None:
 
 
 def device_of(asked: Device, note: Callable[[str], None]) -> str:
-    """The device, cpu or cuda.
+    """Return the device to run on, "cpu" or "cuda".
 
     Raises:
-        EnvironmentMissingError: "cuda" is asked for, and something that it takes is missing.
+        EnvironmentMissingError: "cuda" is asked for, and something that it needs is missing.
     """
     from q6k_convert.verify.device_stage import missing_for_cuda
 
@@ -52,10 +52,10 @@ def device_of(asked: Device, note: Callable[[str], None]) -> str:
 
 
 def dtype_of(asked: Dtype, device: str) -> torch.dtype:
-    """Of activations and of weights that are not packed.
+    """Return the dtype of activations and of weights that are not packed.
 
     Raises:
-        UsageError: fp32 on a GPU, whose kernels take 16 bits.
+        UsageError: fp32 is asked for on a GPU, whose kernels take 16 bits.
     """
     import torch
 
@@ -67,12 +67,12 @@ def dtype_of(asked: Dtype, device: str) -> torch.dtype:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """bfloat16, say."""
+    """Return the name of a dtype, like "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def described(device: torch.device) -> str:
-    """The GPU's name, or the CPU."""
+    """Return the name of the GPU, or "the CPU"."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"

@@ -1,3 +1,3 @@
-"""Is a bundle right: structure, content, against its source, on the device; and the report."""
+"""Verify a bundle: structure, content, source and device; and write the report."""
 
 __all__ = ["device_stage", "report", "source_stage", "stages"]

@@ -1,8 +1,8 @@
-"""One packed matrix multiplied on a device and compared with `accuracy`, the fp64 statement of the formulas.
+"""Multiply one packed matrix on a device and compare with `accuracy`, the fp64 statement of the formulas.
 
-On the CPU the reference multiplies some rows at a time, so memory does not grow with a tensor. On a GPU the
-operations under test work on tiles packed by one of them, and `accuracy` beside them on the planes as the bundle
-has them; rows that are gathered and expanded are compared, too. At most one matrix is on the GPU at a time.
+On the CPU the reference multiplies some rows at a time, so memory does not grow with the tensor. On a GPU the
+operations under test use tiles that one of them packs, while `accuracy` uses the planes of the bundle. Gathered
+and dequantised rows are compared as well. At most one matrix is on the GPU at a time.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ Formula = Literal["int8", "bf16"]
 Progress = Callable[[int], None]
 
 SEED = 0
-"""Seeds the activations: bf16, standard normal, the same for all tensors of one K on every device."""
+"""Seed of the activations: bf16, standard normal, the same for all tensors of one K on every device."""
 SIZES: dict[str, tuple[tuple[int, Formula], ...]] = {
     "cpu": ((1, "int8"), (16, "bf16")),
     "cuda": ((1, "int8"), (16, "bf16"), (512, "bf16")),
 }
-"""Rows of activations and how they are treated: a decoding step, a short prefill, a longer one."""
+"""Rows of activations and their formula: a decoding step, a short prefill, a longer one."""
 CHECKED_ROWS = 16
-"""Of more rows of activations as many are compared, evenly spread: each meets every weight."""
+"""Most rows of activations to compare, evenly spread; each row meets every weight."""
 READ_WEIGHTS = 1 << 25
-"""Read from the disk and copied to the GPU at a time, 29 MB."""
+"""Weights read from the disk and copied to the GPU at a time, about 29 MB."""
 EXACT_WEIGHTS = {"cpu": 1 << 21, "cuda": 1 << 24}
-"""Unpacked to fp64 at a time; about 40 bytes each, 100 MB and 700 MB."""
+"""Weights unpacked to fp64 at a time; about 40 bytes each, so 100 MB and 700 MB."""
 CALLS = 3
-"""Timed together, after one that compiles what is not compiled yet."""
+"""Calls timed together, after a first call that compiles missing kernels."""
 SPOT_ROWS = 64
-"""Rows that are gathered, and as many at the end of the matrix expanded, and compared to the bit."""
+"""Rows to gather, and rows at the end of the matrix to dequantise, that are compared to the bit."""
 
 
 class Rows:
-    """Reads some rows of a planar tensor; the matrices of a stack lie below each other."""
+    """Reader of the rows of a planar tensor; the matrices of a stack lie below each other."""
 
     def __init__(self, directory: Path, headers: dict[str, dict[str, Entry]], tensor: StoredTensor) -> None:
         count = math.prod(tensor.shape[:-1])
         self.k = tensor.shape[-1]
-        self.type = weight_type(cast("str", tensor.format))  # the structure was checked: what is packed has one
+        self.type = weight_type(cast("str", tensor.format))  # never None: the structure was checked
         self._arrays = {
             role: (directory / array.file, entry.dtype, entry.begin, (entry.end - entry.begin) // count)
             for role in self.type.roles
@@ -76,7 +76,7 @@ class Rows:
         return tensors
 
     def read_to(self, device: str, first: int, count: int) -> list[Tensor]:
-        """Return the same on a device, copied there piece by piece."""
+        """Return the same rows on a device, copied there piece by piece."""
         planes: list[Tensor] = []
         step = max(1, READ_WEIGHTS // self.k)
         for at in range(0, count, step):
@@ -90,26 +90,26 @@ class Rows:
 
 @lru_cache(maxsize=1)
 def activations_of(k: int, m: int, device: torch.device) -> Tensor:
-    """Return bf16 (m, k), standard normal."""
+    """Return standard normal activations, bf16 (m, k)."""
     return torch.randn(m, k, generator=torch.Generator().manual_seed(SEED)).bfloat16().to(device)
 
 
 def checked_rows(m: int) -> list[int]:
-    """Return which rows of y are compared: both ends and those between."""
+    """Return the numbers of the rows of y to compare: the first, the last, and some evenly between."""
     if m <= CHECKED_ROWS:
         return list(range(m))
     return [round(i * (m - 1) / (CHECKED_ROWS - 1)) for i in range(CHECKED_ROWS)]
 
 
 class Tally:
-    """One of `SIZES`: its activations, and the result over the chunks of a matrix so far.
+    """Activations of one of `SIZES`, and the result over the parts of a matrix so far.
 
     Attributes:
-        m, formula: the size.
-        worst: the largest error in tolerances so far: right up to 1.
-        first_bad: the first wrong output: its coordinate, its value and the right one.
-        seconds: spent multiplying, without reading and checking; on a GPU a call's, made from Python.
-        gb_per_s: packed bytes by that time, in 10**9 a second; None on the CPU, where it would say nothing.
+        m, formula: number of rows of activations, and their formula.
+        worst: largest error so far, in tolerances; up to 1 is right.
+        first_bad: first wrong output: its coordinates, its value and the expected one.
+        seconds: time of multiplying without reading and checking; on a GPU the time of one call from Python.
+        gb_per_s: packed bytes read in that time, in 10**9 bytes per second; None on the CPU.
     """
 
     def __init__(self, x: Tensor, m: int, formula: Formula) -> None:
@@ -121,7 +121,7 @@ class Tally:
         self.first_bad: str | None = None
 
     def compare(self, y: Tensor, weight: accuracy.Weight, first: int, roundings: int | None = None) -> None:
-        """Compare some columns of y, the checked rows of it; `first` is the number of the first column."""
+        """Compare some columns of y in the checked rows; `first` is the number of the first column."""
         exact = accuracy.linear(self.x_checked, weight, activations=self.formula)
         result = accuracy.compare(y, exact, roundings)
         self.worst = max(self.worst, result.worst)
@@ -142,13 +142,13 @@ def run_on_cpu(rows: Rows, at: int, n: int, progress: Progress) -> tuple[list[Ta
     """Run the reference on the `n` rows of a tensor from row `at` on.
 
     Args:
-        rows: reads them.
-        at: the first.
-        n: how many, one matrix.
-        progress: told the bytes that are done, as they are done.
+        rows: reader of the tensor.
+        at: number of the first row.
+        n: number of rows of one matrix.
+        progress: called with the number of packed bytes newly done.
 
     Returns:
-        The result of each of `SIZES`, and what is wrong with single rows: none, on the CPU no row is tried alone.
+        The result for each of `SIZES`, and an empty list: on the CPU no single rows are checked.
 
     Raises:
         OSError: the rows cannot be read.
@@ -174,23 +174,23 @@ def run_on_gpu(
     """Run the kernels on the `n` rows of a tensor from row `at` on.
 
     Args:
-        rows: reads them.
-        at: the first.
-        n: how many, one matrix.
-        progress: told the bytes that are done, as they are done.
-        device: where; on the CPU nothing is timed.
+        rows: reader of the tensor.
+        at: number of the first row.
+        n: number of rows of one matrix.
+        progress: called with the number of packed bytes newly done.
+        device: device to run on; on the CPU nothing is timed.
 
     Returns:
-        The result of each of `SIZES`, and what is wrong with single rows, if anything.
+        The result for each of `SIZES`, and the problems of gathered or dequantised rows.
 
     Raises:
         CudaError: a kernel cannot be compiled or launched.
         OSError: the rows cannot be read.
-        torch.OutOfMemoryError: the matrix, or the fp64 to compare with, does not fit in the GPU's memory.
+        torch.OutOfMemoryError: the matrix or its fp64 weights do not fit in the GPU's memory.
     """
     planes = rows.read_to(device, at, n)
     weight = PackedWeight.from_planes(planes, rows.type.name)
-    tallies = _tallies(rows.k, "cuda", weight.device)  # of the weight: "cuda" alone is no certain GPU
+    tallies = _tallies(rows.k, "cuda", weight.device)  # the weight's device: "cuda" alone names no GPU
     outputs = [_multiply(weight, tally) for tally in tallies]
     step = max(1, EXACT_WEIGHTS["cuda"] // rows.k)
     for first in range(0, n, step):
@@ -203,7 +203,7 @@ def run_on_gpu(
 
 
 def _multiply(weight: PackedWeight, tally: Tally) -> Tensor:
-    """Return the rows of y that are compared; on a GPU, time calls from Python, one after the other."""
+    """Return the rows of y to compare; on a GPU also time consecutive calls from Python."""
     with torch.no_grad():
         y = linear(tally.x, weight, activations=tally.formula)
         if weight.tiles.is_cuda:
@@ -223,7 +223,7 @@ def _rows_of(planes: list[Tensor], row: WeightType, which: slice | Tensor) -> ac
 
 
 def _wrong_rows(planes: list[Tensor], weight: PackedWeight) -> list[str]:
-    """Name rows gathered, and some at the end expanded, that are not what `accuracy` makes of the planes."""
+    """Return the gathered and dequantised rows that differ from `accuracy`, as messages."""
     n = weight.n
     spread = torch.linspace(0, n - 1, min(n, SPOT_ROWS), dtype=torch.float64).round().long().to(weight.device)
     start = max(0, n - SPOT_ROWS) // TILE_ROWS * TILE_ROWS

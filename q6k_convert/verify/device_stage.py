@@ -1,8 +1,8 @@
-"""Check whether a device computes with a bundle's weights what the formulas say.
+"""Check that a device computes correctly with a bundle's weights.
 
-Every planar tensor is multiplied with the same random activations, as in decoding and as in prefills, and compared
-with the fp64 statement of the formulas within a derived tolerance. `device_runs` does that with one matrix: on the
-CPU by the reference, on a GPU by the kernels. It imports torch, so it is imported when it is needed.
+Every planar tensor is multiplied with random activations, as in decode and in prefill. The results are compared
+with the fp64 statement of the formulas within a derived tolerance. `device_runs` does this for one matrix, with the
+reference on the CPU or the kernels on a GPU. It imports torch, so it is imported only when needed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from q6k_kernels.errors import CudaError, DriverMissingError, GpuMissingError
 from q6k_kernels.jit import compiler, driver
 
 MOST_EXPERTS = 4
-"""Of a larger stack the first, the last and two in between are checked."""
+"""Most experts of a stack to check: the first, the last and two in between."""
 
 NO_TORCH = "torch is not installed"
 NO_GPU = "no CUDA GPU was found"
@@ -30,16 +30,16 @@ _TRY_CPU = "--device cpu runs the reference"
 
 @dataclass(frozen=True)
 class DeviceRun:
-    """One matrix times `m` rows of activations.
+    """Product of one matrix with `m` rows of activations.
 
     Attributes:
         m: rows of activations.
-        activations: "int8" or "bf16", the formula.
-        worst_error_in_tolerances: of all outputs; right up to 1, infinite for a NaN or infinity too many.
-        passed: whether it is.
-        seconds: spent multiplying, without reading and checking; on a GPU a call's, made from Python.
-        gb_per_s: packed bytes by that time, in 10**9 a second; None on the CPU, where it would say nothing.
-        first_bad: the first wrong output: its coordinate, its value and the right one.
+        activations: formula, "int8" or "bf16".
+        worst_error_in_tolerances: largest error of all outputs; infinite for an unexpected NaN or infinity.
+        passed: whether that error is at most 1.
+        seconds: time of multiplying without reading and checking; on a GPU the time of one call from Python.
+        gb_per_s: packed bytes read in that time, in 10**9 bytes per second; None on the CPU.
+        first_bad: first wrong output: its coordinates, its value and the expected one.
     """
 
     m: int
@@ -53,14 +53,14 @@ class DeviceRun:
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """The runs on a device, and what they found.
+    """Runs on a device and their findings.
 
     Attributes:
         state: "skipped" if nothing was run.
-        device: what ran it: "cpu", "cuda", or "none".
-        detail: one line: what was run, or why nothing was.
-        runs: by tensor, or `tensor[expert]` for a stack; one run for each size.
-        findings: one for each run that failed, and on a GPU for rows that are not what they should be.
+        device: "cpu", "cuda" or "none".
+        detail: one line that says what was run, or why nothing was.
+        runs: runs by tensor, or by `tensor[expert]` for a stack; one for each size.
+        findings: one for each run that failed and, on a GPU, for each wrong row.
     """
 
     state: Literal["passed", "failed", "skipped"]
@@ -79,16 +79,16 @@ def check_device(
     """Run every planar tensor of a bundle whose structure is sound (see `structure.check_structure`).
 
     Args:
-        directory: the bundle.
+        directory: directory of the bundle.
         manifest: its manifest.
-        device: "cuda" or "cpu" must run, else it is an error; "auto" is a CUDA GPU if everything it takes is
-            there, and otherwise says what is missing.
-        progress: told the bytes of packed arrays that are done, as they are done: in all, those of every
-            planar tensor. Experts that are left out count as done.
+        device: "cpu" or "cuda" has to run, or an error is raised; "auto" uses a CUDA GPU that is ready, and
+            otherwise skips the runs and says what is missing.
+        progress: called with the number of packed bytes newly done; in total the bytes of all planar tensors.
+            Experts that are left out count as done.
 
     Raises:
-        EnvironmentMissingError: something is missing that `device` needs, or the GPU's memory is exhausted.
-        CudaError: on a GPU that has everything, a kernel cannot be compiled or launched.
+        EnvironmentMissingError: something that `device` needs is missing, or the GPU's memory is exhausted.
+        CudaError: the GPU is ready, but a kernel cannot be compiled or launched.
         ValueError: a shard's header breaks a rule of the format.
         OSError: a shard cannot be read, or is shorter than its header says.
     """
@@ -109,14 +109,14 @@ def check_device(
 
 @dataclass(frozen=True)
 class Missing:
-    """Something that a GPU needs, and how to get it, a sentence."""
+    """Something that runs on a GPU need and do not find, and a sentence that says how to get it."""
 
     what: str
     remedy: str
 
 
 def missing_for_cuda() -> Missing | None:
-    """Return the first missing thing; torch, which takes seconds to import, is looked for only where a GPU is."""
+    """Return the first thing missing for runs on a GPU; import torch (seconds) only if there is a GPU."""
     likely = "Run it where `nvidia-smi` lists a GPU."
     try:
         if driver.device_count() == 0:
@@ -200,7 +200,7 @@ def _run(
 
 
 def _no_memory(label: str, packed: int) -> EnvironmentMissingError:
-    """The error for a matrix of `packed` bytes."""
+    """Return the error for a matrix of `packed` bytes that does not fit."""
     return EnvironmentMissingError(
         f"the GPU's memory does not suffice to check {label}: its planes take {packed} bytes "
         f"({text.size(packed)}), its tiles as much, and the fp64 to compare with about 700 MB",
@@ -209,7 +209,7 @@ def _no_memory(label: str, packed: int) -> EnvironmentMissingError:
 
 
 def sample(count: int) -> list[int]:
-    """Return which matrices of a stack are checked: all, or `MOST_EXPERTS` evenly spread with both ends."""
+    """Return which matrices of a stack to check: all, or `MOST_EXPERTS` evenly spread with both ends."""
     if count <= MOST_EXPERTS:
         return list(range(count))
     return [round(i * (count - 1) / (MOST_EXPERTS - 1)) for i in range(MOST_EXPERTS)]

@@ -1,4 +1,4 @@
-"""How the report looks: its style sheet, and plots of one value per tensor over the model's depth as inline SVG."""
+"""Style sheet of the report, and plots of one value for each tensor over the model's depth, as inline SVG."""
 
 from __future__ import annotations
 
@@ -100,13 +100,13 @@ span.in { color: var(--in); } span.out { color: var(--k0); }
 
 
 def safe(value: object) -> str:
-    """A text of unknown origin as HTML: characters that do not print (or reorder a line) are spelled out."""
+    """Return a text of unknown origin as HTML; characters that do not print or that reorder a line are escaped."""
     return html.escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value)), quote=True)
 
 
 @dataclass(frozen=True)
 class Point:
-    """One tensor's mark: `tensor` is its place in the report, `value` is None for "exact"."""
+    """Mark of one tensor: `tensor` is its index in the report, `value` is None for "exact"."""
 
     tensor: int
     value: float | None
@@ -116,7 +116,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Scale:
-    """What the y axis shows. A scale that starts at zero is for amounts."""
+    """Scale of the y axis. `from_zero` is for amounts, which start at zero."""
 
     title: str
     label: str
@@ -125,10 +125,10 @@ class Scale:
 
 
 class Depth:
-    """Where each tensor stands on the x axis, and which role it plays."""
+    """Position of each tensor on the x axis, and its role."""
 
     def __init__(self, tensors: Iterable[tuple[str, int]]) -> None:
-        """`tensors` are names and weight counts, in the report's order."""
+        """Arrange tensors, given as names and weight counts in the report's order."""
         self.names: list[str] = []
         self._blocks: list[int | None] = []
         roles: list[str] = []
@@ -141,7 +141,7 @@ class Depth:
             roles.append(role)
             repeats, total = weights.get(role, (False, 0))
             weights[role] = (repeats or match is not None, total + count)
-        # Roles that every block repeats come first: the tensors at the ends are told apart by where they stand.
+        # Roles that every block repeats get colours first; tensors at the ends are known by their position.
         ranked = sorted(weights, key=lambda role: (not weights[role][0], -weights[role][1], role))
         self.roles = ranked[:ROLES]
         place = {role: number for number, role in enumerate(self.roles)}
@@ -180,12 +180,12 @@ class Depth:
         return bool(inside) and self.names[tensor].startswith("output")
 
     def centre(self, block: float) -> float:
-        """The x of a block's middle."""
+        """Return the x coordinate of a block's middle."""
         return self.start + (block - self.first + 0.5) * self.slot
 
 
 def plot(depth: Depth, scale: Scale, points: Sequence[Point], most: float | None = None) -> str:
-    """An SVG of the points; `most` is the largest value of plots that are to share one scale."""
+    """Return an SVG of the points; `most` is the largest value of all plots that share a scale."""
     values = [p.value for p in points if p.value is not None]
     exact = any(p.value is None for p in points)
     height = scale.height if values else 150
@@ -212,7 +212,7 @@ def plot(depth: Depth, scale: Scale, points: Sequence[Point], most: float | None
         parts.append(
             f'<text class="axis" transform="translate(14 {middle}) rotate(-90)">{safe(scale.label)}</text>'
         )
-    # Marked tensors are drawn last, so that none is hidden below its neighbours.
+    # Marked tensors are drawn last, so that their neighbours do not hide them.
     for p in sorted(points, key=lambda p: p.marked):
         role, at = depth.role_of[p.tensor], f"{_n(depth.x[p.tensor])} {_n(y(p.value))}"
         ring = f'<path class="ring" d="M{at}m-8 0a8 8 0 1 0 16 0a8 8 0 1 0-16 0z"/>' if p.marked else ""
@@ -222,7 +222,7 @@ def plot(depth: Depth, scale: Scale, points: Sequence[Point], most: float | None
 
 
 def legend(depth: Depth, points: Iterable[Point]) -> str:
-    """The roles that occur among the points, as a list of marks and words."""
+    """Return an HTML list of the roles that occur among the points, each with its mark."""
     points = list(points)
     items = [
         f'<li><svg class="key" viewBox="-7 -7 14 14" aria-hidden="true"><path class="point k{role}" '
@@ -259,14 +259,14 @@ def _value_ticks(values: list[float], from_zero: bool, most: float | None) -> li
     if from_zero:
         low = min(low, 0.0)
     least = 1e-9 if from_zero else max(2.0, abs(high) * 1e-6, abs(low) * 1e-6)
-    if high - low < least:  # values that agree stand in the middle of a scale, not on both of its edges
+    if high - low < least:  # equal values stand in the middle of the scale, not at an edge
         low, high = (low, low + least) if from_zero else ((low + high - least) / 2, (low + high + least) / 2)
     step = _step(high - low, 6)
     return _range(math.floor(low / step) * step, math.ceil(high / step) * step, step)
 
 
 def _step(span: float, most: int, smallest: float = 0.0) -> float:
-    """The least of 1, 2, 5, 10, ... that divides the span into at most `most` parts."""
+    """Return the least of 1, 2, 5, 10, ... that divides the span into at most `most` parts."""
     base = 10.0 ** math.floor(math.log10(span / most))
     return max(smallest, next(base * k for k in (1, 2, 5, 10, 20) if span <= base * k * most))
 
@@ -284,5 +284,5 @@ def _short(name: str) -> str:
 
 
 def _n(value: float) -> str:
-    """A coordinate to a tenth."""
+    """Return a coordinate rounded to a tenth, as text."""
     return f"{value:.1f}".removesuffix(".0")

@@ -1,4 +1,4 @@
-"""What `verify` found, as one HTML page that needs nothing else: no script, no font, no network."""
+"""Write the results of `verify` as one HTML page that needs no script, no font and no network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _STAGES = {
 
 
 def html_report(report: Row) -> str:
-    """The page for the document that `verify --json` prints. The same document always gives the same page."""
+    """Return the page for the document that `verify --json` prints. The same document gives the same page."""
     depth = Depth((t["name"], math.prod(t["shape"])) for t in report["tensors"])
     title = f"{'Verified' if _verified(report) else 'Failed'}: {report['bundle']}"
     sections = (
@@ -51,7 +51,7 @@ def html_report(report: Row) -> str:
 
 
 def _head(report: Row) -> str:
-    """The verdict, what it rests on, and the few numbers that sum the bundle up."""
+    """Return the header: the verdict, the stages behind it, and a few totals."""
     good = _verified(report)
     by_state = {state: [s["stage"] for s in report["stages"] if s["state"] == state] for state in _STATES}
     said = [
@@ -100,7 +100,7 @@ def _stages(stages: list[Row]) -> str:
 
 
 def _error(report: Row, depth: Depth) -> str:
-    """The weights' error over depth, and in words what the plot shows."""
+    """Return the section on the weights' error: a plot over depth, and its content in words."""
     tensors = report["tensors"]
     compared = [(n, t, t["source"]) for n, t in enumerate(tensors) if t["source"] is not None]
     if not compared:
@@ -131,7 +131,7 @@ def _error(report: Row, depth: Depth) -> str:
 
 
 def _device(report: Row, depth: Depth) -> str:
-    """The runs on a device: totals for each setting, runs that failed, bandwidth over depth."""
+    """Return the section on device runs: totals for each setting, failed runs, bandwidth over depth."""
     runs = [(n, t, run) for n, t in enumerate(report["tensors"]) for run in t["device"] or ()]
     if not runs:
         return ""
@@ -175,7 +175,7 @@ def _device(report: Row, depth: Depth) -> str:
 
 
 def _types(types: list[Row]) -> str:
-    """Sizes by type, as numbers and as bars of one scale; sizes in the GGUF where they are known."""
+    """Return the section on sizes by type, as numbers and bars; sizes in the GGUF where they are known."""
     if not types:
         return ""
     sides = [("in", "bytes_in", "in the GGUF")] if any(row["bytes_in"] for row in types) else []
@@ -199,7 +199,7 @@ def _types(types: list[Row]) -> str:
 
 
 def _tensors(tensors: list[Row]) -> str:
-    """All tensors, worst first; what was checked nowhere has no column."""
+    """Return the table of all tensors, worst first, without columns for stages that did not run."""
     if not tensors:
         return ""
     sourced = any(t["source"] is not None for t in tensors)
@@ -225,7 +225,7 @@ def _tensors(tensors: list[Row]) -> str:
 
 
 def _provenance(report: Row) -> str:
-    """Where the bundle came from."""
+    """Return the section on the bundle's producer, options and sources."""
     facts = [("producer", report["producer"]), ("architecture", report["architecture"])]
     facts += [(f"option {k}", v if isinstance(v, str) else json.dumps(v)) for k, v in report["options"].items()]
     facts.append(("exit code", report["exit_code"]))
@@ -238,7 +238,7 @@ def _provenance(report: Row) -> str:
 
 
 def _badness(tensor: Row) -> tuple[Any, ...]:
-    """A sort key: findings, failures, no defined ratio, the lowest ratio; untested and exact tensors last."""
+    """Return a sort key: findings, failed runs, undefined ratio, lowest ratio; untested and exact tensors last."""
     source, runs = tensor["source"], tensor["device"] or ()
     snr = source["snr_db"] if source is not None else None
     rank = 2 if source is None else 3 if source["exact"] else 1 if _finite(snr) else 0
@@ -258,7 +258,7 @@ def _section(title: str, body: str, kind: str = "") -> str:
 
 
 def _table(columns: Sequence[str], rows: list[list[str]], bad: Sequence[bool] = (), last: str = "") -> str:
-    """A table of ready HTML cells; a name that ends in `>` is a column of numbers, the first one names the row."""
+    """Return a table of HTML cells. A column `…>` holds numbers; the first column names the row."""
     right = [name.endswith(">") for name in columns] + [False]
     kinds = [' class="number"' if r else "" for r in right]
     heads = [*(name.rstrip(">") for name in columns), *([last] if last else [])]
@@ -274,7 +274,7 @@ def _table(columns: Sequence[str], rows: list[list[str]], bad: Sequence[bool] = 
 
 
 def _bar(size: int, most: int) -> float:
-    """A bar's length; what is there at all can be seen."""
+    """Return the length of a bar in pixels; at least 1 if the size is not zero."""
     return max(1.0, 180 * size / most) if size else 0.0
 
 
@@ -297,7 +297,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _rate(value: float | None) -> str:
-    """GB/s, of a GPU or of a far slower reference."""
+    """Return GB/s as text, with more digits for the slow reference."""
     return _number(value, ",.1f" if value is None or value >= 10 else ".3g")
 
 
@@ -308,7 +308,7 @@ def _snr(source: Row) -> str:
 
 
 def _worst(runs: Iterable[Row]) -> float | None:
-    """The largest error of some runs; one that is not a number counts as the largest of all."""
+    """Return the largest error of some runs; NaN counts as infinity."""
     errors = [run["worst_error_in_tolerances"] for run in runs]
     known = [math.inf if math.isnan(error) else error for error in errors if error is not None]
     return max(known, default=None)

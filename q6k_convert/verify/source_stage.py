@@ -1,7 +1,7 @@
-"""A bundle against its source: every tensor recomputed from the GGUF, and how exact the bundle is.
+"""Compare a bundle with its source: recompute every tensor from the GGUF, and measure how exact the bundle is.
 
 The recomputation shares no code with the conversion's fast path: blocks go through `blocks.decode`
-and `planes.pack`, both plain numpy. Errors are measured against what GGUF itself says a weight is.
+and `planes.pack`, both plain numpy. Errors are relative to the weights that the GGUF defines.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from q6k_kernels.gguf.tensors import TensorRecord
 
 Bytes = npt.NDArray[np.uint8]
 PIECE_WEIGHTS = 1 << 18
-"""Weights compared at a time: a multiple of every block size, small enough for a core's cache."""
+"""Weights compared at a time: a multiple of every block size, and few enough for a core's cache."""
 
 
 @dataclass
 class Exactness:
-    """How a stored tensor compares with GGUF's own weights.
+    """Comparison of a stored tensor with GGUF's weights.
 
     Attributes:
-        equal: the stored arrays are bit for bit what the source gives.
-        signal, noise: sums of squares of GGUF's weights, and of what the stored ones differ by.
+        equal: whether the stored arrays equal those recomputed from the source, bit for bit.
+        signal: sum of the squares of GGUF's weights.
+        noise: sum of the squares of the differences of the stored weights from them.
         max_scale_error: largest relative error of a stored scale; None where there are no scales.
     """
 
@@ -47,18 +48,18 @@ class Exactness:
 
     @property
     def exact(self) -> bool:
-        """Whether every weight is GGUF's own."""
+        """Whether every weight equals GGUF's."""
         return self.equal and self.noise == 0
 
     @property
     def snr_db(self) -> float | None:
-        """10 log10(signal / noise); None where it has no value: no noise, or none that is finite."""
+        """Signal-to-noise ratio, 10 log10(signal / noise), in dB; None if one of the two is zero or not finite."""
         if not (self.signal > 0 and self.noise > 0 and math.isfinite(self.signal + self.noise)):
             return None
         return 10 * math.log10(self.signal / self.noise)
 
     def add(self, other: Exactness) -> None:
-        """Joins the figures of another part of the model."""
+        """Add the figures of another part of the model."""
         self.equal &= other.equal
         self.signal += other.signal
         self.noise += other.noise
@@ -68,7 +69,7 @@ class Exactness:
 
 @dataclass
 class SourceReport:
-    """What came out: findings, figures per tensor, and all of them together."""
+    """Results of the stage: findings, figures for each tensor, and the total."""
 
     findings: list[Finding] = field(default_factory=list)
     tensors: dict[str, Exactness] = field(default_factory=dict)
@@ -78,7 +79,7 @@ class SourceReport:
 def check_source(
     directory: Path, manifest: Manifest, source: Path, *, jobs: int, progress: Callable[[int], None]
 ) -> SourceReport:
-    """Compares a bundle, sound in structure and content, with the GGUF it claims to be made from.
+    """Compare a bundle, sound in structure and content, with the GGUF that it claims to be made from.
 
     Raises:
         GgufError: the GGUF cannot be read.
@@ -114,12 +115,12 @@ def check_source(
 
 
 def source_bytes(manifest: Manifest) -> int:
-    """What `check_source` will report as progress: every source byte hashed, then compared."""
+    """Return the bytes that `check_source` reports as progress: every source byte is hashed, then compared."""
     return 2 * sum(source.size for source in manifest.sources)
 
 
 def _check_listing(manifest: Manifest, model: GGUFModel) -> Iterator[Finding]:
-    """The first difference between the source's tensors and the manifest's."""
+    """Find the first difference between the source's tensors and the manifest's."""
     found = [(r.name, r.type.name, list(r.shape)) for _, r in model.tensors()]
     listed = [(t.name, t.type, t.shape) for t in manifest.tensors]
     name = model.parts[0].path.name
@@ -136,7 +137,7 @@ def _check_listing(manifest: Manifest, model: GGUFModel) -> Iterator[Finding]:
 
 
 def _check_metadata(directory: Path, model: GGUFModel) -> Iterator[Finding]:
-    """The first difference between the source's key-value pairs and `metadata.gguf`."""
+    """Find the first difference between the source's key-value pairs and `metadata.gguf`."""
     with (directory / METADATA_NAME).open("rb") as file:
         at = 0
         for piece in model.metadata():
@@ -158,7 +159,7 @@ def _key_at(model: GGUFModel, at: int) -> str:
 
 
 def _check_checksums(manifest: Manifest, model: GGUFModel, progress: Callable[[int], None]) -> Iterator[Finding]:
-    """Whether the files are the very ones the bundle was made from; names may differ."""
+    """Check that the files are those the bundle was made from; their names may differ."""
     if len(manifest.sources) != len(model.parts):
         problem = f"made from {len(manifest.sources)} files, this source has {len(model.parts)}"
         yield Finding(problem, model.parts[0].path.name)
@@ -178,7 +179,7 @@ def _check_checksums(manifest: Manifest, model: GGUFModel, progress: Callable[[i
 
 
 class _Comparison:
-    """One tensor, piece by piece: what the source gives against what is stored."""
+    """Comparison of one stored tensor with its source, piece by piece."""
 
     def __init__(
         self,
@@ -194,7 +195,7 @@ class _Comparison:
         self.findings = dict[str, Finding]()
 
     def run(self) -> tuple[Exactness, list[Finding]]:
-        """Compares the whole tensor; at most one finding an array, its first difference."""
+        """Compare the whole tensor; at most one finding for each array, its first difference."""
         block_weights, block_bytes = TYPE_SIZES[self.record.type]
         step = PIECE_WEIGHTS // block_weights
         blocks = self.record.nbytes // block_bytes
@@ -237,7 +238,7 @@ class _Comparison:
         errors = np.abs(difference / true)[true != 0]
         worst = float(errors.max(initial=0.0))
         self.exactness.max_scale_error = max(self.exactness.max_scale_error or 0.0, worst)
-        # All weights of a group share the scale and its error; where codes differ too, that is a finding.
+        # The weights of a group share a scale and its error. Codes that differ are findings of their own.
         squares = np.square(q.reshape(-1, GROUP), dtype=np.int16).sum(axis=1, dtype=np.int32)
         self.exactness.signal += float(np.square(true) @ squares)
         self.exactness.noise += float(np.square(difference) @ squares)
@@ -247,7 +248,7 @@ class _Comparison:
         self.exactness.noise += float(np.square(stored.astype(np.float64) - truth).sum())
 
     def _stored(self, role: str, expected: Bytes, at: int) -> Bytes:
-        """The stored bytes at `at` of an array; a difference from `expected` becomes a finding."""
+        """Return an array's stored bytes from offset `at`; a difference from `expected` becomes a finding."""
         array = self.tensor.arrays[role]
         entry = self.shards[array.file][array.key]
         with (self.directory / array.file).open("rb") as file:

@@ -1,7 +1,7 @@
-"""Is a bundle right? On disk, against its source, and through the operations on a device.
+"""Verify a bundle: structure, content, source, device.
 
-Stages run in order and each rests on the one before: structure, content, source, device. A stage that
-fails ends the run, for what lies behind it could no longer be trusted to be what it is called.
+The stages run in this order and each relies on the ones before. If the structure or the content is not sound, the
+remaining stages are skipped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 
 @dataclass
 class Stage:
-    """One part of the verification: what came of it, in words, seconds and bytes read."""
+    """Stage of a verification: its state, a line of detail, its time in seconds, and the bytes it read."""
 
     name: str
     state: State = "skipped"
@@ -39,12 +39,14 @@ class Stage:
 
 @dataclass
 class Verification:
-    """Everything a verification found.
+    """Results of a verification.
 
     Attributes:
-        manifest: None if `bundle.json` itself is damaged.
-        findings: (stage, finding), in the order they were found.
-        source, device: the figures of those stages, if they ran.
+        directory: directory of the bundle.
+        manifest: manifest of the bundle; None if `bundle.json` is damaged.
+        stages: stages in order.
+        findings: pairs of stage and finding, in the order they were found.
+        source, device: reports of those stages, if they ran.
     """
 
     directory: Path
@@ -56,14 +58,14 @@ class Verification:
 
     @property
     def failed(self) -> bool:
-        """Whether anything is wrong."""
+        """Whether any stage failed."""
         return any(stage.state == "failed" for stage in self.stages)
 
     def runs(self, name: str) -> list[DeviceRun] | None:
-        """The runs of a tensor on the device, if there were any."""
+        """Return the runs of a tensor on the device, or None if there were none."""
         if self.device is None or not self.device.runs:
             return None
-        # The experts of a stack have entries of their own: NAME[3].
+        # Each expert of a stack has its own entry, like NAME[3].
         mine = [runs for key, runs in self.device.runs.items() if key == name or key.startswith(f"{name}[")]
         return [run for runs in mine for run in runs] or None
 
@@ -82,20 +84,20 @@ def verify(
     jobs: int = 2,
     progress: Progress = _silent,
 ) -> Verification:
-    """Verifies a bundle.
+    """Verify a bundle.
 
     Args:
-        directory: the bundle.
+        directory: directory of the bundle.
         fast: stop after the structure.
-        source: a GGUF file (or part) to compare with; none: that stage is skipped.
-        device: where to run the packed tensors: "cpu", "cuda", or "auto" (a GPU if there is one).
-        jobs: threads.
-        progress: makes a progress display from a total in bytes and a word for what is done.
+        source: a GGUF file, or any part of a split one, to compare with; None skips that stage.
+        device: where to run the packed tensors: "cpu", "cuda", or "auto" (a GPU that is ready, else skip).
+        jobs: number of threads.
+        progress: makes a progress display from a total in bytes and a label.
 
     Raises:
-        BundleError: the directory is no bundle at all.
+        BundleError: the directory is not a bundle.
         GgufError: the source cannot be read.
-        Q6KConvertError: the device is missing.
+        Q6KConvertError: something that the device needs is missing.
         OSError: a file cannot be read.
     """
     run = Verification(Path(directory))
@@ -161,7 +163,7 @@ def _record(run: Verification, stage: Stage, findings: list[Finding]) -> None:
 
 
 def _check_metadata(run: Verification) -> Iterator[Finding]:
-    """Whether `metadata.gguf` is a GGUF, holds no tensors, and speaks of the same model."""
+    """Check that `metadata.gguf` is a GGUF without tensors and of the manifest's architecture."""
     assert run.manifest is not None  # noqa: S101 -- for the type checker
     try:
         architecture = read_metadata(run.directory).architecture

@@ -128,7 +128,7 @@ def test_a_stop_token_ends_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ("args", "words"),
     [
         ((), "there is no prompt"),
-        (("-p", "x", "--system", "y"), "--system is a part of a conversation"),
+        (("-p", "x", "--system", "y"), "--system needs --chat"),
         (("-p", "x", "--max-new-tokens", "5000", "--device", "cpu"), "the model knows 300 positions"),
     ],
 )

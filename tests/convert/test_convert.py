@@ -324,7 +324,9 @@ def test_patterns_that_match_nothing_or_leave_nothing_are_refused(tmp_path: Path
 
 
 def test_other_error_lists_the_tensors_it_refuses(tmp_path: Path) -> None:
-    message = r"2 neither Q6_K weights nor stored as they are: blk.0.ffn_up.weight \(Q8_0 4×256\), blk.0.attn_k"
+    message = (
+        r"2 that are neither Q6_K weights nor stored unchanged: blk.0.ffn_up.weight \(Q8_0 4×256\), blk.0.attn_k"
+    )
     assert "--other bf16, raw or skip" in refusal(
         small_model(), tmp_path, InputRejectedError, message, other="error"
     )

@@ -9,7 +9,7 @@
  * A block is two halves of 128 weights. Weight e = 32*j + l (j = 0..3, l = 0..31) of a half has
  *   low nibble  j&1 picks ql[l] or ql[32+l], j>>1 picks its low or high nibble
  *   high pair   (qh[l] >> 2*j) & 3
- * The planes want neighbours packed together instead (see q6k_kernels/planar.py):
+ * The planes want neighbours packed together instead (see q6k_kernels/formats/planes.py):
  *   ql plane    byte i    = lo[2i] | lo[2i+1] << 4
  *   qh plane    byte w    of a chunk of 32 weights = high pairs of weights 8w+{0,2,4,6}
  *               byte 4+w                           = high pairs of weights 8w+{1,3,5,7}
@@ -106,7 +106,7 @@ static uint32_t join_nibbles(uint64_t x)
 }
 
 /*
- * Transposes two 4x4 matrices of 2-bit fields at once, that of the even bytes and that of the odd
+ * Transpose two 4x4 matrices of 2-bit fields at once, that of the even bytes and that of the odd
  * ones (row = byte), with two delta swaps: byte 2*chunk is the even plane byte of that chunk,
  * byte 2*chunk+1 the odd one.
  */
@@ -228,7 +228,7 @@ AVX2 static void planes_avx2(const uint8_t *blocks, int64_t n, int scales, uint8
 }
 #endif
 
-/* The fastest path this processor has. */
+/* Return the fastest path that this processor supports. */
 int q6k_best_path(void)
 {
 #ifdef HAVE_AVX2
@@ -240,9 +240,9 @@ int q6k_best_path(void)
 }
 
 /*
- * Repacks n blocks. ql takes 128 bytes a block, qh 64, scale 32 (bf16) or 16 (exact), steps 2 (exact;
+ * Repack n blocks. ql takes 128 bytes a block, qh 64, scale 32 (bf16) or 16 (exact), steps 2 (exact;
  * untouched for bf16). Nothing may overlap. Returns the index of the first block whose d is NaN or
- * infinite (its arrays are written all the same), -1 if every d is finite, -2 if this processor or
+ * infinite (its arrays are written anyway), -1 if every d is finite, -2 if this processor or
  * build lacks the path.
  */
 int64_t q6k_to_planes(int path, const uint8_t *blocks, int64_t n, int scales, uint8_t *ql, uint8_t *qh,
