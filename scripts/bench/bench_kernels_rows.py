@@ -1,4 +1,4 @@
-"""The rows of bench_kernels.py: what each should reach, and how it is printed. A row is a dict of figures."""
+"""Define and print the rows of bench_kernels.py and their targets. A row is a dict of figures."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SMALL = (1024, 4096)
 FFN = ((21504, 5376), (5376, 21504))
 BATCHED = ((4096, 4096), (14336, 4096), (4096, 14336), *FFN)
 SHAPES: tuple[Shape, ...] = (SMALL, *BATCHED, HEAD)
-"""(N, K) of Llama 3 8B and Gemma 3 27B."""
+"""Shapes (N, K) of Llama 3 8B and Gemma 3 27B."""
 DECODE = (1, 2, 3, 4, 5, 6, 7, 8)
 MIDDLE = (16, 32, 64)
 PREFILL = (128, 256, 512, 1024, 2048, 4096)
 PHASES: dict[str, tuple[int, ...]] = {"decode": DECODE, "middle": MIDDLE, "prefill": PREFILL}
-"""Rows of activations, in the order they are timed: what computes most leaves the GPU hot, its clock low, for
-longer than the next row takes."""
+"""Rows of activations, in the order they are timed. Products with many rows come last: they leave the GPU hot and
+its clock low for longer than the next row takes."""
 QUICK_SHAPES: tuple[Shape, ...] = ((4096, 4096), *FFN)
 QUICK_MS = (1, 2, 4, 8, 16, 64, 128, 1024)
 PEERS = ("ET PR", "ET main")
@@ -31,9 +31,9 @@ PEERS = ("ET PR", "ET main")
 
 @dataclass(frozen=True)
 class Target:
-    """What rows should reach: `figure`, a key of theirs, at most or at least `bound`.
+    """Target of rows: their `figure` shall be at most or at least `bound`.
 
-    `ms` and `shapes` say which linears it is for; those of other operations are None.
+    `ms` and `shapes` select linears; for other operations they are None.
     """
 
     figure: str
@@ -44,7 +44,7 @@ class Target:
     shapes: tuple[Shape, ...] | None = None
 
     def applies(self, row: Row) -> bool:
-        """Whether it is for this row. One that lacks the figure (its M = 1 was not run, say) has no say in it."""
+        """Check whether the target is for this row; it is not if the row lacks the figure."""
         if self.figure not in row and "failed" not in row:
             return False
         if self.ms is None or self.shapes is None:
@@ -52,7 +52,7 @@ class Target:
         return row.get("m") in self.ms and (row["n"], row["k"]) in self.shapes
 
     def met(self, row: Row) -> bool:
-        """Whether the row reaches it; a row that failed does not."""
+        """Check whether the row reaches the target; a row that failed does not."""
         value = row.get(self.figure)
         if "failed" in row or value is None:
             return False
@@ -95,7 +95,7 @@ x: times as fast as cuBLAS; deq+: dequantising, then cuBLAS; MB: scratch memory;
 def plan(
     phase: str, *, quick: bool, only: re.Pattern[str], scales: Sequence[Scales]
 ) -> Iterator[tuple[Shape, dict[Scales, list[Row]]]]:
-    """The shapes of a phase; for each the rows to time, by scale format, without figures yet."""
+    """Yield the shapes of a phase, each with the rows to time by scale format, without figures."""
     for shape in QUICK_SHAPES if quick else SHAPES:
         if phase != "decode" and shape not in BATCHED:
             continue
@@ -110,37 +110,37 @@ def plan(
 
 
 def judge(row: Row) -> None:
-    """Adds the targets that apply to a row, and whether each is met."""
+    """Add to a row the targets that apply to it, and whether each is met."""
     row["targets"] = [{"target": t.words, "met": t.met(row)} for t in TARGETS if t.applies(row)]
 
 
 def label(row: Row) -> str:
-    """What --only looks at: `21504x5376 M=1 bf16`, `gather 262144x5376 exact`."""
+    """Return the label that --only matches: `21504x5376 M=1 bf16`, `gather 262144x5376 exact`."""
     what = f"M={row['m']}" if "m" in row else ""
     return " ".join(filter(None, (row.get("operation"), f"{row['n']}x{row['k']}", what, row["scales"])))
 
 
 def verdict(row: Row) -> str:
-    """Its targets, and why it failed if it did."""
+    """Return a row's targets as text, and why it failed if it did."""
     words = [f"{t['target']} {'met' if t['met'] else 'MISSED'}" for t in row["targets"]]
     return ", ".join(words) + (f"  FAILED {row['failed']}" if "failed" in row else "")
 
 
 def line(row: Row) -> str:
-    """A row of the table of linears."""
+    """Return a row of the table of linears."""
     cells = [f"{'' if row.get(key) is None else form.format(row[key]):>{width}}" for _, key, form, width in COLUMNS]
     cells += [f"{row['peers'].get(peer, ''):>8}" for peer in PEERS]
     return f"{''.join(cells)}  {verdict(row)}".rstrip()
 
 
 def operation_line(row: Row) -> str:
-    """A row of the table of other operations."""
+    """Return a row of the table of other operations."""
     figures = "" if "failed" in row else f"{row['us']} us, {row['gb_per_s']} GB/s, {row['copy_share']:.0%} of copy"
     return f"  {label(row)}: {figures}  {verdict(row)}"
 
 
 def summary(report: Row) -> str:
-    """How many targets are met, and every row that misses one or failed."""
+    """Return how many targets are met, and every row that misses one or failed."""
     rows = [*report["linear"], *report["operations"]]
     targets = [target for row in rows for target in row["targets"]]
     parts = [f"\n{sum(t['met'] for t in targets)} of {len(targets)} targets met; {report['seconds']:.0f} s"]

@@ -1,23 +1,22 @@
 #!/usr/bin/env python3
-"""How fast is a whole model? Prints a table with targets and peers, and writes JSON.
+"""Measure the speed of a whole model; print a table with targets and peers, and write JSON.
 
     python scripts/bench/bench_model.py [--scales bf16|exact] [--layers N] [--keep DIR] [--json FILE]
                                         [--profile FILE]
     python scripts/bench/bench_model.py --device cpu --shape tiny --contexts 8 --prompts 16 --tokens 4
 
-1. A GGUF as Llama 3.1 8B is made, every matrix Q6_K, its weights random; and converted.
-2. The bandwidth of a kernel that only reads.
-3. The bundle is loaded, twice, its files in the page cache: the second time counts, all kernels compiled.
-4. Decoding: whole runs of `--tokens` tokens after each of `--contexts`, tokens read by the host as they come; one
-   token at a time, the best, no stop token. Recording comes before and is not counted.
-5. Prompts of each of `--prompts` tokens, from the call to the logits.
-6. With --profile: the kernels that ran in each of these, and the gaps between them.
-7. The rate of a bf16 product of 8192 x 8192 x 8192; last, as it heats the GPU.
+1. Write and convert a GGUF of the shape of Llama 3.1 8B: random weights, every matrix Q6_K.
+2. Measure the bandwidth of a kernel that only reads.
+3. Load the bundle twice from the page cache; the second time counts, with all kernels compiled.
+4. Decode `--tokens` tokens after each of `--contexts`: the likeliest token each time, no stop token, read by the
+   host as they come. Recording the graph comes before and is not counted.
+5. Prefill prompts of each of `--prompts` tokens, from the call to the logits.
+6. With --profile: list the kernels of each of these, and the gaps between them.
+7. Measure the rate of a bf16 product of 8192 x 8192 x 8192; last, as it heats the GPU.
 
-Rates are medians of `--rounds` runs. The roofline is what these bytes and products take at the measured bandwidth
-and rate. Memory is the most that torch's allocator had given out at once, from before loading to the end. Peers
-come from `peer_figures.json`, and are shown on the GPU that they were measured on. The JSON is written anew after
-each step.
+Rates are medians of `--rounds` runs. The roofline is the time of the bytes and products at the measured bandwidth
+and rate. Memory is the peak of torch's allocator from before loading to the end. Peers come from
+`peer_figures.json` and are shown on the GPU that they were measured on. The JSON is rewritten after each step.
 """
 
 from __future__ import annotations
@@ -53,11 +52,11 @@ from synthetic_model import SHAPES, Shape, write_model
 PEER_FIGURES = Path(__file__).with_name("peer_figures.json")
 PROFILED_TOKENS = 32
 CAPACITY_STEP = 128
-"""Of the cache, whose slots attention kernels like in whole tiles."""
+"""Step of the cache's capacity: attention kernels are faster on whole tiles of slots."""
 
 
 class Bench:
-    """One run: the options it was started with, and what came out, in `report`."""
+    """One run: its options, and the results in `report`."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
@@ -81,7 +80,7 @@ class Bench:
             self._peers = [figure for figure in figures["whole_model"] if figure["peer"] == "llama.cpp"]
 
     def run(self, folder: Path) -> None:
-        """Everything, printed as it comes; files go to `folder`."""
+        """Run all steps, printing each result; files go to `folder`."""
         print(json.dumps(self.report["machine"]), flush=True)
         bundle = self._bundle(folder)
         if self._on_gpu:
@@ -110,7 +109,7 @@ class Bench:
         self._save()
 
     def _bundle(self, folder: Path) -> Path:
-        """Writes the model and converts it, unless an earlier run has."""
+        """Write the model and convert it, unless an earlier run has done so."""
         name = f"{self._shape.name}-{self._shape.layers}"
         source, bundle = folder / f"{name}.gguf", folder / f"{name}-{self._args.scales}"
         threads = len(os.sched_getaffinity(0))
@@ -128,14 +127,14 @@ class Bench:
         return bundle
 
     def _loaded(self, bundle: Path) -> Any:
-        """The model, loaded for the second time."""
+        """Return the model, loaded for the second time."""
         if self._on_gpu:
-            torch.zeros(1, device=self._device)  # what CUDA takes to start
+            torch.zeros(1, device=self._device)  # start CUDA outside of the timing
             torch.cuda.reset_peak_memory_stats()
         load_the_classes()
         seconds = []
         for name in ("load", "load again"):
-            model = None  # before there is another
+            model = None  # free it before the next one is loaded
             gc.collect()
             with self._phase(name):
                 start = time.perf_counter()
@@ -154,7 +153,7 @@ class Bench:
 
     def _decode(self, generator: Generator, context: int, packed: int) -> None:
         prompt = self._prompt(context)
-        # The first of the tokens was chosen by prefill; so it takes one more.
+        # Prefill chooses the first token, so one more is needed.
         count = self._args.tokens + 1
 
         def prepare() -> None:
@@ -190,7 +189,7 @@ class Bench:
             self._profile(lambda: generator.prefill(prompt), f"prefill {tokens}", tokens)
 
     def _timed(self, work: Callable[[], object], before: Callable[[], object]) -> tuple[list[float], list[float]]:
-        """Milliseconds of each round, by the host's clock and the GPU's; `before` comes before each, uncounted."""
+        """Return the milliseconds of each round, by host and GPU clock; `before` runs before each, not counted."""
         ms, gpu_ms = list[float](), list[float]()
         for _ in range(self._args.rounds):
             before()
@@ -247,7 +246,7 @@ class Bench:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        """Prints when it begins, so that a run that is cut off still tells where; keeps how long it takes."""
+        """Print when a phase begins, so that a run that is cut off shows where, and record its seconds."""
         start = time.perf_counter()
         print(f"[{start - self._started:6.1f} s] {name}", flush=True)
         yield
@@ -267,22 +266,22 @@ def _write(path: Path, content: object) -> None:
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options."""
+    """Return the parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shape", choices=SHAPES, default=rows_of.MODEL)
-    add("--layers", type=int, metavar="N", help="another number of layers than the shape has: for tuning")
+    add("--layers", type=int, metavar="N", help="use another number of layers than the shape has, for tuning")
     add("--scales", choices=("bf16", "exact"), default="bf16")
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--activations", choices=get_args(Activations), default="auto")
-    add("--fused", action=argparse.BooleanOptionalAction, default=True, help="our own decoding steps")
-    add("--contexts", type=int, nargs="+", default=[512, 2043], metavar="N", help="tokens before those decoded")
-    add("--prompts", type=int, nargs="+", default=[512, 2048], metavar="N", help="tokens of the prompts")
-    add("--tokens", type=int, default=128, help="to decode")
+    add("--fused", action=argparse.BooleanOptionalAction, default=True, help="decode with our own CUDA step")
+    add("--contexts", type=int, nargs="+", default=[512, 2043], metavar="N", help="tokens before the decoded ones")
+    add("--prompts", type=int, nargs="+", default=[512, 2048], metavar="N", help="lengths of the prompts in tokens")
+    add("--tokens", type=int, default=128, help="tokens to decode")
     add("--rounds", type=int, default=5)
-    add("--keep", type=Path, metavar="DIR", help="leave the GGUF and the bundle there, and take them if they are")
+    add("--keep", type=Path, metavar="DIR", help="keep the GGUF and the bundle in DIR, and reuse them")
     add("--json", type=Path, default=Path("bench-model.json"), metavar="FILE")
-    add("--profile", type=Path, metavar="FILE.json", help="profile each, and write the figures there")
+    add("--profile", type=Path, metavar="FILE.json", help="profile each step, and write the figures to FILE")
     args = parser.parse_args(arguments)
     numbers = [*args.contexts, *args.prompts, args.tokens, args.rounds, args.layers or 1]
     if min(numbers) < 1:
@@ -293,7 +292,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Parses, runs, prints, writes."""
+    """Parse the options, measure, print and write."""
     args = parsed()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench_model: torch sees no CUDA GPU; --device cpu --shape tiny shows what is measured")

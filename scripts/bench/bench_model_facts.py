@@ -1,4 +1,4 @@
-"""What bench_model.py asks of the machine, the bundle and the model."""
+"""Facts about the machine, the bundle and the model, for bench_model.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ READ_PIECE = 64 << 20
 
 
 def machine(device: torch.device) -> Row:
-    """What the figures were measured on."""
+    """Describe the machine that the figures were measured on."""
     import transformers
 
     row: Row = {
@@ -32,7 +32,7 @@ def machine(device: torch.device) -> Row:
 
 
 def load_the_classes() -> None:
-    """What transformers imports for the first model, before loading is timed."""
+    """Make transformers import its classes before loading is timed."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -41,7 +41,7 @@ def load_the_classes() -> None:
 
 
 def read_all(bundle: Path) -> int:
-    """Reads a bundle's arrays once, for the page cache; returns their bytes."""
+    """Read a bundle's arrays once into the page cache, and return their bytes."""
     total, buffer = 0, bytearray(READ_PIECE)
     for path in sorted(bundle.glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
@@ -51,18 +51,18 @@ def read_all(bundle: Path) -> int:
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """Of all packed weights, what is shared counted once."""
+    """Return the bytes of all packed weights, counting shared ones once."""
     layers = [module for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
     return sum({layer.tiles.data_ptr(): layer.tiles.nbytes for layer in layers}.values())
 
 
 def held_bytes(model: nn.Module) -> int:
-    """Of all parameters and buffers, what is shared counted once."""
+    """Return the bytes of all parameters and buffers, counting shared ones once."""
     return sum({each.data_ptr(): each.nbytes for each in (*model.parameters(), *model.buffers())}.values())
 
 
 def needed_bytes(model: nn.Module) -> int:
-    """Of packed weights that a token needs: all linear layers, and its row of the embedding."""
+    """Return the bytes of packed weights that a token needs: all linear layers, and its row of the embedding."""
     linear = sum(module.tiles.nbytes for module in model.modules() if isinstance(module, PackedLinear))
     embeddings = [module for module in model.modules() if isinstance(module, PackedEmbedding)]
     return linear + sum(each.tiles.nbytes // each.num_embeddings for each in embeddings)

@@ -1,8 +1,8 @@
-"""The rows of bench_model.py: what bounds each, what it should reach, what others reach, and how it is printed.
+"""Make and print the rows of bench_model.py, with rooflines, targets and peers.
 
-A row is a dict of figures. The roofline of a token is the time that reading takes what it needs: all packed weights
-that it is multiplied with, its row of the embedding, the keys and values before it. For a prompt it is that, or the
-products at the rate of a large one in bf16, whichever takes longer.
+A row is a dict of figures. The roofline of a token is the time of reading the packed weights that it is multiplied
+with, its row of the embedding, and the keys and values before it. The roofline of a prompt is that time or the time
+of its products at the rate of a large bf16 product, whichever is longer.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from synthetic_model import Shape
 
 Row = dict[str, Any]
 MODEL = "llama-8b"
-"""The shape that targets and peers are about, with all its layers."""
+"""Shape that targets and peers are for, with all its layers."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a row should reach: `figure`, a key of rows `what`, at most or at least `bound`."""
+    """Target of rows of kind `what`: their `figure` shall be at most or at least `bound`."""
 
     what: str
     figure: str
@@ -29,7 +29,7 @@ class Target:
     tokens: int | None = None
 
     def applies(self, row: Row) -> bool:
-        """Whether it is for this row, and the row has the figure."""
+        """Check whether the target is for this row and the row has the figure."""
         return (
             row["what"] == self.what
             and row.get(self.figure) is not None
@@ -37,7 +37,7 @@ class Target:
         )
 
     def met(self, row: Row) -> bool:
-        """Whether the row reaches it."""
+        """Check whether the row reaches the target."""
         value = row[self.figure]
         return bool(value <= self.bound if self.sense == "<=" else value >= self.bound)
 
@@ -67,34 +67,34 @@ product, that this run measured"""
 
 
 def is_whole(shape: Shape) -> bool:
-    """Whether targets and peers are for this shape."""
+    """Check whether targets and peers are for this shape."""
     return shape.name == MODEL and shape.layers == 32
 
 
 def decode_row(shape: Shape, context: int, tokens: int, packed: int, ms: list[float], gpu_ms: list[float]) -> Row:
-    """Decoding.
+    """Return the row of decoding.
 
     Args:
-        shape: of the model.
-        context: tokens before those that are decoded.
-        tokens: decoded in each run.
-        packed: bytes of packed weights read for each: all linear layers, one row of the embedding.
-        ms: of whole runs, by the host's clock.
-        gpu_ms: by the GPU's; empty on a CPU.
+        shape: shape of the model.
+        context: number of tokens before the decoded ones.
+        tokens: tokens decoded in each run.
+        packed: bytes of packed weights read for each token: all linear layers, one row of the embedding.
+        ms: milliseconds of whole runs by the host's clock.
+        gpu_ms: milliseconds of whole runs by the GPU's clock; empty on a CPU.
     """
     row = _row("decode", f"decode @{context}", ms, gpu_ms, tokens)
-    # The mean over the tokens of what lies before each.
+    # The mean number of positions before a token.
     read = packed + round(shape.kv_bytes * (context + (tokens + 1) / 2))
     return row | {"context": context, "tokens": tokens, "gb_read": read / 1e9, "bytes_read": read}
 
 
 def prefill_row(shape: Shape, tokens: int, packed: int, ms: list[float], gpu_ms: list[float]) -> Row:
-    """Taking in a prompt of `tokens` tokens; see `decode_row`."""
+    """Return the row of prefilling a prompt of `tokens` tokens; see `decode_row`."""
     row = _row("prefill", f"prefill {tokens}", ms, gpu_ms, tokens)
     row |= {"ms": _median(ms), "fastest_ms": min(ms)}
     head = shape.vocabulary * shape.hidden
     body = sum(n * k for n, k in shape.linears.values()) - head
-    # Half of all pairs of positions, twice: scores, and their products with the values. The head sees one token.
+    # Half of all pairs of positions, for scores and for products with values. The head sees one token.
     attention = 2 * tokens**2 * shape.layers * shape.heads * shape.head_dim
     read = packed + shape.kv_bytes * tokens
     flops = 2 * (tokens * body + head) + attention
@@ -120,12 +120,12 @@ def _median(values: list[float]) -> float:
 
 
 def judge(row: Row, ceilings: Row, peers: list[Row], *, whole: bool) -> None:
-    """Adds the roofline, and for the whole model the peer's figure and the targets, each met or missed.
+    """Add the roofline to a row and, for the whole model, the peer's figure and the targets, met or missed.
 
     Args:
-        row: of any kind.
+        row: row of any kind.
         ceilings: `read_gb_per_s` and `matmul_tflops`, as far as they are measured.
-        peers: llama.cpp's figures.
+        peers: figures of llama.cpp.
         whole: whether targets and peers are for this shape.
     """
     bandwidth, rate = ceilings.get("read_gb_per_s"), ceilings.get("matmul_tflops")
@@ -146,12 +146,12 @@ def judge(row: Row, ceilings: Row, peers: list[Row], *, whole: bool) -> None:
 
 
 def verdict(row: Row) -> str:
-    """Its targets."""
+    """Return a row's targets as text."""
     return ", ".join(f"{t['target']} {'met' if t['met'] else 'MISSED'}" for t in row.get("targets", []))
 
 
 def line(row: Row) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     cells = [
         f"{'-' if row.get(key) is None else form.format(row[key]):>{width}}" for _, key, form, width in COLUMNS
     ]
@@ -159,13 +159,13 @@ def line(row: Row) -> str:
 
 
 def load_line(row: Row) -> str:
-    """Loading, in words."""
+    """Return a line about loading."""
     words = f"load: {row['seconds']:.2f} s, {row['gb_per_s']:.2f} GB/s; the first time {row['first_seconds']:.2f} s"
     return f"{words}  {verdict(row)}".rstrip()
 
 
 def memory_line(row: Row) -> str:
-    """Memory, in words."""
+    """Return a line about memory."""
     parts = [f"packed weights {_size(row['packed_bytes'])}", f"keys and values {_size(row['kv_bytes'])}"]
     if row.get("peak_bytes") is not None:
         parts += [
@@ -182,7 +182,7 @@ def _size(nbytes: int) -> str:
 
 
 def summary(report: Row) -> str:
-    """The table, and how many targets are met."""
+    """Return the table, and how many targets are met."""
     rows: list[Row] = report["rows"]
     parts = [f"\n{HEADING}", *(line(row) for row in rows if row["what"] in ("decode", "prefill"))]
     parts += [load_line(row) for row in rows if row["what"] == "load"]

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""How fast is verification's content check, and in how much memory? Prints a table and writes JSON.
+"""Measure the speed and peak memory of verification's content check; print a table and write JSON.
 
     python scripts/bench/bench_verify.py [--gigabytes 2] [--rounds 5] [--json FILE]
 
-A synthetic pure Q6_K bundle is made and then, in turn, in every round: read and checksummed by the same
-algorithm and nothing else (one thread a file range, as many threads as verification uses), checked by
-`verify`'s content stage in a process of its own, and, once, compared with its source. The share of the
-plain rate is taken round by round; the median is shown. All files are in the page cache.
+A synthetic bundle of Q6_K only is made. In every round it is read and only checksummed by the same algorithm
+(one thread for each range of the file, as many threads as verification uses), and then checked by `verify`'s
+content stage in another process. Once it is also compared with its source. The share of the plain rate is
+taken in each round; the median is shown. All files are in the page cache.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from q6k_kernels.bundle.content import PIECE_BYTES
 
 
 def checksum(path: Path, begin: int, end: int) -> str:
-    """Reads and hashes a range of a file."""
+    """Read and hash a range of a file."""
     buffer, hasher = np.empty(PIECE_BYTES, dtype=np.uint8), xxhash.xxh3_128()
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -47,7 +47,7 @@ def checksum(path: Path, begin: int, end: int) -> str:
 
 
 def plain_rate(path: Path, jobs: int) -> float:
-    """Bytes per second of reading and hashing a file in as many equal ranges as there are threads."""
+    """Return the bytes per second of reading and hashing a file in one equal range for each thread."""
     size = path.stat().st_size
     cuts = [size * i // jobs for i in range(jobs + 1)]
     start = time.perf_counter()
@@ -57,7 +57,7 @@ def plain_rate(path: Path, jobs: int) -> float:
 
 
 def verified(bundle: Path, *options: str) -> dict[str, Any]:
-    """What `verify --json` says, and its peak memory."""
+    """Run `verify --json`, and return its document and its peak memory in bytes."""
     command = [sys.executable, "-m", "q6k_convert", "verify", str(bundle), "--json", "--quiet", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None  # noqa: S101 -- for the type checker
@@ -68,13 +68,13 @@ def verified(bundle: Path, *options: str) -> dict[str, Any]:
 
 
 def stage_rate(report: dict[str, Any], name: str) -> float:
-    """Bytes per second of one stage."""
+    """Return the bytes per second of one stage."""
     stage = next(stage for stage in report["stages"] if stage["stage"] == name)
     return float(stage["bytes"]) / float(stage["seconds"])
 
 
 def main() -> None:
-    """Runs everything and prints it."""
+    """Run all measurements and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2, help="size of the synthetic Q6_K file")
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,7 +1,7 @@
-"""The fully dequantised model that a packed one is measured by: transformers' own layers, plain dense weights.
+"""Build the dense reference of a packed model: transformers' own layers with dequantised weights.
 
-From a GGUF file by the `gguf` package's dequantisation, which shares nothing with the packed way but the
-configuration and the names; or from a bundle alone, by what it holds, unpacked.
+The weights come from a GGUF file by the `gguf` package's dequantisation, which shares only the configuration and
+the names with the packed model; or from a bundle alone, by unpacking its weights.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from q6k_kernels.models.architecture import (
 from q6k_kernels.models.registry import architecture_of
 
 PIECE_WEIGHTS = 1 << 24
-"""Dequantised at a time."""
+"""Weights dequantised at a time."""
 
 
 def dense_model(bundle: Path, source: Path | None, device: torch.device, dtype: torch.dtype) -> Any:
-    """A transformers model for causal language modelling, in eval mode, no weight of it packed.
+    """Return a transformers model for causal language modelling, in eval mode, with dense weights.
 
     Args:
-        bundle: what has the configuration; and the weights, if there is no `source`.
-        source: the GGUF that the bundle was made from.
-        device: where to.
-        dtype: of all weights.
+        bundle: bundle with the configuration and, without `source`, the weights.
+        source: GGUF that the bundle was made from.
+        device: device of the model.
+        dtype: dtype of all weights.
 
     Raises:
-        ValueError: the weights are not those of the model.
-        ModelError, GgufError, OSError: as `q6k_kernels.load_model` and `q6k_convert.open_gguf`.
+        ValueError: the weights do not match the model.
+        ModelError, GgufError, OSError: see `q6k_kernels.load_model` and `q6k_convert.open_gguf`.
     """
     from transformers import AutoModelForCausalLM
 
@@ -78,7 +78,7 @@ def _fill(parameter: Tensor, pieces: Iterator[Tensor]) -> None:
 
 
 def _arranged(pieces: Iterator[Tensor], name: str, architecture: Architecture, head_dim: int) -> Iterator[Tensor]:
-    """As transformers wants them: norms without what GGUF added, rows of q and k in the order of their halves."""
+    """Yield rows as transformers has them: norms without GGUF's offset, rows of q and k with their halves apart."""
     if architecture.norm_offset and name.endswith("norm.weight"):
         yield from (piece - architecture.norm_offset for piece in pieces)
     elif architecture.interleaved and (".attn_q." in name or ".attn_k." in name):
@@ -93,7 +93,7 @@ def _arranged(pieces: Iterator[Tensor], name: str, architecture: Architecture, h
 def _weights(
     bundle: Path, source: Path | None
 ) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Iterator[Tensor]]]]:
-    """Shapes by GGUF name, and what gives a tensor's rows in pieces."""
+    """Yield shapes by GGUF name, and a function that yields a tensor's rows in pieces."""
     if source is None:
         opened = open_bundle(bundle)
         yield {t.name: tuple(t.shape) for t in opened.manifest.tensors}, lambda name: _unpacked(opened.load(name))
@@ -117,5 +117,5 @@ def _dequantized(part: GGUFFile, record: TensorRecord) -> Iterator[Tensor]:
         raw = np.frombuffer(part.read(record.offset + at * row_bytes, rows * row_bytes), dtype=np.uint8)
         kind = gguf.GGMLQuantizationType(record.type)
         values = gguf.dequantize(raw.reshape(rows, -1), kind).astype(np.float32, copy=False)
-        # A copy: what it was made of may not be written to.
+        # A copy, because the original may be read-only.
         yield torch.from_numpy(values.reshape(rows, *record.shape[1:]).copy())

@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""How good is a packed model? Perplexity beside that of the fully dequantised model. Prints a table, writes JSON.
+"""Compare the perplexity of a packed model with that of the dequantised model; print a table, write JSON.
 
     python scripts/bench/eval_quality.py MODEL.gguf [--windows N] [--json FILE]
     python scripts/bench/eval_quality.py BUNDLE [--source MODEL.gguf]
 
-The reference is the same transformers model in bf16 with plain dense weights: those of the GGUF, dequantised by the
-`gguf` package. Beside it the packed model, with bf16 and with exact scales, each with int8 and with bf16
-activations, forced for all numbers of rows. A GGUF is converted for this; a bundle has one kind of scales, and
-without --source the reference has the weights that it holds.
+The reference is the same transformers model in bf16 with dense weights: the GGUF's, dequantised by the `gguf`
+package. The packed model runs with bf16 and with exact scales, each with int8 and with bf16 activations, forced for
+all numbers of rows. A GGUF is converted first. A bundle has one kind of scales; without --source the reference uses
+its unpacked weights.
 
 The text, `eval_text.txt`, is in the public domain: the Declaration of Independence (1776), the Gettysburg Address
 (1863), and the beginning of Lewis Carroll's Alice's Adventures in Wonderland (1865). It is cut into windows, each
-of which begins with BOS, if the tokenizer has one, and is predicted on its own. The ratio's error is the standard
-error over tokens of the difference to the reference, token by token.
+of which begins with BOS, if the tokenizer has one, and is predicted alone. The error of the ratio is the standard
+error of the difference to the reference, token by token.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ HEADING = f"{'scales':>10}{'activations':>13}{'perplexity':>12}{'ratio':>10}{'+-
 
 
 class Evaluation:
-    """One run, and what came out, in `report`."""
+    """One run, with its results in `report`."""
 
     def __init__(self, args: argparse.Namespace, bundles: dict[str, Path], source: Path | None) -> None:
         self._args, self._bundles, self._source = args, bundles, source
@@ -68,7 +68,7 @@ class Evaluation:
         }
 
     def run(self) -> None:
-        """Everything, printed as it comes."""
+        """Run all evaluations, printing each row."""
         print(json.dumps({key: value for key, value in self.report.items() if key != "rows"}))
         print(HEADING, flush=True)
         start = time.perf_counter()
@@ -77,7 +77,7 @@ class Evaluation:
         del dense
         self._add({"scales": "dense", "activations": self._args.dtype}, reference, reference, start)
         for scales, bundle in self._bundles.items():
-            model: Any = None  # before there is another
+            model: Any = None  # free it before the next one is loaded
             model = load_model(bundle, device=self._device, dtype=self._dtype)
             for activations in self._args.activations:
                 start = time.perf_counter()
@@ -96,7 +96,7 @@ class Evaluation:
 
 
 def windows(ids: list[int], bos: int | None, length: int) -> list[list[int]]:
-    """Token ids in windows of `length` with BOS before each; the last is as long as it comes, two at least."""
+    """Return token ids in windows of `length`, each after BOS; the last may be shorter, with at least two."""
     before = [] if bos is None else [bos]
     step = length - len(before)
     found = [[*before, *ids[at : at + step]] for at in range(0, len(ids), step)]
@@ -105,14 +105,14 @@ def windows(ids: list[int], bos: int | None, length: int) -> list[list[int]]:
 
 @torch.no_grad()
 def force(model: torch.nn.Module, activations: str) -> None:
-    """Lets all packed layers of a model multiply alike."""
+    """Make all packed layers of a model multiply with the same kind of activations."""
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.activations = activations  # type: ignore[assignment]
 
 
 def compared(found: Tensor, reference: Tensor) -> Row:
-    """Perplexity, its ratio to the reference's, and the ratio's standard error."""
+    """Return the perplexity, its ratio to the reference's, and the standard error of the ratio."""
     more = found - reference
     ratio = math.exp(float(more.mean()))
     error = ratio * float(more.std()) / math.sqrt(len(more)) if len(more) > 1 else math.nan
@@ -120,7 +120,7 @@ def compared(found: Tensor, reference: Tensor) -> Row:
 
 
 def line(row: Row) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     cells = f"{row['scales']:>10}{row['activations']:>13}{row['perplexity']:>12.4f}"
     if "met" not in row:
         return f"{cells}{'':>19}{row['seconds']:>9.1f}  the reference"
@@ -129,7 +129,7 @@ def line(row: Row) -> str:
 
 
 def bundles_of(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Path], Path | None]:
-    """Bundles by their scales, made from a GGUF if that is what is given; and the GGUF."""
+    """Return bundles by their scales, converted first if a GGUF is given; and the GGUF."""
     if args.model.is_dir():
         return {open_bundle(args.model).manifest.options["scales"]: args.model}, args.source
     found = dict[str, Path]()
@@ -141,20 +141,26 @@ def bundles_of(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Path],
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options."""
+    """Return the parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", type=Path, help="a GGUF file, or a bundle")
-    add("--source", type=Path, metavar="MODEL.gguf", help="what a bundle was made from")
-    add("--scales", nargs="+", choices=("bf16", "exact"), default=["bf16", "exact"], help="of a GGUF's bundles")
+    add("--source", type=Path, metavar="MODEL.gguf", help="GGUF that the bundle was made from")
+    add(
+        "--scales",
+        nargs="+",
+        choices=("bf16", "exact"),
+        default=["bf16", "exact"],
+        help="scales to convert a GGUF with",
+    )
     add("--activations", nargs="+", choices=("int8", "bf16", "auto"), default=["int8", "bf16"])
     add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=DTYPES, default="bf16", help="of activations and of all that is not packed")
+    add("--dtype", choices=DTYPES, default="bf16", help="dtype of activations and unpacked weights")
     add("--text", type=Path, default=TEXT, metavar="FILE")
-    add("--tokenizer", type=Path, metavar="DIR", help="a Hugging Face directory, for a GGUF whose own fails")
+    add("--tokenizer", type=Path, metavar="DIR", help="Hugging Face tokenizer, if the GGUF's fails")
     add("--window", type=int, default=512, metavar="TOKENS")
-    add("--windows", type=int, metavar="N", help="only the first of them")
-    add("--keep", type=Path, metavar="DIR", help="leave a GGUF's bundles there, and take them if they are")
+    add("--windows", type=int, metavar="N", help="evaluate only the first N windows")
+    add("--keep", type=Path, metavar="DIR", help="keep a GGUF's bundles in DIR, and reuse them")
     add("--json", type=Path, default=Path("bench-quality.json"), metavar="FILE")
     args = parser.parse_args(arguments)
     if args.window < 3 or (args.windows is not None and args.windows < 1):
@@ -167,7 +173,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Parses, runs, prints; exits with 1 if a ratio is out of bounds."""
+    """Parse the options, evaluate and print; exit with 1 if a ratio is out of bounds."""
     args = parsed()
     with tempfile.TemporaryDirectory(prefix="bench-", dir=Path()) as folder:
         if args.keep:

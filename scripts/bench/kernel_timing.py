@@ -1,7 +1,7 @@
-"""Timing on a GPU: CUDA graphs over calls on rotated data, the machine's ceilings, random packed weights.
+"""Time calls on a GPU with CUDA graphs and rotated data; measure the machine's ceilings; make random weights.
 
-Work is captured once and replayed, so no time of Python or of launching is in it. Weights are rotated: a
-graph goes over as many copies as it takes to pass four times the L2, so that none is found there.
+Work is captured once and replayed, so times contain neither Python nor launching. Weights are rotated: a
+graph uses as many copies as exceed four times the L2, so that no copy is found in the L2.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from q6k_kernels.weights.weight import PackedWeight
 REPLAYS = 7
 WARM_UP = 2
 SETTLE_SECONDS = 0.02
-"""Of replays before the first of several figures, so that the GPU's clock is what these calls make it."""
+"""Seconds of replays before the first of several figures, until the GPU's clock has settled."""
 GRAPH_MICROSECONDS = 1500
-"""A graph takes about as long at least, beside which its own launch does not count."""
+"""Least length of a graph in microseconds, so that its own launch does not count."""
 MOST_CALLS = 400
 L2_PASSES = 4
 READ_BYTES = 4 << 30
@@ -56,14 +56,14 @@ extern "C" __global__ void read_all(const uint4* data, u64 count, u32* out) {
 
 
 def generator() -> torch.Generator:
-    """The one source of random numbers, seeded alike in every run."""
+    """Return the one source of random numbers, with the same seed in every run."""
     return torch.Generator("cuda").manual_seed(0)
 
 
 def random_weight(n: int, k: int, scales: Scales) -> PackedWeight:
-    """Return a packed Q6_K weight (N, K), N a multiple of 16, of random codes, its scales as real models have them.
+    """Return a packed Q6_K weight (N, K), N a multiple of 16, with random codes and scales of a real model's size.
 
-    Every code and sub-scale is equally likely, d normal around 2e-5.
+    Every code and sub-scale is equally likely; d is normally distributed around 2e-5.
     """
     if n % TILE_ROWS:
         raise ValueError(f"n: expected a multiple of {TILE_ROWS}, found {n}")
@@ -82,7 +82,7 @@ def random_weight(n: int, k: int, scales: Scales) -> PackedWeight:
 
 
 def dense(weight: PackedWeight) -> Tensor:
-    """Return the weights in bf16 (N, K), by plain torch: the measure of a quick check."""
+    """Return the weights in bf16 (N, K), by plain torch, for a quick check."""
     parts = []
     for at in range(0, weight.n, 2048):
         q, s = codes_and_scales(weight.tiles, slice(at, min(at + 2048, weight.n)), weight.row)
@@ -91,7 +91,7 @@ def dense(weight: PackedWeight) -> Tensor:
 
 
 def rotated(tensor: Tensor) -> list[Tensor]:
-    """Copies of a tensor, itself the first, that together pass `L2_PASSES` times the L2, two at least."""
+    """Return a tensor and copies of it, at least two in all, that together exceed `L2_PASSES` times the L2."""
     l2: int = torch.cuda.get_device_properties(tensor.device).L2_cache_size
     count = max(2, math.ceil(L2_PASSES * l2 / tensor.nbytes))
     return [tensor, *(tensor.clone() for _ in range(count - 1))]
@@ -105,13 +105,13 @@ def rotated_weights(weight: PackedWeight) -> list[PackedWeight]:
 def time_calls(
     calls: Sequence[Callable[[], object]], guess_us: float, *, keep: bool = False, settle: bool = False
 ) -> float:
-    """Microseconds of one call: the median replay of a graph that makes all calls, in turn.
+    """Return the microseconds of one call: the median replay of a graph that makes all calls in turn.
 
     Args:
-        calls: what to make; those over rotated data come whole rounds.
-        guess_us: about how long one takes at least: decides how many rounds make a graph long enough.
-        keep: let all results of a graph live until its end, so that none lies where the last did.
-        settle: replay for `SETTLE_SECONDS` before, as the first of several figures.
+        calls: calls to time, one for each copy of the data; a graph makes whole rounds of them.
+        guess_us: least time of one call in microseconds; decides how many rounds a graph makes.
+        keep: keep all results until the end of the graph, so that each has its own memory.
+        settle: replay for `SETTLE_SECONDS` first, as before the first of several figures.
     """
     rounds = max(1, math.ceil(min(GRAPH_MICROSECONDS / guess_us, MOST_CALLS) / len(calls)))
     sequence = list(itertools.chain.from_iterable([calls] * (1 if keep else rounds)))
@@ -148,7 +148,7 @@ def time_calls(
 
 @cache
 def _stream() -> torch.cuda.Stream:
-    """One for all, as cuBLAS takes a workspace for each."""
+    """Return the one stream for all timing, because cuBLAS takes a workspace for each stream."""
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
@@ -157,7 +157,7 @@ def _mark() -> torch.cuda.Event:
 
 
 def scratch_bytes(call: Callable[[], Tensor]) -> tuple[int, int]:
-    """What a call takes from torch's allocator beside its result: the most while it runs, and for good."""
+    """Return the bytes that a call takes from torch's allocator beside its result: at its peak, and for good."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -167,7 +167,7 @@ def scratch_bytes(call: Callable[[], Tensor]) -> tuple[int, int]:
 
 
 def read_gb_per_s(nbytes: int) -> float:
-    """What a kernel that only reads reaches: the best of some launch shapes, each the median of its runs."""
+    """Return the GB/s of a kernel that only reads: the best of some launch shapes, each the median of its runs."""
     data = torch.randint(0, 1 << 31, (nbytes // 8,), dtype=torch.int64, device="cuda", generator=generator())
     out = torch.empty(1, dtype=torch.int32, device="cuda")
     arguments = struct.pack("QQQ", data.data_ptr(), data.nbytes // 16, out.data_ptr())
@@ -193,13 +193,13 @@ def read_gb_per_s(nbytes: int) -> float:
 
 
 def copy_gb_per_s(nbytes: int) -> float:
-    """What a copy on the device reaches, bytes read and bytes written together."""
+    """Return the GB/s of a copy on the device, counting bytes read and bytes written."""
     source = torch.randint(0, 1 << 31, (nbytes // 8,), dtype=torch.int64, device="cuda", generator=generator())
     target = torch.empty_like(source)
     return 2 * source.nbytes / time_calls([lambda: target.copy_(source)], nbytes / 2e6) / 1e3
 
 
 def matmul_tflops(size: int) -> float:
-    """What cuBLAS reaches in a square product of random bf16."""
+    """Return the TFLOP/s of cuBLAS in a square product of random bf16."""
     a, b = (torch.randn(size, size, device="cuda", generator=generator()).bfloat16() for _ in range(2))
     return 2 * size**3 / time_calls([lambda: a @ b.T] * 10, 2 * size**3 / 1e9) / 1e6

@@ -1,7 +1,8 @@
-"""Which kernels take a GPU's time, and how long it idles between them, by torch's profiler.
+"""Show which kernels take a GPU's time and how long it idles between them, by torch's profiler.
 
-A kernel may begin while the one before it ends, and wait for it. So beside the sum of a kernel's times stands what
-each adds: from the end of all before it to its own end. What is added and the gaps are, together, all of the time.
+A kernel may begin while the one before it ends, and wait for it. So the table shows the time of each kernel and
+the time that it adds: from the end of all earlier kernels to its own end. Added times and gaps sum up to the
+whole time.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ class Kernel:
 
 
 def profiled(work: Callable[[], object], name: str, steps: int) -> Row:
-    """Profiles some work on a GPU.
+    """Profile work on a GPU.
 
     Args:
-        work: what to run, once, everything compiled and recorded before.
-        name: of the work.
-        steps: tokens it takes in, or gives.
+        work: function to run once, after everything was compiled and recorded.
+        name: name of the work.
+        steps: number of tokens that it reads or generates.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -53,10 +54,10 @@ def profiled(work: Callable[[], object], name: str, steps: int) -> Row:
 
 
 def kernels_of(trace: Row) -> list[Kernel]:
-    """What ran on the GPU, by its start; without copies from and to the host, which run beside it.
+    """Return the kernels that ran on the GPU, by start, without copies from and to the host, which run beside them.
 
     Args:
-        trace: as `export_chrome_trace` writes it.
+        trace: trace that `export_chrome_trace` wrote.
 
     Raises:
         ValueError: nothing ran on a GPU.
@@ -74,10 +75,10 @@ def kernels_of(trace: Row) -> list[Kernel]:
 
 
 def shares(kernels: list[Kernel]) -> Row:
-    """Totals, and a row for each kernel's name, that which adds most first; times in microseconds.
+    """Return totals, and a row for each kernel's name, ordered by added time; times in microseconds.
 
     Args:
-        kernels: by their start, one or more.
+        kernels: kernels by start, at least one.
     """
     rows, gaps = dict[str, Row](), list[float]()
     begin = until = kernels[0].start
@@ -109,7 +110,7 @@ def shares(kernels: list[Kernel]) -> Row:
 
 
 def table(profile: Row) -> str:
-    """It as text, times of a step."""
+    """Return the profile as a text table, with times per step."""
     steps = profile["steps"]
     parts = [
         f"\nprofile of {profile['name']}: {profile['span_us'] / steps:.1f} us a token, "

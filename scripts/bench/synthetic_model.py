@@ -1,9 +1,9 @@
-"""GGUF files of whole models with random weights, written at the speed of the disk.
+"""Write GGUF files of whole models with random weights, at the speed of the disk.
 
-Weights are random Q6_K blocks, made directly: any byte is a code or a sub-scale, and d is what makes their standard
-deviation 0.02, as in a model before its training. The blocks of one pattern, `PATTERN_BLOCKS` of them, are repeated
-through the file; each tensor begins elsewhere in it. The number is a prime, so that no two rows of a tensor are
-alike until all ways to cut the pattern are used up.
+Weights are random Q6_K blocks: any byte is a valid code or sub-scale, and d gives the weights a standard deviation
+of 0.02, as in a model before its training. A pattern of `PATTERN_BLOCKS` blocks repeats through the file, and each
+tensor begins at another place in it. The number of blocks is a prime, so that rows of a tensor repeat as late as
+possible.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from q6k_kernels.formats.blocks import BLOCK_BYTES, D_AT
 PATTERN_BLOCKS = 65521
 STANDARD_DEVIATION = 0.02
 CODES_RMS, SUB_SCALES_RMS = math.sqrt((64**2 - 1) / 12 + 0.25), math.sqrt((256**2 - 1) / 12 + 0.25)
-"""Of -32..31 and -128..127, all equally likely."""
+"""Root mean squares of -32..31 and of -128..127, all equally likely."""
 WRITE_BYTES = 32 << 20
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 Q6_K, F32 = gguf.GGMLQuantizationType.Q6_K, gguf.GGMLQuantizationType.F32
@@ -34,10 +34,10 @@ class Shape:
     """A model of the llama architecture, its head not tied to its embedding.
 
     Attributes:
-        name: of the shape.
+        name: name of the shape.
         hidden, feed_forward: widths, multiples of 256.
-        heads, kv_heads: of attention, each `head_dim` wide.
-        context: positions that it is made for.
+        heads, kv_heads: numbers of attention heads, each `head_dim` wide.
+        context: largest number of positions.
         theta: base of the rotary embeddings.
     """
 
@@ -53,12 +53,12 @@ class Shape:
     theta: float = 500_000.0
 
     def with_layers(self, layers: int) -> Shape:
-        """The same with fewer or more layers."""
+        """Return the same shape with another number of layers."""
         return replace(self, layers=layers)
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """All weights (N, K) that a token is multiplied with, by GGUF name."""
+        """Return the shapes (N, K) of all weights that a token is multiplied with, by GGUF name."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         layer = {
             "attn_q": (q, self.hidden),
@@ -74,13 +74,13 @@ class Shape:
 
     @property
     def norms(self) -> list[str]:
-        """Norm weights (hidden,), by GGUF name."""
+        """GGUF names of the norm weights, each of shape (hidden,)."""
         of_layers = [f"blk.{i}.{name}.weight" for i in range(self.layers) for name in ("attn_norm", "ffn_norm")]
         return [*of_layers, "output_norm.weight"]
 
     @property
     def kv_bytes(self) -> int:
-        """Of the keys and values of one position, 16 bits each."""
+        """Bytes of the keys and values of one position, 16 bits each."""
         return 2 * self.layers * self.kv_heads * self.head_dim * 2
 
 
@@ -91,16 +91,16 @@ SHAPES = {
         Shape("tiny", 2, 256, 512, 4, 2, 64, 512),
     )
 }
-"""Llama 3.1 8B; and one for a quick look."""
+"""Shapes by name: Llama 3.1 8B, and a tiny one for a quick look."""
 
 
 def write_model(path: Path, shape: Shape, threads: int) -> None:
-    """Writes a model of pure Q6_K; a file that is there is whole.
+    """Write a model of Q6_K only; the file appears complete or not at all.
 
     Args:
-        path: of the file.
-        shape: of the model.
-        threads: that write, each a tensor at a time.
+        path: path of the file.
+        shape: shape of the model.
+        threads: number of writing threads, each for one tensor at a time.
     """
     part = path.with_name(f"{path.name}.part")
     matrices = {"token_embd.weight": (shape.vocabulary, shape.hidden), **shape.linears}
@@ -122,7 +122,7 @@ def write_model(path: Path, shape: Shape, threads: int) -> None:
     begin = _aligned(part.stat().st_size)
     starts = [begin + sum(map(_aligned, sizes[:index])) for index in range(len(sizes))]
     pattern = random_blocks(PATTERN_BLOCKS).tobytes()
-    # Twice: from any block in the first half there is as much to write at once as the pattern has.
+    # Twice, so that a whole pattern can be written at once from any block of the first half.
     twice = 2 * pattern
     random = np.random.default_rng(1)
     with part.open("r+b") as file, ThreadPoolExecutor(threads) as pool:
@@ -139,7 +139,7 @@ def write_model(path: Path, shape: Shape, threads: int) -> None:
 
 
 def random_blocks(count: int) -> npt.NDArray[np.uint8]:
-    """Q6_K blocks, uint8 (count, 210), whose weights have a standard deviation of 0.02 and are all finite."""
+    """Return Q6_K blocks, uint8 (count, 210), of finite weights with a standard deviation of 0.02."""
     random = np.random.default_rng(0)
     blocks = random.integers(0, 256, (count, BLOCK_BYTES), dtype=np.uint8)
     size = STANDARD_DEVIATION / (CODES_RMS * SUB_SCALES_RMS)
@@ -148,10 +148,10 @@ def random_blocks(count: int) -> npt.NDArray[np.uint8]:
 
 
 def frequency_factors(shape: Shape) -> npt.NDArray[np.float32]:
-    """What Llama 3.1 divides the frequencies of rotary embeddings by, (head_dim / 2,).
+    """Return the factors by which Llama 3.1 divides the frequencies of rotary embeddings, (head_dim / 2,).
 
-    A wave shorter than 2048 positions stays, one longer than 8192 is stretched by 8, one between by something
-    between.
+    A wave shorter than 2048 positions keeps its length, one longer than 8192 is stretched by 8, and one between
+    by a factor between.
     """
     pairs = np.arange(0, shape.head_dim, 2, dtype=np.float64)
     wavelength = 2 * np.pi * shape.theta ** (pairs / shape.head_dim)
@@ -179,7 +179,7 @@ def _described(path: Path, shape: Shape) -> gguf.GGUFWriter:
 
 
 def _write_repeated(fd: int, start: int, size: int, twice: bytes, first_block: int) -> None:
-    """Fills a tensor with the pattern, from one of its blocks on."""
+    """Fill a tensor with the pattern, beginning at one of its blocks."""
     view, length = memoryview(twice), len(twice) // 2
     at, end, begin = start, start + size, first_block * BLOCK_BYTES
     while at < end:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""How would other ways of launching a kernel do? Times them all, to fit what `plan` chooses by. Needs a GPU.
+"""Time all ways of launching a kernel, to fit the tables that `plan` chooses by. Needs a GPU.
 
     python scripts/bench/tune_kernels.py decode --shapes 4096x4096 1024x4096 --m 1 4 8
     python scripts/bench/tune_kernels.py gemm --shapes 14336x4096 --m 16 64 256 --scales exact
 
-A line for each shape and M: microseconds of every plan, the fastest first, `*` after the one that is chosen. Times
-are those of `bench_kernels.py`: CUDA graphs, rotated weights. Outputs are not checked; the tests do that.
+Prints a line for each shape and M: microseconds of every plan, the fastest first, `*` after the chosen one. Times
+are measured as in `bench_kernels.py`: CUDA graphs, rotated weights. Outputs are not checked; the tests do that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from q6k_kernels.formats.types import Scales, WeightType
 from q6k_kernels.weights.weight import PackedWeight
 
 Launch = Callable[[PackedWeight], None]
-"""Multiplies with one copy of the weight."""
+"""Function that multiplies with one copy of the weight."""
 
 
 def _decode(
@@ -42,7 +42,7 @@ def _gemm(plan: gemm_wgmma.WgmmaPlan, x: Tensor, y: Tensor, device: launching.De
 def decode_plans(
     x: Tensor, y: Tensor, row: WeightType, device: launching.Device
 ) -> Iterator[tuple[str, bool, Launch]]:
-    """Every plan that fits, its name, whether it is the chosen one, and what launches it."""
+    """Yield every plan that fits: its name, whether it is the chosen one, and a function that launches it."""
     (m, k), n = x.shape, y.shape[1]
     chosen = decode_plan.plan(m, n, k, row, device)
     for shape, cluster in itertools.product(
@@ -59,7 +59,7 @@ def decode_plans(
 
 
 def gemm_plans(x: Tensor, y: Tensor, device: launching.Device) -> Iterator[tuple[str, bool, Launch]]:
-    """Every configuration, with as many blocks a multiprocessor as fit or fewer, outputs shared or not."""
+    """Yield every configuration, with each number of blocks per multiprocessor that fits, outputs shared or not."""
     (m, k), n = x.shape, y.shape[1]
     chosen, met = gemm_wgmma.plan(m, n, k, device), set[gemm_wgmma.WgmmaPlan]()
     for config in gemm_wgmma.CONFIGS:
@@ -72,7 +72,7 @@ def gemm_plans(x: Tensor, y: Tensor, device: launching.Device) -> Iterator[tuple
 
 
 def tune(kernel: str, n: int, k: int, m: int, scales: Scales, shown: int) -> str:
-    """One line: every plan's time."""
+    """Return one line with the time of every plan."""
     device = launching.device(torch.cuda.current_device())
     copies = timing.rotated_weights(timing.random_weight(n, k, scales))
     x = torch.randn(m, k, device="cuda", generator=timing.generator()).bfloat16()
@@ -88,7 +88,7 @@ def tune(kernel: str, n: int, k: int, m: int, scales: Scales, shown: int) -> str
 
 
 def main() -> None:
-    """Parses, times, prints."""
+    """Parse the options, time and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("kernel", choices=("decode", "gemm"))

@@ -1,20 +1,20 @@
-"""From a GGUF file to a bundle that can be shipped, step by step, for CI.
+"""Make a bundle that can be shipped from a GGUF file, step by step, for CI.
 
     scripts/ci_export MODEL OUT [--skip STEP]...
 
 MODEL is a GGUF file, or the name of one on the Hugging Face Hub (ORG/REPO[@REVISION]:QUANTISATION). The steps:
 
-    download     what the Hub has and the cache has not
-    convert      OUT/bundle
-    verify       the bundle: structure, checksums, every tensor against MODEL, the operations on a device
-    answer       the model reads a text and goes on with it: perplexity and repetition have to stay in bounds
-    export       OUT/model.pt2, a program that runs without Python, where a GPU is to run it
-    provenance   OUT/provenance.spdx.json: files, their hashes, what they were made of and by
-    checksums    OUT/SHA256SUMS, for `sha256sum -c`
+    download     fetch MODEL's files that the cache lacks
+    convert      write OUT/bundle
+    verify       check its structure, its checksums, every tensor against MODEL, and the operations on a device
+    answer       continue a text with the model; perplexity and repetition have to stay in bounds
+    export       write OUT/model.pt2, a program that runs without Python, if a GPU is there to run it
+    provenance   write OUT/provenance.spdx.json: files, their hashes, their sources and tools
+    checksums    write OUT/SHA256SUMS, for `sha256sum -c`
 
-OUT/report.json says what came of each. Nothing is asked. A step that was done, and whose inputs and outputs are as
-they were, is not done again; so a run that was cut short goes on, and one too many does nothing. Exit codes are
-q6k-convert's: an answer out of bounds is 5, as is a failed verification.
+OUT/report.json has the results of all steps. Nothing is asked. A step that was done is skipped while its inputs and
+outputs are unchanged, so a run that was cut short resumes, and a repeated run does nothing. Exit codes are those of
+q6k-convert: 5 for a failed verification, and for an answer out of bounds.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PROGRAM = "model.pt2"
 
 
 class Export:
-    """One run: what is known of the steps, and what came of them."""
+    """One run: the state of the steps and their results."""
 
     def __init__(self, args: argparse.Namespace, terminal: Terminal) -> None:
         self.args, self.terminal = args, terminal
@@ -65,15 +65,15 @@ class Export:
         self.state: Row = {}
 
     def run(self) -> None:
-        """All steps that are not skipped; then the report.
+        """Run all steps that are not skipped, then write the report.
 
         Raises:
-            typer.Exit: the bundle or the model is not right.
-            Q6KConvertError, GgufError, BundleError, ModelError, OSError: as the commands do.
+            typer.Exit: the verification fails, or the answer is out of bounds.
+            Q6KConvertError, GgufError, BundleError, ModelError, OSError: a command fails.
         """
         self.state = self._read_state()
         try:
-            # Without it no later step knows what it works on; skipped, it fetches nothing.
+            # Every later step needs the files that this step finds; if skipped, it fetches nothing.
             self._download()
             for name in STEPS[1:]:
                 self._step(name)
@@ -97,7 +97,7 @@ class Export:
         else:
             self.terminal.note(f"{name}: begins")
             self.did.append(name)
-            # What speaks of a state that is no more; the bundle itself is replaced once the new one is whole.
+            # Remove what describes an older state. The bundle itself is replaced once the new one is complete.
             for stale in (REPORT, *((PROGRAM, PROVENANCE, CHECKSUMS) if name == "convert" else ())):
                 (self.out / stale).unlink(missing_ok=True)
             self.state.pop(name, None)
@@ -139,7 +139,7 @@ class Export:
 
     def _convert(self) -> Row:
         args = self.args
-        # What an earlier run of this script put there may be replaced by this one.
+        # A run of this script may replace what an earlier run wrote.
         force = args.force or bool(self.state.get("made_bundle"))
         with open_gguf(self.source) as model:
             plan = make_plan(model, Options(args.scales, args.other))
@@ -181,7 +181,7 @@ class Export:
 
         reason = self._no_program()
         if reason is not None:
-            (self.out / PROGRAM).unlink(missing_ok=True)  # of an earlier run, elsewhere
+            (self.out / PROGRAM).unlink(missing_ok=True)  # path of an earlier run on another machine
             self.terminal.note(f"export: nothing to do, {reason}")
             return {"status": "left out", "reason": reason}
         args = self.args
@@ -191,13 +191,13 @@ class Export:
         return {"file": PROGRAM, **{name: row[name] for name in names}}
 
     def _no_program(self) -> str | None:
-        """Why no program is made, if none is."""
+        """Return why no program is exported, or None if one is."""
         from q6k_convert.verify.device_stage import missing_for_cuda
 
         if self.args.export == "always":
             return None
         if self.args.device == "cpu":
-            return "as --device is cpu"
+            return "--device is cpu"
         missing = missing_for_cuda()
         return missing.what if missing else None
 
@@ -230,21 +230,21 @@ class Export:
         write(self.out / CHECKSUMS, "".join(lines))
         return {"file": CHECKSUMS, "files": len(lines)}
 
-    # What is known
+    # State
 
     def _listed(self) -> dict[str, Path]:
-        """The files that checksums are of, by their names in OUT."""
+        """Return the files to list in SHA256SUMS, by their names in OUT."""
         made = self._made(path.name for path in self.bundle.iterdir())
         more = {PROVENANCE: self.out / PROVENANCE} if (self.out / PROVENANCE).exists() else {}
         return dict(sorted((made | more).items()))
 
     def _made(self, files: Iterable[str]) -> dict[str, Path]:
-        """The bundle's files, and the program if there is one, by their names in OUT."""
+        """Return the bundle's files and the program, if there is one, by their names in OUT."""
         names = [*(f"bundle/{name}" for name in files), *([PROGRAM] if (self.out / PROGRAM).exists() else [])]
         return {name: self.out / name for name in names}
 
     def _key(self, step: str) -> str:
-        """A hash of what a step depends on."""
+        """Return a hash of everything that a step depends on."""
         args = self.args
         with open_gguf(self.source) as model:
             source = [[part.path.name, part.size, part.stat.st_mtime_ns] for part in model.parts]
@@ -264,7 +264,7 @@ class Export:
         return hashlib.sha256(json.dumps([__version__, step, parts[step]]).encode()).hexdigest()
 
     def _outputs(self, step: str) -> list[Any]:
-        """What a step's outputs look like now."""
+        """Return the present name, size and time of a step's outputs."""
         if step == "convert":
             return stamps(self.bundle.iterdir()) if self.bundle.is_dir() else []
         files = {"export": PROGRAM, "provenance": PROVENANCE, "checksums": CHECKSUMS}
@@ -273,7 +273,7 @@ class Export:
     def _read_state(self) -> Row:
         try:
             state = json.loads((self.out / STATE).read_bytes())
-        except (FileNotFoundError, ValueError):  # none, or cut short: every step is to be done
+        except (FileNotFoundError, ValueError):  # missing or cut short: do every step
             return {}
         return state if isinstance(state, dict) else {}
 
@@ -297,26 +297,26 @@ class Export:
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options."""
+    """Return the parsed options."""
     parser = argparse.ArgumentParser(
         prog="ci_export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a GGUF file, or its name on the Hub")
-    add("out", metavar="OUT", type=Path, help="a directory, new or of an earlier run")
-    add("--skip", action="append", choices=STEPS, default=[], metavar="STEP", help="leave it out; repeatable")
+    add("model", metavar="MODEL", help="GGUF file, or its name on the Hub")
+    add("out", metavar="OUT", type=Path, help="output directory, new or of an earlier run")
+    add("--skip", action="append", choices=STEPS, default=[], metavar="STEP", help="leave out a step; repeatable")
     add("--scales", choices=("bf16", "exact"), default="bf16")
     add("--other", choices=("bf16", "raw", "skip", "error"), default="bf16")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="for verify, answer and export")
-    add("--prompt", default=PROMPT, metavar="TEXT", help="what the model reads; by default a well-known sentence")
-    add("--max-new-tokens", type=int, default=48, metavar="N", help="of the answer")
-    add("--max-perplexity", type=float, default=100.0, metavar="P", help="of the prompt")
-    add("--max-repetition", type=float, default=0.9, metavar="R", help="share of tokens that were there before")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="device of verify, answer and export")
+    add("--prompt", default=PROMPT, metavar="TEXT", help="text to continue; by default a well-known sentence")
+    add("--max-new-tokens", type=int, default=48, metavar="N", help="tokens of the answer")
+    add("--max-perplexity", type=float, default=100.0, metavar="P", help="largest perplexity of the prompt")
+    add("--max-repetition", type=float, default=0.9, metavar="R", help="largest share of repeated tokens, 0 to 1")
     add("--export", choices=("auto", "always"), default="auto", help="auto: only if --device finds a GPU")
-    add("--capacity", type=int, metavar="N", help="tokens that the program has room for; as `q6k-convert export`")
+    add("--capacity", type=int, metavar="N", help="tokens that the program has room for; see `q6k-convert export`")
     add("--force", action="store_true", help="replace a bundle in OUT that this script did not make")
-    add("--quiet", action="store_true", help="errors only")
-    add("--verbose", action="store_true", help="the traceback of an error")
+    add("--quiet", action="store_true", help="print errors only")
+    add("--verbose", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(arguments)
     if args.max_new_tokens < 1:
         parser.error("--max-new-tokens: expected 1 or more")
@@ -326,7 +326,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parses, runs; returns the exit code."""
+    """Parse the options and run; return the exit code."""
     args = parsed(arguments)
     try:
         with reporting(False, args.quiet, args.verbose) as terminal:

@@ -1,4 +1,4 @@
-"""Files of a CI run: whether they have changed, their hashes, and how they are written."""
+"""Stamp, hash and write the files of a CI run."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 
 def stamps(paths: Any) -> list[Any]:
-    """Name, size and time of files; what is not there has none."""
+    """Return name, size and time of the files that exist."""
     found = [(path.name, path.stat()) for path in sorted(paths) if path.exists()]
     return [[name, each.st_size, each.st_mtime_ns] for name, each in found]
 
 
 def sha256(path: Path) -> str:
-    """Of a file, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(path: Path, content: dict[str, Any] | str) -> None:
-    """A text or JSON file that is there whole or not at all."""
+    """Write a text or JSON file that appears complete or not at all."""
     text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.new")

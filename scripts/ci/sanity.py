@@ -1,7 +1,7 @@
-"""Does a bundle's model speak? It reads a well-known sentence and goes on with it; both have to be in bounds.
+"""Check that a bundle's model works: its perplexity of a well-known sentence and its answer have to be in bounds.
 
-No measure of quality, which `eval_quality.py` is: it tells a model from a broken one. One that does not know the
-language finds a perplexity of thousands in the sentence; one whose decoding is broken says one thing for ever.
+This finds broken models and does not measure quality; `eval_quality.py` does. A model that does not know the
+language has a perplexity of thousands; one whose decoding is broken repeats itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from q6k_convert.cli.terminal import Terminal
 from q6k_convert.errors import UsageError
 
-# Of the Declaration of Independence (1776), cut short: whoever speaks English knows how it goes on.
+# The beginning of the Declaration of Independence (1776), which models know by heart.
 PROMPT = (
     "When in the Course of human events, it becomes necessary for one people to dissolve the political bands which "
     "have connected them with another, and to assume among the powers of the earth, the separate and equal station "
@@ -25,15 +25,15 @@ _KEPT = ("device", "dtype", "prompt_tokens", "generated_tokens", "stop_reason", 
 
 
 def answer(bundle: Path, args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
-    """What the model made of the prompt, and whether that is in bounds: `status` "passed" or "failed".
+    """Return the model's answer to the prompt, with `status` "passed" if it is in bounds, else "failed".
 
     Args:
-        bundle: whose model it is.
+        bundle: bundle of the model.
         args: prompt, max_new_tokens, device, max_perplexity, max_repetition.
-        terminal: told what is under way, and what is out of bounds.
+        terminal: shows the progress, and what is out of bounds.
 
     Raises:
-        EnvironmentMissingError, ModelError, BundleError, OSError: as `q6k-convert generate` does.
+        EnvironmentMissingError, ModelError, BundleError, OSError: see `generate_command.run`.
     """
     from q6k_convert.run.generate_command import GenerateRequest, run
 
@@ -44,7 +44,7 @@ def answer(bundle: Path, args: argparse.Namespace, terminal: Terminal) -> dict[s
         "repetition": repetition(done["token_ids"]),
     }
     bounds = {"perplexity": args.max_perplexity, "repetition": args.max_repetition}
-    # Of what is not a number every comparison is false: it is out of bounds.
+    # Every comparison with NaN is false, so NaN counts as out of bounds.
     bad = [
         f"{name} {value:.4g}, allowed is {bounds[name]:g}"
         for name, value in found.items()
@@ -67,7 +67,7 @@ def answer(bundle: Path, args: argparse.Namespace, terminal: Terminal) -> dict[s
 
 
 def perplexity(bundle: Path, ids: list[int], device: str, dtype: str) -> float:
-    """How much a text surprises the packed model, a token on average; 1 is not at all."""
+    """Return the perplexity per token of a text for the packed model; 1 is the least."""
     import torch
 
     from q6k_convert.run.perplexity import losses
@@ -80,5 +80,5 @@ def perplexity(bundle: Path, ids: list[int], device: str, dtype: str) -> float:
 
 
 def repetition(tokens: list[int]) -> float:
-    """The share of tokens that were there before: 0 for none, near 1 for an answer that goes in circles."""
+    """Return the share of tokens that occurred before: 0 for none, near 1 for an answer that repeats itself."""
     return 1 - len(set(tokens)) / len(tokens) if tokens else 0.0

@@ -1,7 +1,7 @@
-"""Where a bundle comes from, as an SPDX 2.3 document in JSON: its files, the GGUF they were made from, the tool.
+"""Describe where a bundle comes from, as an SPDX 2.3 document in JSON: its files, their source GGUF, the tool.
 
-The same inputs give the same bytes: the document's name in the world is a hash of what it says, and its time is
-SOURCE_DATE_EPOCH's, or 1970 if that is not set, for the format wants one.
+The same inputs give the same bytes: the document's namespace is a hash of its content. Its time, which the format
+requires, is SOURCE_DATE_EPOCH, or 1970 if that is not set.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NO_TIME = "No time was recorded: SOURCE_DATE_EPOCH was not set."
 
 @dataclass(frozen=True)
 class Hashed:
-    """A file: the name that it goes by, and its hashes in hex. SPDX wants the SHA-1."""
+    """A file: its name in the document, and its hashes in hex. SPDX requires the SHA-1."""
 
     name: str
     sha1: str
@@ -29,7 +29,7 @@ class Hashed:
 
 
 def hashed(path: Path, name: str) -> Hashed:
-    """Both hashes of a file, which is read once."""
+    """Return both hashes of a file, reading it once."""
     sha1, sha256 = hashlib.sha1(usedforsecurity=False), hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(_PIECE):
@@ -49,17 +49,17 @@ def provenance(
     version: str,
     epoch: int | None,
 ) -> Row:
-    """The document.
+    """Return the document.
 
     Args:
-        name: of the model.
-        bundle: its files.
-        source: the GGUF file, or all parts.
-        origin: the Hub, repository and commit that it came from, if it did.
-        license_words: what the GGUF says of its licence.
-        options: of the conversion.
-        version: of q6k-convert.
-        epoch: seconds since 1970 for the document's time, or None.
+        name: name of the model.
+        bundle: files of the bundle.
+        source: the GGUF file, or all parts of a split one.
+        origin: Hub, repository and commit of a download, or None.
+        license_words: licence that the GGUF states.
+        options: options of the conversion.
+        version: version of q6k-convert.
+        epoch: time of the document in seconds since 1970, or None.
     """
     where: Row = {"downloadLocation": "NOASSERTION"}
     if origin is not None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Do all kernels compile for all architectures, without spilling? Prints what each takes; 1 if not.
+"""Compile all kernels for all architectures and print their resources; exit with 1 if one fails or spills.
 
     python scripts/kernels/compile_kernels.py [--arch 80 ...] [--jobs N] [--json FILE]
 
@@ -24,7 +24,7 @@ from q6k_kernels.jit import compiler
 
 
 def architecture(text: str) -> int:
-    """A compute capability of the command line."""
+    """Parse a compute capability from the command line, 90 for 9.0."""
     try:
         arch = int(text)
         compiler.architecture(divmod(arch, 10))
@@ -36,11 +36,11 @@ def architecture(text: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code."""
+    """Parse the options, compile and print; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=architecture, nargs="+", default=(), metavar="XY", help="80, 90, …; all")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", type=Path, help="write the rows there too")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(arguments)
     started, wanted = time.monotonic(), units.plan(args.arch)
     try:

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What keeps the kernels from being faster? Hardware counters by Nsight Compute: prints a table, and writes JSON.
+"""Read hardware counters of the kernels with Nsight Compute; print a table, and write JSON.
 
     python scripts/kernels/count_kernels.py [--json FILE]
 
-Needs `ncu` on PATH and a GPU whose counters it may read. Each case runs alone, its weight not in the cache, clocks
-as they are; so a short one takes longer than it does between others in a CUDA graph. Percentages are of the peak:
-DRAM and L2 of the kernel's whole time, issue slots and tensor pipe while multiprocessors are active. Waits are
-warps that wait for a reason, on average, at each instruction that is issued; the two longest.
+Needs `ncu` on PATH and a GPU whose counters it may read. Each case runs alone, with its weight not in the cache and
+unlocked clocks, so a short kernel takes longer than in a CUDA graph. Percentages are of the peak: DRAM and L2 over
+the kernel's whole time, issue slots and tensor pipe while multiprocessors are active. Waits are the average number
+of warps that wait for a reason at each issued instruction; the two largest are shown.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CASES: tuple[tuple[int, tuple[int, int], Scales], ...] = (
     *((512, shape, "exact") for shape in (SQUARE, LONG)),
     *((2048, shape, scales) for shape in (LONG, WIDE[0]) for scales in BOTH),
 )
-"""M, (N, K) and scales of what is furthest from its target."""
+"""M, (N, K) and scales of the cases that are furthest from their targets."""
 COLUMNS = (
     ("us", "gpu__time_duration.sum", "{:.1f}"),
     ("DRAM %", "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed", "{:.0f}"),
@@ -49,14 +49,14 @@ COLUMNS = (
     ("warps", "sm__warps_active.avg.per_cycle_active", "{:.1f}"),
 )
 MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3}
-"""Of a duration's unit, as ncu of some version or other calls it."""
+"""Microseconds of each unit of time, by the names that versions of ncu use."""
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
 MORE = ("SpeedOfLight", "SchedulerStats", "WarpStateStats", "ComputeWorkloadAnalysis", "Occupancy")
-"""Sections that are collected."""
+"""Sections of ncu to collect."""
 
 
 def run_cases() -> None:
-    """What is profiled: one launch of each."""
+    """Launch each case once; ncu profiles this."""
     from q6k_kernels.weights.weight import PackedWeight, linear
 
     for m, (n, k), scales in CASES:
@@ -73,13 +73,13 @@ def run_cases() -> None:
 
 
 def counted(report: str) -> list[Row]:
-    """The rows of ncu's CSV, one for each case.
+    """Return the rows of ncu's CSV, one for each case.
 
     Args:
-        report: what `ncu --csv --page raw` printed.
+        report: output of `ncu --csv --page raw`.
 
     Raises:
-        ValueError: it has another number of products than there are cases, or durations in an unknown unit.
+        ValueError: the number of products is not that of the cases, or a duration has an unknown unit.
     """
     lines = report.splitlines()
     first = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
@@ -119,7 +119,7 @@ def _number(text: str | None) -> float | None:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown."""
+    """Return the rows as a Markdown table."""
     titles = ["M", "N x K", "scales", *(title for title, _, _ in COLUMNS), "waits"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for row in rows:
@@ -132,7 +132,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """Runs the cases under ncu, prints, writes."""
+    """Run the cases under ncu, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("count-kernels.json"), metavar="FILE")
     parser.add_argument("--cases", action="store_true", help=argparse.SUPPRESS)
@@ -141,7 +141,7 @@ def main() -> None:
         run_cases()
         return
     if not torch.cuda.is_available() or shutil.which("ncu") is None:
-        sys.exit("count_kernels: it takes a CUDA GPU, and Nsight Compute's ncu on PATH")
+        sys.exit("count_kernels: needs a CUDA GPU, and Nsight Compute's ncu on PATH")
     sections = [each for section in MORE for each in ("--section", section)]
     command = ["ncu", "--clock-control", "none", "--csv", "--page", "raw", *sections]
     command += ["--metrics", ",".join(metric for _, metric, _ in COLUMNS)]

@@ -331,7 +331,7 @@ def test_other_error_lists_the_tensors_it_refuses(tmp_path: Path) -> None:
         small_model(), tmp_path, InputRejectedError, message, other="error"
     )
     one = Builder([weight("a", (2, 256)), weight("one", (256,), Q6_K)])
-    refusal(one, tmp_path, InputRejectedError, r"1 neither .*: one \(Q6_K 256\)", other="error")
+    refusal(one, tmp_path, InputRejectedError, r"1 that are neither .*: one \(Q6_K 256\)", other="error")
 
 
 def test_other_error_does_not_mind_what_is_excluded(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""The library's plans and launches against Python's, in a process where libcuda is `fake_cuda.c`.
+"""Compare the library's plans and launches with Python's, in a process where libcuda is `fake_cuda.c`.
 
-`test_cpp_ops.py` runs this. Both sides get the same memory, so every byte that the driver is handed is compared.
+`test_cpp_ops.py` runs this. Both sides get the same memory, so every byte passed to the driver is compared.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def functions() -> Functions:
 
 @pytest.fixture
 def fake() -> Iterator[FakeCuda]:
-    """The driver of both sides, which is one library: it was found by LD_LIBRARY_PATH, too."""
+    """Return the stand-in driver of both sides, one library that LD_LIBRARY_PATH finds, too."""
     fake = FakeCuda(FAKE)
     yield fake
     fake.reset()
@@ -94,7 +94,7 @@ def test_slices_for_cublas(functions: Functions) -> None:
 
 
 class Memory:
-    """What a product is computed in: scratch memory comes from one place, 512 bytes apart, for Python, too."""
+    """Memory of a product. Scratch memory of both sides comes from one buffer, at distances of 512 bytes."""
 
     def __init__(self, product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
         dtype = torch.float16 if product.fp16 else torch.bfloat16
@@ -109,7 +109,7 @@ class Memory:
         self._empty, self._patch = torch.empty, monkeypatch
 
     def python(self, device: launching.Device, fake: FakeCuda) -> list[str]:
-        """What the driver is asked for, by Python."""
+        """Return Python's calls of the driver."""
         at = self._begin
 
         def empty(*shape: int, dtype: torch.dtype, device: Any) -> torch.Tensor:
@@ -135,7 +135,7 @@ class Memory:
         return asked(fake)
 
     def library(self, functions: Functions, device: launching.Device) -> str | None:
-        """Has the library ask the same; what went wrong."""
+        """Make the library launch the same, and return its error."""
         bias = 0 if self.bias is None else self.bias.data_ptr()
         pointers = [self.x.data_ptr(), self.tiles.data_ptr(), bias, self.y.data_ptr(), STREAM, self.arena]
         kind = 0 if self.bias is None else 3
@@ -145,7 +145,7 @@ class Memory:
 
 
 def asked(fake: FakeCuda) -> list[str]:
-    """Launches and tensor maps, in their order of each kind."""
+    """Return the recorded launches and tensor maps, in order within each kind."""
     return [*fake.lines("map"), *fake.lines("launch")]
 
 
@@ -185,7 +185,7 @@ def test_another_gpu(functions: Functions, fake: FakeCuda, monkeypatch: pytest.M
 
 
 def test_first_use_by_many_threads(functions: Functions, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU that nobody has used: its kernel is loaded once, in relaxed capture."""
+    """Many threads launch first on an unused GPU: its kernel is loaded once, in relaxed capture mode."""
     fake.reset(devices=8)
     device, memory = launching.Device(5, 90, 132, 227 << 10, 228 << 10), Memory(PRODUCTS[0], monkeypatch)
     barrier, wrong = threading.Barrier(16), list[str | None]()

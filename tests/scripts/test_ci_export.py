@@ -139,7 +139,7 @@ def test_a_program_is_made_where_a_gpu_is(
 ) -> None:
     """With a compiler that only writes what it is asked: tests/export/test_export.py has the real one."""
     report = export(gguf, out)
-    assert report["steps"]["export"] == {"status": "left out", "reason": "as --device is cpu"}
+    assert report["steps"]["export"] == {"status": "left out", "reason": "--device is cpu"}
     asked = []
 
     def compiled(request: Any, *_: Any) -> dict[str, Any]:

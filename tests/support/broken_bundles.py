@@ -1,4 +1,4 @@
-"""Mutations of a bundle, signed again as a careful forger would, and what verification finds in it."""
+"""Change bundles and correct their checksums, as a careful forger would, and list what verification finds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QL = "token_embd.weight.ql"
 
 
 def edit_manifest(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Alters the manifest and signs it again, as a careful forger would."""
+    """Change the manifest and correct its checksum."""
     path = directory / "bundle.json"
     content = json.loads(path.read_bytes())
     del content["manifest_checksum"]
@@ -28,7 +28,7 @@ def edit_manifest(directory: Path, change: Callable[[dict[str, Any]], object]) -
 
 
 def edit_header(directory: Path, change: Callable[[bytes], bytes], name: str = SHARD) -> None:
-    """Replaces a shard's header text and makes the manifest's size and checksum of it right again."""
+    """Replace a shard's header text, and correct the shard's size and checksum in the manifest."""
     path = directory / name
     raw = path.read_bytes()
     (length,) = struct.unpack_from("<Q", raw)
@@ -46,7 +46,7 @@ def resign(directory: Path, name: str, checked: int) -> None:
 
 
 def edit_entries(directory: Path, change: Callable[[dict[str, Any]], object], name: str = SHARD) -> None:
-    """Alters a shard's header as JSON."""
+    """Change a shard's header as JSON."""
 
     def rewrite(text: bytes) -> bytes:
         content = json.loads(text)

@@ -1,4 +1,4 @@
-"""Looking at bundles from outside, and running conversions in processes that are stopped midway."""
+"""Read bundles without the product's reader, and run conversions in processes that are stopped midway."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gguf_builder import F32, Builder, Tensor, key_value, weight
 from q6k_convert.cli import contents, main, terminal
 from q6k_convert.convert import staging
 
-# What the command imports late; here, so that forked processes need not.
+# Imports that the command does late; done here once for all forked processes.
 LATE = (contents, terminal)
 # The module: the package has a function of the same name.
 convert_module = import_module("q6k_convert.convert.pipeline")
@@ -36,7 +36,7 @@ Listing = dict[str, bytes | str | None]
 
 
 def listing(directory: Path) -> Listing:
-    """Everything below a directory: content of files, target of symlinks, None for directories."""
+    """Return everything below a directory: content of files, target of symlinks, None for directories."""
     found: Listing = {}
     for base, directories, files in os.walk(directory):
         for name in (*directories, *files):
@@ -47,17 +47,17 @@ def listing(directory: Path) -> Listing:
 
 
 def below(name: str, content: Listing) -> Listing:
-    """A listing of a directory as part of that of its parent."""
+    """Return the listing of a directory as part of the listing of its parent."""
     return {name: None} | {f"{name}/{key}": value for key, value in content.items()}
 
 
 def xxh3(data: bytes | memoryview) -> str:
-    """XXH3-128 as bundles spell it."""
+    """Return the XXH3-128 of data as bundles write it."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
 def shard_arrays(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
-    """Key -> dtype, shape, bytes of a safetensors file, from the format's text."""
+    """Return dtype, shape and bytes by key of a safetensors file, written from the format's text."""
     raw = path.read_bytes()
     (length,) = struct.unpack_from("<Q", raw)
     header = json.loads(raw[8 : 8 + length])
@@ -67,7 +67,7 @@ def shard_arrays(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
 
 
 def checked_manifest(directory: Path) -> dict[str, Any]:
-    """`bundle.json`, after holding every checksum and every file of the directory against it."""
+    """Return `bundle.json` after checking every checksum and every file of the directory."""
     raw = (directory / "bundle.json").read_bytes()
     manifest: dict[str, Any] = json.loads(raw)
     bare = {key: value for key, value in manifest.items() if key != "manifest_checksum"}
@@ -87,7 +87,7 @@ def checked_manifest(directory: Path) -> dict[str, Any]:
 
 
 def two_tensors(rows: int = 2, seed: int = 0) -> Builder:
-    """A model that converts in a handful of system calls."""
+    """Return a model that converts in a few system calls."""
     return Builder(
         [weight("a.weight", (rows, 512), seed=seed), weight("norm.weight", (8,), F32, seed=seed)],
         [key_value("general.architecture", "llama"), key_value("general.name", f"seed {seed}")],
@@ -95,7 +95,7 @@ def two_tensors(rows: int = 2, seed: int = 0) -> Builder:
 
 
 def broken_late() -> Builder:
-    """A model whose last block cannot be converted: by then everything else has been written."""
+    """Return a model whose last block cannot be converted, when everything else has been written."""
     builder = two_tensors(seed=5)
     blocks = bytearray(weight("z.weight", (1, 512)).data)
     blocks[-2:] = b"\x00\x7e"
@@ -104,12 +104,12 @@ def broken_late() -> Builder:
 
 
 STRUCK = "struck here"
-"""What a process says when it comes to the step at which it is struck."""
+"""Text that a process prints at the step where `strike` sends the signal."""
 BROKEN_LATE = "scale d that is NaN or infinite"
 
 
 def run_cli(*args: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
-    """`q6k-convert ARGS` as its own process."""
+    """Run `q6k-convert ARGS` as its own process."""
     command = [sys.executable, "-m", "q6k_convert", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=False, **more)
 
@@ -122,19 +122,19 @@ class Child:
     log: Path
 
     def wait(self) -> tuple[int, str]:
-        """Its exit code (negative: the signal that killed it) and its output."""
+        """Wait for the end, and return the exit code (negative: the signal that killed it) and the output."""
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return code, self.log.read_text()
 
 
 def fork(action: Callable[[], object], log: Path) -> Child:
-    """Runs `action` in a copy of this process, which needs no time to start and may be patched freely."""
+    """Run `action` in a fork of this process, which starts at once and may be patched freely."""
     pid = os.fork()
     if pid:
         return Child(pid, log)
     code = 99
     try:
-        # As in a shell's foreground, whatever these tests themselves were started by.
+        # As in the foreground of a shell, however these tests were started.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -153,7 +153,7 @@ def fork(action: Callable[[], object], log: Path) -> Child:
 
 
 def fork_cli(*args: str | Path, log: Path, patch: Callable[[], object] = lambda: None) -> Child:
-    """`q6k-convert ARGS` in a forked process, after patching it."""
+    """Run `q6k-convert ARGS` in a forked process, after patching it."""
 
     def action() -> NoReturn:
         patch()
@@ -164,39 +164,39 @@ def fork_cli(*args: str | Path, log: Path, patch: Callable[[], object] = lambda:
 
 
 class Gate:
-    """Stops a forked process at a place until the test lets it go on."""
+    """A gate that stops a forked process at a place until the test opens it."""
 
     def __init__(self) -> None:
         self._reached, self._go = os.pipe(), os.pipe()
         self._stopped = False
 
     def stop_here(self) -> None:
-        """In the child: says that it is here, and waits; the first time."""
+        """In the child: report the arrival and wait; only the first time."""
         if not self._stopped:
             self._stopped = True
             os.write(self._reached[1], b"!")
-            # With this copy closed, the pipe ends when the test fails, and nobody waits for ever.
+            # With this copy closed, the pipe ends when the test fails, so the child never waits forever.
             os.close(self._go[1])
             if not os.read(self._go[0], 1):
                 os._exit(97)
 
     def is_reached(self) -> bool:
-        """In the test: waits until the child is here, or has ended without coming here."""
+        """In the test: wait until the child is here or has ended, and return whether it is here."""
         # With the test's own copy closed, the pipe ends when the child does.
         os.close(self._reached[1])
         return os.read(self._reached[0], 1) == b"!"
 
     def wait_until_reached(self) -> None:
-        """In the test: waits until the child is here."""
+        """In the test: wait until the child is here."""
         assert self.is_reached(), "the process ended before the place it was to stop at"
 
     def open(self) -> None:
-        """In the test: lets the child go on."""
+        """In the test: let the child continue."""
         os.write(self._go[1], b"!")
 
 
 def before(module: object, name: str, action: Callable[[], object]) -> Callable[[], None]:
-    """A patch: `action` runs whenever `module.name` is called, before it."""
+    """Return a patch that runs `action` before every call of `module.name`."""
 
     def patch() -> None:
         real = getattr(module, name)
@@ -211,11 +211,11 @@ def before(module: object, name: str, action: Callable[[], object]) -> Callable[
 
 
 def strike(at: int, number: signal.Signals, *, lines: bool) -> Callable[[], None]:
-    """A patch: the process gets a signal at its `at`-th step.
+    """Return a patch that sends the process a signal at its `at`-th step.
 
-    A step is the time just before or after a call that changes the disk, so that none of its states goes unseen;
-    with `lines` also each line of the output's transaction and of the conversion around it, between which
-    variables change, too. A process that is killed leaves only what is on the disk.
+    A step is the time just before or after a call that changes the disk, so every state of the disk is seen. With
+    `lines` each line of the staging and of the conversion is a step, too, because variables change between
+    lines. A process that is killed leaves only what is on the disk.
     """
     files = {staging.__file__, convert_module.run.__code__.co_filename}
     steps = count()
@@ -252,7 +252,7 @@ def strike(at: int, number: signal.Signals, *, lines: bool) -> Callable[[], None
         ):
             around(name)
         if lines:
-            # Not before: tracing all of the command line's set-up is slow, and nothing is at stake there.
+            # Not before: tracing the set-up of the command line is slow and changes no file.
             before(convert_module, "run", lambda: sys.settrace(trace))()
 
     return patch
@@ -260,7 +260,7 @@ def strike(at: int, number: signal.Signals, *, lines: bool) -> Callable[[], None
 
 @contextmanager
 def tmpfs(directory: Path, options: str) -> Iterator[Path]:
-    """A small file system of its own at `directory`; skips the test where mounting is not allowed."""
+    """Mount a small file system at `directory`; skip the test where mounting is not allowed."""
     directory.mkdir(exist_ok=True)
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(directory)],
@@ -277,12 +277,12 @@ def tmpfs(directory: Path, options: str) -> Iterator[Path]:
 
 
 def invoke(*args: str | Path) -> Result:
-    """The command inside this process, where it can be patched."""
+    """Run the command inside this process, where it can be patched."""
     return CliRunner().invoke(main.app, [str(arg) for arg in args])
 
 
 def failed(result: Result, code: int, cause: str, remedy: str) -> None:
-    """The result is that exit code with these words, each on its line, and no traceback."""
+    """Assert that the result has this exit code and these words, each on its line, and no traceback."""
     lines = result.stderr.splitlines()
     assert result.exit_code == code, result.output
     assert any(line.startswith("error: ") and cause in line for line in lines), result.stderr

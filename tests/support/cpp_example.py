@@ -1,4 +1,4 @@
-"""The C++ example for tests: built once, run, and the same in Python."""
+"""Build and run the C++ example, and compute the same in Python."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ for ids, count in json.loads(sys.argv[3]):
 
 
 def build_example() -> Path:
-    """The program, built if none of the same sources is there."""
+    """Return the program, built unless one of the same sources exists."""
     if missing := [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]:
         pytest.skip(f"{', '.join(missing)} not on PATH")
     digest = hashlib.sha256(f"{TORCH} {torch.__version__} {shutil.which('c++')}".encode())
@@ -53,7 +53,7 @@ def build_example() -> Path:
 
 
 def called(*command: object, **environment: str) -> str:
-    """What a command prints, which has to succeed."""
+    """Return what a command prints; it has to succeed."""
     words = list(map(str, command))
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **environment})
     assert done.returncode == 0, done.stdout + done.stderr
@@ -61,6 +61,6 @@ def called(*command: object, **environment: str) -> str:
 
 
 def generated(program: Path, *arguments: object) -> Any:
-    # More threads only wait for each other with matrices this small.
+    # With matrices this small more threads only wait for each other.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, env=environment)

@@ -1,4 +1,4 @@
-"""The C++ library for tests: built once with the few kernels that they launch, and its functions through ctypes."""
+"""Build the C++ library once with the few kernels that tests launch, and call its functions through ctypes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WARNINGS = "-Werror"
 
 @dataclass(frozen=True)
 class Product:
-    """One that is launched by Python and by the library."""
+    """A product that both Python and the library launch."""
 
     kind: int
     m: int
@@ -51,7 +51,7 @@ class Product:
 
     @property
     def device(self) -> launching.Device:
-        """A GPU that has the kernel."""
+        """GPU that has the kernel."""
         return A100 if self.kind == MMA else H200
 
 
@@ -104,7 +104,7 @@ def library() -> Path:
     folder = kept / digest.hexdigest()[:16]
     if not folder.exists():
         kept.mkdir(parents=True, exist_ok=True)
-        for old in kept.iterdir():  # of earlier sources, unless others use them now
+        for old in kept.iterdir():  # remove builds of earlier sources that nobody uses
             if time.time() - old.stat().st_mtime > KEPT_SECONDS:
                 shutil.rmtree(old, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=kept, ignore_cleanup_errors=True) as made:
@@ -117,7 +117,7 @@ def library() -> Path:
 
 
 class Functions:
-    """What the library exports; loading it registers its operations."""
+    """Functions that the library exports; loading it registers its operations."""
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
@@ -144,7 +144,7 @@ class Functions:
         return out if some else None
 
     def wgmma(self, m: int, n: int, k: int, device: launching.Device) -> list[int]:
-        """The configuration of `gemm_wgmma.plan`, its other values, and scratch memory."""
+        """Return the configuration and other values of `gemm_wgmma.plan`, and the scratch memory."""
         return list(self._plan(self.library.q6k_ops_plan_wgmma, (m, n, k), device, 12)[1])
 
     def mma(self, m: int, n: int, k: int, row: WeightType, device: launching.Device) -> list[int]:
@@ -152,7 +152,7 @@ class Functions:
         return list(self._plan(self.library.q6k_ops_plan_mma, (m, n, k, row), device, 6)[1])
 
     def slice_rows(self, m: int, k: int) -> int:
-        """`prefill.slice_rows`."""
+        """Return the value of `expand.slice_rows`."""
         return int(self.library.q6k_ops_slice_rows(self._size(m), self._size(k)))
 
     def launch(
@@ -165,7 +165,7 @@ class Functions:
         bias_kind: int,
         ticket: int,
     ) -> str | None:
-        """Launches a product on x, tiles, bias, y, in a stream, with scratch memory; what went wrong."""
+        """Launch a product on x, tiles, bias, y, in a stream, with scratch memory, and return the error."""
         numbers = (product.m, product.n, product.k, stride, -(-product.n // 16), bias_kind)
         error = ctypes.create_string_buffer(2000)
         code = self.library.q6k_ops_launch(

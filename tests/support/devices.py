@@ -1,4 +1,4 @@
-"""The devices of this machine, for tests that hold on each: nothing is collected for a GPU that is not there."""
+"""Devices of this machine for tests that run on each; without a GPU no GPU test is collected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of exported models share; `conftest.exported` makes it."""
+"""The exported model that tests share; `conftest.exported` makes it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class ExportedModel:
     """A tiny model with a window in one layer and none in the other, exported on the CPU.
 
     Attributes:
-        bundle: what it was made from.
-        package: the file.
-        report: what the command printed.
+        bundle: bundle that it was made from.
+        package: file that was exported.
+        report: document that the command printed.
     """
 
     bundle: Path
@@ -23,7 +23,7 @@ class ExportedModel:
     report: dict[str, Any]
 
     def changed(self, path: Path, change: Callable[[bytes], bytes], ending: str = "q6k_program") -> None:
-        """Write the package anew, with another description or other entries that end so."""
+        """Write the package again with another description, or with other entries whose names end so."""
         from torch.export.pt2_archive._package import PT2ArchiveReader, PT2ArchiveWriter
 
         with PT2ArchiveReader(str(self.package)) as old, PT2ArchiveWriter(str(path)) as new:

@@ -1,4 +1,4 @@
-"""Builds `fake_cuda.c` and puts it in the driver's place, for as long as the process lives."""
+"""Build `fake_cuda.c` and put it in the driver's place until the process ends."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CACHES = (
 
 
 def headers() -> Path:
-    """The folder of NVIDIA's cuda.h: of the package nvidia-cuda-runtime, or of a toolkit."""
+    """Return the folder of NVIDIA's cuda.h, from the package nvidia-cuda-runtime or a toolkit."""
     places = [Path(each) / "nvidia" / "cu13" / "include" for each in site.getsitepackages()]
     for place in (*places, Path("/usr/local/cuda/include")):
         if (place / "cuda.h").exists():
@@ -37,7 +37,7 @@ def headers() -> Path:
 
 
 def build(folder: Path) -> Path:
-    """Compiles it."""
+    """Compile the stand-in driver."""
     library = folder / NAME
     command = [COMPILER, "-shared", "-fPIC", "-O1", "-D_GNU_SOURCE", f"-I{headers()}", f"-Wl,-soname,{NAME}"]
     subprocess.run([*command, str(SOURCE), "-o", str(library), "-lpthread"], check=True)
@@ -45,13 +45,13 @@ def build(folder: Path) -> Path:
 
 
 class FakeCuda:
-    """What the tests say to it, and read from it."""
+    """Settings and records of the stand-in driver, for tests."""
 
     def __init__(self, path: Path) -> None:
         try:
             self._library = ctypes.CDLL(NAME, mode=os.RTLD_NOLOAD)
         except OSError:
-            # By this name: whoever asks for the driver from here on is given this library.
+            # Loaded by this name, so that every later request for the driver gets this library.
             self._library = ctypes.CDLL(str(path))
         if not hasattr(self._library, "fake_record"):
             pytest.skip("NVIDIA's own driver is loaded in this process: run this test in another")
@@ -72,19 +72,19 @@ class FakeCuda:
         self._library.fake_fail(function.encode(), code)
 
     def slow(self, microseconds: int) -> None:
-        """Takes that long to look at a launch: time for another thread to spoil it."""
+        """Make every launch take that long, so that another thread has time to interfere."""
         self._library.fake_slow(microseconds)
 
     def lines(self, first: str = "") -> list[str]:
-        """What was recorded, of one kind."""
+        """Return the recorded lines of one kind."""
         return [each for each in self._library.fake_record().decode().splitlines() if each.startswith(first)]
 
     @property
     def depth(self) -> int:
-        """Contexts on the calling thread's stack."""
+        """Return the number of contexts on the calling thread's stack."""
         return int(self._library.fake_depth())
 
     @property
     def mode(self) -> int:
-        """The calling thread's capture mode; 0, global, at first."""
+        """Return the calling thread's capture mode; 0, global, at first."""
         return int(self._library.fake_mode())

@@ -1,4 +1,4 @@
-"""A tiny random model of every family, and what transformers itself generates with it."""
+"""Tiny random models of every family, and the tokens that transformers itself generates with them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2-sliding": ("Qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {}),
-    # A soft cap that matters, and the one form of transformers' that has it.
+    # A soft cap that changes results, and transformers' only attention that applies it.
     "gemma2": ("Gemma2", {"sliding_window": WINDOW, "attn_logit_softcapping": 2.0, "attn_implementation": "eager"}),
     "gemma3": ("Gemma3Text", {"sliding_window": WINDOW, "layer_types": [SLIDING, FULL, SLIDING]}),
 }
@@ -45,6 +45,6 @@ def prompt(length: int = PROMPT) -> list[int]:
 
 @lru_cache
 def expected(family: str) -> list[int]:
-    """The best tokens by transformers' own way of generating."""
+    """Return the likeliest tokens, as transformers generates them."""
     ids = torch.tensor([prompt()])
     return tiny(family).generate(ids, max_new_tokens=ANSWER, do_sample=False)[0, PROMPT:].tolist()

@@ -1,4 +1,4 @@
-"""What the GPU's tests assert of outputs: products within `accuracy`'s tolerance, everything else to the bit."""
+"""Assertions on outputs of GPU tests: products within `accuracy`'s tolerance, everything else to the bit."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ Exact = accuracy.Exact
 
 
 def linear(x: Tensor, q: Tensor, s: Tensor, formula: Literal["int8", "bf16"]) -> Exact:
-    """x (M, K) times weights: q int8 (N, K), s float64 (N, K/G)."""
+    """Return x (M, K) times weights of codes q int8 (N, K) and scales s float64 (N, K/G)."""
     return accuracy.linear(x, accuracy.Weight(q, s), activations=formula)
 
 
 def roundings(exact: Exact) -> int:
-    """The roundings to fp32 that the unluckiest term meets, for `accuracy.tolerance`.
+    """Return the largest number of roundings to fp32 of any term, for `accuracy.tolerance`.
 
-    "int8", whose terms are the sums of groups: two products, then additions in any order, and the bias; some to
-    spare. "bf16": matrix instructions add sixteen products at a time, and do so by cutting off what lies below the
-    largest one's bits, not by rounding: an instruction counts as two. Then the parts of K that blocks share, of a
-    super-block or more, and the bias; some to spare.
+    "int8": the terms are sums of groups. Each meets two products, additions in any order, and the bias.
+    "bf16": a matrix instruction adds sixteen products and truncates, not rounds, below the bits of the largest
+    one, so it counts as two roundings. Then come the parts of K that thread blocks share, of a super-block or
+    more, and the bias. Both numbers include some reserve.
     """
     return exact.terms + 8 if exact.terms < exact.k else exact.k // 8 + exact.k // 256 + 8
 
 
 def assert_right(output: Tensor, exact: Exact, what: str) -> None:
-    """Every output is within its tolerance; if not, says where the first is that is not."""
+    """Assert that every output is within its tolerance; the message names the first that is not."""
     __tracebackhide__ = True
     assert output.shape == exact.y.shape, f"{what}: expected {tuple(exact.y.shape)}, found {tuple(output.shape)}"
     result = accuracy.compare(output, exact, roundings(exact))
@@ -42,7 +42,7 @@ def assert_right(output: Tensor, exact: Exact, what: str) -> None:
 
 
 def assert_same_bits(found: Tensor, expected: Tensor, what: str = "") -> None:
-    """Equal to the bit, NaN included; if not, says where the first is that is not."""
+    """Assert equality to the bit, NaN included; the message names the first difference."""
     __tracebackhide__ = True
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype), (
         f"{what}: expected {expected.dtype} {tuple(expected.shape)}, found {found.dtype} {tuple(found.shape)}"

@@ -1,4 +1,4 @@
-"""Tiny GGUF files in memory, right or deliberately wrong, written from the format's text.
+"""Build tiny GGUF files in memory, right or deliberately wrong, written from the format's text.
 
 Shares no code with the reader under test.
 """
@@ -31,13 +31,13 @@ TYPE_CODES = {
 
 
 def string(text: str | bytes) -> bytes:
-    """A GGUF string."""
+    """Return a GGUF string."""
     raw = text.encode() if isinstance(text, str) else text
     return struct.pack("<Q", len(raw)) + raw
 
 
 def value(content: Any, kind: str | None = None) -> bytes:
-    """Type and value; the type from `kind` or from Python's."""
+    """Return type and value as bytes; the type is `kind`, or follows from the Python type."""
     if isinstance(content, bool):
         kind = kind or "bool"
     if isinstance(content, int):
@@ -56,7 +56,7 @@ def value(content: Any, kind: str | None = None) -> bytes:
 
 
 def key_value(key: str | bytes, content: Any, kind: str | None = None) -> bytes:
-    """One key-value pair."""
+    """Return a key-value pair as bytes."""
     return string(key) + value(content, kind)
 
 
@@ -71,14 +71,14 @@ class Tensor:
     offset: int | None = None  # from the start of the data section; laid out in order if None
 
     def record(self, offset: int) -> bytes:
-        """The tensor's entry in the list."""
+        """Return the tensor's entry in the tensor list."""
         dims = tuple(reversed(self.shape))
         return string(self.name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, self.type, offset)
 
 
 @dataclass
 class Builder:
-    """A GGUF to be; every field can be set to something wrong."""
+    """Content of a GGUF; every field can be set to something wrong."""
 
     tensors: list[Tensor] = field(default_factory=list)
     kv: list[bytes] = field(default_factory=lambda: [key_value("general.architecture", "llama")])
@@ -90,7 +90,7 @@ class Builder:
     pad_end: bool = True
 
     def header(self) -> bytes:
-        """Everything before the padding that precedes the data."""
+        """Return everything before the padding that precedes the data."""
         records, at = [], 0
         for tensor in self.tensors:
             offset = at if tensor.offset is None else tensor.offset
@@ -106,7 +106,7 @@ class Builder:
         )
 
     def build(self) -> bytes:
-        """The whole file."""
+        """Return the whole file."""
         out = bytearray(self.header())
         if not self.tensors:
             return bytes(out)
@@ -123,7 +123,7 @@ class Builder:
         return bytes(out)
 
     def write(self, path: Path) -> Path:
-        """The whole file, on disk."""
+        """Write the whole file to disk."""
         path.write_bytes(self.build())
         return path
 
@@ -133,7 +133,7 @@ def _aligned(at: int, alignment: int) -> int:
 
 
 def q6k_blocks(count: int, seed: int = 0) -> bytes:
-    """Random Q6_K blocks with finite d of a realistic size, many of them subnormal, both signs."""
+    """Return random Q6_K blocks; d is finite, of a realistic size, often subnormal, of both signs."""
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (count, 210), dtype=np.uint8)
     blocks[:, 208:] = (rng.normal(size=(count, 1)) * 3e-5).astype("<f2").view(np.uint8)
@@ -141,7 +141,7 @@ def q6k_blocks(count: int, seed: int = 0) -> bytes:
 
 
 def weight(name: str, shape: tuple[int, ...], kind: int = Q6_K, seed: int = 0) -> Tensor:
-    """A tensor of random finite content."""
+    """Return a tensor of random finite content."""
     count = int(np.prod(shape))
     if kind == Q6_K:
         return Tensor(name, shape, kind, q6k_blocks(count // 256, seed))
@@ -158,7 +158,7 @@ def weight(name: str, shape: tuple[int, ...], kind: int = Q6_K, seed: int = 0) -
 
 
 def small_model() -> Builder:
-    """A model with one tensor of most sorts: embedding, 2-D and 3-D Q6_K, other types, F32."""
+    """Return a model with tensors of most types: embedding, 2-D and 3-D Q6_K, other types, F32."""
     return Builder(
         tensors=[
             weight("token_embd.weight", (5, 512), seed=1),
@@ -185,10 +185,10 @@ def header(tensors: int, pairs: int, version: int = 3, magic: bytes = b"GGUF") -
 
 
 def record(name: str | bytes, dims: tuple[int, ...] = (8,), kind: int = F32, offset: int = 0) -> bytes:
-    """A tensor record; `dims` as in the file, fastest first."""
+    """Return a tensor record; `dims` as in the file, fastest first."""
     return Tensor(name, dims[::-1], kind, b"").record(offset)
 
 
 def tensors(*raw: bytes, data: int = 4096) -> Callable[[], bytes]:
-    """A file of these tensor records without key-value pairs, and zeros as data."""
+    """Return a file of these tensor records, with zeros as data and no key-value pairs."""
     return lambda: header(len(raw), 0) + b"".join(raw) + bytes(data)

@@ -1,7 +1,7 @@
-"""Weights for the GPU's tests: codes and scales that the tests know, planes and tiles made from them.
+"""Weights for GPU tests: codes and scales that tests know, and planes and tiles made from them.
 
-Codes and scales are the truth; planes are made of them here, from the format's text (test_gpu_fp64.py compares
-with `oracles`), tiles of planes by the operation under test.
+Codes and scales are the truth. Planes are made from them here, by the format's text; test_gpu_fp64.py compares them
+with `oracles`. Tiles are made from planes by the operation under test.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from q6k_kernels.ops import schema
 DEVICE = "cuda"
 Kind = Literal["genuine", "random", "extreme"]
 GENUINE_WEIGHTS = 1 << 21
-"""Weights quantised for "genuine"; more rows than that repeat them, with signs of d changed at random."""
+"""Weights to quantise for "genuine"; further rows repeat them with random signs of d."""
 Q6_K = 14
 
 
 @contextmanager
 def made_on_the_cpu() -> Iterator[None]:
-    """Whatever is made inside is made on the CPU, tiles too; nothing of it is left for tests on a GPU."""
+    """Make weights and tiles on the CPU inside the block, and forget them afterwards."""
     global DEVICE
     before, DEVICE = DEVICE, "cpu"
     _forget()
@@ -48,13 +48,13 @@ def _forget() -> None:
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """(N, K), or a stack (E, N, K).
+    """A weight (N, K), or a stack (E, N, K).
 
     Attributes:
         q: int8 (..., N, K), -32..31.
         sub_scales: int8 (..., N, K/16).
         d: float16 (..., N, K/256).
-        scales: "bf16" or "exact": what planes and tiles hold.
+        scales: format of the scales in planes and tiles, "bf16" or "exact".
     """
 
     q: Tensor
@@ -69,12 +69,12 @@ class Weight:
 
     @property
     def format(self) -> str:
-        """Its name."""
+        """Name of the weight type."""
         return self.row.name
 
     @property
     def n(self) -> int:
-        """Rows, of each of a stack."""
+        """Rows of each matrix."""
         return self.q.shape[-2]
 
     @property
@@ -84,7 +84,7 @@ class Weight:
 
     @cached_property
     def scale(self) -> Tensor:
-        """float32 (..., N, K/16): d times the sub-scale, exactly; with bf16 scales, rounded to it."""
+        """Scales, float32 (..., N, K/16): d times the sub-scale, exact or rounded to bf16."""
         product = self.d.float().repeat_interleave(16, -1) * self.sub_scales.float()
         return product if self.scales == "exact" else product.bfloat16().float()
 
@@ -95,23 +95,23 @@ class Weight:
 
     @cached_property
     def planes(self) -> list[Tensor]:
-        """The arrays that a bundle has, in its order."""
+        """The arrays of a bundle, in its order."""
         scales = [self.sub_scales, self.d] if self.scales == "exact" else [self.scale.bfloat16()]
         return [*planes_of(self.q), *scales]
 
     @cached_property
     def tiles(self) -> Tensor:
-        """Packed where the planes are."""
+        """Tiles, packed on the device of the planes."""
         return schema.pack(self.planes, self.format)
 
     def weights(self, dtype: torch.dtype) -> Tensor:
-        """(..., N, K), rounded once: fp32 holds the products."""
+        """Return the weights (..., N, K), rounded once from fp32, which holds the products exactly."""
         groups = self.q.view(*self.scale.shape, 16).float() * self.scale.unsqueeze(-1)
         return groups.flatten(-2).to(dtype)
 
 
 def planes_of(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes -32..31 (..., K) to ql (..., K/2) and qh (..., K/4)."""
+    """Pack codes -32..31 (..., K) to ql (..., K/2) and qh (..., K/4)."""
     u = (q + 32).to(torch.uint8)
     low, high = u & 15, u >> 4
     ql = low[..., 0::2] | low[..., 1::2] << 4
@@ -121,13 +121,13 @@ def planes_of(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def random_source(seed: int = 0) -> torch.Generator:
-    """On the tests' device."""
+    """Return a random generator on the tests' device."""
     return torch.Generator(DEVICE).manual_seed(seed)
 
 
 @lru_cache(maxsize=2)
 def weight(kind: Kind, n: int, k: int, scales: Literal["bf16", "exact"], stack: int | None = None) -> Weight:
-    """A weight of random content; the same for the same arguments."""
+    """Return a weight of random content, the same for the same arguments."""
     parts = _parts(kind, n * (stack or 1), k)
     if stack is not None:
         parts = [part.view(stack, n, -1) for part in parts]
@@ -136,12 +136,12 @@ def weight(kind: Kind, n: int, k: int, scales: Literal["bf16", "exact"], stack: 
 
 @lru_cache(maxsize=1)
 def _parts(kind: Kind, n: int, k: int) -> list[Tensor]:
-    """q, sub-scales and d, the same for both scale formats."""
+    """Return q, sub-scales and d, the same for both scale formats."""
     return {"genuine": _genuine, "random": _random, "extreme": _extreme}[kind](n, k)
 
 
 def _genuine(n: int, k: int) -> list[Tensor]:
-    """Normal weights, quantised by ggml's own code."""
+    """Return normal weights, quantised by ggml's own code."""
     import libgguf
 
     base = min(n, max(16, GENUINE_WEIGHTS // k))
@@ -165,7 +165,7 @@ def _genuine(n: int, k: int) -> list[Tensor]:
 
 
 def _random(n: int, k: int) -> list[Tensor]:
-    """Every code and every sub-scale equally likely, d of a real model's size, most of them subnormal."""
+    """Return equally likely codes and sub-scales, with d of a real model's size, mostly subnormal."""
     source = random_source(n * k)
     q = torch.randint(-32, 32, (n, k), dtype=torch.int8, device=DEVICE, generator=source)
     sub_scales = torch.randint(-128, 128, (n, k // 16), dtype=torch.int8, device=DEVICE, generator=source)
@@ -174,7 +174,7 @@ def _random(n: int, k: int) -> list[Tensor]:
 
 
 def _extreme(n: int, k: int) -> list[Tensor]:
-    """Rows of one code, sub-scales of every extreme, d zero of either sign, subnormal, large, negative."""
+    """Return rows of one code, extreme sub-scales, and d zero of either sign, subnormal, large, negative."""
     q, sub_scales, d = _random(n, k)
     row = torch.arange(n, device=DEVICE)
     q[row % 4 == 0] = -32
@@ -189,20 +189,20 @@ def _extreme(n: int, k: int) -> list[Tensor]:
 
 
 def inputs(m: int, k: int, dtype: torch.dtype, seed: int = 3) -> Tensor:
-    """Activations (m, k) as models have them: normal, with outliers."""
+    """Return activations (m, k) like a model's: normal, with outliers."""
     x = torch.randn(m, k, device=DEVICE, generator=random_source(seed))
     x[:, 5::97] *= 30
     return x.to(dtype)
 
 
 def bias_of(n: int, dtype: torch.dtype) -> Tensor:
-    """(n,), of the size of an output."""
+    """Return a bias (n,) of the size of an output."""
     return (torch.randn(n, device=DEVICE, generator=random_source(n)) * 2).to(dtype)
 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Whatever torch.empty returns inside holds NaN (or 255 in bytes): what nobody writes shows."""
+    """Make torch.empty return NaN (or bytes of 255) inside the block, so that unwritten values show."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -214,13 +214,13 @@ def poisoned() -> Iterator[None]:
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, activations: str = "auto") -> Tensor:
-    """`q6k::linear` into poisoned memory."""
+    """Call `q6k::linear` with poisoned memory."""
     with poisoned():
         return schema.linear(x, weight.tiles, bias, weight.n, weight.format, activations)
 
 
 def poisoned_call(operation: Any, *arguments: Any) -> Tensor:
-    """Any operation, into poisoned memory."""
+    """Call any operation with poisoned memory."""
     with poisoned():
         result: Tensor = operation(*arguments)
     return result

@@ -1,6 +1,6 @@
-"""A Hub on loopback: listing, files with ranges and redirections, and what can go wrong with them.
+"""Serve a Hub on loopback: listings, files with ranges and redirections, and failures of all of them.
 
-Written from the Hub's API as its documentation and clients have it. It speaks plain HTTP; Xet is disabled.
+Written from the documentation and the clients of the Hub's API. It speaks plain HTTP; Xet is disabled.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import pytest
 from huggingface_hub import constants
 
 SMALL = 1000
-"""Files up to this size are kept in git itself, with git's hash; larger ones have a SHA-256."""
+"""Largest file in bytes that is kept in git itself, with git's hash; larger ones have a SHA-256."""
 
 
 @dataclass
 class Asked:
-    """A request that came."""
+    """A request that the server received."""
 
     method: str
     path: str
@@ -50,7 +50,7 @@ class FakeRepository:
             self.commits.setdefault(revision, hashlib.sha1(content).hexdigest())
 
     def files(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        """The commit and the files of a branch, tag or commit."""
+        """Return the commit and the files of a branch, tag or commit."""
         for name, commit in self.commits.items():
             if revision in (name, commit):
                 return commit, self.revisions[name]
@@ -58,18 +58,18 @@ class FakeRepository:
 
 
 class FakeHub:
-    """The server's state: repositories, what was asked, and what goes wrong next.
+    """State of the server: repositories, requests, and the next failures.
 
     Attributes:
-        failures: for the next requests of files' content: ("status", number), or ("cut", bytes) and ("stall",
-            bytes) for a connection that is closed, or falls silent, after so many.
+        failures: failures of the next requests of files' content: ("status", number); ("cut", bytes), which closes
+            the connection after so many bytes; or ("stall", bytes), which falls silent after them.
         stalled: set once a connection has fallen silent.
         listing_failures, head_failures: statuses for the next requests of listings, and of files' headers.
         tamper: changes a listing before it is sent.
-        corrupt: changes content before it is sent, but not what is said of it.
-        commit: what files' headers name instead of their commit.
-        storage: another server's address that content is redirected to.
-        ranges: whether parts of files are served.
+        corrupt: changes content before it is sent, but not its headers.
+        commit: commit that files' headers name instead of their own.
+        storage: address of another server that content is redirected to.
+        ranges: whether ranges of files are served.
     """
 
     def __init__(self) -> None:
@@ -88,26 +88,26 @@ class FakeHub:
         self.endpoint = ""
 
     def add(self, name: str, files: dict[str, bytes], revision: str = "main", **more: Any) -> FakeRepository:
-        """A repository with one revision, or that revision more."""
+        """Add a revision to a repository, and the repository if it is new."""
         known = self.repositories.get(name)
         revisions = (known.revisions if known else {}) | {revision: files}
         self.repositories[name] = FakeRepository(revisions, **more)
         return self.repositories[name]
 
     def contents(self) -> list[Asked]:
-        """The requests of files' content."""
+        """Return the requests of files' content."""
         return [asked for asked in self.asked if asked.method == "GET" and "/resolve/" in asked.path]
 
 
 def digest(content: bytes) -> str:
-    """A file's hash as the Hub has it, which is also its ETag."""
+    """Return a file's hash as the Hub lists it, which is also its ETag."""
     if len(content) > SMALL:
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def listing(name: str, commit: str, files: dict[str, bytes]) -> dict[str, Any]:
-    """What `/api/models/NAME/revision/REVISION?blobs=true` answers."""
+    """Return the answer to `/api/models/NAME/revision/REVISION?blobs=true`."""
     siblings = []
     for path, content in files.items():
         entry: dict[str, Any] = {"rfilename": path, "size": len(content), "blobId": digest(content)}
@@ -219,12 +219,12 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_: Any) -> None:
-        pass  # a client that closes a connection early is none
+        pass  # a client that closes a connection early is no error
 
 
 @contextmanager
 def serving() -> Iterator[FakeHub]:
-    """A hub that answers at its `endpoint` until the block ends."""
+    """Yield a hub that answers at its `endpoint` until the block ends."""
     hub = FakeHub()
     server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"
@@ -241,7 +241,7 @@ def serving() -> Iterator[FakeHub]:
 
 @contextmanager
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub that commands inside this process ask, an empty cache, and no token; `tmp_path` is where they run."""
+    """Yield a hub for commands inside this process, with an empty cache and no token, run in `tmp_path`."""
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "sleep", lambda _: None)  # huggingface_hub waits before it tries again
@@ -261,7 +261,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 def environment(tmp_path: Path, hub: FakeHub, **more: str) -> dict[str, str]:
-    """What a process needs in its environment to ask the hub, with a cache in `tmp_path`."""
+    """Return the environment of a process that asks the hub, with a cache in `tmp_path`."""
     own = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     own |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
     return own | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"} | more

@@ -1,4 +1,4 @@
-"""A kernel of two lines, to compile, keep and load."""
+"""A tiny kernel to compile, cache and load."""
 
 from __future__ import annotations
 

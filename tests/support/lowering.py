@@ -1,4 +1,4 @@
-"""One weight all the way: Q6_K blocks by ggml, GGUF, bundle, module, exported, compiled, run, compared."""
+"""Follow one weight all the way: Q6_K blocks by ggml, GGUF, bundle, module, export, compilation, result."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Decode(nn.Module):
 
 
 class Keyword(nn.Module):
-    """The functional form, its bias a keyword."""
+    """A module of the functional form, with its bias as a keyword."""
 
     def __init__(self, weight: PackedWeight, bias: Tensor) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Keyword(nn.Module):
 
 
 def packed(folder: Path, scales: str, device: str) -> tuple[PackedWeight, np.ndarray]:
-    """The weight as it comes out of a bundle, and as ggml's own dequantisation has it, float64 (N, K)."""
+    """Return a weight loaded from a bundle, and its dequantisation by ggml, float64 (N, K)."""
     values = np.random.default_rng(5).standard_normal((N, K)).astype(np.float32) * 0.05
     blocks = np.asarray(libgguf.quantize_rows(values, gguf_builder.Q6_K)).tobytes()
     tensor = gguf_builder.Tensor("w.weight", (N, K), gguf_builder.Q6_K, blocks)
@@ -63,14 +63,14 @@ def packed(folder: Path, scales: str, device: str) -> tuple[PackedWeight, np.nda
 
 
 def check(folder: Path, scales: str, device: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
-    """Exports the two modules, runs what was compiled, and compares with the original weight's product.
+    """Export and compile the two modules, run them, and compare with the product of the original weight.
 
     Args:
-        folder: for files.
-        scales: of the bundle.
+        folder: folder for files.
+        scales: scales of the bundle.
         device: "cpu" or "cuda".
-        dtype: of activations.
-        sizes: M of the second; both sides of every number at which another kernel is taken.
+        dtype: dtype of activations.
+        sizes: values of M for the second module, on both sides of every M at which the kernel changes.
     """
     weight, exact = packed(folder, scales, device)
     random = torch.Generator().manual_seed(7)

@@ -1,4 +1,4 @@
-"""Tiny models of every architecture and peculiarity, and how far their logits are apart."""
+"""Tiny models of every architecture and peculiarity, their logits, and the distance of logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from tiny_models import Tiny, llama3_factors
 
 IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
-LATE = torch.arange(400, 424).expand(2, -1)  # positions where scaled frequencies tell
+LATE = torch.arange(400, 424).expand(2, -1)  # positions where scaled frequencies change the logits
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -138,12 +138,12 @@ MODELS = {
 
 
 def logits(model: Any) -> Tensor:
-    """At positions where everything that is told apart here has an effect."""
+    """Return logits at positions where every peculiarity has an effect."""
     with torch.inference_mode():
         result: Tensor = model(IDS, position_ids=LATE).logits
     return result
 
 
 def largest_difference(found: Tensor, expected: Tensor) -> float:
-    """Over the spread of the expected values."""
+    """Return the largest difference, relative to the spread of the expected values."""
     return float((found - expected).abs().max() / expected.std())

@@ -1,7 +1,7 @@
-"""Independent statements of the formats and the operations, one element or group at a time, slow and plain.
+"""Compute formats and operations independently of the product, one element or group at a time.
 
-Written from the format's text (block_q6_K of ggml, the bundle's table of planes) and the operations' formulas; the
-product's code is vectorised and packed, so the two share nothing but the text.
+Written from the format's text (block_q6_K of ggml, the bundle's table of planes) and the operations' formulas. The
+product's code is vectorised and packed, so the two share only the text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ F64 = npt.NDArray[np.float64]
 
 
 def q6k_block(block: bytes) -> tuple[list[int], list[float]]:
-    """One 210-byte block -> 256 codes minus 32, and 16 scales d * sub-scale."""
+    """Decode a 210-byte block to 256 codes minus 32, and 16 scales d * sub-scale."""
     ql, qh, scales = block[:128], block[128:192], struct.unpack("16b", block[192:208])
     d = struct.unpack("<e", block[208:])[0]
     q = [0] * 256
@@ -32,7 +32,7 @@ def q6k_block(block: bytes) -> tuple[list[int], list[float]]:
 
 
 def planes_of_row(q: list[int]) -> tuple[bytes, bytes]:
-    """Weights -32..31 -> the ql and qh bytes of a row."""
+    """Pack codes -32..31 to the ql and qh bytes of a row."""
     u = [weight + 32 for weight in q]
     ql = bytes(u[2 * j] & 15 | (u[2 * j + 1] & 15) << 4 for j in range(len(u) // 2))
     qh = bytearray()
@@ -47,7 +47,7 @@ def planes_of_row(q: list[int]) -> tuple[bytes, bytes]:
 
 
 def bf16(value: float) -> int:
-    """Round to nearest even, by looking at what is cut off; NaN is 0x7FC0."""
+    """Round to bf16, to nearest even, by comparing the bits cut off; NaN becomes 0x7FC0."""
     if value != value:
         return 0x7FC0
     bits = struct.unpack("<I", np.float32(value).tobytes())[0]
@@ -56,7 +56,7 @@ def bf16(value: float) -> int:
 
 
 def bundle_arrays(blocks: bytes, scales: str) -> dict[str, bytes]:
-    """Blocks -> the bytes of every array a bundle holds for them."""
+    """Return the bytes of every array that a bundle holds for these blocks."""
     out: dict[str, bytearray] = {role: bytearray() for role in ("ql", "qh", "scale", "steps")}
     for at in range(0, len(blocks), 210):
         block = blocks[at : at + 210]
@@ -75,7 +75,7 @@ def bundle_arrays(blocks: bytes, scales: str) -> dict[str, bytes]:
 
 
 def rounded(values: F64, dtype: str) -> F64:
-    """Each value rounded to fp32 and then to "bfloat16", "float16" or "float32"."""
+    """Round each value to fp32 and then to "bfloat16", "float16" or "float32"."""
     with np.errstate(over="ignore"):
         single = values.astype(np.float32)
         if dtype == "float32":
@@ -88,7 +88,7 @@ def rounded(values: F64, dtype: str) -> F64:
 
 
 def weights(codes: F64, scale: F64, least: F64 | None) -> F64:
-    """Codes (N, K), scales and mins (N, K/G) -> scale * code - min (N, K), column by column."""
+    """Return scale * code - min (N, K) of codes (N, K), scales and mins (N, K/G), column by column."""
     group = codes.shape[1] // scale.shape[1]
     out = np.empty(codes.shape)
     for column in range(codes.shape[1]):
@@ -99,7 +99,7 @@ def weights(codes: F64, scale: F64, least: F64 | None) -> F64:
 
 
 def quantised(x: F32) -> tuple[F64, F32]:
-    """Activations (M, K) to 8 bits, group by group, value by value: a (M, K) and d_a (M, K/32)."""
+    """Quantise activations (M, K) to 8 bits, value by value: return a (M, K) and d_a (M, K/32)."""
     a, d_a = np.zeros(x.shape), np.zeros((len(x), x.shape[1] // 32), dtype=np.float32)
     for row in range(x.shape[0]):
         for group in range(x.shape[1] // 32):
@@ -110,15 +110,15 @@ def quantised(x: F32) -> tuple[F64, F32]:
             d_a[row, group] = step = max(abs(value) for value in values) / np.float32(127)
             for at, value in enumerate(values):
                 if step:
-                    # Python's round goes to even; the division is numpy's, in fp32.
+                    # Python rounds half to even; numpy divides in fp32.
                     a[row, 32 * group + at] = max(-127, min(127, round(float(value / step))))
     return a, d_a
 
 
 def linear(x: F32, codes: F64, scale: F64, least: F64 | None, activations: str, dtype: str) -> tuple[F64, F64]:
-    """Output (M, N) and the sum of its terms' absolute values, by a loop over groups of 16 weights.
+    """Return the output (M, N) and the sum of its terms' absolute values, by a loop over groups of 16 weights.
 
-    `dtype` is that of x, to which "bf16" rounds weights.
+    `dtype` is the dtype of x, to which "bf16" rounds weights.
     """
     y, magnitude = np.zeros((len(x), len(codes))), np.zeros((len(x), len(codes)))
     with np.errstate(invalid="ignore"):

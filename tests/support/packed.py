@@ -1,7 +1,7 @@
-"""Random packed weights: their planes, the weight, and its numbers by the reference; and operations on tiles alone.
+"""Make random packed weights, their planes and their values, and call operations on tiles alone.
 
-Tests of one layer often have planes or tiles without their weight type: here the number of arrays, or the size of a
-tile, tells it.
+Tests of one layer often have planes or tiles without their weight type. Here it follows from the number of arrays
+or the size of a tile.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from q6k_kernels.weights.weight import PackedWeight
 
 
 def given(*planes: Tensor | None, **by_role: Tensor | None) -> list[Tensor]:
-    """The planes that are there, in order."""
+    """Return the planes that are given, in order."""
     return [plane for plane in (*planes, *by_role.values()) if plane is not None]
 
 
 def row(tensors: list[Tensor] | Tensor) -> WeightType:
-    """The weight type of planes, or of tiles; the default one of what is none of them."""
+    """Return the weight type of planes or of tiles, or the default one."""
     rows = list(WEIGHT_TYPES.values())
     if isinstance(tensors, Tensor):
         return next((each for each in rows if each.tile_bytes == tensors.shape[-1]), rows[0])
@@ -34,12 +34,12 @@ def row(tensors: list[Tensor] | Tensor) -> WeightType:
 
 
 def planes(shape: tuple[int, ...], scales: str, seed: int = 5) -> dict[str, Tensor]:
-    """Random blocks as a bundle has them."""
+    """Return the planes of random blocks."""
     return planes_of(q6k_blocks(int(np.prod(shape)) // 256, seed), shape, scales)
 
 
 def planes_of(blocks: bytes, shape: tuple[int, ...], scales: str) -> dict[str, Tensor]:
-    """Blocks as a bundle has them, by the per-element oracle."""
+    """Return the planes of blocks, by the oracle that works element by element."""
     dtypes = {"scale": torch.bfloat16 if scales == "bf16" else torch.int8, "steps": torch.float16}
     return {
         role: torch.frombuffer(bytearray(raw), dtype=torch.uint8)
@@ -56,13 +56,13 @@ def weight(shape: tuple[int, ...], scales: str = "bf16", seed: int = 5) -> Packe
 def numbers(
     shape: tuple[int, ...], scales: str = "bf16", seed: int = 5, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
-    """The same weights, by the reference."""
+    """Return the weights of planes, by the reference."""
     flat = {role: plane.flatten(0, -2) for role, plane in planes(shape, scales, seed).items()}
     return dequantized(**flat, dtype=dtype).view(shape)
 
 
 def dequantized(*arrays: Tensor | None, dtype: torch.dtype = torch.float32, **by_role: Tensor | None) -> Tensor:
-    """`reference.dequantize` of planes."""
+    """Call `reference.dequantize` on planes."""
     found = given(*arrays, **by_role)
     return reference.dequantize(found, row(found), dtype)
 
@@ -70,44 +70,44 @@ def dequantized(*arrays: Tensor | None, dtype: torch.dtype = torch.float32, **by
 def multiplied(
     x: Tensor, *arrays: Tensor | None, bias: Any = None, activations: Any = "auto", **by_role: Any
 ) -> Tensor:
-    """`reference.linear` of planes."""
+    """Call `reference.linear` on planes."""
     found = given(*arrays, **by_role)
     return reference.linear(x, found, row(found), bias, activations=activations)
 
 
 def exact_of(*arrays: Tensor | None, **by_role: Tensor | None) -> accuracy.Weight:
-    """`accuracy.of_planes`."""
+    """Call `accuracy.of_planes` on planes."""
     found = given(*arrays, **by_role)
     return accuracy.of_planes(found, row(found))
 
 
 def tiles_of(*arrays: Tensor | None, **by_role: Tensor | None) -> Tensor:
-    """`formats.tiles.pack` of planes."""
+    """Call `formats.tiles.pack` on planes."""
     found = given(*arrays, **by_role)
     return layout.pack(found, row(found))
 
 
 def untiled(tiles: Tensor, n: int) -> list[Tensor]:
-    """`formats.tiles.unpack`."""
+    """Call `formats.tiles.unpack` on tiles."""
     return layout.unpack(tiles, n, row(tiles))
 
 
 def op_pack(*arrays: Tensor | None, **by_role: Tensor | None) -> Tensor:
-    """`torch.ops.q6k.pack` of planes."""
+    """Call `torch.ops.q6k.pack` on planes."""
     found = given(*arrays, **by_role)
     return schema.pack(found, row(found).name)
 
 
 def op_linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, activations: str) -> Tensor:
-    """`torch.ops.q6k.linear` with tiles alone."""
+    """Call `torch.ops.q6k.linear` with tiles alone."""
     return schema.linear(x, tiles, bias, n, row(tiles).name, activations)
 
 
 def op_embedding(indices: Tensor, tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    """`torch.ops.q6k.embedding` with tiles alone."""
+    """Call `torch.ops.q6k.embedding` with tiles alone."""
     return schema.embedding(indices, tiles, n, row(tiles).name, dtype)
 
 
 def op_dequantize(tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    """`torch.ops.q6k.dequantize` with tiles alone."""
+    """Call `torch.ops.q6k.dequantize` with tiles alone."""
     return schema.dequantize(tiles, n, row(tiles).name, dtype)

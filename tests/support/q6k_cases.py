@@ -1,4 +1,4 @@
-"""Rows of Q6_K to check operations with: a model's own kind, random ones, and every extreme."""
+"""Rows of Q6_K to check operations with: like a model's, random, and extreme."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHAPES = {"genuine": (5, 768), "heavy-tailed": (1, 512), "random": (7, 768), "ex
 
 @cache
 def blocks(name: str) -> bytes:
-    """The Q6_K rows of a shape in SHAPES."""
+    """Return the Q6_K rows of a shape in SHAPES."""
     n, k = SHAPES[name]
     rng = np.random.default_rng(11)
     if name == "genuine":
@@ -28,7 +28,7 @@ def blocks(name: str) -> bytes:
         return bytes(libgguf.quantize_rows((rng.standard_t(2, (n, k)) * 0.01).astype(np.float32), int(Q6_K)))
     if name == "random":
         return q6k_blocks(n * k // 256, seed=5)
-    # Codes all -32, all 31 or random; sub-scales of every extreme; d zero, subnormal, normal, of both signs.
+    # Codes all -32, all 31 or random; extreme sub-scales; d zero, subnormal, normal, of both signs.
     rows = rng.integers(0, 256, (n, 210), dtype=np.uint8)
     rows[0:3, :192], rows[3:6, :192] = 0, 0xFF
     rows[:, 192:208] = [0x80, 0, 0x7F, 0xFF] * 4
@@ -39,13 +39,13 @@ def blocks(name: str) -> bytes:
 
 
 def planes(name: str, scales: str) -> dict[str, torch.Tensor]:
-    """The rows as a bundle has them."""
+    """Return the planes of the rows."""
     return packed.planes_of(blocks(name), SHAPES[name], scales)
 
 
 @cache
 def parts(name: str, scales: str) -> tuple[oracles.F64, oracles.F64]:
-    """The rows as codes -32..31 (N, K) and scales (N, K/16), element by element."""
+    """Return codes -32..31 (N, K) and scales (N, K/16) of the rows, decoded element by element."""
     n, k = SHAPES[name]
     data = blocks(name)
     decoded = [oracles.q6k_block(data[at : at + 210]) for at in range(0, len(data), 210)]
@@ -55,7 +55,7 @@ def parts(name: str, scales: str) -> tuple[oracles.F64, oracles.F64]:
 
 
 def inputs(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
-    """Activations with a row of zeros, a group of zeros, and outliers, as models have them."""
+    """Return activations with a row of zeros, a group of zeros, and outliers like a model's."""
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(3))
     x[-1, :32] = 0
     x[0, 5::97] *= 60
@@ -65,5 +65,5 @@ def inputs(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As the oracles call it."""
+    """Return the name that the oracles use."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Documents of verification for the HTML report, and a reader of the pages that they give."""
+"""Verification documents for the HTML report, and a reader of its pages."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def document(tensors: list[Row], **changes: Any) -> Row:
 
 
 def model(blocks: int = 4) -> Row:
-    """A model of usual shape: norms exact, matrices with an error that grows by block, planar ones timed."""
+    """Return the document of a usual model: exact norms, matrix errors that grow by layer, timed planar ones."""
     tensors = [tensor("token_embd.weight", compared(58.0), [run(2700.0), run(None, m=8)])]
     for block in range(blocks):
         for place, role in enumerate(ROLES):
@@ -109,7 +109,7 @@ def failed() -> Row:
 
 
 def unreadable() -> Row:
-    """What is left when the manifest cannot be read."""
+    """Return the document of a bundle whose manifest cannot be read."""
     none: Row = {"types": [], "sources": [], "options": {}, "producer": "", "architecture": ""}
     finding = {
         "stage": "structure",
@@ -147,7 +147,7 @@ VARIANTS = {
 
 
 class Page(HTMLParser):
-    """The elements of a page, and a failure where tags do not balance."""
+    """Parser of the elements of a page; it fails where tags do not balance."""
 
     def __init__(self, source: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -187,7 +187,7 @@ class Page(HTMLParser):
         return [e["text"] for e in self.all("title") if e["inside"][-1] == "path"]
 
     def rows(self, heading: str) -> list[list[str]]:
-        """The text of the body rows of the first table under an h2."""
+        """Return the text of the body rows of the first table under an h2."""
         order = [e for e in self.elements if e["tag"] in ("h2", "tr", "td", "th", "table")]
         start = next(n for n, e in enumerate(order) if e["tag"] == "h2" and e["text"] == heading)
         rows: list[list[str]] = []
@@ -208,7 +208,7 @@ def page(report: Row) -> Page:
 
 
 def places(shown: Page) -> dict[str, tuple[float, float]]:
-    """Where each point of a page stands, by its tooltip's tensor name (the first plot that has it)."""
+    """Return the position of each point of a page by its tensor's name, in the first plot that has it."""
     found: dict[str, tuple[float, float]] = {}
     for e in shown.all("title"):
         if e["inside"][-1] == "path":
@@ -219,7 +219,7 @@ def places(shown: Page) -> dict[str, tuple[float, float]]:
 
 
 def axis(shown: Page, which: str) -> dict[float, float]:
-    """The numbers at an axis of the first plot, and where they stand."""
+    """Return the numbers at an axis of the first plot, and their positions."""
     plot = shown.all("svg", "plot")[0]
     texts = [e for e in shown.all("text", "tick") if e["parent"] is plot]
     labels = [e for e in texts if ("end" in e["attrs"]["class"]) == (which == "y")]

@@ -1,8 +1,8 @@
-"""Tiny random models of transformers, and the GGUF files that llama.cpp's converter would make of them.
+"""Make tiny random models of transformers, and the GGUF files that llama.cpp's converter would make of them.
 
-What it does to names, rows, norms and keys is written here from its documentation and its source,
-`convert_hf_to_gguf.py`, and shares nothing with the code under test. Weights are quantised by ggml itself
-(`libgguf`), and a model's own weights are then set to what the file says, so that both compute the same.
+The converter's changes of names, rows, norms and keys are written here from its documentation and its source,
+`convert_hf_to_gguf.py`, and share nothing with the code under test. ggml itself (`libgguf`) quantises the weights.
+The model's own weights are then set to those of the file, so that both compute the same.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class Tiny:
     """A model to make.
 
     Attributes:
-        architecture: GGUF's name of it.
-        kind: transformers' name of it.
+        architecture: name of the architecture in GGUF.
+        kind: name of the architecture in transformers.
         config: fields of its configuration besides `SIZES`.
-        keys: of the metadata, `ARCHITECTURE.` left out, besides those that every model has; None takes one away.
-        types: patterns of GGUF names -> the type of such tensors; Q6_K wherever it can be by default.
-        freqs: of `rope_freqs.weight`.
+        keys: metadata keys without `ARCHITECTURE.`, besides those that every model has; None removes one.
+        types: tensor types by patterns of GGUF names; the default is Q6_K wherever it is possible.
+        freqs: values of `rope_freqs.weight`.
     """
 
     architecture: str
@@ -83,16 +83,16 @@ class Tiny:
 
     @property
     def is_gemma(self) -> bool:
-        """Whether norms have 1 added, and there are more of them."""
+        """Whether the model has Gemma's norms: more of them, and with 1 added."""
         return self.architecture.startswith("gemma")
 
     @property
     def is_llama(self) -> bool:
-        """Whether q and k are permuted."""
+        """Whether the rows of q and k are permuted."""
         return self.architecture in ("llama", "mistral")
 
     def make(self) -> Any:
-        """The model, random in all its parameters."""
+        """Return the model with random parameters."""
         torch.manual_seed(self.seed)
         layers = {"num_hidden_layers": 2}
         config = AutoConfig.for_model(self.kind, **{**SIZES, **layers, **self.config})
@@ -104,7 +104,7 @@ class Tiny:
         return model
 
     def gguf_name(self, parameter: str) -> str:
-        """The GGUF name of one of transformers' parameters."""
+        """Return the GGUF name of a parameter of transformers."""
         module, kind = parameter.rsplit(".", 1)
         if module in OUTSIDE:
             return f"{OUTSIDE[module]}.{kind}"
@@ -112,7 +112,7 @@ class Tiny:
         return f"blk.{layer}.{(IN_LAYERS | NORMS[self.is_gemma])[inner]}.{kind}"
 
     def bundle(self, directory: Path, scales: str = "exact", other: str = "bf16") -> tuple[Path, Any]:
-        """The bundle, and the model whose weights are what the bundle holds."""
+        """Return the bundle, and the model with the weights of the bundle."""
         model = self.make()
         writer = gguf.GGUFWriter(directory / "model.gguf", self.architecture)
         for key, value in self._all_keys(model.config).items():
@@ -169,12 +169,12 @@ class Tiny:
 
 
 def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows as the converter's `permute` puts them: the two halves of each head are dealt out in turn."""
+    """Permute rows like the converter's `permute`: alternate the rows of the two halves of each head."""
     return rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def quantised(rows: np.ndarray, kind: Any) -> np.ndarray:
-    """Blocks of rows, uint8 (N, bytes of a row), by ggml; many tests have the same weights."""
+    """Quantise rows with ggml to blocks, uint8 (N, bytes of a row); cached, as tests share weights."""
     key = hashlib.sha256(rows.tobytes()).digest(), rows.shape, int(kind)
     if key not in _QUANTISED:
         blocks = np.frombuffer(libgguf.quantize_rows(rows, int(kind)), dtype=np.uint8)
@@ -186,13 +186,13 @@ _QUANTISED: dict[Any, np.ndarray] = {}
 
 
 def read_back(blocks: np.ndarray, kind: Any, scales: str) -> Tensor:
-    """What a bundle holds of quantised rows, in fp32."""
+    """Return the weights that a bundle holds for quantised rows, in fp32."""
     exact = torch.from_numpy(gguf.dequantize(blocks, kind))
     if kind != Q6_K:
         return exact.bfloat16().float()
     if scales == "exact":
         return exact
-    # Of each block the last 18 bytes: 16 sub-scales, and d.
+    # The last 18 bytes of each block are 16 sub-scales and d.
     each = blocks.reshape(-1, 210)
     d = torch.from_numpy(each[:, 208:].copy().view(np.float16).astype(np.float32))
     products = (d * torch.from_numpy(each[:, 192:208].copy().view(np.int8).astype(np.float32))).view(-1, 1)
@@ -204,7 +204,7 @@ def read_back(blocks: np.ndarray, kind: Any, scales: str) -> Tensor:
 def llama3_factors(
     head_dim: int, theta: float, factor: float, low: float, high: float, context: int
 ) -> list[float]:
-    """`rope_freqs.weight` as the converter computes it for Llama 3.1."""
+    """Return `rope_freqs.weight` as the converter computes it for Llama 3.1."""
     factors = []
     for pair in range(head_dim // 2):
         wavelength = 2 * math.pi * theta ** (2 * pair / head_dim)

@@ -1,4 +1,4 @@
-"""Tiny vocabularies as GGUF metadata, and SentencePiece's algorithm spelled out, to hold tokenizers against."""
+"""Make tiny vocabularies as GGUF metadata, and tokenize by SentencePiece's rule, to compare tokenizers with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAMPLES = [
 
 
 def write(directory: Path, keys: dict[str, Any]) -> Path:
-    """A directory with a metadata.gguf that has these keys, of `llama.` or, left out, of `tokenizer.`."""
+    """Write a directory whose metadata.gguf has these keys, below `tokenizer.` unless they begin with `llama.`."""
     directory.mkdir(exist_ok=True)
     writer = gguf.GGUFWriter(directory / "metadata.gguf", "llama")
     for key, value in keys.items():
@@ -42,7 +42,7 @@ def write(directory: Path, keys: dict[str, Any]) -> Path:
 
 
 def sentencepiece() -> dict[str, Any]:
-    """Keys of a vocabulary as SentencePiece's BPE makes them: specials, bytes, then pieces, the best first."""
+    """Return the keys of a vocabulary like SentencePiece's BPE: specials, bytes, then pieces, best first."""
     trained = Tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(vocab_size=220, show_progress=False)
     trained.train_from_iterator([line.replace(" ", "▁") for line in CORPUS], trainer)
@@ -63,13 +63,13 @@ def sentencepiece() -> dict[str, Any]:
 
 
 def sentencepiece_ids(keys: dict[str, Any], text: str) -> list[int]:
-    """Ids by the rule itself: join the neighbours that make the best-scored token, again and again."""
+    """Return ids by the rule itself: repeatedly join the neighbours that make the best-scored token."""
     tokens, types = keys["ggml.tokens"], keys["ggml.token_type"]
     ids = {token: i for i, token in enumerate(tokens)}
     own = [token for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
     found, rest = list[int](), text
     while rest:
-        # The first place where a user-defined token stands parts the text.
+        # The text is split at the first user-defined token.
         at, token = min(((rest.find(token), token) for token in own if token in rest), default=(len(rest), ""))
         if part := rest[:at]:
             prefix = " " if keys.get("ggml.add_space_prefix", True) else ""
@@ -93,7 +93,7 @@ def sentencepiece_ids(keys: dict[str, Any], text: str) -> list[int]:
 
 
 def byte_level(splits: list[str], *, whole_words: bool = False, digits: bool = False) -> Tokenizer:
-    """A byte-level tokenizer trained with these expressions as its splits."""
+    """Train a byte-level tokenizer that splits by these expressions."""
     trained = Tokenizer(models.BPE(ignore_merges=whole_words))
     steps: list[Any] = [pre_tokenizers.Split(Regex(split), "isolated") for split in splits]
     if digits:
@@ -109,7 +109,7 @@ def byte_level(splits: list[str], *, whole_words: bool = False, digits: bool = F
 
 
 def byte_level_keys(trained: Tokenizer, pre: str) -> dict[str, Any]:
-    """What a GGUF says of it, with two control tokens and a user-defined one behind it."""
+    """Return the GGUF keys of the tokenizer, with two control tokens and a user-defined one at the end."""
     import json
 
     model = json.loads(trained.to_str())["model"]

@@ -1,4 +1,4 @@
-"""Kernels of `cuda/` on the CPU: translated to C++, compiled by g++, run by `emulator.h`.
+"""Run kernels of `cuda/` on the CPU: translate them to C++, compile with g++, run with `emulator.h`.
 
 A `Kernel` is launched with the same grid, threads and packed arguments as `q6k_kernels.jit.loader.Kernel`, so host
 code can be run unchanged. It takes pointers into host memory.
@@ -54,10 +54,10 @@ class Kernel:
     """A kernel that runs on the CPU.
 
     Attributes:
-        name: its own.
-        order: 0 runs threads as they are numbered; other numbers shuffle them. With odd ones asynchronous copies
-            arrive at once, with even ones when they are waited for.
-        launches: grids it was launched with.
+        name: name of the kernel.
+        order: 0 runs threads in the order of their numbers; other values shuffle them. With odd values
+            asynchronous copies arrive at once, with even values when they are waited for.
+        launches: grids that it was launched with.
     """
 
     def __init__(self, library: Path, name: str) -> None:
@@ -77,10 +77,10 @@ class Kernel:
         cluster: int = 1,
         dependent: bool = False,
     ) -> None:
-        """Runs it to its end.
+        """Run a grid to its end.
 
         Raises:
-            EmulationError: it trapped, or did what is not allowed.
+            EmulationError: the kernel trapped, or did what a GPU would not allow.
         """
         assert all(0 < size <= most for size, most in zip(grid, MOST_BLOCKS, strict=True)), grid
         assert 0 < threads <= 1024
@@ -100,13 +100,13 @@ class Kernel:
 
 @cache
 def load(file: str, kernel: str, defines: tuple[tuple[str, int], ...], device: int = 0) -> Kernel:
-    """As `q6k_kernels.jit.loader.load`; `device` means nothing."""
+    """Return a kernel like `q6k_kernels.jit.loader.load`; `device` is ignored."""
     return load_text("".join((SOURCES / name).read_text() for name in compiler.files_of(file)), kernel, defines)
 
 
 @cache
 def load_text(source: str, kernel: str, defines: tuple[tuple[str, int], ...] = ()) -> Kernel:
-    """A kernel from CUDA C++ that includes nothing."""
+    """Return a kernel from CUDA C++ that includes nothing."""
     return Kernel(_library(source, defines), kernel)
 
 
@@ -114,7 +114,7 @@ def load_text(source: str, kernel: str, defines: tuple[tuple[str, int], ...] = (
 def _library(source: str, defines: tuple[tuple[str, int], ...]) -> Path:
     macros = "".join(f"#define {name} {value}\n" for name, value in defines)
     kernels = _KERNEL.findall(source)
-    # Macros may leave a kernel out: then this is what its launcher calls.
+    # Macros may leave a kernel out; then its launcher calls this.
     absent = "".join(
         f'static void {name}(...) {{ emulator::fail("left out by its macros"); }}\n' for name, _ in kernels
     )
@@ -128,7 +128,7 @@ def _library(source: str, defines: tuple[tuple[str, int], ...]) -> Path:
 
 @cache
 def _header() -> Path:
-    """A folder with the header, compiled: most of the time goes there."""
+    """Return a folder with the precompiled header; compiling it takes most of the time."""
     _compile("-x", "c++-header", "-o", f"{_FOLDER.name}/instructions.h.gch", f"{HERE}/instructions.h")
     return Path(_FOLDER.name)
 
@@ -140,7 +140,7 @@ def _compile(*options: str) -> None:
 
 
 def _launcher(kernel: str, parameters: str) -> str:
-    """C++ that calls a kernel with a packed buffer of arguments."""
+    """Return C++ that calls a kernel with a packed buffer of arguments."""
     members = [parameter.strip() for parameter in parameters.split(",")]
     names = [re.findall(r"\w+", member)[-1] for member in members]
     return f"""
@@ -159,7 +159,7 @@ extern "C" const char* run_{kernel}(const uint32_t* grid, uint32_t threads, cons
 
 
 def translate(source: str) -> str:
-    """CUDA C++ without #include to C++ on `instructions.h`."""
+    """Translate CUDA C++ without #include to C++ on `instructions.h`."""
     source = _DYNAMIC_SHARED.sub(r"\1* const \2 = reinterpret_cast<\1*>(emulator::current->block->shared);", source)
     parts, at = [], 0
     while found := _ASM.search(source, at):
@@ -172,7 +172,7 @@ def translate(source: str) -> str:
 
 
 def _closing(text: str, at: int) -> int:
-    """Where the parenthesis closes that opened before `at`; strings hold some too."""
+    """Return where the parenthesis that opens before `at` closes, skipping those in strings."""
     depth = 1
     for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[()]', text[at:]):
         depth += {"(": 1, ")": -1}.get(token[0], 0)
@@ -182,7 +182,7 @@ def _closing(text: str, at: int) -> int:
 
 
 def _calls(statement: str) -> str:
-    """The inside of asm(...) to calls: operands are passed in the order in which the instruction names them."""
+    """Translate the inside of asm(...) to calls, with operands in the order in which the instruction names them."""
     tokens = re.findall(r'"(?:[^"\\]|\\.)*"|::|:|[^":]+', statement)
     sections: list[list[str]] = [[]]
     for token in tokens:
@@ -208,7 +208,7 @@ def _value(argument: str, operands: list[str]) -> str:
 
 
 def _operands(section: list[str]) -> list[str]:
-    """What is in the parentheses after each constraint."""
+    """Return the expression in parentheses after each constraint."""
     text = "".join(section)
     found, at = [], 0
     while start := re.compile(r'\s*,?\s*"[^"]*"\s*\(').match(text, at):

@@ -1,4 +1,4 @@
-"""Host memory in place of a GPU's: filled with garbage, and with guards that no kernel may write over."""
+"""Host memory in place of a GPU's: filled with garbage, between guards that no kernel may overwrite."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ GARBAGE, GUARD = 0xEB, 1 << 16
 
 
 class Memory:
-    """What `torch.empty` gives."""
+    """Allocator that stands in for `torch.empty`."""
 
     def __init__(self, empty: Callable[..., torch.Tensor]) -> None:
         self._empty = empty
         self._blocks: list[torch.Tensor] = []
 
     def empty(self, *shape: Any, dtype: torch.dtype = torch.float32, device: Any = None) -> torch.Tensor:
-        """As `torch.empty`, but for the garbage and the guards; 16-byte aligned, as a GPU's would be."""
+        """Return a tensor like `torch.empty`, with garbage and guards, 16-byte aligned like a GPU's."""
         like = self._empty(*shape, dtype=dtype, device="meta")
         size = like.numel() * like.element_size()
         block = torch.full((size + 2 * GUARD + 15,), GARBAGE, dtype=torch.uint8)
@@ -33,14 +33,14 @@ class Memory:
         return block[GUARD : GUARD + size].view(dtype).view(like.shape)
 
     def check(self) -> None:
-        """Whether all guards are whole."""
+        """Check that all guards are intact."""
         for block in self._blocks:
             assert (block[:GUARD] == GARBAGE).all(), "a kernel wrote before its output"
             assert (block[-GUARD:] == GARBAGE).all(), "a kernel wrote past its output"
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch, device: Device) -> Memory:
-    """Lets host code that launches kernels run them here, with tensors of the CPU."""
+    """Make host code that launches kernels run them on the CPU, with tensors of the CPU."""
     memory = Memory(torch.empty)
     monkeypatch.setattr(loader, "load", cuda_emulator.load)
     monkeypatch.setattr(launching, "device", lambda index: device)
