@@ -1,4 +1,4 @@
-"""The failures of commands, each with its exit code.
+"""Exceptions of commands, each with its exit code.
 
 Every exception carries one sentence for the cause and, where there is one, one for the remedy.
 Only `cli/reporting.py` prints them and the errors of `q6k_kernels.errors`, and turns them into exit codes.
@@ -34,37 +34,37 @@ class Q6KConvertError(Exception):
 
 
 class UsageError(Q6KConvertError):
-    """The command line is invalid or contradicts itself."""
+    """Error in the command line: an option is invalid, or options contradict each other."""
 
     exit_code = ExitCode.USAGE
 
 
 class InputRejectedError(Q6KConvertError):
-    """The input, a file or a repository of the Hub, cannot be converted as asked."""
+    """Error in the input: a file, or a repository of the Hub, cannot be converted as asked."""
 
     exit_code = ExitCode.INPUT_REJECTED
 
 
 class IOFailedError(Q6KConvertError):
-    """Reading or writing failed, or the output path is taken."""
+    """Error of reading or writing, or an output path that is taken."""
 
     exit_code = ExitCode.IO
 
 
 class VerificationFailedError(Q6KConvertError):
-    """An output does not match what it was made from."""
+    """Error of verification: an output does not match its source."""
 
     exit_code = ExitCode.VERIFICATION_FAILED
 
 
 class EnvironmentMissingError(Q6KConvertError):
-    """A package, a tool or a device that the command needs is missing."""
+    """Error of the environment: a package, a tool or a device that the command needs is missing."""
 
     exit_code = ExitCode.ENVIRONMENT
 
 
 class InterruptedRunError(KeyboardInterrupt):
-    """Ctrl-C or a termination signal.
+    """Interruption by Ctrl-C or a termination signal.
 
     A KeyboardInterrupt is not an Exception, so libraries that catch every Exception let it pass.
     """

@@ -179,7 +179,7 @@ def _check_dequantizer(part: GGUFFile, record: TensorRecord) -> None:
             f"tensor {record.name!r}",
             f"the gguf package has no dequantiser for {record.type.name}",
             record.record_at,
-            remedy="Use --other raw to keep its blocks as they are, or --exclude it.",
+            remedy="Use --other raw to store its blocks unchanged, or --exclude it.",
         ) from error
 
 

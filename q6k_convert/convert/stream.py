@@ -201,5 +201,5 @@ def _not_finite(tensor: TensorPlan, block: int) -> Exception:
         f"tensor {record.name!r}",
         f"block {block} (row {row}, block {column} of it) has a scale d that is NaN or infinite",
         d_at,
-        remedy="The file is damaged or badly quantised; --allow-nonfinite keeps such blocks as they are.",
+        remedy="The file is damaged or badly quantised; --allow-nonfinite keeps such blocks unchanged.",
     )

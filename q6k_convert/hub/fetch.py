@@ -91,7 +91,7 @@ def resolve(source: str, note: Callable[[str], None], progress: Progress, *, dow
 
 
 class _Hub:
-    """The Hub that HF_ENDPOINT names, as the holder of HF_TOKEN sees it, and the cache of one repository.
+    """Client of the Hub at HF_ENDPOINT with HF_TOKEN, and of the cache of one repository.
 
     Attributes:
         address: address of the Hub without user name and password, safe to print.

@@ -84,7 +84,8 @@ def build(
             compiler.architecture(divmod(arch, 10))
         except GpuTooOldError as error:
             raise UsageError(
-                f"--arch {arch}: expected a compute capability of 80 or later, as 90 for 9.0", "`--arch 90`, say."
+                f"--arch {arch}: expected a compute capability of 80 or later, as 90 for 9.0",
+                "Give `--arch 90`, for example.",
             ) from error
     tools = find_tools()
     from q6k_kernels.cpp import cubins, generate, units  # they import torch
@@ -158,7 +159,7 @@ def _torch() -> str:
         import torch
     except (ImportError, OSError) as error:
         raise EnvironmentMissingError(
-            f"torch does not load, whose headers the library needs: {error}", "Install it: `pip install torch`."
+            f"torch, whose headers the library needs, does not load: {error}", "Install it: `pip install torch`."
         ) from error
     version = str(torch.__version__)
     major, minor = re.findall(r"\d+", version)[:2]

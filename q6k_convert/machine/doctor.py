@@ -66,7 +66,7 @@ def examine() -> dict[str, Any]:
     if all(finding.state == "ok" for finding in findings if finding.needed):
         findings += [finding for gpu in range(known.gpus) for finding in _guarded(_self_test, gpu)]
     else:
-        findings.append(Finding("kernels", "skipped", "not tested, as something they need is not there"))
+        findings.append(Finding("kernels", "skipped", "not tested, because something they need is missing"))
     ready = all(finding.state == "ok" for finding in findings if finding.needed)
     return {"status": "ok" if ready else "not ready", "findings": [asdict(finding) for finding in findings]}
 

@@ -171,7 +171,7 @@ class Gate:
         self._stopped = False
 
     def stop_here(self) -> None:
-        """In the child: report the arrival and wait; only the first time."""
+        """Report the arrival and wait, only the first time; called in the child."""
         if not self._stopped:
             self._stopped = True
             os.write(self._reached[1], b"!")
@@ -181,17 +181,17 @@ class Gate:
                 os._exit(97)
 
     def is_reached(self) -> bool:
-        """In the test: wait until the child is here or has ended, and return whether it is here."""
+        """Wait until the child has arrived or ended, and return whether it has arrived; called in the test."""
         # With the test's own copy closed, the pipe ends when the child does.
         os.close(self._reached[1])
         return os.read(self._reached[0], 1) == b"!"
 
     def wait_until_reached(self) -> None:
-        """In the test: wait until the child is here."""
+        """Wait until the child has arrived; called in the test."""
         assert self.is_reached(), "the process ended before the place it was to stop at"
 
     def open(self) -> None:
-        """In the test: let the child continue."""
+        """Let the child continue; called in the test."""
         os.write(self._go[1], b"!")
 
 

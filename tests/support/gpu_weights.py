@@ -64,7 +64,7 @@ class Weight:
 
     @property
     def row(self) -> WeightType:
-        """The weight type."""
+        """Row of the weight type."""
         return row_of("Q6_K", self.scales)
 
     @property

@@ -47,7 +47,7 @@ _KERNEL = re.compile(
 
 
 class EmulationError(RuntimeError):
-    """The kernel did what a GPU would not allow, or trapped."""
+    """Error of a kernel that trapped, or did what a GPU would not allow."""
 
 
 class Kernel:
