@@ -159,7 +159,7 @@ def build_ops(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Build the operations as a C++ library, for C++ programs and cheaper calls; needs CMake and a C++ compiler."""
+    """Build the operations as a C++ library, for C++ programs and faster calls; needs CMake and a C++ compiler."""
     with reporting(as_json, quiet, verbose) as terminal:
         from q6k_convert.machine.build_ops import build
 

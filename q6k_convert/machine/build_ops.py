@@ -1,7 +1,8 @@
-"""Builds the C++ library of the operations: its kernels with NVRTC, the rest with CMake and a C++ compiler.
+"""Build the C++ library of the operations: its kernels with NVRTC, the rest with CMake and a C++ compiler.
 
-In DIR it leaves `libq6k_ops.so` and `build/`, which is CMake's. Building again compiles only what has changed, as
-kernels stay in the cache of kernels. `build/build.log` has all that CMake and the compiler printed.
+The output directory then holds `libq6k_ops.so` and CMake's folder `build/`. Another build compiles only what has
+changed, because compiled kernels stay in the kernel cache. `build/build.log` holds the output of CMake and the
+compiler.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from q6k_kernels.jit import compiler, cubin_cache
 LIBRARY = "libq6k_ops.so"
 OLDEST_CMAKE = (3, 20)
 NOTE_SECONDS = 5.0
-"""Between two lines of progress."""
+"""Least time between two lines of progress, in seconds."""
 SHOWN_LINES = 12
-"""Of what CMake or the compiler says where it fails."""
+"""Most lines to show of what CMake or the compiler prints when it fails."""
 _STEP = re.compile(r"^\[[\s\d/%]+\]")
-# Not the command line, which may have -Werror in it.
+# Must not match the command line, which may hold -Werror.
 _FAULT = re.compile(r"(^|\s)(fatal )?error:|CMake Error|undefined reference|cannot find -l|\*\*\* ")
 _SOURCE = Path(compiler.__file__).parents[1] / "cpp"
 Note = Callable[[str], None]
@@ -43,10 +44,10 @@ class Tools:
     """Tools that a build needs.
 
     Attributes:
-        nvrtc: the version of the kernels' compiler, "13.0" say.
-        torch: its version.
-        cmake: the program.
-        generator: which of CMake's.
+        nvrtc: version of NVRTC, the kernels' compiler, like "13.0".
+        torch: version of torch.
+        cmake: path of cmake.
+        generator: CMake's generator, "Ninja" or "Unix Makefiles".
     """
 
     nvrtc: str
@@ -68,15 +69,15 @@ def build(
         only: for tests, a regular expression that selects units by the names that `units.name_of` gives them.
 
     Returns:
-        For `--json`: `library`, its path, `bytes`, `architectures`, `nvrtc`, `torch`, `seconds`, and `kernels`,
-        what each takes.
+        The document for `--json`: `library` (its path), `bytes`, `architectures`, `nvrtc`, `torch`, `seconds`, and
+        `kernels` (the resources of each kernel).
 
     Raises:
         UsageError: kernels do not run on a given architecture.
         EnvironmentMissingError: a tool is missing or too old, or the build fails.
-        CompilerMissingError: there is no NVRTC, or it does not know an architecture.
+        CompilerMissingError: NVRTC is missing, or does not know an architecture.
         CompileFailedError: a kernel does not compile, or spills.
-        OSError: the folder cannot be written to.
+        OSError: the directory cannot be written to.
     """
     started = time.monotonic()
     for arch in architectures:
@@ -134,8 +135,8 @@ def find_tools() -> Tools:
     """Find NVRTC, torch, CMake and a C++ compiler.
 
     Raises:
-        EnvironmentMissingError: one is missing, or too old.
-        CompilerMissingError: NVRTC is.
+        EnvironmentMissingError: a tool is missing or too old.
+        CompilerMissingError: NVRTC is missing.
     """
     cmake = shutil.which("cmake")
     if cmake is None:
@@ -187,14 +188,14 @@ def _version(program: str, pattern: str) -> tuple[int, int]:
 
 
 def _configure(tools: Tools, work: Path, note: Note, log: Callable[[str], object]) -> None:
-    # Options of an earlier build must not stay.
+    # Drop the options of an earlier build.
     (work / "CMakeCache.txt").unlink(missing_ok=True)
     shutil.rmtree(work / "CMakeFiles", ignore_errors=True)
     _run([tools.cmake, "-S", str(_SOURCE), "-B", str(work), "-G", tools.generator], work, note, log)
 
 
 def _run(command: list[str], work: Path, note: Note, log: Callable[[str], object]) -> None:
-    """Run a program, its output into the log; interrupted, end all that it started."""
+    """Run a program and log its output. If interrupted, end all processes that it started."""
     told = time.monotonic()
     last, complaint = deque[str](maxlen=SHOWN_LINES), list[str]()
     with subprocess.Popen(  # noqa: S603

@@ -3,10 +3,10 @@
 
     python scripts/kernels/compile_kernels.py [--arch 80 ...] [--jobs N] [--json FILE]
 
-Needs no GPU and no CUDA toolkit: the compiler is NVRTC, as at run time. What compiles goes to the cache of kernels,
-so that `q6k-convert build-ops` after this compiles none of them again. Figures are the assembler's: registers,
-spilled bytes, stack (local arrays and calls), static shared memory; and the largest dynamic shared memory that
-launches ask for, empty where no launch of a common size chooses the kernel.
+Needs no GPU and no CUDA toolkit: the compiler is NVRTC, as at run time. Compiled kernels go to the kernel cache,
+so that a later `q6k-convert build-ops` compiles none of them again. Figures come from the assembler: registers,
+spilled bytes, stack (local arrays and calls), static shared memory. Beside them is the largest dynamic shared
+memory of a launch, empty where no launch of a common size chooses the kernel.
 """
 
 from __future__ import annotations
@@ -38,7 +38,14 @@ def architecture(text: str) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Parse the options, compile and print; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=architecture, nargs="+", default=(), metavar="XY", help="80, 90, …; all")
+    parser.add_argument(
+        "--arch",
+        type=architecture,
+        nargs="+",
+        default=(),
+        metavar="XY",
+        help="compute capabilities, 90 for 9.0; by default all",
+    )
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(arguments)

@@ -151,7 +151,7 @@ def asked(fake: FakeCuda) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For Python: the driver that writes down looks for a kernel's name alone."""
+    """Make Python compile nothing: the recording driver needs only a kernel's name."""
     monkeypatch.setattr(loader, "compiled", lambda *_: Compiled(named_cubin(), ""))
 
 

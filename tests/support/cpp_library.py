@@ -30,7 +30,7 @@ A100 = launching.Device(0, 80, 108, 163 << 10, 164 << 10)
 DECODE, WGMMA, MMA = 0, 1, 2
 KEPT_SECONDS = 7 * 86400
 WARNINGS = "-Werror"
-"""What CMake hands to the compiler: a warning fails the tests, never a user's build."""
+"""Flags of the compiler: a warning fails the tests, never a user's build."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Product:
 
     @property
     def row(self) -> WeightType:
-        """The weight's type."""
+        """Row of the weight type."""
         return WEIGHT_TYPES["q6_k_exact" if self.exact else "q6_k"]
 
     @property
@@ -66,7 +66,7 @@ PRODUCTS = [
 
 
 def _kernels(product: Product) -> Iterator[launching.Variant]:
-    """What Python launches of it."""
+    """Yield the kernels that Python launches for the product."""
     m, n, k, row, fp16 = product.m, product.n, product.k, product.row, product.fp16
     device = product.device
     if product.kind == WGMMA:
@@ -87,7 +87,7 @@ def _kernels(product: Product) -> Iterator[launching.Variant]:
 
 @cache
 def library() -> Path:
-    """The library, built if none of the same sources is there; it has the kernels of PRODUCTS for their GPUs."""
+    """Return the library with the kernels of PRODUCTS, built unless one of the same sources exists."""
     if missing := [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]:
         pytest.skip(f"{', '.join(missing)} not on PATH")
     import torch
@@ -139,7 +139,7 @@ class Functions:
         return function(*arguments, self._device(device), out), list(out)
 
     def decode(self, m: int, n: int, k: int, row: WeightType, device: launching.Device) -> list[int] | None:
-        """`decode_plan.plan`'s values."""
+        """Return the values of `decode_plan.plan`."""
         some, out = self._plan(self.library.q6k_ops_plan_decode, (m, n, k, row), device, 9)
         return out if some else None
 
@@ -148,7 +148,7 @@ class Functions:
         return list(self._plan(self.library.q6k_ops_plan_wgmma, (m, n, k), device, 12)[1])
 
     def mma(self, m: int, n: int, k: int, row: WeightType, device: launching.Device) -> list[int]:
-        """`gemm_mma.plan`'s values."""
+        """Return the values of `gemm_mma.plan`."""
         return list(self._plan(self.library.q6k_ops_plan_mma, (m, n, k, row), device, 6)[1])
 
     def slice_rows(self, m: int, k: int) -> int:
