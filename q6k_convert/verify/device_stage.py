@@ -109,7 +109,7 @@ def check_device(
 
 @dataclass(frozen=True)
 class Missing:
-    """Something that runs on a GPU need and do not find, and a sentence that says how to get it."""
+    """Something missing for runs on a GPU, and a sentence that says how to get it."""
 
     what: str
     remedy: str
