@@ -181,7 +181,7 @@ class Export:
 
         reason = self._no_program()
         if reason is not None:
-            (self.out / PROGRAM).unlink(missing_ok=True)  # path of an earlier run on another machine
+            (self.out / PROGRAM).unlink(missing_ok=True)  # the program of an earlier run on another machine
             self.terminal.note(f"export: nothing to do, {reason}")
             return {"status": "left out", "reason": reason}
         args = self.args
