@@ -64,7 +64,7 @@ def weight_types() -> list[str]:
 
 
 def tables() -> str:
-    """The header of numbers that Python's launch plans are made from."""
+    """Return the header of numbers that Python's launch plans are made from."""
     numbers = {
         "TILE_ROWS": types.TILE_ROWS,
         "SUPER_BLOCK": ggml.SUPER_BLOCK,
@@ -135,7 +135,7 @@ def _decode_rows() -> list[str]:
 
 
 def abi_header() -> str:
-    """The values of cuda.h, under its names, and the sets of results that mean the same."""
+    """Return the values of cuda.h, under its names, and the sets of results that mean the same."""
     cuda = driver.bindings()
     members = (member for enum in ENUMS for member in getattr(cuda, enum))
     values = {member.name: int(member) for member in members}
@@ -156,7 +156,7 @@ def abi_header() -> str:
 
 
 def about_header(version: str) -> str:
-    """What the library says of itself, and the compiler of its kernels."""
+    """Return the header with the versions of the library and of its kernels' compiler."""
     nvrtc = ".".join(map(str, compiler.version()))
     return f"""// Made by generate.py.
 #pragma once
@@ -181,7 +181,7 @@ def cubin_index(built: Iterable[Built]) -> tuple[bytes, str]:
 
 
 def assembly(blob: Path) -> str:
-    """A file as read-only data."""
+    """Return assembly that holds a file as read-only data."""
     return f"""# Made by generate.py.
 .section .rodata.q6k_cubins, "a", %progbits
 .balign {CUBIN_ALIGNMENT}

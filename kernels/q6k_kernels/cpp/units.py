@@ -38,7 +38,7 @@ FILES = tuple(MACROS)
 
 
 def plan(architectures: Sequence[int] = ()) -> dict[Unit, list[str]]:
-    """The kernels wanted of each unit, for all architectures if none is given."""
+    """Return the kernels wanted of each unit, for all architectures if none is given."""
     from q6k_kernels.cpp.variants import ARCHITECTURES, all_variants  # they import torch
 
     units: dict[Unit, list[str]] = {}
@@ -49,7 +49,7 @@ def plan(architectures: Sequence[int] = ()) -> dict[Unit, list[str]]:
 
 
 def of_library(architectures: Sequence[int] = (), only: str = "") -> dict[Unit, list[str]]:
-    """The units of `plan` that the library holds; of them those whose name the regular expression `only` matches.
+    """Return the units of `plan` that the library holds and whose name the regular expression `only` matches.
 
     Raises:
         ValueError: `src/` does not know a unit's macros.
@@ -86,6 +86,6 @@ def check(unit: Unit) -> None:
 
 
 def name_of(unit: Unit) -> str:
-    """A name for the unit's files, as sm90_decode_0_1_8: its macros' values in order."""
+    """Return a name for the unit's files, as sm90_decode_0_1_8: its macros' values in order."""
     arch, file, defines = unit
     return "_".join((f"sm{arch}", file.removesuffix(".cuh"), *(str(int(value)) for _, value in defines)))
