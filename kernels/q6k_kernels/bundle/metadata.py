@@ -43,6 +43,17 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
         return Metadata(file)
 
 
+CONTEXT_LENGTH = "context_length"
+"""Key of the context length, behind the architecture's name."""
+ENDS = ("eos", "eot", "eom")
+"""Special tokens that end a text or a turn, by the names that `token_id_key` takes."""
+
+
+def token_id_key(name: str) -> str:
+    """Return the key of a special token's id: "bos", "eos", "eot", "eom", "unknown" or "padding"."""
+    return f"tokenizer.ggml.{name}_token_id"
+
+
 class Metadata:
     """Key-value pairs of one file, read by `read_metadata`.
 
@@ -73,7 +84,7 @@ class Metadata:
     @property
     def context_length(self) -> int | None:
         """Context length in tokens; None if the file does not state it."""
-        return self.integer(f"{self.architecture}.context_length")
+        return self.integer(f"{self.architecture}.{CONTEXT_LENGTH}")
 
     def string(self, key: str) -> str | None:
         """Read a text."""

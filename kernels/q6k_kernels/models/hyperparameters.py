@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from q6k_kernels.bundle.metadata import Metadata
+from q6k_kernels.bundle.metadata import CONTEXT_LENGTH, ENDS, Metadata, token_id_key
 from q6k_kernels.errors import HyperparameterError, UnsupportedModelError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -150,7 +150,7 @@ def sizes(keys: Keys, shapes: Shapes) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": _head_dim(keys, shapes, hidden, heads, kv_heads),
-        "max_position_embeddings": keys.integer("context_length", 1, MAX_CONTEXT),
+        "max_position_embeddings": keys.integer(CONTEXT_LENGTH, 1, MAX_CONTEXT),
         "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon", 0.0, 1.0),
         "tie_word_embeddings": "output.weight" not in shapes,
         **_special_tokens(keys.metadata, vocabulary),
@@ -193,8 +193,8 @@ def _head_dim(keys: Keys, shapes: Shapes, hidden: int, heads: int, kv_heads: int
 def _special_tokens(metadata: Metadata, vocabulary: int) -> dict[str, Any]:
     """Return the ids of special tokens: BOS, padding, and all that end a text or a turn."""
     found = dict[str, int]()
-    for name in ("bos", "padding", "eos", "eot", "eom"):
-        key = f"tokenizer.ggml.{name}_token_id"
+    for name in ("bos", "padding", *ENDS):
+        key = token_id_key(name)
         if (token := metadata.integer(key)) is None:
             continue
         if not 0 <= token < vocabulary:
@@ -202,7 +202,7 @@ def _special_tokens(metadata: Metadata, vocabulary: int) -> dict[str, Any]:
                 f"{metadata.path}: {key}: expected 0 to {vocabulary - 1}, found {token}", EXPORT_AGAIN
             )
         found[name] = token
-    ends = list(dict.fromkeys(found[name] for name in ("eos", "eot", "eom") if name in found))
+    ends = list(dict.fromkeys(found[name] for name in ENDS if name in found))
     return {
         "bos_token_id": found.get("bos"),
         "pad_token_id": found.get("padding"),

@@ -18,7 +18,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from q6k_kernels.bundle.metadata import Metadata
+from q6k_kernels.bundle.metadata import ENDS, Metadata, token_id_key
 from q6k_kernels.errors import ModelError
 
 MAX_TOKENS = 1 << 20
@@ -109,7 +109,7 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
     backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in whole])
     backend.encode_special_tokens = True
     names = _names(metadata, len(tokens))
-    stop = {names[name] for name in ("eos", "eot", "eom") if name in names}
+    stop = {names[name] for name in ENDS if name in names}
     stop |= {i for token, i in control.items() if token in _ENDS}
     add_bos = metadata.flag("tokenizer.ggml.add_bos_token")
     if add_bos is None:
@@ -139,7 +139,7 @@ def _names(metadata: Metadata, count: int) -> dict[str, int]:
     keys = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "pad": "padding"}
     names = dict[str, int]()
     for name, key in keys.items():
-        found = metadata.integer(f"tokenizer.ggml.{key}_token_id")
+        found = metadata.integer(token_id_key(key))
         if found is None:
             continue
         if not 0 <= found < count:
@@ -154,7 +154,7 @@ def _sentencepiece(metadata: Metadata, tokens: list[str], types: list[int]) -> T
         found = "none" if scores is None else len(scores)
         raise _bad(metadata, "scores", f"expected {len(tokens)}, one for each token, found {found}")
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    unknown = metadata.integer("tokenizer.ggml.unknown_token_id")
+    unknown = metadata.integer(token_id_key("unknown"))
     model = models.BPE(
         vocab=vocabulary,
         merges=_merges_of(metadata, tokens, types, scores, vocabulary),
