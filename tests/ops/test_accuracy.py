@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from q6k_cases import SHAPES, inputs, name_of, parts, planes
 from q6k_kernels.ops import accuracy
 from q6k_kernels.ops.accuracy import Exact, Weight, error_in_tolerances, tolerance
-from q6k_kernels.ops.reference import linear, roundings
+from q6k_kernels.ops.reference import roundings
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 Formula = Literal["int8", "bf16"]
@@ -153,7 +153,7 @@ def test_what_is_no_weight_is_refused() -> None:
 def test_a_wrong_output_is_outside_the_tolerance(activations: Formula, dtype: torch.dtype) -> None:
     k = SHAPES["genuine"][1]
     arrays, x = planes("genuine", "bf16"), inputs(2, k, dtype)
-    y = linear(x, **arrays, activations=activations)
+    y = packed.multiplied(x, **arrays, activations=activations)
     exact = accuracy.linear(x, packed.exact_of(**arrays), activations=activations)
     allowed = tolerance(exact, dtype, roundings(k, activations))
     # Two ulps and more, wherever terms do not cancel so far that the fp32 sums are not known that well.
@@ -183,10 +183,13 @@ def test_one_code_off_by_one_is_outside_the_tolerance(activations: Formula, scal
     ql, qh = oracles.planes_of_row(shifted[0].tolist())
     wrong = {**arrays, "ql": torch.tensor(list(ql), dtype=torch.uint8).view(1, -1)}
     wrong["qh"] = torch.tensor(list(qh), dtype=torch.uint8).view(1, -1)
-    errors = error_in_tolerances(linear(x, **wrong, activations=activations), exact.y, allowed)
+    errors = error_in_tolerances(packed.multiplied(x, **wrong, activations=activations), exact.y, allowed)
     assert (errors[:, 0] > 1)[np.repeat(s[0], 16) != 0].all()
     assert (
-        accuracy.compare(linear(x, **arrays, activations=activations), exact, roundings(k, activations)).worst <= 1
+        accuracy.compare(
+            packed.multiplied(x, **arrays, activations=activations), exact, roundings(k, activations)
+        ).worst
+        <= 1
     )
 
 

@@ -112,8 +112,8 @@ def test_a_wrong_output_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     last = ql_rows(out, "bad")[4]
     real = reference.linear
 
-    def broken(x: Any, ql: Any, *args: Any, **more: Any) -> Any:
-        y = real(x, ql, *args, **more)
+    def broken(x: Any, planes: Any, *args: Any, **more: Any) -> Any:
+        y, ql = real(x, planes, *args, **more), planes[0]
         if len(x) == 16 and ql.shape[1:] == last.shape:
             y[3, (ql == last).all(1)] *= 1.02  # three to five ulps
         return y
@@ -137,9 +137,9 @@ def test_the_expert_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     second = ql_rows(out, "exps")[1]
     real = reference.linear
 
-    def broken(x: Any, ql: Any, *args: Any, **more: Any) -> Any:
-        y = real(x, ql, *args, **more)
-        return y * float("nan") if torch.equal(ql, second) else y
+    def broken(x: Any, planes: Any, *args: Any, **more: Any) -> Any:
+        y = real(x, planes, *args, **more)
+        return y * float("nan") if torch.equal(planes[0], second) else y
 
     monkeypatch.setattr(reference, "linear", broken)
     report = check(out)
@@ -155,9 +155,10 @@ def test_a_device_that_reads_one_array_wrongly_is_found(
     out = bundle(tmp_path, Builder([weight("w", (3, 256))]), "exact")
     real = reference.linear
 
-    def broken(x: Any, **arrays: Any) -> Any:
+    def broken(x: Any, planes: Any, row: Any, **more: Any) -> Any:
+        arrays = dict(zip(row.roles, planes, strict=True))
         arrays[role] = arrays[role].roll(1, 1 if role in ("ql", "qh") else 0)
-        return real(x, **arrays)
+        return real(x, list(arrays.values()), row, **more)
 
     monkeypatch.setattr(reference, "linear", broken)
     report = check(out)
@@ -345,8 +346,8 @@ def test_a_wrong_output_of_a_kernel_is_named(tmp_path: Path, kernels: pytest.Mon
     kernels.setitem(device_runs.EXACT_WEIGHTS, "cuda", rows * 512)
     second, real = ql_rows(out, "exps")[1], schema.linear
 
-    def broken(x: Any, tiles: Any, bias: Any, n: int, activations: str) -> Any:
-        y = real(x, tiles, bias, n, activations)
+    def broken(x: Any, tiles: Any, bias: Any, n: int, format: str, activations: str) -> Any:
+        y = real(x, tiles, bias, n, format, activations)
         if len(x) == 512 and n == 5 and torch.equal(packed.untiled(tiles, n)[0], second):
             y[511, 4] *= 1.1
         return y
@@ -382,7 +383,7 @@ def test_a_wrong_row_is_named(tmp_path: Path, kernels: pytest.MonkeyPatch, name:
 def test_tiles_that_are_packed_wrongly_are_found(tmp_path: Path, kernels: pytest.MonkeyPatch) -> None:
     out = bundle(tmp_path, Builder([weight("w", (3, 256))]))
     real = schema.pack
-    kernels.setattr(schema, "pack", lambda ql, qh, *more: real(ql.roll(1, 1), qh, *more))
+    kernels.setattr(schema, "pack", lambda planes, format: real([planes[0].roll(1, 1), *planes[1:]], format))
     assert check(out, "auto").state == "failed"
 
 

@@ -54,10 +54,10 @@ def test_a_directory_that_is_no_bundle_is_not_verified(tmp_path: Path) -> None:
 
 
 def test_an_unknown_version_names_the_known_ones(bundle: Path) -> None:
-    edit_manifest(bundle, lambda content: content.update(version=2))
+    edit_manifest(bundle, lambda content: content.update(version=3))
     found = only_finding(verify(bundle), "structure")
     assert found.file == "bundle.json"
-    assert "this program reads version 1" in found.problem
+    assert "this program reads version 2" in found.problem
 
 
 @pytest.mark.parametrize("key", [QL, "token_embd.weight.qh", "token_embd.weight.scale", "output_norm.weight"])

@@ -173,7 +173,7 @@ STRUCTURE: dict[str, tuple[Callable[[Path], object], str, str | None, str | None
     ),
     "planar of another type": (
         tensor_edit("token_embd.weight", lambda t: t.update(type="Q4_K")),
-        "Q4_K of shape [5, 512] has no form q6_k",
+        "Q4_K of shape [5, 512] cannot be stored as q6_k",
         "token_embd.weight",
         None,
     ),
