@@ -16,16 +16,19 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import q6k_kernels
 from bundle_helpers import failed, invoke
 from gguf_builder import Builder, key_value, small_model, weight
 from q6k_convert.cli import terminal
+from q6k_convert.cli.main import app
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
 from q6k_convert.errors import InterruptedRunError
 from q6k_convert.run import generate_command as rooms
 from q6k_convert.run import running
+from q6k_convert.run.generate_command import MAX_PROMPT_BYTES
 from q6k_convert.text import size
 from q6k_convert.verify import device_stage
 from tokenizer_files import sentencepiece, sentencepiece_ids, write
@@ -138,6 +141,15 @@ def test_what_makes_no_sense_ends_with_2(bundle: Path, args: tuple[str, ...], wo
     assert done.exit_code == 2
     assert words in done.stderr
     assert invoke("generate", bundle, "-p", "x", "--temperature", "-1").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"), [(b"caf\xe9", "not UTF-8: "), (b"x" * (MAX_PROMPT_BYTES + 1), "longer than ")]
+)
+def test_a_prompt_on_stdin_that_is_no_text_is_usage(bundle: Path, raw: bytes, words: str) -> None:
+    done = CliRunner().invoke(app, ["generate", str(bundle), "--prompt", "-"], input=raw)
+    assert done.exit_code == 2, done.output
+    assert words in done.stderr
 
 
 def test_an_architecture_that_is_not_built_is_named_before_all_else(tmp_path: Path) -> None:

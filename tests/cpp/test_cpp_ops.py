@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import packed
@@ -134,6 +135,18 @@ def test_a_tool_that_is_too_old_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         build_ops.find_tools()
     old.write_text("#!/bin/sh\necho broken >&2\nexit 3\n")
     with pytest.raises(EnvironmentMissingError, match="ended with code 3 and says no version: broken"):
+        build_ops.find_tools()
+
+
+def test_a_torch_that_is_missing_or_too_old_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_ops.shutil, "which", lambda name: "/usr/bin/true")
+    monkeypatch.setattr(build_ops, "_version", lambda program, pattern: (3, 25))
+    with monkeypatch.context() as old:
+        old.setattr(torch, "__version__", "2.10.1+cpu")
+        with pytest.raises(EnvironmentMissingError, match=r"torch is 2\.10\.1\+cpu, needed is 2\.11 or later"):
+            build_ops.find_tools()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(EnvironmentMissingError, match="torch, whose headers the library needs, does not load"):
         build_ops.find_tools()
 
 
