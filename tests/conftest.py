@@ -15,6 +15,7 @@ from fake_cuda import FakeCuda, build
 from gguf_builder import small_model
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give each test file to one process of pytest-xdist, the longest first.
 
