@@ -1,81 +1,151 @@
-"""The planar bit layout of 6-bit weights, in numpy: the definition, for tests, tools and small data.
+"""The planes of a bundle in numpy: the definition, for checks, tools and small data.
 
-A weight is `w = q * scale` with q in -32..31, one scale per group of 16. The planes hold
-`u = q + 32`, split into the low nibble `lo = u & 15` and the high pair `hi = u >> 4`:
+Stored codes u (..., K) of `bits` bits become
 
-    ql  uint8 (..., K/2)   ql[j] = lo[2j] | lo[2j+1] << 4
-    qh  uint8 (..., K/4)   8 bytes per chunk c of 32 weights; byte w (0..3) holds the high pairs of
-                           weights 32c+8w+{0,2,4,6} in bits {0-1,2-3,4-5,6-7}, byte 4+w those of
-                           weights 32c+8w+{1,3,5,7}
+    ql  uint8 (..., K/2)   ql[j] = lo[2j] | lo[2j+1] << 4 with lo = u & 15
+    qh  of 6 bits, uint8 (..., K/4), the high pairs u >> 4: 8 bytes per chunk c of 32 weights; byte w (0..3) holds
+        those of weights 32c+8w+{0,2,4,6} in bits {0-1,2-3,4-5,6-7}, byte 4+w those of 32c+8w+{1,3,5,7}
+    qh  of 5 bits, uint8 (..., K/8), the fifth bits: byte c holds those of weights 8c+{0,2,4,6} in bits 0-3 and of
+        8c+{1,3,5,7} in bits 4-7
+    q   of 8 bits, int8 (..., K): the codes
 
-This is the layout of ExecuTorch's CudaDp4aPlanarInt6Tensor (pytorch/executorch PR 20229).
+These are the layouts of ExecuTorch's dp4a-planar classes (pytorch/executorch PR 20229 and later).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-from q6k_kernels.formats.ggml import SUPER_BLOCK
+
+from q6k_kernels.formats.types import WeightType
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
 
 CHUNK = 32
 """Weights whose high pairs lie in the same 8 bytes of qh."""
-OFFSET = 32
-"""Stored code minus weight: u = q + 32."""
+NUMPY_DTYPES = {"U8": "u1", "I8": "i1", "BF16": "<u2", "F16": "<f2"}
+"""numpy's dtype of an array, by safetensors' name; bf16 as bits."""
 
 _PAIR_SHIFTS = np.array([0, 2, 4, 6], dtype=np.uint8)
 
 
-def pack(q: npt.NDArray[np.int8]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Pack weights into planes.
+def pack(codes: Bytes, row: WeightType) -> list[Bytes]:
+    """Pack stored codes into code planes.
 
     Args:
-        q: int8 (..., K), values -32..31, K a multiple of 256.
+        codes: uint8 (..., K), K a multiple of 32.
+        row: the weight type.
 
     Returns:
-        ql uint8 (..., K/2) and qh uint8 (..., K/4).
+        The row's code planes in order, as uint8.
 
     Raises:
-        ValueError: the dtype, K or a value is wrong.
+        ValueError: the dtype, K or a code is wrong.
     """
-    if q.dtype != np.int8 or q.ndim == 0 or q.shape[-1] % SUPER_BLOCK:
-        raise ValueError(f"expected int8 (..., K) with K a multiple of {SUPER_BLOCK}, found {q.dtype} {q.shape}")
-    if q.size and (q.min() < -OFFSET or q.max() >= OFFSET):
-        raise ValueError(f"expected weights in -32..31, found {q.min()}..{q.max()}")
-    u: npt.NDArray[np.uint8] = np.ascontiguousarray(q + np.int8(OFFSET)).view(np.uint8)
+    if codes.dtype != np.uint8 or codes.ndim == 0 or codes.shape[-1] % CHUNK:
+        raise ValueError(f"expected uint8 (..., K) with K a multiple of {CHUNK}, found {codes.dtype} {codes.shape}")
+    if codes.size and codes.max() >> row.bits:
+        raise ValueError(f"expected codes of {row.bits} bits, found {codes.max()}")
+    if row.bits == 8:
+        return [codes]
+    u = np.ascontiguousarray(codes)
     # Two neighbours form a 16-bit word, the first lowest: shifting by 4 joins their nibbles in its low byte.
     neighbours = (u & np.uint8(15)).view("<u2")
-    ql = (neighbours | neighbours >> 4).astype(np.uint8)
-    # Eight form a 64-bit word: shifts by 14, 28 and 42 bring weights 2, 4, 6 beside weight 0 in the low byte,
-    # and 3, 5, 7 beside weight 1 in the one above.
-    eights = (u >> 4).view("<u8")
-    even_odd = (eights | eights >> 14 | eights >> 28 | eights >> 42).astype("<u2").view(np.uint8)
-    qh = np.ascontiguousarray(even_odd.reshape(*u.shape[:-1], -1, 4, 2).swapaxes(-1, -2))
-    return ql, qh.reshape(*u.shape[:-1], u.shape[-1] // 4)
+    planes = [(neighbours | neighbours >> 4).astype(np.uint8)]
+    if row.high_bits == 2:
+        # Eight form a 64-bit word: shifts by 14, 28 and 42 bring weights 2, 4, 6 beside weight 0 in the low byte,
+        # and 3, 5, 7 beside weight 1 in the one above.
+        eights = (u >> 4).view("<u8")
+        even_odd = (eights | eights >> 14 | eights >> 28 | eights >> 42).astype("<u2").view(np.uint8)
+        qh = np.ascontiguousarray(even_odd.reshape(*u.shape[:-1], -1, 4, 2).swapaxes(-1, -2))
+        planes.append(qh.reshape(*u.shape[:-1], u.shape[-1] // 4))
+    elif row.high_bits == 1:
+        # Likewise by 15, 30 and 45; the odd weights' bits then move from the second byte to bits 4-7.
+        eights = (u >> 4).view("<u8")
+        even_odd = eights | eights >> 15 | eights >> 30 | eights >> 45
+        planes.append((even_odd & 15 | even_odd >> 4 & 0xF0).astype(np.uint8))
+    return planes
 
 
-def unpack(ql: npt.NDArray[np.uint8], qh: npt.NDArray[np.uint8]) -> npt.NDArray[np.int8]:
-    """Unpack planes into weights, the inverse of `pack`.
+def unpack(planes: Sequence[Bytes], row: WeightType) -> Bytes:
+    """Unpack code planes into stored codes, the inverse of `pack`.
 
     Args:
-        ql: uint8 (..., K/2).
-        qh: uint8 (..., K/4).
+        planes: the row's code planes, uint8 (..., width).
+        row: the weight type.
 
     Returns:
-        int8 (..., K), values -32..31.
+        uint8 (..., K).
 
     Raises:
         ValueError: the planes do not agree on their shape.
     """
-    if ql.dtype != np.uint8 or qh.dtype != np.uint8 or ql.shape != (*qh.shape[:-1], 2 * qh.shape[-1]):
-        raise ValueError(f"planes disagree: ql {ql.dtype} {ql.shape}, qh {qh.dtype} {qh.shape}")
-    k = 2 * ql.shape[-1]
-    low = np.stack([ql & 15, ql >> 4], axis=-1).reshape(*ql.shape[:-1], k)
-    by_parity = qh.reshape(*qh.shape[:-1], -1, 2, 4)  # (..., chunk, parity, w)
-    pairs = (by_parity[..., None] >> _PAIR_SHIFTS) & 3  # (..., chunk, parity, w, position)
-    high = np.moveaxis(pairs, -3, -1).reshape(*ql.shape[:-1], k)
-    u: npt.NDArray[np.uint8] = low | high << 4
-    return u.view(np.int8) - np.int8(OFFSET)
+    arrays = row.arrays[: len(row.arrays) - len(row.scales)]
+    lead, k = planes[0].shape[:-1], planes[0].shape[-1] * arrays[0].weights
+    expected = [(*lead, k // array.weights) for array in arrays]
+    if [plane.shape for plane in planes] != expected or any(plane.dtype != np.uint8 for plane in planes):
+        found = ", ".join(f"{plane.dtype} {plane.shape}" for plane in planes)
+        raise ValueError(f"planes disagree: expected uint8 {expected}, found {found}")
+    if row.bits == 8:
+        return planes[0]
+    ql = planes[0]
+    codes = np.stack([ql & 15, ql >> 4], axis=-1).reshape(*lead, k)
+    if row.high_bits == 2:
+        by_parity = planes[1].reshape(*lead, -1, 2, 4)  # (..., chunk, parity, w)
+        pairs = (by_parity[..., None] >> _PAIR_SHIFTS) & 3  # (..., chunk, parity, w, position)
+        codes |= np.moveaxis(pairs, -3, -1).reshape(*lead, k) << 4
+    elif row.high_bits == 1:
+        bits = np.unpackbits(planes[1], axis=-1, bitorder="little").reshape(*lead, -1, 2, 4)  # (..., parity, position)
+        codes |= bits.swapaxes(-1, -2).reshape(*lead, k) << 4
+    return codes
+
+
+def code_values(codes: Bytes, row: WeightType) -> npt.NDArray[np.int8]:
+    """Return the codes that stored ones stand for: minus the offset, or looked up."""
+    if row.book:
+        return np.array(row.book, dtype=np.int8)[codes]
+    return codes.view(np.int8) - np.int8(row.offset)
+
+
+def group_values(arrays: Mapping[str, npt.NDArray[Any]], row: WeightType) -> tuple[Floats, Floats | None]:
+    """Return the scale and the min, or None, of each group, without rounding.
+
+    Args:
+        arrays: the arrays of scales by role, of the dtypes in `NUMPY_DTYPES`.
+        row: the weight type.
+
+    Returns:
+        float32 (..., K/group), twice.
+    """
+    dtype = row.scales[0].dtype
+    if dtype == "BF16":
+        return bf16_to_float(arrays["scale"]), None
+    scale = half_e8m0_to_float(arrays["scale"]) if dtype == "U8" and not row.stepped else _times_steps(arrays, "scale", "steps")
+    return scale, _times_steps(arrays, "min", "min_steps") if row.minimum else None
+
+
+def _times_steps(arrays: Mapping[str, npt.NDArray[Any]], role: str, steps: str) -> Floats:
+    values: Floats = arrays[role].astype(np.float32)
+    if steps in arrays:
+        step = arrays[steps].astype(np.float32)
+        with np.errstate(invalid="ignore"):  # an infinite step times zero
+            values *= np.repeat(step, values.shape[-1] // step.shape[-1], axis=-1)
+    return values
+
+
+def dequantize(codes: Bytes, arrays: Mapping[str, npt.NDArray[Any]], row: WeightType) -> Floats:
+    """Return the weights, float32 (..., K), as ggml does: the bits of its `dequantize_row_*`."""
+    scale, least = group_values(arrays, row)
+    with np.errstate(invalid="ignore", over="ignore"):
+        weights = code_values(codes, row).astype(np.float32).reshape(*scale.shape, row.group) * scale[..., None]
+        if least is not None:
+            weights -= least[..., None]
+    return weights.reshape(codes.shape)
 
 
 def round_to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
@@ -97,3 +167,9 @@ def round_to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
 def bf16_to_float(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     """Convert the bits of bf16 to fp32, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def half_e8m0_to_float(exponents: Bytes) -> Floats:
+    """Return 2 ** (e - 128), the half of an E8M0 number, for e from 0 to 255, as fp32: two of them are subnormal."""
+    e = exponents.astype(np.uint32)
+    return np.where(e < 2, np.uint32(0x00200000) << e, (e - 1) << 23).astype(np.uint32).view(np.float32)
