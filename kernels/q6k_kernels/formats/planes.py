@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-
 from q6k_kernels.formats.types import WeightType
 
 Bytes = npt.NDArray[np.uint8]
@@ -100,7 +99,9 @@ def unpack(planes: Sequence[Bytes], row: WeightType) -> Bytes:
         pairs = (by_parity[..., None] >> _PAIR_SHIFTS) & 3  # (..., chunk, parity, w, position)
         codes |= np.moveaxis(pairs, -3, -1).reshape(*lead, k) << 4
     elif row.high_bits == 1:
-        bits = np.unpackbits(planes[1], axis=-1, bitorder="little").reshape(*lead, -1, 2, 4)  # (..., parity, position)
+        bits = np.unpackbits(planes[1], axis=-1, bitorder="little").reshape(
+            *lead, -1, 2, 4
+        )  # (..., parity, position)
         codes |= bits.swapaxes(-1, -2).reshape(*lead, k) << 4
     return codes
 
@@ -125,7 +126,11 @@ def group_values(arrays: Mapping[str, npt.NDArray[Any]], row: WeightType) -> tup
     dtype = row.scales[0].dtype
     if dtype == "BF16":
         return bf16_to_float(arrays["scale"]), None
-    scale = half_e8m0_to_float(arrays["scale"]) if dtype == "U8" and not row.stepped else _times_steps(arrays, "scale", "steps")
+    scale = (
+        half_e8m0_to_float(arrays["scale"])
+        if dtype == "U8" and not row.stepped
+        else _times_steps(arrays, "scale", "steps")
+    )
     return scale, _times_steps(arrays, "min", "min_steps") if row.minimum else None
 
 
