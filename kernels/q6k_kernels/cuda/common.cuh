@@ -2,12 +2,14 @@
 //
 // Device code here includes nothing, so that run-time compilation needs no header and caches by text alone.
 // Kernels are specialised by macros, all integers:
-//   Q6K_BITS, Q6K_GROUP, Q6K_MINIMUM, Q6K_SCALES    the weight type, a row of formats/types.py: bits of a code, weights
-//               of a group, whether a group has a minimum, and the kind of its scale
+//   Q6K_BITS, Q6K_SIGNED, Q6K_BOOK, Q6K_GROUP, Q6K_MINIMUM, Q6K_SCALES    the weight type, a row of formats/types.py: bits
+//               of a code, whether it is two's complement, its code book, weights of a group, whether a group has a
+//               minimum, and the kind of its scale
 //   Q6K_FP16    0: activations and outputs are bf16; 1: fp16
 //
 // A tile is 16 rows x 256 weights (formats/tiles.py has the rules). lane = 4g + t holds, of row g + 8h and each of
-// the 16 groups, the four weights 2t, 2t+1, 2t+8, 2t+9: the A fragment of a 16-row matrix instruction.
+// the 16 groups of 16 weights, the four weights 2t, 2t+1, 2t+8, 2t+9: the A fragment of a 16-row matrix instruction.
+// In what follows "sixteen" is such a group; a group of the weight type is one or two of them.
 
 typedef unsigned char u8;
 typedef signed char s8;
@@ -16,10 +18,15 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
-#define SCALES_BF16 0      // a bf16 for each group
-#define SCALES_STEPPED 1   // an int8 for each group, times an fp16 step for each super-block
+#define SCALES_BF16 0         // a bf16 for each group
+#define SCALES_INT8_STEPS 1   // an int8 for each group, times an fp16 step for each super-block
+#define SCALES_UINT8_STEPS 2  // a uint8 likewise, below 64
+#define SCALES_FP16 3         // an fp16 for each group
+#define SCALES_E8M0 4         // an exponent e for each group: 2^(e - 128)
 #ifndef Q6K_BITS
 #define Q6K_BITS 6
+#define Q6K_SIGNED 1
+#define Q6K_BOOK 0
 #define Q6K_GROUP 16
 #define Q6K_MINIMUM 0
 #define Q6K_SCALES SCALES_BF16
@@ -30,14 +37,23 @@ typedef long long i64;
 
 constexpr int TILE_ROWS = 16;
 constexpr int SUPER_BLOCK = 256;
-constexpr int QUARTERS = 4;              // parts of a super-block: 64 weights, four groups
-constexpr bool STEPPED = Q6K_SCALES == SCALES_STEPPED;
+constexpr int QUARTERS = 4;              // parts of a super-block: 64 weights, four sixteens
+constexpr bool STEPPED = Q6K_SCALES == SCALES_INT8_STEPS || Q6K_SCALES == SCALES_UINT8_STEPS;
+constexpr bool WIDE_SCALES = Q6K_SCALES == SCALES_BF16 || Q6K_SCALES == SCALES_FP16;  // of two bytes
 constexpr int TILE_WEIGHTS = TILE_ROWS * SUPER_BLOCK;
-constexpr int LOW_AT = TILE_WEIGHTS / 2;                        // byte of a tile where the low pairs begin
-constexpr int SCALES_AT = TILE_WEIGHTS * Q6K_BITS / 8;          // and the scales
-constexpr int STEPS_AT = SCALES_AT + TILE_WEIGHTS / Q6K_GROUP * (STEPPED ? 1 : 2);  // and the steps, if any
-constexpr int TILE_BYTES = STEPS_AT + (STEPPED ? TILE_ROWS * 2 : 0);
+constexpr int LOW_BITS = Q6K_BITS == 8 ? 0 : Q6K_BITS - 4;       // of a code, apart from its other four
+constexpr int LOW_AT = Q6K_BITS == 8 ? TILE_WEIGHTS : TILE_WEIGHTS / 2;  // byte of a tile where they begin
+constexpr int SCALES_AT = TILE_WEIGHTS * Q6K_BITS / 8;           // the scales
+constexpr int ROW_SCALES = SUPER_BLOCK / Q6K_GROUP * (WIDE_SCALES ? 2 : 1);  // bytes of a row's scales
+constexpr int MINS_AT = SCALES_AT + TILE_ROWS * ROW_SCALES;
+constexpr int STEPS_AT = MINS_AT + (Q6K_MINIMUM ? TILE_ROWS * ROW_SCALES : 0);
+constexpr int MIN_STEPS_AT = STEPS_AT + TILE_ROWS * 2;
+constexpr int TILE_BYTES = STEPS_AT + (STEPPED ? TILE_ROWS * 2 * (1 + Q6K_MINIMUM) : 0);
 constexpr int TILE_CHUNKS = TILE_BYTES / 16;
+static_assert(TILE_BYTES % 16 == 0, "tiles are copied in pieces of 16 bytes");
+
+// Super-blocks of rows of k weights; the last may be part of one.
+__device__ __forceinline__ int super_blocks_of(int k) { return (k + SUPER_BLOCK - 1) / SUPER_BLOCK; }
 
 // ---- conversions -------------------------------------------------------------------------------------------
 
@@ -153,139 +169,271 @@ __device__ __forceinline__ u32 word_of(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-static_assert(Q6K_BITS == 6 && Q6K_GROUP == 16 && !Q6K_MINIMUM, "what follows unpacks codes of 6 bits, groups of 16");
+__device__ __forceinline__ u32 load_shared_2(u32 address) {
+  u16 v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
+  return v;
+}
 
-// Four groups (64 weights) of the rows g and g + 8, as a lane holds them.
-struct LaneQuarter {
-  u32 high[2][2];                   // [row half][pair of groups]: nibbles
-  u32 low[2];                       // [row half]: pairs of bits
-  u32 scales[2][STEPPED ? 1 : 2];   // [row half]: four bytes, or twice two bf16
-
-  // Four times the four weights of a group, as signed bytes: 6-bit two's complement at the top of each byte.
-  __device__ __forceinline__ u32 times_four(int h, int group) const {
-    const u32 top = group & 1 ? high[h][group >> 1] : high[h][group >> 1] << 4;
-    const u32 below = group == 0 ? low[h] << 2 : low[h] >> (2 * group - 2);
-    return (top & 0xF0F0F0F0u) | (below & 0x0C0C0C0Cu);
-  }
-
-  // The four weights of a group plus 32, as bytes 0..63.
-  __device__ __forceinline__ u32 plus_32(int h, int group) const {
-    const u32 top = group & 1 ? high[h][group >> 1] >> 2 : high[h][group >> 1] << 2;
-    const u32 below = ((low[h] >> (2 * group)) & 0x03030303u) | 0x20202020u;
-    return (top & 0x3C3C3C3Cu) ^ below;
-  }
-
-#if Q6K_SCALES == SCALES_STEPPED
-  // d * sub-scale, without rounding. A sub-scale byte b = sc + 128 in the mantissa of 2^15 reads 32768 + b, and
-  // 32896 * d has 9 + 11 significant bits. A d that is infinite gives NaN.
-  struct RowStep {
-    float d, offset;
-  };
-  __device__ __forceinline__ static RowStep row_step(u32 fp16_bits) {
-    const float d = fp16_to_float(fp16_bits);
-    return {d, -32896.0f * d};
-  }
-  __device__ __forceinline__ float scale(int h, int group, const RowStep& row) const {
-    return fmaf(__uint_as_float(__byte_perm(scales[h][0], 0x47000000u, 0x7404 | group << 4)), row.d, row.offset);
-  }
+#if Q6K_BOOK
+#if Q6K_BOOK == 1
+constexpr u32 BOOK[4] = {0xBFAD9881u, 0xF6EADDCFu, 0x26190D01u, 0x71594535u};  // IQ4 of formats/types.py
 #else
-  struct RowStep {};
-  __device__ __forceinline__ static RowStep row_step(u32) { return {}; }
-  __device__ __forceinline__ float scale(int h, int group, const RowStep&) const {
-    const u32 pair = scales[h][group >> 1];
-    return __uint_as_float(group & 1 ? pair & 0xFFFF0000u : pair << 16);
-  }
+constexpr u32 BOOK[4] = {0x03020100u, 0x0C080604u, 0xFDFEFF00u, 0xF4F8FAFCu};  // E2M1
 #endif
 
-  // The four weights of a group times their scale, rounded once to 16 bits: elements (2t, 2t+1), (2t+8, 2t+9).
+// The values, signed bytes, of the codes in the lowest four nibbles.
+__device__ __forceinline__ u32 look_up(u32 nibbles) {
+  const u32 at = nibbles & 0x7777u;
+  const u32 first = __byte_perm(BOOK[0], BOOK[1], at), second = __byte_perm(BOOK[2], BOOK[3], at);
+  return __byte_perm(first, second, 0x3210u | (nibbles & 0x8888u) >> 1);
+}
+#endif
+
+// Row steps, for scales that have them. Products with a scale or minimum below 2^8 are exact: a byte b in the mantissa
+// of 2^15 reads 32768 + b, and what is subtracted again has no more than 9 + 11 significant bits. A step that is
+// infinite gives NaN.
+#if Q6K_SCALES == SCALES_INT8_STEPS || Q6K_SCALES == SCALES_UINT8_STEPS
+constexpr float BYTE_BIAS = Q6K_SCALES == SCALES_INT8_STEPS ? 32896.0f : 32768.0f;
+struct RowStep {
+  float step, offset;
+#if Q6K_MINIMUM
+  float min_step, min_offset;
+#endif
+  __device__ __forceinline__ void set(u32 step_bits, u32 min_step_bits) {
+    step = fp16_to_float(step_bits);
+    offset = -BYTE_BIAS * step;
+#if Q6K_MINIMUM
+    min_step = fp16_to_float(min_step_bits);
+    min_offset = -BYTE_BIAS * min_step;
+#endif
+  }
+  __device__ __forceinline__ void load(u32 tile, int row) {
+    set(load_shared_2(tile + STEPS_AT + row * 2), Q6K_MINIMUM ? load_shared_2(tile + MIN_STEPS_AT + row * 2) : 0);
+  }
+};
+#else
+struct RowStep {
+  __device__ __forceinline__ void load(u32, int) {}
+};
+#endif
+
+// Element `index` of a lane's words of scales or minimums, as a number; `step` and `offset` of its row.
+template <bool MINIMUM>
+__device__ __forceinline__ float scale_value(const u32* words, int index, const RowStep& row) {
+#if Q6K_SCALES == SCALES_BF16
+  return __uint_as_float(index & 1 ? words[index >> 1] & 0xFFFF0000u : words[index >> 1] << 16);
+#elif Q6K_SCALES == SCALES_FP16
+  return fp16_to_float(index & 1 ? words[index >> 1] >> 16 : words[index >> 1] & 0xFFFFu);
+#elif Q6K_SCALES == SCALES_E8M0
+  const u32 e = words[index >> 2] >> 8 * (index & 3) & 0xFFu;
+  return __uint_as_float(e < 2 ? 0x00200000u << e : (e - 1) << 23);
+#else
+  const float biased = __uint_as_float(__byte_perm(words[index >> 2], 0x47000000u, 0x7404 | (index & 3) << 4));
+#if Q6K_MINIMUM
+  if (MINIMUM) return fmaf(biased, row.min_step, row.min_offset);
+#endif
+  return fmaf(biased, row.step, row.offset);
+#endif
+}
+
+// Four sixteens (64 weights) of the rows g and g + 8, as a lane holds them.
+struct LaneQuarter {
+  static constexpr int TOPS = Q6K_BITS == 8 ? 4 : 2;                 // words of codes
+  static constexpr int GROUPS = 64 / Q6K_GROUP;                      // groups of the weight type
+  static constexpr int SCALE_BYTES = GROUPS * (WIDE_SCALES ? 2 : 1);
+  static constexpr int SCALE_WORDS = (SCALE_BYTES + 3) / 4;
+  u32 top[2][TOPS];             // [row half][pair of sixteens]: high four bits; or a word for each sixteen
+  u32 low[2];                   // [row half]: low bits of all four, from bit 0 of each byte
+  u32 scales[2][SCALE_WORDS];   // [row half]
+  u32 mins[2][Q6K_MINIMUM ? SCALE_WORDS : 1];
+
+  // The four weights of a sixteen as bytes: codes times 2^(8 - bits), signed if the codes are; or a book's values.
+  __device__ __forceinline__ u32 raised(int h, int sixteen) const {
+#if Q6K_BOOK
+    return look_up(sixteen & 1 ? top[h][sixteen >> 1] >> 16 : top[h][sixteen >> 1]);
+#elif Q6K_BITS == 8
+    return top[h][sixteen];
+#else
+    u32 bytes = (sixteen & 1 ? top[h][sixteen >> 1] : top[h][sixteen >> 1] << 4) & 0xF0F0F0F0u;
+    if (LOW_BITS == 1) {
+      bytes |= (sixteen < 3 ? low[h] << (3 - sixteen) : low[h]) & 0x08080808u;
+    } else if (LOW_BITS == 2) {
+      bytes |= (sixteen == 0 ? low[h] << 2 : low[h] >> (2 * sixteen - 2)) & 0x0C0C0C0Cu;
+    }
+    return bytes;
+#endif
+  }
+
+  // The four weights of a sixteen as bytes plus BIAS, from 0 up.
+#if Q6K_BOOK || Q6K_BITS == 8
+  static constexpr int BIAS = 128;
+#else
+  static constexpr int BIAS = Q6K_SIGNED ? 1 << (Q6K_BITS - 1) : 0;
+#endif
+  __device__ __forceinline__ u32 biased(int h, int sixteen) const {
+#if Q6K_BOOK || Q6K_BITS == 8
+    return raised(h, sixteen) ^ 0x80808080u;
+#else
+    constexpr u32 MASK = (0xF << LOW_BITS) * 0x01010101u, SIGN = BIAS * 0x01010101u;
+    constexpr int UP = LOW_BITS, DOWN = 4 - LOW_BITS;
+    const u32 word = top[h][sixteen >> 1];
+    u32 bytes = (sixteen & 1 ? (DOWN ? word >> DOWN : word) : (UP ? word << UP : word)) & MASK;
+    if (LOW_BITS) {
+      bytes |= low[h] >> (LOW_BITS * sixteen) & ((1 << LOW_BITS) - 1) * 0x01010101u;
+    }
+    return bytes ^ SIGN;
+#endif
+  }
+
+  __device__ __forceinline__ static int group_of(int sixteen) { return sixteen * 16 / Q6K_GROUP; }
+
+  // Scale and minimum of a sixteen's group, without rounding.
+  __device__ __forceinline__ float scale(int h, int sixteen, const RowStep& row) const {
+    return scale_value<false>(scales[h], group_of(sixteen), row);
+  }
+  __device__ __forceinline__ float minimum(int h, int sixteen, const RowStep& row) const {
+    return scale_value<true>(mins[h], group_of(sixteen), row);
+  }
+
+  // The four weights of a sixteen, 16 bits wide: elements (2t, 2t+1), (2t+8, 2t+9).
   //
-  // 0x43uu is bf16 128 + u for u < 128. With bf16 scales the 6 + 8 bits of a product leave bf16's own
-  // multiplication one rounding; otherwise fp32 holds the product whole (23 bits), and is rounded after.
-  __device__ __forceinline__ void halves(int h, int group, const RowStep& row, u32 (&pairs)[2]) const {
-    const u32 bytes = plus_32(h, group);
-#if Q6K_SCALES == SCALES_BF16 && !Q6K_FP16
-    const u32 biased[2] = {__byte_perm(bytes, 0x43434343u, 0x4140), __byte_perm(bytes, 0x43434343u, 0x4342)};
-    const u32 both = scales[h][group >> 1];
-    const u32 twice = group & 1 ? __byte_perm(both, both, 0x3232) : __byte_perm(both, both, 0x1010);
+  // In bf16, codes below 128 take the fast way: 0x43uu is 128 + u, the group's scale and minimum are rounded to bf16,
+  // and the weight is rounded once more. Otherwise fp32 holds scale * code whole (17 + 6 or 11 + 8 bits), subtracting a
+  // minimum rounds it, and the weight is rounded after.
+  __device__ __forceinline__ void halves(int h, int sixteen, const RowStep& row, u32 (&pairs)[2]) const {
+    const u32 bytes = biased(h, sixteen);
+#if !Q6K_FP16 && Q6K_BITS < 8 && !Q6K_BOOK
+    constexpr u32 UNBIAS = BIAS == 0 ? 0xC300C300u : BIAS == 8 ? 0xC308C308u : BIAS == 16 ? 0xC310C310u : 0xC320C320u;
+    const u32 widened[2] = {__byte_perm(bytes, 0x43434343u, 0x4140), __byte_perm(bytes, 0x43434343u, 0x4342)};
+#if Q6K_SCALES == SCALES_BF16
+    const u32 both = scales[h][sixteen >> 1];
+    const u32 factor = sixteen & 1 ? __byte_perm(both, both, 0x3232) : __byte_perm(both, both, 0x1010);
+#else
+    const float s = scale(h, sixteen, row);
+    const u32 factor = pack_halves(s, s);
+#endif
+    u32 addend = 0x80008000u;
+#if Q6K_MINIMUM
+    const float least = -minimum(h, sixteen, row);
+    addend = pack_halves(least, least);
+#endif
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      u32 weights;
-      asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(weights) : "r"(biased[i]), "r"(0x3F803F80u), "r"(0xC320C320u));
-      asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pairs[i]) : "r"(weights), "r"(twice), "r"(0x80008000u));
+      u32 codes;
+      asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(codes) : "r"(widened[i]), "r"(0x3F803F80u), "r"(UNBIAS));
+      asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pairs[i]) : "r"(codes), "r"(factor), "r"(addend));
     }
 #else
-    const float s = scale(h, group, row);
-    const float offset = -160.0f * s;  // 3 + 18 bits: exact, and so is the sum, 6 + 18 bits
+    const float s = scale(h, sixteen, row);
+#if Q6K_MINIMUM
+    const float least = minimum(h, sixteen, row);
+#endif
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      // 0x43uu0000 is the same 128 + u in fp32.
-      const float first = fmaf(__uint_as_float(__byte_perm(bytes, 0x43000000u, 0x7044 | i << 9)), s, offset);
-      const float second = fmaf(__uint_as_float(__byte_perm(bytes, 0x43000000u, 0x7144 | i << 9)), s, offset);
-      pairs[i] = pack_halves(first, second);
+      float weights[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        // 0x4B0000uu is 2^23 + u in fp32.
+        const float code = __uint_as_float(__byte_perm(bytes, 0x4B000000u, 0x7440 | (2 * i + j))) - (8388608.0f + BIAS);
+#if Q6K_MINIMUM
+        weights[j] = fmaf(code, s, -least);
+#else
+        weights[j] = code * s;
+#endif
+      }
+      pairs[i] = pack_halves(weights[0], weights[1]);
     }
 #endif
   }
 
   // From shared memory; quarter 0..3 of a tile.
   __device__ __forceinline__ void load(u32 tile, int lane, int quarter) {
-    const int g = lane >> 2;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      load_shared_8(high[h], tile + (2 * h + (quarter >> 1)) * 512 + lane * 16 + (quarter & 1) * 8);
-      low[h] = load_shared_4(tile + LOW_AT + h * 512 + lane * 16 + quarter * 4);
-#if Q6K_SCALES == SCALES_STEPPED
-      scales[h][0] = load_shared_4(tile + SCALES_AT + (g + 8 * h) * 16 + quarter * 4);
+#if Q6K_BITS == 8
+      const uint4 codes = load_shared_16(tile + (4 * h + quarter) * 512 + lane * 16);
+      top[h][0] = codes.x, top[h][1] = codes.y, top[h][2] = codes.z, top[h][3] = codes.w;
 #else
-      load_shared_8(scales[h], tile + SCALES_AT + (g + 8 * h) * 32 + quarter * 8);
+      load_shared_8(top[h], tile + (2 * h + (quarter >> 1)) * 512 + lane * 16 + (quarter & 1) * 8);
+#endif
+      low[h] = 0;
+      if (LOW_BITS == 2) low[h] = load_shared_4(tile + LOW_AT + h * 512 + lane * 16 + quarter * 4);
+      if (LOW_BITS == 1) {
+        low[h] = load_shared_4(tile + LOW_AT + h * 256 + lane * 8 + (quarter >> 1) * 4) >> 4 * (quarter & 1);
+      }
+      const int at = ((lane >> 2) + 8 * h) * ROW_SCALES + quarter * SCALE_BYTES;
+      load_scales(scales[h], tile + SCALES_AT + at);
+#if Q6K_MINIMUM
+      load_scales(mins[h], tile + MINS_AT + at);
 #endif
     }
   }
+
+  __device__ __forceinline__ static void load_scales(u32 (&words)[SCALE_WORDS], u32 address) {
+#if Q6K_SCALES == SCALES_BF16
+    load_shared_8(words, address);
+#else
+    words[0] = SCALE_BYTES == 2 ? load_shared_2(address) : load_shared_4(address);
+#endif
+  }
 };
 
-__device__ __forceinline__ u32 load_step(u32 tile, int row) {  // fp16 bits; stepped scales only
-  u16 bits;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(tile + STEPS_AT + row * 2) : "memory");
-  return bits;
-}
-
-// All sixteen groups.
+// All sixteen sixteens.
 struct LaneTile {
-  uint4 high[2][2];  // [row half][group half]
-  uint4 low[2];      // [row half]
-  uint4 scales[2][STEPPED ? 1 : 2];
-  u32 step[2];       // fp16 bits; stepped scales only
+  static constexpr int TOPS = Q6K_BITS == 8 ? 4 : 2, ROW_WORDS = ROW_SCALES / 4;
+  uint4 top[2][TOPS];               // [row half][part of the sixteens]
+  u32 low[2][LOW_BITS ? 2 * LOW_BITS : 1];
+  u32 scales[2][ROW_WORDS];
+  u32 mins[2][Q6K_MINIMUM ? ROW_WORDS : 1];
+  RowStep steps[2];
 
   __device__ __forceinline__ void load(u32 tile, int lane) {
-    const int g = lane >> 2;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      high[h][0] = load_shared_16(tile + (2 * h) * 512 + lane * 16);
-      high[h][1] = load_shared_16(tile + (2 * h + 1) * 512 + lane * 16);
-      low[h] = load_shared_16(tile + LOW_AT + h * 512 + lane * 16);
-#if Q6K_SCALES == SCALES_STEPPED
-      scales[h][0] = load_shared_16(tile + SCALES_AT + (g + 8 * h) * 16);
-      step[h] = load_step(tile, g + 8 * h);
-#else
-      scales[h][0] = load_shared_16(tile + SCALES_AT + (g + 8 * h) * 32);
-      scales[h][1] = load_shared_16(tile + SCALES_AT + (g + 8 * h) * 32 + 16);
-      step[h] = 0;
-#endif
+#pragma unroll
+      for (int c = 0; c < TOPS; ++c) top[h][c] = load_shared_16(tile + (TOPS * h + c) * 512 + lane * 16);
+      if (LOW_BITS) load_words(low[h], tile + LOW_AT + h * 256 * LOW_BITS + lane * 8 * LOW_BITS);
+      const int row = (lane >> 2) + 8 * h;
+      load_words(scales[h], tile + SCALES_AT + row * ROW_SCALES);
+      if (Q6K_MINIMUM) load_words(mins[h], tile + MINS_AT + row * ROW_SCALES);
+      steps[h].load(tile, row);
+    }
+  }
+
+  template <int WORDS>
+  __device__ __forceinline__ static void load_words(u32 (&words)[WORDS], u32 address) {
+    if constexpr (WORDS == 2) {
+      load_shared_8(words, address);
+    } else {
+#pragma unroll
+      for (int i = 0; i + 3 < WORDS; i += 4) {
+        const uint4 four = load_shared_16(address + i * 4);
+        words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
+      }
     }
   }
 
   __device__ __forceinline__ LaneQuarter quarter(int q) const {
+    constexpr int BYTES = LaneQuarter::SCALE_BYTES;
     LaneQuarter part;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      part.high[h][0] = word_of(high[h][q >> 1], (q & 1) * 2);
-      part.high[h][1] = word_of(high[h][q >> 1], (q & 1) * 2 + 1);
-      part.low[h] = word_of(low[h], q);
-#if Q6K_SCALES == SCALES_STEPPED
-      part.scales[h][0] = word_of(scales[h][0], q);
+#if Q6K_BITS == 8
+#pragma unroll
+      for (int i = 0; i < 4; ++i) part.top[h][i] = word_of(top[h][q], i);
 #else
-      part.scales[h][0] = word_of(scales[h][q >> 1], (q & 1) * 2);
-      part.scales[h][1] = word_of(scales[h][q >> 1], (q & 1) * 2 + 1);
+      part.top[h][0] = word_of(top[h][q >> 1], (q & 1) * 2);
+      part.top[h][1] = word_of(top[h][q >> 1], (q & 1) * 2 + 1);
 #endif
+      part.low[h] = LOW_BITS == 2 ? low[h][LOW_BITS == 2 ? q : 0]
+                                  : LOW_BITS == 1 ? low[h][LOW_BITS == 1 ? q >> 1 : 0] >> 4 * (q & 1) : 0;
+#pragma unroll
+      for (int i = 0; i < LaneQuarter::SCALE_WORDS; ++i) {
+        const int word = q * BYTES / 4 + i, down = q * BYTES % 4 * 8;
+        part.scales[h][i] = scales[h][word] >> down;
+        if (Q6K_MINIMUM) part.mins[h][i] = mins[h][word] >> down;
+      }
     }
     return part;
   }

@@ -4,7 +4,7 @@
 // memory, filled by asynchronous copies that need no registers. If rows of x are few and short, every block quantises
 // them for itself while the ring fills. Else q6k_quantize does so once for all blocks, in a launch that overlaps with
 // the first copies of the next (programmatic dependent launch).
-// mma.m16n8k16 multiplies one group of 16 rows with up to 8 tokens, so that M = 8 costs about what M = 1 does.
+// mma.m16n8k16 or k32 multiplies one group of 16 rows with up to 8 tokens, so that M = 8 costs about what M = 1 does.
 //
 //   Q6K_TOKENS, Q6K_FUSED   see quantize.cuh, which comes before this file
 //   Q6K_WARPS    warps of a block
@@ -17,8 +17,9 @@
 // that range evenly, in order. A row tile that falls to several warps is summed over them in the order of warps,
 // then over the ranks of the cluster: the result never depends on timing.
 //
-// fp32 roundings of a term: its product with the scale, the sum of the pair of groups, one addition of d_a times
-// that for each pair a warp sums (K/32 at most), one for each warp of each block of a cluster, the bias.
+// fp32 roundings of a term: its product with the scale or minimum, the sum of the two groups of 16 or of the group and
+// its minimum, one addition of d_a times that for each 32 weights a warp sums (K/32 at most), one for each warp of each
+// block of a cluster, the bias.
 
 #ifndef Q6K_WARPS
 #define Q6K_WARPS 8
@@ -45,45 +46,72 @@ constexpr int STAGES = Q6K_STAGES;
 constexpr bool SPLIT = Q6K_SPLIT;
 constexpr int THREADS = WARPS * 32;
 constexpr int RING_BYTES = WARPS * STAGES * TILE_BYTES;
-// 1.5 * 2^21 as bits: an integer 4v added to them makes the float 1.5 * 2^21 + v.
-constexpr u32 MAGIC_BITS = 0x4A400000u;
-constexpr float MAGIC = 3145728.0f;
+// Bytes of codes hold them times 2^RAISED. An integer 2^RAISED v added to the bits of 1.5 * 2^(23 - RAISED) makes the
+// float 1.5 * 2^(23 - RAISED) + v.
+constexpr int RAISED = Q6K_BOOK ? 0 : 8 - Q6K_BITS;
+constexpr u32 MAGIC_BITS = 0x4B400000u - (RAISED << 23);
+constexpr float MAGIC = 12582912.0f / (1 << RAISED);
 
 // ---- one tile ----------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void multiply_group(u32 (&sums)[4], u32 upper, u32 lower, u32 codes) {
-  asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+#define Q6K_MULTIPLY_16 "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 "
+#if Q6K_SIGNED || Q6K_BOOK
+#define Q6K_MULTIPLY_32 "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+#else
+#define Q6K_MULTIPLY_32 "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+#endif
+
+// Sums of 16 weights of the rows g and g + 8, each with two tokens.
+__device__ __forceinline__ void multiply_16(u32 (&sums)[4], u32 upper, u32 lower, u32 codes) {
+  asm(Q6K_MULTIPLY_16 "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
       : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
       : "r"(upper), "r"(lower), "r"(codes), "r"(MAGIC_BITS));
 }
 
-// totals[h][c]: row g + 8h, token t (COLUMNS 1) or 2t + c. `codes` and `steps` are this lane's, at the super-block.
+// Of 32: a lane's four weights of two sixteens take the places of its eight of one group.
+__device__ __forceinline__ void multiply_32(u32 (&sums)[4], const LaneQuarter& part, int sixteen, u32 first, u32 second) {
+  asm(Q6K_MULTIPLY_32 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+      : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
+      : "r"(part.raised(0, sixteen)), "r"(part.raised(1, sixteen)), "r"(part.raised(0, sixteen + 1)),
+        "r"(part.raised(1, sixteen + 1)), "r"(first), "r"(second), "r"(MAGIC_BITS));
+}
+
+// totals[h][c]: row g + 8h, token t (COLUMNS 1) or 2t + c. `codes` and `steps` are this lane's, at the super-block; the
+// sums of codes, for minimums, lie `sums_on` bytes after the steps.
 __device__ __forceinline__ void multiply_tile(float (&totals)[2][COLUMNS], const LaneTile& tile, u32 codes,
-                                              u32 steps) {
-  const LaneQuarter::RowStep rows[2] = {LaneQuarter::row_step(tile.step[0]), LaneQuarter::row_step(tile.step[1])};
-  uint4 d;
+                                              u32 steps, u32 sums_on) {
+  uint4 d, code_sums;
 #pragma unroll
   for (int quad = 0; quad < QUARTERS; ++quad) {
     const LaneQuarter part = tile.quarter(quad);
     const uint4 b = load_shared_16(codes + quad * CHUNK_BYTES);
-    if (COLUMNS == 2) d = load_shared_16(steps + quad * 64);
-    if (COLUMNS == 1 && quad % 2 == 0) d = load_shared_16(steps + quad / 2 * TOKENS * 16);
+    if (COLUMNS == 2 || quad % 2 == 0) {
+      const u32 from = steps + (COLUMNS == 2 ? quad * 64 : quad / 2 * TOKENS * 16);
+      d = load_shared_16(from);
+      if (Q6K_MINIMUM) code_sums = load_shared_16(from + sums_on);
+    }
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
-      const int group = pair * 2;
+      const int sixteen = pair * 2;
       u32 first[4], second[4];
-      multiply_group(first, part.times_four(0, group), part.times_four(1, group), word_of(b, pair * 2));
-      multiply_group(second, part.times_four(0, group + 1), part.times_four(1, group + 1), word_of(b, pair * 2 + 1));
+      if (Q6K_GROUP == 16) {
+        multiply_16(first, part.raised(0, sixteen), part.raised(1, sixteen), word_of(b, sixteen));
+        multiply_16(second, part.raised(0, sixteen + 1), part.raised(1, sixteen + 1), word_of(b, sixteen + 1));
+      } else {
+        multiply_32(first, part, sixteen, word_of(b, sixteen), word_of(b, sixteen + 1));
+      }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float s0 = part.scale(h, group, rows[h]);
-        const float s1 = part.scale(h, group + 1, rows[h]);
+        const float s0 = part.scale(h, sixteen, tile.steps[h]);
+        const float s1 = Q6K_GROUP == 16 ? part.scale(h, sixteen + 1, tile.steps[h]) : 0.0f;
+        const float least = Q6K_MINIMUM ? part.minimum(h, sixteen, tile.steps[h]) : 0.0f;
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c) {
+          const int column = COLUMNS == 1 ? quad % 2 * 2 + pair : pair * 2 + c;
           float sum = (__uint_as_float(first[h * 2 + c]) - MAGIC) * s0;
-          sum = fmaf(__uint_as_float(second[h * 2 + c]) - MAGIC, s1, sum);
-          const u32 step = COLUMNS == 1 ? word_of(d, quad % 2 * 2 + pair) : word_of(d, pair * 2 + c);
-          totals[h][c] = fmaf(sum, __uint_as_float(step), totals[h][c]);
+          if (Q6K_GROUP == 16) sum = fmaf(__uint_as_float(second[h * 2 + c]) - MAGIC, s1, sum);
+          if (Q6K_MINIMUM) sum = fmaf(-least, __uint_as_float(word_of(code_sums, column)), sum);
+          totals[h][c] = fmaf(sum, __uint_as_float(word_of(d, column)), totals[h][c]);
         }
       }
     }
@@ -160,8 +188,8 @@ __device__ __forceinline__ float sum_of_warps(u32 values, int pitch, int total, 
 
 // ---- the kernel --------------------------------------------------------------------------------------------
 
-// Parameters: tiles (T, K/256, TILE_BYTES); x, if FUSED 16-bit (m, k), rows 16-byte aligned and `stride`
-// elements apart, else as q6k_quantize writes it, steps after codes; y 16-bit (m, n); bias (n,) of `bias_kind`,
+// Parameters: tiles (T, ceil(K/256), TILE_BYTES); x, if FUSED 16-bit (m, k), rows 16-byte aligned and `stride`
+// elements apart, else as q6k_quantize writes it: codes, steps, sums; y 16-bit (m, n); bias (n,) of `bias_kind`,
 // or null; m <= TOKENS; early, 1 unless FUSED: whether to load tiles before activations.
 // Grid: blocks of a cluster x ranges of row tiles. Shared memory: `decode_plan.py` has the sizes.
 // No pointer is __restrict__: loads of what an earlier launch writes must not move above the wait for it.
@@ -172,7 +200,7 @@ extern "C" __global__ void Q6K_LIMITS
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int rank = cluster_rank(), cluster = cluster_size();
   const int ranges = gridDim.x / cluster, range = blockIdx.x / cluster;
-  const int blocks = k / SUPER_BLOCK;
+  const int blocks = super_blocks_of(k);
   const int first_row = share(row_tiles, range, ranges), rows = share(row_tiles, range + 1, ranges) - first_row;
   const int first_block = share(blocks, rank, cluster), depth = share(blocks, rank + 1, cluster) - first_block;
   const int begin = share(rows * depth, warp, WARPS), end = share(rows * depth, warp + 1, WARPS);
@@ -207,7 +235,8 @@ extern "C" __global__ void Q6K_LIMITS
   u8* const codes = shared + RING_BYTES;
   const int most_depth = (blocks + cluster - 1) / cluster;  // all blocks of a cluster lay out memory alike
   float* const steps = reinterpret_cast<float*>(codes + most_depth * CODES_A_BLOCK);
-  const u32 partials = shared_address(steps) + most_depth * STEPS_A_BLOCK;
+  const u32 sums_on = most_depth * STEPS_A_BLOCK;
+  const u32 partials = shared_address(steps) + sums_on * (1 + Q6K_MINIMUM);
   // Activations requested after a full ring of tiles wait for it. So blocks that quantise request them after two
   // stages, and for a small product first.
   constexpr int EARLY_STAGES = Q6K_FUSED && STAGES > 2 ? 2 : STAGES;
@@ -215,9 +244,9 @@ extern "C" __global__ void Q6K_LIMITS
   wait_for_previous_grid();
 #if Q6K_FUSED
   const u16* const rows_of_x = static_cast<const u16*>(x) + first_block * SUPER_BLOCK;
-  quantize_rows<THREADS>(rows_of_x, stride, m, depth * SUPER_BLOCK, codes, steps, [&]() {
-    fill_ring(early ? EARLY_STAGES : 0, STAGES);
-  });
+  float* const code_sums = Q6K_MINIMUM ? steps + sums_on / 4 : nullptr;
+  quantize_rows<THREADS>(rows_of_x, stride, m, depth * SUPER_BLOCK, k - first_block * SUPER_BLOCK, codes, steps,
+                         code_sums, [&]() { fill_ring(early ? EARLY_STAGES : 0, STAGES); });
 #else
   const u8* const x_codes = static_cast<const u8*>(x);
   const u8* const x_steps = x_codes + blocks * CODES_A_BLOCK;
@@ -226,6 +255,9 @@ extern "C" __global__ void Q6K_LIMITS
   }
   for (int at = threadIdx.x * 16; at < depth * STEPS_A_BLOCK; at += THREADS * 16) {
     copy_async_16(shared_address(steps) + at, x_steps + first_block * STEPS_A_BLOCK + at);
+    if (Q6K_MINIMUM) {
+      copy_async_16(shared_address(steps) + sums_on + at, x_steps + (blocks + first_block) * STEPS_A_BLOCK + at);
+    }
   }
   commit_copies();
   wait_copies<0>();
@@ -257,7 +289,7 @@ extern "C" __global__ void Q6K_LIMITS
     tile.load(ring + stage * TILE_BYTES, lane);
     __syncwarp();
     copy_next(stage);
-    multiply_tile(totals, tile, lane_codes + block * CODES_A_BLOCK, lane_steps + block * STEPS_A_BLOCK);
+    multiply_tile(totals, tile, lane_codes + block * CODES_A_BLOCK, lane_steps + block * STEPS_A_BLOCK, sums_on);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
     const bool row_ends = ++block == depth;
     if (row_ends || at + 1 == end) {

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from q6k_kernels.cuda.decode_kernels import reached
-from q6k_kernels.cuda.decode_plan import MOST_TOKENS, TOKENS, DecodePlan, Kernel, activation_bytes, plan
+from q6k_kernels.cuda.decode_plan import MOST_TOKENS, TOKENS, DecodePlan, Kernel, code_bytes, plan
 from q6k_kernels.cuda.device import Device, Variant, bias_arguments, common_macros, stream
-from q6k_kernels.formats.ggml import SUPER_BLOCK
+from q6k_kernels.formats.ggml import SUPER_BLOCK, super_blocks
 from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType
 from q6k_kernels.jit import loader
 
@@ -32,7 +32,7 @@ def linear(
 
     Args:
         x: bf16 or fp16 (M, K), rows 16-byte aligned; any M, up to 8 rows a launch.
-        tiles: uint8 (T, K/256, tile_bytes).
+        tiles: uint8 (T, ceil(K/256), tile_bytes).
         bias: (n,) or None.
         n: rows of the weight.
         row: the weight type.
@@ -58,6 +58,7 @@ def linear(
 
 def linear_of_codes(
     codes: Tensor,
+    k: int,
     tiles: Tensor,
     bias: Tensor | None,
     n: int,
@@ -68,18 +69,19 @@ def linear_of_codes(
     """Launch the product of one row of activations that another kernel has quantised.
 
     Args:
-        codes: uint8, one row as `q6k_quantize` writes it, of the size that `decode_plan.code_bytes(K)` gives.
-        tiles: uint8 (T, K/256, tile_bytes).
+        codes: uint8, one row of k as `q6k_quantize` writes it, of the size that `decode_plan.code_bytes(k)` gives.
+        k: K of both.
+        tiles: uint8 (T, ceil(K/256), tile_bytes).
         bias: (n,) or None.
         n: rows of the weight; `decode_plan.fits` has accepted its size.
         row: the weight type.
         y: bf16 or fp16 (1, n), contiguous.
         device: the GPU of all tensors.
     """
-    chosen = plan(1, n, tiles.shape[1] * SUPER_BLOCK, row, device, quantized=True)
+    chosen = plan(1, n, k, row, device, quantized=True)
     if chosen is None:
-        raise ValueError(f"rows of K = {tiles.shape[1] * SUPER_BLOCK} do not fit in shared memory")
-    _multiply(chosen, codes, 0, tiles, bias, n, row, y, device)
+        raise ValueError(f"rows of K = {k} do not fit in shared memory")
+    _multiply(chosen, codes, 0, k, tiles, bias, n, row, y, device)
 
 
 def _launch(
@@ -92,16 +94,17 @@ def _launch(
     y: Tensor,
     device: Device,
 ) -> None:
-    stride = x.stride(0)
+    stride, k = x.stride(0), x.shape[1]
     if not chosen.fused:
         x = _quantize(x, chosen.tokens, device)
-    _multiply(chosen, x, stride, tiles, bias, n, row, y, device)
+    _multiply(chosen, x, stride, k, tiles, bias, n, row, y, device)
 
 
 def _multiply(
     chosen: DecodePlan,
     x: Tensor,
     stride: int,
+    k: int,
     tiles: Tensor,
     bias: Tensor | None,
     n: int,
@@ -120,7 +123,7 @@ def _multiply(
         bias_kind,
         len(y),
         n,
-        tiles.shape[1] * SUPER_BLOCK,
+        k,
         tiles.shape[0],
         chosen.early,
     )
@@ -138,13 +141,13 @@ def _multiply(
 def _quantize(x: Tensor, tokens: int, device: Device) -> Tensor:
     """Quantise the rows x (M, K) to 8 bits, in the order in which a decode kernel for `tokens` rows reads them."""
     m, k = x.shape
-    codes, steps = (k // SUPER_BLOCK * each for each in activation_bytes(tokens, False))
+    codes, steps = code_bytes(k, tokens)
     quantized = torch.empty(codes + steps, dtype=torch.uint8, device=x.device)
     arguments = _QUANTIZE_ARGUMENTS.pack(
         x.data_ptr(), quantized.data_ptr(), quantized.data_ptr() + codes, x.stride(0), m, k
     )
     kernel = loader.load(*_quantize_variant(tokens, x.dtype == torch.float16), device.index)
-    blocks = -(-(tokens * k // 16) // QUANTIZE_THREADS)
+    blocks = -(-(tokens * super_blocks(k) * SUPER_BLOCK // 16) // QUANTIZE_THREADS)
     kernel.launch((blocks, 1, 1), QUANTIZE_THREADS, arguments, stream=stream(device), dependent=device.arch >= 90)
     return quantized
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 from itertools import product
 
 from q6k_kernels.cuda.device import Device
-from q6k_kernels.formats.ggml import SUPER_BLOCK
+from q6k_kernels.formats.ggml import SUPER_BLOCK, super_blocks
 from q6k_kernels.formats.types import TILE_ROWS, WEIGHT_TYPES, WeightType
 
 MOST_TOKENS = 8
@@ -100,7 +100,7 @@ class Row:
     Attributes:
         formats: weight types.
         tokens: rows of activations the kernel is compiled for.
-        k: columns, at most.
+        k: columns, rounded up to super-blocks, at most.
         tiles: tiles of weights a multiprocessor, rounded up, at most.
         fused: as in `DecodePlan`.
         early: as in `DecodePlan`.
@@ -122,11 +122,11 @@ class Row:
         return format in self.formats and tokens in self.tokens and k <= self.k and tiles <= self.tiles
 
 
-BF16 = tuple(name for name, row in WEIGHT_TYPES.items() if not row.stepped)
+BF16 = tuple(name for name, row in WEIGHT_TYPES.items() if row.scales[0].dtype == "BF16")
 """Weight types with a bf16 scale for each group."""
-STEPPED = tuple(name for name, row in WEIGHT_TYPES.items() if row.stepped)
-"""Weight types with an int8 scale for each group, times a step."""
-BOTH = BF16 + STEPPED
+OTHERS = tuple(name for name in WEIGHT_TYPES if name not in BF16)
+"""Weight types with scales that take more instructions."""
+ALL = BF16 + OTHERS
 ANY = 1 << 62
 """More than any size."""
 # `fused` and `early`: every block quantises, and requests activations after its first tiles (EARLY) or before them
@@ -138,23 +138,23 @@ EARLY, LATE, APART = (True, True), (True, False), (False, True)
 # The last row of a weight type and a number of tokens is for any size.
 #   weight types, tokens, K and tiles at most; fused and early, shapes
 ROWS = (
-    Row(BOTH, (1, 2), 8192, 10, *EARLY, LARGE),
-    Row(BOTH, (1, 2), 16383, 10, *LATE, LARGE),
-    Row(BOTH, (1, 2), 16383, 48, *LATE, TWO + LARGE, resident=1),
+    Row(ALL, (1, 2), 8192, 10, *EARLY, LARGE),
+    Row(ALL, (1, 2), 16383, 10, *LATE, LARGE),
+    Row(ALL, (1, 2), 16383, 48, *LATE, TWO + LARGE, resident=1),
     Row(BF16, (1,), 4096, ANY, *EARLY, ((8, 3, 2), *LARGE)),
-    Row(STEPPED, (1,), 4096, ANY, *EARLY, ((8, 2, 2), *LARGE)),
-    Row(STEPPED, (1,), 16383, ANY, *APART, ((8, 3, 2), *LARGE)),
-    Row(BOTH, (2,), 4096, ANY, *EARLY, LARGE),
-    Row(BOTH, (2,), 8192, ANY, *APART, TWO + LARGE),
-    Row(BOTH, (2,), 16383, ANY, *LATE, LARGE),
-    Row(BOTH, (1, 2), ANY, ANY, *APART, LARGE),
-    Row(BOTH, (4,), 8192, 10, *APART, LARGE),
-    Row(BOTH, (4,), 4096, ANY, *LATE, LARGE),
-    Row(BOTH, (4,), 8192, ANY, *APART, TWO + LARGE),
-    Row(STEPPED, (8,), 8192, 10, *APART, LARGE),
+    Row(OTHERS, (1,), 4096, ANY, *EARLY, ((8, 2, 2), *LARGE)),
+    Row(OTHERS, (1,), 16383, ANY, *APART, ((8, 3, 2), *LARGE)),
+    Row(ALL, (2,), 4096, ANY, *EARLY, LARGE),
+    Row(ALL, (2,), 8192, ANY, *APART, TWO + LARGE),
+    Row(ALL, (2,), 16383, ANY, *LATE, LARGE),
+    Row(ALL, (1, 2), ANY, ANY, *APART, LARGE),
+    Row(ALL, (4,), 8192, 10, *APART, LARGE),
+    Row(ALL, (4,), 4096, ANY, *LATE, LARGE),
+    Row(ALL, (4,), 8192, ANY, *APART, TWO + LARGE),
+    Row(OTHERS, (8,), 8192, 10, *APART, LARGE),
     Row(BF16, (8,), 8192, 250, *APART, SMALL + LARGE),
-    Row(BOTH, (8,), 8192, ANY, *APART, ((8, 2, 2), *LARGE)),
-    Row(BOTH, (4, 8), ANY, ANY, *APART, SMALL + LARGE),
+    Row(ALL, (8,), 8192, ANY, *APART, ((8, 2, 2), *LARGE)),
+    Row(ALL, (4, 8), ANY, ANY, *APART, SMALL + LARGE),
 )
 
 
@@ -189,9 +189,9 @@ def plan(
         quantized: whether the activations come in 8 bits.
     """
     tokens = next(t for t in TOKENS if t >= m)
-    row_tiles, blocks = -(-n // TILE_ROWS), k // SUPER_BLOCK
+    row_tiles, blocks = -(-n // TILE_ROWS), super_blocks(k)
     tiles = -(-row_tiles * blocks // device.multiprocessors)
-    chosen = next(each for each in ROWS if each.holds(row.name, tokens, k, tiles))
+    chosen = next(each for each in ROWS if each.holds(row.name, tokens, blocks * SUPER_BLOCK, tiles))
     tried = choices(chosen, device, quantized) if forced is None else [forced]
     for cluster, way in tried:
         room = room_of(cluster, way, tokens, blocks, row, device)
@@ -223,7 +223,8 @@ def room_of(cluster: int, way: Choice, tokens: int, blocks: int, row: WeightType
     """Return the room for sums beside a block's ring and its part of `blocks` super-blocks of activations."""
     warps, stages, occupancy = way.shape
     limit = min(device.shared_bytes, device.multiprocessor_shared_bytes // occupancy - 1024)
-    activations = -(-blocks // cluster) * sum(activation_bytes(tokens, way.fused))
+    codes, steps = activation_bytes(tokens, way.fused)
+    activations = -(-blocks // cluster) * (codes + steps * (2 if row.minimum else 1))
     taken = warps * stages * row.tile_bytes + activations
     sums_bytes = TILE_ROWS * tokens * 4
     slots = (limit - taken) // sums_bytes
@@ -242,7 +243,10 @@ def ranges_of(cluster: int, way: Choice, row_tiles: int, room: Room, device: Dev
 
 
 def activation_bytes(tokens: int, fused: bool) -> tuple[int, int]:
-    """Return the bytes of a super-block's quantised activations, and of their scales, as in `cuda/decode.cuh`."""
+    """Return the bytes of a super-block's quantised activations, and of their scales, as in `cuda/decode.cuh`.
+
+    The sums of activations, for weights with minimums, take as many bytes as the scales.
+    """
     return 4 * (64 * tokens + (16 if fused else 0)), 32 * tokens if tokens <= 4 else 256
 
 
@@ -251,7 +255,7 @@ def fits(n: int, k: int, row: WeightType, device: Device) -> bool:
     return plan(1, n, k, row, device) is not None
 
 
-def code_bytes(k: int) -> tuple[int, int]:
-    """Return the bytes of one quantised row of k activations, and of its scales, which follow them."""
-    codes, steps = activation_bytes(1, False)
-    return k // SUPER_BLOCK * codes, k // SUPER_BLOCK * steps
+def code_bytes(k: int, tokens: int = 1) -> tuple[int, int]:
+    """Return the bytes of quantised rows of k activations, and of their scales and sums, which follow them."""
+    blocks, (codes, steps) = super_blocks(k), activation_bytes(tokens, False)
+    return blocks * codes, blocks * 2 * steps

@@ -33,7 +33,7 @@ def linear(
 
     Args:
         x: bfloat16 or float16 (..., K), any strides.
-        tiles: uint8 (T, K/256, tile_bytes), on the same GPU.
+        tiles: uint8 (T, ceil(K/256), tile_bytes), on the same GPU.
         bias: bfloat16, float16 or float32 (n,), or None.
         n: rows of the weight.
         row: the weight type.

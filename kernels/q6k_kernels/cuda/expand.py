@@ -26,7 +26,7 @@ def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, row: WeightTyp
 
     Args:
         x: bf16 or fp16 (M, K), M >= 1.
-        tiles: uint8 (T, K/256, tile_bytes).
+        tiles: uint8 (T, ceil(K/256), tile_bytes).
         bias: (n,) or None.
         n: rows of the weight.
         row: the weight type.

@@ -69,26 +69,30 @@ __device__ __forceinline__ void load_matrices(u32 (&b)[4], u32 address) {
 struct Activations {
   const u16* from;
   u32 to;
-  int tokens_left, first_block;
+  int tokens_left, first_block, first_column;
   uint4 pieces[2];
 
   __device__ __forceinline__ void place(const u16* x, i64 stride, int tokens, int first_token, int begin) {
     constexpr int IN_TOKEN = STAGE_K / 8, IN_PART = PART_BYTES / 16;
     const int part = threadIdx.x / IN_PART, token = threadIdx.x % IN_PART / IN_TOKEN, at = threadIdx.x % IN_TOKEN;
     first_block = begin + part;
+    first_column = first_block * SUPER_BLOCK + at * 8;
     tokens_left = tokens - token;
-    from = x + ((i64)first_token + token) * stride + (i64)first_block * SUPER_BLOCK + at * 8;
+    from = x + ((i64)first_token + token) * stride + first_column;
     // Pieces are swapped within 128 bytes, so that those of eight tokens lie in different banks.
     to = part * PART_BYTES + token * TOKEN_BYTES + ((at ^ (token & 7)) << 4);
   }
-  // Loads stage `sub` of each part's super-block `step`; tokens past M and super-blocks past `end` are zeros.
-  __device__ __forceinline__ void load(int step, int sub, int end, i64 stride) {
+  // Loads stage `sub` of each part's super-block `step`; tokens past M, columns past k and super-blocks past `end` are
+  // zeros.
+  __device__ __forceinline__ void load(int step, int sub, int end, int k, i64 stride) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int tokens_on = KW == 1 ? i * (BN / 2) : 0, blocks_on = step * KW + i * (KW / 2);
       pieces[i] = make_uint4(0, 0, 0, 0);
-      if (tokens_on < tokens_left && (KW == 1 || first_block + blocks_on < end)) {
-        pieces[i] = *(const uint4*)(from + tokens_on * stride + (i64)blocks_on * SUPER_BLOCK + sub * STAGE_K);
+      const int columns_on = blocks_on * SUPER_BLOCK + sub * STAGE_K;
+      const bool exists = first_column + columns_on < k && (KW == 1 || first_block + blocks_on < end);
+      if (tokens_on < tokens_left && exists) {
+        pieces[i] = *(const uint4*)(from + tokens_on * stride + columns_on);
       }
     }
   }
@@ -102,32 +106,9 @@ struct Activations {
   }
 };
 
-// Half a tile, eight groups, read by the widest loads.
-__device__ __forceinline__ void load_half(LaneQuarter (&quarters)[2], u32 tile, int lane, int half) {
-  const int g = lane >> 2;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const uint4 high = load_shared_16(tile + (2 * h + half) * 512 + lane * 16);
-    quarters[0].high[h][0] = high.x, quarters[0].high[h][1] = high.y;
-    quarters[1].high[h][0] = high.z, quarters[1].high[h][1] = high.w;
-    u32 low[2];
-    load_shared_8(low, tile + LOW_AT + h * 512 + lane * 16 + half * 8);
-    quarters[0].low[h] = low[0], quarters[1].low[h] = low[1];
-#if Q6K_SCALES == SCALES_STEPPED
-    u32 scales[2];
-    load_shared_8(scales, tile + SCALES_AT + (g + 8 * h) * 16 + half * 8);
-    quarters[0].scales[h][0] = scales[0], quarters[1].scales[h][0] = scales[1];
-#else
-    const uint4 scales = load_shared_16(tile + SCALES_AT + (g + 8 * h) * 32 + half * 16);
-    quarters[0].scales[h][0] = scales.x, quarters[0].scales[h][1] = scales.y;
-    quarters[1].scales[h][0] = scales.z, quarters[1].scales[h][1] = scales.w;
-#endif
-  }
-}
-
 // Grid (ceil(m / BN) * ceil(n / ROWS), splits, 1), blocks of tokens first; 256 threads. Dynamic
 // shared memory: two stages, and SLOTS tiles for each warp.
-//   tiles      (ceil(n/16), k/256, TILE_BYTES), aligned to 16 bytes
+//   tiles      (ceil(n/16), ceil(k/256), TILE_BYTES), aligned to 16 bytes
 //   x          (m, k), 16-bit; rows `stride` elements apart and aligned to 16 bytes
 //   y          (m, n), x's type; written if there is one split
 //   workspace  fp32 (splits, m, n); written if there are more, without the bias
@@ -142,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 2)
   // Blocks that share rows start together, so that tiles come from memory once.
   const u32 token_blocks = ((u32)m + BN - 1) / BN, row_block = blockIdx.x / token_blocks;
   const int first_token = (int)(blockIdx.x - row_block * token_blocks) * BN;
-  const int blocks = k / SUPER_BLOCK, row_tiles = (n + TILE_ROWS - 1) / TILE_ROWS;
+  const int blocks = super_blocks_of(k), row_tiles = (n + TILE_ROWS - 1) / TILE_ROWS;
   const int begin = (int)((i64)blocks * blockIdx.y / gridDim.y);
   const int end = (int)((i64)blocks * (blockIdx.y + 1) / gridDim.y);
   const int steps = (end - begin + KW - 1) / KW;
@@ -163,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 2)
   wait_for_previous_grid();
   Activations activations;
   activations.place(x, stride, m - first_token, first_token, begin);
-  activations.load(0, 0, end, stride);
+  activations.load(0, 0, end, k, stride);
   activations.store(stages);
   __syncthreads();
 
@@ -175,8 +156,7 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 2)
     const int block = begin + part + step * KW;
     const bool active = block < mine;
     const u32 tile = slots + (step % SLOTS) * TILE_BYTES;
-    LaneQuarter::RowStep row_steps[2];
-    LaneQuarter quarters[2];
+    RowStep row_steps[2];
     wait_copies<SLOTS - 1>();
     __syncwarp();
 #pragma unroll
@@ -184,20 +164,19 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 2)
       const int parity = STAGES_PER_BLOCK == 1 ? step & 1 : sub & 1;
       const bool last_sub = sub + 1 == STAGES_PER_BLOCK;
       const bool more = !last_sub || step + 1 < steps;
-      if (more) activations.load(last_sub ? step + 1 : step, last_sub ? 0 : sub + 1, end, stride);
+      if (more) activations.load(last_sub ? step + 1 : step, last_sub ? 0 : sub + 1, end, k, stride);
       if (active) {
         const u32 stage = fragments + parity * STAGE_BYTES;
 #pragma unroll
         for (int in_stage = 0; in_stage < STAGE_K / 64; ++in_stage) {
           const int quarter = sub * (STAGE_K / 64) + in_stage;
-#if Q6K_SCALES == SCALES_STEPPED
           if (quarter == 0) {
 #pragma unroll
-            for (int h = 0; h < 2; ++h) row_steps[h] = LaneQuarter::row_step(load_step(tile, (lane >> 2) + 8 * h));
+            for (int h = 0; h < 2; ++h) row_steps[h].load(tile, (lane >> 2) + 8 * h);
           }
-#endif
-          if (quarter % 2 == 0) load_half(quarters, tile, lane, quarter / 2);
-          if (quarter == 2) {  // nothing is left to be read
+          LaneQuarter part;
+          part.load(tile, lane, quarter);
+          if (quarter == 3) {  // nothing is left to be read
             __syncwarp();
             tile_from += KW * TILE_BYTES;
             if (block + SLOTS * KW < mine) {
@@ -207,8 +186,8 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 2)
 #pragma unroll
           for (int group = 0; group < 4; ++group) {
             u32 upper[2], lower[2];
-            quarters[quarter % 2].halves(0, group, row_steps[0], upper);
-            quarters[quarter % 2].halves(1, group, row_steps[1], lower);
+            part.halves(0, group, row_steps[0], upper);
+            part.halves(1, group, row_steps[1], lower);
             const u32 a[4] = {upper[0], lower[0], upper[1], lower[1]};
             const u32 from = (stage + in_stage * 128) ^ (group << 5);
 #pragma unroll

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda.device import Device, Variant, bias_arguments, common_macros
-from q6k_kernels.formats.ggml import SUPER_BLOCK
+from q6k_kernels.formats.ggml import super_blocks
 from q6k_kernels.formats.types import TILE_ROWS, WEIGHT_TYPES, WeightType
 from q6k_kernels.jit import loader
 
@@ -63,7 +63,7 @@ class MmaPlan:
 
     def steps(self, k: int) -> int:
         """Return the most super-blocks that a warp multiplies."""
-        return math.ceil(math.ceil(k // SUPER_BLOCK / self.splits) / self.parts)
+        return math.ceil(math.ceil(super_blocks(k) / self.splits) / self.parts)
 
     def roundings(self, k: int) -> int:
         """Return the most fp32 roundings that any term goes through, for `accuracy.tolerance`.
@@ -81,12 +81,12 @@ def plan(m: int, n: int, k: int, row: WeightType, device: Device) -> MmaPlan:
     Args:
         m: at least 1.
         n: rows of the weight.
-        k: a multiple of 256.
+        k: columns of both.
         row: the weight type.
         device: the GPU's limits.
     """
     tokens = min(max(16, 1 << (m - 1).bit_length()), 64)
-    splits = range(1, min(MOST_SPLITS, k // SUPER_BLOCK, max(1, MOST_WORKSPACE // (4 * m * n))) + 1)
+    splits = range(1, min(MOST_SPLITS, super_blocks(k), max(1, MOST_WORKSPACE // (4 * m * n))) + 1)
     candidates = [
         _plan(config, split, m, n, row, device)
         for config, split in product((config for config in CONFIGS if config[0] == tokens), splits)
@@ -120,7 +120,7 @@ def linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, row: WeightTyp
 
     Args:
         x: bf16 or fp16 (M, K), M >= 1, rows 16-byte aligned and contiguous, any distance apart.
-        tiles: uint8 (T, K/256, tile_bytes).
+        tiles: uint8 (T, ceil(K/256), tile_bytes).
         bias: (n,), contiguous, or None.
         n: rows of the weight.
         row: the weight type.

@@ -177,8 +177,8 @@ struct Exchange {
 
 // Parameters: y 16-bit (m, n), 16-byte aligned, rows `pitch` elements apart; bias (n,) of `bias_kind`, or null;
 // sums, flags and ticket of the exchange; the outputs to compute whole; tile_map, the weights in boxes of (ROW_TILES,
-// TILE_PIECES, TILE_BYTES / TILE_PIECES), zero past the last row tile; x_map, x 16-bit (m, k) in boxes of (TOKENS, 64),
-// zero past m. Parameters begin 16 bytes past a multiple of 64 on sm_90, so the maps, aligned to 64, are at 112 and 240.
+// TILE_PIECES, TILE_BYTES / TILE_PIECES) bytes, zero past the last row tile; x_map, x 16-bit (m, k) in boxes of (TOKENS, 64),
+// zero past m and k. Parameters begin 16 bytes past a multiple of 64 on sm_90, so the maps, aligned to 64, are at 112 and 240.
 // Outputs of the same rows are next to each other. Shared memory from a 1024-byte boundary.
 extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
     q6k_gemm_wgmma(u16* y, const void* bias, float* exchanged, u64* flags, u64 ticket, int bias_kind, int m, int n,
@@ -188,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
   const u32 shared = shared_address(shared_memory);
   const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
   const int token_blocks = (m + TOKENS - 1) / TOKENS;
-  const Shares shares = {token_blocks * ((n + ROWS - 1) / ROWS), whole, k / SUPER_BLOCK};
+  const Shares shares = {token_blocks * ((n + ROWS - 1) / ROWS), whole, super_blocks_of(k)};
   Piece piece;
 
   const u32 x_full = shared + BARRIERS_BEGIN, x_free = x_full + X_STAGES * 8;
@@ -244,17 +244,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
     const u32 own_tile = shared + TILES_BEGIN + warp * TILE_BYTES;  // a warp multiplies one tile of 16 rows
     float sums[SUMS];
     u32 fragments[2][4][4];
-    LaneQuarter::RowStep row_steps[2];
+    RowStep row_steps[2];
     RingPlace tile_place, x_place, x_done;
     auto begin_block = [&]() {
       barrier_wait(tiles_full + tile_place.stage * 8, tile_place.parity);
-#if Q6K_SCALES == SCALES_STEPPED
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        row_steps[h] = LaneQuarter::row_step(
-            load_step(own_tile + tile_place.stage * TILE_STAGE_BYTES, (lane >> 2) + 8 * h));
+        row_steps[h].load(own_tile + tile_place.stage * TILE_STAGE_BYTES, (lane >> 2) + 8 * h);
       }
-#endif
     };
     auto end_block = [&]() {
       __syncwarp();

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from q6k_kernels.cuda.device import Device, Variant, bias_arguments, common_macros, stream
-from q6k_kernels.formats.ggml import SUPER_BLOCK
+from q6k_kernels.formats.ggml import super_blocks
 from q6k_kernels.formats.types import TILE_ROWS, WEIGHT_TYPES, WeightType
 from q6k_kernels.jit import driver, loader, tensor_map
 
 FILE, KERNEL = "gemm_wgmma.cuh", "q6k_gemm_wgmma"
 ARCH = 90
 """The only compute capability with these instructions."""
-TILE_PIECES = 14
-"""Rows in which a tile is copied: a copy's box is at most 256 wide, and rows are multiples of 16 bytes."""
+SHARED_BYTES = 228 << 10
+"""Shared memory of its multiprocessors, of which each block takes 1 KB more than it asks for."""
 _ARGUMENTS = struct.Struct("@PPPPQiiiiii48x128s128s")
 _tickets = count(int.from_bytes(os.urandom(8), "little") >> 1)
 """Numbers that mark a launch's words in reused memory. Replays of a graph share one, as they run one by one."""
@@ -40,7 +40,7 @@ class Config:
     Attributes:
         tokens: tokens of a block's outputs.
         consumers: warpgroups that multiply, 64 rows each.
-        tile_stages: depth of the ring of tiles, in super-blocks.
+        tile_stages: depth of the ring of tiles, in super-blocks, where it fits.
         x_stages: depth of the ring of activations, in steps of 64 columns.
         occupancy: blocks on a multiprocessor.
         cycles: clock cycles that a super-block takes one of `occupancy` blocks, divided by `occupancy`; fitted
@@ -64,10 +64,18 @@ class Config:
         """Threads of a block: the consumers, and those that copy."""
         return self.consumers * 128 + (128 if self.tokens > 128 else 64)
 
+    def stages(self, row: WeightType) -> int:
+        """Return the depth of the ring of tiles of a weight type: `tile_stages`, or less so that all blocks fit."""
+        room = SHARED_BYTES // self.occupancy - 1024 - self._shared_bytes(row, 0)
+        return min(self.tile_stages, room // (self._shared_bytes(row, 1) - self._shared_bytes(row, 0)))
+
     def shared_bytes(self, row: WeightType) -> int:
-        """Return the bytes of shared memory of a block, with 1 KB to align it."""
-        rings = self.x_stages * self.tokens * 128 + self.tile_stages * self.rows // TILE_ROWS * row.tile_bytes
-        return rings + self.consumers * 4 * 512 + (self.x_stages + self.tile_stages) * 16
+        """Return the bytes of shared memory of a block."""
+        return self._shared_bytes(row, self.stages(row))
+
+    def _shared_bytes(self, row: WeightType, stages: int) -> int:
+        rings = self.x_stages * self.tokens * 128 + stages * self.rows // TILE_ROWS * row.tile_bytes
+        return rings + self.consumers * 4 * 512 + (self.x_stages + stages) * 16
 
 
 CONFIGS = (
@@ -129,7 +137,7 @@ def plan_of(config: Config, resident: int, share: bool, m: int, n: int, k: int, 
     token_blocks, row_blocks = -(-m // config.tokens), -(-n // config.rows)
     outputs, blocks = token_blocks * row_blocks, device.multiprocessors * resident
     whole = outputs // blocks * blocks if share else outputs
-    pairs = (outputs - whole) * (k // SUPER_BLOCK)
+    pairs = (outputs - whole) * super_blocks(k)
     if not 0 < pairs < 1 << 31:
         return WgmmaPlan(config, token_blocks, row_blocks, min(outputs, blocks), outputs)
     return WgmmaPlan(config, token_blocks, row_blocks, blocks if whole else min(pairs, blocks), whole)
@@ -155,7 +163,7 @@ def plan(m: int, n: int, k: int, device: Device) -> WgmmaPlan:
 
 def _cost(candidate: WgmmaPlan, k: int, device: Device) -> float:
     """Estimate the clock cycles of the fullest multiprocessor."""
-    config, depth = candidate.config, k // SUPER_BLOCK
+    config, depth = candidate.config, super_blocks(k)
     resident = -(-candidate.blocks // device.multiprocessors)
     rounds = -(-candidate.whole // candidate.blocks)
     # Blocks that share are at different columns of x, so all of it should be in the L2 cache.
@@ -189,7 +197,7 @@ def linear(
 
     Args:
         x: bf16 or fp16 (M, K), M >= 1, rows and start 16-byte aligned.
-        tiles: uint8 (T, K/256, tile_bytes).
+        tiles: uint8 (T, ceil(K/256), tile_bytes).
         bias: (n,) or None.
         n: rows of the weight.
         row: the weight type.
@@ -213,7 +221,7 @@ def linear(
         k,
         y.stride(0),
         launch.whole,
-        _tile_map(device.index, tiles.data_ptr(), *tiles.shape, launch.config.rows),
+        _tile_map(device.index, tiles.data_ptr(), *tiles.shape[:2], row, launch.config.rows),
         _x_map(device.index, x.data_ptr(), fp16, m, k, x.stride(0) * 2, launch.config.tokens),
     )
     kernel.launch(
@@ -234,16 +242,22 @@ def _scratch(launch: WgmmaPlan, device: torch.device) -> Tensor:
 # The driver encodes for a thread's current context only, and a thread that has not used CUDA yet has none.
 
 
+def tile_pieces(row: WeightType) -> int:
+    """Return the rows in which a tile is copied: at most 256 words wide, and multiples of 16 bytes."""
+    return next(count for count in range(-(-row.tile_bytes // 1024), row.tile_bytes) if row.tile_bytes % (16 * count) == 0)
+
+
 @lru_cache(maxsize=4096)
-def _tile_map(device: int, pointer: int, row_tiles: int, blocks: int, tile_bytes: int, rows: int) -> bytes:
-    width = tile_bytes // TILE_PIECES
+def _tile_map(device: int, pointer: int, row_tiles: int, blocks: int, row: WeightType, rows: int) -> bytes:
+    pieces = tile_pieces(row)
+    width = row.tile_bytes // pieces
     with driver.current(driver.primary_context(device)):
         return tensor_map.encode(
             pointer,
-            "uint8",
-            sizes=(width, blocks * TILE_PIECES, row_tiles),
-            strides=(width, blocks * tile_bytes),
-            box=(width, TILE_PIECES, rows // TILE_ROWS),
+            "uint32",
+            sizes=(width // 4, blocks * pieces, row_tiles),
+            strides=(width, blocks * row.tile_bytes),
+            box=(width // 4, pieces, rows // TILE_ROWS),
         )
 
 
@@ -261,7 +275,7 @@ def _variant(config: Config, row: WeightType, fp16: bool) -> Variant:
     macros = (
         ("Q6K_TOKENS", config.tokens),
         ("Q6K_CONSUMERS", config.consumers),
-        ("Q6K_TILE_STAGES", config.tile_stages),
+        ("Q6K_TILE_STAGES", config.stages(row)),
         ("Q6K_X_STAGES", config.x_stages),
         ("Q6K_OCCUPANCY", config.occupancy),
     )

@@ -1,6 +1,7 @@
 // Activations in 8 bits, as decode.cuh multiplies them. Comes before every file that makes or reads them.
 //
-// d_a = max |x| / 127 over 32 values of a row, a = rint(x / d_a); ops/reference.py defines both to the bit.
+// d_a = max |x| / 127 over 32 values of a row, a = rint(x / d_a); ops/reference.py defines both to the bit. Weights that
+// have minimums also need the sum of the 32 a.
 //
 //   Q6K_TOKENS  1, 2, 4 or 8: rows of x there is room for; M may be less
 //   Q6K_FUSED   1: every block quantises x for itself; 0: q6k_quantize has done it
@@ -20,6 +21,9 @@ constexpr int COLUMNS = TOKENS <= 4 ? 1 : 2;
 constexpr int CHUNK_BYTES = TOKENS * 64 + (Q6K_FUSED ? 16 : 0);
 constexpr int CODES_A_BLOCK = 4 * CHUNK_BYTES;
 constexpr int STEPS_A_BLOCK = COLUMNS == 1 ? TOKENS * 32 : 256;
+
+// Number of steps of rows of k activations; as many sums of codes follow them where a launch writes both.
+__device__ __forceinline__ int steps_of(int k) { return super_blocks_of(k) * (STEPS_A_BLOCK / 4); }
 
 __device__ __forceinline__ float largest_or_nan(float a, float b) {
   float result;
@@ -54,9 +58,10 @@ __device__ __forceinline__ void quantize_group(float (&values)[16], float d, u32
 }
 
 // Quantises a group of 16 of x, `raw`, together with the neighbouring lane's, and writes it where it belongs: `codes`
-// in the order of B fragments, [64 weights][token][t][4 groups][4 bytes], `steps`, d_a, in the order of the sums.
-__device__ __forceinline__ void quantize_into(u8* codes, float* steps, const uint4 (&raw)[2], int token, int group,
-                                              bool present) {
+// in the order of B fragments, [64 weights][token][t][4 groups][4 bytes], `steps`, d_a, in the order of the sums, and
+// likewise `code_sums`, unless null.
+__device__ __forceinline__ void quantize_into(u8* codes, float* steps, float* code_sums, const uint4 (&raw)[2],
+                                              int token, int group, bool present) {
   float values[16], largest = 0.0f;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
@@ -71,17 +76,24 @@ __device__ __forceinline__ void quantize_into(u8* codes, float* steps, const uin
   const float d = finite ? __fdiv_rn(largest, 127.0f) : __uint_as_float(0x7FC00000u);
   u32 words[16];
   quantize_group(values, d, words);
+  u32 packed[4];
+  int sum = 0;
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    packed[t] = low_bytes(words[2 * t], words[2 * t + 1], words[2 * t + 8], words[2 * t + 9]);
+    sum = __dp4a((int)packed[t], 0x01010101, sum);
+  }
+  if (code_sums != nullptr) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
   if (!present) return;
   u8* const to = codes + (group >> 2) * CHUNK_BYTES + token * 64 + (group & 3) * 4;
 #pragma unroll
-  for (int t = 0; t < 4; ++t) {
-    *reinterpret_cast<u32*>(to + t * 16) =
-        low_bytes(words[2 * t], words[2 * t + 1], words[2 * t + 8], words[2 * t + 9]);
-  }
+  for (int t = 0; t < 4; ++t) *reinterpret_cast<u32*>(to + t * 16) = packed[t];
   if (group & 1) return;
   const int pair = group >> 1;  // of groups of weights
-  steps[COLUMNS == 1 ? ((pair >> 2) * TOKENS + token) * 4 + (pair & 3)
-                     : (pair >> 1) * 16 + (token >> 1) * 4 + (pair & 1) * 2 + (token & 1)] = d;
+  const int place = COLUMNS == 1 ? ((pair >> 2) * TOKENS + token) * 4 + (pair & 3)
+                                 : (pair >> 1) * 16 + (token >> 1) * 4 + (pair & 1) * 2 + (token & 1);
+  steps[place] = d;
+  if (code_sums != nullptr) code_sums[place] = (float)sum;
 }
 
 #if Q6K_FUSED
@@ -89,11 +101,11 @@ __device__ __forceinline__ int token_of(int at, int groups) {
   return TOKENS <= 2 ? at >= groups : (int)((u32)at / (u32)groups);
 }
 
-// Quantises x[:m, :k] with all threads of a block. `between` is called once by each thread, after its first
-// load was issued and before it is needed.
+// Quantises x[:m, :k] with all threads of a block; columns from `present` on are zeros, not read. `between` is called
+// once by each thread, after its first load was issued and before it is needed.
 template <int THREADS, typename Between>
-__device__ __forceinline__ void quantize_rows(const u16* x, i64 stride, int m, int k, u8* codes, float* steps,
-                                              Between between) {
+__device__ __forceinline__ void quantize_rows(const u16* x, i64 stride, int m, int k, int present, u8* codes,
+                                              float* steps, float* code_sums, Between between) {
   const int groups = k / 16, total = m * groups;
   constexpr int BATCH = 4;  // groups of a thread that are loaded before the first is used
   bool waiting = true;
@@ -103,9 +115,10 @@ __device__ __forceinline__ void quantize_rows(const u16* x, i64 stride, int m, i
     for (int i = 0; i < BATCH; ++i) {
       if ((begin & ~31) + i * THREADS >= total) break;  // for the whole warp
       const int at = min(begin + i * THREADS, total - 1), token = token_of(at, groups);
-      const uint4* const from = reinterpret_cast<const uint4*>(x + token * stride + (at - token * groups) * 16);
-      raw[i][0] = from[0];
-      raw[i][1] = from[1];
+      const int column = (at - token * groups) * 16;
+      const uint4* const from = reinterpret_cast<const uint4*>(x + token * stride + column);
+      raw[i][0] = raw[i][1] = make_uint4(0, 0, 0, 0);
+      if (column < present) raw[i][0] = from[0], raw[i][1] = from[1];
     }
     if (waiting) between();
     waiting = false;
@@ -113,7 +126,7 @@ __device__ __forceinline__ void quantize_rows(const u16* x, i64 stride, int m, i
     for (int i = 0; i < BATCH; ++i) {
       if ((begin & ~31) + i * THREADS >= total) break;
       const int at = begin + i * THREADS, token = token_of(min(at, total - 1), groups);
-      quantize_into(codes, steps, raw[i], token, at - token * groups, at < total);
+      quantize_into(codes, steps, code_sums, raw[i], token, at - token * groups, at < total);
     }
   }
   if (waiting) between();

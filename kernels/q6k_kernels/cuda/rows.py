@@ -15,7 +15,6 @@ from torch import Tensor
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda.device import ALIGNMENT, Device, Variant
 from q6k_kernels.formats.checks import FLOATS, check_dtype, check_planes
-from q6k_kernels.formats.ggml import SUPER_BLOCK
 from q6k_kernels.formats.tiles import check_tiles, tiles_shape
 from q6k_kernels.formats.types import TILE_ROWS, WEIGHT_TYPES, WeightType
 from q6k_kernels.jit import loader
@@ -24,9 +23,9 @@ PACK_WARPS = 8
 """Warps of a block; each packs one tile."""
 THREADS = 256
 """Threads of a block of the kernels that read tiles."""
-PACKED_PLANES = 4
-"""Number of planes that `cuda/pack.cuh` takes; null where a weight type has fewer."""
-_PACK, _GATHER, _DEQUANTIZE = struct.Struct("@PPPPPiiq"), struct.Struct("@PPPIii"), struct.Struct("@PPiii")
+PACKED_ROLES = (("ql", "q"), ("qh",), ("scale",), ("min",), ("steps",), ("min_steps",))
+"""Arrays that `cuda/pack.cuh` takes, in its order; null where a weight type has none of that role."""
+_PACK, _GATHER, _DEQUANTIZE = struct.Struct("@PPPPPPPiiq"), struct.Struct("@PPPIii"), struct.Struct("@PPiii")
 
 
 def pack(planes: Sequence[Tensor], row: WeightType) -> Tensor:
@@ -39,8 +38,8 @@ def pack(planes: Sequence[Tensor], row: WeightType) -> Tensor:
     shape = check_planes(planes, row, stack=True)
     device = _device(**dict(zip(row.roles, planes, strict=True)))
     tiles = torch.empty(tiles_shape(shape, row), dtype=torch.uint8, device=planes[0].device)
-    aligned = [_aligned(plane) for plane in planes]
-    at = [plane.data_ptr() for plane in aligned] + [0] * (PACKED_PLANES - len(aligned))
+    aligned = {role: _aligned(plane) for role, plane in zip(row.roles, planes, strict=True)}
+    at = [next((aligned[role].data_ptr() for role in roles if role in aligned), 0) for roles in PACKED_ROLES]
     count = tiles.numel() // tiles.shape[-1]
     loader.load(*_pack_variant(row), device.index).launch(
         (-(-count // PACK_WARPS), 1, 1),
@@ -58,7 +57,9 @@ def pack(planes: Sequence[Tensor], row: WeightType) -> Tensor:
     return tiles
 
 
-def embedding(indices: Tensor, tiles: Tensor, n: int, row: WeightType, dtype: torch.dtype) -> Tensor:
+def embedding(
+    indices: Tensor, tiles: Tensor, n: int, k: int, row: WeightType, dtype: torch.dtype
+) -> Tensor:
     """Return rows by index.
 
     An index outside 0..n-1 stops the kernel, as it does in `torch.nn.functional.embedding` on a GPU: the next
@@ -68,6 +69,7 @@ def embedding(indices: Tensor, tiles: Tensor, n: int, row: WeightType, dtype: to
         indices: int32 or int64, any shape; it may be empty.
         tiles: uint8 (T, B, tile_bytes).
         n: rows N.
+        k: weights of a row, K.
         row: the weight type.
         dtype: bfloat16, float16 or float32, rounded to once.
 
@@ -75,10 +77,10 @@ def embedding(indices: Tensor, tiles: Tensor, n: int, row: WeightType, dtype: to
         (..., K) of `dtype`, new.
 
     Raises:
-        ValueError: a dtype, a shape or n is wrong, or the tensors are not all on one GPU.
+        ValueError: a dtype, a shape, n or k is wrong, or the tensors are not all on one GPU.
         CudaError: a kernel cannot be compiled or launched.
     """
-    k = _check_tiles(tiles, n, row)
+    _check_tiles(tiles, n, k, row)
     check_dtype(dtype)
     if indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"indices: expected int32 or int64, found {str(indices.dtype).removeprefix('torch.')}")
@@ -88,7 +90,7 @@ def embedding(indices: Tensor, tiles: Tensor, n: int, row: WeightType, dtype: to
     if count == 0:
         return out
     rows = indices.contiguous()
-    pairs = count * (k // SUPER_BLOCK)
+    pairs = count * tiles.shape[1]
     variant = _gather_variant(row, dtype, rows.dtype is torch.int32)
     loader.load(*variant, device.index).launch(
         (-(-pairs * 4 // THREADS), 1, 1),
@@ -100,12 +102,13 @@ def embedding(indices: Tensor, tiles: Tensor, n: int, row: WeightType, dtype: to
     return out
 
 
-def dequantize(tiles: Tensor, n: int, row: WeightType, dtype: torch.dtype) -> Tensor:
+def dequantize(tiles: Tensor, n: int, k: int, row: WeightType, dtype: torch.dtype) -> Tensor:
     """Return all rows as numbers.
 
     Args:
         tiles: uint8 (T, B, tile_bytes).
         n: rows N.
+        k: weights of a row, K.
         row: the weight type.
         dtype: bfloat16, float16 or float32, rounded to once.
 
@@ -113,10 +116,10 @@ def dequantize(tiles: Tensor, n: int, row: WeightType, dtype: torch.dtype) -> Te
         (N, K) of `dtype`, new.
 
     Raises:
-        ValueError: the dtype, the shape or n is wrong, or the tiles are not on a GPU.
+        ValueError: the dtype, the shape, n or k is wrong, or the tiles are not on a GPU.
         CudaError: a kernel cannot be compiled or launched.
     """
-    k = _check_tiles(tiles, n, row)
+    _check_tiles(tiles, n, k, row)
     check_dtype(dtype)
     out = torch.empty(n, k, dtype=dtype, device=tiles.device)
     dequantize_rows(tiles, 0, n, n, row, out)
@@ -138,7 +141,8 @@ def dequantize_rows(tiles: Tensor, first_row: int, rows: int, n: int, row: Weigh
         ValueError: a dtype, a shape, a row or n is wrong, or the tensors are not all on one GPU.
         CudaError: a kernel cannot be compiled or launched.
     """
-    k = _check_tiles(tiles, n, row)
+    k = out.shape[-1] if out.ndim else 0
+    _check_tiles(tiles, n, k, row)
     check_dtype(out.dtype)
     if first_row % TILE_ROWS or first_row < 0 or rows < 0 or first_row + rows > n:
         raise ValueError(
@@ -153,7 +157,7 @@ def dequantize_rows(tiles: Tensor, first_row: int, rows: int, n: int, row: Weigh
     device = _device(tiles=tiles, out=out)
     if rows == 0:
         return
-    half_tiles = 2 * -(-rows // TILE_ROWS) * (k // SUPER_BLOCK)
+    half_tiles = 2 * -(-rows // TILE_ROWS) * tiles.shape[1]
     loader.load(*_dequantize_variant(row, out.dtype), device.index).launch(
         (-(-half_tiles * 32 // THREADS), 1, 1),
         THREADS,
@@ -162,10 +166,9 @@ def dequantize_rows(tiles: Tensor, first_row: int, rows: int, n: int, row: Weigh
     )
 
 
-def _check_tiles(tiles: Tensor, n: int, row: WeightType) -> int:
-    k = check_tiles(tiles, n, row)
+def _check_tiles(tiles: Tensor, n: int, k: int, row: WeightType) -> None:
+    check_tiles(tiles, n, k, row)
     launching.check_aligned(tiles)
-    return k
 
 
 def _device(**tensors: Tensor | None) -> Device:

@@ -8,7 +8,14 @@
 
 constexpr int TOKENS = Q6K_TOKENS;
 constexpr int SUMS = TOKENS / 2;  // fp32 sums of a thread
-constexpr int TILE_PIECES = 14;   // rows of 256 bytes, or 240 with exact scales, that a tile's copy is made of
+
+// Rows that a tile's copy is made of: as few as have at most 256 words, and pieces of 16 bytes.
+__device__ constexpr int tile_pieces() {
+  int pieces = (TILE_BYTES + 1023) / 1024;
+  while (TILE_BYTES % (16 * pieces)) ++pieces;
+  return pieces;
+}
+constexpr int TILE_PIECES = tile_pieces();
 
 struct __align__(64) TensorMap {
   u64 words[16];

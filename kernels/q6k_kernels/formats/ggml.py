@@ -9,9 +9,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 SUPER_BLOCK = 256
-"""Weights in one Q6_K block; K is a multiple of it."""
-GROUP = 16
-"""Weights that share one scale."""
+"""Weights of a block of the K-quants, and columns of a tile."""
 
 
 class GGMLType(IntEnum):
@@ -102,3 +100,8 @@ REMOVED_TYPES = {
     38: "IQ4_NL_8_8",
 }
 """Type numbers that ggml has withdrawn -> the names they had."""
+
+
+def super_blocks(k: int) -> int:
+    """Return the tiles along K: the last may be filled in part."""
+    return (k + SUPER_BLOCK - 1) // SUPER_BLOCK

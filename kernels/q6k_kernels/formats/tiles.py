@@ -47,7 +47,7 @@ from torch import Tensor
 
 from q6k_kernels.formats import words
 from q6k_kernels.formats.checks import PLANE_DTYPES, check_planes, found
-from q6k_kernels.formats.ggml import SUPER_BLOCK
+from q6k_kernels.formats.ggml import SUPER_BLOCK, super_blocks
 from q6k_kernels.formats.types import TILE_ROWS, WeightType
 
 PACK_WEIGHTS = 1 << 19
@@ -57,7 +57,7 @@ PACK_WEIGHTS = 1 << 19
 def tiles_shape(shape: tuple[int, ...], row: WeightType) -> tuple[int, ...]:
     """Return the shape of the tiles of a weight (N, K) or a stack (E, N, K)."""
     *lead, n, k = shape
-    return *lead, -(-n // TILE_ROWS), -(-k // SUPER_BLOCK), row.tile_bytes
+    return *lead, -(-n // TILE_ROWS), super_blocks(k), row.tile_bytes
 
 
 def check_tiles(tiles: Tensor, n: int, k: int, row: WeightType, *, stack: bool = False) -> None:
@@ -86,7 +86,7 @@ def check_tiles(tiles: Tensor, n: int, k: int, row: WeightType, *, stack: bool =
             f"n: {shape[-3]} tiles of {TILE_ROWS} hold {TILE_ROWS * (shape[-3] - 1) + 1} to "
             f"{TILE_ROWS * shape[-3]} rows, found {n}"
         )
-    if k < 1 or k % row.block or shape[-2] != (k + SUPER_BLOCK - 1) // SUPER_BLOCK:
+    if k < 1 or k % row.block or shape[-2] != super_blocks(k):
         raise ValueError(
             f"k: {shape[-2]} tiles of {SUPER_BLOCK} columns hold {SUPER_BLOCK * (shape[-2] - 1) + 1} to "
             f"{SUPER_BLOCK * shape[-2]} weights of a row, and {row.name} has multiples of {row.block}; found {k}"

@@ -16,6 +16,7 @@ from torch import Tensor
 from q6k_kernels.cuda import decode, decode_plan
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda.device import Device, Variant
+from q6k_kernels.formats.ggml import SUPER_BLOCK
 from q6k_kernels.formats.types import weight_type
 from q6k_kernels.generate.step_reference import Cached, Heads, Norm, ProductInput, TokenChoice
 from q6k_kernels.jit import loader
@@ -168,7 +169,7 @@ class Kernels:
         y = torch.empty(1, module.out_features, dtype=self._dtype, device=self._torch_device)
         row = weight_type(module.format)
         decode.linear_of_codes(
-            activations.codes, module.tiles, module.bias, module.out_features, row, y, self._device
+            activations.codes, module.in_features, module.tiles, module.bias, module.out_features, row, y, self._device
         )
         return y
 
@@ -204,11 +205,14 @@ class Kernels:
         coded = [self._takes_codes(user) for user in users]
         return ProductInput(
             halves=None if all(coded) else torch.empty(1, k, dtype=self._dtype, device=self._torch_device),
-            codes=torch.empty(sum(decode_plan.code_bytes(k)), dtype=torch.uint8, device=self._torch_device)
-            if any(coded)
-            else None,
+            codes=self._codes(k) if any(coded) else None,
             k=k,
         )
+
+    def _codes(self, k: int) -> Tensor:
+        # The kernels of a step do not write the columns past k of the last super-block, which are zeros.
+        new = torch.zeros if k % SUPER_BLOCK else torch.empty
+        return new(sum(decode_plan.code_bytes(k)), dtype=torch.uint8, device=self._torch_device)
 
     def _outputs(self, out: ProductInput) -> tuple[int, int, int]:
         """Return the pointers to the 16-bit values, codes and scales; 0 for what is absent."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from q6k_kernels.jit import driver
 
-TYPES = {"uint8": ("UINT8", 1), "fp16": ("FLOAT16", 2), "bf16": ("BFLOAT16", 2)}
+TYPES = {"uint32": ("UINT32", 4), "fp16": ("FLOAT16", 2), "bf16": ("BFLOAT16", 2)}
 """The end of CU_TENSOR_MAP_DATA_TYPE_*, and the bytes of an element."""
 SWIZZLES = {0: "NONE", 32: "32B", 64: "64B", 128: "128B"}
 """The end of CU_TENSOR_MAP_SWIZZLE_*, by the bytes of a swizzled line."""
@@ -45,7 +45,7 @@ def _encode_tiled() -> Any:
 @lru_cache(maxsize=1024)
 def encode(
     pointer: int,
-    dtype: Literal["uint8", "bf16", "fp16"],
+    dtype: Literal["uint32", "bf16", "fp16"],
     sizes: Sequence[int],
     strides: Sequence[int],
     box: Sequence[int],
@@ -57,7 +57,7 @@ def encode(
 
     Args:
         pointer: address of the first element, a multiple of 16.
-        dtype: "uint8", "bf16" or "fp16".
+        dtype: "uint32", "bf16" or "fp16".
         sizes: of the tensor, 2 to 5 dimensions, the contiguous one first: elements.
         strides: of all dimensions but the first: bytes, multiples of 16.
         box: its size in each dimension, at most 256; in the first a multiple of 16 bytes, and no more than

@@ -27,7 +27,9 @@ from q6k_kernels.formats.checks import (
     check_planes,
     found,
 )
-from q6k_kernels.formats.ggml import GROUP, SUPER_BLOCK
+from q6k_kernels.formats.ggml import SUPER_BLOCK
+
+GROUP = 16
 from q6k_kernels.formats.tiles import group_scales
 from q6k_kernels.formats.types import TILE_ROWS, WeightType
 
