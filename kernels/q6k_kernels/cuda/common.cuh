@@ -81,6 +81,14 @@ __device__ __forceinline__ u32 pack_halves(float low, float high) {  // to the a
 
 __device__ __forceinline__ u16 to_half(float value) { return (u16)pack_halves(value, 0.0f); }
 
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {  // to nearest even
+  u32 pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+__device__ __forceinline__ u32 to_bf16(float value) { return pack_bf16(value, 0.0f) & 0xFFFFu; }
+
 enum BiasKind { NO_BIAS = 0, BIAS_BF16 = 1, BIAS_FP16 = 2, BIAS_FP32 = 3 };
 
 __device__ __forceinline__ float bias_at(const void* bias, int kind, int row) {
@@ -379,13 +387,13 @@ struct LaneQuarter {
   }
 };
 
-// All sixteen sixteens.
+// All sixteen sixteens. Of the minimums a lane has those of the groups 2t and 2t + 1, as the A fragment of a product.
 struct LaneTile {
   static constexpr int TOPS = Q6K_BITS == 8 ? 4 : 2, ROW_WORDS = ROW_SCALES / 4;
   uint4 top[2][TOPS];               // [row half][part of the sixteens]
   u32 low[2][LOW_BITS ? 2 * LOW_BITS : 1];
   u32 scales[2][ROW_WORDS];
-  u32 mins[2][Q6K_MINIMUM ? ROW_WORDS : 1];
+  u32 mins[2];                      // two bytes or two fp16
   RowStep steps[2];
 
   __device__ __forceinline__ void load(u32 tile, int lane) {
@@ -396,7 +404,10 @@ struct LaneTile {
       if (LOW_BITS) load_words(low[h], tile + LOW_AT + h * 256 * LOW_BITS + lane * 8 * LOW_BITS);
       const int row = (lane >> 2) + 8 * h;
       load_words(scales[h], tile + SCALES_AT + row * ROW_SCALES);
-      if (Q6K_MINIMUM) load_words(mins[h], tile + MINS_AT + row * ROW_SCALES);
+      if (Q6K_MINIMUM) {
+        const u32 from = tile + MINS_AT + row * ROW_SCALES + (lane & 3) * (ROW_SCALES / 4);
+        mins[h] = WIDE_SCALES ? load_shared_4(from) : load_shared_2(from);
+      }
       steps[h].load(tile, row);
     }
   }
@@ -432,7 +443,6 @@ struct LaneTile {
       for (int i = 0; i < LaneQuarter::SCALE_WORDS; ++i) {
         const int word = q * BYTES / 4 + i, down = q * BYTES % 4 * 8;
         part.scales[h][i] = scales[h][word] >> down;
-        if (Q6K_MINIMUM) part.mins[h][i] = mins[h][word] >> down;
       }
     }
     return part;

@@ -51,6 +51,10 @@ constexpr int RING_BYTES = WARPS * STAGES * TILE_BYTES;
 constexpr int RAISED = Q6K_BOOK ? 0 : 8 - Q6K_BITS;
 constexpr u32 MAGIC_BITS = 0x4B400000u - (RAISED << 23);
 constexpr float MAGIC = 12582912.0f / (1 << RAISED);
+// Where a group's scale is a small integer times its super-block's step, the step comes last, and codes of 4 bits are
+// multiplied with the scale as integers: 15 * 127 * 32 * 63 < 2^22.
+constexpr bool STEP_LAST = Q6K_SCALES == SCALES_UINT8_STEPS;
+constexpr bool INTEGER_SCALES = STEP_LAST && Q6K_BITS == 4;
 
 // ---- one tile ----------------------------------------------------------------------------------------------
 
@@ -70,52 +74,117 @@ __device__ __forceinline__ void multiply_16(u32 (&sums)[4], u32 upper, u32 lower
 
 // Of 32: a lane's four weights of two sixteens take the places of its eight of one group.
 __device__ __forceinline__ void multiply_32(u32 (&sums)[4], const LaneQuarter& part, int sixteen, u32 first, u32 second) {
+  u32 a[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    a[i] = INTEGER_SCALES ? part.biased(i & 1, sixteen + (i >> 1)) : part.raised(i & 1, sixteen + (i >> 1));
+  }
   asm(Q6K_MULTIPLY_32 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
       : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
-      : "r"(part.raised(0, sixteen)), "r"(part.raised(1, sixteen)), "r"(part.raised(0, sixteen + 1)),
-        "r"(part.raised(1, sixteen + 1)), "r"(first), "r"(second), "r"(MAGIC_BITS));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(first), "r"(second), "r"(INTEGER_SCALES ? 0u : MAGIC_BITS));
 }
 
-// totals[h][c]: row g + 8h, token t (COLUMNS 1) or 2t + c. `codes` and `steps` are this lane's, at the super-block; the
-// sums of codes, for minimums, lie `sums_on` bytes after the steps.
-__device__ __forceinline__ void multiply_tile(float (&totals)[2][COLUMNS], const LaneTile& tile, u32 codes,
-                                              u32 steps, u32 sums_on) {
-  uint4 d, code_sums;
+// c += a b of minimums: eight groups, sixteen with two parts of the sums.
+__device__ __forceinline__ void multiply_minimums(float (&c)[4], const u32 (&a)[2], const uint4& b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %4, %5}, {%6, %7}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b.x), "r"(b.y));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b.z));
+}
+
+// The sums of minimums of a super-block, times those of the activations. Bytes are bf16 numbers; an fp16 number is the
+// sum of two, or NaN if it is infinite.
+__device__ __forceinline__ void minimums_of_tile(float (&c)[4], const LaneTile& tile, u32 sums) {
+  const uint4 b = load_shared_16(sums);
+  u32 a[2];
+#if Q6K_SCALES == SCALES_FP16
+  u32 rest[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float first = fp16_to_float(tile.mins[h] & 0xFFFFu), second = fp16_to_float(tile.mins[h] >> 16);
+    a[h] = pack_bf16(first, second);
+    rest[h] = pack_bf16(first - bf16_to_float(a[h] & 0xFFFFu), second - bf16_to_float(a[h] >> 16));
+  }
+  multiply_minimums(c, rest, b);
+#else
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    // 0x43uu is 128 + u.
+    const u32 biased = __byte_perm(tile.mins[h], 0x43434343u, 0x4140);
+    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(a[h]) : "r"(biased), "r"(0xC300C300u));
+  }
+#endif
+  multiply_minimums(c, a, b);
+}
+
+// totals[h][c]: row g + 8h, token t (COLUMNS 1) or 2t + c. `codes`, `steps` and `sums` are this lane's, at the
+// super-block.
+__device__ __forceinline__ void multiply_tile(float (&totals)[2][COLUMNS], const LaneTile& tile, u32 codes, u32 steps,
+                                              u32 sums) {
+  float of_tile[2][COLUMNS] = {};
+  uint4 d;
 #pragma unroll
   for (int quad = 0; quad < QUARTERS; ++quad) {
     const LaneQuarter part = tile.quarter(quad);
     const uint4 b = load_shared_16(codes + quad * CHUNK_BYTES);
-    if (COLUMNS == 2 || quad % 2 == 0) {
-      const u32 from = steps + (COLUMNS == 2 ? quad * 64 : quad / 2 * TOKENS * 16);
-      d = load_shared_16(from);
-      if (Q6K_MINIMUM) code_sums = load_shared_16(from + sums_on);
-    }
+    if (COLUMNS == 2) d = load_shared_16(steps + quad * 64);
+    if (COLUMNS == 1 && quad % 2 == 0) d = load_shared_16(steps + quad / 2 * TOKENS * 16);
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
       const int sixteen = pair * 2;
       u32 first[4], second[4];
-      if (Q6K_GROUP == 16) {
-        multiply_16(first, part.raised(0, sixteen), part.raised(1, sixteen), word_of(b, sixteen));
-        multiply_16(second, part.raised(0, sixteen + 1), part.raised(1, sixteen + 1), word_of(b, sixteen + 1));
-      } else {
-        multiply_32(first, part, sixteen, word_of(b, sixteen), word_of(b, sixteen + 1));
-      }
+#if Q6K_GROUP == 16
+      multiply_16(first, part.raised(0, sixteen), part.raised(1, sixteen), word_of(b, sixteen));
+      multiply_16(second, part.raised(0, sixteen + 1), part.raised(1, sixteen + 1), word_of(b, sixteen + 1));
+#else
+      multiply_32(first, part, sixteen, word_of(b, sixteen), word_of(b, sixteen + 1));
+#endif
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
+#if Q6K_SCALES == SCALES_UINT8_STEPS
+        const u32 byte = __byte_perm(part.scales[h][0], 0x4B000000u, (INTEGER_SCALES ? 0x5550 : 0x7550) | pair);
+        const float s0 = __uint_as_float(byte) - 8388608.0f;
+#else
         const float s0 = part.scale(h, sixteen, tile.steps[h]);
-        const float s1 = Q6K_GROUP == 16 ? part.scale(h, sixteen + 1, tile.steps[h]) : 0.0f;
-        const float least = Q6K_MINIMUM ? part.minimum(h, sixteen, tile.steps[h]) : 0.0f;
+#endif
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c) {
-          const int column = COLUMNS == 1 ? quad % 2 * 2 + pair : pair * 2 + c;
+          const float step = __uint_as_float(COLUMNS == 1 ? word_of(d, quad % 2 * 2 + pair) : word_of(d, pair * 2 + c));
+#if Q6K_SCALES == SCALES_UINT8_STEPS
+          const u32 bits = first[h * 2 + c] * byte + 0x4B400000u;
+          const float sum = INTEGER_SCALES ? __uint_as_float(bits) - 12582912.0f
+                                           : (__uint_as_float(first[h * 2 + c]) - MAGIC) * s0;
+          of_tile[h][c] = fmaf(sum, step, of_tile[h][c]);
+#else
           float sum = (__uint_as_float(first[h * 2 + c]) - MAGIC) * s0;
-          if (Q6K_GROUP == 16) sum = fmaf(__uint_as_float(second[h * 2 + c]) - MAGIC, s1, sum);
-          if (Q6K_MINIMUM) sum = fmaf(-least, __uint_as_float(word_of(code_sums, column)), sum);
-          totals[h][c] = fmaf(sum, __uint_as_float(word_of(d, column)), totals[h][c]);
+#if Q6K_GROUP == 16
+          sum = fmaf(__uint_as_float(second[h * 2 + c]) - MAGIC, part.scale(h, sixteen + 1, tile.steps[h]), sum);
+#endif
+          totals[h][c] = fmaf(sum, step, totals[h][c]);
+#endif
         }
       }
     }
   }
+#if Q6K_MINIMUM
+  float least[4] = {};
+  minimums_of_tile(least, tile, sums);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) {
+#if Q6K_SCALES == SCALES_UINT8_STEPS
+      totals[h][c] = fmaf(of_tile[h][c], tile.steps[h].step, totals[h][c]);
+      totals[h][c] = fmaf(-least[h * 2 + c], tile.steps[h].min_step, totals[h][c]);
+#else
+      totals[h][c] -= least[h * 2 + c];
+#endif
+    }
+  }
+#endif
 }
 
 // ---- clusters ----------------------------------------------------------------------------------------------
@@ -235,8 +304,8 @@ extern "C" __global__ void Q6K_LIMITS
   u8* const codes = shared + RING_BYTES;
   const int most_depth = (blocks + cluster - 1) / cluster;  // all blocks of a cluster lay out memory alike
   float* const steps = reinterpret_cast<float*>(codes + most_depth * CODES_A_BLOCK);
-  const u32 sums_on = most_depth * STEPS_A_BLOCK;
-  const u32 partials = shared_address(steps) + sums_on * (1 + Q6K_MINIMUM);
+  float* const sums = steps + most_depth * (STEPS_A_BLOCK / 4);
+  const u32 partials = shared_address(sums) + (Q6K_MINIMUM ? most_depth * SUMS_A_BLOCK : 0);
   // Activations requested after a full ring of tiles wait for it. So blocks that quantise request them after two
   // stages, and for a small product first.
   constexpr int EARLY_STAGES = Q6K_FUSED && STAGES > 2 ? 2 : STAGES;
@@ -244,9 +313,8 @@ extern "C" __global__ void Q6K_LIMITS
   wait_for_previous_grid();
 #if Q6K_FUSED
   const u16* const rows_of_x = static_cast<const u16*>(x) + first_block * SUPER_BLOCK;
-  float* const code_sums = Q6K_MINIMUM ? steps + sums_on / 4 : nullptr;
   quantize_rows<THREADS>(rows_of_x, stride, m, depth * SUPER_BLOCK, k - first_block * SUPER_BLOCK, codes, steps,
-                         code_sums, [&]() { fill_ring(early ? EARLY_STAGES : 0, STAGES); });
+                         Q6K_MINIMUM ? sums : nullptr, [&]() { fill_ring(early ? EARLY_STAGES : 0, STAGES); });
 #else
   const u8* const x_codes = static_cast<const u8*>(x);
   const u8* const x_steps = x_codes + blocks * CODES_A_BLOCK;
@@ -255,10 +323,13 @@ extern "C" __global__ void Q6K_LIMITS
   }
   for (int at = threadIdx.x * 16; at < depth * STEPS_A_BLOCK; at += THREADS * 16) {
     copy_async_16(shared_address(steps) + at, x_steps + first_block * STEPS_A_BLOCK + at);
-    if (Q6K_MINIMUM) {
-      copy_async_16(shared_address(steps) + sums_on + at, x_steps + (blocks + first_block) * STEPS_A_BLOCK + at);
-    }
   }
+#if Q6K_MINIMUM
+  const u8* const x_sums = x_steps + blocks * STEPS_A_BLOCK;
+  for (int at = threadIdx.x * 16; at < depth * SUMS_A_BLOCK; at += THREADS * 16) {
+    copy_async_16(shared_address(sums) + at, x_sums + first_block * SUMS_A_BLOCK + at);
+  }
+#endif
   commit_copies();
   wait_copies<0>();
 #endif
@@ -268,6 +339,7 @@ extern "C" __global__ void Q6K_LIMITS
   const int column_token = COLUMNS == 1 ? min(g >> 1, TOKENS - 1) : g;
   const u32 lane_codes = shared_address(codes) + column_token * 64 + t * 16;
   const u32 lane_steps = shared_address(steps) + (COLUMNS == 1 ? min(t, TOKENS - 1) : t) * 16;
+  const u32 lane_sums = shared_address(sums) + column_token * 64 + t * 16;
 
   auto store = [&](int row_tile, int r, int token, float value) {
     const int row = (first_row + row_tile) * TILE_ROWS + r;
@@ -289,7 +361,8 @@ extern "C" __global__ void Q6K_LIMITS
     tile.load(ring + stage * TILE_BYTES, lane);
     __syncwarp();
     copy_next(stage);
-    multiply_tile(totals, tile, lane_codes + block * CODES_A_BLOCK, lane_steps + block * STEPS_A_BLOCK, sums_on);
+    multiply_tile(totals, tile, lane_codes + block * CODES_A_BLOCK, lane_steps + block * STEPS_A_BLOCK,
+                  lane_sums + block * SUMS_A_BLOCK);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
     const bool row_ends = ++block == depth;
     if (row_ends || at + 1 == end) {

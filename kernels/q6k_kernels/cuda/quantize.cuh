@@ -1,7 +1,7 @@
 // Activations in 8 bits, as decode.cuh multiplies them. Comes before every file that makes or reads them.
 //
 // d_a = max |x| / 127 over 32 values of a row, a = rint(x / d_a); ops/reference.py defines both to the bit. Weights that
-// have minimums also need the sum of the 32 a.
+// have minimums also need d_a times the sum of the 32 a: three bf16 numbers add up to its 24 bits.
 //
 //   Q6K_TOKENS  1, 2, 4 or 8: rows of x there is room for; M may be less
 //   Q6K_FUSED   1: every block quantises x for itself; 0: q6k_quantize has done it
@@ -21,8 +21,9 @@ constexpr int COLUMNS = TOKENS <= 4 ? 1 : 2;
 constexpr int CHUNK_BYTES = TOKENS * 64 + (Q6K_FUSED ? 16 : 0);
 constexpr int CODES_A_BLOCK = 4 * CHUNK_BYTES;
 constexpr int STEPS_A_BLOCK = COLUMNS == 1 ? TOKENS * 32 : 256;
+constexpr int SUMS_A_BLOCK = TOKENS * 64;
 
-// Number of steps of rows of k activations; as many sums of codes follow them where a launch writes both.
+// Number of steps of rows of k activations; the sums of codes follow them where a launch writes both.
 __device__ __forceinline__ int steps_of(int k) { return super_blocks_of(k) * (STEPS_A_BLOCK / 4); }
 
 __device__ __forceinline__ float largest_or_nan(float a, float b) {
@@ -59,8 +60,8 @@ __device__ __forceinline__ void quantize_group(float (&values)[16], float d, u32
 
 // Quantises a group of 16 of x, `raw`, together with the neighbouring lane's, and writes it where it belongs: `codes`
 // in the order of B fragments, [64 weights][token][t][4 groups][4 bytes], `steps`, d_a, in the order of the sums, and
-// likewise `code_sums`, unless null.
-__device__ __forceinline__ void quantize_into(u8* codes, float* steps, float* code_sums, const uint4 (&raw)[2],
+// `sums`, unless null, as B fragments of minimums: [super-block][token][t][3 parts, 1 unused][2 groups of 32].
+__device__ __forceinline__ void quantize_into(u8* codes, float* steps, float* sums, const uint4 (&raw)[2],
                                               int token, int group, bool present) {
   float values[16], largest = 0.0f;
 #pragma unroll
@@ -83,7 +84,7 @@ __device__ __forceinline__ void quantize_into(u8* codes, float* steps, float* co
     packed[t] = low_bytes(words[2 * t], words[2 * t + 1], words[2 * t + 8], words[2 * t + 9]);
     sum = __dp4a((int)packed[t], 0x01010101, sum);
   }
-  if (code_sums != nullptr) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
+  if (sums != nullptr) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
   if (!present) return;
   u8* const to = codes + (group >> 2) * CHUNK_BYTES + token * 64 + (group & 3) * 4;
 #pragma unroll
@@ -93,7 +94,15 @@ __device__ __forceinline__ void quantize_into(u8* codes, float* steps, float* co
   const int place = COLUMNS == 1 ? ((pair >> 2) * TOKENS + token) * 4 + (pair & 3)
                                  : (pair >> 1) * 16 + (token >> 1) * 4 + (pair & 1) * 2 + (token & 1);
   steps[place] = d;
-  if (code_sums != nullptr) code_sums[place] = (float)sum;
+  if (sums == nullptr) return;
+  u16* const parts = reinterpret_cast<u16*>(sums) + ((pair >> 3) * TOKENS + token) * 32 + (pair >> 1 & 3) * 8 + (pair & 1);
+  float left = d * (float)sum;
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    const u32 part = to_bf16(left);
+    parts[2 * i] = (u16)part;
+    left -= bf16_to_float(part);
+  }
 }
 
 #if Q6K_FUSED
@@ -105,7 +114,7 @@ __device__ __forceinline__ int token_of(int at, int groups) {
 // once by each thread, after its first load was issued and before it is needed.
 template <int THREADS, typename Between>
 __device__ __forceinline__ void quantize_rows(const u16* x, i64 stride, int m, int k, int present, u8* codes,
-                                              float* steps, float* code_sums, Between between) {
+                                              float* steps, float* sums, Between between) {
   const int groups = k / 16, total = m * groups;
   constexpr int BATCH = 4;  // groups of a thread that are loaded before the first is used
   bool waiting = true;
@@ -126,7 +135,7 @@ __device__ __forceinline__ void quantize_rows(const u16* x, i64 stride, int m, i
     for (int i = 0; i < BATCH; ++i) {
       if ((begin & ~31) + i * THREADS >= total) break;
       const int at = begin + i * THREADS, token = token_of(min(at, total - 1), groups);
-      quantize_into(codes, steps, code_sums, raw[i], token, at - token * groups, at < total);
+      quantize_into(codes, steps, sums, raw[i], token, at - token * groups, at < total);
     }
   }
   if (waiting) between();
