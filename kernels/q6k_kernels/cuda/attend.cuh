@@ -280,7 +280,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       raw[0] = reinterpret_cast<const uint4*>(staged[warp])[lane * 2];
       raw[1] = reinterpret_cast<const uint4*>(staged[warp])[lane * 2 + 1];
     }
-    if (codes != nullptr) quantize_into(codes, steps, steps + steps_of(heads * gridDim.y * DIM), raw, 0, at / 16 + lane, quantises);
+    if (codes != nullptr) {
+      quantize_into(Quantized::all(codes, steps, heads * gridDim.y * DIM), raw, 0, at / 16 + lane, quantises);
+    }
     __syncwarp();
   }
 }

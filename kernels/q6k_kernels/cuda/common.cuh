@@ -2,8 +2,8 @@
 //
 // Device code here includes nothing, so that run-time compilation needs no header and caches by text alone.
 // Kernels are specialised by macros, all integers:
-//   Q6K_BITS, Q6K_SIGNED, Q6K_BOOK, Q6K_GROUP, Q6K_MINIMUM, Q6K_SCALES    the weight type, a row of formats/types.py: bits
-//               of a code, whether it is two's complement, its code book, weights of a group, whether a group has a
+//   Q6K_BITS, Q6K_OFFSET, Q6K_BOOK, Q6K_GROUP, Q6K_MINIMUM, Q6K_SCALES    the weight type, a row of formats/types.py: bits
+//               of a stored code, what is subtracted from it, its code book, weights of a group, whether a group has a
 //               minimum, and the kind of its scale
 //   Q6K_FP16    0: activations and outputs are bf16; 1: fp16
 //
@@ -25,7 +25,7 @@ typedef long long i64;
 #define SCALES_E8M0 4         // an exponent e for each group: 2^(e - 128)
 #ifndef Q6K_BITS
 #define Q6K_BITS 6
-#define Q6K_SIGNED 1
+#define Q6K_OFFSET 32
 #define Q6K_BOOK 0
 #define Q6K_GROUP 16
 #define Q6K_MINIMUM 0
@@ -251,46 +251,42 @@ struct LaneQuarter {
   static constexpr int GROUPS = 64 / Q6K_GROUP;                      // groups of the weight type
   static constexpr int SCALE_BYTES = GROUPS * (WIDE_SCALES ? 2 : 1);
   static constexpr int SCALE_WORDS = (SCALE_BYTES + 3) / 4;
-  u32 top[2][TOPS];             // [row half][pair of sixteens]: high four bits; or a word for each sixteen
-  u32 low[2];                   // [row half]: low bits of all four, from bit 0 of each byte
+  u32 top[2][TOPS];             // [row half]: four bits of codes, those of sixteen s in word s & 1; or a word for each
+  u32 low[2];                   // [row half]: the other bits, from bit 0 of each byte
   u32 scales[2][SCALE_WORDS];   // [row half]
   u32 mins[2][Q6K_MINIMUM ? SCALE_WORDS : 1];
 
-  // The four weights of a sixteen as bytes: codes times 2^(8 - bits), signed if the codes are; or a book's values.
-  __device__ __forceinline__ u32 raised(int h, int sixteen) const {
+  // Codes become bytes where they lie: the first two sixteens as they are, the other two times 2^RAISED.
+  static constexpr int RAISED = Q6K_BOOK || Q6K_BITS == 8 ? 0 : 8 - Q6K_BITS;
+  __device__ __forceinline__ static constexpr int raised(int sixteen) { return sixteen & 2 ? RAISED : 0; }
+
+  // The four stored codes of a sixteen as bytes, times 2^raised(sixteen); or a book's values, signed.
+  __device__ __forceinline__ u32 bytes(int h, int sixteen) const {
 #if Q6K_BOOK
     return look_up(sixteen & 1 ? top[h][sixteen >> 1] >> 16 : top[h][sixteen >> 1]);
 #elif Q6K_BITS == 8
     return top[h][sixteen];
 #else
-    u32 bytes = (sixteen & 1 ? top[h][sixteen >> 1] : top[h][sixteen >> 1] << 4) & 0xF0F0F0F0u;
-    if (LOW_BITS == 1) {
-      bytes |= (sixteen < 3 ? low[h] << (3 - sixteen) : low[h]) & 0x08080808u;
-    } else if (LOW_BITS == 2) {
-      bytes |= (sixteen == 0 ? low[h] << 2 : low[h] >> (2 * sixteen - 2)) & 0x0C0C0C0Cu;
-    }
-    return bytes;
+    constexpr u32 NIBBLES = 0x0F0F0F0Fu, OTHERS = ((1 << 2 * LOW_BITS) - 1) * (0x01010101u << RAISED);
+    const int field = 2 * LOW_BITS * (sixteen & 1);
+    u32 rest = 0;  // bits below 4 for sixteens 2 and 3, from 4 up for 0 and 1
+    if (LOW_BITS) rest = (field < RAISED ? low[h] << (RAISED - field) : low[h] >> (field - RAISED)) & OTHERS;
+    const u32 nibbles = top[h][sixteen & 1];
+    return sixteen & 2 ? (nibbles & ~NIBBLES) | (rest & NIBBLES) : (nibbles & NIBBLES) | (rest & ~NIBBLES);
 #endif
   }
 
-  // The four weights of a sixteen as bytes plus BIAS, from 0 up.
+  // The codes of a sixteen as bytes from 0 up: those of the weight type plus BIAS.
 #if Q6K_BOOK || Q6K_BITS == 8
   static constexpr int BIAS = 128;
 #else
-  static constexpr int BIAS = Q6K_SIGNED ? 1 << (Q6K_BITS - 1) : 0;
+  static constexpr int BIAS = Q6K_OFFSET;
 #endif
   __device__ __forceinline__ u32 biased(int h, int sixteen) const {
 #if Q6K_BOOK || Q6K_BITS == 8
-    return raised(h, sixteen) ^ 0x80808080u;
+    return bytes(h, sixteen) ^ 0x80808080u;
 #else
-    constexpr u32 MASK = (0xF << LOW_BITS) * 0x01010101u, SIGN = BIAS * 0x01010101u;
-    constexpr int UP = LOW_BITS, DOWN = 4 - LOW_BITS;
-    const u32 word = top[h][sixteen >> 1];
-    u32 bytes = (sixteen & 1 ? (DOWN ? word >> DOWN : word) : (UP ? word << UP : word)) & MASK;
-    if (LOW_BITS) {
-      bytes |= low[h] >> (LOW_BITS * sixteen) & ((1 << LOW_BITS) - 1) * 0x01010101u;
-    }
-    return bytes ^ SIGN;
+    return bytes(h, sixteen) >> raised(sixteen);
 #endif
   }
 

@@ -46,11 +46,9 @@ constexpr int STAGES = Q6K_STAGES;
 constexpr bool SPLIT = Q6K_SPLIT;
 constexpr int THREADS = WARPS * 32;
 constexpr int RING_BYTES = WARPS * STAGES * TILE_BYTES;
-// Bytes of codes hold them times 2^RAISED. An integer 2^RAISED v added to the bits of 1.5 * 2^(23 - RAISED) makes the
-// float 1.5 * 2^(23 - RAISED) + v.
-constexpr int RAISED = Q6K_BOOK ? 0 : 8 - Q6K_BITS;
-constexpr u32 MAGIC_BITS = 0x4B400000u - (RAISED << 23);
-constexpr float MAGIC = 12582912.0f / (1 << RAISED);
+// An integer 2^raised v added to the bits of 1.5 * 2^(23 - raised) makes the float 1.5 * 2^(23 - raised) + v.
+__device__ __forceinline__ constexpr u32 magic_bits(int raised) { return 0x4B400000u - (raised << 23); }
+__device__ __forceinline__ constexpr float magic(int raised) { return 12582912.0f / (1 << raised); }
 // Where a group's scale is a small integer times its super-block's step, the step comes last, and codes of 4 bits are
 // multiplied with the scale as integers: 15 * 127 * 32 * 63 < 2^22.
 constexpr bool STEP_LAST = Q6K_SCALES == SCALES_UINT8_STEPS;
@@ -58,30 +56,41 @@ constexpr bool INTEGER_SCALES = STEP_LAST && Q6K_BITS == 4;
 
 // ---- one tile ----------------------------------------------------------------------------------------------
 
-#define Q6K_MULTIPLY_16 "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 "
-#if Q6K_SIGNED || Q6K_BOOK
-#define Q6K_MULTIPLY_32 "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+#if Q6K_BOOK || Q6K_BITS == 8
+#define Q6K_CODES "s8"
 #else
-#define Q6K_MULTIPLY_32 "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+#define Q6K_CODES "u8"
 #endif
 
-// Sums of 16 weights of the rows g and g + 8, each with two tokens.
-__device__ __forceinline__ void multiply_16(u32 (&sums)[4], u32 upper, u32 lower, u32 codes) {
-  asm(Q6K_MULTIPLY_16 "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
-      : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
-      : "r"(upper), "r"(lower), "r"(codes), "r"(MAGIC_BITS));
+// c - offset times the sum of one or both sixteens that `sums` has of a token; `both` as two bytes of 1 or 0.
+__device__ __forceinline__ u32 minus_offset(u32 sums, int both, int raised) {
+  int result = INTEGER_SCALES ? 0 : (int)magic_bits(raised);
+#if Q6K_OFFSET
+  const int factors = both * (-(Q6K_OFFSET << raised) & 0xFF);
+  asm("dp2a.lo.s32.s32 %0, %1, %2, %0;" : "+r"(result) : "r"(sums), "r"(factors));
+#endif
+  return (u32)result;
 }
 
-// Of 32: a lane's four weights of two sixteens take the places of its eight of one group.
-__device__ __forceinline__ void multiply_32(u32 (&sums)[4], const LaneQuarter& part, int sixteen, u32 first, u32 second) {
+// Products of 16 or 32 weights of the rows g and g + 8, each with two tokens, added to `first` and `second`, of which a
+// token's are equal. A lane's four weights of two sixteens take the places of its eight of one group of 32.
+__device__ __forceinline__ void multiply_group(u32 (&sums)[4], const LaneQuarter& part, int sixteen, u32 codes,
+                                               u32 more_codes, u32 first, u32 second) {
+#if Q6K_GROUP == 16
+  asm("mma.sync.aligned.m16n8k16.row.col.s32." Q6K_CODES ".s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %7, %8};"
+      : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
+      : "r"(part.bytes(0, sixteen)), "r"(part.bytes(1, sixteen)), "r"(codes), "r"(first), "r"(second));
+#else
   u32 a[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    a[i] = INTEGER_SCALES ? part.biased(i & 1, sixteen + (i >> 1)) : part.raised(i & 1, sixteen + (i >> 1));
+    a[i] = INTEGER_SCALES ? part.biased(i & 1, sixteen + (i >> 1)) : part.bytes(i & 1, sixteen + (i >> 1));
   }
-  asm(Q6K_MULTIPLY_32 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+  asm("mma.sync.aligned.m16n8k32.row.col.s32." Q6K_CODES
+      ".s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %10, %11};"
       : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(first), "r"(second), "r"(INTEGER_SCALES ? 0u : MAGIC_BITS));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(codes), "r"(more_codes), "r"(first), "r"(second));
+#endif
 }
 
 // c += a b of minimums: eight groups, sixteen with two parts of the sums.
@@ -95,10 +104,11 @@ __device__ __forceinline__ void multiply_minimums(float (&c)[4], const u32 (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(b.z));
 }
 
+#if Q6K_MINIMUM
 // The sums of minimums of a super-block, times those of the activations. Bytes are bf16 numbers; an fp16 number is the
 // sum of two, or NaN if it is infinite.
-__device__ __forceinline__ void minimums_of_tile(float (&c)[4], const LaneTile& tile, u32 sums) {
-  const uint4 b = load_shared_16(sums);
+__device__ __forceinline__ void minimums_of_tile(float (&c)[4], const LaneTile& tile, u32 parts) {
+  const uint4 b = load_shared_16(parts);
   u32 a[2];
 #if Q6K_SCALES == SCALES_FP16
   u32 rest[2];
@@ -119,59 +129,70 @@ __device__ __forceinline__ void minimums_of_tile(float (&c)[4], const LaneTile& 
 #endif
   multiply_minimums(c, a, b);
 }
+#endif
 
-// totals[h][c]: row g + 8h, token t (COLUMNS 1) or 2t + c. `codes`, `steps` and `sums` are this lane's, at the
-// super-block.
+// totals[h][c]: row g + 8h, token t (COLUMNS 1) or 2t + c. The addresses are this lane's, at the super-block.
 __device__ __forceinline__ void multiply_tile(float (&totals)[2][COLUMNS], const LaneTile& tile, u32 codes, u32 steps,
-                                              u32 sums) {
+                                              u32 sums, u32 parts) {
   float of_tile[2][COLUMNS] = {};
-  uint4 d;
+  uint4 d, code_sums = make_uint4(0, 0, 0, 0);
 #pragma unroll
   for (int quad = 0; quad < QUARTERS; ++quad) {
     const LaneQuarter part = tile.quarter(quad);
     const uint4 b = load_shared_16(codes + quad * CHUNK_BYTES);
-    if (COLUMNS == 2) d = load_shared_16(steps + quad * 64);
-    if (COLUMNS == 1 && quad % 2 == 0) d = load_shared_16(steps + quad / 2 * TOKENS * 16);
+    if (COLUMNS == 2 || quad % 2 == 0) {
+      const int at = COLUMNS == 2 ? quad * 64 : quad / 2 * TOKENS * 16;
+      d = load_shared_16(steps + at);
+      if (Q6K_OFFSET) code_sums = load_shared_16(sums + at);
+    }
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
-      const int sixteen = pair * 2;
-      u32 first[4], second[4];
-#if Q6K_GROUP == 16
-      multiply_16(first, part.raised(0, sixteen), part.raised(1, sixteen), word_of(b, sixteen));
-      multiply_16(second, part.raised(0, sixteen + 1), part.raised(1, sixteen + 1), word_of(b, sixteen + 1));
-#else
-      multiply_32(first, part, sixteen, word_of(b, sixteen), word_of(b, sixteen + 1));
-#endif
+      constexpr bool TWO = Q6K_GROUP == 16;  // groups in a pair of sixteens
+      const int sixteen = pair * 2, raised = LaneQuarter::raised(sixteen);
+      u32 products[TWO ? 2 : 1][4];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#if Q6K_SCALES == SCALES_UINT8_STEPS
-        const u32 byte = __byte_perm(part.scales[h][0], 0x4B000000u, (INTEGER_SCALES ? 0x5550 : 0x7550) | pair);
-        const float s0 = __uint_as_float(byte) - 8388608.0f;
-#else
-        const float s0 = part.scale(h, sixteen, tile.steps[h]);
-#endif
+      for (int each = 0; each < (TWO ? 2 : 1); ++each) {
+        u32 start[COLUMNS];
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c) {
-          const float step = __uint_as_float(COLUMNS == 1 ? word_of(d, quad % 2 * 2 + pair) : word_of(d, pair * 2 + c));
+          const u32 of_token = word_of(code_sums, COLUMNS == 1 ? quad % 2 * 2 + pair : pair * 2 + c);
+          start[c] = minus_offset(of_token, TWO ? each ? 0x0100 : 0x0001 : 0x0101, raised);
+        }
+        multiply_group(products[each], part, sixteen + each, word_of(b, sixteen + each), word_of(b, sixteen + 1),
+                       start[0], start[COLUMNS - 1]);
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+          float sum = 0.0f;
+#pragma unroll
+          for (int each = 0; each < (TWO ? 2 : 1); ++each) {
+            const u32 product = products[each][h * 2 + c];
 #if Q6K_SCALES == SCALES_UINT8_STEPS
-          const u32 bits = first[h * 2 + c] * byte + 0x4B400000u;
-          const float sum = INTEGER_SCALES ? __uint_as_float(bits) - 12582912.0f
-                                           : (__uint_as_float(first[h * 2 + c]) - MAGIC) * s0;
-          of_tile[h][c] = fmaf(sum, step, of_tile[h][c]);
+            if (INTEGER_SCALES) {
+              const u32 scale = __byte_perm(part.scales[h][0], 0, 0x4440 | pair);
+              sum = __uint_as_float(product * scale + magic_bits(0)) - magic(0);
+              continue;
+            }
+            const float scale =
+                __uint_as_float(__byte_perm(part.scales[h][0], 0x4B000000u, 0x7550 | pair)) - 8388608.0f;
 #else
-          float sum = (__uint_as_float(first[h * 2 + c]) - MAGIC) * s0;
-#if Q6K_GROUP == 16
-          sum = fmaf(__uint_as_float(second[h * 2 + c]) - MAGIC, part.scale(h, sixteen + 1, tile.steps[h]), sum);
+            const float scale = part.scale(h, sixteen + each, tile.steps[h]);
 #endif
-          totals[h][c] = fmaf(sum, step, totals[h][c]);
-#endif
+            const float value = __uint_as_float(product) - magic(raised);
+            sum = each == 0 ? value * scale : fmaf(value, scale, sum);
+          }
+          const float step = __uint_as_float(word_of(d, COLUMNS == 1 ? quad % 2 * 2 + pair : pair * 2 + c));
+          float& to = STEP_LAST ? of_tile[h][c] : totals[h][c];
+          to = fmaf(sum, step, to);
         }
       }
     }
   }
 #if Q6K_MINIMUM
   float least[4] = {};
-  minimums_of_tile(least, tile, sums);
+  minimums_of_tile(least, tile, parts);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
 #pragma unroll
@@ -258,7 +279,7 @@ __device__ __forceinline__ float sum_of_warps(u32 values, int pitch, int total, 
 // ---- the kernel --------------------------------------------------------------------------------------------
 
 // Parameters: tiles (T, ceil(K/256), TILE_BYTES); x, if FUSED 16-bit (m, k), rows 16-byte aligned and `stride`
-// elements apart, else as q6k_quantize writes it: codes, steps, sums; y 16-bit (m, n); bias (n,) of `bias_kind`,
+// elements apart, else as q6k_quantize writes it; y 16-bit (m, n); bias (n,) of `bias_kind`,
 // or null; m <= TOKENS; early, 1 unless FUSED: whether to load tiles before activations.
 // Grid: blocks of a cluster x ranges of row tiles. Shared memory: `decode_plan.py` has the sizes.
 // No pointer is __restrict__: loads of what an earlier launch writes must not move above the wait for it.
@@ -305,7 +326,8 @@ extern "C" __global__ void Q6K_LIMITS
   const int most_depth = (blocks + cluster - 1) / cluster;  // all blocks of a cluster lay out memory alike
   float* const steps = reinterpret_cast<float*>(codes + most_depth * CODES_A_BLOCK);
   float* const sums = steps + most_depth * (STEPS_A_BLOCK / 4);
-  const u32 partials = shared_address(sums) + (Q6K_MINIMUM ? most_depth * SUMS_A_BLOCK : 0);
+  float* const parts = sums + (Q6K_OFFSET ? most_depth * (STEPS_A_BLOCK / 4) : 0);
+  const u32 partials = shared_address(parts) + (Q6K_MINIMUM ? most_depth * PARTS_A_BLOCK : 0);
   // Activations requested after a full ring of tiles wait for it. So blocks that quantise request them after two
   // stages, and for a small product first.
   constexpr int EARLY_STAGES = Q6K_FUSED && STAGES > 2 ? 2 : STAGES;
@@ -313,23 +335,24 @@ extern "C" __global__ void Q6K_LIMITS
   wait_for_previous_grid();
 #if Q6K_FUSED
   const u16* const rows_of_x = static_cast<const u16*>(x) + first_block * SUPER_BLOCK;
-  quantize_rows<THREADS>(rows_of_x, stride, m, depth * SUPER_BLOCK, k - first_block * SUPER_BLOCK, codes, steps,
-                         Q6K_MINIMUM ? sums : nullptr, [&]() { fill_ring(early ? EARLY_STAGES : 0, STAGES); });
+  const Quantized quantized = {codes, steps, Q6K_OFFSET ? reinterpret_cast<u32*>(sums) : nullptr,
+                               Q6K_MINIMUM ? reinterpret_cast<u16*>(parts) : nullptr};
+  quantize_rows<THREADS>(rows_of_x, stride, m, depth * SUPER_BLOCK, k - first_block * SUPER_BLOCK, quantized,
+                         [&]() { fill_ring(early ? EARLY_STAGES : 0, STAGES); });
 #else
-  const u8* const x_codes = static_cast<const u8*>(x);
-  const u8* const x_steps = x_codes + blocks * CODES_A_BLOCK;
-  for (int at = threadIdx.x * 16; at < depth * CODES_A_BLOCK; at += THREADS * 16) {
-    copy_async_16(shared_address(codes) + at, x_codes + first_block * CODES_A_BLOCK + at);
-  }
-  for (int at = threadIdx.x * 16; at < depth * STEPS_A_BLOCK; at += THREADS * 16) {
-    copy_async_16(shared_address(steps) + at, x_steps + first_block * STEPS_A_BLOCK + at);
-  }
-#if Q6K_MINIMUM
-  const u8* const x_sums = x_steps + blocks * STEPS_A_BLOCK;
-  for (int at = threadIdx.x * 16; at < depth * SUMS_A_BLOCK; at += THREADS * 16) {
-    copy_async_16(shared_address(sums) + at, x_sums + first_block * SUMS_A_BLOCK + at);
-  }
-#endif
+  const u8* from_x = static_cast<const u8*>(x);
+  auto copy_part = [&](const void* to, int bytes, bool needed) {  // of each super-block
+    if (needed) {
+      for (int at = threadIdx.x * 16; at < depth * bytes; at += THREADS * 16) {
+        copy_async_16(shared_address(to) + at, from_x + first_block * bytes + at);
+      }
+    }
+    from_x += blocks * bytes;
+  };
+  copy_part(codes, CODES_A_BLOCK, true);
+  copy_part(steps, STEPS_A_BLOCK, true);
+  copy_part(sums, STEPS_A_BLOCK, Q6K_OFFSET);
+  copy_part(parts, PARTS_A_BLOCK, Q6K_MINIMUM);
   commit_copies();
   wait_copies<0>();
 #endif
@@ -339,7 +362,8 @@ extern "C" __global__ void Q6K_LIMITS
   const int column_token = COLUMNS == 1 ? min(g >> 1, TOKENS - 1) : g;
   const u32 lane_codes = shared_address(codes) + column_token * 64 + t * 16;
   const u32 lane_steps = shared_address(steps) + (COLUMNS == 1 ? min(t, TOKENS - 1) : t) * 16;
-  const u32 lane_sums = shared_address(sums) + column_token * 64 + t * 16;
+  const u32 lane_sums = shared_address(sums) + (lane_steps - shared_address(steps));
+  const u32 lane_parts = shared_address(parts) + column_token * 64 + t * 16;
 
   auto store = [&](int row_tile, int r, int token, float value) {
     const int row = (first_row + row_tile) * TILE_ROWS + r;
@@ -362,7 +386,7 @@ extern "C" __global__ void Q6K_LIMITS
     __syncwarp();
     copy_next(stage);
     multiply_tile(totals, tile, lane_codes + block * CODES_A_BLOCK, lane_steps + block * STEPS_A_BLOCK,
-                  lane_sums + block * SUMS_A_BLOCK);
+                  lane_sums + block * STEPS_A_BLOCK, lane_parts + block * PARTS_A_BLOCK);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
     const bool row_ends = ++block == depth;
     if (row_ends || at + 1 == end) {

@@ -223,8 +223,9 @@ def room_of(cluster: int, way: Choice, tokens: int, blocks: int, row: WeightType
     """Return the room for sums beside a block's ring and its part of `blocks` super-blocks of activations."""
     warps, stages, occupancy = way.shape
     limit = min(device.shared_bytes, device.multiprocessor_shared_bytes // occupancy - 1024)
-    codes, steps, sums = activation_bytes(tokens, way.fused)
-    activations = -(-blocks // cluster) * (codes + steps + (sums if row.minimum else 0))
+    codes, steps, parts = activation_bytes(tokens, way.fused)
+    needed = codes + steps * (2 if row.offset else 1) + (parts if row.minimum else 0)
+    activations = -(-blocks // cluster) * needed
     taken = warps * stages * row.tile_bytes + activations
     sums_bytes = TILE_ROWS * tokens * 4
     slots = (limit - taken) // sums_bytes
@@ -243,9 +244,9 @@ def ranges_of(cluster: int, way: Choice, row_tiles: int, room: Room, device: Dev
 
 
 def activation_bytes(tokens: int, fused: bool) -> tuple[int, int, int]:
-    """Return the bytes of a super-block's quantised activations, of their scales, and of their sums.
+    """Return the bytes of a super-block's quantised activations, of their scales, and of their parts for minimums.
 
-    As in `cuda/quantize.cuh`. Only weights with minimums need the sums.
+    As in `cuda/quantize.cuh`. The sums, for codes with an offset, take as many bytes as the scales.
     """
     return 4 * (64 * tokens + (16 if fused else 0)), 32 * tokens if tokens <= 4 else 256, 64 * tokens
 
@@ -256,6 +257,6 @@ def fits(n: int, k: int, row: WeightType, device: Device) -> bool:
 
 
 def code_bytes(k: int, tokens: int = 1) -> tuple[int, int]:
-    """Return the bytes of quantised rows of k activations, and of their scales and sums, which follow them."""
-    blocks, (codes, steps, sums) = super_blocks(k), activation_bytes(tokens, False)
-    return blocks * codes, blocks * (steps + sums)
+    """Return the bytes of quantised rows of k activations, and of their scales, sums and parts, which follow them."""
+    blocks, (codes, steps, parts) = super_blocks(k), activation_bytes(tokens, False)
+    return blocks * codes, blocks * (2 * steps + parts)

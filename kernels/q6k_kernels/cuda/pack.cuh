@@ -36,7 +36,7 @@ __device__ __forceinline__ void copy_scales(T* to, const T* from, i64 first_row,
   }
 }
 
-// The four codes of `lane`'s elements of a sixteen as bytes, as tiles keep them. `row` is a row's planes in shared memory.
+// The four stored codes of a lane's elements of a sixteen as bytes. `row` is a row's planes in shared memory.
 __device__ __forceinline__ u32 codes_of(const u8* row, int sixteen, int t) {
 #if Q6K_BITS == 8
   const u32 first = *(const u16*)(row + 16 * sixteen + 2 * t), second = *(const u16*)(row + 16 * sixteen + 2 * t + 8);
@@ -53,7 +53,7 @@ __device__ __forceinline__ u32 codes_of(const u8* row, int sixteen, int t) {
   codes |= ((high[0] >> t & 1u) | (high[0] >> (4 + t) & 1u) << 8 | (high[1] >> t & 1u) << 16 |
             (high[1] >> (4 + t) & 1u) << 24) << 4;
 #endif
-  return codes ^ (Q6K_SIGNED ? 1u << (Q6K_BITS - 1) : 0u) * 0x01010101u;
+  return codes;
 #endif
 }
 
@@ -125,28 +125,27 @@ extern "C" __global__ void __launch_bounds__(32 * PACK_WARPS)
       *(uint4*)(to + (4 * h + c) * 512) = make_uint4(v[4 * c], v[4 * c + 1], v[4 * c + 2], v[4 * c + 3]);
     }
 #else
+    constexpr u32 NIBBLES = 0x0F0F0F0Fu;
     u32 top[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const u32 first = v[2 * i], second = v[2 * i + 1];
 #if Q6K_BOOK
-      const u32 both = __byte_perm(first | first >> 4, second | second >> 4, 0x6420);
-      top[i] = both;
+      top[i] = __byte_perm(v[2 * i] | v[2 * i] >> 4, v[2 * i + 1] | v[2 * i + 1] >> 4, 0x6420);
 #else
-      top[i] = (first >> LOW_BITS & 0x0F0F0F0Fu) | (second >> LOW_BITS & 0x0F0F0F0Fu) << 4;
+      const int sixteen = 4 * (i >> 1) + (i & 1);
+      top[i] = (v[sixteen] & NIBBLES) | (v[sixteen + 2] >> LOW_BITS & NIBBLES) << 4;
 #endif
     }
     *(uint4*)(to + 2 * h * 512) = make_uint4(top[0], top[1], top[2], top[3]);
     *(uint4*)(to + (2 * h + 1) * 512) = make_uint4(top[4], top[5], top[6], top[7]);
 #if Q6K_BITS == 5 || Q6K_BITS == 6
     constexpr u32 LOWEST = ((1 << LOW_BITS) - 1) * 0x01010101u;
-    constexpr int EACH = 8 / LOW_BITS;
-    u32 low[2 * LOW_BITS];
+    u32 low[2 * LOW_BITS] = {};
 #pragma unroll
-    for (int i = 0; i < 2 * LOW_BITS; ++i) {
-      low[i] = 0;
-#pragma unroll
-      for (int s = 0; s < EACH; ++s) low[i] |= (v[EACH * i + s] & LOWEST) << LOW_BITS * s;
+    for (int i = 0; i < 8; ++i) {
+      const int sixteen = 4 * (i >> 1) + (i & 1);
+      const u32 both = (v[sixteen + 2] & LOWEST) | (v[sixteen] >> 4 & LOWEST) << LOW_BITS;
+      low[i * LOW_BITS / 4] |= both << 2 * LOW_BITS * i % 8;
     }
     u8* const low_to = tile + LOW_AT + h * 256 * LOW_BITS + lane * 8 * LOW_BITS;
 #pragma unroll

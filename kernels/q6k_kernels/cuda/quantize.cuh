@@ -1,7 +1,8 @@
 // Activations in 8 bits, as decode.cuh multiplies them. Comes before every file that makes or reads them.
 //
-// d_a = max |x| / 127 over 32 values of a row, a = rint(x / d_a); ops/reference.py defines both to the bit. Weights that
-// have minimums also need d_a times the sum of the 32 a: three bf16 numbers add up to its 24 bits.
+// d_a = max |x| / 127 over 32 values of a row, a = rint(x / d_a); ops/reference.py defines both to the bit. Weights
+// whose codes have an offset also need the sums of 16 a, as two int16 in a word for each d_a; those with minimums need d_a
+// times the sum of the 32, as three bf16 numbers that add up to its 24 bits.
 //
 //   Q6K_TOKENS  1, 2, 4 or 8: rows of x there is room for; M may be less
 //   Q6K_FUSED   1: every block quantises x for itself; 0: q6k_quantize has done it
@@ -21,10 +22,21 @@ constexpr int COLUMNS = TOKENS <= 4 ? 1 : 2;
 constexpr int CHUNK_BYTES = TOKENS * 64 + (Q6K_FUSED ? 16 : 0);
 constexpr int CODES_A_BLOCK = 4 * CHUNK_BYTES;
 constexpr int STEPS_A_BLOCK = COLUMNS == 1 ? TOKENS * 32 : 256;
-constexpr int SUMS_A_BLOCK = TOKENS * 64;
+constexpr int PARTS_A_BLOCK = TOKENS * 64;
 
-// Number of steps of rows of k activations; the sums of codes follow them where a launch writes both.
-__device__ __forceinline__ int steps_of(int k) { return super_blocks_of(k) * (STEPS_A_BLOCK / 4); }
+// Where quantised rows go. A part that a weight type does not need is null.
+struct Quantized {
+  u8* codes;     // in the order of B fragments: [64 weights][token][t][4 sixteens][4 bytes]
+  float* steps;  // d_a, in the order of the sums
+  u32* sums;     // likewise
+  u16* parts;    // B fragments of minimums: [super-block][token][t][3 parts, 1 unused][2 groups of 32]
+
+  // All parts of rows of k activations in one piece of memory, of which two pointers are known.
+  __device__ __forceinline__ static Quantized all(u8* codes, float* steps, int k) {
+    const int count = super_blocks_of(k) * (STEPS_A_BLOCK / 4);
+    return {codes, steps, reinterpret_cast<u32*>(steps + count), reinterpret_cast<u16*>(steps + 2 * count)};
+  }
+};
 
 __device__ __forceinline__ float largest_or_nan(float a, float b) {
   float result;
@@ -58,11 +70,9 @@ __device__ __forceinline__ void quantize_group(float (&values)[16], float d, u32
   }
 }
 
-// Quantises a group of 16 of x, `raw`, together with the neighbouring lane's, and writes it where it belongs: `codes`
-// in the order of B fragments, [64 weights][token][t][4 groups][4 bytes], `steps`, d_a, in the order of the sums, and
-// `sums`, unless null, as B fragments of minimums: [super-block][token][t][3 parts, 1 unused][2 groups of 32].
-__device__ __forceinline__ void quantize_into(u8* codes, float* steps, float* sums, const uint4 (&raw)[2],
-                                              int token, int group, bool present) {
+// Quantises a group of 16 of x, `raw`, together with the neighbouring lane's, and writes it where it belongs.
+__device__ __forceinline__ void quantize_into(const Quantized& to, const uint4 (&raw)[2], int token, int group,
+                                              bool present) {
   float values[16], largest = 0.0f;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
@@ -84,19 +94,21 @@ __device__ __forceinline__ void quantize_into(u8* codes, float* steps, float* su
     packed[t] = low_bytes(words[2 * t], words[2 * t + 1], words[2 * t + 8], words[2 * t + 9]);
     sum = __dp4a((int)packed[t], 0x01010101, sum);
   }
-  if (sums != nullptr) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
+  int of_neighbour = 0;
+  if (to.sums != nullptr || to.parts != nullptr) of_neighbour = __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
   if (!present) return;
-  u8* const to = codes + (group >> 2) * CHUNK_BYTES + token * 64 + (group & 3) * 4;
+  u8* const code_words = to.codes + (group >> 2) * CHUNK_BYTES + token * 64 + (group & 3) * 4;
 #pragma unroll
-  for (int t = 0; t < 4; ++t) *reinterpret_cast<u32*>(to + t * 16) = packed[t];
+  for (int t = 0; t < 4; ++t) *reinterpret_cast<u32*>(code_words + t * 16) = packed[t];
   if (group & 1) return;
   const int pair = group >> 1;  // of groups of weights
   const int place = COLUMNS == 1 ? ((pair >> 2) * TOKENS + token) * 4 + (pair & 3)
                                  : (pair >> 1) * 16 + (token >> 1) * 4 + (pair & 1) * 2 + (token & 1);
-  steps[place] = d;
-  if (sums == nullptr) return;
-  u16* const parts = reinterpret_cast<u16*>(sums) + ((pair >> 3) * TOKENS + token) * 32 + (pair >> 1 & 3) * 8 + (pair & 1);
-  float left = d * (float)sum;
+  to.steps[place] = d;
+  if (to.sums != nullptr) to.sums[place] = __byte_perm(sum, of_neighbour, 0x5410);
+  if (to.parts == nullptr) return;
+  u16* const parts = to.parts + ((pair >> 3) * TOKENS + token) * 32 + (pair >> 1 & 3) * 8 + (pair & 1);
+  float left = d * (float)(sum + of_neighbour);
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
     const u32 part = to_bf16(left);
@@ -113,8 +125,8 @@ __device__ __forceinline__ int token_of(int at, int groups) {
 // Quantises x[:m, :k] with all threads of a block; columns from `present` on are zeros, not read. `between` is called
 // once by each thread, after its first load was issued and before it is needed.
 template <int THREADS, typename Between>
-__device__ __forceinline__ void quantize_rows(const u16* x, i64 stride, int m, int k, int present, u8* codes,
-                                              float* steps, float* sums, Between between) {
+__device__ __forceinline__ void quantize_rows(const u16* x, i64 stride, int m, int k, int present,
+                                              const Quantized& to, Between between) {
   const int groups = k / 16, total = m * groups;
   constexpr int BATCH = 4;  // groups of a thread that are loaded before the first is used
   bool waiting = true;
@@ -135,7 +147,7 @@ __device__ __forceinline__ void quantize_rows(const u16* x, i64 stride, int m, i
     for (int i = 0; i < BATCH; ++i) {
       if ((begin & ~31) + i * THREADS >= total) break;
       const int at = begin + i * THREADS, token = token_of(min(at, total - 1), groups);
-      quantize_into(codes, steps, sums, raw[i], token, at - token * groups, at < total);
+      quantize_into(to, raw[i], token, at - token * groups, at < total);
     }
   }
   if (waiting) between();

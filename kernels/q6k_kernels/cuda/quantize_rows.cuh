@@ -3,7 +3,7 @@
 //   Q6K_TOKENS, Q6K_FUSED   see quantize.cuh, which comes before this file; Q6K_FUSED is 0
 
 // Parameters: x 16-bit (m, k), rows 16-byte aligned and `stride` elements apart; codes and steps, as decode reads them
-// for all of K, the sums of codes after the steps; rows from m to TOKENS and columns from k on become zeros. Grid: a
+// for all of K, sums and parts after the steps; rows from m to TOKENS and columns from k on become zeros. Grid: a
 // thread for each 16 activations of TOKENS rows of whole super-blocks.
 extern "C" __global__ void __launch_bounds__(128)
     q6k_quantize(const u16* x, u8* codes, float* steps, i64 stride, int m, int k) {
@@ -16,5 +16,5 @@ extern "C" __global__ void __launch_bounds__(128)
     const uint4* const from = reinterpret_cast<const uint4*>(x + token * stride + group * 16);
     raw[0] = from[0], raw[1] = from[1];
   }
-  quantize_into(codes, steps, steps + steps_of(k), raw, token, group, at < TOKENS * groups);
+  quantize_into(Quantized::all(codes, steps, k), raw, token, group, at < TOKENS * groups);
 }

@@ -61,17 +61,19 @@ struct RowPart {
     }
   }
 
-  // The codes of 32 weights, sixteens 2c and 2c + 1, as bytes plus the bias.
+  // The codes of sixteen 2c + odd as bytes plus the bias.
   __device__ __forceinline__ u32 codes(int c, int odd) const {
+    const int quarter = c >> 1, sixteen = 2 * (c & 1) + odd;
     LaneQuarter part;
 #if Q6K_BITS == 8
-    part.top[0][(c & 1) * 2 + odd] = word_of(top[c >> 1], (c & 1) * 2 + odd);
+    part.top[0][sixteen] = word_of(top[quarter], sixteen);
 #else
-    part.top[0][c & 1] = word_of(top[c >> 2], c & 3);
+    const int word = Q6K_BOOK ? c & 1 : odd;
+    part.top[0][word] = word_of(top[quarter >> 1], 2 * (quarter & 1) + word);
 #endif
-    part.low[0] = LOW_BITS == 2 ? low[LOW_BITS == 2 ? c >> 1 : 0]
-                                : LOW_BITS == 1 ? low[LOW_BITS == 1 ? c >> 2 : 0] >> 4 * (c >> 1 & 1) : 0;
-    return part.biased(0, (c & 1) * 2 + odd);
+    part.low[0] = LOW_BITS == 2 ? low[LOW_BITS == 2 ? quarter : 0]
+                                : LOW_BITS == 1 ? low[LOW_BITS == 1 ? quarter >> 1 : 0] >> 4 * (quarter & 1) : 0;
+    return part.biased(0, sixteen);
   }
 
   // Of sixteen 2c + odd. Multiplied as IEEE has it, so that an infinite or NaN step gives what it should.

@@ -141,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     }
     to_halves(values[i], raw);
     if (x != nullptr && present) store_16(x + group * 16, raw);
-    if (codes != nullptr) quantize_into(codes, steps, steps + steps_of(k), raw, 0, group, present);
+    if (codes != nullptr) quantize_into(Quantized::all(codes, steps, k), raw, 0, group, present);
   }
 }
 
@@ -172,5 +172,5 @@ extern "C" __global__ void __launch_bounds__(GATE_THREADS)
   }
   to_halves(values, raw);
   if (x != nullptr && present) store_16(x + group * 16, raw);
-  if (codes != nullptr) quantize_into(codes, steps, steps + steps_of(k), raw, 0, group, present);
+  if (codes != nullptr) quantize_into(Quantized::all(codes, steps, k), raw, 0, group, present);
 }

@@ -9,31 +9,33 @@ tiles of rows, B = ceil(K / 256) super-blocks; a stack (E, N, K) is (E, T, B, ti
 expert, without a copy. It is contiguous and 16-byte aligned. Rows past N and columns past K are zero bytes, which
 are weights of zero.
 
-A tile is 16 rows of 256 weights. Codes are kept as v: two's complement without the offset, or as stored where there
-is none. For the matrix units 16 weights of a row are one group, whatever the type's own group is:
+A tile is 16 rows of 256 weights. For the matrix units, 16 weights of a row make a group, a "sixteen", whatever
+the type's own groups are. Stored codes u:
 
     lane = 4g + t         g = 0..7, t = 0..3: a thread of a warp
     row r = g + 8h        h = 0..1
-    group j = 0..15       16 weights
-    element e = 2t + (b & 1) + 8(b >> 1)    of a group; b = 0..3 are the four that a lane holds
+    sixteen 4q + s        q = 0..3: a quarter, 64 weights; s = 0..3
+    element e = 2t + (b & 1) + 8(b >> 1)    of a sixteen; b = 0..3 are the four that a lane holds
 
-    4, 5, 6 bits: the high four bits of v, then the low ones, L = bits - 4 of them
-    [0, 2048)     byte (2h + c) 512 + 16 lane + 4i + b, c = 0..1, i = 0..3: row r, element e, high of group 8c + 2i
-                  in bits 0-3, of group 8c + 2i + 1 in bits 4-7
-    L = 1: [2048, 2560)  byte 2048 + 256h + 8 lane + 4i + b: row r, element e, low of group 8i + s in bit s
-    L = 2: [2048, 3072)  byte 2048 + 512h + 16 lane + 4i + b: row r, element e, low of group 4i + s in bits 2s, 2s + 1
+    4, 5, 6 bits: four bits of u in one place, the other L = bits - 4 in another. For s = 0, 1 the four are the low
+    bits, for s = 2, 3 the high ones: then both sixteens of a byte become numbers without moving their nibbles.
+    [0, 2048)     byte (2h + (w >> 2)) 512 + 16 lane + 4(w & 3) + b, w = 2q + (s & 1): row r, element e, the four bits
+                  in bits 0-3 for s = 0, 1 and in bits 4-7 for s = 2, 3
+    L = 1: [2048, 2560)  byte 2048 + 256h + 8 lane + 4(q >> 1) + b: row r, element e, the other bit of s = 2, 3 in bit
+                  4(q & 1) + 2(s & 1), of s = 0, 1 in the one above
+    L = 2: [2048, 3072)  byte 2048 + 512h + 16 lane + 4q + b: row r, element e, the other bits of s = 2, 3 in bits
+                  4(s & 1) and above, of s = 0, 1 two bits further
     a code book:
-    [0, 2048)     the same bytes, but of a lane's 16 bits 4i + 2(j & 1), 4i + 2(j & 1) + 1 the nibble b is its
-                  element b of group j = 8c + 2i + (j & 1): in order, as a table look-up wants them
+    [0, 2048)     of the two bytes from (2h + (q >> 1)) 512 + 16 lane + 8(q & 1) + 2s on, row r, nibble b is element e:
+                  in order, as a table look-up wants them
     8 bits:
-    [0, 4096)     byte (4h + c) 512 + 16 lane + 4i + b, c = 0..3: row r, element e of group 4c + i
+    [0, 4096)     byte (4h + q) 512 + 16 lane + 4s + b: row r, element e
 
     Then the arrays of scales in the row's order, each with the elements of row 0, of row 1, ... one after another.
     int8 elements are kept plus 128.
 
 Lane and b are the order of fragment A of `mma.m16n8k16` with 16-bit types (PTX ISA, "Matrix Fragments for
-mma.m16n8k16"): a lane's 16 bytes are its fragments of eight groups. Two's complement needs no offset. A
-row of a tile lies in pieces of 64 bytes, so that gathering one row reads little else.
+mma.m16n8k16"): a lane's 16 bytes are its fragments of eight sixteens. A row of a tile lies in pieces of 64 bytes, so that gathering one row reads little else.
 
 Everything here is torch and runs on any device; `words` moves the bits.
 """
@@ -236,9 +238,9 @@ def _code_fields(row: WeightType) -> int:
 def _fields(tiles: Tensor, row: WeightType) -> list[Tensor]:
     """Return views of the fields of tiles, each with T, h and g, which number the row, first; then B.
 
-    Codes are int16, so that a row's elements are in order, two in each word: high (T, h, g, B, c, i, b >> 1, t), or in
-    place of b >> 1 the parity of the group if there is a code book; low (T, h, g, B, i, b >> 1, t); the codes of 8
-    bits (T, h, g, B, c, i, b >> 1, t). An array of scales is (T, h, g, B, element).
+    Codes are int16, so that a row's elements are in order, two in each word: four bits (T, h, g, B, w, b >> 1, t), or
+    with a code book (T, h, g, B, sixteen, t); the other bits (T, h, g, B, word, b >> 1, t); the codes of 8 bits
+    (T, h, g, B, sixteen, b >> 1, t). An array of scales is (T, h, g, B, element).
     """
     t, b, _ = tiles.shape
     top, low = TILE_ROWS * SUPER_BLOCK // (1 if row.bits == 8 else 2), 2 * row.high_bits

@@ -132,17 +132,12 @@ class WeightType:
         """Macros that specialise `cuda/common.cuh`, with their values."""
         return (
             ("Q6K_BITS", self.bits),
-            ("Q6K_SIGNED", int(self.signed)),
+            ("Q6K_OFFSET", self.offset),
             ("Q6K_BOOK", BOOKS.index(self.book)),
             ("Q6K_GROUP", self.group),
             ("Q6K_MINIMUM", int(self.minimum)),
             ("Q6K_SCALES", KIND_OF_SCALE[self.scales[0].dtype, self.stepped]),
         )
-
-    @property
-    def signed(self) -> bool:
-        """Whether codes without their offset are two's complement, as tiles keep them."""
-        return self.offset > 0 or self.bits == 8
 
     @cached_property
     def minimum(self) -> bool:

@@ -1,7 +1,6 @@
 """Codes in 64-bit words, a byte a weight, on their way between planes and tiles: single bytes would take far longer.
 
-`formats.planes` and `formats.tiles` have the layouts. v is what tiles keep of a stored code: without the offset, in
-two's complement, or the code itself where its type has no offset.
+`formats.planes` and `formats.tiles` have the layouts.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _ONES, _NIBBLES, _EVEN = 0x0101010101010101, 0x0F0F0F0F0F0F0F0F, 0x00FF00FF00FF0
 
 
 def of_planes(planes: Sequence[Tensor], row: WeightType) -> Tensor:
-    """Return v of code planes as int64 (R, K/8), a byte a weight; works in place, because fresh memory is slow."""
+    """Return the stored codes of code planes, int64 (R, K/8); works in place, because fresh memory is slow."""
     if row.bits == 8:
         return planes[0].contiguous().view(torch.int64)
     n = len(planes[0])
@@ -47,26 +46,25 @@ def of_planes(planes: Sequence[Tensor], row: WeightType) -> Tensor:
         high |= high << 15
         high &= _ONES
         v |= high.bitwise_left_shift_(4)
-    if row.offset:
-        v ^= row.offset * _ONES  # to two's complement
     return v
 
 
-def split(v: Tensor, b: int, row: WeightType) -> list[Tensor]:
-    """Return the code fields of v, int64 (R, 32 B), as int16 in the order of `tiles` behind the row's dimensions."""
-    n, low = len(v), row.high_bits
+def split(codes: Tensor, b: int, row: WeightType) -> list[Tensor]:
+    """Return the code fields of int64 (R, 32 B) as int16, in the order of `tiles` behind the row's dimensions."""
+    n, rest = len(codes), row.high_bits
     if row.bits == 8:
-        return [v.view(torch.int16)]
+        return [codes.view(torch.int16)]
     if row.book:
-        pairs = ((v | v >> 4) & _EVEN).view(torch.int16).view(n, b, 16, 2, 4)
+        pairs = ((codes | codes >> 4) & _EVEN).view(torch.int16).view(n, b, 16, 2, 4)
         return [pairs[:, :, :, 0] | pairs[:, :, :, 1] << 8]
-    high = (v >> low & _NIBBLES).view(n, b, 8, 2, 2)  # (R, B, byte, group of it, b >> 1)
-    fields = [(high[..., 0, :] | high[..., 1, :] << 4).view(torch.int16)]
-    if low:
-        parts = (v & ((1 << low) - 1) * _ONES).view(n, b, 2 * low, 8 // low, 2)
-        joined = parts[..., 0, :].clone()
-        for each in range(1, 8 // low):
-            joined |= parts[..., each, :] << low * each
+    first, second = codes.view(n, b, 4, 2, 2, 2).unbind(3)  # s = 0, 1 and s = 2, 3: (R, B, q, s & 1, b >> 1)
+    fields = [(first & _NIBBLES | (second >> rest & _NIBBLES) << 4).view(torch.int16)]
+    if rest:
+        mask = ((1 << rest) - 1) * _ONES
+        both = (second & mask | (first >> 4 & mask) << rest).view(n, b, rest * 2, 4 // rest, 2)
+        joined = both[..., 0, :].clone()
+        for each in range(1, 4 // rest):
+            joined |= both[..., each, :] << 2 * rest * each
         fields.append(joined.view(torch.int16))
     return fields
 
@@ -79,22 +77,20 @@ def join(fields: Sequence[Tensor], row: WeightType) -> Tensor:
         return words.view(torch.uint8).view(n, -1)
     out = torch.empty(n, 32 * b, dtype=torch.int64, device=words.device)
     if row.book:
-        pairs = torch.stack((words.view(n, b, 16, 4) & 0xFF, words.view(n, b, 16, 4) >> 8 & 0xFF), 3)
-        joined = pairs.view(torch.int64).view(n, -1)
-        torch.bitwise_and(joined | joined << 4, _NIBBLES, out=out)
+        four = words.view(n, b, 16, 4)
+        pairs = torch.stack((four & 0xFF, four >> 8 & 0xFF), 3).view(torch.int64).view(n, -1)
+        torch.bitwise_and(pairs | pairs << 4, _NIBBLES, out=out)
         return out.view(torch.uint8)
-    low = row.high_bits
-    high = words.view(torch.int64).view(n, b, 8, 2)
-    halves = out.view(n, b, 8, 2, 2)
-    halves[..., 0, :] = (high & _NIBBLES) << low
-    halves[..., 1, :] = (high >> 4 & _NIBBLES) << low
-    if low:
-        parts = fields[1].contiguous().view(n, b, -1).view(torch.int64).view(n, b, 2 * low, 2)
-        groups = out.view(n, b, 2 * low, 8 // low, 2)
-        for each in range(8 // low):
-            groups[..., each, :] |= parts >> low * each & ((1 << low) - 1) * _ONES
-    if row.offset:
-        out ^= row.offset * _ONES
+    rest, nibbles = row.high_bits, words.view(torch.int64).view(n, b, 4, 2, 2)
+    first, second = out.view(n, b, 4, 2, 2, 2).unbind(3)
+    first.copy_(nibbles & _NIBBLES)
+    second.copy_((nibbles >> 4 & _NIBBLES) << rest)
+    if rest:
+        joined = fields[1].contiguous().view(n, b, -1).view(torch.int64).view(n, b, 2 * rest, 1, 2)
+        both = torch.cat([joined >> 2 * rest * each for each in range(4 // rest)], 3).view(n, b, 4, 2, 2)
+        mask = ((1 << rest) - 1) * _ONES
+        second |= both & mask
+        first |= (both >> rest & mask) << 4
     return out.view(torch.uint8)
 
 
