@@ -156,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 2)
     const int block = begin + part + step * KW;
     const bool active = block < mine;
     const u32 tile = slots + (step % SLOTS) * TILE_BYTES;
-    RowStep row_steps[2];
+    TileScales scales;
     wait_copies<SLOTS - 1>();
     __syncwarp();
 #pragma unroll
@@ -170,12 +170,9 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 2)
 #pragma unroll
         for (int in_stage = 0; in_stage < STAGE_K / 64; ++in_stage) {
           const int quarter = sub * (STAGE_K / 64) + in_stage;
-          if (quarter == 0) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) row_steps[h].load(tile, (lane >> 2) + 8 * h);
-          }
-          LaneQuarter part;
-          part.load(tile, lane, quarter);
+          if (quarter == 0) scales.load(tile, lane);
+          HalfQuarter part;
+          part.load(tile, scales, lane, quarter);
           if (quarter == 3) {  // nothing is left to be read
             __syncwarp();
             tile_from += KW * TILE_BYTES;
@@ -186,8 +183,8 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 2)
 #pragma unroll
           for (int group = 0; group < 4; ++group) {
             u32 upper[2], lower[2];
-            part.halves(0, group, row_steps[0], upper);
-            part.halves(1, group, row_steps[1], lower);
+            part.halves(0, group, scales, upper);
+            part.halves(1, group, scales, lower);
             const u32 a[4] = {upper[0], lower[0], upper[1], lower[1]};
             const u32 from = (stage + in_stage * 128) ^ (group << 5);
 #pragma unroll

@@ -244,14 +244,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
     const u32 own_tile = shared + TILES_BEGIN + warp * TILE_BYTES;  // a warp multiplies one tile of 16 rows
     float sums[SUMS];
     u32 fragments[2][4][4];
-    RowStep row_steps[2];
+    TileScales scales;
     RingPlace tile_place, x_place, x_done;
     auto begin_block = [&]() {
       barrier_wait(tiles_full + tile_place.stage * 8, tile_place.parity);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        row_steps[h].load(own_tile + tile_place.stage * TILE_STAGE_BYTES, (lane >> 2) + 8 * h);
-      }
+      scales.load(own_tile + tile_place.stage * TILE_STAGE_BYTES, lane);
     };
     auto end_block = [&]() {
       __syncwarp();
@@ -264,13 +261,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
     };
     // The weights of a quarter of the current super-block, 16 bits wide, into fragments[quarter & 1].
     auto prepare = [&](int quarter) {
-      LaneQuarter part;
-      part.load(own_tile + tile_place.stage * TILE_STAGE_BYTES, lane, quarter);
+      HalfQuarter part;
+      part.load(own_tile + tile_place.stage * TILE_STAGE_BYTES, scales, lane, quarter);
 #pragma unroll
       for (int group = 0; group < 4; ++group) {
         u32 upper[2], lower[2];
-        part.halves(0, group, row_steps[0], upper);
-        part.halves(1, group, row_steps[1], lower);
+        part.halves(0, group, scales, upper);
+        part.halves(1, group, scales, lower);
         u32(&a)[4] = fragments[quarter & 1][group];
         a[0] = upper[0], a[1] = lower[0], a[2] = upper[1], a[3] = lower[1];
       }

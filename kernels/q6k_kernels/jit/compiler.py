@@ -19,11 +19,13 @@ SOURCES = Path(__file__).parents[1] / "cuda"
 PREAMBLE = "common.cuh"
 """File that is compiled in front of every other."""
 FOUNDATIONS = {
-    "decode.cuh": ("quantize.cuh",),
+    "decode.cuh": ("quantize.cuh", "tile.cuh", "decode_tile.cuh"),
     "quantize_rows.cuh": ("quantize.cuh",),
     "step.cuh": ("quantize.cuh",),
     "attend.cuh": ("quantize.cuh", "heads.cuh"),
-    "gemm_wgmma.cuh": ("wgmma.cuh",),
+    "gemm_wgmma.cuh": ("tile.cuh", "halves.cuh", "wgmma.cuh"),
+    "gemm_mma.cuh": ("tile.cuh", "halves.cuh"),
+    "rows.cuh": ("tile.cuh",),
 }
 """Further files that some build on, compiled between the two."""
 OLDEST_GPU = (8, 0)
