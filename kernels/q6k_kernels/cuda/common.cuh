@@ -48,9 +48,10 @@ constexpr int ROW_SCALES = SUPER_BLOCK / Q6K_GROUP * (WIDE_SCALES ? 2 : 1);  // 
 constexpr int MINS_AT = SCALES_AT + TILE_ROWS * ROW_SCALES;
 constexpr int STEPS_AT = MINS_AT + (Q6K_MINIMUM ? TILE_ROWS * ROW_SCALES : 0);
 constexpr int MIN_STEPS_AT = STEPS_AT + TILE_ROWS * 2;
-constexpr int TILE_BYTES = STEPS_AT + (STEPPED ? TILE_ROWS * 2 * (1 + Q6K_MINIMUM) : 0);
-constexpr int TILE_CHUNKS = TILE_BYTES / 16;
-static_assert(TILE_BYTES % 16 == 0, "tiles are copied in pieces of 16 bytes");
+constexpr int USED_BYTES = STEPS_AT + (STEPPED ? TILE_ROWS * 2 * (1 + Q6K_MINIMUM) : 0);
+constexpr int TILE_BYTES = (USED_BYTES + 127) / 128 * 128;  // whole lines of memory
+constexpr int TILE_CHUNKS = USED_BYTES / 16;
+static_assert(USED_BYTES % 16 == 0, "tiles are copied in pieces of 16 bytes");
 
 // Super-blocks of rows of k weights; the last may be part of one.
 __device__ __forceinline__ int super_blocks_of(int k) { return (k + SUPER_BLOCK - 1) / SUPER_BLOCK; }

@@ -35,9 +35,11 @@ Shape = tuple[int, int, int]
 """Warps, stages and occupancy that the kernel is compiled for. Two blocks a multiprocessor overlap with the
 launches before and after, worth most where a launch is short; one larger block sums fewer parts."""
 TWO: tuple[Shape, ...] = ((8, 3, 2), (8, 2, 2))
+DEEP: tuple[Shape, ...] = ((8, 4, 2), *TWO)
 LARGE: tuple[Shape, ...] = ((16, 3, 1), (16, 2, 1))
+LONG: tuple[Shape, ...] = ((8, 5, 1), (8, 3, 1))
 SMALL: tuple[Shape, ...] = ((8, 2, 1),)
-SHAPES = TWO + LARGE + SMALL
+SHAPES = DEEP + LARGE + LONG + SMALL
 LARGE_SHARED = 160 << 10
 """Bytes of a block's shared memory from which clusters are all that long activations need. With less, or without
 clusters, `SMALL` is tried after a row's shapes: its rings leave the most room."""
@@ -124,8 +126,10 @@ class Row:
 
 BF16 = tuple(name for name, row in WEIGHT_TYPES.items() if row.scales[0].dtype == "BF16")
 """Weight types with a bf16 scale for each group."""
-OTHERS = tuple(name for name in WEIGHT_TYPES if name not in BF16)
-"""Weight types with scales that take more instructions."""
+FOUR = tuple(name for name, row in WEIGHT_TYPES.items() if row.bits == 4)
+"""Weight types with codes of four bits, whose tiles are the smallest."""
+WIDER = tuple(name for name in WEIGHT_TYPES if name not in BF16 + FOUR)
+OTHERS = FOUR + WIDER
 ALL = BF16 + OTHERS
 ANY = 1 << 62
 """More than any size."""
@@ -142,8 +146,8 @@ ROWS = (
     Row(ALL, (1, 2), 16383, 10, *LATE, LARGE),
     Row(ALL, (1, 2), 16383, 48, *LATE, TWO + LARGE, resident=1),
     Row(BF16, (1,), 4096, ANY, *EARLY, ((8, 3, 2), *LARGE)),
-    Row(OTHERS, (1,), 4096, ANY, *EARLY, ((8, 2, 2), *LARGE)),
-    Row(OTHERS, (1,), 16383, ANY, *APART, ((8, 3, 2), *LARGE)),
+    Row(OTHERS, (1,), 4096, ANY, *EARLY, (*DEEP, *LARGE)),
+    Row(OTHERS, (1,), 16383, ANY, *APART, (*DEEP, *LARGE)),
     Row(ALL, (2,), 4096, ANY, *EARLY, LARGE),
     Row(ALL, (2,), 8192, ANY, *APART, TWO + LARGE),
     Row(ALL, (2,), 16383, ANY, *LATE, LARGE),
@@ -153,7 +157,10 @@ ROWS = (
     Row(ALL, (4,), 8192, ANY, *APART, TWO + LARGE),
     Row(OTHERS, (8,), 8192, 10, *APART, LARGE),
     Row(BF16, (8,), 8192, 250, *APART, SMALL + LARGE),
-    Row(ALL, (8,), 8192, ANY, *APART, ((8, 2, 2), *LARGE)),
+    Row(FOUR, (8,), 8192, 60, *APART, LONG + LARGE),
+    Row(FOUR, (8,), 8192, 400, *APART, LARGE + LONG),
+    Row(WIDER, (8,), 8192, 150, *APART, ((8, 3, 1), *LARGE)),
+    Row(ALL, (8,), 8192, ANY, *APART, LONG + LARGE),
     Row(ALL, (4, 8), ANY, ANY, *APART, SMALL + LARGE),
 )
 

@@ -70,7 +70,7 @@ __device__ __forceinline__ constexpr float magic(int raised) { return 12582912.0
 constexpr bool STEP_LAST = Q6K_SCALES == SCALES_UINT8_STEPS;
 constexpr bool INTEGER_SCALES = STEP_LAST && Q6K_BITS == 4;
 
-#if Q6K_BOOK || Q6K_BITS == 8
+#if Q6K_BITS == 8
 #define Q6K_CODES "s8"
 #else
 #define Q6K_CODES "u8"
@@ -86,20 +86,15 @@ __device__ __forceinline__ u32 minus_offset(u32 sums, int both, int raised) {
   return (u32)result;
 }
 
-// Products of 16 or 32 weights of the rows g and g + 8, each with two tokens, added to `first` and `second`, of which a
-// token's are equal. A lane's four weights of two sixteens take the places of its eight of one group of 32.
-__device__ __forceinline__ void multiply_group(u32 (&sums)[4], const LaneQuarter& part, int sixteen, u32 codes,
-                                               u32 more_codes, u32 first, u32 second) {
+// Products of 16 or 32 weights of the rows g and g + 8, each with two tokens, added to `first` and `second`. A lane's
+// four weights of two sixteens take the places of its eight of one group of 32.
+__device__ __forceinline__ void multiply_group(u32 (&sums)[4], const u32 (&a)[4], u32 codes, u32 more_codes, u32 first,
+                                               u32 second) {
 #if Q6K_GROUP == 16
   asm("mma.sync.aligned.m16n8k16.row.col.s32." Q6K_CODES ".s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %7, %8};"
       : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
-      : "r"(part.bytes(0, sixteen)), "r"(part.bytes(1, sixteen)), "r"(codes), "r"(first), "r"(second));
+      : "r"(a[0]), "r"(a[1]), "r"(codes), "r"(first), "r"(second));
 #else
-  u32 a[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    a[i] = INTEGER_SCALES ? part.biased(i & 1, sixteen + (i >> 1)) : part.bytes(i & 1, sixteen + (i >> 1));
-  }
   asm("mma.sync.aligned.m16n8k32.row.col.s32." Q6K_CODES
       ".s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %10, %11};"
       : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
@@ -163,17 +158,30 @@ __device__ __forceinline__ void multiply_tile(float (&totals)[2][COLUMNS], const
     for (int pair = 0; pair < 2; ++pair) {
       constexpr bool TWO = Q6K_GROUP == 16;  // groups in a pair of sixteens
       const int sixteen = pair * 2, raised = LaneQuarter::raised(sixteen);
-      u32 products[TWO ? 2 : 1][4];
+      u32 products[TWO ? 2 : 1][4], negative[4];
 #pragma unroll
       for (int each = 0; each < (TWO ? 2 : 1); ++each) {
-        u32 start[COLUMNS];
+        u32 start[COLUMNS], a[4];
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c) {
           const u32 of_token = word_of(code_sums, COLUMNS == 1 ? quad % 2 * 2 + pair : pair * 2 + c);
           start[c] = minus_offset(of_token, TWO ? each ? 0x0100 : 0x0001 : 0x0101, raised);
         }
-        multiply_group(products[each], part, sixteen + each, word_of(b, sixteen + each), word_of(b, sixteen + 1),
-                       start[0], start[COLUMNS - 1]);
+        const u32 first = word_of(b, sixteen + each), second = word_of(b, sixteen + 1);
+#if Q6K_BOOK  // a product with each half of the book; their difference is the sum
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = part.magnitudes<true>(i & 1, sixteen + (i >> 1));
+        multiply_group(negative, a, first, second, start[0], start[COLUMNS - 1]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = part.magnitudes<false>(i & 1, sixteen + (i >> 1));
+#else
+#pragma unroll
+        for (int i = 0; i < (TWO ? 2 : 4); ++i) {
+          const int of = sixteen + (TWO ? each : i >> 1);
+          a[i] = INTEGER_SCALES ? part.biased(i & 1, of) : part.bytes(i & 1, of);
+        }
+#endif
+        multiply_group(products[each], a, first, second, start[0], start[COLUMNS - 1]);
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -194,7 +202,7 @@ __device__ __forceinline__ void multiply_tile(float (&totals)[2][COLUMNS], const
 #else
             const float scale = part.scale(h, sixteen + each, tile.steps[h]);
 #endif
-            const float value = __uint_as_float(product) - magic(raised);
+            const float value = __uint_as_float(product) - (Q6K_BOOK ? __uint_as_float(negative[h * 2 + c]) : magic(raised));
             sum = each == 0 ? value * scale : fmaf(value, scale, sum);
           }
           const float step = __uint_as_float(word_of(d, COLUMNS == 1 ? quad % 2 * 2 + pair : pair * 2 + c));

@@ -86,9 +86,12 @@ struct HalfQuarter {
     const u32 select = group & 1 ? 0x3232 : 0x1010;
     const u32 factor = __byte_perm(two, two, select);
     const u32 addend = Q6K_MINIMUM ? __byte_perm(addends[h][group >> 1], addends[h][group >> 1], select) : 0x80008000u;
-#if Q6K_BOOK || Q6K_BITS == 8
+#if Q6K_BOOK
+    // 0x43uu is 128 + u, 0xC3uu is -(128 + u).
+    const u32 low = part.magnitudes<false>(h, sixteen), minus = part.magnitudes<true>(h, sixteen);
+#elif Q6K_BITS == 8
     // A signed byte is its low seven bits, in 0x43uu = 128 + u, minus 128, or minus 256 if its sign is set.
-    const u32 bytes = part.bytes(h, sixteen), low = bytes & 0x7F7F7F7Fu, signs = bytes & 0x80808080u;
+    const u32 bytes = part.bytes(h, sixteen), low = bytes & 0x7F7F7F7Fu, minus = bytes & 0x80808080u;
 #else
     const u32 low = part.biased(h, sixteen);  // 0x43uu is 128 + u
     constexpr u32 UNBIAS =
@@ -98,7 +101,7 @@ struct HalfQuarter {
     for (int i = 0; i < 2; ++i) {
       const u32 widened = __byte_perm(low, 0x43434343u, i ? 0x4342 : 0x4140);
 #if Q6K_BOOK || Q6K_BITS == 8
-      const u32 unbias = __byte_perm(signs, 0xC3C3C3C3u, i ? 0x4342 : 0x4140);
+      const u32 unbias = __byte_perm(minus, 0xC3C3C3C3u, i ? 0x4342 : 0x4140);
 #else
       const u32 unbias = UNBIAS;
 #endif

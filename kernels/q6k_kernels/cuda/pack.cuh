@@ -96,6 +96,7 @@ extern "C" __global__ void __launch_bounds__(32 * PACK_WARPS)
       copy_scales<u8, GROUPS>(to, from, first_row, rows, groups, group, TURN, lane);
     }
   };
+  for (int i = USED_BYTES + lane * 16; i < TILE_BYTES; i += 32 * 16) *(uint4*)(tile + i) = make_uint4(0, 0, 0, 0);
   copy(tile + SCALES_AT, scale);
   if (Q6K_MINIMUM) copy(tile + MINS_AT, mins);
   if (STEPPED) {

@@ -1,17 +1,22 @@
 // A lane's part of a tile, and its numbers. Comes before every file that reads tiles.
 
-#if Q6K_BOOK
+// A code book's values are of one sign for codes below 8 and of the other from 8 up. So each half is a table of
+// magnitudes below 128, and a look-up in it gives zero for codes of the other half: PRMT returns the sign of an element,
+// in place of the element, where bit 3 of its index is set.
 #if Q6K_BOOK == 1
-constexpr u32 BOOK[4] = {0xBFAD9881u, 0xF6EADDCFu, 0x26190D01u, 0x71594535u};  // IQ4 of formats/types.py
-#else
-constexpr u32 BOOK[4] = {0x03020100u, 0x0C080604u, 0xFDFEFF00u, 0xF4F8FAFCu};  // E2M1
+constexpr u32 LOW_HALF[2] = {0x4153687Fu, 0x0A162331u}, HIGH_HALF[2] = {0x26190D01u, 0x71594535u};  // IQ4 of formats/types.py
+constexpr bool HIGH_IS_NEGATIVE = false;
+#elif Q6K_BOOK == 2
+constexpr u32 LOW_HALF[2] = {0x03020100u, 0x0C080604u}, HIGH_HALF[2] = {0x03020100u, 0x0C080604u};  // E2M1
+constexpr bool HIGH_IS_NEGATIVE = true;
 #endif
 
-// The values, signed bytes, of the codes in the lowest four nibbles.
-__device__ __forceinline__ u32 look_up(u32 nibbles) {
-  const u32 at = nibbles & 0x7777u;
-  const u32 first = __byte_perm(BOOK[0], BOOK[1], at), second = __byte_perm(BOOK[2], BOOK[3], at);
-  return __byte_perm(first, second, 0x3210u | (nibbles & 0x8888u) >> 1);
+#if Q6K_BOOK
+// Unlike __byte_perm, which ignores bit 3 of an index.
+__device__ __forceinline__ u32 look_up(const u32 (&half)[2], u32 nibbles) {
+  u32 values;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(values) : "r"(half[0]), "r"(half[1]), "r"(nibbles));
+  return values;
 }
 #endif
 
@@ -77,11 +82,19 @@ struct LaneQuarter {
   static constexpr int RAISED = Q6K_BOOK || Q6K_BITS == 8 ? 0 : 8 - Q6K_BITS;
   __device__ __forceinline__ static constexpr int raised(int sixteen) { return sixteen & 2 ? RAISED : 0; }
 
-  // The four stored codes of a sixteen as bytes, times 2^raised(sixteen); or a book's values, signed.
-  __device__ __forceinline__ u32 bytes(int h, int sixteen) const {
 #if Q6K_BOOK
-    return look_up(sixteen & 1 ? top[h][sixteen >> 1] >> 16 : top[h][sixteen >> 1]);
-#elif Q6K_BITS == 8
+  // The four values of a sixteen as bytes, those of one sign: magnitudes, zero where the sign is the other.
+  template <bool NEGATIVE>
+  __device__ __forceinline__ u32 magnitudes(int h, int sixteen) const {
+    const u32 word = NEGATIVE == HIGH_IS_NEGATIVE ? top[h][sixteen >> 1] ^ 0x88888888u : top[h][sixteen >> 1];
+    const u32 nibbles = sixteen & 1 ? word >> 16 : word;
+    return NEGATIVE == HIGH_IS_NEGATIVE ? look_up(HIGH_HALF, nibbles) : look_up(LOW_HALF, nibbles);
+  }
+#endif
+
+  // The four stored codes of a sixteen as bytes, times 2^raised(sixteen); of 8 bits, signed.
+  __device__ __forceinline__ u32 bytes(int h, int sixteen) const {
+#if Q6K_BITS == 8
     return top[h][sixteen];
 #else
     constexpr u32 NIBBLES = 0x0F0F0F0Fu, OTHERS = ((1 << 2 * LOW_BITS) - 1) * (0x01010101u << RAISED);
@@ -100,7 +113,9 @@ struct LaneQuarter {
   static constexpr int BIAS = Q6K_OFFSET;
 #endif
   __device__ __forceinline__ u32 biased(int h, int sixteen) const {
-#if Q6K_BOOK || Q6K_BITS == 8
+#if Q6K_BOOK
+    return 0x80808080u + magnitudes<false>(h, sixteen) - magnitudes<true>(h, sixteen);
+#elif Q6K_BITS == 8
     return bytes(h, sixteen) ^ 0x80808080u;
 #else
     return bytes(h, sixteen) >> raised(sixteen);

@@ -2,7 +2,7 @@
 
 A bundle keeps a weight as planes (see `formats.planes`), which any program can make and read. Kernels want each
 byte where the thread that needs it reads. So a weight's planes become tiles when it is loaded: the same bits in
-another order.
+another order, each tile filled up with zeros to whole lines of 128 bytes.
 
 A weight (N, K) of one of `formats.types` is one uint8 tensor `tiles` (T, B, tile_bytes), T = ceil(N / 16)
 tiles of rows, B = ceil(K / 256) super-blocks; a stack (E, N, K) is (E, T, B, tile_bytes), so that `tiles[e]` is an
@@ -230,6 +230,12 @@ def _blocks(n: int, tiles: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield slice(at * TILE_ROWS, min((at + len(part)) * TILE_ROWS, n)), part
 
 
+def _used_bytes(row: WeightType) -> int:
+    """Return the bytes of a tile without those that fill its last line."""
+    weights = TILE_ROWS * SUPER_BLOCK
+    return sum(weights // array.weights * PLANE_DTYPES[array.dtype].itemsize for array in row.arrays)
+
+
 def _code_fields(row: WeightType) -> int:
     """Return the number of fields that hold codes."""
     return 2 if row.high_bits else 1
@@ -272,6 +278,7 @@ def _pack_block(tiles: Tensor, planes: Sequence[Tensor], row: WeightType) -> Non
         if missing:
             scale = torch.cat((scale, scale.new_zeros(len(scale), width - scale.shape[1])), 1)
         packed.append(scale)
+    tiles[..., _used_bytes(row) :] = 0
     for field, rows in zip(_fields(tiles, row), packed, strict=True):
         if len(v) % TILE_ROWS:
             rows = torch.cat((rows, rows.new_zeros(-len(v) % TILE_ROWS, *rows.shape[1:])))
