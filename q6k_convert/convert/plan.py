@@ -28,12 +28,14 @@ class Options:
     """Options that decide what a bundle contains; its manifest records them.
 
     Attributes:
-        scales: "bf16" (d * sub-scale, rounded) or "exact" (GGUF's own sub-scales and d).
-        other: how to store quantised tensors that are not packed.
+        scales: the weight type of a GGML type that has two: "bf16" (d * sub-scale, rounded) or "exact" (GGUF's
+            own sub-scales and d).
+        other: how to store quantised tensors that are not packed: their GGML type has no weight type, or they
+            are no matrices.
         include, exclude: shell patterns on tensor names; a tensor is stored if it matches an include
             pattern (or there are none) and no exclude pattern.
         max_shard_size: most data bytes in a shard.
-        allow_nonfinite: keep blocks whose d is NaN or infinite instead of rejecting the file.
+        allow_nonfinite: keep blocks with a scale that is NaN or infinite instead of rejecting the file.
     """
 
     scales: Scales = "bf16"
@@ -114,8 +116,8 @@ def make_plan(model: GGUFModel, options: Options) -> Plan:
         tensors.append(TensorPlan(part, record, storage, format, arrays))
     if refused:
         raise InputRejectedError(
-            f"{model.parts[0].path}: tensors: {len(refused)} that are neither {', '.join(sorted(PACKED_TYPES))} "
-            f"weights nor stored unchanged: {listing(refused, most=5)}",
+            f"{model.parts[0].path}: tensors: {len(refused)} that are neither packed nor stored unchanged: "
+            f"{listing(refused, most=5)}",
             "Use --other bf16, raw or skip to say how to store them, or --exclude them.",
         )
     if not any(tensor.arrays for tensor in tensors):

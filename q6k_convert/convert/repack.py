@@ -1,18 +1,18 @@
-"""Repack Q6_K blocks into the arrays of a bundle with compiled code, at the speed of the disk.
+"""Repack GGUF blocks into the arrays of a bundle with compiled code, at the speed of the disk.
 
-`q6k_kernels.formats.blocks` describes a block and decodes it in plain numpy; the tests compare the two.
+`q6k_kernels.formats.blocks` and `planes` define both in plain numpy; the tests compare the two.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 from q6k_convert.errors import EnvironmentMissingError
-from q6k_kernels.formats.blocks import BLOCK_BYTES
+from q6k_kernels.formats.blocks import ScaleNumber, block_bytes
 from q6k_kernels.formats.types import DTYPE_BYTES, WeightType
 
 PATHS = {"portable": 0, "avx2": 1}
@@ -30,13 +30,13 @@ def _library() -> ctypes.CDLL:
             "Install q6k-convert with a C compiler at hand: `pip install .` in its folder.",
         )
     library = ctypes.CDLL(spec.origin)
-    pointer = ctypes.c_void_p
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.q6k_best_path.restype = ctypes.c_int
     library.q6k_best_path.argtypes = []
-    library.q6k_to_planes.restype = ctypes.c_int64
-    library.q6k_to_planes.argtypes = [
-        ctypes.c_int, pointer, ctypes.c_int64, ctypes.c_int, pointer, pointer, pointer, pointer
-    ]  # fmt: skip
+    library.q6k_encode.restype = ctypes.c_int
+    library.q6k_encode.argtypes = [ctypes.c_char_p, ctypes.c_int, pointer, number, pointer]
+    library.q6k_first_with.restype = number
+    library.q6k_first_with.argtypes = [pointer, number, number, ctypes.c_int, ctypes.c_uint64]
     return library
 
 
@@ -51,40 +51,73 @@ def array_bytes(row: WeightType) -> dict[str, int]:
     return {array.role: row.block // array.weights * DTYPE_BYTES[array.dtype] for array in row.arrays}
 
 
-def to_planes(blocks: Any, arrays: Mapping[str, Any], row: WeightType, path: str | None = None) -> int | None:
+def to_planes(blocks: Any, arrays: Mapping[str, Any], row: WeightType, path: str | None = None) -> None:
     """Repack blocks into the arrays of a bundle in one pass. Several threads may call it at once.
 
     Args:
-        blocks: n * 210 contiguous bytes: anything with the buffer protocol (a read-only one is copied).
+        blocks: n contiguous blocks: anything with the buffer protocol (a read-only one is copied).
         arrays: by role, contiguous writable buffers of n times `array_bytes(row)` bytes.
-        row: the weight type. Its scales are either d * sub-scale, rounded to nearest even, or both numbers apart.
+        row: the weight type.
         path: a name in `PATHS`; by default the fastest.
 
-    Returns:
-        The index of the first block whose d is NaN or infinite, None if there is none.
-
     Raises:
-        ValueError: a buffer has the wrong size, type or layout.
+        ValueError: a buffer has the wrong size, type or layout, or the repacker does not know the weight type.
         EnvironmentMissingError: the compiled repacker is missing, or lacks that path.
     """
-    source, targets = memoryview(blocks), {suffix: memoryview(array) for suffix, array in arrays.items()}
-    count, rest = divmod(source.nbytes, BLOCK_BYTES)
-    sizes = {suffix: count * each for suffix, each in array_bytes(row).items()}
-    found = {suffix: view.nbytes for suffix, view in targets.items()}
+    source, targets = _writable(blocks), {role: memoryview(array) for role, array in arrays.items()}
+    count, rest = divmod(source.nbytes, block_bytes(row))
+    sizes = {role: count * each for role, each in array_bytes(row).items()}
+    found = {role: view.nbytes for role, view in targets.items()}
     plain = all(view.itemsize == 1 and view.c_contiguous for view in (source, *targets.values()))
     if rest or found != sizes or not plain or any(view.readonly for view in targets.values()):
         raise ValueError(
-            f"{source.nbytes} bytes of blocks need contiguous writable arrays of {sizes} bytes, found {found}"
+            f"{source.nbytes} bytes of {row.ggml} blocks need contiguous writable arrays of {sizes} bytes, "
+            f"found {found}"
         )
     if not count:
-        return None
-    buffers = [bytearray(source) if source.readonly else source]
-    buffers += [targets[suffix] for suffix in row.roles]
-    pointers = [ctypes.addressof(ctypes.c_char.from_buffer(buffer)) for buffer in buffers]
-    result: int = _library().q6k_to_planes(
-        PATHS[path or best_path()], pointers[0], count, int(row.stepped), *pointers[1:4],
-        pointers[4] if row.stepped else None,
-    )  # fmt: skip
-    if result == -2:
+        return
+    pointers = (ctypes.c_void_p * len(sizes))(*(_address(targets[role]) for role in sizes))
+    code = PATHS[path or best_path()]
+    failed: int = _library().q6k_encode(row.name.encode(), code, _address(source), count, pointers)
+    if failed == -2:
         raise EnvironmentMissingError(f"the repacker has no path {path!r} on this machine")
-    return None if result < 0 else result
+    if failed:
+        raise ValueError(f"the compiled repacker does not know the weight type {row.name}; install it again")
+
+
+def first_nonfinite(blocks: Any, size: int, numbers: Sequence[ScaleNumber]) -> tuple[int, ScaleNumber] | None:
+    """Find the first block with a scale that is NaN or infinite.
+
+    Args:
+        blocks: contiguous blocks: anything with the buffer protocol (a read-only one is copied).
+        size: bytes of a block.
+        numbers: the scales of a block, see `q6k_kernels.formats.blocks.STEPS`.
+
+    Returns:
+        The index of the block and the first such number in it; None if all are finite.
+
+    Raises:
+        ValueError: the last block is incomplete.
+        EnvironmentMissingError: the compiled repacker is missing.
+    """
+    source = _writable(blocks)
+    count, rest = divmod(source.nbytes, size)
+    if rest:
+        raise ValueError(f"expected whole blocks of {size} bytes, found {source.nbytes} bytes")
+    found = None
+    for number in numbers if count else ():
+        words = _address(source) + number.at
+        block: int = _library().q6k_first_with(words, count, size, number.size, number.mask)
+        if block < count:  # the next numbers matter in earlier blocks only
+            found, count = (block, number), block
+    return found
+
+
+def _writable(data: Any) -> memoryview:
+    """Return the data's memory, or a copy of it if it is read-only, for ctypes takes no other."""
+    view = memoryview(data)
+    return memoryview(bytearray(view)) if view.readonly else view
+
+
+def _address(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))

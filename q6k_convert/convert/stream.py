@@ -17,19 +17,19 @@ from typing import Any
 import xxhash
 
 from q6k_convert.convert.plan import Plan, TensorPlan
-from q6k_convert.convert.repack import array_bytes, to_planes
+from q6k_convert.convert.repack import array_bytes, first_nonfinite, to_planes
 from q6k_convert.text import displayable
 from q6k_kernels.bundle.manifest import SourceFile
 from q6k_kernels.bundle.writer import BundleWriter
-from q6k_kernels.formats.blocks import BLOCK_BYTES, D_AT
-from q6k_kernels.formats.ggml import SUPER_BLOCK, TYPE_SIZES
+from q6k_kernels.formats.blocks import STEPS, ScaleNumber, block_bytes
+from q6k_kernels.formats.ggml import TYPE_SIZES
 from q6k_kernels.formats.types import weight_type
 from q6k_kernels.gguf.file import GGUFFile
 
-PIECE_BLOCKS = 16384
-"""Most Q6_K blocks in a piece: 3.4 MB in, 3.7 MB out. Smaller pieces cost more time in Python than they save."""
+PIECE_BYTES = 3_400_000
+"""Most source bytes in a piece. Smaller pieces cost more time in Python than they save."""
 BUFFER_BYTES = 128 << 20
-"""Most bytes of all buffers together, for any number of workers."""
+"""About the most bytes of all buffers together, for any number of workers."""
 DEQUANTIZED_WEIGHTS = 1 << 17
 """Most weights in a piece that the gguf package dequantises; its temporary arrays are many times as large."""
 
@@ -46,13 +46,13 @@ class _Piece:
 
 
 class _Slot:
-    """Buffers for one piece in progress."""
+    """Buffers for one piece in progress, of at most `most` source bytes."""
 
-    def __init__(self, plan: Plan, blocks: int) -> None:
-        self.source = memoryview(bytearray(blocks * BLOCK_BYTES))
-        formats = {tensor.format for tensor in plan.tensors if tensor.format is not None}
-        most = max((sum(array_bytes(weight_type(name)).values()) for name in formats), default=0)
-        self._target = memoryview(bytearray(blocks * most))
+    def __init__(self, plan: Plan, most: int) -> None:
+        self.source = memoryview(bytearray(most))
+        rows = [weight_type(name) for name in {tensor.format for tensor in plan.tensors} if name is not None]
+        sizes = [most // block_bytes(row) * sum(array_bytes(row).values()) for row in rows]
+        self._target = memoryview(bytearray(max(sizes, default=0)))
 
     def arrays(self, sizes: Mapping[str, int]) -> dict[str, memoryview]:
         """Return one buffer for each role, of the given sizes in bytes, cut from the target memory."""
@@ -81,14 +81,14 @@ def stream(plan: Plan, writer: BundleWriter, jobs: int, progress: Callable[[int]
         The source files with their checksums.
 
     Raises:
-        GgufRejectedError: a block has a scale that is not finite.
+        GgufRejectedError: a block has a scale that is not finite, and the options forbid it.
         GgufReadError, OSError: reading or writing failed.
     """
     hashes = {part.path: xxhash.xxh3_128() for part in plan.model.parts}
     under_way = deque[tuple[_Piece, _Slot, Future[_Done]]]()
     slots = jobs + 2
-    blocks = min(PIECE_BLOCKS, BUFFER_BYTES // (2 * BLOCK_BYTES * slots))
-    free = [_Slot(plan, blocks) for _ in range(slots)]
+    most = min(PIECE_BYTES, BUFFER_BYTES // (2 * slots))
+    free = [_Slot(plan, most) for _ in range(slots)]
     pool = ThreadPoolExecutor(jobs, "encode")
 
     def finish_oldest() -> None:
@@ -101,7 +101,7 @@ def stream(plan: Plan, writer: BundleWriter, jobs: int, progress: Callable[[int]
         progress(piece.nbytes)
 
     try:
-        for piece in _pieces(plan, blocks * BLOCK_BYTES):
+        for piece in _pieces(plan, most):
             if not free:
                 finish_oldest()
             slot = free.pop()
@@ -139,10 +139,10 @@ def _cut(part: GGUFFile, begin: int, end: int, tensor: TensorPlan | None, step: 
 
 
 def _piece_bytes(tensor: TensorPlan, most: int) -> int:
-    if tensor.storage != "dequantized":
-        return most
-    block_weights, block_bytes = TYPE_SIZES[tensor.record.type]
-    return min(DEQUANTIZED_WEIGHTS // block_weights, most // block_bytes) * block_bytes
+    """Return the bytes of a tensor's pieces, at most `most`: whole blocks."""
+    block_weights, size = TYPE_SIZES[tensor.record.type]
+    count = most // size
+    return size * (min(count, DEQUANTIZED_WEIGHTS // block_weights) if tensor.storage == "dequantized" else count)
 
 
 def _process(plan: Plan, writer: BundleWriter, piece: _Piece, slot: _Slot) -> _Done:
@@ -151,30 +151,35 @@ def _process(plan: Plan, writer: BundleWriter, piece: _Piece, slot: _Slot) -> _D
     piece.part.read_into(source, piece.offset)
     arrays = list[tuple[str, memoryview]]()
     if piece.tensor is not None:
-        for role, at, data in _encode(plan, piece, source, slot):
+        for role, at, data in _encode(plan, piece, piece.tensor, source, slot):
             key = piece.tensor.arrays[role].key
             writer.write(key, at, data)
             arrays.append((key, data))
     return _Done(source, arrays)
 
 
-def _encode(plan: Plan, piece: _Piece, source: memoryview, slot: _Slot) -> Iterator[tuple[str, int, memoryview]]:
+def _encode(
+    plan: Plan, piece: _Piece, tensor: TensorPlan, source: memoryview, slot: _Slot
+) -> Iterator[tuple[str, int, memoryview]]:
     """Yield the encoded arrays of a piece of a tensor: role, byte offset in the array, data."""
-    tensor = piece.tensor
-    assert tensor is not None  # noqa: S101 -- for the type checker
+    if tensor.storage == "skipped":
+        return
+    block_weights, size = TYPE_SIZES[tensor.record.type]
+    first, count = piece.at // size, piece.nbytes // size
+    if not plan.options.allow_nonfinite:
+        bad = first_nonfinite(source, size, STEPS.get(tensor.record.type.name, ()))
+        if bad is not None:
+            raise _not_finite(tensor, first + bad[0], bad[1])
     if tensor.format is not None:
-        row, first, blocks = weight_type(tensor.format), piece.at // BLOCK_BYTES, piece.nbytes // BLOCK_BYTES
+        row = weight_type(tensor.format)
         each = array_bytes(row)
-        planes = slot.arrays({role: blocks * size for role, size in each.items()})
-        bad = to_planes(source, planes, row)
-        if bad is not None and not plan.options.allow_nonfinite:
-            raise _not_finite(tensor, first + bad)
+        planes = slot.arrays({role: count * bytes_out for role, bytes_out in each.items()})
+        to_planes(source, planes, row)
         for role, data in planes.items():
             yield role, first * each[role], data
     elif tensor.storage == "dequantized":
-        block_weights, block_bytes = TYPE_SIZES[tensor.record.type]
-        yield "data", 2 * (piece.at // block_bytes * block_weights), _dequantized(source, tensor)
-    elif tensor.storage in ("plain", "raw"):
+        yield "data", 2 * first * block_weights, _dequantized(source, tensor)
+    else:
         yield "data", piece.at, source
 
 
@@ -193,13 +198,13 @@ def _dequantized(source: memoryview, tensor: TensorPlan) -> memoryview:
     return bits.view(np.uint8).data
 
 
-def _not_finite(tensor: TensorPlan, block: int) -> Exception:
+def _not_finite(tensor: TensorPlan, block: int, number: ScaleNumber) -> Exception:
     record = tensor.record
-    row, column = divmod(block, record.shape[-1] // SUPER_BLOCK)
-    d_at = record.offset + block * BLOCK_BYTES + D_AT
+    block_weights, size = TYPE_SIZES[record.type]
+    row, column = divmod(block, record.shape[-1] // block_weights)
     return tensor.part.reject(
         f"tensor {record.name!r}",
-        f"block {block} (row {row}, block {column} of it) has a scale d that is NaN or infinite",
-        d_at,
+        f"block {block} (row {row}, block {column} of it) has a scale {number.name} that is NaN or infinite",
+        record.offset + block * size + number.at,
         remedy="The file is damaged or badly quantised; --allow-nonfinite keeps such blocks unchanged.",
     )

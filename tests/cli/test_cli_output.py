@@ -53,7 +53,7 @@ def test_the_result_says_what_was_made(model: Path, out: Path) -> None:
 
 def test_progress_off_a_terminal_is_plain_lines(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "_LINE_SECONDS", 0.0)
-    monkeypatch.setattr(stream, "PIECE_BLOCKS", 5)
+    monkeypatch.setattr(stream, "PIECE_BYTES", 1050)
     result = invoke(model, out)
     total = f"{model.stat().st_size / 1000:.2f} kB"
     lines = [line for line in result.stderr.splitlines() if line]

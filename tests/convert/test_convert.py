@@ -15,18 +15,22 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+import ggml_blocks
 from bundle_helpers import checked_manifest, listing, shard_arrays
-from gguf_builder import F16, F32, Q4_0, Q4_K, Q5_0, Q6_K, Q8_0, Builder, Tensor, small_model, weight
+from gguf_builder import F16, F32, Q6_K, Q8_0, Builder, Tensor, small_model, weight
 from q6k_convert.convert import stream
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
 from q6k_convert.errors import InputRejectedError, Q6KConvertError, UsageError
 from q6k_kernels.errors import GgufError, GgufRejectedError
+from q6k_kernels.formats import blocks as blocks_of_formats
+from q6k_kernels.formats import planes as planes_of_formats
+from q6k_kernels.formats.types import PACKED_TYPES, WEIGHT_TYPES
 
 Arrays = dict[str, tuple[str, list[int], bytes]]
 Q8_1, F64, BF16, I8, I16, I32, I64 = 9, 28, 30, 24, 25, 26, 27
 PLAIN = {F32: "F32", F16: "F16", BF16: "BF16", F64: "F64", I8: "I8", I16: "I16", I32: "I32", I64: "I64"}
-QUANTISED = (Q4_0, Q5_0, Q8_0, Q4_K, Q6_K)
+WITHOUT_ROW = ("Q2_K", "Q3_K", "IQ1_M", "IQ2_XXS", "IQ3_S", "TQ1_0", "NVFP4")
 
 
 # What the bundle must hold, one weight at a time
@@ -79,14 +83,24 @@ def planes(data: bytes, scales: str) -> dict[str, bytes]:
 
 
 def expected_arrays(tensor: Tensor, scales: str, other: str) -> Arrays:
-    """Key -> dtype, shape, bytes of one tensor."""
+    """Key -> dtype, shape, bytes of one tensor. Planes of types other than Q6_K are by the definition in numpy."""
     name, shape = str(tensor.name), list(tensor.shape)
+    ggml = gguf.GGMLQuantizationType(tensor.type).name
     if tensor.type == Q6_K and len(shape) in (2, 3):
         *lead, k = shape
         dtypes = {"ql": "U8", "qh": "U8", "scale": "BF16" if scales == "bf16" else "I8", "steps": "F16"}
         width = {"ql": k // 2, "qh": k // 4, "scale": k // 16, "steps": k // 256}
         made = planes(tensor.data, scales)
         return {f"{name}.{role}": (dtypes[role], [*lead, width[role]], data) for role, data in made.items()}
+    if ggml in PACKED_TYPES and len(shape) in (2, 3):
+        (row,) = (row for row in WEIGHT_TYPES.values() if row.ggml == ggml)
+        blocks = np.frombuffer(tensor.data, dtype=np.uint8).reshape(*shape[:-1], -1)
+        decoded = blocks_of_formats.decode(blocks, row)
+        packed = [*planes_of_formats.pack(decoded.codes, row), *(decoded.arrays[a.role] for a in row.scales)]
+        return {
+            f"{name}.{array.role}": (array.dtype, list(found.shape), found.tobytes())
+            for array, found in zip(row.arrays, packed, strict=True)
+        }
     if tensor.type in PLAIN:
         return {name: (PLAIN[tensor.type], shape, tensor.data)}
     if other == "raw":
@@ -115,11 +129,25 @@ def stored_arrays(directory: Path) -> Arrays:
     return found
 
 
+def blocks(name: str, shape: tuple[int, ...], ggml: str) -> Tensor:
+    """A tensor of random blocks with finite scales."""
+    count = math.prod(shape) // ggml_blocks.SIZES[ggml][0]
+    data = ggml_blocks.random_blocks(ggml, count, seed=len(name)).tobytes()
+    return Tensor(name, shape, int(gguf.GGMLQuantizationType[ggml]), data)
+
+
+def narrow(ggml: str) -> int:
+    """A width of an odd number of blocks."""
+    return 3 * ggml_blocks.SIZES[ggml][0]
+
+
 def every_type() -> Builder:
-    """small_model and one tensor of every other sort; 1-D and 4-D Q6_K are no planar weights."""
+    """small_model and one tensor of every other sort; 1-D and 4-D tensors are no planar weights."""
     builder = small_model()
-    builder.tensors += [weight(f"quantised.{kind}", (2, 2, 256), kind, seed=kind) for kind in QUANTISED]
+    builder.tensors += [blocks(f"packed.{ggml}", (2, 2, narrow(ggml)), ggml) for ggml in sorted(PACKED_TYPES)]
+    builder.tensors += [blocks(f"other.{ggml}", (2, 2, 256), ggml) for ggml in WITHOUT_ROW]
     builder.tensors += [weight(f"plain.{kind}", (3, 5), kind, seed=kind) for kind in PLAIN]
+    builder.tensors += [blocks("one.q4_0", (32,), "Q4_0"), blocks("four.q4_k", (2, 1, 2, 256), "Q4_K")]
     builder.tensors += [weight("one.q6k", (512,), Q6_K, seed=51), weight("four.q6k", (2, 1, 2, 256), Q6_K, seed=52)]
     return builder
 
@@ -127,13 +155,13 @@ def every_type() -> Builder:
 @pytest.fixture
 def tiny_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor takes several pieces, so that positions and order matter."""
-    monkeypatch.setattr(stream, "PIECE_BLOCKS", 3)
+    monkeypatch.setattr(stream, "PIECE_BYTES", 630)
 
 
 # Arrays
 
 
-@pytest.mark.parametrize("pieces", [16384, 3])
+@pytest.mark.parametrize("pieces", [3_400_000, 630])
 @pytest.mark.parametrize("other", ["bf16", "raw", "skip"])
 @pytest.mark.parametrize("scales", ["bf16", "exact"])
 def test_every_array_is_what_the_formats_text_says(
@@ -143,7 +171,7 @@ def test_every_array_is_what_the_formats_text_says(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stream, "PIECE_BLOCKS", pieces)
+    monkeypatch.setattr(stream, "PIECE_BYTES", pieces)
     builder = every_type()
     convert(builder.write(tmp_path / "m.gguf"), tmp_path / "out", Options(scales, other))
     expected: Arrays = {}
@@ -187,11 +215,13 @@ def with_d(tensor: Tensor, block: int, bits: int) -> Tensor:
     return replace(tensor, data=bytes(data))
 
 
-@pytest.mark.parametrize(("bits", "pieces"), [(0x7C00, 16384), (0xFC00, 3), (0x7E01, 3), (0xFDFF, 16384)])
+@pytest.mark.parametrize(
+    ("bits", "pieces"), [(0x7C00, 3_400_000), (0xFC00, 630), (0x7E01, 630), (0xFDFF, 3_400_000)]
+)
 def test_a_scale_that_is_not_finite_is_rejected_with_its_place_or_kept_if_asked(
     bits: int, pieces: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "PIECE_BLOCKS", pieces)
+    monkeypatch.setattr(stream, "PIECE_BYTES", pieces)
     tensor = with_d(weight("w", (4, 512), seed=1), 7, bits)
     path = Builder([weight("first", (2, 256)), tensor]).write(tmp_path / "m.gguf")
     at = path.read_bytes().index(tensor.data) + 7 * 210 + 208
@@ -228,10 +258,10 @@ def test_the_bundle_depends_on_neither_time_nor_place_nor_piece_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundles = []
-    for place, pieces in (("here", 16384), ("there", 1), ("elsewhere", 5)):
+    for place, pieces in (("here", 3_400_000), ("there", 272), ("elsewhere", 1050)):
         (tmp_path / place).mkdir()
         path = small_model().write(tmp_path / place / "m.gguf")
-        monkeypatch.setattr(stream, "PIECE_BLOCKS", pieces)
+        monkeypatch.setattr(stream, "PIECE_BYTES", pieces)
         convert(path, tmp_path / place / f"out-{place}", Options(max_shard_size=3000))
         bundles.append(listing(tmp_path / place / f"out-{place}"))
     assert bundles[0] == bundles[1] == bundles[2]
@@ -323,23 +353,25 @@ def test_patterns_that_match_nothing_or_leave_nothing_are_refused(tmp_path: Path
     )
 
 
+def with_others() -> Builder:
+    """small_model, a tensor whose type has no packed form, and one that is no matrix."""
+    builder = small_model()
+    builder.tensors += [blocks("two", (4, 256), "Q2_K"), blocks("one", (256,), "Q6_K")]
+    return builder
+
+
 def test_other_error_lists_the_tensors_it_refuses(tmp_path: Path) -> None:
-    message = (
-        r"2 that are neither Q6_K weights nor stored unchanged: blk.0.ffn_up.weight \(Q8_0 4×256\), blk.0.attn_k"
-    )
-    assert "--other bf16, raw or skip" in refusal(
-        small_model(), tmp_path, InputRejectedError, message, other="error"
-    )
-    one = Builder([weight("a", (2, 256)), weight("one", (256,), Q6_K)])
-    refusal(one, tmp_path, InputRejectedError, r"1 that are neither .*: one \(Q6_K 256\)", other="error")
+    message = r"2 that are neither packed nor stored unchanged: two \(Q2_K 4×256\), one \(Q6_K 256\)$"
+    remedy = refusal(with_others(), tmp_path, InputRejectedError, message, other="error")
+    assert "--other bf16, raw or skip" in remedy
 
 
 def test_other_error_does_not_mind_what_is_excluded(tmp_path: Path) -> None:
-    excluded = ("blk.0.ffn_up.weight", "blk.0.attn_k.weight")
-    path = small_model().write(tmp_path / "m.gguf")
-    convert(path, tmp_path / "out", Options(other="error", exclude=excluded))
+    path = with_others().write(tmp_path / "m.gguf")
+    convert(path, tmp_path / "out", Options(other="error", exclude=("one", "two")))
     stored = {t["name"]: t["storage"] for t in checked_manifest(tmp_path / "out")["tensors"]}
-    assert {name for name, storage in stored.items() if storage == "skipped"} == set(excluded)
+    assert {name for name, storage in stored.items() if storage == "skipped"} == {"one", "two"}
+    assert "dequantized" not in stored.values()
 
 
 def test_a_type_the_gguf_package_cannot_dequantise_is_refused_and_can_be_kept_raw(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import gguf
 import numpy as np
 import pytest
 
+import ggml_blocks
 from gguf_builder import F32, Q6_K, Builder, Tensor, key_value, weight
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options, make_plan
@@ -96,6 +98,44 @@ def test_a_scale_that_is_not_finite_is_rejected_with_its_place_and_leaves_nothin
     assert path.read_bytes()[caught.value.offset :][:2] == struct.pack("<H", bits)
     assert "--allow-nonfinite" in caught.value.remedy
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("ggml", sorted(ggml_blocks.HALVES))
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_number_that_is_not_finite_is_refused_in_every_type(tmp_path: Path, ggml: str, rank: int) -> None:
+    """Packed, dequantised or kept raw."""
+    block, size = ggml_blocks.SIZES[ggml]
+    other = "raw" if ggml in ("Q8_1", "Q1_0") else "bf16"
+    for name, at in ggml_blocks.HALVES[ggml].items():
+        blocks = ggml_blocks.random_blocks(ggml, 15)
+        blocks[13, at : at + 2] = [0x01, 0xFC]
+        shape = (5, 3 * block) if rank == 2 else (15 * block,)
+        bad = Tensor("bad", shape, int(gguf.GGMLQuantizationType[ggml]), blocks.tobytes())
+        path = Builder(tensors=[weight("first", (2, 256)), bad]).write(tmp_path / "model.gguf")
+        start = path.read_bytes().index(bad.data)
+        place = "(row 4, block 1 of it)" if rank == 2 else "(row 0, block 13 of it)"
+        for choice in {other, "raw"}:
+            with pytest.raises(GgufRejectedError) as caught:
+                convert(path, tmp_path / "out", Options(other=choice))  # type: ignore[arg-type]
+            where = f"tensor 'bad' at byte {start + 13 * size + at}: block 13 {place}"
+            assert caught.value.cause == f"{path}: {where} has a scale {name} that is NaN or infinite"
+            assert list(tmp_path.iterdir()) == [path]
+        kept = convert(path, tmp_path / "kept", Options(other=other, allow_nonfinite=True))  # type: ignore[arg-type]
+        assert kept.manifest.tensors[1].storage != "skipped"
+        shutil.rmtree(tmp_path / "kept")
+
+
+@pytest.mark.parametrize(("ggml", "name", "at"), [("MXFP4", "e", 0), ("NVFP4", "d[3]", 3), ("Q8_K", "d", 0)])
+def test_a_nan_in_eight_bits_or_in_fp32_is_refused_too(tmp_path: Path, ggml: str, name: str, at: int) -> None:
+    block, size = ggml_blocks.SIZES[ggml]
+    blocks = ggml_blocks.random_blocks(ggml, 4)
+    blocks[2, at : at + (4 if ggml == "Q8_K" else 1)] = 0x7F if ggml == "NVFP4" else 0xFF
+    bad = Tensor("bad", (2, 2 * block), int(gguf.GGMLQuantizationType[ggml]), blocks.tobytes())
+    path = Builder(tensors=[weight("first", (2, 256)), bad]).write(tmp_path / "model.gguf")
+    with pytest.raises(GgufRejectedError) as caught:
+        convert(path, tmp_path / "out", Options(other="raw"))
+    assert caught.value.offset == path.read_bytes().index(bad.data) + 2 * size + at
+    assert f"block 2 (row 1, block 0 of it) has a scale {name} that" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
-"""Q6_K decoding and repacking against per-element oracles, ggml's own code, and each other."""
+"""The compiled repacker against the definition in numpy, per-element oracles, and ggml's own code."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import gguf
 import libgguf
@@ -10,171 +12,92 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ggml_blocks
 import oracles
-from gguf_builder import q6k_blocks
 from q6k_convert.convert import repack
-from q6k_convert.convert.repack import array_bytes, best_path, to_planes
+from q6k_convert.convert.repack import array_bytes, best_path, first_nonfinite, to_planes
 from q6k_convert.errors import EnvironmentMissingError
 from q6k_kernels.formats import planes
-from q6k_kernels.formats.blocks import BLOCK_BYTES, decode
-from q6k_kernels.formats.types import Scales, row_of
+from q6k_kernels.formats.blocks import STEPS, ScaleNumber, block_bytes, decode
+from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType, row_of
 
 Bytes = npt.NDArray[np.uint8]
-Q6_K = gguf.GGMLQuantizationType.Q6_K
 PATHS = [name for name, code in repack.PATHS.items() if code <= repack.PATHS[best_path()]]
-SCALES: tuple[Scales, ...] = ("bf16", "exact")
+ROWS = list(WEIGHT_TYPES.values())
+IDS = list(WEIGHT_TYPES)
+Q6_K_ROWS = [row_of("Q6_K", "bf16"), row_of("Q6_K", "exact")]
+DATA = ("normal", "heavy-tailed", "constant", "zero", "tiny", "huge", "edges", "random")
+
+blocks_of = cache(ggml_blocks.every_kind)
+"""GGML type -> blocks (rows, bytes) by the names in DATA."""
 
 
-def quantised(rows: npt.NDArray[np.float32]) -> Bytes:
-    """Genuine Q6_K: ggml's own quantiser on real rows, as (rows, bytes)."""
-    return np.frombuffer(libgguf.quantize_rows(rows, int(Q6_K)), dtype=np.uint8).reshape(len(rows), -1)
-
-
-def genuine() -> dict[str, Bytes]:
-    rng = np.random.default_rng(7)
-    normal = rng.normal(scale=0.02, size=(9, 768)).astype(np.float32)
-    return {
-        "normal": quantised(normal),
-        "heavy-tailed": quantised((rng.standard_t(2, size=(9, 512)) * 0.01).astype(np.float32)),
-        "constant": quantised(np.full((3, 256), 0.125, dtype=np.float32)),
-        "zero": quantised(np.zeros((3, 256), dtype=np.float32)),
-        "tiny": quantised(normal * np.float32(1e-4)),
-        "huge": quantised(normal * np.float32(1e4)),
-    }
-
-
-def extreme() -> Bytes:
-    """Blocks at the edges of every field: all codes, sub-scales -128, 0 and 127, every kind of d."""
-    rng = np.random.default_rng(3)
-    steps = np.array([0.0, -0.0, 5.96e-8, -5.96e-8, 6.09e-5, 6.1e-5, 65504, -65504, 1.0], dtype="<f2")
-    blocks = rng.integers(0, 256, (len(steps) * 4, BLOCK_BYTES), dtype=np.uint8)
-    for index, block in enumerate(blocks):
-        block[208:] = steps[index % len(steps) : index % len(steps) + 1].view(np.uint8)
-        fill = (None, 0x00, 0xFF, 0xAA)[index % 4]
-        if fill is not None:
-            block[:192] = fill
-        block[192:208] = [0x80, 0, 0x7F, 0xFF] * 4
-    return blocks
-
-
-ALL = {**genuine(), "extreme": extreme().reshape(1, -1), "random": np.frombuffer(q6k_blocks(37), dtype=np.uint8)}
-
-
-def repacked(blocks: Bytes, scales: Scales, path: str | None = None) -> dict[str, Bytes]:
+def repacked(blocks: Bytes, row: WeightType, path: str | None = None) -> dict[str, Bytes]:
     flat = np.ascontiguousarray(blocks).reshape(-1)
-    count = flat.size // BLOCK_BYTES
-    arrays = {
-        role: np.full(count * each, 0xA5, dtype=np.uint8)
-        for role, each in array_bytes(row_of("Q6_K", scales)).items()
-    }
-    assert to_planes(flat, arrays, row_of("Q6_K", scales), path) is None
+    count = flat.size // block_bytes(row)
+    arrays = {role: np.full(count * each, 0xA5, dtype=np.uint8) for role, each in array_bytes(row).items()}
+    to_planes(flat, arrays, row, path)
     return arrays
 
 
-@pytest.mark.parametrize("data", ALL)
-def test_decode_is_what_the_format_says(data: str) -> None:
-    q, scale = decode(ALL[data])
-    raw = ALL[data].tobytes()
-    expected = [oracles.q6k_block(raw[at : at + BLOCK_BYTES]) for at in range(0, len(raw), BLOCK_BYTES)]
-    assert q.dtype == np.int8
-    assert q.reshape(-1).tolist() == [weight for weights, _ in expected for weight in weights]
-    assert scale.dtype == np.float32
-    np.testing.assert_array_equal(
-        scale.reshape(-1).view(np.uint32),
-        np.array([s for _, scales in expected for s in scales], dtype=np.float32).view(np.uint32),
-    )
+def defined(blocks: Bytes, row: WeightType) -> dict[str, bytes]:
+    """The arrays by the definition in numpy."""
+    decoded = decode(blocks, row)
+    arrays = [*planes.pack(decoded.codes, row), *(decoded.arrays[array.role] for array in row.scales)]
+    return {role: np.ascontiguousarray(array).tobytes() for role, array in zip(row.roles, arrays, strict=True)}
 
 
-@pytest.mark.parametrize("data", ALL)
-def test_decode_times_scale_is_what_ggml_dequantises(data: str) -> None:
-    blocks = np.atleast_2d(ALL[data])
-    q, scale = decode(blocks)
-    weights = q.astype(np.float32) * np.repeat(scale, 16, axis=-1)
-    by_gguf = gguf.dequantize(blocks, Q6_K)
-    by_ggml = libgguf.dequantize_rows(blocks, int(Q6_K))
-    np.testing.assert_array_equal(weights.view(np.uint32), by_gguf.view(np.uint32))
-    np.testing.assert_array_equal(weights.view(np.uint32), by_ggml.reshape(weights.shape).view(np.uint32))
-
-
-def test_decode_keeps_leading_dimensions() -> None:
-    blocks = np.frombuffer(q6k_blocks(12), dtype=np.uint8)
-    q, scale = decode(blocks.reshape(2, 3, 420))
-    assert q.shape == (2, 3, 512)
-    assert scale.shape == (2, 3, 32)
-    np.testing.assert_array_equal(q.reshape(-1), decode(blocks)[0])
-
-
-@pytest.mark.parametrize("shape", [(209,), (2, 211), ()])
-def test_decode_refuses_broken_blocks(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="whole Q6_K blocks"):
-        decode(np.zeros(shape, dtype=np.uint8))
-
-
-def test_decode_refuses_other_dtypes() -> None:
-    with pytest.raises(ValueError, match="expected uint8"):
-        decode(np.zeros(210, dtype=np.int8))  # type: ignore[arg-type]
+def weights_of(arrays: dict[str, Bytes], row: WeightType, rows: int) -> npt.NDArray[np.float32]:
+    """The weights that arrays stand for, (rows, K)."""
+    dtypes = {array.role: planes.NUMPY_DTYPES[array.dtype] for array in row.arrays}
+    shaped = {role: arrays[role].view(dtype).reshape(rows, -1) for role, dtype in dtypes.items()}
+    codes = planes.unpack([shaped[role].view(np.uint8) for role in row.roles[: -len(row.scales)]], row)
+    return planes.dequantize(codes, shaped, row)
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("scales", SCALES)
-@pytest.mark.parametrize("data", ALL)
-def test_every_path_packs_what_the_format_says(data: str, scales: Scales, path: str) -> None:
-    arrays = repacked(ALL[data], scales, path)
-    for role, expected in oracles.bundle_arrays(ALL[data].tobytes(), scales).items():
-        assert arrays[role].tobytes() == expected, role
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_every_path_packs_what_is_defined(row: WeightType, data: str, path: str) -> None:
+    blocks = blocks_of(row.ggml)[data]
+    found = {role: array.tobytes() for role, array in repacked(blocks, row, path).items()}
+    assert found == defined(blocks, row)
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("row", [r for r in ROWS if r.chosen_by != "bf16"], ids=lambda r: r.name)
+def test_packed_weights_are_ggmls_to_the_bit(row: WeightType, data: str) -> None:
+    blocks = blocks_of(row.ggml)[data]
+    weights = weights_of(repacked(blocks, row), row, len(blocks)).view(np.uint32)
+    by_gguf = ggml_blocks.dequantised(blocks, row.ggml)
+    by_ggml = libgguf.dequantize_rows(blocks, int(gguf.GGMLQuantizationType[row.ggml])).reshape(weights.shape)
+    assert not np.isnan(by_gguf).any()
+    np.testing.assert_array_equal(weights, by_gguf.view(np.uint32))
+    np.testing.assert_array_equal(weights, by_ggml.view(np.uint32))
 
 
 @pytest.mark.parametrize("path", PATHS)
-@given(raw=st.binary(min_size=BLOCK_BYTES, max_size=4 * BLOCK_BYTES))
-@settings(max_examples=200, deadline=None)
-def test_random_bytes_are_packed_as_the_format_says(path: str, raw: bytes) -> None:
-    blocks = bytearray(raw[: len(raw) // BLOCK_BYTES * BLOCK_BYTES])
-    for at in range(0, len(blocks), BLOCK_BYTES):
-        blocks[at + 209] &= 0xBF  # finite d
-    for scales in SCALES:
-        arrays = repacked(np.frombuffer(bytes(blocks), dtype=np.uint8), scales, path)
-        assert {r: a.tobytes() for r, a in arrays.items()} == oracles.bundle_arrays(bytes(blocks), scales)
-
-
-@pytest.mark.parametrize("data", ALL)
-def test_straight_repacking_equals_decoding_and_packing(data: str) -> None:
-    q, scale = decode(ALL[data])
-    ql, qh = planes.pack(q)
-    arrays = repacked(ALL[data], "bf16")
-    np.testing.assert_array_equal(arrays["ql"], ql.reshape(-1))
-    np.testing.assert_array_equal(arrays["qh"], qh.reshape(-1))
-    np.testing.assert_array_equal(arrays["scale"].view(np.uint16), planes.round_to_bf16(scale).reshape(-1))
-
-
-@pytest.mark.parametrize("data", ALL)
-def test_exact_arrays_give_back_every_weight(data: str) -> None:
-    arrays = repacked(ALL[data], "exact")
-    q = planes.unpack(arrays["ql"], arrays["qh"]).astype(np.float32)
-    steps = arrays["steps"].view("<f2").astype(np.float32)
-    scale = np.repeat(steps, 16) * arrays["scale"].view(np.int8).astype(np.float32)
-    weights = q * np.repeat(scale, 16)
-    expected = gguf.dequantize(np.atleast_2d(ALL[data]), Q6_K).reshape(-1)
-    np.testing.assert_array_equal(weights.view(np.uint32), expected.view(np.uint32))
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("row", Q6_K_ROWS, ids=["bf16", "exact"])
+def test_q6_k_is_packed_as_the_formats_text_says(row: WeightType, data: str, path: str) -> None:
+    blocks = blocks_of("Q6_K")[data]
+    found = {role: array.tobytes() for role, array in repacked(blocks, row, path).items()}
+    assert found == oracles.bundle_arrays(blocks.tobytes(), str(row.chosen_by))
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("bits", [0x7C00, 0xFC00, 0x7E00, 0x7C01, 0xFFFF])
-def test_the_first_block_without_a_finite_step_is_found(path: str, bits: int) -> None:
-    blocks = np.frombuffer(q6k_blocks(9), dtype=np.uint8).reshape(9, BLOCK_BYTES).copy()
-    blocks[5, 208:] = blocks[7, 208:] = np.frombuffer(np.uint16(bits).tobytes(), dtype=np.uint8)
-    for scales in SCALES:
-        arrays = {
-            role: np.empty(9 * each, dtype=np.uint8) for role, each in array_bytes(row_of("Q6_K", scales)).items()
-        }
-        assert to_planes(blocks.reshape(-1), arrays, row_of("Q6_K", scales), path) == 5
-        if np.isnan(blocks[5, 208:].copy().view("<f2")[0]):
-            expected = oracles.bundle_arrays(blocks.tobytes(), scales)
-            assert {r: a.tobytes() for r, a in arrays.items()} == expected
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+@given(raw=st.binary(min_size=4 * 210, max_size=4 * 210))
+@settings(max_examples=40, deadline=None)
+def test_random_bytes_are_packed_as_defined(path: str, row: WeightType, raw: bytes) -> None:
+    # Scales that are not finite, too, as --allow-nonfinite keeps them.
+    blocks = np.frombuffer(raw, dtype=np.uint8)[: len(raw) // block_bytes(row) * block_bytes(row)]
+    assert {role: array.tobytes() for role, array in repacked(blocks, row, path).items()} == defined(blocks, row)
 
 
 def test_wrong_buffers_are_refused() -> None:
-    blocks = np.frombuffer(q6k_blocks(2), dtype=np.uint8)
-    good = {role: np.empty(2 * each, dtype=np.uint8) for role, each in array_bytes(row_of("Q6_K", "bf16")).items()}
+    row, blocks = Q6_K_ROWS[0], ggml_blocks.random_blocks("Q6_K", 2)
+    good = {role: np.empty(2 * each, dtype=np.uint8) for role, each in array_bytes(row).items()}
     read_only = good["ql"].copy()
     read_only.flags.writeable = False
     for wrong in (
@@ -185,9 +108,20 @@ def test_wrong_buffers_are_refused() -> None:
         {"ql": good["ql"]},
     ):
         with pytest.raises(ValueError, match="contiguous writable arrays"):
-            to_planes(blocks, wrong, row_of("Q6_K", "bf16"))
+            to_planes(blocks, wrong, row)
     with pytest.raises(ValueError, match="contiguous writable arrays"):
-        to_planes(blocks[:-1], good, row_of("Q6_K", "bf16"))
+        to_planes(blocks.reshape(-1)[:-1], good, row)
+
+
+def test_nothing_is_packed_into_nothing() -> None:
+    to_planes(b"", {role: bytearray() for role in Q6_K_ROWS[0].roles}, Q6_K_ROWS[0])
+    assert first_nonfinite(b"", 210, STEPS["Q6_K"]) is None
+
+
+def test_a_weight_type_that_the_repacker_lacks_is_named() -> None:
+    row = WeightType("q7_k", "Q8_0", 32, 8, row_of("Q8_0", "bf16").scales)
+    with pytest.raises(ValueError, match="does not know the weight type q7_k"):
+        repacked(ggml_blocks.random_blocks("Q8_0", 1), row)
 
 
 def test_a_missing_repacker_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,4 +138,72 @@ def test_a_missing_repacker_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_path_the_machine_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(repack.PATHS, "future", 99)
     with pytest.raises(EnvironmentMissingError, match="no path 'future'"):
-        repacked(np.frombuffer(q6k_blocks(1), dtype=np.uint8), "bf16", "future")
+        repacked(ggml_blocks.random_blocks("Q6_K", 1), Q6_K_ROWS[0], "future")
+
+
+# Scales that are not finite
+
+
+def words(ggml: str, finite: bool) -> dict[str, list[bytes]]:
+    """Values of each number of a block, by name, in the bytes where it lies; IQ1_M is another matter."""
+    half = [0x0000, 0x8000, 0x03FF, 0x7BFF, 0xFBFF] if finite else list(ggml_blocks.NOT_FINITE.values())
+    single = [0x00000000, 0x7F7FFFFF, 0xFF7FFFFF] if finite else [0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001]
+    found = {name: [bits.to_bytes(2, "little") for bits in half] for name in ggml_blocks.HALVES.get(ggml, {})}
+    if ggml == "Q8_K":
+        return {"d": [bits.to_bytes(4, "little") for bits in single]}
+    if ggml == "MXFP4":
+        return {"e": [b"\x00", b"\x7f", b"\xfe"] if finite else [b"\xff"]}
+    if ggml == "NVFP4":
+        return {f"d[{i}]": [b"\x00", b"\x7e"] if finite else [b"\x7f"] for i in range(4)}
+    return found
+
+
+def with_number(blocks: Bytes, ggml: str, block: int, name: str, value: bytes) -> None:
+    places = {**ggml_blocks.HALVES.get(ggml, {}), "e": 0, **{f"d[{i}]": i for i in range(4)}}
+    at = 0 if ggml == "Q8_K" else places[name]
+    blocks[block, at : at + len(value)] = np.frombuffer(value, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("ggml", sorted(set(ggml_blocks.SIZES) - {"IQ1_M"}))
+def test_the_first_number_that_is_not_finite_is_found(ggml: str) -> None:
+    size = ggml_blocks.SIZES[ggml][1]
+    good = ggml_blocks.random_blocks(ggml, 9)
+    for name, values in words(ggml, finite=True).items():
+        for value in values:
+            with_number(good, ggml, 4, name, value)
+            assert first_nonfinite(good, size, STEPS[ggml]) is None, (name, value)
+    assert list(words(ggml, finite=False)) == [number.name for number in STEPS[ggml]]
+    for name, values in words(ggml, finite=False).items():
+        for value in values:
+            bad = good.copy()
+            with_number(bad, ggml, 8, next(iter(words(ggml, finite=False))), value)
+            with_number(bad, ggml, 5, name, value)
+            found = first_nonfinite(bad.tobytes(), size, STEPS[ggml])
+            assert found is not None
+            assert (found[0], found[1].name) == (5, name), value
+            if ggml not in ("Q8_1", "Q8_K", "Q1_0", "MXFP4", "NVFP4"):  # ggml's own opinion, where it has one
+                assert not np.isfinite(ggml_blocks.dequantised(bad, ggml)[5]).any()
+
+
+def test_the_scattered_number_of_iq1_m_is_found() -> None:
+    blocks = ggml_blocks.random_blocks("IQ1_M", 1)
+    for bits in range(1 << 16):
+        ggml_blocks.put_iq1_m(blocks, np.array([bits], dtype=np.uint16))
+        found = first_nonfinite(blocks, 56, STEPS["IQ1_M"]) is None
+        assert found == bool(np.isfinite(np.uint16(bits).view(np.float16))), bits
+    assert np.isnan(ggml_blocks.dequantised(blocks, "IQ1_M")).all()
+
+
+def test_every_type_with_blocks_is_searched() -> None:
+    assert set(STEPS) == set(ggml_blocks.SIZES)
+
+
+def test_of_one_block_the_first_number_is_named() -> None:
+    blocks = ggml_blocks.random_blocks("Q4_K", 3)
+    blocks[1, :4] = 0xFF
+    assert first_nonfinite(blocks, 144, STEPS["Q4_K"]) == (1, ScaleNumber("d", 0))
+
+
+def test_half_a_block_is_not_searched() -> None:
+    with pytest.raises(ValueError, match="whole blocks of 144 bytes, found 145"):
+        first_nonfinite(bytes(145), 144, STEPS["Q4_K"])

@@ -56,7 +56,7 @@ def tmp_path(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny model; buffers are as small, which children would fill with zeros hundreds of times."""
-    monkeypatch.setattr(stream, "PIECE_BLOCKS", 64)
+    monkeypatch.setattr(stream, "PIECE_BYTES", 64 * 210)
     return two_tensors().write(tmp_path / "model.gguf")
 
 

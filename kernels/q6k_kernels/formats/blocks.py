@@ -36,44 +36,56 @@ if TYPE_CHECKING:
     Bytes = npt.NDArray[np.uint8]
 
 
-class Steps(NamedTuple):
-    """The floating-point scales of a GGML type's block: byte offsets of fp16 numbers, or of an E8M0 exponent.
+class ScaleNumber(NamedTuple):
+    """A floating-point scale of a block, and what makes it NaN or infinite.
 
     Attributes:
-        halves: offsets of fp16 numbers.
-        exponents: offsets of bytes, of which 255 is NaN.
+        name: what ggml calls it.
+        at: its byte offset in the block.
+        size: bytes of the little-endian word there; an fp16 unless it is given.
+        mask: bits of that word that are all set if, and only if, the number is NaN or infinite.
     """
 
-    halves: tuple[int, ...] = ()
-    exponents: tuple[int, ...] = ()
+    name: str
+    at: int
+    size: int = 2
+    mask: int = 0x7C00
 
 
-STEPS = {
-    "Q4_0": Steps((0,)),
-    "Q4_1": Steps((0, 2)),
-    "Q5_0": Steps((0,)),
-    "Q5_1": Steps((0, 2)),
-    "Q8_0": Steps((0,)),
-    "Q8_1": Steps((0, 2)),
-    "Q2_K": Steps((80, 82)),
-    "Q3_K": Steps((108,)),
-    "Q4_K": Steps((0, 2)),
-    "Q5_K": Steps((0, 2)),
-    "Q6_K": Steps((208,)),
-    "IQ2_XXS": Steps((0,)),
-    "IQ2_XS": Steps((0,)),
-    "IQ3_XXS": Steps((0,)),
-    "IQ1_S": Steps((0,)),
-    "IQ4_NL": Steps((0,)),
-    "IQ3_S": Steps((0,)),
-    "IQ2_S": Steps((0,)),
-    "IQ4_XS": Steps((0,)),
-    "TQ1_0": Steps((52,)),
-    "TQ2_0": Steps((64,)),
-    "MXFP4": Steps((), (0,)),
-    "Q1_0": Steps((0,)),
+_D, _TWO = ScaleNumber("d", 0), (ScaleNumber("d", 0), ScaleNumber("dmin", 2))
+STEPS: dict[str, tuple[ScaleNumber, ...]] = {
+    "Q4_0": (_D,),
+    "Q4_1": (_D, ScaleNumber("m", 2)),
+    "Q5_0": (_D,),
+    "Q5_1": (_D, ScaleNumber("m", 2)),
+    "Q8_0": (_D,),
+    "Q8_1": (_D, ScaleNumber("s", 2)),
+    "Q2_K": (ScaleNumber("d", 80), ScaleNumber("dmin", 82)),
+    "Q3_K": (ScaleNumber("d", 108),),
+    "Q4_K": _TWO,
+    "Q5_K": _TWO,
+    "Q6_K": (ScaleNumber("d", 208),),
+    "Q8_K": (ScaleNumber("d", 0, 4, 0x7F800000),),
+    "IQ2_XXS": (_D,),
+    "IQ2_XS": (_D,),
+    "IQ2_S": (_D,),
+    "IQ3_XXS": (_D,),
+    "IQ3_S": (_D,),
+    "IQ1_S": (_D,),
+    # Four nibbles of d, lowest first, are the top ones of four 16-bit words.
+    "IQ1_M": (ScaleNumber("d", 48, 8, 0x7000_C000_0000_0000),),
+    "IQ4_NL": (_D,),
+    "IQ4_XS": (_D,),
+    "TQ1_0": (ScaleNumber("d", 52),),
+    "TQ2_0": (ScaleNumber("d", 64),),
+    "MXFP4": (ScaleNumber("e", 0, 1, 0xFF),),
+    "NVFP4": tuple(ScaleNumber(f"d[{group}]", group, 1, 0x7F) for group in range(4)),
+    "Q1_0": (_D,),
 }
-"""GGML type -> its block's scales, for every type whose blocks have them as numbers of their own."""
+"""GGML type -> the floating-point scales of its block, for every type that has blocks.
+
+ggml takes the NaN of MXFP4's E8M0 for 2 ** 127 and that of NVFP4's E4M3 for 0; no quantiser writes either.
+"""
 
 
 class Decoded(NamedTuple):
