@@ -55,20 +55,26 @@ def pack(codes: Bytes, row: WeightType) -> list[Bytes]:
     u = np.ascontiguousarray(codes)
     # Two neighbours form a 16-bit word, the first lowest: shifting by 4 joins their nibbles in its low byte.
     neighbours = (u & np.uint8(15)).view("<u2")
-    planes = [(neighbours | neighbours >> 4).astype(np.uint8)]
+    neighbours |= neighbours >> 4
+    planes = [neighbours.astype(np.uint8)]
     if row.high_bits == 2:
-        # Eight form a 64-bit word: shifts by 14, 28 and 42 bring weights 2, 4, 6 beside weight 0 in the low byte,
-        # and 3, 5, 7 beside weight 1 in the one above.
-        eights = (u >> 4).view("<u8")
-        even_odd = (eights | eights >> 14 | eights >> 28 | eights >> 42).astype("<u2").view(np.uint8)
-        qh = np.ascontiguousarray(even_odd.reshape(*u.shape[:-1], -1, 4, 2).swapaxes(-1, -2))
-        planes.append(qh.reshape(*u.shape[:-1], u.shape[-1] // 4))
+        # Eight form a 64-bit word. Shifts that are a multiple of 14 apart bring weights 0, 2, 4, 6 together in byte 6,
+        # and 1, 3, 5, 7 in byte 7. As no two bits of the product's terms meet, it carries nothing.
+        joined = _high_bits(u, 0x30) * np.uint64(1 << 44 | 1 << 30 | 1 << 16 | 1 << 2)
+        by_word = joined.view(np.uint8).reshape(-1, 8)
+        qh = np.empty((len(by_word) // 4, 2), "<u4")
+        qh[:, 0], qh[:, 1] = (np.ascontiguousarray(by_word[:, byte]).view("<u4") for byte in (6, 7))
+        planes.append(qh.view(np.uint8).reshape(*u.shape[:-1], u.shape[-1] // 4))
     elif row.high_bits == 1:
-        # Likewise by 15, 30 and 45; the odd weights' bits then move from the second byte to bits 4-7.
-        eights = (u >> 4).view("<u8")
-        even_odd = eights | eights >> 15 | eights >> 30 | eights >> 45
-        planes.append((even_odd & 15 | even_odd >> 4 & 0xF0).astype(np.uint8))
+        # Likewise, all eight in byte 7; shifts 15 apart for those of one parity, 11 from weight 0 to weight 1.
+        shifts = [52, 48, 37, 33, 22, 18, 7, 3]
+        joined = _high_bits(u, 0x10) * np.uint64(sum(1 << shift for shift in shifts))
+        planes.append(np.ascontiguousarray(joined.view(np.uint8)[..., 7::8]))
     return planes
+
+
+def _high_bits(codes: Bytes, mask: int) -> npt.NDArray[np.uint64]:
+    return codes.view("<u8") & np.uint64(mask * 0x0101010101010101)
 
 
 def unpack(planes: Sequence[Bytes], row: WeightType) -> Bytes:
@@ -151,6 +157,11 @@ def dequantize(codes: Bytes, arrays: Mapping[str, npt.NDArray[Any]], row: Weight
         if least is not None:
             weights -= least[..., None]
     return weights.reshape(codes.shape)
+
+
+def round_scales(arrays: Mapping[str, npt.NDArray[Any]], exact: WeightType) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays of the weight type with bf16 scales, of those of `exact`, the one that holds GGML's own."""
+    return {"scale": round_to_bf16(group_values(arrays, exact)[0])}
 
 
 def round_to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
