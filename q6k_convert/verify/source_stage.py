@@ -1,70 +1,19 @@
-"""Compare a bundle with its source: recompute every tensor from the GGUF, and measure how exact the bundle is.
-
-The recomputation shares no code with the conversion's fast path: blocks go through `blocks.decode`
-and `planes.pack`, both plain numpy. Errors are relative to the weights that the GGUF defines.
-"""
+"""Compare a bundle with its source: files, keys and tensors first, then every stored array (see `comparison`)."""
 
 from __future__ import annotations
 
-import math
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import xxhash
 
-from q6k_kernels.bundle.manifest import METADATA_NAME, Manifest, StoredTensor
-from q6k_kernels.bundle.structure import Entry, Finding, read_header
-from q6k_kernels.formats import planes
-from q6k_kernels.formats.blocks import BLOCK_BYTES, D_AT, SCALES_AT, decode
-from q6k_kernels.formats.ggml import GROUP, TYPE_SIZES
-from q6k_kernels.gguf.file import GGUFFile
+from q6k_convert.verify.comparison import Compared, Comparison, Exactness, keep_freed_memory
+from q6k_kernels.bundle.manifest import METADATA_NAME, Manifest
+from q6k_kernels.bundle.structure import Finding, read_header
 from q6k_kernels.gguf.model import GGUFModel, open_gguf
-from q6k_kernels.gguf.tensors import TensorRecord
-
-Bytes = npt.NDArray[np.uint8]
-PIECE_WEIGHTS = 1 << 18
-"""Weights compared at a time: a multiple of every block size, and few enough for a core's cache."""
-
-
-@dataclass
-class Exactness:
-    """Comparison of a stored tensor with GGUF's weights.
-
-    Attributes:
-        equal: whether the stored arrays equal those recomputed from the source, bit for bit.
-        signal: sum of the squares of GGUF's weights.
-        noise: sum of the squares of the differences of the stored weights from them.
-        max_scale_error: largest relative error of a stored scale; None where there are no scales.
-    """
-
-    equal: bool = True
-    signal: float = 0.0
-    noise: float = 0.0
-    max_scale_error: float | None = None
-
-    @property
-    def exact(self) -> bool:
-        """Whether every weight equals GGUF's."""
-        return self.equal and self.noise == 0
-
-    @property
-    def snr_db(self) -> float | None:
-        """Signal-to-noise ratio, 10 log10(signal / noise), in dB; None if one of the two is zero or not finite."""
-        if not (self.signal > 0 and self.noise > 0 and math.isfinite(self.signal + self.noise)):
-            return None
-        return 10 * math.log10(self.signal / self.noise)
-
-    def add(self, other: Exactness) -> None:
-        """Add the figures of another part of the model."""
-        self.equal &= other.equal
-        self.signal += other.signal
-        self.noise += other.noise
-        if other.max_scale_error is not None:
-            self.max_scale_error = max(self.max_scale_error or 0.0, other.max_scale_error)
 
 
 @dataclass
@@ -85,33 +34,52 @@ def check_source(
         GgufError: the GGUF cannot be read.
         OSError: the bundle cannot be read.
     """
-    report = SourceReport()
+    report, lock = SourceReport(), threading.Lock()
+
+    def tell(count: int) -> None:
+        with lock:
+            progress(count)
+
     with open_gguf(source) as model:
         report.findings += _check_listing(manifest, model)
         report.findings += _check_metadata(directory, model)
         if report.findings:
             return report
-        report.findings += _check_checksums(manifest, model, progress)
         shards = {name: read_header(directory / name) for name in manifest.files if name.endswith(".safetensors")}
         stored = {tensor.name: tensor for tensor in manifest.tensors}
+        comparisons = [
+            Comparison(directory, shards, stored[record.name], part, record)
+            for part, record in model.tensors()
+            if stored[record.name].arrays
+        ]
+        ranges = [(comparison, first) for comparison in comparisons for first in comparison.ranges]
+        allowed = bool(manifest.options.get("allow_nonfinite"))
+        keep_freed_memory()
         with ThreadPoolExecutor(jobs, "compare") as pool:
-
-            def compare(item: tuple[GGUFFile, TensorRecord]) -> tuple[Exactness, list[Finding]]:
-                part, record = item
-                comparison = _Comparison(directory, shards, stored[record.name], part, record)
-                return comparison.run()
-
-            records = [item for item in model.tensors() if stored[item[1].name].arrays]
             try:
-                for (_, record), (exactness, findings) in zip(records, pool.map(compare, records), strict=True):
-                    report.tensors[record.name] = exactness
-                    report.total.add(exactness)
-                    report.findings += findings
-                    progress(record.nbytes)
+                hashed = pool.submit(lambda: list(_check_checksums(manifest, model, tell)))
+                results = pool.map(lambda item: item[0].run(item[1], tell), ranges)
+                for comparison in comparisons:
+                    compared = next(results)
+                    for _ in comparison.ranges[1:]:
+                        compared.add(next(results))
+                    _record(report, comparison, compared, allowed=allowed)
+                report.findings = hashed.result() + report.findings
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
     return report
+
+
+def _record(report: SourceReport, comparison: Comparison, compared: Compared, *, allowed: bool) -> None:
+    """Add the result of a whole tensor to the report; `allowed` scales that are not finite are no finding."""
+    if not compared.exactness.equal:
+        compared = comparison.measured()  # for the signal of the pieces that are equal
+    report.tensors[comparison.tensor.name] = compared.exactness
+    report.total.add(compared.exactness)
+    report.findings += compared.findings.values()
+    if compared.nonfinite_at is not None and not allowed:
+        report.findings.append(comparison.not_finite(compared))
 
 
 def source_bytes(manifest: Manifest) -> int:
@@ -176,99 +144,3 @@ def _check_checksums(manifest: Manifest, model: GGUFModel, progress: Callable[[i
                 f"{recorded.size} bytes with checksum {recorded.checksum}"
             )
             yield Finding(problem, part.path.name)
-
-
-class _Comparison:
-    """Comparison of one stored tensor with its source, piece by piece."""
-
-    def __init__(
-        self,
-        directory: Path,
-        shards: dict[str, dict[str, Entry]],
-        tensor: StoredTensor,
-        part: GGUFFile,
-        record: TensorRecord,
-    ) -> None:
-        self.directory, self.shards, self.tensor = directory, shards, tensor
-        self.part, self.record = part, record
-        self.exactness = Exactness()
-        self.findings = dict[str, Finding]()
-
-    def run(self) -> tuple[Exactness, list[Finding]]:
-        """Compare the whole tensor; at most one finding for each array, its first difference."""
-        block_weights, block_bytes = TYPE_SIZES[self.record.type]
-        step = PIECE_WEIGHTS // block_weights
-        blocks = self.record.nbytes // block_bytes
-        for first in range(0, blocks, step):
-            count = min(step, blocks - first)
-            raw = self.part.read(self.record.offset + first * block_bytes, count * block_bytes)
-            self._compare(np.frombuffer(raw, dtype=np.uint8), first, count)
-        return self.exactness, list(self.findings.values())
-
-    def _compare(self, raw: Bytes, first: int, count: int) -> None:
-        block_weights, _ = TYPE_SIZES[self.record.type]
-        with np.errstate(all="ignore"):
-            if self.tensor.storage == "planar":
-                self._compare_planar(raw, first, count)
-            elif self.tensor.storage == "dequantized":
-                truth = _dequantized(raw, self.record)
-                expected = planes.round_to_bf16(truth)
-                stored = self._stored("data", expected.view(np.uint8), 2 * first * block_weights)
-                self._measure(truth, planes.bf16_to_float(stored.view(np.uint16)))
-            else:
-                self._stored("data", raw, len(raw) // count * first)
-
-    def _compare_planar(self, raw: Bytes, first: int, count: int) -> None:
-        q, true_scale = decode(raw)
-        ql, qh = planes.pack(q)
-        self._stored("ql", ql, len(ql) // count * first)
-        self._stored("qh", qh, len(qh) // count * first)
-        blocks = raw.reshape(count, BLOCK_BYTES)
-        if "steps" in self.tensor.arrays:
-            sub_scales = np.ascontiguousarray(blocks[:, SCALES_AT:D_AT]).reshape(-1)
-            steps = np.ascontiguousarray(blocks[:, D_AT:]).reshape(-1)
-            stored_steps = self._stored("steps", steps, 2 * first).view("<f2").astype(np.float32)
-            stored_sub = self._stored("scale", sub_scales, 16 * first).view(np.int8).astype(np.float32)
-            scale = np.repeat(stored_steps, 16) * stored_sub
-        else:
-            expected = planes.round_to_bf16(true_scale)
-            scale = planes.bf16_to_float(self._stored("scale", expected.view(np.uint8), 32 * first).view(np.uint16))
-        true = true_scale.astype(np.float64)
-        difference = scale - true
-        errors = np.abs(difference / true)[true != 0]
-        worst = float(errors.max(initial=0.0))
-        self.exactness.max_scale_error = max(self.exactness.max_scale_error or 0.0, worst)
-        # The weights of a group share a scale and its error. Codes that differ are findings of their own.
-        squares = np.square(q.reshape(-1, GROUP), dtype=np.int16).sum(axis=1, dtype=np.int32)
-        self.exactness.signal += float(np.square(true) @ squares)
-        self.exactness.noise += float(np.square(difference) @ squares)
-
-    def _measure(self, truth: npt.NDArray[np.float32], stored: npt.NDArray[np.float32]) -> None:
-        self.exactness.signal += float(np.square(truth, dtype=np.float64).sum())
-        self.exactness.noise += float(np.square(stored.astype(np.float64) - truth).sum())
-
-    def _stored(self, role: str, expected: Bytes, at: int) -> Bytes:
-        """Return an array's stored bytes from offset `at`; a difference from `expected` becomes a finding."""
-        array = self.tensor.arrays[role]
-        entry = self.shards[array.file][array.key]
-        with (self.directory / array.file).open("rb") as file:
-            file.seek(entry.begin + at)
-            stored = np.frombuffer(file.read(len(expected)), dtype=np.uint8)
-        if len(stored) != len(expected):
-            raise OSError(0, "became shorter while it was being read", array.file)
-        if not np.array_equal(stored, expected):
-            self.exactness.equal = False
-            where = int(np.nonzero(stored != expected)[0][0])
-            problem = (
-                f"differs from the source at byte {at + where} of the array: expected "
-                f"{expected[where]:#04x}, found {stored[where]:#04x}"
-            )
-            self.findings.setdefault(role, Finding(problem, array.file, self.tensor.name, array.key))
-        return stored
-
-
-def _dequantized(raw: Bytes, record: TensorRecord) -> npt.NDArray[np.float32]:
-    import gguf
-
-    weights = gguf.dequantize(raw.reshape(1, -1), gguf.GGMLQuantizationType(record.type))
-    return np.ascontiguousarray(weights, dtype=np.float32).reshape(-1)

@@ -16,7 +16,7 @@ from typing import Literal
 from q6k_convert.verify.device_stage import DeviceReport, DeviceRun, check_device
 from q6k_convert.verify.source_stage import SourceReport, check_source, source_bytes
 from q6k_kernels.bundle import manifest as manifests
-from q6k_kernels.bundle.content import check_content, content_bytes
+from q6k_kernels.bundle.content import ContentReport, check_content, content_bytes
 from q6k_kernels.bundle.manifest import METADATA_NAME, BundleError, Manifest
 from q6k_kernels.bundle.metadata import read_metadata
 from q6k_kernels.bundle.structure import Finding, check_structure
@@ -46,13 +46,14 @@ class Verification:
         manifest: manifest of the bundle; None if `bundle.json` is damaged.
         stages: stages in order.
         findings: pairs of stage and finding, in the order they were found.
-        source, device: reports of those stages, if they ran.
+        content, source, device: reports of those stages, if they ran.
     """
 
     directory: Path
     manifest: Manifest | None = None
     stages: list[Stage] = field(default_factory=list)
     findings: list[tuple[str, Finding]] = field(default_factory=list)
+    content: ContentReport | None = None
     source: SourceReport | None = None
     device: DeviceReport | None = None
 
@@ -119,7 +120,8 @@ def verify(
     with _stage(run, "content") as stage:
         stage.bytes = content_bytes(manifest)
         with progress(stage.bytes, "checking content") as tell:
-            _record(run, stage, check_content(run.directory, manifest, jobs=jobs, progress=tell))
+            run.content = check_content(run.directory, manifest, jobs=jobs, progress=tell)
+        _record(run, stage, run.content.findings)
         _record(run, stage, list(_check_metadata(run)))
         stage.detail = "every checksum, every scale, metadata.gguf"
     if run.failed:

@@ -7,21 +7,38 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from q6k_kernels.bundle.manifest import Manifest, StoredArray, StoredTensor
+from q6k_kernels.bundle.shards import DTYPE_BYTES
 from q6k_kernels.bundle.structure import Entry, Finding, read_header
+from q6k_kernels.formats.types import weight_type
 
 PIECE_BYTES = 1 << 20
 """Bytes read at a time: few enough to be hashed while they are in the core's own cache."""
-# The bits of infinity by dtype; those of a NaN are larger.
-_INFINITY = {"BF16": 0x7F80, "F16": 0x7C00}
+# The bits of infinity by dtype; those of a NaN are larger. Scales of dtype U8 without steps are E8M0 numbers, of
+# which 255 is NaN.
+_INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "U8": 0xFF}
+
+
+_NOWHERE = np.empty(0, np.intp)
+
+
+@dataclass
+class ContentReport:
+    """Results of the check: findings, and the number of stored scales that are NaN or infinite, by tensor."""
+
+    findings: list[Finding] = field(default_factory=list)
+    nonfinite: Counter[str] = field(default_factory=Counter)
 
 
 def content_bytes(manifest: Manifest) -> int:
@@ -31,7 +48,7 @@ def content_bytes(manifest: Manifest) -> int:
 
 def check_content(
     directory: Path, manifest: Manifest, *, jobs: int, progress: Callable[[int], None]
-) -> list[Finding]:
+) -> ContentReport:
     """Check every checksum of the manifest, and that scales are finite unless the bundle was made to keep others.
 
     Args:
@@ -40,28 +57,28 @@ def check_content(
         jobs: arrays read at the same time.
         progress: called with the number of bytes newly done, from any thread but from one at a time.
 
-    Returns:
-        What is wrong; nothing for a sound bundle.
-
     Raises:
         OSError: a file cannot be read.
     """
+    report = ContentReport()
     shards = {name: read_header(directory / name) for name in manifest.files if name.endswith(".safetensors")}
-    work: list[Callable[[], list[Finding]]] = []
+    work: list[Callable[[], ContentReport]] = []
     reader = _Reader(directory, progress)
     for name, file in manifest.files.items():
         work.append(lambda name=name, file=file: reader.check_file(name, file.checked_bytes, file.checksum))  # type: ignore[misc]
-    finite = not manifest.options.get("allow_nonfinite")
+    allowed = bool(manifest.options.get("allow_nonfinite"))
     # The longest first, so that no long one runs alone at the end.
     for tensor, role, array in sorted(_arrays(manifest), key=lambda item: -_length(shards, item[2])):
         entry = shards[array.file][array.key]
-        checked = finite and tensor.storage == "planar" and role in ("scale", "steps")
+        infinity = _infinity(tensor, role)
         work.append(
-            lambda t=tensor, a=array, e=entry, c=checked: reader.check_array(t, a, e, finite=c)  # type: ignore[misc]
+            lambda t=tensor, r=role, e=entry, i=infinity: reader.check_array(t, r, e, i, allowed=allowed)  # type: ignore[misc]
         )
     with ThreadPoolExecutor(jobs, "verify") as pool:
         try:
-            return [finding for found in pool.map(lambda item: item(), work) for finding in found]
+            for found in pool.map(lambda item: item(), work):
+                report.findings += found.findings
+                report.nonfinite += found.nonfinite
         except BaseException:
             reader.stop.set()
             pool.shutdown(cancel_futures=True)
@@ -69,6 +86,16 @@ def check_content(
         finally:
             pool.shutdown()
             reader.close()
+    return report
+
+
+def _infinity(tensor: StoredTensor, role: str) -> int | None:
+    """Return the bits of infinity in an array of floating-point scales; None for other arrays."""
+    if tensor.format is None:
+        return None
+    row = weight_type(tensor.format)
+    dtype = next((array.dtype for array in row.scales if array.role == role), None)
+    return None if dtype is None or (dtype == "U8" and row.stepped) else _INFINITY.get(dtype)
 
 
 def _arrays(manifest: Manifest) -> Iterator[tuple[StoredTensor, str, StoredArray]]:
@@ -98,33 +125,39 @@ class _Reader:
         for file in self._files:
             file.close()
 
-    def check_file(self, name: str, length: int, checksum: str) -> list[Finding]:
+    def check_file(self, name: str, length: int, checksum: str) -> ContentReport:
         """Check the first `length` bytes of a file by their checksum: all of it, or a shard's header."""
         hasher = xxhash.xxh3_128()
         for piece in self._pieces(name, 0, length):
             hasher.update(piece)
         if hasher.hexdigest() == checksum:
-            return []
-        return [Finding(f"checksum of its first {length} bytes is {hasher.hexdigest()}, expected {checksum}", name)]
+            return ContentReport()
+        problem = f"checksum of its first {length} bytes is {hasher.hexdigest()}, expected {checksum}"
+        return ContentReport([Finding(problem, name)])
 
-    def check_array(self, tensor: StoredTensor, array: StoredArray, entry: Entry, *, finite: bool) -> list[Finding]:
-        """Check an array's checksum and, with `finite`, that its values are finite."""
-        hasher, at, bad = xxhash.xxh3_128(), 0, None
+    def check_array(
+        self, tensor: StoredTensor, role: str, entry: Entry, infinity: int | None, *, allowed: bool
+    ) -> ContentReport:
+        """Check an array's checksum and, given the bits of infinity, that its values are finite or `allowed`."""
+        report, array = ContentReport(), tensor.arrays[role]
+        hasher, at, first = xxhash.xxh3_128(), 0, None
         for piece in self._pieces(array.file, entry.begin, entry.end):
             hasher.update(piece)
-            if finite and bad is None and array.dtype in _INFINITY:
-                where = _first_not_finite(piece, _INFINITY[array.dtype])
-                bad = None if where is None else at + where
-            at += len(piece) // 2
-        findings = list[Finding]()
+            if infinity is not None and len(bad := _not_finite(piece, infinity)):
+                report.nonfinite[tensor.name] += len(bad)
+                first = at + int(bad[0]) if first is None else first
+            at += len(piece) // DTYPE_BYTES[array.dtype]
         if hasher.hexdigest() != array.checksum:
             problem = f"checksum is {hasher.hexdigest()}, expected {array.checksum}"
-            findings.append(Finding(problem, array.file, tensor.name, array.key))
-        if bad is not None:
-            row, column = divmod(bad, array.shape[-1])
-            problem = f"the scale at row {row}, column {column} is NaN or infinite"
-            findings.append(Finding(problem, array.file, tensor.name, array.key))
-        return findings
+            report.findings.append(Finding(problem, array.file, tensor.name, array.key))
+        if first is not None and not allowed:
+            row, column = divmod(first, array.shape[-1])
+            place = f"row {row}, column {column}"
+            if len(array.shape) == 3:
+                place = f"matrix {row // array.shape[1]}, row {row % array.shape[1]}, column {column}"
+            problem = f"{report.nonfinite[tensor.name]} of its numbers are NaN or infinite, the first at {place}"
+            report.findings.append(Finding(problem, array.file, tensor.name, array.key))
+        return report
 
     def _pieces(self, name: str, begin: int, end: int) -> Iterator[memoryview]:
         """Yield the bytes of a range piece by piece, each in the thread's one buffer."""
@@ -151,9 +184,12 @@ class _Reader:
                 self._progress(len(piece))
 
 
-def _first_not_finite(piece: memoryview, infinity: int) -> int | None:
-    """Return the index of the first infinite or NaN value, or None: as integers these are the largest of a sign."""
+def _not_finite(piece: memoryview, infinity: int) -> npt.NDArray[np.intp]:
+    """Return the indices of infinite or NaN values: as integers these are the largest of a sign."""
+    if infinity == _INFINITY["U8"]:
+        exponents = np.frombuffer(piece, np.uint8)
+        return _NOWHERE if exponents.max() < infinity else np.flatnonzero(exponents == infinity)
     values = np.frombuffer(piece, np.uint16)
     if values.view(np.int16).max() < infinity and values.max() < infinity | 0x8000:
-        return None
-    return int(np.nonzero((values & np.uint16(infinity)) == infinity)[0][0])
+        return _NOWHERE
+    return np.flatnonzero((values & np.uint16(infinity)) == infinity)

@@ -8,22 +8,22 @@ A block, field by field; d, m and dmin are fp16, `u8[n]` are n bytes:
     Q5_1          d, m, qh u8[4], qs u8[16]            IQ4_XS  d, scales_h u16, scales_l u8[4], qs u8[128]
     Q8_0          d, qs i8[32]                         MXFP4 e u8, qs u8[16]
 
-Stored codes. In blocks of 32 weights, and in each 32 of IQ4_XS, weight j is the low nibble of `qs[j]`, weight 16 + j
-the high one; bit j of `qh`, a little-endian number, is the fifth bit of weight j. In Q4_K and Q5_K `qs[32c + l]` has
-weight l of group 2c in its low nibble and of group 2c + 1 in its high one; bit g of `qh[l]` is the fifth bit of weight
-l of group g. Q6_K is two halves of 128 weights: weight 32j + l of a half has its low nibble in `ql[32 (j % 2) + l]` of
-that half (low nibble for j < 2, high for the rest) and its high pair in bits 2j of `qh[l]`.
+Stored codes. In blocks of 32 weights, and in each 32 of IQ4_XS, weight j is the low nibble of `qs[j]`, weight
+16 + j the high one; bit j of `qh`, a little-endian number, is the fifth bit of weight j. In Q4_K and Q5_K
+`qs[32c + l]` has weight l of group 2c in its low nibble and of group 2c + 1 in its high one; bit g of `qh[l]` is
+the fifth bit of weight l of group g. Q6_K is two halves of 128 weights: weight 32j + l of a half has its low nibble
+in `ql[32 (j % 2) + l]` of that half (low nibble for j < 2, high for the rest), its high pair in bits 2j of `qh[l]`.
 
 Scales. Q4_K and Q5_K have eight 6-bit sub-scales and mins in 12 bytes: those of groups 0..3 are the low six bits of
-bytes 0..3 and 4..7; of group 4 + j the low four bits are the nibbles of byte 8 + j, the high two those of bytes j and
-4 + j. IQ4_XS has the low four bits of group g's sub-scale plus 32 in nibble g of `scales_l`, the high two in bits 2g of
-`scales_h`. Q4_1 and Q5_1 add m, so that min = -m.
+bytes 0..3 and 4..7; of group 4 + j the low four bits are the nibbles of byte 8 + j, the high two those of bytes j
+and 4 + j. IQ4_XS has the low four bits of group g's sub-scale plus 32 in nibble g of `scales_l`, the high two in
+bits 2g of `scales_h`. Q4_1 and Q5_1 add m, so that min = -m.
 Source: the structures block_* in ggml-common.h and dequantize_row_* in ggml-quants.c.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from q6k_kernels.formats.ggml import SUPER_BLOCK, TYPE_SIZES, GGMLType
@@ -93,7 +93,7 @@ class Decoded(NamedTuple):
 
     Attributes:
         codes: stored codes, uint8 (..., K).
-        arrays: the arrays of scales by role, (..., K / weights), of numpy's dtype for the row's (bf16: uint16 bits).
+        arrays: the arrays of scales by role, (..., K / weights), of numpy's dtype for the row's (bf16: its bits).
     """
 
     codes: Bytes
@@ -132,6 +132,22 @@ def decode(blocks: Bytes, row: WeightType) -> Decoded:
 def block_bytes(row: WeightType) -> int:
     """Return the bytes of a GGML block of a weight type."""
     return TYPE_SIZES[GGMLType[row.ggml]][1]
+
+
+def not_finite(blocks: Bytes, ggml: str) -> Iterator[tuple[int, npt.NDArray[np.intp]]]:
+    """Yield the offset of each scale in a GGML type's block, and the indices of blocks where it is not finite.
+
+    Args:
+        blocks: contiguous uint8 (n, bytes).
+        ggml: name of the GGML type; nothing is yielded if it is not in `STEPS`.
+    """
+    import numpy as np
+
+    steps = STEPS.get(ggml, Steps())
+    for at in steps.halves:
+        yield at, np.flatnonzero(_halves(blocks, at).view("<u2") & 0x7C00 == 0x7C00)
+    for at in steps.exponents:
+        yield at, np.flatnonzero(blocks[:, at] == 0xFF)
 
 
 _Arrays = dict[str, "npt.NDArray[np.generic]"]
@@ -229,9 +245,9 @@ def _join(blocks: Bytes, low: list[_Bits], high: list[_Bits], mask: int) -> Byte
         words = runs[at] >> bit
         words &= _NIBBLE
         if high:
-            others = runs[high[group].at] >> high[group].bit
-            others &= mask * _EACH_BYTE
-            others <<= 4
+            run, shift = runs[high[group].at], 4 - high[group].bit
+            others = run << shift if shift > 0 else run >> -shift
+            others &= (mask << 4) * _EACH_BYTE
             words |= others
         codes[:, group] = words.view("V32")[:, 0]
     return codes.view(np.uint8)

@@ -58,8 +58,8 @@ def pack(codes: Bytes, row: WeightType) -> list[Bytes]:
     neighbours |= neighbours >> 4
     planes = [neighbours.astype(np.uint8)]
     if row.high_bits == 2:
-        # Eight form a 64-bit word. Shifts that are a multiple of 14 apart bring weights 0, 2, 4, 6 together in byte 6,
-        # and 1, 3, 5, 7 in byte 7. As no two bits of the product's terms meet, it carries nothing.
+        # Eight form a 64-bit word. A product with shifts 14 apart brings weights 0, 2, 4, 6 together in byte 6, and
+        # 1, 3, 5, 7 in byte 7. No two bits of its terms meet, so nothing is carried.
         joined = _high_bits(u, 0x30) * np.uint64(1 << 44 | 1 << 30 | 1 << 16 | 1 << 2)
         by_word = joined.view(np.uint8).reshape(-1, 8)
         qh = np.empty((len(by_word) // 4, 2), "<u4")
@@ -186,6 +186,6 @@ def bf16_to_float(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
 
 
 def half_e8m0_to_float(exponents: Bytes) -> Floats:
-    """Return 2 ** (e - 128), the half of an E8M0 number, for e from 0 to 255, as fp32: two of them are subnormal."""
+    """Return 2 ** (e - 128), the half of an E8M0 number, for e in 0..255, as fp32: two of them are subnormal."""
     e = exponents.astype(np.uint32)
     return np.where(e < 2, np.uint32(0x00200000) << e, (e - 1) << 23).astype(np.uint32).view(np.float32)
