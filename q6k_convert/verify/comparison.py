@@ -86,12 +86,12 @@ class Compared:
     Attributes:
         exactness: its figures.
         findings: the first difference of each array, by role.
-        nonfinite_at: the first block with a scale that is NaN or infinite, and the scale's byte in the block.
+        nonfinite_at: the first block with a scale that is NaN or infinite, the scale's byte in the block, its name.
     """
 
     exactness: Exactness
     findings: dict[str, Finding]
-    nonfinite_at: tuple[int, int] | None = None
+    nonfinite_at: tuple[int, int, str] | None = None
 
     def add(self, other: Compared) -> None:
         """Add the result of the next range of the same tensor."""
@@ -137,11 +137,13 @@ class Comparison:
 
     def not_finite(self, compared: Compared) -> Finding:
         """Return the finding of scales that are NaN or infinite, which the result has."""
-        block, at = compared.nonfinite_at or (0, 0)
+        assert compared.nonfinite_at is not None  # noqa: S101 -- for the type checker
+        block, at, number = compared.nonfinite_at
         row, column = divmod(block, (self.record.shape or (1,))[-1] // self.block_weights)
+        byte = self.record.offset + block * self.block_bytes + at
         problem = (
-            f"{compared.exactness.nonfinite} of its scales are NaN or infinite, the first that of block {block} "
-            f"(row {row}, block {column} of it) at byte {self.record.offset + block * self.block_bytes + at}"
+            f"{compared.exactness.nonfinite} of its scales are NaN or infinite, the first {number} of block "
+            f"{block} (row {row}, block {column} of it) at byte {byte}"
         )
         return Finding(problem, self.part.path.name, self.tensor.name)
 
@@ -169,10 +171,10 @@ class _Range:
     def compare(self, raw: Bytes, first: int) -> None:
         """Compare a piece: its blocks, of which `first` is the number of the first."""
         whole, exactness = self.whole, self.result.exactness
-        for at, bad in not_finite(raw.reshape(-1, whole.block_bytes), whole.record.type.name):
+        for number, bad in not_finite(raw.reshape(-1, whole.block_bytes), whole.record.type.name):
             exactness.nonfinite += len(bad)
             if len(bad):
-                mine = first + int(bad[0]), at
+                mine = first + int(bad[0]), number.at, number.name
                 self.result.nonfinite_at = min(self.result.nonfinite_at or mine, mine)
         with np.errstate(all="ignore"):
             if whole.row is not None:
@@ -200,7 +202,8 @@ class _Range:
                 self._measure(weights, weights)
             return
         true, found = planes.group_values(truth, exact), planes.group_values(stored, row)
-        worst = max(_relative_error(a, b) for a, b in zip(found, true, strict=True) if b is not None)
+        pairs = zip(found, true, strict=True)
+        worst = max(_relative_error(a, b) for a, b in pairs if a is not None and b is not None)
         exactness.max_scale_error = max(exactness.max_scale_error or 0.0, worst)
         if same:
             # The weights of a group share a scale, and so its error; a type that rounds scales has no mins.
@@ -265,7 +268,7 @@ def _relative_error(stored: Floats, true: Floats) -> float:
 def _squares(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint64]:
     """Return the sums (K/16) of the squares of 16 codes of at most 6 bits, each at most 16384."""
     # Four squares of 16 bits are a 64-bit word; a product with this factor adds them up in its upper 16 bits.
-    words = np.square(codes, dtype=np.int16).view("<u8")
+    words: npt.NDArray[np.uint64] = np.square(codes, dtype=np.int16).view("<u8")
     words = words[0::2] + words[1::2]
     words = words[0::2] + words[1::2]
     words *= 0x0001000100010001

@@ -58,8 +58,8 @@ def test_every_field_of_the_manifest_says_what_was_done(tmp_path: Path) -> None:
         "output_norm.weight": ("F32", "skipped"),
         "blk.0.attn_q.weight": ("Q6_K", "planar"),
         "blk.0.ffn_down_exps.weight": ("Q6_K", "planar"),
-        "blk.0.ffn_up.weight": ("Q8_0", "raw"),
-        "blk.0.attn_k.weight": ("Q4_K", "raw"),
+        "blk.0.ffn_up.weight": ("Q3_K", "raw"),
+        "blk.0.attn_k.weight": ("Q4_K", "planar"),
         "blk.0.ffn_gate.weight": ("F16", "skipped"),
     }
     assert tensors["output_norm.weight"]["arrays"] == {}

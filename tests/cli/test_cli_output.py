@@ -128,7 +128,7 @@ def test_inspect_lists_a_bundle(model: Path, out: Path) -> None:
     lines = rows(result.stdout)
     assert ["tied", "output.weight", "is", "token_embd.weight"] in lines
     assert any(line[:3] == ["made", "from", "model.gguf,"] for line in lines)
-    assert any(line[:5] == ["blk.0.ffn_up.weight", "Q8_0", "4×256", "skipped", "0"] for line in lines)
+    assert any(line[:5] == ["blk.0.ffn_up.weight", "Q3_K", "4×256", "skipped", "0"] for line in lines)
     assert "scales=exact, other=skip" in result.stdout
     document = json.loads(run_cli("inspect", out, "--json").stdout)
     assert (document["kind"], document["tied"]) == ("bundle", {"output.weight": "token_embd.weight"})

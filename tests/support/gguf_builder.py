@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-F32, F16, Q4_0, Q5_0, Q8_0, Q4_K, Q6_K = 0, 1, 2, 6, 8, 12, 14
+F32, F16, Q4_0, Q5_0, Q8_0, Q3_K, Q4_K, Q6_K = 0, 1, 2, 6, 8, 11, 12, 14
 SIZES = {
     F32: (1, 4),
     F16: (1, 2),
     Q4_0: (32, 18),
     Q5_0: (32, 22),
     Q8_0: (32, 34),
+    Q3_K: (256, 110),
     Q4_K: (256, 144),
     Q6_K: (256, 210),
 }
@@ -150,7 +151,9 @@ def weight(name: str, shape: tuple[int, ...], kind: int = Q6_K, seed: int = 0) -
         return Tensor(name, shape, kind, rng.normal(size=count).astype("<f4" if kind == F32 else "<f2").tobytes())
     block_weights, block_bytes = SIZES[kind]
     blocks = rng.integers(0, 256, (count // block_weights, block_bytes), dtype=np.uint8)
-    if block_weights > 1:  # d (and dmin) come first in all these types
+    if kind == Q3_K:
+        blocks[:, -2:] = rng.normal(size=(len(blocks), 1)).astype("<f2").view(np.uint8)
+    elif block_weights > 1:  # d (and dmin) come first in the other types
         blocks[:, :2] = rng.normal(size=(len(blocks), 1)).astype("<f2").view(np.uint8)
         if kind == Q4_K:
             blocks[:, 2:4] = rng.normal(size=(len(blocks), 1)).astype("<f2").view(np.uint8)
@@ -158,14 +161,14 @@ def weight(name: str, shape: tuple[int, ...], kind: int = Q6_K, seed: int = 0) -
 
 
 def small_model() -> Builder:
-    """Return a model with tensors of most types: embedding, 2-D and 3-D Q6_K, other types, F32."""
+    """Return a model with tensors of most types: embedding, 2-D and 3-D packed weights, Q3_K, floats."""
     return Builder(
         tensors=[
             weight("token_embd.weight", (5, 512), seed=1),
             weight("output_norm.weight", (512,), F32, seed=2),
             weight("blk.0.attn_q.weight", (3, 256), seed=3),
             weight("blk.0.ffn_down_exps.weight", (2, 3, 256), seed=4),
-            weight("blk.0.ffn_up.weight", (4, 256), Q8_0, seed=5),
+            weight("blk.0.ffn_up.weight", (4, 256), Q3_K, seed=5),
             weight("blk.0.attn_k.weight", (2, 256), Q4_K, seed=6),
             weight("blk.0.ffn_gate.weight", (2, 64), F16, seed=7),
         ],

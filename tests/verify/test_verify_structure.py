@@ -24,6 +24,7 @@ from broken_bundles import (
 )
 from q6k_convert.verify.stages import verify
 from q6k_kernels.bundle import structure
+from q6k_kernels.formats.types import WEIGHT_TYPES
 
 
 def raw_entry(text: str) -> Callable[[Path], None]:
@@ -185,7 +186,7 @@ STRUCTURE: dict[str, tuple[Callable[[Path], object], str, str | None, str | None
     ),
     "format unknown": (
         tensor_edit("token_embd.weight", lambda t: t.update(format="q7_k")),
-        "format: expected one of q6_k, q6_k_exact, found 'q7_k'",
+        f"format: expected one of {', '.join(WEIGHT_TYPES)}, found 'q7_k'",
         "token_embd.weight",
         None,
     ),

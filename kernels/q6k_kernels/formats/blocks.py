@@ -134,8 +134,8 @@ def block_bytes(row: WeightType) -> int:
     return TYPE_SIZES[GGMLType[row.ggml]][1]
 
 
-def not_finite(blocks: Bytes, ggml: str) -> Iterator[tuple[int, npt.NDArray[np.intp]]]:
-    """Yield the offset of each scale in a GGML type's block, and the indices of blocks where it is not finite.
+def not_finite(blocks: Bytes, ggml: str) -> Iterator[tuple[ScaleNumber, npt.NDArray[np.intp]]]:
+    """Yield each scale of a GGML type's block, and the indices of the blocks in which it is NaN or infinite.
 
     Args:
         blocks: contiguous uint8 (n, bytes).
@@ -143,11 +143,9 @@ def not_finite(blocks: Bytes, ggml: str) -> Iterator[tuple[int, npt.NDArray[np.i
     """
     import numpy as np
 
-    steps = STEPS.get(ggml, Steps())
-    for at in steps.halves:
-        yield at, np.flatnonzero(_halves(blocks, at).view("<u2") & 0x7C00 == 0x7C00)
-    for at in steps.exponents:
-        yield at, np.flatnonzero(blocks[:, at] == 0xFF)
+    for number in STEPS.get(ggml, ()):
+        words = _field(blocks, number.at, number.size).view(f"<u{number.size}")[:, 0]
+        yield number, np.flatnonzero(words & number.mask == number.mask)
 
 
 _Arrays = dict[str, "npt.NDArray[np.generic]"]
