@@ -27,7 +27,7 @@ Row = dict[str, Any]
 def plan_contents(plan: Plan) -> Row:
     """Describe a plan: sources, storage of each type of tensor, bytes in and out, shards."""
     rows = _by_type(
-        (t.record.type.name, t.storage, math.prod(t.record.shape), t.record.nbytes, t.bytes_out)
+        (t.record.type.name, t.storage, t.format, math.prod(t.record.shape), t.record.nbytes, t.bytes_out)
         for t in plan.tensors
     )
     return {
@@ -83,7 +83,9 @@ def gguf_contents(model: GGUFModel) -> Row:
         ],
         "architecture": model.architecture,
         "tied_head": model.is_tied(),
-        "types": _by_type((r.type.name, None, math.prod(r.shape), r.nbytes, r.nbytes) for _, r in model.tensors()),
+        "types": _by_type(
+            (r.type.name, None, None, math.prod(r.shape), r.nbytes, r.nbytes) for _, r in model.tensors()
+        ),
         "keys": {kv.key: _shown(part, kv) for part, kv in model.key_values()},
         "tensors": tensors,
     }
@@ -101,7 +103,7 @@ def bundle_contents(directory: Path, manifest: Manifest) -> Row:
         "files": [{"name": name, "bytes": file.size} for name, file in manifest.files.items()],
         "tied": manifest.tied,
         "types": _by_type(
-            (t.type, t.storage, math.prod(t.shape), _source_bytes(t), t.nbytes) for t in manifest.tensors
+            (t.type, t.storage, t.format, math.prod(t.shape), _source_bytes(t), t.nbytes) for t in manifest.tensors
         ),
         "gpu_bytes": sum(t.nbytes for t in manifest.tensors),
         "bits_per_weight": _bits_per_weight([t for t in manifest.tensors if t.arrays]),
@@ -111,6 +113,7 @@ def bundle_contents(directory: Path, manifest: Manifest) -> Row:
                 "type": t.type,
                 "shape": t.shape,
                 "storage": t.storage,
+                "format": t.format,
                 "bytes": t.nbytes,
                 "arrays": {
                     role: {"key": a.key, "dtype": a.dtype, "shape": a.shape, "file": a.file}
@@ -135,7 +138,7 @@ def verification_contents(run: Verification, peak_memory: int) -> Row:
         "architecture": bundle["architecture"] if bundle else "",
         "options": bundle["options"] if bundle else {},
         "sources": bundle["sources"] if bundle else [],
-        "types": bundle["types"] if bundle else [],
+        "types": _with_source(bundle["types"], run) if bundle else [],
         "bytes": bundle["gpu_bytes"] if bundle else 0,
         "bits_per_weight": bundle["bits_per_weight"] if bundle else None,
         "stages": [
@@ -155,17 +158,31 @@ def verification_contents(run: Verification, peak_memory: int) -> Row:
                 "type": t.type,
                 "shape": t.shape,
                 "storage": t.storage,
+                "format": t.format,
                 "bytes": t.nbytes,
                 "bits_per_weight": _bits_per_weight([t]) if t.arrays else None,
                 "findings": faults[t.name],
+                "nonfinite_scales": run.content.nonfinite[t.name] if run.content else None,
                 "source": _exactness(run.source.tensors.get(t.name)) if run.source else None,
                 "device": [asdict(r) for r in runs] if (runs := run.runs(t.name)) else None,
             }
             for t in (manifest.tensors if manifest else [])
         ],
         "peak_memory_bytes": peak_memory,
+        "nonfinite_scales": run.content.nonfinite.total() if run.content else None,
         "source_totals": _exactness(run.source.total) if run.source and run.source.tensors else None,
     }
+
+
+def _with_source(types: list[Row], run: Verification) -> list[Row]:
+    """Return the rows of `_by_type` with the figures of their tensors that were compared with the source."""
+    from q6k_convert.verify.comparison import Exactness
+
+    totals = dict[tuple[str, str], Exactness]()
+    for t in run.manifest.tensors if run.manifest else []:
+        if run.source and (compared := run.source.tensors.get(t.name)):
+            totals.setdefault((t.type, t.storage), Exactness()).add(compared)
+    return [{**row, "source": _exactness(totals.get((row["type"], row["storage"])))} for row in types]
 
 
 def _exactness(found: Exactness | None) -> Row | None:
@@ -175,26 +192,32 @@ def _exactness(found: Exactness | None) -> Row | None:
         "equal": found.equal,
         "exact": found.exact,
         "snr_db": None if found.snr_db is None else round(found.snr_db, 2),
-        "max_scale_error": found.max_scale_error,
+        "max_scale_error": _finite(found.max_scale_error),
+        "nonfinite_scales": found.nonfinite,
     }
+
+
+def _finite(value: float | None) -> float | None:
+    """Return a number that JSON can hold: None for infinity."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _shown(part: GGUFFile, kv: KeyValue) -> Any:
     return {"array": kv.element.name, "count": kv.count} if kv.element is not None else part.value(kv.key)
 
 
-def _by_type(tensors: Iterable[tuple[str, str | None, int, int, int]]) -> list[Row]:
-    """Return totals per type and storage, most weights first."""
+def _by_type(tensors: Iterable[tuple[str, str | None, str | None, int, int, int]]) -> list[Row]:
+    """Return totals per type, storage and weight type, most weights first."""
     rows = dict[tuple[str, str | None], Row]()
-    for kind, storage, weights, bytes_in, bytes_out in tensors:
-        row = rows.setdefault(
-            (kind, storage),
-            {"type": kind, "storage": storage, "tensors": 0, "weights": 0, "bytes_in": 0, "bytes_out": 0},
-        )
+    for kind, storage, format, weights, bytes_in, bytes_out in tensors:
+        empty = {"tensors": 0, "weights": 0, "bytes_in": 0, "bytes_out": 0}
+        row = rows.setdefault((kind, storage), {"type": kind, "storage": storage, "format": format} | empty)
         row["tensors"] += 1
         row["weights"] += weights
         row["bytes_in"] += bytes_in
         row["bytes_out"] += bytes_out
+    for row in rows.values():
+        row["bits_per_weight"] = round(8 * row["bytes_out"] / row["weights"], 4) if row["weights"] else None
     return sorted(rows.values(), key=lambda row: -row["weights"])
 
 

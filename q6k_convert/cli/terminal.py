@@ -26,7 +26,7 @@ _FINDINGS = 50
 _WORST = 15
 
 _STORAGE_WORDS = {
-    "planar": "repacked to ql/qh planes",
+    "planar": "packed as {format}, {bits_per_weight:g} bits a weight",
     "plain": "stored unchanged",
     "dequantized": "dequantised to bf16",
     "raw": "kept as GGUF blocks",
@@ -93,7 +93,7 @@ class Terminal:
                 row["type"],
                 str(row["tensors"]),
                 f"{row['weights']:,}",
-                _STORAGE_WORDS[row["storage"]],
+                _STORAGE_WORDS[row["storage"]].format(**row),
                 text.size(row["bytes_in"]),
                 text.size(row["bytes_out"]),
             )
@@ -102,7 +102,7 @@ class Terminal:
         files = shards[0]["name"] if len(shards) == 1 else f"{len(shards)} shards"
         self._say(f"{text.size(plan['bytes_in'])} in, {text.size(plan['bytes_out'])} out, {files}")
         if not any(row["storage"] == "planar" for row in plan["types"]):
-            self._err.print("note: no tensor of this model is a Q6_K weight", style="yellow")
+            self._err.print("note: no tensor of this model can stay packed", style="yellow")
 
     def result(self, result: Row, source: str) -> None:
         """Print what was done and which commands come next."""
@@ -112,11 +112,11 @@ class Terminal:
         others = f"{result['tensors_other']} other"
         skipped = f", {result['tensors_skipped']} not stored" if result["tensors_skipped"] else ""
         _row(table, "bundle", result["output"])
-        _row(table, "tensors", f"{result['tensors_planar']} planar, {others}{skipped}")
+        _row(table, "tensors", f"{result['tensors_planar']} packed, {others}{skipped}")
         _row(table, "size", f"{text.size(result['bytes_in'])} in, {text.size(result['bytes_out'])} out")
         bits = f"{result['bits_per_weight']:g}"
         if result["bits_per_weight_planar"]:
-            bits += f" ({result['bits_per_weight_planar']:g} in Q6_K weights)"
+            bits += f" ({result['bits_per_weight_planar']:g} in packed weights)"
         _row(table, "bits per weight", bits)
         rate = text.size(result["bytes_in_per_second"])
         _row(table, "time", f"{text.seconds(result['seconds'])}, {rate}/s")
@@ -179,8 +179,17 @@ class Terminal:
         if any(t["source"] or t["device"] for t in report["tensors"]):
             self._worst_first(report["tensors"], most=None if all_tensors else _WORST)
         if total := report["source_totals"]:
-            exact = "every weight is GGUF's own" if total["exact"] else f"SNR {_decibel(total)} over all tensors"
+            exact = "every weight is GGUF's own"
+            if not total["exact"]:
+                exact = f"SNR {_decibel(total)} dB over the tensors that are not exact"
             self._say(f"against the source: {exact}; {report['bits_per_weight']:g} bits per weight")
+            for row in report["types"]:
+                if row["source"] is not None:
+                    self._say(f"  {_compared(row)}")
+            if count := total["nonfinite_scales"]:
+                self._say(f"scales of the source that are NaN or infinite: {count:,}")
+        if count := report["nonfinite_scales"]:
+            self._say(f"scales of the bundle that are NaN or infinite: {count:,}")
         for finding in report["findings"][:_FINDINGS]:
             where = ", ".join(finding[place] for place in ("file", "tensor", "array") if finding[place] is not None)
             self.error(f"{where}: {finding['problem']}")
@@ -259,7 +268,7 @@ class Terminal:
 
     def _totals(self, content: Row, column: str) -> None:
         for row in content["types"]:
-            stored = f", {row['storage']}" if row["storage"] else ""
+            stored = f", {_STORAGE_WORDS[row['storage']].format(**row)}" if row["storage"] else ""
             self._say(
                 f"{row['type']}{stored}: {text.plural(row['tensors'], 'tensor')}, {row['weights']:,} weights, "
                 f"{text.size(row[column])}"
@@ -329,6 +338,14 @@ def _value(value: Any) -> str:
 
 def _printable(name: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in displayable(name))
+
+
+def _compared(row: Row) -> str:
+    """Return how the tensors of a type compare with the source."""
+    source = row["source"]
+    stored = f" as {row['format']}" if row["format"] else ""
+    error = "exact" if source["exact"] else f"SNR {_decibel(source) or '–'} dB"
+    return f"{row['type']}{stored}, {text.plural(row['tensors'], 'tensor')}: {error}"
 
 
 def _decibel(source: Row) -> str:

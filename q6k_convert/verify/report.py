@@ -67,7 +67,9 @@ def _head(report: Row) -> str:
         tiles.append(
             ("arrays as the source gives", "all" if totals["equal"] else '<span class="bad">not all</span>')
         )
-        tiles.append(("error of the weights", _snr(totals)))
+        tiles.append(("error of the weights that are not exact", _snr(totals)))
+    if report["nonfinite_scales"] is not None:
+        tiles.append(("scales that are NaN or infinite", f"{report['nonfinite_scales']:,}"))
     shown = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles)
     return (
         f'<header class="{"good" if good else "bad"}">\n<p class="kind">Bundle verification</p>\n'
@@ -192,8 +194,10 @@ def _types(types: list[Row]) -> str:
         bar += f"<title>{safe(row['type'])}: {told}</title>{bars}</svg>"
         sizes = [text.size(row[key]) for _, key, _ in sides]
         counts = [f"{row['tensors']:,}", f"{row['weights']:,}"]
-        rows.append([_text(row["type"]), _text(row["storage"]), *counts, *sizes, bar])
-    names = ("type", "stored as", "tensors>", "weights>", *(f"{where}>" for _, _, where in sides))
+        facts = [_number(row["bits_per_weight"], "g"), _snr(row["source"]) if row["source"] else _NONE]
+        rows.append([_text(row["type"]), _text(_stored(row)), *counts, *facts, *sizes, bar])
+    names = ("type", "stored as", "tensors>", "weights>", "bits per weight>", "signal to noise>")
+    names += tuple(f"{where}>" for _, _, where in sides)
     key_to_bars = ", ".join(f'<span class="{side}">■</span> {where}' for side, _, where in sides)
     return _section("Sizes by type", _table(names, rows, last=key_to_bars))
 
@@ -210,7 +214,7 @@ def _tensors(tensors: list[Row]) -> str:
     rows = []
     ordered = sorted(tensors, key=_badness)
     for t in ordered:
-        row = [_text(t["name"]), _text(t["type"]), text.shape(t["shape"]), _text(t["storage"])]
+        row = [_text(t["name"]), _text(t["type"]), text.shape(t["shape"]), _text(_stored(t))]
         row += [text.size(t["bytes"]), _number(t["bits_per_weight"], "g"), f"{t['findings']:,}"]
         if sourced:
             s = t["source"] or {"equal": None, "exact": False, "snr_db": None, "max_scale_error": None}
@@ -276,6 +280,11 @@ def _table(columns: Sequence[str], rows: list[list[str]], bad: Sequence[bool] = 
 def _bar(size: int, most: int) -> float:
     """Return the length of a bar in pixels; at least 1 if the size is not zero."""
     return max(1.0, 180 * size / most) if size else 0.0
+
+
+def _stored(row: Row) -> str:
+    """Return the storage of a tensor or a type, and its weight type if it is packed."""
+    return f"{row['storage']}, {row['format']}" if row["format"] else row["storage"]
 
 
 def _verified(report: Row) -> bool:

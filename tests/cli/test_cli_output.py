@@ -30,24 +30,28 @@ def test_the_plan_says_what_becomes_of_each_type(model: Path, out: Path) -> None
     result = invoke(model, out, "--dry-run", "--other", "skip", "--max-shard-size", "3kB", "--exclude", "*gate*")
     lines = rows(result.stdout)
     assert f"{model}: llama, 7 tensors (head tied to the token embedding)".split() in lines
-    assert ["Q6_K", "3", "4,864", "repacked", "to", "ql/qh", "planes", "3.99", "kB", "4.26", "kB"] in lines
-    assert ["Q8_0", "1", "1,024", "not", "stored", "1.09", "kB", "0", "B"] in lines
+    packed = ["packed", "as", "q6_k,", "7", "bits", "a", "weight"]
+    assert ["Q6_K", "3", "4,864", *packed, "3.99", "kB", "4.26", "kB"] in lines
+    assert ["Q4_K", "1", "512", "packed", "as", "q4_k,", "4.625", *packed[-3:], "288", "B", "296", "B"] in lines
+    assert ["Q3_K", "1", "1,024", "not", "stored", "440", "B", "0", "B"] in lines
     assert ["F32", "1", "512", "stored", "unchanged", "2.05", "kB", "2.05", "kB"] in lines
     assert ["F16", "1", "128", "not", "stored", "256", "B", "0", "B"] in lines
     assert lines[-1][-2:] == ["3", "shards"]
     assert "note: no tensor" not in result.stderr
-    raw = invoke(model, out, "--dry-run", "--other", "raw", "--include", "*attn_k*", "--include", "*norm*")
+    raw = invoke(model, out, "--dry-run", "--other", "raw", "--include", "*ffn_up*", "--include", "*norm*")
     assert "kept as GGUF blocks" in raw.stdout
-    assert "note: no tensor of this model is a Q6_K weight" in raw.stderr
+    assert "note: no tensor of this model can stay packed" in raw.stderr
 
 
 def test_the_result_says_what_was_made(model: Path, out: Path) -> None:
     lines = rows(invoke(model, out, "--exclude", "*gate*").stdout)
     table = {line[0]: " ".join(line[1:]) for line in lines}
     assert table["bundle"] == str(out)
-    assert table["tensors"] == "3 planar, 3 other, 1 not stored"
+    assert table["tensors"] == "4 packed, 2 other, 1 not stored"
     assert table["size"].endswith(" out")
-    assert any(line[:3] == ["bits", "per", "weight"] and "(7 in Q6_K weights)" in " ".join(line) for line in lines)
+    assert any(
+        line[:3] == ["bits", "per", "weight"] and "(6.7738 in packed weights)" in " ".join(line) for line in lines
+    )
     assert any(line[:2] == ["look", "inside"] and line[-1] == str(out) for line in lines)
 
 

@@ -57,8 +57,12 @@ def test_the_worst_tensors_come_first_and_the_rest_on_request(tmp_path: Path) ->
     assert "the worst 15 of 27 tensors; --all shows every one" in few
     assert "output_norm.weight" not in few
     assert every.count("attn_v.weight") == 20
-    figures = [float(line.split()[4]) for line in every.splitlines() if " Q6_K " in line]
+    lines = [line.split() for line in every.splitlines()]
+    figures = [float(line[4]) for line in lines if line[1:2] == ["Q6_K"]]
+    assert len(figures) == 23
     assert figures == sorted(figures)
+    assert "  Q4_K as q4_k, 1 tensor: exact" in every
+    assert "  Q6_K as q6_k, 23 tensors: SNR " in every
 
 
 def test_a_damaged_bundle_ends_with_5_and_names_the_place(bundle: Path) -> None:

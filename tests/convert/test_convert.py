@@ -361,16 +361,21 @@ def with_others() -> Builder:
 
 
 def test_other_error_lists_the_tensors_it_refuses(tmp_path: Path) -> None:
-    message = r"2 that are neither packed nor stored unchanged: two \(Q2_K 4×256\), one \(Q6_K 256\)$"
+    named = r"blk.0.ffn_up.weight \(Q3_K 4×256\), two \(Q2_K 4×256\), one \(Q6_K 256\)"
+    message = rf"3 that are neither packed nor stored unchanged: {named}$"
     remedy = refusal(with_others(), tmp_path, InputRejectedError, message, other="error")
     assert "--other bf16, raw or skip" in remedy
 
 
 def test_other_error_does_not_mind_what_is_excluded(tmp_path: Path) -> None:
     path = with_others().write(tmp_path / "m.gguf")
-    convert(path, tmp_path / "out", Options(other="error", exclude=("one", "two")))
+    convert(path, tmp_path / "out", Options(other="error", exclude=("one", "two", "*ffn_up*")))
     stored = {t["name"]: t["storage"] for t in checked_manifest(tmp_path / "out")["tensors"]}
-    assert {name for name, storage in stored.items() if storage == "skipped"} == {"one", "two"}
+    assert {name for name, storage in stored.items() if storage == "skipped"} == {
+        "one",
+        "two",
+        "blk.0.ffn_up.weight",
+    }
     assert "dequantized" not in stored.values()
 
 

@@ -17,12 +17,14 @@ ROLES = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "
 
 
 def tensor(name: str, source: Row | None = None, device: list[Row] | None = None, **changes: Any) -> Row:
-    row = {"name": name, "type": "Q6_K", "shape": [256, 512], "storage": "planar", "bytes": 107520, "findings": 0}
-    return {**row, "bits_per_weight": 6.5625, "source": source, "device": device, **changes}
+    row = {"name": name, "type": "Q6_K", "shape": [256, 512], "storage": "planar", "format": "q6_k_exact"}
+    row |= {"bytes": 107520, "findings": 0, "nonfinite_scales": 0, "bits_per_weight": 6.5625}
+    return {**row, "source": source, "device": device, **changes}
 
 
 def compared(snr: float | None = None, *, exact: bool = False, equal: bool = True) -> Row:
-    return {"equal": equal, "exact": exact, "snr_db": snr, "max_scale_error": None if exact else 0.00195}
+    error = None if exact else 0.00195
+    return {"equal": equal, "exact": exact, "snr_db": snr, "max_scale_error": error, "nonfinite_scales": 0}
 
 
 def run(rate: float | None, *, m: int = 1, activations: str = "int8", passed: bool = True) -> Row:
@@ -43,17 +45,12 @@ def document(tensors: list[Row], **changes: Any) -> Row:
         {"stage": "source", "state": "passed", "detail": "all compared", "seconds": 3.4, "bytes": 4000000},
         {"stage": "device", "state": "skipped", "detail": "no GPU here", "seconds": 0.0, "bytes": 9},
     ]
-    types = [
-        {
-            "type": "Q6_K",
-            "storage": "planar",
-            "tensors": 9,
-            "weights": 10**6,
-            "bytes_in": 820000,
-            "bytes_out": 820000,
-        },
-        {"type": "Q4_K", "storage": "dequantized", "tensors": 4, "weights": 9, "bytes_in": 5, "bytes_out": 2000000},
+    types: list[Row] = [
+        {"type": "Q6_K", "storage": "planar", "format": "q6_k_exact", "tensors": 9, "weights": 10**6},
+        {"type": "Q2_K", "storage": "dequantized", "format": None, "tensors": 4, "weights": 9},
     ]
+    types[0] |= {"bytes_in": 820000, "bytes_out": 820000, "bits_per_weight": 6.5625, "source": compared(53.2)}
+    types[1] |= {"bytes_in": 5, "bytes_out": 2000000, "bits_per_weight": 16, "source": None}
     whole = {
         "status": "verified",
         "exit_code": 0,
@@ -68,7 +65,14 @@ def document(tensors: list[Row], **changes: Any) -> Row:
         "stages": stages,
         "findings": [],
         "tensors": tensors,
-        "source_totals": {"equal": True, "exact": False, "snr_db": 53.214, "max_scale_error": 0.00195},
+        "nonfinite_scales": 3,
+        "source_totals": {
+            "equal": True,
+            "exact": False,
+            "snr_db": 53.214,
+            "max_scale_error": 0.00195,
+            "nonfinite_scales": 3,
+        },
     }
     return copy.deepcopy({**whole, **changes})
 
@@ -118,7 +122,13 @@ def unreadable() -> Row:
         "array": None,
         "problem": "is not JSON",
     }
-    none |= {"bytes": 0, "bits_per_weight": None, "source_totals": None, "findings": [finding]}
+    none |= {
+        "bytes": 0,
+        "bits_per_weight": None,
+        "nonfinite_scales": None,
+        "source_totals": None,
+        "findings": [finding],
+    }
     report = document([], **none, status="failed", exit_code=5)
     for stage in report["stages"]:
         stage["state"] = "failed" if stage["stage"] == "structure" else "skipped"

@@ -93,12 +93,12 @@ def test_the_page_does_not_depend_on_hash_seeds(tmp_path: Path) -> None:
 def test_texts_of_the_bundle_stay_texts_wherever_they_stand() -> None:
     report = failed()
     report["tensors"].append(tensor(f"blk.0.{HOSTILE}", compared(20.0), [run(1.0, activations=HOSTILE)]))
-    report["tensors"][-1].update(type=HOSTILE, storage=HOSTILE)
+    report["tensors"][-1].update(type=HOSTILE, storage=HOSTILE, format=HOSTILE)
     for key in ("bundle", "producer", "architecture"):
         report[key] = HOSTILE
     report["options"] = {HOSTILE: HOSTILE, "list": [HOSTILE]}
     report["sources"] = [{"name": HOSTILE, "bytes": 1, "checksum": HOSTILE}]
-    report["types"][0].update(type=HOSTILE, storage=HOSTILE)
+    report["types"][0].update(type=HOSTILE, storage=HOSTILE, format=HOSTILE)
     report["stages"][0].update(stage=HOSTILE, state=HOSTILE, detail=HOSTILE)
     report["findings"] = [dict.fromkeys(("stage", "file", "tensor", "array", "problem"), HOSTILE)]
     source = html_report(report)
@@ -106,7 +106,7 @@ def test_texts_of_the_bundle_stay_texts_wherever_they_stand() -> None:
     assert {"script", "img"}.isdisjoint(e["tag"] for e in shown.elements)
     assert not [a for e in shown.elements for a in e["attrs"] if a.startswith("on") or a == "src"]
     assert shown.rows("Findings") == [[HOSTILE] * 5]
-    assert shown.rows("Sizes by type")[0][:2] == [HOSTILE, HOSTILE]
+    assert shown.rows("Sizes by type")[0][:2] == [HOSTILE, f"{HOSTILE}, {HOSTILE}"]
     assert shown.all("p", "bundle")[0]["text"] == HOSTILE
     assert f"blk.0.{HOSTILE}: 20.00 dB" in shown.tooltips()
 
@@ -157,10 +157,12 @@ def test_a_bundle_without_a_manifest() -> None:
 def test_sizes_by_type_and_their_bars() -> None:
     shown = page(model())
     rows = shown.rows("Sizes by type")
-    assert rows[0][:6] == ["Q6_K", "planar", "9", "1,000,000", "820.00 kB", "820.00 kB"]
+    assert rows[0][:6] == ["Q6_K", "planar, q6_k_exact", "9", "1,000,000", "6.5625", "53.20 dB"]
+    assert rows[0][6:8] == ["820.00 kB", "820.00 kB"]
+    assert rows[1][1:6] == ["dequantized", "4", "9", "16", "–"]
     widths = [float(e["attrs"]["width"]) for e in shown.all("rect")]
     assert widths == [73.8, 73.8, 1.0, 180.0]  # to one scale, and 5 bytes can still be seen
-    assert "Q4_K: 5 B in the GGUF, 2.00 MB in the bundle" in [e["text"] for e in shown.all("title")]
+    assert "Q2_K: 5 B in the GGUF, 2.00 MB in the bundle" in [e["text"] for e in shown.all("title")]
 
 
 def test_sizes_in_the_gguf_are_left_out_where_they_are_not_known() -> None:
@@ -168,7 +170,7 @@ def test_sizes_in_the_gguf_are_left_out_where_they_are_not_known() -> None:
     for row in report["types"]:
         row["bytes_in"] = 0
     shown = page(report)
-    assert shown.rows("Sizes by type")[0][:5] == ["Q6_K", "planar", "9", "1,000,000", "820.00 kB"]
+    assert shown.rows("Sizes by type")[0][4:7] == ["6.5625", "53.20 dB", "820.00 kB"]
     assert [float(e["attrs"]["width"]) for e in shown.all("rect")] == [73.8, 180.0]
     assert "in the GGUF" not in shown.text.split("Sizes by type")[1].split("All tensors")[0]
 
@@ -211,6 +213,14 @@ def test_columns_of_what_was_not_checked_are_left_out() -> None:
 def test_values_that_are_missing_or_not_finite() -> None:
     shown = page(VARIANTS["no values"])
     rows = {row[0]: row[1:] for row in shown.rows("All tensors, worst first")}
-    assert rows["blk.0.a"] == ["Q6_K", "scalar", "planar", "107.52 kB", "–", "0", "yes", "–", "0.00195", "0.5", "–"]
+    assert rows["blk.0.a"][:4] == ["Q6_K", "scalar", "planar, q6_k_exact", "107.52 kB"]
+    assert rows["blk.0.a"][4:] == ["–", "0", "yes", "–", "0.00195", "0.5", "–"]
     assert rows["c"][-2:] == ["not finite", "1"]
     assert "0 of 3 compared tensors exact; 3 without a defined ratio, not plotted." in shown.text
+
+
+def test_scales_that_are_not_finite_are_counted_at_the_top() -> None:
+    shown = page(model())
+    facts = dict(zip([e["text"] for e in shown.all("dt")], [e["text"] for e in shown.all("dd")], strict=True))
+    assert facts["scales that are NaN or infinite"] == "3"
+    assert "scales that are NaN or infinite" not in page({**model(), "nonfinite_scales": None}).text
