@@ -12,16 +12,22 @@ from typing import TYPE_CHECKING, Any
 from q6k_convert.convert.pipeline import Result
 from q6k_convert.convert.plan import Plan
 from q6k_convert.errors import ExitCode
-from q6k_kernels.bundle.manifest import Manifest, StoredTensor
-from q6k_kernels.formats.ggml import TYPE_SIZES, GGMLType
+from q6k_kernels.bundle.manifest import BundleError, Manifest, StoredTensor
+from q6k_kernels.bundle.metadata import Metadata, read_metadata
+from q6k_kernels.errors import HyperparameterError, UnsupportedModelError
+from q6k_kernels.formats.ggml import SUPER_BLOCK, TYPE_SIZES, GGMLType
+from q6k_kernels.formats.types import TILE_ROWS, weight_type
 from q6k_kernels.gguf.file import GGUFFile, KeyValue
 from q6k_kernels.gguf.model import GGUFModel
 
 if TYPE_CHECKING:
-    from q6k_convert.verify.source_stage import Exactness
+    from q6k_convert.verify.comparison import Exactness
     from q6k_convert.verify.stages import Verification
 
 Row = dict[str, Any]
+
+_NOT_LOADED = ("raw", "skipped")
+"""Storages of tensors that no model loads."""
 
 
 def plan_contents(plan: Plan) -> Row:
@@ -39,6 +45,10 @@ def plan_contents(plan: Plan) -> Row:
         "types": rows,
         "bytes_in": plan.bytes_in,
         "bytes_out": plan.bytes_out,
+        "gpu": _gpu_memory(
+            Metadata(plan.model.parts[0]),
+            {t.record.name: (t.record.shape, t.format) for t in plan.tensors if t.storage not in _NOT_LOADED},
+        ),
         "shards": [{"name": shard.name, "bytes": shard.size} for shard in plan.shards],
     }
 
@@ -92,7 +102,7 @@ def gguf_contents(model: GGUFModel) -> Row:
 
 
 def bundle_contents(directory: Path, manifest: Manifest) -> Row:
-    """Describe a bundle: producer, options, sources, files, tensors, and bytes of its arrays on a GPU."""
+    """Describe a bundle: producer, options, sources, files, tensors, and bytes of its arrays."""
     return {
         "kind": "bundle",
         "path": str(directory),
@@ -105,7 +115,7 @@ def bundle_contents(directory: Path, manifest: Manifest) -> Row:
         "types": _by_type(
             (t.type, t.storage, t.format, math.prod(t.shape), _source_bytes(t), t.nbytes) for t in manifest.tensors
         ),
-        "gpu_bytes": sum(t.nbytes for t in manifest.tensors),
+        "bytes": sum(t.nbytes for t in manifest.tensors),
         "bits_per_weight": _bits_per_weight([t for t in manifest.tensors if t.arrays]),
         "tensors": [
             {
@@ -125,6 +135,44 @@ def bundle_contents(directory: Path, manifest: Manifest) -> Row:
     }
 
 
+def gpu_contents(directory: Path, manifest: Manifest, context: int | None) -> Row:
+    """Describe the GPU memory that a bundle's model takes with a context length, by default its own."""
+    tensors = {t.name: (tuple(t.shape), t.format) for t in manifest.tensors if t.storage not in _NOT_LOADED}
+    return _gpu_memory(read_metadata(directory), tensors, context)
+
+
+def _gpu_memory(
+    metadata: Metadata, tensors: dict[str, tuple[tuple[int, ...], str | None]], context: int | None = None
+) -> Row:
+    """Return bytes of weights and of the cache of keys and values; of the latter None and why, if it is unknown."""
+    from q6k_kernels.models.cache_layout import cache_bytes
+
+    result: Row = {
+        "weights_bytes": sum(_resident(shape, format) for shape, format in tensors.values()),
+        "context": None,
+        "cache_bytes": None,
+        "cache_problem": None,
+    }
+    try:
+        length = metadata.context_length if context is None else context
+        result["context"] = length
+        if length is not None:
+            result["cache_bytes"] = cache_bytes(metadata, {name: s for name, (s, _) in tensors.items()}, length)
+        else:
+            result["cache_problem"] = "the model states no context length"
+    except (BundleError, HyperparameterError, UnsupportedModelError) as error:
+        result["cache_problem"] = str(error)
+    return result
+
+
+def _resident(shape: tuple[int, ...], format: str | None) -> int:
+    """Return the bytes of a tensor on a GPU: whole tiles if it is packed, else 16-bit floats."""
+    if format is None:
+        return 2 * math.prod(shape)
+    *stack, n, k = shape
+    return math.prod(stack) * -(-n // TILE_ROWS) * -(-k // SUPER_BLOCK) * weight_type(format).tile_bytes
+
+
 def verification_contents(run: Verification, peak_memory: int) -> Row:
     """Describe a verification: verdict, stages, findings, sizes, and the results for each tensor."""
     manifest = run.manifest
@@ -139,7 +187,7 @@ def verification_contents(run: Verification, peak_memory: int) -> Row:
         "options": bundle["options"] if bundle else {},
         "sources": bundle["sources"] if bundle else [],
         "types": _with_source(bundle["types"], run) if bundle else [],
-        "bytes": bundle["gpu_bytes"] if bundle else 0,
+        "bytes": bundle["bytes"] if bundle else 0,
         "bits_per_weight": bundle["bits_per_weight"] if bundle else None,
         "stages": [
             {

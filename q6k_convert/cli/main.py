@@ -143,6 +143,16 @@ def inspect(
         str | None,
         typer.Option(metavar="KEY", help="Print only the full value of this GGUF key.", show_default="none"),
     ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=(1 << 31) - 1,
+            metavar="N",
+            help="State a bundle's GPU memory with a context of N tokens.",
+            show_default="the model's",
+        ),
+    ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -165,8 +175,14 @@ def inspect(
                 if value is missing:
                     raise UsageError(f"{path}: no key {key!r}", "`q6k-convert inspect` without --key lists them.")
             terminal.value(key, value)
+        elif context is not None and not directory:
+            raise UsageError(
+                "--context is for a bundle: of a GGUF file the GPU memory depends on the options of convert",
+                "`q6k-convert convert --dry-run` states it with the model's own context length.",
+            )
         elif directory:
-            content = contents.bundle_contents(path, manifest.read(path))
+            found = manifest.read(path)
+            content = contents.bundle_contents(path, found) | {"gpu": contents.gpu_contents(path, found, context)}
             terminal.bundle(content)
             terminal.document(content)
         else:

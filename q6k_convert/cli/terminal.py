@@ -10,16 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from q6k_convert import text
 from q6k_convert.cli.contents import Row
+from q6k_convert.cli.tables import add_row, compared, decibel, make_table, printable, readable, styled
 from q6k_convert.text import displayable
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
 _LINE_SECONDS = 5.0
 _FINDINGS = 50
@@ -58,12 +57,12 @@ class Terminal:
         """Print a red line for the cause and one for the remedy, on stderr."""
         for label, line in (("error", cause), ("try", remedy)):
             if line:
-                self._err.print(f"{label}: {_printable(line)}", style="red", soft_wrap=True)
+                self._err.print(f"{label}: {printable(line)}", style="red", soft_wrap=True)
 
     def note(self, line: str) -> None:
         """Print a line about what the program is doing, on stderr."""
         if not self.quiet:
-            self._err.print(_printable(line), soft_wrap=True)
+            self._err.print(printable(line), soft_wrap=True)
 
     def stream(self, piece: str) -> None:
         """Print a piece of a model's answer on stdout, unless stdout is for the JSON document."""
@@ -86,9 +85,9 @@ class Terminal:
         head = " (head tied to the token embedding)" if plan["tied_head"] else ""
         architecture = plan["architecture"] or "of unnamed architecture"
         self._say(f"{sources[0]}{more}: {architecture}, {text.plural(plan['tensors'], 'tensor')}{head}")
-        table = _table("type", "tensors>", "weights>", "what happens", "bytes in>", "bytes out>")
+        table = make_table("type", "tensors>", "weights>", "what happens", "bytes in>", "bytes out>")
         for row in plan["types"]:
-            _row(
+            add_row(
                 table,
                 row["type"],
                 str(row["tensors"]),
@@ -101,6 +100,7 @@ class Terminal:
         shards = plan["shards"]
         files = shards[0]["name"] if len(shards) == 1 else f"{len(shards)} shards"
         self._say(f"{text.size(plan['bytes_in'])} in, {text.size(plan['bytes_out'])} out, {files}")
+        self._gpu(plan["gpu"])
         if not any(row["storage"] == "planar" for row in plan["types"]):
             self._err.print("note: no tensor of this model can stay packed", style="yellow")
 
@@ -108,21 +108,21 @@ class Terminal:
         """Print what was done and which commands come next."""
         if self.quiet:
             return
-        table = _table("", "", header=False)
+        table = make_table("", "", header=False)
         others = f"{result['tensors_other']} other"
         skipped = f", {result['tensors_skipped']} not stored" if result["tensors_skipped"] else ""
-        _row(table, "bundle", result["output"])
-        _row(table, "tensors", f"{result['tensors_planar']} packed, {others}{skipped}")
-        _row(table, "size", f"{text.size(result['bytes_in'])} in, {text.size(result['bytes_out'])} out")
+        add_row(table, "bundle", result["output"])
+        add_row(table, "tensors", f"{result['tensors_planar']} packed, {others}{skipped}")
+        add_row(table, "size", f"{text.size(result['bytes_in'])} in, {text.size(result['bytes_out'])} out")
         bits = f"{result['bits_per_weight']:g}"
         if result["bits_per_weight_planar"]:
             bits += f" ({result['bits_per_weight_planar']:g} in packed weights)"
-        _row(table, "bits per weight", bits)
+        add_row(table, "bits per weight", bits)
         rate = text.size(result["bytes_in_per_second"])
-        _row(table, "time", f"{text.seconds(result['seconds'])}, {rate}/s")
-        _row(table, "peak memory", text.size(result["peak_memory_bytes"]))
-        _row(table, "look inside", f"q6k-convert inspect {shlex.quote(result['output'])}")
-        _row(
+        add_row(table, "time", f"{text.seconds(result['seconds'])}, {rate}/s")
+        add_row(table, "peak memory", text.size(result["peak_memory_bytes"]))
+        add_row(table, "look inside", f"q6k-convert inspect {shlex.quote(result['output'])}")
+        add_row(
             table,
             "verify next",
             f"q6k-convert verify {shlex.quote(result['output'])} --source {shlex.quote(source)}",
@@ -136,56 +136,55 @@ class Terminal:
                 f"{file['name']}: GGUF version {file['version']}, alignment {file['alignment']}, "
                 f"{text.size(file['bytes'])}"
             )
-        keys = _table("key", "value")
+        keys = make_table("key", "value")
         for key, value in content["keys"].items():
-            _row(keys, key, _value(value))
+            add_row(keys, key, readable(value))
         self._out.print(keys)
-        tensors = _table("tensor!", "type", "shape", "bytes>")
+        tensors = make_table("tensor!", "type", "shape", "bytes>")
         for t in content["tensors"]:
-            _row(tensors, t["name"], t["type"], text.shape(t["shape"]), text.size(t["bytes"]))
+            add_row(tensors, t["name"], t["type"], text.shape(t["shape"]), text.size(t["bytes"]))
         self._out.print(tensors)
         self._totals(content, "bytes_in")
 
     def bundle(self, content: Row) -> None:
         """Print the contents of a bundle."""
         self._say(f"{content['path']}: q6k-planar bundle by {content['producer']}")
-        table = _table("", "", header=False)
-        _row(table, "architecture", content["architecture"])
+        table = make_table("", "", header=False)
+        add_row(table, "architecture", content["architecture"])
         for source in content["sources"]:
-            _row(table, "made from", f"{source['name']}, {text.size(source['bytes'])}, {source['checksum']}")
-        _row(table, "options", ", ".join(f"{k}={v}" for k, v in content["options"].items()))
+            add_row(table, "made from", f"{source['name']}, {text.size(source['bytes'])}, {source['checksum']}")
+        add_row(table, "options", ", ".join(f"{k}={v}" for k, v in content["options"].items()))
         for name, to in content["tied"].items():
-            _row(table, "tied", f"{name} is {to}")
+            add_row(table, "tied", f"{name} is {to}")
         for file in content["files"]:
-            _row(table, "file", f"{file['name']}, {text.size(file['bytes'])}")
-        _row(
-            table, "on a GPU", f"{text.size(content['gpu_bytes'])}, {content['bits_per_weight']:g} bits per weight"
-        )
+            add_row(table, "file", f"{file['name']}, {text.size(file['bytes'])}")
+        add_row(table, "arrays", f"{text.size(content['bytes'])}, {content['bits_per_weight']:g} bits per weight")
         self._out.print(table)
-        tensors = _table("tensor!", "type", "shape", "stored", "bytes>")
+        self._gpu(content["gpu"])
+        tensors = make_table("tensor!", "type", "shape", "stored", "bytes>")
         for t in content["tensors"]:
-            _row(tensors, t["name"], t["type"], text.shape(t["shape"]), t["storage"], text.size(t["bytes"]))
+            add_row(tensors, t["name"], t["type"], text.shape(t["shape"]), t["storage"], text.size(t["bytes"]))
         self._out.print(tensors)
         self._totals(content, "bytes_out")
 
     def verification(self, report: Row, *, all_tensors: bool) -> None:
         """Print the stages, the tensors (worst first) and the findings."""
         self._say(f"{report['bundle']}: {report['architecture'] or 'no readable manifest'}")
-        stages = _table("check", "state", "what")
+        stages = make_table("check", "state", "what")
         for stage in report["stages"]:
             style = {"passed": "green", "failed": "red"}.get(stage["state"], "dim")
-            _row(stages, stage["stage"], _styled(stage["state"], style), stage["detail"])
+            add_row(stages, stage["stage"], styled(stage["state"], style), stage["detail"])
         self._out.print(stages)
         if any(t["source"] or t["device"] for t in report["tensors"]):
             self._worst_first(report["tensors"], most=None if all_tensors else _WORST)
         if total := report["source_totals"]:
             exact = "every weight is GGUF's own"
             if not total["exact"]:
-                exact = f"SNR {_decibel(total)} dB over the tensors that are not exact"
+                exact = f"SNR {decibel(total)} dB over the tensors that are not exact"
             self._say(f"against the source: {exact}; {report['bits_per_weight']:g} bits per weight")
             for row in report["types"]:
                 if row["source"] is not None:
-                    self._say(f"  {_compared(row)}")
+                    self._say(f"  {compared(row)}")
             if count := total["nonfinite_scales"]:
                 self._say(f"scales of the source that are NaN or infinite: {count:,}")
         if count := report["nonfinite_scales"]:
@@ -208,19 +207,19 @@ class Terminal:
             return (-tensor["findings"], math.inf if snr is None else snr, -error)
 
         ordered = sorted((t for t in tensors if t["source"] or t["device"]), key=badness)
-        table = _table("tensor!", "type", "bits>", "exact", "SNR dB>", "scale err>", "device>")
+        table = make_table("tensor!", "type", "bits>", "exact", "SNR dB>", "scale err>", "device>")
         for t in ordered[:most]:
             source, device = t["source"] or {}, t["device"] or []
             error = source.get("max_scale_error")
             rates = [run["gb_per_s"] for run in device if run["gb_per_s"] is not None]
             ran = f"{len(device)} runs" + (f", {max(rates):.0f} GB/s" if rates else "")
-            _row(
+            add_row(
                 table,
                 t["name"],
                 t["type"],
                 f"{t['bits_per_weight']:g}",
                 {True: "yes", False: "no", None: ""}[source.get("exact")],
-                _decibel(source),
+                decibel(source),
                 "" if error is None else f"{error:.1e}",
                 ran if device else "",
             )
@@ -230,10 +229,10 @@ class Terminal:
 
     def examination(self, report: Row) -> None:
         """Print which parts of the machine are ready to run kernels, and how to repair the rest."""
-        table = _table("part", "state", "what")
+        table = make_table("part", "state", "what")
         for finding in report["findings"]:
             style = {"ok": "green", "missing": "red", "broken": "red"}.get(finding["state"], "dim")
-            _row(table, finding["name"], _styled(finding["state"], style), finding["detail"])
+            add_row(table, finding["name"], styled(finding["state"], style), finding["detail"])
         self._out.print(table)
         for finding in report["findings"]:
             if finding["state"] in ("missing", "broken"):
@@ -264,7 +263,18 @@ class Terminal:
             yield _Lines(total, what, self._err).add
 
     def _say(self, line: str) -> None:
-        self._out.print(_printable(line), soft_wrap=True)
+        self._out.print(printable(line), soft_wrap=True)
+
+    def _gpu(self, gpu: Row) -> None:
+        """Print the GPU memory of weights, and of keys and values at a context length."""
+        line = f"GPU memory: {text.size(gpu['weights_bytes'])} of weights"
+        if gpu["cache_bytes"] is not None:
+            both = gpu["weights_bytes"] + gpu["cache_bytes"]
+            line += f" and {text.size(gpu['cache_bytes'])} of keys and values for a context of {gpu['context']:,}"
+            line += f" tokens, {text.size(both)} together"
+        else:
+            line += f"; that of keys and values is not known: {gpu['cache_problem']}"
+        self._say(line)
 
     def _totals(self, content: Row, column: str) -> None:
         for row in content["types"]:
@@ -305,48 +315,3 @@ def _console(*, stderr: bool, quiet: bool = False) -> Console:
             raise BrokenPipeError  # rich would exit with a code of its own
 
     return Plain(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
-
-
-def _table(*columns: str, header: bool = True) -> Table:
-    """Make a table; a column named `…>` is aligned right, one named `…!` is never folded."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, show_header=header, header_style="bold")
-    for column in columns:
-        justify: Literal["left", "right"] = "right" if column.endswith(">") else "left"
-        table.add_column(column.rstrip(">!"), justify=justify, overflow="fold", no_wrap=column.endswith("!"))
-    return table
-
-
-def _styled(word: str, style: str) -> Text:
-    from rich.text import Text
-
-    return Text(word, style)
-
-
-def _row(table: Table, *cells: str | Text) -> None:
-    """Add a row; control characters are escaped, so names from a file cannot steer the terminal."""
-    table.add_row(*(_printable(cell) if isinstance(cell, str) else cell for cell in cells))
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"{value['count']} × {value['array']}"
-    shown = value if isinstance(value, str) else repr(value)
-    return shown if len(shown) <= 200 else f"{shown[:200]}… ({len(shown)} characters)"
-
-
-def _printable(name: str) -> str:
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in displayable(name))
-
-
-def _compared(row: Row) -> str:
-    """Return how the tensors of a type compare with the source."""
-    source = row["source"]
-    stored = f" as {row['format']}" if row["format"] else ""
-    error = "exact" if source["exact"] else f"SNR {_decibel(source) or '–'} dB"
-    return f"{row['type']}{stored}, {text.plural(row['tensors'], 'tensor')}: {error}"
-
-
-def _decibel(source: Row) -> str:
-    return "" if source.get("snr_db") is None else f"{source['snr_db']:.1f}"

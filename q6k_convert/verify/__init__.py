@@ -1,3 +1,3 @@
 """Verify a bundle: structure, content, source and device; and write the report."""
 
-__all__ = ["device_stage", "report", "source_stage", "stages"]
+__all__ = ["comparison", "device_stage", "report", "source_stage", "stages"]

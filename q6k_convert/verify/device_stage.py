@@ -190,7 +190,8 @@ def _run(
             ]
             problems = [_problem(run) for run in runs[label] if not run.passed] + problems
             where = f"expert {expert}, " if stack else ""
-            findings += [Finding(f"{where}{each}", tensor.arrays["ql"].file, tensor.name) for each in problems]
+            shard = next(iter(tensor.arrays.values())).file
+            findings += [Finding(f"{where}{each}", shard, tensor.name) for each in problems]
         progress((count - len(experts)) * n * rows.bytes_a_row)
     settings = [f"M={m} with {activations} activations" for m, activations in device_runs.SIZES[device]]
     what = "the reference on the CPU" if device == "cpu" else f"kernels on one {torch.cuda.get_device_name()}"

@@ -196,8 +196,8 @@ def _types(types: list[Row]) -> str:
         counts = [f"{row['tensors']:,}", f"{row['weights']:,}"]
         facts = [_number(row["bits_per_weight"], "g"), _snr(row["source"]) if row["source"] else _NONE]
         rows.append([_text(row["type"]), _text(_stored(row)), *counts, *facts, *sizes, bar])
-    names = ("type", "stored as", "tensors>", "weights>", "bits per weight>", "signal to noise>")
-    names += tuple(f"{where}>" for _, _, where in sides)
+    columns = ("type", "stored as", "tensors>", "weights>", "bits per weight>", "signal to noise>")
+    names = (*columns, *(f"{where}>" for _, _, where in sides))
     key_to_bars = ", ".join(f'<span class="{side}">■</span> {where}' for side, _, where in sides)
     return _section("Sizes by type", _table(names, rows, last=key_to_bars))
 

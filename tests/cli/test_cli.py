@@ -249,7 +249,7 @@ def test_a_dry_run_writes_nothing_and_still_reports_conflicts(model: Path, out: 
     before = listing(out.parent)
     result = invoke(model, out.parent / "deep" / "out", "--dry-run")
     assert result.exit_code == 0
-    assert "repacked to ql/qh planes" in result.stdout
+    assert "packed as q6_k, 7 bits a weight" in result.stdout
     assert "bits per weight" not in result.stdout
     assert listing(out.parent) == before
     invoke(model, out)

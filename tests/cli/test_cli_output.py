@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from bundle_helpers import failed, invoke, run_cli, two_tensors
-from gguf_builder import Builder, key_value, small_model, weight
+from gguf_builder import F32, Q4_0, Q4_K, Q5_0, Q6_K, Q8_0, Builder, key_value, small_model, weight
 from q6k_convert import __version__
 from q6k_convert.cli import terminal
 from q6k_convert.convert import stream
+from q6k_convert.text import size
 
 # Tables and progress
 
@@ -36,7 +37,7 @@ def test_the_plan_says_what_becomes_of_each_type(model: Path, out: Path) -> None
     assert ["Q3_K", "1", "1,024", "not", "stored", "440", "B", "0", "B"] in lines
     assert ["F32", "1", "512", "stored", "unchanged", "2.05", "kB", "2.05", "kB"] in lines
     assert ["F16", "1", "128", "not", "stored", "256", "B", "0", "B"] in lines
-    assert lines[-1][-2:] == ["3", "shards"]
+    assert lines[-2][-2:] == ["3", "shards"]
     assert "note: no tensor" not in result.stderr
     raw = invoke(model, out, "--dry-run", "--other", "raw", "--include", "*ffn_up*", "--include", "*norm*")
     assert "kept as GGUF blocks" in raw.stdout
@@ -181,3 +182,61 @@ def test_text_from_a_file_is_no_markup(tmp_path: Path) -> None:
     assert ["bundle", str(out)] in rows(made.stdout)
     for args in ((path,), (out,)):
         assert "[red]w[/red]:heart:" in invoke("inspect", *args).stdout
+
+
+def gpu_line(*args: object) -> str:
+    result = invoke(*map(str, args))
+    return next(line for line in result.stdout.splitlines() if line.startswith("GPU memory: "))
+
+
+def small_llama() -> tuple[Builder, int]:
+    """Return a model of two layers, four heads, two of keys, and the bytes of its weights on a GPU."""
+    shapes = {
+        "attn_q": (256, 256, Q4_K), "attn_k": (128, 256, Q4_K), "attn_v": (128, 256, Q6_K),
+        "attn_output": (256, 256, Q4_0), "ffn_gate": (320, 256, Q8_0), "ffn_up": (320, 256, Q5_0),
+        "ffn_down": (256, 320, Q5_0),
+    }  # fmt: skip
+    bits = {Q4_K: 4.625, Q6_K: 7, Q4_0: 4.5, Q8_0: 8.5, Q5_0: 5.5}
+    tensors = [weight("token_embd.weight", (40, 256), Q6_K), weight("output_norm.weight", (256,), F32)]
+    # 40 rows lie in 3 tiles of 16, 320 columns in 2 tiles of 256; a norm has 16-bit numbers.
+    size = 48 * 256 * bits[Q6_K] / 8 + 2 * 256
+    for layer in range(2):
+        for name, (n, k, kind) in shapes.items():
+            tensors.append(weight(f"blk.{layer}.{name}.weight", (n, k), kind))
+            size += n * (512 if k == 320 else 256) * bits[kind] / 8
+        for name in ("attn_norm", "ffn_norm"):
+            tensors.append(weight(f"blk.{layer}.{name}.weight", (256,), F32))
+            size += 2 * 256
+    keys = {
+        "block_count": 2, "embedding_length": 256, "feed_forward_length": 320, "attention.head_count": 4,
+        "attention.head_count_kv": 2, "context_length": 3000, "attention.layer_norm_rms_epsilon": 1e-5,
+    }  # fmt: skip
+    kv = [key_value("general.architecture", "llama")]
+    return Builder(tensors, kv + [key_value(f"llama.{key}", content) for key, content in keys.items()]), int(size)
+
+
+def test_gpu_memory_is_that_of_whole_tiles_and_of_the_cache(tmp_path: Path) -> None:
+    model, weights = small_llama()
+    source = model.write(tmp_path / "model.gguf")
+
+    def expected(context: int, slots: int) -> str:
+        cache = 2 * 2 * slots * 2 * 64 * 2  # layers, keys and values, heads of 64, 16 bits
+        return (
+            f"GPU memory: {size(weights)} of weights and {size(cache)} of keys and values for a context "
+            f"of {context:,} tokens, {size(weights + cache)} together"
+        )
+
+    assert gpu_line(source, tmp_path / "out", "--dry-run") == expected(3000, 3000)
+    invoke(source, tmp_path / "out")
+    assert gpu_line("inspect", tmp_path / "out") == expected(3000, 3000)
+    assert gpu_line("inspect", tmp_path / "out", "--context", "1001") == expected(1001, 1008)
+    document = json.loads(run_cli("inspect", tmp_path / "out", "--context", "8", "--json").stdout)
+    gpu = {"weights_bytes": weights, "context": 8, "cache_bytes": 8192, "cache_problem": None}
+    assert document["gpu"] == gpu
+
+
+def test_gpu_memory_of_a_model_that_cannot_be_built_says_why(model: Path, out: Path) -> None:
+    line = gpu_line(model, out, "--dry-run")
+    assert line.startswith("GPU memory: ")
+    assert "that of keys and values is not known: the model states no context length" in line
+    failed(invoke("inspect", model, "--context", "5"), 2, "--context is for a bundle", "--dry-run")

@@ -19,10 +19,11 @@ from q6k_kernels import PackedLinear, load_model
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.generate import step as stepping
 from q6k_kernels.generate.generator import Generator
-from q6k_kernels.generate.kv_cache import SLACK, KeyValueCache
+from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.sampling import gumbel_noise
 from q6k_kernels.generate.step import Step
 from q6k_kernels.generate.step_reference import Cached, Heads, Norm, TokenChoice, TorchOperations
+from q6k_kernels.models.cache_layout import SLACK
 from tiny_models import F16, Q8_0
 
 CPU = torch.device("cpu")

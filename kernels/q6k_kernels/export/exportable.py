@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from q6k_kernels.generate.attention import implementation
-from q6k_kernels.generate.kv_cache import ALIGNMENT, FULL, SLACK, SLIDING, Masks, aligned, layer_kinds
+from q6k_kernels.generate.kv_cache import Masks
+from q6k_kernels.models.cache_layout import ALIGNMENT, FULL, SLACK, SLIDING, aligned, layer_kinds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -2,8 +2,8 @@
 
 A full attention layer has a slot for every position up to the capacity. A layer with a sliding window has a ring of
 R slots: position p lies in slot p mod R. Keys include their position (RoPE), so their order in the ring does not
-matter; the mask selects the slots that hold a position of the window. R is the window plus `SLACK`, so that up to
-`SLACK` steps can be undone: the positions that they overwrote had left every window.
+matter; the mask selects the slots that hold a position of the window. `models.cache_layout` has the sizes: R is the
+window plus `SLACK`, so that up to as many steps can be undone.
 
 Each attention layer of a transformers model calls `update`; the masks are passed as `attention_mask`. Decode reads
 and writes tensors at fixed addresses, including the position, so it can be recorded in a CUDA graph.
@@ -17,12 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q6k_kernels.errors import UnsupportedModelError
-
-SLACK = 64
-ALIGNMENT = 8
-"""Multiple that slots are rounded up to: 16 bytes of 16-bit scores, the alignment that fast kernels want."""
-FULL, SLIDING = "full_attention", "sliding_attention"
+from q6k_kernels.models.cache_layout import FULL, SLIDING, aligned, layer_kinds, ring_slots
 
 Masks = Tensor | dict[str, Tensor | None] | None
 
@@ -59,7 +54,7 @@ class KeyValueCache:
         self.kinds = layer_kinds(config)
         self.window = int(config.sliding_window) if SLIDING in self.kinds else 0
         self.slots = aligned(capacity)
-        self.ring = min(self.slots, aligned(self.window + SLACK))
+        self.ring = ring_slots(self.window, capacity)
         self._layers = [_LayerCache(kind, self.slots if kind == FULL else self.ring) for kind in self.kinds]
         self._slots = torch.arange(self.slots, device=device)
         # The current forward pass: `_keys` slots for one token at `position`, else 0 and a chunk from `_start`.
@@ -163,26 +158,3 @@ class KeyValueCache:
         if len(set(self.kinds)) == 1:
             return full if self.kinds[0] == FULL else sliding
         return {FULL: full, SLIDING: sliding}
-
-
-def aligned(slots: int) -> int:
-    """Round up to a multiple of `ALIGNMENT`."""
-    return -(-slots // ALIGNMENT) * ALIGNMENT
-
-
-def layer_kinds(config: Any) -> list[str]:
-    """Return the kind of each layer, `FULL` or `SLIDING`.
-
-    Raises:
-        UnsupportedModelError: a layer is neither.
-    """
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kind = FULL if getattr(config, "sliding_window", None) is None else SLIDING
-        kinds = [kind] * config.num_hidden_layers
-    if unknown := set(kinds) - {FULL, SLIDING}:
-        raise UnsupportedModelError(
-            f"the model has layers of kind {', '.join(sorted(unknown))}; known are {FULL} and {SLIDING}",
-            "Generate with transformers' own `model.generate`.",
-        )
-    return list(kinds)

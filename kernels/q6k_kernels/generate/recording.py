@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q6k_kernels.generate.kv_cache import SLACK
 from q6k_kernels.generate.mailbox import LAG
+from q6k_kernels.models.cache_layout import SLACK
 
 SMALLEST_BUCKET, BUCKET_FACTOR = 1024, 4
 """The cache lengths that steps are recorded for: the first, and the ratio of one to the next. Reading a cache four

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from q6k_kernels.errors import UnsupportedModelError
-from q6k_kernels.generate.kv_cache import SLIDING, KeyValueCache
+from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.step_reference import Cached, Heads, Norm, ProductInput, TokenChoice, capped
 from q6k_kernels.models.architecture import Activation, attached
+from q6k_kernels.models.cache_layout import SLIDING
 from q6k_kernels.models.fusing import GATE_UP, QKV, Group
 
 if TYPE_CHECKING:

@@ -10,14 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
-
 from q6k_kernels.bundle.metadata import Metadata
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.models.hyperparameters import ONLY_FUNCTIONS, Keys, Shapes, sizes
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
     from transformers import PretrainedConfig
 
 FREQUENCY_FACTORS = "rope_freqs.weight"
@@ -92,6 +91,20 @@ def biases(shapes: Shapes) -> Values:
     return {"attention_bias": "blk.0.attn_q.bias" in shapes}
 
 
+def described(architecture: Architecture, metadata: Metadata, shapes: Shapes) -> tuple[str, Values]:
+    """Return transformers' model type and the fields of its configuration.
+
+    Raises:
+        HyperparameterError: a key is missing, out of range or not what the tensors' shapes say.
+        UnsupportedModelError: the model needs something that is not supported.
+        BundleError: a key is of the wrong type.
+    """
+    keys = Keys(metadata, architecture.used)
+    values = sizes(keys, shapes)
+    kind, more = architecture.describe(keys, shapes, values)
+    return kind, values | more
+
+
 def make_config(architecture: Architecture, metadata: Metadata, shapes: Shapes) -> PretrainedConfig:
     """Make the transformers configuration of a model.
 
@@ -102,11 +115,9 @@ def make_config(architecture: Architecture, metadata: Metadata, shapes: Shapes) 
     """
     from transformers import AutoConfig
 
-    keys = Keys(metadata, architecture.used)
-    values = sizes(keys, shapes)
-    kind, more = architecture.describe(keys, shapes, values)
+    kind, values = described(architecture, metadata, shapes)
     try:
-        return AutoConfig.for_model(kind, **values, **more)
+        return AutoConfig.for_model(kind, **values)
     except Exception as error:
         # The class of the error differs between versions of transformers.
         raise UnsupportedModelError(
@@ -152,4 +163,6 @@ def row_order(rows: int, head_dim: int, device: torch.device | None = None) -> T
         head_dim: rows of a head, an even number.
         device: device of the result; the CPU by default.
     """
+    import torch  # imported here: the size of a cache is told without it
+
     return torch.arange(rows, device=device).view(-1, head_dim // 2, 2).transpose(1, 2).reshape(-1)
