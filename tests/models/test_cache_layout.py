@@ -1,0 +1,36 @@
+"""The size of a cache told from metadata alone, compared with the cache that generation makes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model_cases import MODELS
+from q6k_kernels.bundle import manifest
+from q6k_kernels.bundle.metadata import read_metadata
+from q6k_kernels.generate.kv_cache import KeyValueCache
+from q6k_kernels.models.cache_layout import cache_bytes
+
+
+@pytest.mark.parametrize("capacity", [1, 70, 1000])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_size_told_is_that_of_the_cache(tmp_path: Path, name: str, capacity: int) -> None:
+    out, model = MODELS[name].bundle(tmp_path)
+    config = model.config
+    cache = KeyValueCache(config, capacity, torch.device("cpu"))
+    for layer in range(config.num_hidden_layers):
+        token = torch.zeros(1, config.num_key_value_heads, 1, config.head_dim, dtype=torch.bfloat16)
+        if layer == 0:
+            cache.begin_chunk(0, 1)
+        cache.update(token, token, layer)
+    shapes = {tensor.name: tuple(tensor.shape) for tensor in manifest.read(out).tensors}
+    assert cache_bytes(read_metadata(out), shapes, capacity) == cache.nbytes
+
+
+def test_telling_it_needs_no_torch() -> None:
+    script = "import sys, q6k_kernels.models.cache_layout; assert not {'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
