@@ -172,15 +172,30 @@ def _halves(blocks: Bytes, at: int) -> npt.NDArray[np.float16]:
     return np.ascontiguousarray(blocks.view("<f2")[:, at // 2])
 
 
-def _nibbles(qs: Bytes) -> Bytes:
-    """Return the codes (blocks, 32 n) of bytes (blocks, 16 n): of each 16, low nibbles first."""
+def _nibbles(qs: Bytes, run: int) -> Bytes:
+    """Return the codes (blocks, 2 n) of bytes (blocks, n): of each `run` bytes, low nibbles first."""
     import numpy as np
 
     words = qs.reshape(-1).view("<u8")
-    codes = np.empty((len(words) // 2, 2), "V16")
-    codes[:, 0] = (words & _NIBBLE).view("V16")
-    codes[:, 1] = (words >> 4 & _NIBBLE).view("V16")
+    codes = np.empty((qs.size // run, 2), f"V{run}")
+    codes[:, 0] = (words & _NIBBLE).view(f"V{run}")
+    codes[:, 1] = (words >> 4 & _NIBBLE).view(f"V{run}")
     return codes.view(np.uint8).reshape(len(qs), -1)
+
+
+def _add_high(codes: Bytes, qh: Bytes, bits: int) -> None:
+    """Add the high `bits` bits to codes: of each 32 bytes, the lowest bits of all first, then the next."""
+    import numpy as np
+
+    words, count = qh.reshape(-1).view("<u8"), 8 // bits
+    high = np.empty((qh.size // 32, count), "V32")
+    for turn in range(count):
+        shift = 4 - bits * turn
+        part = words << shift if shift > 0 else words >> -shift
+        part &= ((1 << bits) - 1 << 4) * _EACH_BYTE
+        high[:, turn] = part.view("V32")
+    view = codes.reshape(-1).view("<u8")
+    view |= high.view("<u8").reshape(-1)
 
 
 def _spread(fields: npt.NDArray[np.unsignedinteger], bits: int) -> npt.NDArray[np.uint64]:
@@ -202,7 +217,7 @@ def _read_32(scales_end: int, minimum: bool, fifth: bool) -> Callable[[Bytes], t
         arrays: _Arrays = {"scale": _halves(blocks, 0)}
         if minimum:
             arrays["min"] = (_halves(blocks, 2).view("<u2") ^ 0x8000).view("<f2")
-        codes = _nibbles(_field(blocks, scales_end + 4 * fifth, 16))
+        codes = _nibbles(_field(blocks, scales_end + 4 * fifth, 16), 16)
         if fifth:
             words = codes.view("<u8")
             words |= _spread(_field(blocks, scales_end, 4), 1) << 4
@@ -216,39 +231,7 @@ def _read_q8_0(blocks: Bytes) -> tuple[Bytes, _Arrays]:
 
 
 def _read_mxfp4(blocks: Bytes) -> tuple[Bytes, _Arrays]:
-    return _nibbles(_field(blocks, 1, 16)), {"scale": _field(blocks, 0, 1)}
-
-
-class _Bits(NamedTuple):
-    """The bits of a group of 32 weights in 32 bytes: the byte at which these begin, and the lowest bit."""
-
-    at: int
-    bit: int
-
-
-def _join(blocks: Bytes, low: list[_Bits], high: list[_Bits], mask: int) -> Bytes:
-    """Return the codes (blocks, 256) whose low four bits are `low` and whose others are `high`, group by group.
-
-    Args:
-        blocks: uint8 (blocks, bytes).
-        low: of each of the eight groups.
-        high: likewise, or nothing.
-        mask: the bits that are in `high`: 1 or 3.
-    """
-    import numpy as np
-
-    runs = {at: _field(blocks, at, 32).view("<u8") for at in {at for at, _ in (*low, *high)}}
-    codes = np.empty((len(blocks), 8), "V32")
-    for group, (at, bit) in enumerate(low):
-        words = runs[at] >> bit
-        words &= _NIBBLE
-        if high:
-            run, shift = runs[high[group].at], 4 - high[group].bit
-            others = run << shift if shift > 0 else run >> -shift
-            others &= (mask << 4) * _EACH_BYTE
-            words |= others
-        codes[:, group] = words.view("V32")[:, 0]
-    return codes.view(np.uint8)
+    return _nibbles(_field(blocks, 1, 16), 16), {"scale": _field(blocks, 0, 1)}
 
 
 def _six_bits(packed: Bytes) -> tuple[Bytes, Bytes]:
@@ -264,21 +247,20 @@ def _six_bits(packed: Bytes) -> tuple[Bytes, Bytes]:
 
 def _read_k_quant(blocks: Bytes) -> tuple[Bytes, _Arrays]:
     qs = blocks.shape[1] - SUPER_BLOCK // 2
-    low = [_Bits(qs + 32 * (group // 2), 4 * (group % 2)) for group in range(8)]
-    high = [_Bits(16, group) for group in range(8)] if qs > 16 else []
+    codes = _nibbles(_field(blocks, qs, 128), 32)
+    if qs > 16:
+        _add_high(codes, _field(blocks, 16, 32), 1)
     scale, least = _six_bits(_field(blocks, 4, 12))
     steps = {"steps": _halves(blocks, 0), "min_steps": _halves(blocks, 2)}
-    return _join(blocks, low, high, mask=1), {"scale": scale, "min": least, **steps}
+    return codes, {"scale": scale, "min": least, **steps}
 
 
 def _read_q6_k(blocks: Bytes) -> tuple[Bytes, _Arrays]:
     import numpy as np
 
-    places = [divmod(group, 4) for group in range(8)]
-    low = [_Bits(64 * half + 32 * (j % 2), 4 * (j // 2)) for half, j in places]
-    high = [_Bits(128 + 32 * half, 2 * j) for half, j in places]
-    arrays: _Arrays = {"scale": _field(blocks, 192, 16).view(np.int8), "steps": _halves(blocks, 208)}
-    return _join(blocks, low, high, mask=3), arrays
+    codes = _nibbles(_field(blocks, 0, 128), 64)
+    _add_high(codes, _field(blocks, 128, 64), 2)
+    return codes, {"scale": _field(blocks, 192, 16).view(np.int8), "steps": _halves(blocks, 208)}
 
 
 def _read_iq4_xs(blocks: Bytes) -> tuple[Bytes, _Arrays]:
@@ -287,7 +269,7 @@ def _read_iq4_xs(blocks: Bytes) -> tuple[Bytes, _Arrays]:
     sub_scales = _spread(_field(blocks, 4, 4).view("<u4"), 4)
     sub_scales |= _spread(_field(blocks, 2, 2).view("<u2"), 2) << 4
     arrays: _Arrays = {"scale": sub_scales.view(np.int8) - np.int8(32), "steps": _halves(blocks, 0)}
-    return _nibbles(_field(blocks, 8, 128)), arrays
+    return _nibbles(_field(blocks, 8, 128), 16), arrays
 
 
 _READERS = {
