@@ -33,6 +33,11 @@ def row(tensors: list[Tensor] | Tensor) -> WeightType:
     return next((each for each in rows if len(each.arrays) == len(tensors)), rows[0])
 
 
+def width(tiles: Tensor) -> int:
+    """Return K of a weight of whole tiles."""
+    return 256 * tiles.shape[-2]
+
+
 def planes(shape: tuple[int, ...], scales: str, seed: int = 5) -> dict[str, Tensor]:
     """Return the planes of random blocks."""
     return planes_of(q6k_blocks(int(np.prod(shape)) // 256, seed), shape, scales)
@@ -89,7 +94,7 @@ def tiles_of(*arrays: Tensor | None, **by_role: Tensor | None) -> Tensor:
 
 def untiled(tiles: Tensor, n: int) -> list[Tensor]:
     """Call `formats.tiles.unpack` on tiles."""
-    return layout.unpack(tiles, n, row(tiles))
+    return layout.unpack(tiles, n, width(tiles), row(tiles))
 
 
 def op_pack(*arrays: Tensor | None, **by_role: Tensor | None) -> Tensor:
@@ -105,9 +110,9 @@ def op_linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, activations
 
 def op_embedding(indices: Tensor, tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     """Call `torch.ops.q6k.embedding` with tiles alone."""
-    return schema.embedding(indices, tiles, n, row(tiles).name, dtype)
+    return schema.embedding(indices, tiles, n, width(tiles), row(tiles).name, dtype)
 
 
 def op_dequantize(tiles: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     """Call `torch.ops.q6k.dequantize` with tiles alone."""
-    return schema.dequantize(tiles, n, row(tiles).name, dtype)
+    return schema.dequantize(tiles, n, width(tiles), row(tiles).name, dtype)

@@ -5,7 +5,7 @@
     dequantise                 w, rounded to fp32 and then to the dtype asked for
     embedding                  rows of the dequantised weight
     activations to 8 bits      in groups of 32: d_a = amax / 127, a = rint(x / d_a)
-    linear, 16-bit ("bf16")    y = sum_k x[k] * w[k], w dequantised to x's dtype
+    linear, 16-bit ("bf16")    y = sum_k x[k] * w[k], w dequantised to x's dtype; scale and min may be rounded to it first
     linear, int8 ("int8")      y = sum_g d_a * (scale[g] * sum_(k in g) code[k] * a[k] - min[g] * sum_(k in g) a[k])
 
 Every implementation is tested against this module, so it shares no formula with them. It computes on the device of
@@ -15,7 +15,7 @@ its arguments, the CPU or a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -104,22 +104,66 @@ def of_planes(planes: Sequence[Tensor], row: WeightType) -> Weight:
     expected = [(n, k // array.weights) for array in row.arrays]
     if found != expected:
         raise ValueError(f"{row.name}: expected {', '.join(row.roles)} {expected}, found {found}")
-    ql, qh, scale, *steps = planes
-    at = torch.arange(k, device=ql.device)
-    low = ql[:, at // 2] >> (at % 2 * 4).to(torch.uint8) & 15
-    high = qh[:, at // 32 * 8 + at % 2 * 4 + at % 32 // 8] >> (at % 8 // 2 * 2).to(torch.uint8) & 3
-    s = scale.double()
-    for each in steps:
-        s = s * each.double().repeat_interleave(s.shape[1] // each.shape[1], 1)
-    return Weight((low | high << 4).to(torch.int8) - row.offset, s)
+    arrays = dict(zip(row.roles, planes, strict=True))
+
+    def times(role: str, steps: str) -> Tensor:
+        values = arrays[role].double()
+        if steps not in arrays:
+            return values
+        return values * arrays[steps].double().repeat_interleave(256 // row.group, 1)
+
+    scale = times("scale", "steps")
+    if row.scales[0].dtype == "U8" and not row.stepped:
+        scale = (scale - 128).exp2()
+    return Weight(_codes(arrays, k, row), scale, times("min", "min_steps") if "min" in arrays else None)
+
+
+def _codes(arrays: Mapping[str, Tensor], k: int, row: WeightType) -> Tensor:
+    """Return the codes, int8 (N, K), of planes by role: minus the offset, or looked up."""
+    if "q" in arrays:
+        return arrays["q"]
+    at = torch.arange(k, device=arrays["ql"].device)
+    stored = arrays["ql"][:, at // 2] >> (at % 2 * 4).to(torch.uint8) & 15
+    if row.bits == 6:
+        qh = arrays["qh"][:, at // 32 * 8 + at % 2 * 4 + at % 32 // 8]
+        stored |= (qh >> (at % 8 // 2 * 2).to(torch.uint8) & 3) << 4
+    elif row.bits == 5:
+        stored |= (arrays["qh"][:, at // 8] >> (at % 2 * 4 + at % 8 // 2).to(torch.uint8) & 1) << 4
+    if row.book:
+        return torch.tensor(row.book, dtype=torch.int8, device=at.device)[stored.long()]
+    return stored.to(torch.int8) - row.offset
 
 
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
     """Return the weights (N, K) in `dtype`: rounded to fp32, as in GGUF, and then to `dtype`."""
+    return _values(weight).float().to(dtype)
+
+
+def rounded_scales(weight: Weight, dtype: torch.dtype) -> Weight:
+    """Return the weight with scales and mins rounded to nearest, ties to even, in `dtype`.
+
+    A kernel for 16-bit activations may compute with these: it multiplies and subtracts them, exactly, and rounds the
+    result once to `dtype` (see `linear`).
+    """
+
+    def each(values: Tensor) -> Tensor:
+        return values.to(torch.float32).to(dtype).double()
+
+    return Weight(weight.codes, each(weight.scale), None if weight.min is None else each(weight.min))
+
+
+def _values(weight: Weight) -> Tensor:
+    """Return scale * code - min, float64 (N, K); exact for scales and mins of fp16 numbers times integers."""
     w = weight.codes.double().reshape(*weight.scale.shape, weight.group) * weight.scale.unsqueeze(-1)
     if weight.min is not None:
         w -= weight.min.unsqueeze(-1)
-    return w.flatten(1).float().to(dtype)
+    return w.flatten(1)
+
+
+def _rounded_once(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return float64 values rounded to `dtype` once, ties to even; torch's conversion rounds to fp32 before."""
+    ulp = _ulp(values.abs(), dtype)
+    return torch.where(values.isfinite(), (values / ulp).round() * ulp, values).to(dtype)
 
 
 def embedding(indices: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -142,7 +186,14 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     return a.flatten(1), d_a.squeeze(-1)
 
 
-def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, activations: Literal["int8", "bf16"]) -> Exact:
+def linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    *,
+    activations: Literal["int8", "bf16"],
+    scales_rounded: bool = False,
+) -> Exact:
     """Return x times the transposed weights plus the bias, by the formulas at the top of this module.
 
     Args:
@@ -150,7 +201,13 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, activations
         weight: (N, K), on x's device.
         bias: (N,), or None.
         activations: "int8", or "bf16" for activations in x's own dtype.
+        scales_rounded: whether, with "bf16", weights are those of `rounded_scales` in x's dtype, rounded once.
+
+    Raises:
+        ValueError: scales are to be rounded with "int8", whose scales are exact.
     """
+    if scales_rounded and activations == "int8":
+        raise ValueError('scales_rounded: expected False with activations "int8", found True')
     (n, k), rows = weight.codes.shape, x.detach().reshape(-1, x.shape[-1])
     width = math.gcd(weight.group, ACTIVATION_GROUP)
     sums: Callable[[Weight], tuple[Tensor, Tensor]]
@@ -160,7 +217,13 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, activations
         terms *= 1 if weight.min is None else 2
     else:
         wide = rows.double()
-        sums, values, terms = lambda part: _bf16(wide, dequantize(part, x.dtype).double()), k, k
+
+        def expanded(part: Weight) -> Tensor:
+            if scales_rounded:
+                return _rounded_once(_values(rounded_scales(part, x.dtype)), x.dtype)
+            return dequantize(part, x.dtype)
+
+        sums, values, terms = lambda part: _bf16(wide, expanded(part).double()), k, k
     step = max(1, CHUNK // max(k, values))
     chunks = [sums(weight.rows(slice(at, at + step))) for at in range(0, n, step)]
     y, magnitude = (torch.cat(part, 1).view(*x.shape[:-1], n) for part in zip(*chunks, strict=True))

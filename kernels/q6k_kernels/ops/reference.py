@@ -1,9 +1,11 @@
 """The operations on packed weights in plain torch: what runs on the CPU, and what kernels are tested against.
 
-A weight is `w = q * s`, s the scale of its group of 16 (see `formats.planes`); with steps `s = steps * scale`.
+A weight is `w = scale * code - min`, scale and min those of its group (see `formats.types`), in fp32 in this order:
+ggml's bits.
 
-    W6A16 ("bf16")  y = sum_k x[k] * round(w[k]), the weights rounded to x's dtype
-    W6A8  ("int8")  y = sum_g s[g] * d_a[g//2] * sum_(k in g) q[k] * a[k], with (a, d_a) = quantize_activations(x)
+    "bf16"  y = sum_k x[k] * round(w[k]), the weights rounded to x's dtype
+    "int8"  y = sum_g d_a * (scale[g] * sum_(k in g) code[k] * a[k] - min[g] * sum_(k in g) a[k]),
+            with (a, d_a) = quantize_activations(x), d_a that of the 32 activations that g lies in
 
 Sums run in fp32 at least. The bias is added to them, and the result is rounded once, to x's dtype. `accuracy` has
 the same formulas in fp64, and the tolerance between the two. Memory is bounded by working on some rows at a time.
@@ -18,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from q6k_kernels.formats import words
 from q6k_kernels.formats.checks import (
     FLOATS,
     Activations,
@@ -27,17 +30,17 @@ from q6k_kernels.formats.checks import (
     check_planes,
     found,
 )
-from q6k_kernels.formats.ggml import SUPER_BLOCK
-
-GROUP = 16
+from q6k_kernels.formats.ggml import SUPER_BLOCK, super_blocks
 from q6k_kernels.formats.tiles import group_scales
 from q6k_kernels.formats.types import TILE_ROWS, WeightType
 
-Rows = Callable[[slice], tuple[Tensor, Tensor]]
-"""A source of weights: a slice of rows -> q, float32 (rows, K), and the scales s, float32 (rows, K/16)."""
+Parts = tuple[Tensor, Tensor, Tensor | None]
+"""Parts of some weights: codes, float32 (rows, K), scale and min, float32 (rows, K/group); or no min."""
+Rows = Callable[[slice], Parts]
+"""A source of weights: a slice of rows -> their parts."""
 
 ACTIVATION_GROUP = 32
-"""Activations that share one d_a: two groups of weights."""
+"""Activations that share one d_a: one or two groups of weights."""
 BLOCK_WEIGHTS = 1 << 20
 """Weights unpacked at a time; at most 24 bytes each, so about 25 MB."""
 BLOCK_M = 32
@@ -47,8 +50,8 @@ BLOCK_M = 32
 def dequantize(planes: Sequence[Tensor], row: WeightType, dtype: torch.dtype = torch.float32) -> Tensor:
     """Turn planes into weights.
 
-    In fp32 nothing is rounded: with bf16 scales a weight has 8 + 5 significant bits, with stepped ones
-    11 + 7 + 5 = 23 (of d, sub-scale and code); the latter are the bits of ggml's `dequantize_row_q6_K`.
+    In fp32, scale * code is exact: scale and code have at most 24 significant bits together. Subtracting a min
+    rounds once. So these are the bits of ggml's `dequantize_row_*`, but for Q6_K with bf16 scales.
 
     Args:
         planes: one tensor for each of `row.arrays`, (N, width).
@@ -66,15 +69,19 @@ def dequantize(planes: Sequence[Tensor], row: WeightType, dtype: torch.dtype = t
     return weights(*codes_and_scales(planes, row), dtype)
 
 
-def codes_and_scales(planes: Sequence[Tensor], row: WeightType) -> tuple[Tensor, Tensor]:
-    """Return q, float32 (N, K), the codes minus their offset, and s, float32 (N, K/group), of planes (N, width)."""
-    ql, qh, *scales = planes
-    return _codes(ql, qh) - row.offset, group_scales(scales, row)
+def codes_and_scales(planes: Sequence[Tensor], row: WeightType) -> Parts:
+    """Return the codes, scales and mins of planes (N, width)."""
+    count = len(planes) - len(row.scales)
+    codes = words.of_planes(planes[:count], row).view(torch.uint8)
+    return words.code_values(codes, row), *group_scales(planes[count:], row)
 
 
-def weights(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply q, float32 (rows, K), by its groups' scales s, float32 (rows, K/16); round to `dtype` once."""
-    return (q.view(len(q), -1, GROUP) * s.unsqueeze(-1)).view(q.shape).to(dtype)
+def weights(codes: Tensor, scale: Tensor, least: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the weights (rows, K) of their parts in `dtype`: computed in fp32, then rounded."""
+    w = codes.view(*scale.shape, -1) * scale.unsqueeze(-1)
+    if least is not None:
+        w -= least.unsqueeze(-1)
+    return w.view(codes.shape).to(dtype)
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +132,7 @@ def linear(
         planes: one tensor for each of `row.arrays`, (N, width), N >= 1.
         row: the weight type.
         bias: bfloat16, float16 or float32 (N,), added in fp32 before the rounding.
-        activations: "int8" for W6A8, "bf16" for W6A16 (in x's dtype). "auto" is "bf16" here: it
+        activations: "int8" quantises them to 8 bits, "bf16" keeps them in x's dtype. "auto" is "bf16" here: it
             rounds no activation, and on a CPU "int8" saves little time with few rows (as measured, a tenth of
             it for one row of bfloat16) and takes twice as long from about 64 on. Kernels may choose otherwise.
 
@@ -143,7 +150,7 @@ def linear(
         raise ValueError(f"expected all tensors on one device, found them on {', '.join(sorted(devices))}")
     check_activations(activations)
 
-    def rows(part: slice) -> tuple[Tensor, Tensor]:
+    def rows(part: slice) -> Parts:
         return codes_and_scales([plane[part] for plane in planes], row)
 
     return multiply(x, rows, n, k, bias, activations)
@@ -157,12 +164,19 @@ def multiply(x: Tensor, rows: Rows, n: int, k: int, bias: Tensor | None, activat
     x_rows = x.detach().reshape(-1, k)
     y = torch.empty(len(x_rows), n, dtype=x.dtype, device=x.device)
     blocks = [x_rows[at : at + BLOCK_M] for at in range(0, len(x_rows), BLOCK_M)]
-    inputs = [_int8_operands(block) if activations == "int8" else _bf16_operands(block) for block in blocks]
-    for part in row_blocks(n if inputs else 0, k):
-        q, s = rows(part)
-        w = q if activations == "int8" else weights(q, s, x.dtype).to(_product_dtype(x.dtype))
-        for index, (left, d_a) in enumerate(inputs):
-            sums = _bf16_sums(left, w) if d_a is None else _int8_sums(left, d_a, w, s)
+    if activations == "int8":
+        quantised = [quantize_activations(block) for block in blocks]
+    else:
+        wide = [_by_super_block(block.to(_product_dtype(x.dtype))) for block in blocks]
+    for part in row_blocks(n if blocks else 0, k):
+        parts = rows(part)
+        if activations != "int8":
+            w = _by_super_block(weights(*parts, x.dtype).to(_product_dtype(x.dtype))).mT
+        for index in range(len(blocks)):
+            # Products of super-blocks, then their sum, keep chains of roundings short.
+            sums = (
+                _int8_sums(*quantised[index], *parts) if activations == "int8" else (wide[index] @ w).sum(0).float()
+            )
             if bias is not None:
                 sums += bias[part].detach().float()
             y[index * BLOCK_M : (index + 1) * BLOCK_M, part] = sums
@@ -177,14 +191,16 @@ def row_blocks(n: int, k: int) -> Iterator[slice]:
         yield slice(at, min(at + step, n))
 
 
-def roundings(k: int, activations: Literal["int8", "bf16"]) -> int:
+def roundings(k: int, row: WeightType, activations: Literal["int8", "bf16"]) -> int:
     """Return the most fp32 roundings that any term of `linear`'s sums goes through, for `accuracy.tolerance`.
 
-    "bf16": one product, the 255 additions of a super-block in any order, an addition for each of K/256
-    super-blocks, and one for the bias. "int8": two products, 15 additions of the groups in a super-block, and
-    again K/256 + 1. Sums that `linear` makes in fp64 round less.
+    "bf16": one product, the 255 additions of a super-block in any order, an addition for each super-block, and one
+    for the bias. "int8": the product with the scale or the min, their difference if there are mins, the product
+    with d_a, the additions of the groups in a super-block, and then as above. Sums that `linear` makes in fp64 round
+    less.
     """
-    return (1 + 255 if activations == "bf16" else 2 + 15) + k // SUPER_BLOCK + 1
+    within = 1 + 255 if activations == "bf16" else 2 + row.minimum + SUPER_BLOCK // row.group - 1
+    return within + super_blocks(k) + 1
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -196,41 +212,26 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.bfloat16 else torch.float64
 
 
-def _bf16_operands(x: Tensor) -> tuple[Tensor, None]:
-    """Return x as (K/256, M, 256) for `_bf16_sums`, and None."""
-    return x.to(_product_dtype(x.dtype)).view(len(x), -1, SUPER_BLOCK).transpose(0, 1), None
+def _by_super_block(values: Tensor) -> Tensor:
+    """Return values (rows, K) as (ceil(K/256), rows, 256), padded with zeros, which change no sum."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % SUPER_BLOCK))
+    return padded.view(len(values), -1, SUPER_BLOCK).transpose(0, 1)
 
 
-def _bf16_sums(x: Tensor, w: Tensor) -> Tensor:
-    """Return y, float32 (M, N): products by super-block, then their sum, which keeps chains of roundings short."""
-    return (x @ w.view(len(w), -1, SUPER_BLOCK).permute(1, 2, 0)).sum(0).float()
+def _int8_sums(a: Tensor, d_a: Tensor, codes: Tensor, scale: Tensor, least: Tensor | None) -> Tensor:
+    """Return y, float32 (M, N), of activations in 8 bits, int8 (M, K) and float32 (M, K/32), and parts of weights.
 
-
-def _int8_operands(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a (K/16, M, 16) and d_a (K/16, M, 1) for `_int8_sums`."""
-    a, d_a = quantize_activations(x)
-    groups = a.float().view(len(x), -1, GROUP).transpose(0, 1)
-    return groups, d_a.T.repeat_interleave(ACTIVATION_GROUP // GROUP, 0).unsqueeze(-1)
-
-
-def _int8_sums(a: Tensor, d_a: Tensor, q: Tensor, s: Tensor) -> Tensor:
-    """Return y, float32 (M, N), of activations in 8 bits.
-
-    The inner sums are integers below 16 * 32 * 127 < 2**16, as are their parts: fp32 holds them exactly in
-    any order of addition, and its operands fit in bf16, so no setting of matmul precision changes them.
+    The inner sums are integers of at most 32 * 128 * 127 < 2**19, as are their parts: fp32 holds them exactly in any
+    order of addition. Their operands, of 8 bits, fit in bf16, so no setting of matmul precision changes them.
     """
-    terms = a @ q.view(len(q), -1, GROUP).permute(1, 2, 0)  # (K/16, M, N)
-    terms *= s.T.unsqueeze(1)
-    terms *= d_a
-    return terms.view(-1, SUPER_BLOCK // GROUP, *terms.shape[1:]).sum(1).sum(0)
-
-
-def _codes(ql: Tensor, qh: Tensor) -> Tensor:
-    """Return the codes, float32 (N, K), of their planes."""
-    rows = len(ql)
-    low = torch.stack((ql & 15, ql >> 4), dim=-1).view(rows, -1)
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=qh.device)
-    # (row, chunk, parity, w, position in the byte), weight 8w + 2 * position + parity of the chunk
-    pairs = qh.reshape(rows, -1, 2, 4, 1) >> shifts & 3
-    high = pairs.permute(0, 1, 3, 4, 2).reshape(rows, -1)
-    return (low | high << 4).float()
+    groups = scale.shape[1]
+    group = codes.shape[1] // groups
+    left = a.float().view(len(a), groups, group).transpose(0, 1)
+    terms = left @ codes.view(len(codes), groups, group).permute(1, 2, 0)  # (groups, M, N)
+    terms *= scale.T.unsqueeze(1)
+    if least is not None:
+        terms -= left.sum(-1, keepdim=True) * least.T.unsqueeze(1)
+    terms *= d_a.T.repeat_interleave(ACTIVATION_GROUP // group, 0).unsqueeze(-1)
+    missing = -groups % (SUPER_BLOCK // group)
+    terms = torch.nn.functional.pad(terms, (0, 0, 0, 0, 0, missing)) if missing else terms
+    return terms.view(-1, SUPER_BLOCK // group, *terms.shape[1:]).sum(1).sum(0)

@@ -1,15 +1,16 @@
 """The operations as torch ops of namespace `q6k`: schemas, argument checks, CPU, CUDA and fake implementations.
 
     q6k::linear(Tensor x, Tensor tiles, Tensor? bias, SymInt n, str format, str activations) -> Tensor
-    q6k::embedding(Tensor indices, Tensor tiles, SymInt n, str format, ScalarType dtype) -> Tensor
-    q6k::dequantize(Tensor tiles, SymInt n, str format, ScalarType dtype) -> Tensor
+    q6k::embedding(Tensor indices, Tensor tiles, SymInt n, SymInt k, str format, ScalarType dtype) -> Tensor
+    q6k::dequantize(Tensor tiles, SymInt n, SymInt k, str format, ScalarType dtype) -> Tensor
     q6k::pack(Tensor[] planes, str format) -> Tensor
-    q6k::embedding_named(Tensor indices, Tensor tiles, SymInt n, str format, str dtype) -> Tensor
-    q6k::dequantize_named(Tensor tiles, SymInt n, str format, str dtype) -> Tensor
+    q6k::embedding_named(Tensor indices, Tensor tiles, SymInt n, SymInt k, str format, str dtype) -> Tensor
+    q6k::dequantize_named(Tensor tiles, SymInt n, SymInt k, str format, str dtype) -> Tensor
 
 The last two are for compiled programs (see `export`): AOTInductor of torch 2.11 changes a ScalarType to another.
 `format` is the name of a weight type (see `formats.types`), `tiles` what `formats.tiles` describes, of a weight
-with n rows; `weights.weight` has functions that take all three as one object.
+with n rows of k weights. Tiles are 256 columns wide, so k does not follow from them; that of `linear` is x's last
+dimension. `weights.weight` has functions that take all of these as one object, and compare its k with x.
 
 Importing this module registers the ops. They work under `torch.compile`, `torch.export` and in CUDA graphs. They
 have no gradient: a tensor that requires one is refused while gradients are recorded.
@@ -72,8 +73,9 @@ def _check_linear(
     dtypes: tuple[torch.dtype, ...] = FLOATS,
 ) -> int:
     """Check the arguments of `linear` and return K."""
-    k = check_tiles(tiles, n, weight_type(format))
+    k = x.shape[-1] if x.ndim else 0
     check_input(x, n, k, bias, dtypes)
+    check_tiles(tiles, n, k, weight_type(format))
     check_activations(activations)
     if x.device != tiles.device or (bias is not None and bias.device != tiles.device):
         _refuse_devices(x=x, tiles=tiles, bias=bias)
@@ -86,22 +88,20 @@ def _check_linear(
     return k
 
 
-def _check_embedding(indices: Tensor, tiles: Tensor, n: int, format: str, dtype: torch.dtype) -> int:
-    """Check the arguments of `embedding` and return K."""
-    k = check_tiles(tiles, n, weight_type(format))
+def _check_embedding(indices: Tensor, tiles: Tensor, n: int, k: int, format: str, dtype: torch.dtype) -> None:
+    """Check the arguments of `embedding`."""
+    check_tiles(tiles, n, k, weight_type(format))
     check_dtype(dtype)
     if indices.dtype is not torch.int64 and indices.dtype is not torch.int32:
         raise ValueError(f"indices: expected int64 or int32 of any shape, found {indices.dtype}")
     if indices.device != tiles.device:
         _refuse_devices(indices=indices, tiles=tiles)
-    return k
 
 
-def _check_dequantize(tiles: Tensor, n: int, format: str, dtype: torch.dtype) -> int:
-    """Check the arguments of `dequantize` and return K."""
-    k = check_tiles(tiles, n, weight_type(format))
+def _check_dequantize(tiles: Tensor, n: int, k: int, format: str, dtype: torch.dtype) -> None:
+    """Check the arguments of `dequantize`."""
+    check_tiles(tiles, n, k, weight_type(format))
     check_dtype(dtype)
-    return k
 
 
 def _check_pack(planes: Sequence[Tensor], format: str) -> tuple[int, ...]:
@@ -124,14 +124,15 @@ def _refuse_devices(**tensors: Tensor | None) -> None:
 def _linear_cpu(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, format: str, activations: str) -> Tensor:
     k, row = _check_linear(x, tiles, bias, n, format, activations), weight_type(format)
 
-    def rows(part: slice) -> tuple[Tensor, Tensor]:
-        return codes_and_scales(tiles, part, row)
+    def rows(part: slice) -> reference.Parts:
+        return codes_and_scales(tiles, part, k, row)
 
     return reference.multiply(x, rows, n, k, bias, cast("Activations", activations))
 
 
-def _embedding_cpu(indices: Tensor, tiles: Tensor, n: int, format: str, dtype: torch.dtype) -> Tensor:
-    k, row = _check_embedding(indices, tiles, n, format, dtype), weight_type(format)
+def _embedding_cpu(indices: Tensor, tiles: Tensor, n: int, k: int, format: str, dtype: torch.dtype) -> Tensor:
+    _check_embedding(indices, tiles, n, k, format, dtype)
+    row = weight_type(format)
     flat = indices.reshape(-1)
     outside = (flat < 0) | (flat >= n)
     if outside.any():
@@ -139,15 +140,16 @@ def _embedding_cpu(indices: Tensor, tiles: Tensor, n: int, format: str, dtype: t
         raise IndexError(f"indices: expected 0 to {n - 1}, found {int(flat[at])} at position {at} of {len(flat)}")
     result = torch.empty(len(flat), k, dtype=dtype)
     for part in reference.row_blocks(len(flat), k):
-        result[part] = reference.weights(*codes_and_scales(tiles, flat[part], row), dtype)
+        result[part] = reference.weights(*codes_and_scales(tiles, flat[part], k, row), dtype)
     return result.view(*indices.shape, k)
 
 
-def _dequantize_cpu(tiles: Tensor, n: int, format: str, dtype: torch.dtype) -> Tensor:
-    k, row = _check_dequantize(tiles, n, format, dtype), weight_type(format)
+def _dequantize_cpu(tiles: Tensor, n: int, k: int, format: str, dtype: torch.dtype) -> Tensor:
+    _check_dequantize(tiles, n, k, format, dtype)
+    row = weight_type(format)
     result = torch.empty(n, k, dtype=dtype)
     for part in reference.row_blocks(n, k):
-        result[part] = reference.weights(*codes_and_scales(tiles, part, row), dtype)
+        result[part] = reference.weights(*codes_and_scales(tiles, part, k, row), dtype)
     return result
 
 
@@ -172,15 +174,15 @@ def _linear_cuda(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, format: 
     return y
 
 
-def _embedding_cuda(indices: Tensor, tiles: Tensor, n: int, format: str, dtype: torch.dtype) -> Tensor:
-    _check_embedding(indices, tiles, n, format, dtype)
-    rows: Tensor = _kernels().embedding(indices, tiles, n, weight_type(format), dtype)
+def _embedding_cuda(indices: Tensor, tiles: Tensor, n: int, k: int, format: str, dtype: torch.dtype) -> Tensor:
+    _check_embedding(indices, tiles, n, k, format, dtype)
+    rows: Tensor = _kernels().embedding(indices, tiles, n, k, weight_type(format), dtype)
     return rows
 
 
-def _dequantize_cuda(tiles: Tensor, n: int, format: str, dtype: torch.dtype) -> Tensor:
-    _check_dequantize(tiles, n, format, dtype)
-    weights: Tensor = _kernels().dequantize(tiles, n, weight_type(format), dtype)
+def _dequantize_cuda(tiles: Tensor, n: int, k: int, format: str, dtype: torch.dtype) -> Tensor:
+    _check_dequantize(tiles, n, k, format, dtype)
+    weights: Tensor = _kernels().dequantize(tiles, n, k, weight_type(format), dtype)
     return weights
 
 
@@ -199,12 +201,14 @@ def _linear_fake(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, format: 
     return x.new_empty((*x.shape[:-1], n))
 
 
-def _embedding_fake(indices: Tensor, tiles: Tensor, n: int, format: str, dtype: torch.dtype) -> Tensor:
-    return tiles.new_empty((*indices.shape, _check_embedding(indices, tiles, n, format, dtype)), dtype=dtype)
+def _embedding_fake(indices: Tensor, tiles: Tensor, n: int, k: int, format: str, dtype: torch.dtype) -> Tensor:
+    _check_embedding(indices, tiles, n, k, format, dtype)
+    return tiles.new_empty((*indices.shape, k), dtype=dtype)
 
 
-def _dequantize_fake(tiles: Tensor, n: int, format: str, dtype: torch.dtype) -> Tensor:
-    return tiles.new_empty((n, _check_dequantize(tiles, n, format, dtype)), dtype=dtype)
+def _dequantize_fake(tiles: Tensor, n: int, k: int, format: str, dtype: torch.dtype) -> Tensor:
+    _check_dequantize(tiles, n, k, format, dtype)
+    return tiles.new_empty((n, k), dtype=dtype)
 
 
 def _pack_fake(planes: Sequence[Tensor], format: str) -> Tensor:
@@ -232,26 +236,26 @@ _OPERATIONS = (
         _linear_fake,
     ),
     (
-        "embedding(Tensor indices, Tensor tiles, SymInt n, str format, ScalarType dtype) -> Tensor",
+        "embedding(Tensor indices, Tensor tiles, SymInt n, SymInt k, str format, ScalarType dtype) -> Tensor",
         _embedding_cpu,
         _embedding_cuda,
         _embedding_fake,
     ),
     (
-        "dequantize(Tensor tiles, SymInt n, str format, ScalarType dtype) -> Tensor",
+        "dequantize(Tensor tiles, SymInt n, SymInt k, str format, ScalarType dtype) -> Tensor",
         _dequantize_cpu,
         _dequantize_cuda,
         _dequantize_fake,
     ),
     ("pack(Tensor[] planes, str format) -> Tensor", _pack_cpu, _pack_cuda, _pack_fake),
     (
-        "embedding_named(Tensor indices, Tensor tiles, SymInt n, str format, str dtype) -> Tensor",
+        "embedding_named(Tensor indices, Tensor tiles, SymInt n, SymInt k, str format, str dtype) -> Tensor",
         _named(_embedding_cpu),
         _named(_embedding_cuda),
         _named(_embedding_fake),
     ),
     (
-        "dequantize_named(Tensor tiles, SymInt n, str format, str dtype) -> Tensor",
+        "dequantize_named(Tensor tiles, SymInt n, SymInt k, str format, str dtype) -> Tensor",
         _named(_dequantize_cpu),
         _named(_dequantize_cuda),
         _named(_dequantize_fake),
@@ -290,6 +294,6 @@ _define()
 implement()
 
 linear: Callable[[Tensor, Tensor, Tensor | None, int, str, str], Tensor] = torch.ops.q6k.linear.default
-embedding: Callable[[Tensor, Tensor, int, str, torch.dtype], Tensor] = torch.ops.q6k.embedding.default
-dequantize: Callable[[Tensor, int, str, torch.dtype], Tensor] = torch.ops.q6k.dequantize.default
+embedding: Callable[[Tensor, Tensor, int, int, str, torch.dtype], Tensor] = torch.ops.q6k.embedding.default
+dequantize: Callable[[Tensor, int, int, str, torch.dtype], Tensor] = torch.ops.q6k.dequantize.default
 pack: Callable[[Sequence[Tensor], str], Tensor] = torch.ops.q6k.pack.default

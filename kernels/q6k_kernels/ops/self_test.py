@@ -68,11 +68,11 @@ def _run(device: torch.device, row: WeightType) -> list[Check]:
         return f"{tuple(tiles.shape)}"
 
     def dequantize() -> str:
-        found = torch.ops.q6k.dequantize(tiles, N, row.name, torch.bfloat16)
+        found = torch.ops.q6k.dequantize(tiles, N, K, row.name, torch.bfloat16)
         return _same(found, accuracy.dequantize(weight, torch.bfloat16))
 
     def embedding() -> str:
-        found = torch.ops.q6k.embedding(rows.to(device), tiles, N, row.name, torch.bfloat16)
+        found = torch.ops.q6k.embedding(rows.to(device), tiles, N, K, row.name, torch.bfloat16)
         return _same(found, accuracy.embedding(rows, weight, torch.bfloat16))
 
     def product(m: int, activations: Literal["int8", "bf16"]) -> str:
@@ -93,7 +93,10 @@ def _run(device: torch.device, row: WeightType) -> list[Check]:
 
 
 def random_planes(row: WeightType) -> list[Tensor]:
-    """Return the planes of a random weight (N, K): all codes, scales of both signs and zero."""
+    """Return the planes of a random weight (N, K): all codes, scales of both signs and zero.
+
+    Scales that are exponents are moderate, so that no product overflows in fp32.
+    """
     generator = torch.Generator().manual_seed(SEED)
     # float16 steps are subnormal, as they are in real files.
     drawn = {
@@ -104,7 +107,8 @@ def random_planes(row: WeightType) -> list[Tensor]:
     }
     planes = []
     for array in row.arrays:
-        low, high, unit = drawn[array.dtype]
+        exponent = array.dtype == "U8" and not row.stepped and array in row.scales
+        low, high, unit = (100, 140, 1.0) if exponent else drawn[array.dtype]
         values = torch.randint(low, high, (N, K // array.weights), generator=generator) * unit
         planes.append(values.to(PLANE_DTYPES[array.dtype]))
     return planes

@@ -22,7 +22,7 @@ from q6k_kernels.formats.checks import Activations, check_activations, check_dty
 from q6k_kernels.formats.tiles import tiles_shape
 from q6k_kernels.formats.types import DEFAULT, weight_type
 from q6k_kernels.ops import schema
-from q6k_kernels.weights.weight import PackedWeight
+from q6k_kernels.weights.weight import PackedWeight, check_width
 
 Device = torch.device | str | int | None
 
@@ -62,7 +62,7 @@ class PackedLinear(_Packed):
     It begins with a weight of zeros; `load_state_dict` or `from_weight` give it another.
 
     Args:
-        in_features: K, a multiple of 256.
+        in_features: K, a multiple of the weight type's block, 32 or 256.
         out_features: N.
         bias: whether there is one, a parameter (N,).
         format: the name of the weight type, see `formats.types`.
@@ -121,6 +121,7 @@ class PackedLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x times the transposed weight, plus the bias: (..., K) -> (..., N) of x's dtype."""
+        check_width(x, self.in_features)
         return schema.linear(x, self.tiles, self.bias, self.out_features, self.format, self.activations)
 
     def extra_repr(self) -> str:
@@ -138,7 +139,7 @@ class PackedEmbedding(_Packed):
 
     Args:
         num_embeddings: N.
-        embedding_dim: K, a multiple of 256.
+        embedding_dim: K, a multiple of the weight type's block, 32 or 256.
         format: the name of the weight type, see `formats.types`.
         device: device of the weight; "meta" is allowed.
         dtype: dtype of the rows: bfloat16, float16 or float32. It stays when the layer is converted to another.
@@ -174,7 +175,9 @@ class PackedEmbedding(_Packed):
 
     def forward(self, indices: Tensor) -> Tensor:
         """Return the rows at indices of any shape (...), as (..., K) of `dtype`."""
-        return schema.embedding(indices, self.tiles, self.num_embeddings, self.format, self.dtype)
+        return schema.embedding(
+            indices, self.tiles, self.num_embeddings, self.embedding_dim, self.format, self.dtype
+        )
 
     def extra_repr(self) -> str:
         """Return the text between the brackets of `repr`."""

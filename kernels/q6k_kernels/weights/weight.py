@@ -46,11 +46,13 @@ class PackedWeight:
                 f"shape: expected (N, K) with tiles of 3 dimensions or (E, N, K) with tiles of 4, found "
                 f"{tuple(self.shape)} with tiles of {self.tiles.ndim}"
             )
-        *stack, n, _ = self.shape
-        found = (*self.tiles.shape[:-3], n, check_tiles(self.tiles, n, self.row, stack=True))
-        if found != tuple(self.shape):
-            raise ValueError(f"shape: expected {found} for these tiles, found {tuple(self.shape)}")
-        object.__setattr__(self, "shape", (*stack, n, found[-1]))
+        *stack, n, k = self.shape
+        check_tiles(self.tiles, n, k, self.row, stack=True)
+        if stack != list(self.tiles.shape[:-3]):
+            raise ValueError(
+                f"shape: expected {len(self.tiles)} weights for these tiles, found {tuple(self.shape)}"
+            )
+        object.__setattr__(self, "shape", (*stack, n, k))
 
     def parameter(self) -> nn.Parameter:
         """Return the tiles as a parameter without a gradient: one for all layers that are made from this weight.
@@ -164,15 +166,15 @@ class PackedWeight:
 
     def planes(self) -> list[Tensor]:
         """Unpack the weight into the arrays of a bundle, as `from_planes` takes them."""
-        return unpack(self.tiles, self.n, self.row)
+        return unpack(self.tiles, self.n, self.k, self.row)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Return the weights as numbers: (N, K) or (E, N, K) of bfloat16, float16 or float32, rounded once."""
         if len(self.shape) == 2:
-            return schema.dequantize(self.tiles, self.n, self.format, dtype)
+            return schema.dequantize(self.tiles, self.n, self.k, self.format, dtype)
         result = torch.empty(self.shape, dtype=dtype, device=self.device)
         for expert, tiles in enumerate(self.tiles):
-            result[expert] = schema.dequantize(tiles, self.n, self.format, dtype)
+            result[expert] = schema.dequantize(tiles, self.n, self.k, self.format, dtype)
         return result
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> PackedWeight:
@@ -221,6 +223,16 @@ class PackedWeight:
 torch.serialization.add_safe_globals([PackedWeight])
 
 
+def check_width(x: Tensor, k: int) -> None:
+    """Check that rows of x are k long; tiles alone do not tell, as they are padded.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if x.ndim == 0 or x.shape[-1] != k:
+        raise ValueError(f"x: expected (..., {k}), found {tuple(x.shape)}")
+
+
 def linear(
     x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activations: Activations = "auto"
 ) -> Tensor:
@@ -241,6 +253,7 @@ def linear(
         ValueError: a dtype, shape, device or option is wrong, the weight is a stack, or x or bias requires a
             gradient while gradients are recorded.
     """
+    check_width(x, weight.k)
     return schema.linear(x, weight.tiles, bias, weight.n, weight.format, activations)
 
 
@@ -260,7 +273,7 @@ def embedding(indices: Tensor, weight: PackedWeight, dtype: torch.dtype = torch.
         IndexError: an index is out of range, on the CPU. On a GPU it stops the kernel, as in
             `torch.nn.functional.embedding`: the next call that waits for the GPU raises.
     """
-    return schema.embedding(indices, weight.tiles, weight.n, weight.format, dtype)
+    return schema.embedding(indices, weight.tiles, weight.n, weight.k, weight.format, dtype)
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> Tensor:
