@@ -43,27 +43,38 @@ INLINE void blocks_q6_k(const uint8_t *blocks, int64_t n, uint8_t *const *arrays
  * Transpose two 4x4 matrices of 2-bit fields at once, that of the even bytes and that of the odd ones (row = byte),
  * with two delta swaps: byte 2*chunk is the even plane byte of that chunk, byte 2*chunk+1 the odd one.
  */
-INLINE void pairs_portable(const uint8_t *qh, uint8_t *plane)
+INLINE uint64_t transpose_pairs(uint64_t x)
 {
-    for (int w = 0; w < 4; w++) {
-        uint64_t x = load_u64(qh + 8 * w);
-        uint64_t t = (x ^ x >> 14) & 0x0000CCCC0000CCCCull;
-        x ^= t ^ t << 14;
-        t = (x ^ x >> 28) & 0x00000000F0F0F0F0ull;
-        x ^= t ^ t << 28;
-        for (int chunk = 0; chunk < 4; chunk++) {
-            plane[8 * chunk + w] = (uint8_t)(x >> 16 * chunk);
-            plane[8 * chunk + 4 + w] = (uint8_t)(x >> (16 * chunk + 8));
-        }
-    }
+    uint64_t t = (x ^ x >> 14) & 0x0000CCCC0000CCCCull;
+    x ^= t ^ t << 14;
+    t = (x ^ x >> 28) & 0x00000000F0F0F0F0ull;
+    return x ^ t ^ t << 28;
 }
 
+INLINE void pairs_portable(const uint8_t *qh, uint8_t *plane)
+{
+    const uint64_t even = 0x00FF00FF00FF00FFull;
+    uint64_t w[4];
+    for (int i = 0; i < 4; i++)
+        w[i] = transpose_pairs(load_u64(qh + 8 * i));
+    /* 16 bits a chunk: the even bytes of two words, and the odd ones. */
+    const uint64_t even_01 = (w[0] & even) | (w[1] & even) << 8, even_23 = (w[2] & even) | (w[3] & even) << 8;
+    const uint64_t odd_01 = (w[0] >> 8 & even) | (w[1] & ~even), odd_23 = (w[2] >> 8 & even) | (w[3] & ~even);
+    for (int chunk = 0, at = 0; chunk < 4; chunk++, at += 16)
+        store_u64(plane + 8 * chunk, (even_01 >> at & 0xFFFF) | (even_23 >> at & 0xFFFF) << 16 |
+                                         (odd_01 >> at & 0xFFFF) << 32 | (odd_23 >> at & 0xFFFF) << 48);
+}
+
+/* In steps of one kind, which compilers turn into vectors. */
 INLINE void products_portable(const uint8_t *block, uint8_t *scale)
 {
     const float d = half_to_float(load_u16(block + Q6_K_D_AT));
+    float product[16];
     uint16_t rounded[16];
     for (int g = 0; g < 16; g++)
-        rounded[g] = float_to_bf16(d * (float)(int8_t)block[Q6_K_SCALES_AT + g]);
+        product[g] = d * (float)(int8_t)block[Q6_K_SCALES_AT + g];
+    for (int g = 0; g < 16; g++)
+        rounded[g] = float_to_bf16(product[g]);
     memcpy(scale, rounded, sizeof rounded);
 }
 
