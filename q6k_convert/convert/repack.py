@@ -1,4 +1,4 @@
-"""Repack GGUF blocks into the arrays of a bundle with compiled code, at the speed of the disk.
+"""Repack GGUF blocks into the arrays of a bundle, or dequantise them, with compiled code, at the speed of the disk.
 
 `q6k_kernels.formats.blocks` and `planes` define both in plain numpy; the tests compare the two.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 from q6k_convert.errors import EnvironmentMissingError
 from q6k_kernels.formats.blocks import ScaleNumber, block_bytes
+from q6k_kernels.formats.ggml import TYPE_SIZES, GGMLType
 from q6k_kernels.formats.types import DTYPE_BYTES, WeightType
 
 PATHS = {"portable": 0, "avx2": 1}
@@ -74,15 +75,49 @@ def to_planes(blocks: Any, arrays: Mapping[str, Any], row: WeightType, path: str
             f"{source.nbytes} bytes of {row.ggml} blocks need contiguous writable arrays of {sizes} bytes, "
             f"found {found}"
         )
-    if not count:
-        return
-    pointers = (ctypes.c_void_p * len(sizes))(*(_address(targets[role]) for role in sizes))
-    code = PATHS[path or best_path()]
-    failed: int = _library().q6k_encode(row.name.encode(), code, _address(source), count, pointers)
+    if not _encode(row.name, path, source, count, [targets[role] for role in sizes]):
+        raise ValueError(f"the compiled repacker does not know the weight type {row.name}; install it again")
+
+
+def dequantizes(ggml: str) -> bool:
+    """Return whether `dequantize` takes blocks of a GGML type: those that are worth it and have no weight type."""
+    return _encode(ggml, None, memoryview(b""), 0, [])
+
+
+def dequantize(blocks: Any, weights: Any, ggml: str, path: str | None = None) -> None:
+    """Dequantise blocks to bf16: GGUF's fp32 weights, rounded to nearest even. Several threads may call it at once.
+
+    Args:
+        blocks: n contiguous blocks: anything with the buffer protocol (a read-only one is copied).
+        weights: a contiguous writable buffer of 2 bytes for each weight.
+        ggml: a GGML type that `dequantizes` accepts.
+        path: a name in `PATHS`; by default the fastest.
+
+    Raises:
+        ValueError: a buffer has the wrong size, type or layout, or the repacker does not dequantise the type.
+        EnvironmentMissingError: the compiled repacker is missing, or lacks that path.
+    """
+    source, target = _writable(blocks), memoryview(weights)
+    block, size = TYPE_SIZES[GGMLType[ggml]]
+    count, rest = divmod(source.nbytes, size)
+    plain = all(view.itemsize == 1 and view.c_contiguous for view in (source, target))
+    if rest or target.nbytes != 2 * block * count or not plain or target.readonly:
+        raise ValueError(
+            f"{source.nbytes} bytes of {ggml} blocks need a contiguous writable buffer of {2 * block * count} "
+            f"bytes, found {target.nbytes}"
+        )
+    if not _encode(ggml, path, source, count, [target]):
+        raise ValueError(f"the compiled repacker does not dequantise {ggml}")
+
+
+def _encode(name: str, path: str | None, source: memoryview, count: int, targets: Sequence[memoryview]) -> bool:
+    """Call the compiled code; return whether it knows the type."""
+    pointers = (ctypes.c_void_p * len(targets))(*map(_address, targets)) if count else None
+    address = _address(source) if count else None
+    failed: int = _library().q6k_encode(name.encode(), PATHS[path or best_path()], address, count, pointers)
     if failed == -2:
         raise EnvironmentMissingError(f"the repacker has no path {path!r} on this machine")
-    if failed:
-        raise ValueError(f"the compiled repacker does not know the weight type {row.name}; install it again")
+    return failed == 0
 
 
 def first_nonfinite(blocks: Any, size: int, numbers: Sequence[ScaleNumber]) -> tuple[int, ScaleNumber] | None:

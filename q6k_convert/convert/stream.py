@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from q6k_convert.convert.plan import Plan, TensorPlan
-from q6k_convert.convert.repack import array_bytes, first_nonfinite, to_planes
+from q6k_convert.convert.repack import array_bytes, dequantize, dequantizes, first_nonfinite, to_planes
 from q6k_convert.text import displayable
 from q6k_kernels.bundle.manifest import SourceFile
 from q6k_kernels.bundle.writer import BundleWriter
@@ -52,7 +52,10 @@ class _Slot:
         self.source = memoryview(bytearray(most))
         rows = [weight_type(name) for name in {tensor.format for tensor in plan.tensors} if name is not None]
         sizes = [most // block_bytes(row) * sum(array_bytes(row).values()) for row in rows]
-        self._target = memoryview(bytearray(max(sizes, default=0)))
+        native = any(
+            tensor.storage == "dequantized" and dequantizes(tensor.record.type.name) for tensor in plan.tensors
+        )
+        self._target = memoryview(bytearray(max([*sizes, most if native else 0])))
 
     def arrays(self, sizes: Mapping[str, int]) -> dict[str, memoryview]:
         """Return one buffer for each role, of the given sizes in bytes, cut from the target memory."""
@@ -141,8 +144,10 @@ def _cut(part: GGUFFile, begin: int, end: int, tensor: TensorPlan | None, step: 
 def _piece_bytes(tensor: TensorPlan, most: int) -> int:
     """Return the bytes of a tensor's pieces, at most `most`: whole blocks."""
     block_weights, size = TYPE_SIZES[tensor.record.type]
-    count = most // size
-    return size * (min(count, DEQUANTIZED_WEIGHTS // block_weights) if tensor.storage == "dequantized" else count)
+    if tensor.storage != "dequantized":
+        return most // size * size
+    weights = most // 2 if dequantizes(tensor.record.type.name) else DEQUANTIZED_WEIGHTS
+    return min(weights // block_weights, most // size) * size
 
 
 def _process(plan: Plan, writer: BundleWriter, piece: _Piece, slot: _Slot) -> _Done:
@@ -178,12 +183,17 @@ def _encode(
         for role, data in planes.items():
             yield role, first * each[role], data
     elif tensor.storage == "dequantized":
-        yield "data", 2 * first * block_weights, _dequantized(source, tensor)
+        yield "data", 2 * first * block_weights, _dequantized(source, tensor, count * block_weights, slot)
     else:
         yield "data", piece.at, source
 
 
-def _dequantized(source: memoryview, tensor: TensorPlan) -> memoryview:
+def _dequantized(source: memoryview, tensor: TensorPlan, weights: int, slot: _Slot) -> memoryview:
+    """Return the weights of blocks as bf16."""
+    if dequantizes(tensor.record.type.name):
+        target = slot.arrays({"data": 2 * weights})["data"]
+        dequantize(source, target, tensor.record.type.name)
+        return target
     # Imported here: importing them takes longer than planning a model without such tensors.
     import gguf
     import numpy as np
@@ -193,8 +203,8 @@ def _dequantized(source: memoryview, tensor: TensorPlan) -> memoryview:
     # As one row: the package works row by row, and is slow on narrow rows.
     row = np.frombuffer(source, dtype=np.uint8).reshape(1, -1)
     with np.errstate(all="ignore"):
-        weights = gguf.dequantize(row, gguf.GGMLQuantizationType(tensor.record.type))
-        bits = round_to_bf16(np.ascontiguousarray(weights, dtype=np.float32).reshape(-1))
+        values = gguf.dequantize(row, gguf.GGMLQuantizationType(tensor.record.type))
+        bits = round_to_bf16(np.ascontiguousarray(values, dtype=np.float32).reshape(-1))
     return bits.view(np.uint8).data
 
 

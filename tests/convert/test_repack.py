@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import ggml_blocks
 import oracles
 from q6k_convert.convert import repack
-from q6k_convert.convert.repack import array_bytes, best_path, first_nonfinite, to_planes
+from q6k_convert.convert.repack import array_bytes, best_path, dequantize, dequantizes, first_nonfinite, to_planes
 from q6k_convert.errors import EnvironmentMissingError
 from q6k_kernels.formats import planes
 from q6k_kernels.formats.blocks import STEPS, ScaleNumber, block_bytes, decode
@@ -139,6 +139,36 @@ def test_a_path_the_machine_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(repack.PATHS, "future", 99)
     with pytest.raises(EnvironmentMissingError, match="no path 'future'"):
         repacked(ggml_blocks.random_blocks("Q6_K", 1), Q6_K_ROWS[0], "future")
+
+
+# Types that become bf16
+
+NATIVE = ("Q2_K", "Q3_K")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("data", [*DATA, "not-finite"])
+@pytest.mark.parametrize("ggml", NATIVE)
+def test_dequantised_weights_are_ggmls_rounded(ggml: str, data: str, path: str) -> None:
+    blocks = np.full((3, ggml_blocks.SIZES[ggml][1]), 0xFF, np.uint8)
+    if data == "not-finite":
+        blocks[1:, -2:] = [0x00, 0x7C]  # infinite, with codes of 0 in the last
+        blocks[2, :-2] = 0
+    else:
+        blocks = blocks_of(ggml)[data]
+    expected = planes.round_to_bf16(ggml_blocks.dequantised(blocks, ggml)).tobytes()
+    weights = bytearray(len(expected))
+    dequantize(blocks.reshape(-1), weights, ggml, path)
+    assert weights == expected
+
+
+def test_what_is_not_dequantised_natively_is_said() -> None:
+    assert [ggml for ggml in ggml_blocks.SIZES if dequantizes(ggml)] == list(NATIVE)
+    with pytest.raises(ValueError, match="does not dequantise IQ2_S"):
+        dequantize(bytes(82), bytearray(512), "IQ2_S")
+    for blocks, weights in ((bytes(84), bytearray(511)), (bytes(85), bytearray(512)), (bytes(84), bytes(512))):
+        with pytest.raises(ValueError, match="84|85"):
+            dequantize(blocks, weights, "Q2_K")
 
 
 # Scales that are not finite

@@ -65,17 +65,13 @@ INLINE void pairs_portable(const uint8_t *qh, uint8_t *plane)
                                          (odd_01 >> at & 0xFFFF) << 32 | (odd_23 >> at & 0xFFFF) << 48);
 }
 
-/* In steps of one kind, which compilers turn into vectors. */
 INLINE void products_portable(const uint8_t *block, uint8_t *scale)
 {
     const float d = half_to_float(load_u16(block + Q6_K_D_AT));
-    float product[16];
-    uint16_t rounded[16];
+    float products[16];
     for (int g = 0; g < 16; g++)
-        product[g] = d * (float)(int8_t)block[Q6_K_SCALES_AT + g];
-    for (int g = 0; g < 16; g++)
-        rounded[g] = float_to_bf16(product[g]);
-    memcpy(scale, rounded, sizeof rounded);
+        products[g] = d * (float)(int8_t)block[Q6_K_SCALES_AT + g];
+    round_to_bf16(products, scale, 16);
 }
 
 static void q6_k_portable(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)

@@ -9,6 +9,7 @@
 
 #include "blocks_256.h"
 #include "blocks_32.h"
+#include "dequantize.h"
 #include "q6_k.h"
 
 enum { PATH_PORTABLE, PATH_AVX2, PATHS };
@@ -21,7 +22,7 @@ enum { PATH_PORTABLE, PATH_AVX2, PATHS };
 #define THE_SAME(function) { function }
 #endif
 
-/* Names of rows in q6k_kernels/formats/types.py. */
+/* Names of rows in q6k_kernels/formats/types.py, and of GGML types that become one array of bf16. */
 static const struct {
     const char *name;
     Encode *encode[PATHS];
@@ -38,6 +39,8 @@ static const struct {
     {"iq4_nl", ON_BOTH(half)},
     {"iq4_xs", ON_BOTH(iq4_xs)},
     {"mxfp4", ON_BOTH(exponent)},
+    {"Q2_K", ON_BOTH(q2_k)},
+    {"Q3_K", ON_BOTH(q3_k)},
 };
 
 /* Return the fastest path that this processor supports. */
@@ -52,8 +55,9 @@ int q6k_best_path(void)
 }
 
 /*
- * Encode n blocks into the type's arrays, in the order of its row. Nothing may overlap. Returns 0, or -1 if the
- * type is not in the table, -2 if this processor or build lacks the path; then nothing is written.
+ * Encode n blocks into the type's arrays, in the order of its row. Nothing may overlap; for no blocks there need be no
+ * arrays. Returns 0, or -1 if the type is not in the table, -2 if this processor or build lacks the path; then nothing
+ * is written.
  */
 int q6k_encode(const char *type, int path, const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
 {
@@ -61,7 +65,8 @@ int q6k_encode(const char *type, int path, const uint8_t *blocks, int64_t n, uin
         return -2;
     for (size_t i = 0; i < sizeof TYPES / sizeof *TYPES; i++)
         if (strcmp(TYPES[i].name, type) == 0) {
-            TYPES[i].encode[path](blocks, n, arrays);
+            if (n > 0)
+                TYPES[i].encode[path](blocks, n, arrays);
             return 0;
         }
     return -1;

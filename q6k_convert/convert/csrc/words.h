@@ -76,13 +76,21 @@ INLINE float half_to_float(uint16_t h)
     return f;
 }
 
-/* Round to nearest even; every NaN becomes the one quiet NaN, so that all machines write the same. */
-INLINE uint16_t float_to_bf16(float f)
+/*
+ * Round fp32 to bf16, to nearest even; every NaN becomes the one quiet NaN, so that all machines write the same.
+ * On whole arrays and in signed numbers, which compilers turn into vectors; `n` is at most 128.
+ */
+INLINE void round_to_bf16(const float *values, uint8_t *out, int n)
 {
-    uint32_t bits;
-    memcpy(&bits, &f, 4);
-    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16;
-    return (uint16_t)((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0 : rounded);
+    int32_t bits[128];
+    uint16_t rounded[128];
+    memcpy(bits, values, (size_t)n * 4);
+    for (int i = 0; i < n; i++) {
+        const int32_t nan = -((bits[i] & 0x7FFFFFFF) > 0x7F800000);
+        const uint32_t sum = ((uint32_t)bits[i] + 0x7FFFu + ((uint32_t)bits[i] >> 16 & 1)) >> 16;
+        rounded[i] = (uint16_t)((sum & ~(uint32_t)nan) | (0x7FC0u & (uint32_t)nan));
+    }
+    memcpy(out, rounded, (size_t)n * 2);
 }
 
 /* The low nibbles of eight bytes, neighbours joined: four bytes. */
@@ -113,7 +121,7 @@ INLINE uint64_t even_bits_first(uint64_t x)
 }
 
 #ifdef HAVE_AVX2
-/* float_to_bf16 of eight numbers, each in the low half of 32 bits. */
+/* round_to_bf16 of eight numbers, each into the low half of 32 bits. */
 AVX2 INLINE __m256i bf16_bits_avx2(__m256 f)
 {
     const __m256i bits = _mm256_castps_si256(f);
