@@ -163,7 +163,7 @@ def run_on_cpu(rows: Rows, at: int, n: int, progress: Progress) -> tuple[list[Ta
             started = time.perf_counter()
             y = reference.linear(tally.x, planes, rows.type, activations=tally.formula)
             tally.seconds += time.perf_counter() - started
-            tally.compare(y, weight, first, reference.roundings(rows.k, tally.formula))
+            tally.compare(y, weight, first, reference.roundings(rows.k, rows.type, tally.formula))
         progress(count * rows.bytes_a_row)
     return tallies, []
 

@@ -128,6 +128,8 @@ BF16 = tuple(name for name, row in WEIGHT_TYPES.items() if row.scales[0].dtype =
 """Weight types with a bf16 scale for each group."""
 FOUR = tuple(name for name, row in WEIGHT_TYPES.items() if row.bits == 4)
 """Weight types with codes of four bits, whose tiles are the smallest."""
+BOOKS = tuple(name for name, row in WEIGHT_TYPES.items() if row.book)
+"""Weight types whose codes are looked up."""
 WIDER = tuple(name for name in WEIGHT_TYPES if name not in BF16 + FOUR)
 OTHERS = FOUR + WIDER
 ALL = BF16 + OTHERS
@@ -147,6 +149,7 @@ ROWS = (
     Row(ALL, (1, 2), 16383, 48, *LATE, TWO + LARGE, resident=1),
     Row(BF16, (1,), 4096, ANY, *EARLY, ((8, 3, 2), *LARGE)),
     Row(OTHERS, (1,), 4096, ANY, *EARLY, (*DEEP, *LARGE)),
+    Row(BOOKS, (1,), 16383, ANY, *APART, LARGE),
     Row(OTHERS, (1,), 16383, ANY, *APART, (*DEEP, *LARGE)),
     Row(ALL, (2,), 4096, ANY, *EARLY, LARGE),
     Row(ALL, (2,), 8192, ANY, *APART, TWO + LARGE),

@@ -244,7 +244,9 @@ def _scratch(launch: WgmmaPlan, device: torch.device) -> Tensor:
 
 def tile_pieces(row: WeightType) -> int:
     """Return the rows in which a tile is copied: at most 256 words wide, and multiples of 16 bytes."""
-    return next(count for count in range(-(-row.tile_bytes // 1024), row.tile_bytes) if row.tile_bytes % (16 * count) == 0)
+    return next(
+        count for count in range(-(-row.tile_bytes // 1024), row.tile_bytes) if row.tile_bytes % (16 * count) == 0
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -57,9 +57,7 @@ def pack(planes: Sequence[Tensor], row: WeightType) -> Tensor:
     return tiles
 
 
-def embedding(
-    indices: Tensor, tiles: Tensor, n: int, k: int, row: WeightType, dtype: torch.dtype
-) -> Tensor:
+def embedding(indices: Tensor, tiles: Tensor, n: int, k: int, row: WeightType, dtype: torch.dtype) -> Tensor:
     """Return rows by index.
 
     An index outside 0..n-1 stops the kernel, as it does in `torch.nn.functional.embedding` on a GPU: the next

@@ -22,7 +22,7 @@ from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.step_reference import Cached, Heads, Norm, ProductInput, TokenChoice, capped
 from q6k_kernels.models.architecture import Activation, attached
 from q6k_kernels.models.cache_layout import SLIDING
-from q6k_kernels.models.fusing import GATE_UP, QKV, Group
+from q6k_kernels.models.fusing import GATE_UP, QKV, Group, Stacks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +58,7 @@ class StepOperations(Protocol):
 
 @dataclass(frozen=True)
 class _Projections:
-    """Projections that share their input: a module for each, or one for all, and the columns of each."""
+    """Projections that share their input: modules for one or more of them, and the columns of each."""
 
     modules: list[nn.Module]
     widths: list[int]
@@ -147,10 +147,15 @@ class Step:
         return run.multiply(self._head, x)
 
     def _project(self, projections: _Projections, x: ProductInput) -> tuple[Tensor, ...]:
-        products = [self._operations.multiply(module, x) for module in projections.modules]
-        if len(products) == len(projections.widths):
-            return tuple(products)
-        return torch.split(products[0], projections.widths, dim=1)
+        found, widths = list[Tensor](), list(projections.widths)
+        for module in projections.modules:
+            product = self._operations.multiply(module, x)
+            at = 0
+            while at < product.shape[1]:
+                width = widths.pop(0)
+                found.append(product[:, at : at + width])
+                at += width
+        return tuple(found)
 
     def _layer(self, layer: Any, config: Any, angles: tuple[Tensor, Tensor]) -> _StepLayer:
         attention, network = layer.self_attn, layer.mlp
@@ -188,7 +193,9 @@ class Step:
 
 def _projections(module: Any, group: Group, widths: list[int]) -> _Projections:
     joined = getattr(module, group.name, None)
-    return _Projections([getattr(module, part) for part in group.parts] if joined is None else [joined], widths)
+    if joined is None:
+        return _Projections([getattr(module, part) for part in group.parts], widths)
+    return _Projections(list(joined.layers) if isinstance(joined, Stacks) else [joined], widths)
 
 
 def _angles(rotary: Any, kind: tuple[str, ...], cache: KeyValueCache) -> tuple[Tensor, Tensor]:

@@ -169,7 +169,14 @@ class Kernels:
         y = torch.empty(1, module.out_features, dtype=self._dtype, device=self._torch_device)
         row = weight_type(module.format)
         decode.linear_of_codes(
-            activations.codes, module.in_features, module.tiles, module.bias, module.out_features, row, y, self._device
+            activations.codes,
+            module.in_features,
+            module.tiles,
+            module.bias,
+            module.out_features,
+            row,
+            y,
+            self._device,
         )
         return y
 

@@ -117,16 +117,22 @@ class Filler:
         parts = [f"{name}.{part}" for part in group.parts]
         rows = [self.shapes[f"{part}.weight"][0] for part in parts]
         biases = [f"{part}.bias" for part in parts if f"{part}.bias" in self.names]
-        formats = {self._format(f"{part}.weight") for part in parts}
-        if len(formats) != 1 or (format := formats.pop()) is None:
-            return False  # one launch handles one weight type
-        if not fusing.can_join(rows) or len(biases) not in (0, len(parts)):
+        formats = [format for part in parts if (format := self._format(f"{part}.weight")) is not None]
+        if len(formats) < len(parts) or len(biases) not in (0, len(parts)):
             return False
+        stacks = fusing.stacks(rows, formats)
+        if len(stacks) == len(parts):
+            return False  # nothing would be saved
         k = self.shapes[f"{parts[0]}.weight"][1]
-        weight = fusing.join(rows, k, format, lambda index: self._packed(f"{parts[index]}.weight"), self.device)
-        bias = torch.cat([self._plain(bias) for bias in biases]) if biases else None
-        fusing.fuse(module, group, rows, weight, bias, self.activations)
+        weights = [self._stack(parts[stack], rows[stack], k, formats[stack.start]) for stack in stacks]
+        joined = [torch.cat([self._plain(bias) for bias in biases[stack]]) if biases else None for stack in stacks]
+        fusing.fuse(module, group, rows, weights, joined, self.activations)
         return True
+
+    def _stack(self, parts: list[str], rows: list[int], k: int, format: str) -> PackedWeight:
+        if len(parts) == 1:
+            return self._packed(f"{parts[0]}.weight")
+        return fusing.join(rows, k, format, lambda index: self._packed(f"{parts[index]}.weight"), self.device)
 
     def _linear(self, name: str, module: nn.Linear) -> None:
         if self._format(f"{name}.weight") is None:

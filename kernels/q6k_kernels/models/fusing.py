@@ -1,6 +1,8 @@
 """Linear layers that share their input, run as one: q, k and v of attention, gate and up of a feed-forward network.
 
-Loading stacks the rows of their weights in one packed weight, so one launch computes all their products.
+Loading stacks the rows of their weights in one packed weight, so one launch computes all their products. A launch
+reads weights of one type, for which its kernel is compiled: where types differ (in llama.cpp's mixtures v often has
+more bits than q and k), neighbours of one type are stacked, and each stack takes a launch.
 transformers' modules stay unchanged: a hook computes the product before the module's forward, and in place of its
 projections the module has `Part`s, each of which returns a view of its columns of the product.
 
@@ -43,6 +45,22 @@ QKV = Group("qkv_proj", ("q_proj", "k_proj", "v_proj"))
 GATE_UP = Group("gate_up_proj", ("gate_proj", "up_proj"))
 
 
+class Stacks(nn.Module):
+    """Stacked projections of several weight types, as one layer: its product is those of all, one after the other.
+
+    Args:
+        layers: a layer for each stack, in the order of the projections.
+    """
+
+    def __init__(self, layers: Sequence[PackedLinear]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the products with all weights, (..., K) -> (..., N), N that of all together."""
+        return torch.cat([layer(x) for layer in self.layers], -1)
+
+
 class Part(nn.Module):
     """The place of one projection in a fused product; it returns a view of its columns.
 
@@ -71,9 +89,20 @@ def groups(model: nn.Module) -> Iterator[tuple[str, nn.Module, Group]]:
                 yield name, module, group
 
 
-def can_join(rows: Sequence[int]) -> bool:
-    """Check whether weights of these row counts can be stacked: each has to begin at a tile boundary."""
-    return len(rows) > 1 and all(count % TILE_ROWS == 0 for count in rows[:-1])
+def stacks(rows: Sequence[int], formats: Sequence[str]) -> list[slice]:
+    """Divide projections into neighbours that can be stacked: of one type, each beginning at a tile boundary.
+
+    Args:
+        rows: N of each weight.
+        formats: the name of each weight's type.
+
+    Returns:
+        The stacks as slices, in order.
+    """
+    begins = [
+        at for at in range(len(rows)) if at == 0 or formats[at] != formats[at - 1] or rows[at - 1] % TILE_ROWS
+    ]
+    return [slice(begin, end) for begin, end in zip(begins, [*begins[1:], len(rows)], strict=True)]
 
 
 def join(
@@ -82,7 +111,7 @@ def join(
     """Stack weights of the same type and K; only one of them at a time exists twice in memory.
 
     Args:
-        rows: N of each weight; see `can_join`.
+        rows: N of each weight; see `stacks`.
         k: K of all weights.
         format: the name of their weight type.
         load: returns weight number i, (rows[i], K), on the device.
@@ -103,8 +132,8 @@ def fuse(
     module: nn.Module,
     group: Group,
     rows: Sequence[int],
-    weight: PackedWeight,
-    bias: Tensor | None,
+    weights: Sequence[PackedWeight],
+    biases: Sequence[Tensor | None],
     activations: Activations = "auto",
 ) -> None:
     """Make a module run its projections as one.
@@ -114,11 +143,12 @@ def fuse(
             `hidden_states`, and uses only its shape for anything else.
         group: the projections.
         rows: N of each projection.
-        weight: the stacked weight, (sum of rows, K).
-        bias: (sum of rows,), or None.
+        weights: each stack's weight, (sum of rows, K).
+        biases: (sum of rows,) or None for each stack.
         activations: see `PackedLinear`.
     """
-    setattr(module, group.name, PackedLinear.from_weight(weight, bias, activations))
+    layers = [PackedLinear.from_weight(*each, activations) for each in zip(weights, biases, strict=True)]
+    setattr(module, group.name, layers[0] if len(layers) == 1 else Stacks(layers))
     at = 0
     for part, count in zip(group.parts, rows, strict=True):
         setattr(module, part, Part(at, at + count))

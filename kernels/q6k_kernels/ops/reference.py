@@ -175,7 +175,7 @@ def multiply(x: Tensor, rows: Rows, n: int, k: int, bias: Tensor | None, activat
         for index in range(len(blocks)):
             # Products of super-blocks, then their sum, keep chains of roundings short.
             sums = (
-                _int8_sums(*quantised[index], *parts) if activations == "int8" else (wide[index] @ w).sum(0).float()
+                _int8_sums(quantised[index], parts) if activations == "int8" else (wide[index] @ w).sum(0).float()
             )
             if bias is not None:
                 sums += bias[part].detach().float()
@@ -218,12 +218,13 @@ def _by_super_block(values: Tensor) -> Tensor:
     return padded.view(len(values), -1, SUPER_BLOCK).transpose(0, 1)
 
 
-def _int8_sums(a: Tensor, d_a: Tensor, codes: Tensor, scale: Tensor, least: Tensor | None) -> Tensor:
+def _int8_sums(activations: tuple[Tensor, Tensor], parts: Parts) -> Tensor:
     """Return y, float32 (M, N), of activations in 8 bits, int8 (M, K) and float32 (M, K/32), and parts of weights.
 
     The inner sums are integers of at most 32 * 128 * 127 < 2**19, as are their parts: fp32 holds them exactly in any
     order of addition. Their operands, of 8 bits, fit in bf16, so no setting of matmul precision changes them.
     """
+    (a, d_a), (codes, scale, least) = activations, parts
     groups = scale.shape[1]
     group = codes.shape[1] // groups
     left = a.float().view(len(a), groups, group).transpose(0, 1)
