@@ -151,6 +151,15 @@ def build_ops(
             show_default="80, 86, 89, 90, 100, 120",
         ),
     ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="Compile kernels for this weight type, as `inspect` names them; repeatable.",
+            show_default="all",
+        ),
+    ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(min=1, max=256, metavar="N", help="Run N compilers at a time.", show_default="processors"),
@@ -163,7 +172,7 @@ def build_ops(
     with reporting(as_json, quiet, verbose) as terminal:
         from q6k_convert.machine.build_ops import build
 
-        report = build(out, arch or [], jobs, terminal.note)
+        report = build(out, arch or [], jobs, terminal.note, formats=formats or [])
         if as_json:
             terminal.document(report)
         else:

@@ -24,6 +24,7 @@ from q6k_convert import __version__, text
 from q6k_convert.errors import EnvironmentMissingError, UsageError
 from q6k_convert.machine.doctor import OLDEST_TORCH
 from q6k_kernels.errors import CompileFailedError, GpuTooOldError
+from q6k_kernels.formats.types import WEIGHT_TYPES
 from q6k_kernels.jit import compiler, cubin_cache
 
 LIBRARY = "libq6k_ops.so"
@@ -57,7 +58,12 @@ class Tools:
 
 
 def build(
-    out: Path | None, architectures: Sequence[int], jobs: int | None, note: Note, only: str = ""
+    out: Path | None,
+    architectures: Sequence[int],
+    jobs: int | None,
+    note: Note,
+    only: str = "",
+    formats: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Build the library.
 
@@ -67,13 +73,14 @@ def build(
         jobs: compilers at a time; by default the number of processors.
         note: called with each line about the progress.
         only: for tests, a regular expression that selects units by the names that `units.name_of` gives them.
+        formats: names of the weight types to compile kernels for; by default all.
 
     Returns:
         The document for `--json`: `library` (its path), `bytes`, `architectures`, `nvrtc`, `torch`, `seconds`, and
         `kernels` (the resources of each kernel).
 
     Raises:
-        UsageError: kernels do not run on a given architecture.
+        UsageError: kernels do not run on a given architecture, or there is no such weight type.
         EnvironmentMissingError: a tool is missing or too old, or the build fails.
         CompilerMissingError: NVRTC is missing, or does not know an architecture.
         CompileFailedError: a kernel does not compile, or spills.
@@ -88,10 +95,15 @@ def build(
                 f"--arch {arch}: expected a compute capability of 80 or later, as 90 for 9.0",
                 "Give `--arch 90`, for example.",
             ) from error
+    for name in formats:
+        if name not in WEIGHT_TYPES:
+            raise UsageError(
+                f"--format {name}: expected one of {', '.join(WEIGHT_TYPES)}", "Leave it out to build for all."
+            )
     tools = find_tools()
     from q6k_kernels.cpp import cubins, generate, units  # they import torch
 
-    wanted = units.of_library(tuple(dict.fromkeys(architectures)), only)
+    wanted = units.of_library(tuple(dict.fromkeys(architectures)), only, formats)
     chosen = list(dict.fromkeys(arch for arch, _, _ in wanted))
     folder = (out if out is not None else cubin_cache.directory() / "ops").resolve()
     work = folder / "build"

@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
-"""Compile all kernels for all architectures and print their resources; exit with 1 if one fails or spills.
+"""Compile kernels for all architectures and print their resources; exit with 1 if one fails or spills.
 
-    python scripts/kernels/compile_kernels.py [--arch 80 ...] [--jobs N] [--json FILE]
+    python scripts/kernels/compile_kernels.py [--all] [--arch 80 ...] [--jobs N] [--json FILE]
+
+By default few of the variants, such that each file is compiled for every architecture, with every weight type and
+every value of every macro; with --all every variant that some size of a product may load.
 
 Needs no GPU and no CUDA toolkit: the compiler is NVRTC, as at run time. Compiled kernels go to the kernel cache,
 so that a later `q6k-convert build-ops` compiles none of them again. Figures come from the assembler: registers,
@@ -46,10 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="XY",
         help="compute capabilities, 90 for 9.0; by default all",
     )
+    parser.add_argument("--all", action="store_true", help="every variant that a launch may load")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(arguments)
-    started, wanted = time.monotonic(), units.plan(args.arch)
+    started, every = time.monotonic(), units.plan(args.arch)
+    wanted = every if args.all else units.cover(every)
     try:
         by = f"NVRTC {'.'.join(map(str, compiler.version()))}, {compiler.library_path()}"
         print(by, flush=True)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from q6k_kernels.cuda import rows as row_kernels
 from q6k_kernels.formats import ggml, types
 from q6k_kernels.jit import compiler, driver, loader
 
-MOST_VALUES = 12
+MOST_VALUES = 14
 """Macros of a unit that there is room for."""
 CUBIN_ALIGNMENT = 64
 """Bytes; the driver reads cubins where they lie."""
@@ -41,6 +41,8 @@ ENUMS = (
     *("CUtensorMapDataType", "CUtensorMapInterleave", "CUtensorMapSwizzle", "CUtensorMapL2promotion"),
     "CUtensorMapFloatOOBfill",
 )
+SCALES = ("BF16", "INT8_STEPS", "UINT8_STEPS", "FP16", "E8M0")
+"""Names of the kinds of scales in `cuda/common.cuh`, in their order."""
 VALUES = ("CU_LAUNCH_PARAM_END", "CU_LAUNCH_PARAM_BUFFER_POINTER", "CU_LAUNCH_PARAM_BUFFER_SIZE")
 """What `src/` uses of cuda.h, besides functions and structures."""
 
@@ -48,19 +50,36 @@ VALUES = ("CU_LAUNCH_PARAM_END", "CU_LAUNCH_PARAM_BUFFER_POINTER", "CU_LAUNCH_PA
 def weight_types() -> list[str]:
     """Return the rows of `formats.types` as C++."""
     rows = []
-    for row in types.WEIGHT_TYPES.values():
-        arrays = _list(f'{{"{array.role}", "{array.dtype}", {array.weights}}}' for array in row.arrays)
-        numbers = [value for _, value in row.macros] + [row.block, row.tile_bytes, len(row.arrays)]
-        rows.append(f'{{"{row.name}", {", ".join(map(str, numbers))}, {arrays}}}')
+    for index, row in enumerate(types.WEIGHT_TYPES.values()):
+        numbers = [index, *(value for _, value in row.macros), row.block, row.tile_bytes]
+        numbers += [gemm_wgmma.tile_pieces(row), len(row.arrays), len(row.scales)]
+        rows.append(f'{{"{row.name}", {", ".join(map(str, numbers))}, {_list(_arrays(row))}}}')
+    kinds = (f"SCALES_{name} = {kind}" for name, kind in zip(SCALES, types.KIND_OF_SCALE.values(), strict=True))
     return [
-        "struct PlaneArray { const char *role, *dtype; int64_t weights; };",
+        "// `index`: the place in WEIGHT_TYPES. `pieces`: rows in which a tensor map copies a tile. Of an array: weights",
+        "// of an element, bytes of one, and where a tile has it, 0 for codes; `role` is its place in PACKED_ROLES.",
+        "struct PlaneArray { const char *name, *dtype; int64_t weights, bytes, at, role; };",
         "struct WeightType {",
         "  const char* name;",
-        "  int64_t bits, group, minimum, scales, block, tile_bytes, count;",
+        "  int64_t index, bits, offset, book, group, minimum, scales, block, tile_bytes, pieces, count, scale_count;",
         "  PlaneArray arrays[MOST_PLANES];",
         "};",
+        f"enum Scales : int64_t {{ {', '.join(kinds)} }};",
         f"constexpr WeightType WEIGHT_TYPES[] = {_list(rows)};",
+        f"constexpr signed char BOOKS[][16] = {_list(map(_list, types.BOOKS))};",
     ]
+
+
+def _arrays(row: types.WeightType) -> Iterator[str]:
+    """Yield the arrays of a weight type as C++."""
+    at, weights = types.TILE_ROWS * ggml.SUPER_BLOCK * row.bits // 8, types.TILE_ROWS * ggml.SUPER_BLOCK
+    for array in row.arrays:
+        size, is_scale = types.DTYPE_BYTES[array.dtype], array in row.scales
+        role = next(place for place, roles in enumerate(row_kernels.PACKED_ROLES) if array.role in roles)
+        numbers = f"{array.weights}, {size}, {at if is_scale else 0}, {role}"
+        yield f'{{"{array.role}", "{array.dtype}", {numbers}}}'
+        if is_scale:
+            at += weights // array.weights * size
 
 
 def tables() -> str:
@@ -68,9 +87,8 @@ def tables() -> str:
     numbers = {
         "TILE_ROWS": types.TILE_ROWS,
         "SUPER_BLOCK": ggml.SUPER_BLOCK,
-        "SCALES_STEPPED": types.KIND_OF_SCALE["I8"],
         "MOST_VALUES": MOST_VALUES,
-        "MOST_PLANES": row_kernels.PACKED_PLANES,
+        "MOST_PLANES": len(row_kernels.PACKED_ROLES),
         "ALIGNMENT": device.ALIGNMENT,
         "DECODE_M": dispatch.DECODE_M,
         "PREFILL_M": dispatch.PREFILL_M,
@@ -80,7 +98,6 @@ def tables() -> str:
         "MOST_WAVES": decode_plan.MOST_WAVES,
         "QUANTIZE_THREADS": decode.QUANTIZE_THREADS,
         "WGMMA_ARCH": gemm_wgmma.ARCH,
-        "TILE_PIECES": gemm_wgmma.TILE_PIECES,
         "MMA_WARPS": gemm_mma.WARPS,
         "MMA_THREADS": gemm_mma.THREADS,
         "REDUCE_THREADS": gemm_mma.REDUCE_THREADS,
@@ -95,6 +112,7 @@ def tables() -> str:
         (each.tokens, each.consumers, each.tile_stages, each.x_stages, each.occupancy, each.cycles)
         for each in gemm_wgmma.CONFIGS
     ]
+    stages = [[each.stages(row) for row in types.WEIGHT_TYPES.values()] for each in gemm_wgmma.CONFIGS]
     lines = [
         "// Made by generate.py from Python's launch plans.",
         "#pragma once",
@@ -107,6 +125,8 @@ def tables() -> str:
         f"constexpr int64_t SMALL[][3] = {_list(map(_list, decode_plan.SMALL))};",
         *_decode_rows(),
         f"constexpr int64_t WGMMA_CONFIGS[][6] = {_list(map(_list, configs))};",
+        "// The depth of the ring of tiles, by configuration and weight type.",
+        f"constexpr int64_t WGMMA_STAGES[][{len(types.WEIGHT_TYPES)}] = {_list(map(_list, stages))};",
         f"constexpr int64_t MMA_CONFIGS[][2] = {_list(map(_list, gemm_mma.CONFIGS))};",
         f"constexpr int64_t SMALL_SHARED[] = {_list(gemm_mma.SMALL_SHARED)};",
         "}  // namespace q6k",

@@ -6,9 +6,10 @@ A unit is what `jit` compiles at run time, to the same cubin. Which there are, o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from q6k_kernels.formats.types import CODE_MACROS
+from q6k_kernels.formats.types import CODE_MACROS, weight_type
 from q6k_kernels.jit.compiler import Defines
 
 Unit = tuple[int, str, Defines]
@@ -48,13 +49,50 @@ def plan(architectures: Sequence[int] = ()) -> dict[Unit, list[str]]:
     return units
 
 
-def of_library(architectures: Sequence[int] = (), only: str = "") -> dict[Unit, list[str]]:
-    """Return the units of `plan` that the library holds and whose name the regular expression `only` matches.
+def cover(wanted: Mapping[Unit, Sequence[str]]) -> dict[Unit, list[str]]:
+    """Return few of the units, such that each architecture and file has every weight type and every macro's value.
+
+    Greedy: the unit with the most that is missing comes next.
+    """
+
+    def items(unit: Unit) -> set[tuple[Any, ...]]:
+        arch, file, defines = unit
+        of_type = tuple(value for name, value in defines if name in CODE_MACROS)
+        return {(arch, file, of_type), *((arch, file, *each) for each in defines if each[0] not in CODE_MACROS)}
+
+    left = {unit: items(unit) for unit in wanted}
+    missing = set().union(*left.values())
+    chosen: dict[Unit, list[str]] = {}
+    while missing:
+        best = max(left, key=lambda unit: len(left[unit] & missing))
+        chosen[best] = list(wanted[best])
+        missing -= left.pop(best)
+    return chosen
+
+
+def of_library(
+    architectures: Sequence[int] = (), only: str = "", formats: Sequence[str] = ()
+) -> dict[Unit, list[str]]:
+    """Return the units of `plan` that the library holds.
+
+    Args:
+        architectures: compute capabilities; all if none is given.
+        only: a regular expression that matches the units' names.
+        formats: names of weight types; all if none is given.
 
     Raises:
         ValueError: `src/` does not know a unit's macros.
     """
-    every = {unit: kernels for unit, kernels in plan(architectures).items() if unit[1] not in OF_STEPS}
+    chosen = {weight_type(name).macros for name in formats} | {()}
+
+    def has_type(unit: Unit) -> bool:
+        return not formats or tuple(each for each in unit[2] if each[0] in CODE_MACROS) in chosen
+
+    every = {
+        unit: kernels
+        for unit, kernels in plan(architectures).items()
+        if unit[1] not in OF_STEPS and has_type(unit)
+    }
     found = {unit: kernels for unit, kernels in every.items() if re.search(only, name_of(unit))}
     for unit in found:
         check(unit)

@@ -38,7 +38,7 @@ int32_t dtype_of(const PlaneArray& array) {
   return name == "U8" ? dtypes().uint8 : name == "I8" ? dtypes().int8 : name == "BF16" ? dtypes().bf16 : dtypes().fp16;
 }
 
-int64_t check_tiles(const Tensor& tiles, int64_t n, const WeightType& type) {
+void check_tiles(const Tensor& tiles, int64_t n, int64_t k, const WeightType& type) {
   const int64_t dim = tiles.dim();
   if (tiles.dtype() != dtypes().uint8 || dim != 3 || tiles.size(-1) != type.tile_bytes || tiles.size(-2) < 1 ||
       !tiles.is_contiguous()) {
@@ -52,7 +52,13 @@ int64_t check_tiles(const Tensor& tiles, int64_t n, const WeightType& type) {
            std::to_string(TILE_ROWS * (row_tiles - 1) + 1) + " to " + std::to_string(TILE_ROWS * row_tiles) +
            " rows, found " + std::to_string(n));
   }
-  return tiles.size(-2) * SUPER_BLOCK;
+  const int64_t blocks = tiles.size(-2);
+  if (k < 1 || k > (int64_t{1} << 31) - 1 || k % type.block || blocks != ceil_div(k, SUPER_BLOCK)) {
+    refuse("k: " + std::to_string(blocks) + " tiles of " + std::to_string(SUPER_BLOCK) + " columns hold " +
+           std::to_string(SUPER_BLOCK * (blocks - 1) + 1) + " to " + std::to_string(SUPER_BLOCK * blocks) +
+           " weights of a row, and " + type.name + " has multiples of " + std::to_string(type.block) + "; found " +
+           std::to_string(k));
+  }
 }
 
 void check_dtype(int32_t dtype) {
@@ -67,9 +73,10 @@ std::string quoted(const std::string& text) { return "'" + text + "'"; }
 
 int64_t check_linear(const Tensor& x, const Tensor& tiles, const std::optional<Tensor>& bias, int64_t n,
                      const WeightType& type, const std::string& activations, bool halves) {
-  const int64_t k = check_tiles(tiles, n, type);
+  const int64_t k = x.dim() ? x.size(-1) : 0;
+  check_tiles(tiles, n, k, type);
   const int kind = float_kind(x.dtype());
-  if (x.dim() == 0 || kind < 0 || (halves && kind == 2) || x.size(-1) != k) {
+  if (kind < 0 || (halves && kind == 2)) {
     refuse(std::string("x: expected ") + (halves ? "bfloat16 or float16" : "bfloat16, float16 or float32") + " (..., " +
            std::to_string(k) + "), found " + found(x));
   }
@@ -91,26 +98,25 @@ int64_t check_linear(const Tensor& x, const Tensor& tiles, const std::optional<T
   return k;
 }
 
-int64_t check_embedding(const Tensor& indices, const Tensor& tiles, int64_t n, const WeightType& type, int32_t dtype) {
-  const int64_t k = check_tiles(tiles, n, type);
+void check_embedding(const Tensor& indices, const Tensor& tiles, int64_t n, int64_t k, const WeightType& type,
+                     int32_t dtype) {
+  check_tiles(tiles, n, k, type);
   check_dtype(dtype);
   if (indices.dtype() != dtypes().int64 && indices.dtype() != dtypes().int32) {
     refuse("indices: expected int64 or int32 of any shape, found torch." + dtype_name(indices.dtype()));
   }
   check_devices({{"indices", &indices}, {"tiles", &tiles}});
-  return k;
 }
 
-int64_t check_dequantize(const Tensor& tiles, int64_t n, const WeightType& type, int32_t dtype) {
-  const int64_t k = check_tiles(tiles, n, type);
+void check_dequantize(const Tensor& tiles, int64_t n, int64_t k, const WeightType& type, int32_t dtype) {
+  check_tiles(tiles, n, k, type);
   check_dtype(dtype);
-  return k;
 }
 
 std::vector<int64_t> check_pack(const std::vector<Tensor>& planes, const WeightType& type) {
   if (planes.size() != static_cast<size_t>(type.count)) {
     std::string roles;
-    for (int i = 0; i < type.count; ++i) roles += (i ? ", " : "") + std::string(type.arrays[i].role);
+    for (int i = 0; i < type.count; ++i) roles += (i ? ", " : "") + std::string(type.arrays[i].name);
     refuse("planes: " + std::string(type.name) + " has " + roles + "; found " + std::to_string(planes.size()) + " tensors");
   }
   const PlaneArray& first = type.arrays[0];
@@ -118,7 +124,7 @@ std::vector<int64_t> check_pack(const std::vector<Tensor>& planes, const WeightT
   if ((codes.dim() != 2 && codes.dim() != 3) || codes.dtype() != dtype_of(first) || codes.numel() == 0 ||
       codes.size(-1) * first.weights % type.block) {
     const std::string width = "K/" + std::to_string(first.weights);
-    refuse(std::string(first.role) + ": expected " + dtype_name(dtype_of(first)) + " (N, " + width + ") or (E, N, " +
+    refuse(std::string(first.name) + ": expected " + dtype_name(dtype_of(first)) + " (N, " + width + ") or (E, N, " +
            width + "), N >= 1, K a multiple of " + std::to_string(type.block) + ", found " + found(codes));
   }
   const int64_t k = codes.size(-1) * first.weights;
@@ -129,18 +135,18 @@ std::vector<int64_t> check_pack(const std::vector<Tensor>& planes, const WeightT
     std::vector<int64_t> shape = codes.shape();
     shape.back() = k / array.weights;
     if (tensor.dtype() != dtype_of(array) || tensor.shape() != shape) {
-      refuse(std::string(array.role) + " of " + type.name + ": with " + first.role + " of shape " +
+      refuse(std::string(array.name) + " of " + type.name + ": with " + first.name + " of shape " +
              shape_text(codes.shape()) + " expected " + dtype_name(dtype_of(array)) + " " + shape_text(shape) +
              ", found " + found(tensor));
     }
-    named.push_back({array.role, &tensor});
+    named.push_back({array.name, &tensor});
   }
   check_devices(named);
   std::vector<int64_t> shape = codes.shape();
   shape.pop_back();
   const int64_t n = shape.back();
   shape.back() = ceil_div(n, TILE_ROWS);
-  shape.push_back(k / SUPER_BLOCK);
+  shape.push_back(ceil_div(k, SUPER_BLOCK));
   shape.push_back(type.tile_bytes);
   return shape;
 }

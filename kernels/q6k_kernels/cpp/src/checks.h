@@ -9,11 +9,12 @@ namespace q6k {
 
 enum class Activations { AUTO, INT8, BF16 };
 
-// Returns K of the weight. `halves`: whether x has to be 16-bit, as on a GPU.
+// Returns K, the last dimension of x. `halves`: whether x has to be 16-bit, as on a GPU.
 int64_t check_linear(const Tensor& x, const Tensor& tiles, const std::optional<Tensor>& bias, int64_t n,
                      const WeightType& type, const std::string& activations, bool halves);
-int64_t check_embedding(const Tensor& indices, const Tensor& tiles, int64_t n, const WeightType& type, int32_t dtype);
-int64_t check_dequantize(const Tensor& tiles, int64_t n, const WeightType& type, int32_t dtype);
+void check_embedding(const Tensor& indices, const Tensor& tiles, int64_t n, int64_t k, const WeightType& type,
+                     int32_t dtype);
+void check_dequantize(const Tensor& tiles, int64_t n, int64_t k, const WeightType& type, int32_t dtype);
 // Returns the shape of the tiles.
 std::vector<int64_t> check_pack(const std::vector<Tensor>& planes, const WeightType& type);
 // The mode with a name that `check_linear` has accepted.

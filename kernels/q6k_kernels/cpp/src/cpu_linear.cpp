@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "cpu.h"
 #include "parallel.h"
 #include "tiles.h"
@@ -22,7 +24,9 @@ struct Matrix {
   int64_t m, n, k;
   const WeightType* type;
 
-  int64_t blocks() const { return k / SUPER_BLOCK; }
+  int64_t blocks() const { return ceil_div(k, SUPER_BLOCK); }
+  // Weights of a row that exist in a super-block.
+  int count(int64_t block) const { return static_cast<int>(std::min<int64_t>(SUPER_BLOCK, k - block * SUPER_BLOCK)); }
   const unsigned char* tile(int64_t row_tile, int64_t block) const {
     return tiles + (row_tile * blocks() + block) * type->tile_bytes;
   }
@@ -40,7 +44,7 @@ struct Matrix {
   }
 };
 
-// W6A16: a product for each super-block, then their sum. `Sum` is fp32 for bf16 activations, else fp64.
+// 16-bit activations: a product for each super-block, then their sum. `Sum` is fp32 for bf16 activations, else fp64.
 template <typename T, typename Sum>
 void multiply_bf16(const Matrix& matrix, const T* x, T* y) {
   std::vector<Sum> wide(x, x + matrix.m * matrix.k);
@@ -56,7 +60,7 @@ void multiply_bf16(const Matrix& matrix, const T* x, T* y) {
       for (int64_t token = 0; token < matrix.m; ++token) {
         const Sum* const values = wide.data() + token * matrix.k + block * SUPER_BLOCK;
         Sum part[ROWS] = {};
-        for (int i = 0; i < SUPER_BLOCK; ++i) {
+        for (int i = 0; i < matrix.count(block); ++i) {
           for (int r = 0; r < ROWS; ++r) part[r] += values[i] * columns[i][r];
         }
         for (int r = 0; r < ROWS; ++r) sums[static_cast<size_t>(token * ROWS + r)] += part[r];
@@ -87,7 +91,7 @@ void quantize(const T* x, int64_t count, signed char* a, float* d_a) {
   }
 }
 
-// W6A8: integer sums of groups, scaled in fp32 and added by super-block.
+// Activations in 8 bits: integer sums of groups, scaled in fp32 and added by super-block.
 template <typename T>
 void multiply_int8(const Matrix& matrix, const T* x, T* y) {
   std::vector<signed char> a(static_cast<size_t>(matrix.m * matrix.k));
@@ -96,28 +100,35 @@ void multiply_int8(const Matrix& matrix, const T* x, T* y) {
   parallel_for(ceil_div(matrix.n, ROWS), [&](int64_t row_tile) {
     std::vector<float> sums(static_cast<size_t>(matrix.m * ROWS));
     int columns[SUPER_BLOCK][ROWS];
-    float scales[GROUPS][ROWS];
+    float scales[MOST_GROUPS][ROWS], least[MOST_GROUPS][ROWS] = {};
+    const int size = static_cast<int>(matrix.type->group);
     for (int64_t block = 0; block < matrix.blocks(); ++block) {
       const unsigned char* const tile = matrix.tile(row_tile, block);
       for (int r = 0; r < ROWS; ++r) {
-        signed char q[SUPER_BLOCK];
-        float s[GROUPS];
-        read_codes(tile, r, q);
-        read_scales(tile, r, *matrix.type, s);
-        for (int i = 0; i < SUPER_BLOCK; ++i) columns[i][r] = q[i];
-        for (int j = 0; j < GROUPS; ++j) scales[j][r] = s[j];
+        signed char codes[SUPER_BLOCK];
+        float s[MOST_GROUPS], m[MOST_GROUPS] = {};
+        read_codes(tile, r, *matrix.type, codes);
+        read_scales(tile, r, *matrix.type, false, s);
+        if (matrix.type->minimum) read_scales(tile, r, *matrix.type, true, m);
+        for (int i = 0; i < SUPER_BLOCK; ++i) columns[i][r] = codes[i];
+        for (int j = 0; j < SUPER_BLOCK / size; ++j) scales[j][r] = s[j], least[j][r] = m[j];
       }
       for (int64_t token = 0; token < matrix.m; ++token) {
         const int64_t begin = token * matrix.k + block * SUPER_BLOCK;
         float part[ROWS] = {};
-        for (int j = 0; j < GROUPS; ++j) {
-          const float d = d_a[static_cast<size_t>((begin + j * GROUP) / ACTIVATION_GROUP)];
-          int inner[ROWS] = {};
-          for (int i = 0; i < GROUP; ++i) {
-            const int value = a[static_cast<size_t>(begin + j * GROUP + i)];
-            for (int r = 0; r < ROWS; ++r) inner[r] += value * columns[j * GROUP + i][r];
+        for (int j = 0; j < matrix.count(block) / size; ++j) {
+          const float d = d_a[static_cast<size_t>((begin + j * size) / ACTIVATION_GROUP)];
+          int inner[ROWS] = {}, sum = 0;
+          for (int i = 0; i < size; ++i) {
+            const int value = a[static_cast<size_t>(begin + j * size + i)];
+            sum += value;
+            for (int r = 0; r < ROWS; ++r) inner[r] += value * columns[j * size + i][r];
           }
-          for (int r = 0; r < ROWS; ++r) part[r] += static_cast<float>(inner[r]) * scales[j][r] * d;
+          for (int r = 0; r < ROWS; ++r) {
+            float term = static_cast<float>(inner[r]) * scales[j][r];
+            if (matrix.type->minimum) term -= static_cast<float>(sum) * least[j][r];
+            part[r] += term * d;
+          }
         }
         for (int r = 0; r < ROWS; ++r) sums[static_cast<size_t>(token * ROWS + r)] += part[r];
       }

@@ -1,3 +1,6 @@
+#include <algorithm>
+#include <type_traits>
+
 #include "cpu.h"
 #include "parallel.h"
 #include "tiles.h"
@@ -21,13 +24,17 @@ void with_type(int32_t dtype, Use use) {
 // Writes row `row` of a weight to `out`, k values of `dtype`, at index `at`.
 void write_row(const Tensor& tiles, int64_t row, void* out, int64_t at, int64_t k, const WeightType& type,
                int32_t dtype) {
+  const int64_t blocks = ceil_div(k, SUPER_BLOCK);
   const unsigned char* tile =
-      static_cast<const unsigned char*>(tiles.data()) + row / TILE_ROWS * (k / SUPER_BLOCK) * type.tile_bytes;
+      static_cast<const unsigned char*>(tiles.data()) + row / TILE_ROWS * blocks * type.tile_bytes;
   with_type(dtype, [&](auto* kind) {
-    auto* to = static_cast<decltype(kind)>(out) + at * k;
-    for (int64_t block = 0; block < k / SUPER_BLOCK; ++block) {
-      read_weights(tile + block * type.tile_bytes, static_cast<int>(row % TILE_ROWS), type,
-                   to + block * SUPER_BLOCK);
+    using T = std::remove_pointer_t<decltype(kind)>;
+    T* const to = static_cast<T*>(out) + at * k;
+    for (int64_t block = 0; block < blocks; ++block) {
+      T weights[SUPER_BLOCK];
+      read_weights(tile + block * type.tile_bytes, static_cast<int>(row % TILE_ROWS), type, weights);
+      const int64_t begin = block * SUPER_BLOCK;
+      std::copy_n(weights, std::min<int64_t>(SUPER_BLOCK, k - begin), to + begin);
     }
   });
 }
@@ -37,36 +44,32 @@ int64_t index_at(const Tensor& indices, const void* data, int64_t at) {
                                            : static_cast<const int64_t*>(data)[at];
 }
 
-// The part of the planes that holds one row of a super-block.
-struct PlaneRow {
-  const unsigned char *ql, *qh, *scale, *step;  // 128, 64, 16 or 32, and 2 bytes; a step only if scales are stepped
-};
-
-void write_codes(const PlaneRow& from, int r, unsigned char* tile) {
-  unsigned char v[SUPER_BLOCK];  // six bits, two's complement
-  for (int i = 0; i < SUPER_BLOCK; ++i) {
-    const int low = from.ql[i / 2] >> (4 * (i & 1)) & 15;
-    // Chunks of 32 weights: byte w the even ones of 8w..8w+7, byte 4 + w the odd ones, two bits each.
-    const int within = i % 32, byte = within / 8 + 4 * (within & 1);
-    const int high = from.qh[i / 32 * 8 + byte] >> (within % 8 / 2 * 2) & 3;
-    v[i] = static_cast<unsigned char>((low | high << 4) ^ 32);
-  }
-  for_elements(r, [&](int element, Place place) {
-    for (int group = 0; group < GROUPS; ++group) {
-      const int code = v[group * GROUP + element];
-      tile[place.high(group / 2)] |= static_cast<unsigned char>(code >> 2 << (4 * (group & 1)));
-      tile[place.low(group / 4)] |= static_cast<unsigned char>((code & 3) << (2 * (group & 3)));
+// The stored codes of `count` weights of a row, from a super-block's part of its planes.
+void read_planes(const unsigned char* first, const unsigned char* high, int count, const WeightType& type,
+                 unsigned char (&codes)[SUPER_BLOCK]) {
+  for (int i = 0; i < count; ++i) {
+    if (type.bits == 8) {
+      codes[i] = first[i];
+      continue;
     }
-  });
+    int code = first[i / 2] >> (4 * (i & 1)) & 15;
+    // Chunks of 32 weights: byte w the even ones of 8w..8w+7, byte 4 + w the odd ones, two bits each.
+    if (type.bits == 6) code |= (high[i / 32 * 8 + i % 32 / 8 + 4 * (i & 1)] >> (i % 8 / 2 * 2) & 3) << 4;
+    // Bytes of eight weights: the even ones, then the odd ones.
+    if (type.bits == 5) code |= (high[i / 8] >> (i % 8 / 2 + 4 * (i & 1)) & 1) << 4;
+    codes[i] = static_cast<unsigned char>(code);
+  }
 }
 
-void write_scales(const PlaneRow& from, int r, unsigned char* tile) {
-  if (!from.step) {
-    std::memcpy(tile + SCALES_AT + 32 * r, from.scale, 32);
-    return;
-  }
-  for (int j = 0; j < GROUPS; ++j) tile[SCALES_AT + 16 * r + j] = from.scale[j] ^ 0x80;
-  std::memcpy(tile + STEPS_AT + 2 * r, from.step, 2);
+void write_codes(const unsigned char (&codes)[SUPER_BLOCK], int count, int r, const WeightType& type,
+                 unsigned char* tile) {
+  for_weights(r, type, [&](int i, const Place& place) {
+    if (i >= count) return;
+    for (const Bits& bits : {place.first, place.other}) {
+      const int part = codes[i] >> bits.to & ((1 << bits.count) - 1);
+      tile[bits.byte] = static_cast<unsigned char>(tile[bits.byte] | part << bits.from);
+    }
+  });
 }
 
 }  // namespace
@@ -102,23 +105,37 @@ Tensor pack_cpu(const std::vector<Tensor>& planes, const WeightType& type, const
   Tensor tiles = empty(tiles_shape, dtypes().uint8, planes.front());
   std::vector<Tensor> whole;
   for (const Tensor& plane : planes) whole.push_back(contiguous(plane));
-  const int64_t n = planes.front().size(-2), blocks = tiles.size(-2), size = tiles.size(-1), row_tiles = tiles.size(-3);
+  const int64_t n = planes.front().size(-2), k = planes.front().size(-1) * type.arrays[0].weights;
+  const int64_t blocks = tiles.size(-2), size = tiles.size(-1), row_tiles = tiles.size(-3);
   unsigned char* const out = static_cast<unsigned char*>(tiles.data());
-  const auto bytes = [&](size_t i) { return static_cast<const unsigned char*>(whole[i].data()); };
-  const bool stepped = type.scales == SCALES_STEPPED;
-  const int64_t scale_bytes = stepped ? GROUPS : 2 * GROUPS;
-  const PlaneRow all = {bytes(0), bytes(1), bytes(2), stepped ? bytes(3) : nullptr};
+  // A row's part of an array that belongs to a super-block.
+  const auto part = [&](int64_t array, int64_t row, int64_t block) {
+    const PlaneArray& each = type.arrays[array];
+    const int64_t at = row * (k / each.weights) + block * (SUPER_BLOCK / each.weights);
+    return static_cast<const unsigned char*>(whole[static_cast<size_t>(array)].data()) + at * each.bytes;
+  };
+  const int64_t code_planes = type.count - type.scale_count;
   parallel_for(tiles.numel() / (blocks * size), [&](int64_t row_tile) {
     const int64_t matrix = row_tile / row_tiles, first = row_tile % row_tiles * TILE_ROWS;
     for (int64_t block = 0; block < blocks; ++block) {
       unsigned char* const tile = out + (row_tile * blocks + block) * size;
       std::memset(tile, 0, static_cast<size_t>(size));
+      const int64_t count = std::min<int64_t>(SUPER_BLOCK, k - block * SUPER_BLOCK);
       for (int64_t r = 0; r < TILE_ROWS && first + r < n; ++r) {
-        const int64_t at = (matrix * n + first + r) * blocks + block;
-        const PlaneRow row = {all.ql + at * 128, all.qh + at * 64, all.scale + at * scale_bytes,
-                              all.step ? all.step + at * 2 : nullptr};
-        write_codes(row, static_cast<int>(r), tile);
-        write_scales(row, static_cast<int>(r), tile);
+        const int64_t row = matrix * n + first + r;
+        unsigned char codes[SUPER_BLOCK] = {};
+        read_planes(part(0, row, block), code_planes > 1 ? part(1, row, block) : nullptr, static_cast<int>(count), type,
+                    codes);
+        write_codes(codes, static_cast<int>(count), static_cast<int>(r), type, tile);
+        for (int64_t array = code_planes; array < type.count; ++array) {
+          const PlaneArray& each = type.arrays[array];
+          const int64_t width = SUPER_BLOCK / each.weights * each.bytes, bytes = count / each.weights * each.bytes;
+          unsigned char* const to = tile + each.at + r * width;
+          std::memcpy(to, part(array, row, block), static_cast<size_t>(bytes));
+          if (type.scales == SCALES_INT8_STEPS && each.bytes == 1) {
+            for (int64_t i = 0; i < bytes; ++i) to[i] ^= 0x80;
+          }
+        }
       }
     }
   });

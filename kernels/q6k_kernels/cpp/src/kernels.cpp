@@ -78,7 +78,7 @@ const Kernel& load_now(const Key& key, const char* name, const Device& device) {
     for (int i = 0; i < key.count; ++i) macros += (i ? ", " : "") + std::to_string(key.values[i]);
     throw std::runtime_error(std::string("this library has no kernel ") + name + " (" + macros +
                              ") for compute capability " + capability_text(device.arch) + "; it was built for " +
-                             architectures() + ". Build it for this GPU: `q6k-convert build-ops --arch " +
+                             architectures() + ". Build it for this GPU and all weight types: `q6k-convert build-ops --arch " +
                              std::to_string(device.arch) + "`.");
   }
   Loaded& all = loaded();

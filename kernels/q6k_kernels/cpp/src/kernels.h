@@ -27,7 +27,7 @@ struct Key {
   }
   // Those of the weight type come first.
   Key(File of, const WeightType& type, std::initializer_list<int64_t> others) : file(of) {
-    for (const int64_t value : {type.bits, type.group, type.minimum, type.scales}) add(value);
+    for (const int64_t value : {type.bits, type.offset, type.book, type.group, type.minimum, type.scales}) add(value);
     for (const int64_t value : others) add(value);
   }
   bool operator==(const Key& other) const { return std::memcmp(this, &other, sizeof *this) == 0; }

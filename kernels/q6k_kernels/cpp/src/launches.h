@@ -36,7 +36,7 @@ void launch_mma(const Product& product, Scratch& scratch);
 // For tests: the number that marks the next launch's words in memory shared by blocks.
 void set_ticket(uint64_t next);
 
-// The planes of a weight type in its order, aligned; null past its last.
+// The planes of a weight, aligned, by their roles; null for what its type has not.
 struct Planes {
   const void* at[MOST_PLANES];
 };

@@ -26,9 +26,9 @@ struct DecodePlan {
   int64_t tokens, fused, warps, stages, occupancy, cluster, ranges, early, shared_bytes;
 };
 
-// Bytes of quantised activations of a super-block, and of their scales.
+// Bytes of quantised activations of a super-block, of their scales, and of their parts for minimums.
 struct ActivationBytes {
-  int64_t codes, steps;
+  int64_t codes, steps, parts;
 };
 ActivationBytes activation_bytes(int64_t tokens, bool fused);
 
@@ -37,14 +37,14 @@ std::optional<DecodePlan> plan_decode(int64_t m, int64_t n, int64_t k, const Wei
 
 // `gemm_wgmma.Config`, a row of WGMMA_CONFIGS.
 struct WgmmaConfig {
-  int64_t tokens, consumers, tile_stages, x_stages, occupancy, cycles;
+  int64_t tokens, consumers, tile_stages, x_stages, occupancy, cycles, index;
 
+  int64_t stages(const WeightType& type) const { return WGMMA_STAGES[index][type.index]; }
   int64_t rows() const { return 64 * consumers; }
   int64_t threads() const { return consumers * 128 + (tokens > 128 ? 128 : 64); }
   int64_t shared_bytes(const WeightType& type) const {
-    const int64_t rings =
-        x_stages * tokens * 128 + tile_stages * rows() / TILE_ROWS * type.tile_bytes;
-    return rings + consumers * 4 * 512 + (x_stages + tile_stages) * 16;
+    const int64_t rings = x_stages * tokens * 128 + stages(type) * rows() / TILE_ROWS * type.tile_bytes;
+    return rings + consumers * 4 * 512 + (x_stages + stages(type)) * 16;
   }
 };
 
@@ -63,7 +63,7 @@ WgmmaPlan plan_wgmma(int64_t m, int64_t n, int64_t k, const Device& device);
 struct MmaPlan {
   int64_t tokens, parts, splits, slots, blocks, shared_bytes;
 
-  int64_t steps(int64_t k) const { return ceil_div(ceil_div(k / SUPER_BLOCK, splits), parts); }
+  int64_t steps(int64_t k) const { return ceil_div(ceil_div(ceil_div(k, SUPER_BLOCK), splits), parts); }
 };
 MmaPlan plan_mma(int64_t m, int64_t n, int64_t k, const WeightType& type, const Device& device);
 

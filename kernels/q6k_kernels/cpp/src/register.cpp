@@ -80,22 +80,22 @@ int32_t take_dtype(StableIValue value) {
 template <bool CUDA, bool NAMED>
 void embedding(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor indices = take_tensor(stack[0]), tiles = take_tensor(stack[1]);
-  const int64_t n = take_integer(stack[2]);
-  const std::string format = take_string(stack[3]);
-  const int32_t dtype = take_dtype<NAMED>(stack[4]);
+  const int64_t n = take_integer(stack[2]), k = take_integer(stack[3]);
+  const std::string format = take_string(stack[4]);
+  const int32_t dtype = take_dtype<NAMED>(stack[5]);
   const WeightType& type = weight_type(format);
-  const int64_t k = check_embedding(indices, tiles, n, type, dtype);
+  check_embedding(indices, tiles, n, k, type, dtype);
   give(stack, (CUDA ? embedding_cuda : embedding_cpu)(indices, tiles, n, k, type, dtype));
 }
 
 template <bool CUDA, bool NAMED>
 void dequantize(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor tiles = take_tensor(stack[0]);
-  const int64_t n = take_integer(stack[1]);
-  const std::string format = take_string(stack[2]);
-  const int32_t dtype = take_dtype<NAMED>(stack[3]);
+  const int64_t n = take_integer(stack[1]), k = take_integer(stack[2]);
+  const std::string format = take_string(stack[3]);
+  const int32_t dtype = take_dtype<NAMED>(stack[4]);
   const WeightType& type = weight_type(format);
-  const int64_t k = check_dequantize(tiles, n, type, dtype);
+  check_dequantize(tiles, n, k, type, dtype);
   give(stack, (CUDA ? dequantize_cuda : dequantize_cpu)(tiles, n, k, type, dtype));
 }
 
@@ -116,14 +116,14 @@ struct Operation {
 constexpr Operation OPERATIONS[] = {
     {"linear", "linear(Tensor x, Tensor tiles, Tensor? bias, SymInt n, str format, str activations) -> Tensor",
      linear<false>, linear<true>},
-    {"embedding", "embedding(Tensor indices, Tensor tiles, SymInt n, str format, ScalarType dtype) -> Tensor",
+    {"embedding", "embedding(Tensor indices, Tensor tiles, SymInt n, SymInt k, str format, ScalarType dtype) -> Tensor",
      embedding<false, false>, embedding<true, false>},
-    {"dequantize", "dequantize(Tensor tiles, SymInt n, str format, ScalarType dtype) -> Tensor", dequantize<false, false>,
+    {"dequantize", "dequantize(Tensor tiles, SymInt n, SymInt k, str format, ScalarType dtype) -> Tensor", dequantize<false, false>,
      dequantize<true, false>},
     {"pack", "pack(Tensor[] planes, str format) -> Tensor", pack<false>, pack<true>},
-    {"embedding_named", "embedding_named(Tensor indices, Tensor tiles, SymInt n, str format, str dtype) -> Tensor",
+    {"embedding_named", "embedding_named(Tensor indices, Tensor tiles, SymInt n, SymInt k, str format, str dtype) -> Tensor",
      embedding<false, true>, embedding<true, true>},
-    {"dequantize_named", "dequantize_named(Tensor tiles, SymInt n, str format, str dtype) -> Tensor", dequantize<false, true>,
+    {"dequantize_named", "dequantize_named(Tensor tiles, SymInt n, SymInt k, str format, str dtype) -> Tensor", dequantize<false, true>,
      dequantize<true, true>},
 };
 
