@@ -3,4 +3,4 @@
 Imports no other package of the project; `types`, `ggml`, `blocks` and `planes` import no torch.
 """
 
-__all__ = ["blocks", "checks", "ggml", "planes", "tiles", "types"]
+__all__ = ["blocks", "checks", "ggml", "planes", "tiles", "types", "words"]
