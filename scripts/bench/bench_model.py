@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Measure the speed of a whole model; print a table with targets and peers, and write JSON.
 
-    python scripts/bench/bench_model.py [--scales bf16|exact] [--layers N] [--keep DIR] [--json FILE]
-                                        [--profile FILE]
+    python scripts/bench/bench_model.py [--shape llama-8b|gemma-27b] [--mix q4_k_m|q5_k_m|q6_k|q8_0]
+        [--scales bf16|exact] [--layers N] [--keep DIR] [--json FILE] [--profile FILE]
     python scripts/bench/bench_model.py --device cpu --shape tiny --contexts 8 --prompts 16 --tokens 4
 
-1. Write and convert a GGUF of the shape of Llama 3.1 8B: random weights, every matrix Q6_K.
+1. Write a GGUF of the shape of Llama 3.1 8B or Gemma 3 27B, random weights of the types that llama.cpp chooses for
+   the mix, and convert it with q6k-convert.
 2. Measure the bandwidth of a kernel that only reads.
 3. Load the bundle twice from the page cache; the second time counts, with all kernels compiled.
 4. Decode `--tokens` tokens after each of `--contexts`: the likeliest token each time, no stop token, read by the
@@ -47,7 +48,7 @@ from q6k_convert.convert.plan import Options
 from q6k_kernels import load_model
 from q6k_kernels.formats.checks import Activations
 from q6k_kernels.generate.generator import Generator
-from synthetic_model import SHAPES, Shape, write_model
+from synthetic_model import MIXES, SHAPES, Shape, write_model
 
 PEER_FIGURES = Path(__file__).with_name("peer_figures.json")
 PROFILED_TOKENS = 32
@@ -63,7 +64,6 @@ class Bench:
         self._shape: Shape = SHAPES[args.shape].with_layers(args.layers or SHAPES[args.shape].layers)
         self._device = torch.device(args.device)
         self._on_gpu = self._device.type == "cuda"
-        self._whole = rows_of.is_whole(self._shape) and self._on_gpu
         self._peers: list[Row] = []
         self._started = time.perf_counter()
         self._profiles: list[Row] = []
@@ -71,13 +71,17 @@ class Bench:
             "machine": machine(self._device),
             "options": {key: value for key, value in vars(args).items() if key not in ("keep", "json", "profile")},
             "shape": vars(self._shape),
+            "mix": args.mix,
             "ceilings": {},
             "phases": {},
             "rows": [],
         }
         figures = json.loads(PEER_FIGURES.read_text(encoding="utf-8"))
-        if self.report["machine"].get("gpu") == figures["machine"]["gpu"]:
-            self._peers = [figure for figure in figures["whole_model"] if figure["peer"] == "llama.cpp"]
+        whole = self._shape == SHAPES[args.shape]
+        if whole and self.report["machine"].get("gpu") == figures["machine"]["gpu"]:
+            of = {"peer": "llama.cpp", "shape": args.shape, "mix": args.mix}
+            self._peers = [figure for figure in figures["whole_model"] if figure.items() >= of.items()]
+        self._targets = rows_of.targets_of(self._shape, args.mix) if self._on_gpu else ()
 
     def run(self, folder: Path) -> None:
         """Run all steps, printing each result; files go to `folder`."""
@@ -104,18 +108,18 @@ class Bench:
             with self._phase("matmul rate"):
                 self.report["ceilings"]["matmul_tflops"] = timing.matmul_tflops(8192)
             for row in self.report["rows"]:
-                rows_of.judge(row, self.report["ceilings"], self._peers, whole=self._whole)
+                rows_of.judge(row, self.report["ceilings"], self._peers, self._targets)
         self.report["seconds"] = time.perf_counter() - self._started
         self._save()
 
     def _bundle(self, folder: Path) -> Path:
         """Write the model and convert it, unless an earlier run has done so."""
-        name = f"{self._shape.name}-{self._shape.layers}"
+        name = f"{self._shape.name}-{self._shape.layers}-{self._args.mix}"
         source, bundle = folder / f"{name}.gguf", folder / f"{name}-{self._args.scales}"
         threads = len(os.sched_getaffinity(0))
         if not source.exists():
             with self._phase("write"):
-                write_model(source, self._shape, threads)
+                write_model(source, self._shape, threads, self._args.mix)
         self.report["gguf_bytes"] = source.stat().st_size
         if not bundle.exists():
             with self._phase("convert"):
@@ -235,7 +239,7 @@ class Bench:
         return [ids.randrange(self._shape.vocabulary) for _ in range(tokens)]
 
     def _add(self, row: Row, line: Callable[[Row], str]) -> None:
-        rows_of.judge(row, self.report["ceilings"], self._peers, whole=self._whole)
+        rows_of.judge(row, self.report["ceilings"], self._peers, self._targets)
         self.report["rows"].append(row)
         print(line(row), flush=True)
         self._save()
@@ -269,7 +273,8 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--shape", choices=SHAPES, default=rows_of.MODEL)
+    add("--shape", choices=SHAPES, default="llama-8b")
+    add("--mix", choices=MIXES, default="q6_k", help="types of the weights, as llama.cpp mixes them")
     add("--layers", type=int, metavar="N", help="use another number of layers than the shape has, for tuning")
     add("--scales", choices=("bf16", "exact"), default="bf16")
     add("--device", choices=("cuda", "cpu"), default="cuda")

@@ -7,14 +7,13 @@ of its products at the rate of a large bf16 product, whichever is longer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from synthetic_model import Shape
+from synthetic_model import SHAPES, Shape
 
 Row = dict[str, Any]
-MODEL = "llama-8b"
-"""Shape that targets and peers are for, with all its layers."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,21 @@ class Target:
         return bool(value <= self.bound if self.sense == "<=" else value >= self.bound)
 
 
-TARGETS = (
-    Target("load", "gb_per_s", ">=", 2.0, "2 GB/s"),
-    Target("memory", "share_of_needed", "<=", 1.1, "packed + KV + 10%"),
-    Target("decode", "tokens_per_s", ">=", 455, "455 tokens/s", 2043),
-    Target("prefill", "tokens_per_s", ">=", 25_000, "25,000 tokens/s", 2048),
-)
+def _targets(decode: int, prefill: int) -> tuple[Target, ...]:
+    return (
+        Target("load", "gb_per_s", ">=", 3.5, "3.5 GB/s"),
+        Target("memory", "share_of_needed", "<=", 1.06, "packed + KV + 6%"),
+        Target("decode", "tokens_per_s", ">=", decode, f"{decode} tokens/s", 2043),
+        Target("prefill", "tokens_per_s", ">=", prefill, f"{prefill:,} tokens/s", 2048),
+    )
+
+
+TARGETS = {
+    ("llama-8b", "q6_k"): _targets(455, 25_000),
+    ("llama-8b", "q4_k_m"): _targets(560, 30_000),
+    ("gemma-27b", "q4_k_m"): _targets(185, 8_500),
+}
+"""Targets of whole models on an H200, by shape and mix."""
 COLUMNS = (
     ("", "label", "{}", 14),
     ("tokens/s", "tokens_per_s", "{:.1f}", 11),
@@ -66,9 +74,9 @@ one prompt, the median; GB: read for it at least; roofline: at the bandwidth, or
 product, that this run measured"""
 
 
-def is_whole(shape: Shape) -> bool:
-    """Check whether targets and peers are for this shape."""
-    return shape.name == MODEL and shape.layers == 32
+def targets_of(shape: Shape, mix: str) -> tuple[Target, ...]:
+    """Return the targets of a model: none if it has other layers than its shape, or another mix."""
+    return TARGETS.get((shape.name, mix), ()) if shape == SHAPES[shape.name] else ()
 
 
 def decode_row(shape: Shape, context: int, tokens: int, packed: int, ms: list[float], gpu_ms: list[float]) -> Row:
@@ -84,7 +92,7 @@ def decode_row(shape: Shape, context: int, tokens: int, packed: int, ms: list[fl
     """
     row = _row("decode", f"decode @{context}", ms, gpu_ms, tokens)
     # The mean number of positions before a token.
-    read = packed + round(shape.kv_bytes * (context + (tokens + 1) / 2))
+    read = packed + round(shape.kv_bytes(context + (tokens + 1) / 2))
     return row | {"context": context, "tokens": tokens, "gb_read": read / 1e9, "bytes_read": read}
 
 
@@ -94,9 +102,11 @@ def prefill_row(shape: Shape, tokens: int, packed: int, ms: list[float], gpu_ms:
     row |= {"ms": _median(ms), "fastest_ms": min(ms)}
     head = shape.vocabulary * shape.hidden
     body = sum(n * k for n, k in shape.linears.values()) - head
-    # Half of all pairs of positions, for scores and for products with values. The head sees one token.
-    attention = 2 * tokens**2 * shape.layers * shape.heads * shape.head_dim
-    read = packed + shape.kv_bytes * tokens
+    # Pairs of positions, half of all or those in the window, for scores and for products with values.
+    windows = [min(tokens, window or tokens) for window in shape.windows]
+    attention = sum(4 * tokens * window - 2 * window**2 for window in windows) * shape.heads * shape.head_dim
+    read = packed + round(shape.kv_bytes(tokens))
+    # The head sees one token.
     flops = 2 * (tokens * body + head) + attention
     return row | {"tokens": tokens, "gb_read": read / 1e9, "bytes_read": read, "flops": flops}
 
@@ -119,14 +129,14 @@ def _median(values: list[float]) -> float:
     return ordered[len(ordered) // 2]
 
 
-def judge(row: Row, ceilings: Row, peers: list[Row], *, whole: bool) -> None:
-    """Add the roofline to a row and, for the whole model, the peer's figure and the targets, met or missed.
+def judge(row: Row, ceilings: Row, peers: Sequence[Row], targets: Sequence[Target]) -> None:
+    """Add the roofline to a row, the peer's figure, and the targets, met or missed.
 
     Args:
         row: row of any kind.
         ceilings: `read_gb_per_s` and `matmul_tflops`, as far as they are measured.
-        peers: figures of llama.cpp.
-        whole: whether targets and peers are for this shape.
+        peers: figures of llama.cpp for the same model.
+        targets: targets of the model.
     """
     bandwidth, rate = ceilings.get("read_gb_per_s"), ceilings.get("matmul_tflops")
     if row["what"] in ("decode", "prefill") and bandwidth and (row["what"] == "decode" or rate):
@@ -134,14 +144,11 @@ def judge(row: Row, ceilings: Row, peers: list[Row], *, whole: bool) -> None:
         count = row["tokens"] if row["what"] == "prefill" else 1
         row["roofline_tokens_per_s"] = count / seconds
         row["roofline_share"] = row["tokens_per_s"] * seconds / count
-    if not whole:
-        row["targets"] = []
-        return
     key = {"decode": "context", "prefill": "tokens"}.get(row["what"])
     if key:
         same = [p["tokens_per_s"] for p in peers if p["what"] == row["what"] and p.get(key) == row[key]]
         row["peer_tokens_per_s"] = same[0] if same else None
-    applying = [target for target in TARGETS if target.applies(row)]
+    applying = [target for target in targets if target.applies(row)]
     row["targets"] = [{"target": target.words, "met": target.met(row)} for target in applying]
 
 

@@ -35,7 +35,7 @@ MIXES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of the llama architecture, its head not tied to its embedding.
+    """A model of the architecture llama, or of gemma3: its head tied to its embedding, windows in most layers.
 
     Attributes:
         name: name of the shape.
@@ -43,6 +43,7 @@ class Shape:
         heads, kv_heads: numbers of attention heads, each `head_dim` wide.
         context: largest number of positions.
         theta: base of the rotary embeddings.
+        window: positions that most layers of gemma3 see, or 0 for llama.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Shape:
     vocabulary: int
     context: int = 8192
     theta: float = 500_000.0
+    window: int = 0
 
     def with_layers(self, layers: int) -> Shape:
         """Return the same shape with another number of layers."""
@@ -74,38 +76,65 @@ class Shape:
             "ffn_down": (self.hidden, self.feed_forward),
         }
         found = {f"blk.{i}.{name}.weight": shape for i in range(self.layers) for name, shape in layer.items()}
-        return found | {"output.weight": (self.vocabulary, self.hidden)}
+        return found | {self.head: (self.vocabulary, self.hidden)}
 
     @property
-    def norms(self) -> list[str]:
-        """GGUF names of the norm weights, each of shape (hidden,)."""
-        of_layers = [f"blk.{i}.{name}.weight" for i in range(self.layers) for name in ("attn_norm", "ffn_norm")]
-        return [*of_layers, "output_norm.weight"]
+    def gemma(self) -> bool:
+        """Whether the architecture is gemma3."""
+        return self.window > 0
 
     @property
-    def kv_bytes(self) -> int:
-        """Bytes of the keys and values of one position, 16 bits each."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * 2
+    def head(self) -> str:
+        """GGUF name of the head's weight."""
+        return "token_embd.weight" if self.gemma else "output.weight"
+
+    @property
+    def norms(self) -> dict[str, int]:
+        """Widths of the norm weights, by GGUF name."""
+        layer = {"attn_norm": self.hidden, "ffn_norm": self.hidden}
+        if self.gemma:
+            layer |= {"post_attention_norm": self.hidden, "post_ffw_norm": self.hidden}
+            layer |= {"attn_q_norm": self.head_dim, "attn_k_norm": self.head_dim}
+        found = {f"blk.{i}.{name}.weight": width for i in range(self.layers) for name, width in layer.items()}
+        return found | {"output_norm.weight": self.hidden}
+
+    @property
+    def windows(self) -> list[int | None]:
+        """Positions that each layer sees, or None for all: every sixth layer of gemma3 sees all."""
+        return [self.window if self.gemma and (i + 1) % 6 else None for i in range(self.layers)]
+
+    def kv_bytes(self, positions: float) -> float:
+        """Return the bytes of the keys and values that a token after so many positions needs, 16 bits a number."""
+        seen = sum(positions if window is None else min(positions, window) for window in self.windows)
+        return 2 * seen * self.kv_heads * self.head_dim * 2
 
 
 SHAPES = {
     shape.name: shape
     for shape in (
         Shape("llama-8b", 32, 4096, 14336, 32, 8, 128, 128256),
+        Shape("gemma-27b", 62, 5376, 21504, 32, 16, 128, 262144, 131072, 1_000_000.0, window=1024),
         Shape("tiny", 2, 256, 512, 4, 2, 64, 512),
+        Shape("tiny-gemma", 7, 256, 512, 4, 2, 64, 512, 1024, 1_000_000.0, window=16),
     )
 }
-"""Shapes by name: Llama 3.1 8B, and a tiny one for a quick look."""
+"""Shapes by name: Llama 3.1 8B, Gemma 3 27B, and a tiny one of each for a quick look."""
 
 
-def type_of(mix: str, name: str, layers: int) -> Type:
+def type_of(mix: str, name: str, layers: int, head: str = "output.weight") -> Type:
     """Return the type of a weight, as llama.cpp chooses it.
 
     The head has more bits, and so have `attn_v` and `ffn_down` in the first and last eighth of the layers and in
-    every third one between.
+    every third one between. The embedding is like most weights unless it is the head, too.
+
+    Args:
+        mix: a name in `MIXES`.
+        name: GGUF name of the weight.
+        layers: number of the model's layers.
+        head: GGUF name of the head's weight.
     """
     usual, more = MIXES[mix]
-    if name == "output.weight":
+    if name == head:
         return more
     if not name.endswith(("attn_v.weight", "ffn_down.weight")):
         return usual
@@ -125,10 +154,11 @@ def write_model(path: Path, shape: Shape, threads: int, mix: str = "q6_k") -> No
     """
     part = path.with_name(f"{path.name}.part")
     matrices = {"token_embd.weight": (shape.vocabulary, shape.hidden), **shape.linears}
-    vectors = {name: np.ones(shape.hidden, dtype=np.float32) for name in shape.norms}
-    vectors["rope_freqs.weight"] = frequency_factors(shape)
+    vectors = {name: np.ones(width, dtype=np.float32) for name, width in shape.norms.items()}
+    if not shape.gemma:
+        vectors["rope_freqs.weight"] = frequency_factors(shape)
     writer = _described(part, shape)
-    sizes, types = list[int](), [type_of(mix, name, shape.layers) for name in matrices]
+    sizes, types = list[int](), [type_of(mix, name, shape.layers, shape.head) for name in matrices]
     for (name, (n, k)), kind in zip(matrices.items(), types, strict=True):
         block, size = gguf.GGML_QUANT_SIZES[kind]
         row_bytes = k // block * size
@@ -209,7 +239,7 @@ def frequency_factors(shape: Shape) -> npt.NDArray[np.float32]:
 
 
 def _described(path: Path, shape: Shape) -> gguf.GGUFWriter:
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "gemma3" if shape.gemma else "llama")
     writer.add_name(f"{shape.name}, {shape.layers} layers, random weights")
     writer.add_context_length(shape.context)
     writer.add_embedding_length(shape.hidden)
@@ -219,9 +249,14 @@ def _described(path: Path, shape: Shape) -> gguf.GGUFWriter:
     writer.add_head_count_kv(shape.kv_heads)
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
-    writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(shape.theta)
-    writer.add_layer_norm_rms_eps(1e-5)
+    if shape.gemma:
+        writer.add_sliding_window(shape.window)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(8.0)
+    else:
+        writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_layer_norm_rms_eps(1e-6 if shape.gemma else 1e-5)
     writer.add_vocab_size(shape.vocabulary)
     return writer
 

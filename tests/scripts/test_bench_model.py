@@ -15,6 +15,7 @@ pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 
+from q6k_kernels import open_bundle
 from q6k_kernels.gguf.model import open_gguf
 from tiny_models import llama3_factors
 
@@ -27,8 +28,9 @@ import synthetic_model
 from profile_kernels import Kernel, shares
 from synthetic_model import SHAPES
 
-TINY, LLAMA = SHAPES["tiny"], SHAPES["llama-8b"]
-PEERS = json.loads((SCRIPTS / "bench" / "peer_figures.json").read_text())["whole_model"]
+TINY, LLAMA, GEMMA = SHAPES["tiny"], SHAPES["llama-8b"], SHAPES["gemma-27b"]
+FIGURES = json.loads((SCRIPTS / "bench" / "peer_figures.json").read_text())["whole_model"]
+PEERS = [each for each in FIGURES if (each["shape"], each["mix"]) == ("llama-8b", "q6_k")]
 CEILINGS = {"read_gb_per_s": 4000.0, "matmul_tflops": 800.0}
 
 
@@ -61,10 +63,47 @@ def test_every_mix_is_a_sound_file(mix: str, tmp_path: Path) -> None:
             assert 0.015 < weights.std() < 0.025, tensor.name
 
 
+def test_gemma_has_the_published_sizes_and_reads_windows_and_all_positions() -> None:
+    # The published embedding has 64 rows more, for images, than a GGUF's.
+    weights = sum(n * k for n, k in GEMMA.linears.values()) + sum(GEMMA.norms.values())
+    assert weights + 64 * GEMMA.hidden == 27_009_346_304
+    assert synthetic_model.type_of("q4_k_m", GEMMA.head, 62, GEMMA.head).name == "Q6_K"
+    assert [GEMMA.windows.count(each) for each in (1024, None)] == [52, 10]
+    assert GEMMA.kv_bytes(2048) == 2 * 2 * 16 * 128 * (52 * 1024 + 10 * 2048)
+    row = rows_of.prefill_row(GEMMA, 2048, 0, [1.0], [])
+    dense = 2 * (2048 * sum(n * k for name, (n, k) in GEMMA.linears.items() if name != GEMMA.head) + 262144 * 5376)
+    pairs = 10 * 2048**2 / 2 + 52 * (1024**2 / 2 + 1024**2)
+    assert row["flops"] == dense + 4 * 32 * 128 * pairs
+
+
+def test_only_whole_models_have_targets() -> None:
+    assert [each.words for each in rows_of.targets_of(GEMMA, "q4_k_m")][2:] == ["185 tokens/s", "8,500 tokens/s"]
+    assert rows_of.targets_of(GEMMA.with_layers(6), "q4_k_m") == ()
+    assert rows_of.targets_of(TINY, "q6_k") == ()
+    assert {(each["shape"], each["mix"]) for each in FIGURES} == set(rows_of.TARGETS)
+
+
+@pytest.mark.parametrize(("shape", "mix"), [("tiny", "q4_k_m"), ("tiny-gemma", "q5_k_m"), ("tiny-gemma", "q8_0")])
+def test_the_command_measures_every_mix(
+    shape: str, mix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--contexts", "24", "--prompts", "16", "--tokens", "2", "--rounds", "1", "--keep", "kept"]
+    monkeypatch.setattr(sys, "argv", ["", "--device", "cpu", "--shape", shape, "--mix", mix, *options])
+    bench_model.main()
+    report = json.loads((tmp_path / "bench-model.json").read_text())
+    assert (report["mix"], report["shape"]["name"]) == (mix, shape)
+    assert [row["what"] for row in report["rows"]] == ["load", "decode", "prefill", "memory"]
+    found = {each.type for each in open_bundle(next((tmp_path / "kept").glob("*-bf16"))).manifest.tensors}
+    assert found - {"F32"} == {kind.name for kind in synthetic_model.MIXES[mix]}
+    packed = report["rows"][-1]["packed_bytes"]
+    assert packed < 1.1 * report["gguf_bytes"]
+
+
 def test_llama_has_the_published_sizes() -> None:
     weights = sum(n * k for n, k in LLAMA.linears.values()) + LLAMA.vocabulary * LLAMA.hidden
-    assert weights + len(LLAMA.norms) * LLAMA.hidden == 8_030_261_248
-    assert LLAMA.kv_bytes == 131072
+    assert weights + sum(LLAMA.norms.values()) == 8_030_261_248
+    assert LLAMA.kv_bytes(1) == 131072
     np.testing.assert_allclose(
         synthetic_model.frequency_factors(LLAMA), llama3_factors(128, 500_000.0, 8.0, 1.0, 4.0, 8192), rtol=1e-6
     )
@@ -115,7 +154,7 @@ def test_the_command_reports_every_step_and_takes_what_was_kept(
     matrices = sum(n * k for n, k in TINY.linears.values())
     assert found["memory"]["packed_bytes"] == (matrices + 512 * 256) * 7 // 8
     assert (found["memory"]["capacity"], found["memory"]["kv_bytes"]) == (128, 128 * 2 * 2 * 2 * 64 * 4)
-    assert found["decode @8"]["bytes_read"] == (matrices + 256) * 7 // 8 + TINY.kv_bytes * 10.5
+    assert found["decode @8"]["bytes_read"] == (matrices + 256) * 7 // 8 + TINY.kv_bytes(10.5)
     row = found["decode @20"]
     assert len(row["all_ms"]) == 3
     assert row["tokens_per_s"] == pytest.approx(4e3 / sorted(row["all_ms"])[1])
@@ -128,7 +167,7 @@ def test_the_command_reports_every_step_and_takes_what_was_kept(
 
 
 def judged(row: dict[str, Any], *, whole: bool = True) -> dict[str, Any]:
-    rows_of.judge(row, CEILINGS, PEERS, whole=whole)
+    rows_of.judge(row, CEILINGS, PEERS, rows_of.targets_of(LLAMA, "q6_k") if whole else ())
     return row
 
 
