@@ -151,13 +151,10 @@ def build_ops(
             show_default="80, 86, 89, 90, 100, 120",
         ),
     ] = None,
-    formats: Annotated[
+    format: Annotated[
         list[str] | None,
         typer.Option(
-            "--format",
-            metavar="NAME",
-            help="Compile kernels for this weight type, as `inspect` names them; repeatable.",
-            show_default="all",
+            metavar="NAME", help="Compile kernels for this weight type, as q4_k; repeatable.", show_default="all"
         ),
     ] = None,
     jobs: Annotated[
@@ -172,7 +169,7 @@ def build_ops(
     with reporting(as_json, quiet, verbose) as terminal:
         from q6k_convert.machine.build_ops import build
 
-        report = build(out, arch or [], jobs, terminal.note, formats=formats or [])
+        report = build(out, arch or [], jobs, terminal.note, formats=format or [])
         if as_json:
             terminal.document(report)
         else:

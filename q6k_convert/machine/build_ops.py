@@ -24,7 +24,7 @@ from q6k_convert import __version__, text
 from q6k_convert.errors import EnvironmentMissingError, UsageError
 from q6k_convert.machine.doctor import OLDEST_TORCH
 from q6k_kernels.errors import CompileFailedError, GpuTooOldError
-from q6k_kernels.formats.types import WEIGHT_TYPES
+from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType, weight_type
 from q6k_kernels.jit import compiler, cubin_cache
 
 LIBRARY = "libq6k_ops.so"
@@ -73,11 +73,11 @@ def build(
         jobs: compilers at a time; by default the number of processors.
         note: called with each line about the progress.
         only: for tests, a regular expression that selects units by the names that `units.name_of` gives them.
-        formats: names of the weight types to compile kernels for; by default all.
+        formats: weight types to compile kernels for; by default all.
 
     Returns:
-        The document for `--json`: `library` (its path), `bytes`, `architectures`, `nvrtc`, `torch`, `seconds`, and
-        `kernels` (the resources of each kernel).
+        The document for `--json`: `library` (its path), `bytes`, `architectures`, `formats`, `nvrtc`, `torch`,
+        `seconds`, and `kernels` (the resources of each kernel).
 
     Raises:
         UsageError: kernels do not run on a given architecture, or there is no such weight type.
@@ -95,21 +95,18 @@ def build(
                 f"--arch {arch}: expected a compute capability of 80 or later, as 90 for 9.0",
                 "Give `--arch 90`, for example.",
             ) from error
-    for name in formats:
-        if name not in WEIGHT_TYPES:
-            raise UsageError(
-                f"--format {name}: expected one of {', '.join(WEIGHT_TYPES)}", "Leave it out to build for all."
-            )
+    rows = _weight_types(formats)
     tools = find_tools()
     from q6k_kernels.cpp import cubins, generate, units  # they import torch
 
-    wanted = units.of_library(tuple(dict.fromkeys(architectures)), only, formats)
+    wanted = units.of_library(tuple(dict.fromkeys(architectures)), only, rows)
     chosen = list(dict.fromkeys(arch for arch, _, _ in wanted))
     folder = (out if out is not None else cubin_cache.directory() / "ops").resolve()
     work = folder / "build"
     work.mkdir(parents=True, exist_ok=True)
     targets = ", ".join(compiler.architecture(divmod(arch, 10)) for arch in chosen)
-    note(f"building {folder / LIBRARY} for {targets}, with NVRTC {tools.nvrtc} and torch {tools.torch}")
+    names = ", ".join(row.name for row in rows)
+    note(f"building {folder / LIBRARY} of {names} for {targets}, with NVRTC {tools.nvrtc} and torch {tools.torch}")
     processes = jobs or len(os.sched_getaffinity(0))
     built = []
     for unit in cubins.compile_units(wanted, processes, note):
@@ -118,8 +115,8 @@ def build(
                 unit.errors[0], "This is a bug in q6k_kernels, or NVRTC is too old: report it.", unit.log
             )
         built.append(unit)
-    rows = [row for unit in built for row in unit.rows]
-    for line in cubins.table(rows):
+    kernels = [row for unit in built for row in unit.rows]
+    for line in cubins.table(kernels):
         note(line)
     generate.write(work / "generated", built, __version__)
     with (work / "build.log").open("w", encoding="utf-8") as log:
@@ -130,17 +127,28 @@ def build(
     _expect_loads(library, chosen)
     seconds = time.monotonic() - started
     size = library.stat().st_size
-    note(f"{text.plural(len(rows), 'kernel')}, none spills; {text.size(size)}, {text.seconds(seconds)}")
+    note(f"{text.plural(len(kernels), 'kernel')}, none spills; {text.size(size)}, {text.seconds(seconds)}")
     return {
         "status": "done",
         "library": str(library),
         "bytes": size,
         "architectures": chosen,
+        "formats": [row.name for row in rows],
         "nvrtc": tools.nvrtc,
         "torch": tools.torch,
         "seconds": seconds,
-        "kernels": rows,
+        "kernels": kernels,
     }
+
+
+def _weight_types(formats: Sequence[str]) -> list[WeightType]:
+    """Return the weight types of those names, or all of them."""
+    try:
+        return [weight_type(name) for name in dict.fromkeys(formats or WEIGHT_TYPES)]
+    except ValueError as error:
+        raise UsageError(
+            f"--{error}", "Give the name of a weight type, or leave the option out for all."
+        ) from error
 
 
 def find_tools() -> Tools:

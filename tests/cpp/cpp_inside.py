@@ -18,9 +18,10 @@ LIBRARY, ORDER = Path(os.environ["Q6K_OPS_LIBRARY"]), os.environ["Q6K_OPS_ORDER"
 if ORDER == "library first":
     assert "q6k" not in str(torch._C._dispatch_get_registrations_for_dispatch_key("CPU"))
     torch.ops.load_library(LIBRARY)
+import any_type
 import packed
-from q6k_kernels.formats.tiles import group_scales
-from q6k_kernels.formats.types import weight_type
+from q6k_kernels.formats import tiles as layout
+from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType, weight_type
 from q6k_kernels.ops import accuracy, library, reference
 from q6k_kernels.ops import schema as ops
 
@@ -33,21 +34,13 @@ elif ORDER == "load":
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 NAMES = ("linear", "embedding", "dequantize", "pack", "embedding_named", "dequantize_named")
 BF16 = torch.bfloat16
+EXACT = weight_type("q6_k_exact")
+ROWS = pytest.mark.parametrize("row", WEIGHT_TYPES.values(), ids=lambda row: row.name)
 
 
-def planes(n: int, k: int, exact: bool, lead: tuple[int, ...] = ()) -> list[torch.Tensor | None]:
-    """Every byte equally likely."""
-    source = torch.Generator().manual_seed(n * k)
-    shape = (*lead, n)
-
-    def codes(width: int) -> torch.Tensor:
-        return torch.randint(0, 256, (*shape, width), dtype=torch.uint8, generator=source)
-
-    ql, qh, sub_scales = codes(k // 2), codes(k // 4), codes(k // 16).view(torch.int8)
-    steps = (torch.randn(*shape, k // 256, generator=source) * 1e-4).half()
-    if exact:
-        return [ql, qh, sub_scales, steps]
-    return [ql, qh, group_scales([sub_scales, steps], weight_type("q6_k_exact")).to(BF16), None]
+def blocks_of(row: WeightType, k: int) -> int:
+    """K, or 32 less of a weight type whose rows may end within a tile."""
+    return k - 32 if row.block == 32 else k
 
 
 def test_one_implementation_is_active_on_each_device() -> None:
@@ -79,26 +72,35 @@ def test_what_the_library_is() -> None:
         library.load(__file__)
 
 
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize(("n", "k", "lead"), [(1, 256, ()), (37, 768, ()), (16, 512, (3,)), (33, 2304, (2,))])
-def test_packing_and_rows_are_right_to_the_bit(n: int, k: int, lead: tuple[int, ...], exact: bool) -> None:
-    arrays = planes(n, k, exact, lead)
-    tiles = packed.op_pack(*arrays)
-    assert torch.equal(tiles, packed.tiles_of(*arrays))
-    assert torch.equal(packed.op_pack(*(each if each is None else strided(each) for each in arrays)), tiles)
-    one, matrix = (tiles[-1], [each if each is None else each[-1] for each in arrays]) if lead else (tiles, arrays)
+@ROWS
+@pytest.mark.parametrize(("n", "k", "lead"), [(1, 256, ()), (37, 768, ()), (16, 512, (3,))])
+def test_packing_and_rows_are_right_to_the_bit(n: int, k: int, lead: tuple[int, ...], row: WeightType) -> None:
+    k, q6k, name = blocks_of(row, k), torch.ops.q6k, row.name
+    arrays = any_type.planes(row, n, k, lead)
+    tiles = ops.pack(arrays, name)
+    assert torch.equal(tiles, layout.pack(arrays, row))
+    assert torch.equal(ops.pack([strided(each) for each in arrays], name), tiles)
+    one, matrix = (tiles[-1], [each[-1] for each in arrays]) if lead else (tiles, arrays)
     indices = torch.randint(0, n, (3, 5), generator=torch.Generator().manual_seed(1))
     for dtype in FLOATS:
-        weights = packed.dequantized(*matrix, dtype=dtype)
-        assert torch.equal(packed.op_dequantize(one, n, dtype), weights)
-        assert torch.equal(packed.op_embedding(indices, one, n, dtype), weights[indices])
-        assert torch.equal(packed.op_embedding(indices.T.int(), one, n, dtype), weights[indices.T])
-        assert packed.op_embedding(indices[:0], one, n, dtype).shape == (0, 5, k)
-        name = str(dtype).removeprefix("torch.")
-        assert torch.equal(torch.ops.q6k.dequantize_named(one, n, packed.row(one).name, name), weights)
-        assert torch.equal(
-            torch.ops.q6k.embedding_named(indices, one, n, packed.row(one).name, name), weights[indices]
-        )
+        weights = reference.dequantize(matrix, row, dtype)
+        assert torch.equal(ops.dequantize(one, n, k, name, dtype), weights)
+        assert torch.equal(ops.embedding(indices, one, n, k, name, dtype), weights[indices])
+        assert torch.equal(ops.embedding(indices.T.int(), one, n, k, name, dtype), weights[indices.T])
+        assert ops.embedding(indices[:0], one, n, k, name, dtype).shape == (0, 5, k)
+        text = str(dtype).removeprefix("torch.")
+        assert torch.equal(q6k.dequantize_named(one, n, k, name, text), weights)
+        assert torch.equal(q6k.embedding_named(indices, one, n, k, name, text), weights[indices])
+
+
+def test_every_scale_is_read_to_the_bit() -> None:
+    """Of types whose scales are bytes: all 256 values, subnormal ones among them."""
+    for row in (row for row in WEIGHT_TYPES.values() if row.scales[0].dtype in ("U8", "I8")):
+        arrays = any_type.planes(row, 256 * row.group // 256, 256)
+        at = row.roles.index("scale")
+        arrays[at] = torch.arange(256, dtype=torch.uint8).view(arrays[at].dtype).view(arrays[at].shape)
+        found = ops.dequantize(ops.pack(arrays, row.name), len(arrays[0]), 256, row.name, torch.float32)
+        assert torch.equal(found.view(torch.int32), reference.dequantize(arrays, row).view(torch.int32))
 
 
 def strided(plane: torch.Tensor) -> torch.Tensor:
@@ -106,27 +108,28 @@ def strided(plane: torch.Tensor) -> torch.Tensor:
     return torch.stack((plane, plane), dim=-1)[..., 0]
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@ROWS
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("activations", ["auto", "int8", "bf16"])
-def test_products_are_within_tolerance(activations: Any, dtype: torch.dtype, exact: bool) -> None:
+def test_products_are_within_tolerance(activations: Any, dtype: torch.dtype, row: WeightType) -> None:
     """Of the order of summation that `reference` states."""
-    for (n, k), m in itertools.product(((1, 256), (37, 768), (33, 2304)), (0, 1, 5, 40)):
-        arrays = planes(n, k, exact)
-        tiles, formula = packed.op_pack(*arrays), "int8" if activations == "int8" else "bf16"
+    for (n, k), m in itertools.product(((1, 256), (37, 768)), (0, 1, 5, 40)):
+        k = blocks_of(row, k)
+        arrays = any_type.planes(row, n, k)
+        tiles, formula = ops.pack(arrays, row.name), "int8" if activations == "int8" else "bf16"
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
         x[-1:, :32] = 0
         x = x.to(dtype)
         for bias in (None, torch.linspace(-1, 1, n), torch.linspace(-1, 1, 2 * n).to(BF16)[::2]):
-            y = packed.op_linear(x, tiles, bias, n, activations)
+            y = ops.linear(x, tiles, bias, n, row.name, activations)
             assert (y.shape, y.dtype) == ((m, n), dtype)
-            right = accuracy.linear(x, packed.exact_of(*arrays), bias, activations=formula)
-            assert accuracy.compare(y, right, reference.roundings(k, formula)).worst <= 1
+            right = accuracy.linear(x, accuracy.of_planes(arrays, row), bias, activations=formula)
+            assert accuracy.compare(y, right, reference.roundings(k, row, formula)).worst <= 1
 
 
 def test_strides_shapes_and_special_values_of_x() -> None:
     n, k = 37, 768
-    tiles = packed.op_pack(*planes(n, k, True))
+    tiles = ops.pack(any_type.planes(EXACT, n, k), EXACT.name)
     x = torch.randn(4, 6, k, generator=torch.Generator().manual_seed(0)).to(BF16)
     for activations in ("int8", "bf16"):
         y = packed.op_linear(x, tiles, None, n, activations)
@@ -157,11 +160,12 @@ def test_int8_activations_are_rounded_to_the_bit() -> None:
 
 def test_arguments_are_refused_in_pythons_words() -> None:
     n, k = 37, 512
-    tiles, stack = packed.op_pack(*planes(n, k, False)), packed.op_pack(*planes(16, k, False, (2,)))
+    name, exact, short = "q6_k", "q6_k_exact", "q8_0"
+    default = weight_type(name)
+    tiles, stack = (ops.pack(any_type.planes(default, rows, k, lead), name) for rows, lead in ((n, ()), (16, (2,))))
     x, bias, index = torch.zeros(2, k, dtype=BF16), torch.zeros(n), torch.zeros(2, dtype=torch.int64)
-    ql, qh, scale, steps = planes(n, k, True)
+    ql, qh, scale, steps = any_type.planes(EXACT, n, k)
     wanting, meta = x.clone().requires_grad_(), torch.zeros(2, k, dtype=BF16, device="meta")
-    name, exact = "q6_k", "q6_k_exact"
     linears = [
         *(
             (x, bad, None, n, name, "auto")
@@ -178,13 +182,16 @@ def test_arguments_are_refused_in_pythons_words() -> None:
     ]
     embeddings = [
         *(
-            (bad, tiles, n, name, BF16)
+            (bad, tiles, n, k, name, BF16)
             for bad in (index.float(), index.short(), index - 1, index + n, index.to("meta"))
         ),
-        *((index, tiles, n, name, torch.float64), (index, tiles, n, name, torch.int8)),
-        *((index, tiles, n + 99, name, BF16), (index, tiles, n, exact, BF16)),
+        *((index, tiles, n, k, name, torch.float64), (index, tiles, n, k, name, torch.int8)),
+        *((index, tiles, n + 99, k, name, BF16), (index, tiles, n, k, exact, BF16)),
+        *((index, tiles, n, bad, name, BF16) for bad in (0, -256, k - 256, k - 32, k + 1)),
     ]
-    dequantizes = [(tiles, n, name, torch.complex64), (tiles, 0, name, BF16), (stack, 16, name, BF16)]
+    dequantizes = [(tiles, n, k, name, torch.complex64), (tiles, 0, k, name, BF16), (stack, 16, k, name, BF16)]
+    of_short = ops.pack(any_type.planes(weight_type(short), n, k), short)
+    dequantizes += [(of_short, n, bad, short, BF16) for bad in (k - 1, k - 256, k + 32)]
     packs = [
         *(([bad, qh, scale, steps], exact) for bad in (ql.int(), ql[0], ql[:0], ql[:, :-1])),
         *(([ql, qh[:-1], scale, steps], exact), ([ql, qh, scale], exact), ([ql, qh, scale.to(BF16), steps], exact)),
@@ -193,10 +200,10 @@ def test_arguments_are_refused_in_pythons_words() -> None:
     ]
     named = (
         [
-            (index.float(), tiles, n, name, "float16"),
-            *((index, tiles, n, name, bad) for bad in ("float64", "", "torch.float32")),
+            (index.float(), tiles, n, k, name, "float16"),
+            *((index, tiles, n, k, name, bad) for bad in ("float64", "", "torch.float32")),
         ],
-        [(tiles, 0, name, "bfloat16"), (tiles, n, name, "half"), (tiles, n, "q6k", "float16")],
+        [(tiles, 0, k, name, "bfloat16"), (tiles, n, k, name, "half"), (tiles, n, k, "q6k", "float16")],
     )
     cases = zip(ops._OPERATIONS, NAMES, (linears, embeddings, dequantizes, packs, *named), strict=True)
     for (_, on_cpu, *_), operation, calls in cases:
@@ -223,7 +230,7 @@ class Layer(torch.nn.Module):
     def __init__(self, n: int, k: int) -> None:
         super().__init__()
         self.n = n
-        self.register_buffer("tiles", packed.op_pack(*planes(n, k, True)))
+        self.register_buffer("tiles", ops.pack(any_type.planes(EXACT, n, k), EXACT.name))
 
     def forward(self, x: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = packed.op_embedding(indices, self.tiles, self.n, BF16)

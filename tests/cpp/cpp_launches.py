@@ -21,6 +21,7 @@ from q6k_kernels.cpp import variants
 from q6k_kernels.cuda import decode, decode_plan, expand, gemm_mma, gemm_wgmma
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.errors import CudaError
+from q6k_kernels.formats.tiles import tiles_shape
 from q6k_kernels.formats.types import WEIGHT_TYPES
 from q6k_kernels.jit import loader
 from q6k_kernels.jit.compiler import Compiled
@@ -30,7 +31,7 @@ STREAM, TICKET = 0x5EED, 1 << 40
 SMALL = launching.Device(0, 90, 7, 227 << 10, 228 << 10)
 GPUS = [*(variants.device_like(arch) for arch in variants.ARCHITECTURES), H200, SMALL]
 ROWS = (1, 15, 16, 17, 100, 1000, 1024, 2048, 4096, 5376, 14336, 21504, 65536, 128256, 262144, 4000000)
-COLUMNS = (256, 512, 2304, 4096, 5376, 8192, 8448, 14336, 16384, 21504, 32768, 65536)
+COLUMNS = (256, 512, 800, 2304, 4096, 5376, 8192, 8448, 14336, 16384, 21504, 32768, 65536)
 MANY = (1, 2, 8, 9, 16, 17, 33, 64, 65, 128, 129, 256, 257, 300, 512, 1000, 2048, 4096, 100000)
 
 
@@ -65,13 +66,13 @@ def test_decode_plans(functions: Functions, gpu: launching.Device) -> None:
 
 @pytest.mark.parametrize("gpu", [gpu for gpu in GPUS if gpu.arch == 90], ids=lambda gpu: str(gpu.multiprocessors))
 def test_wgmma_plans(functions: Functions, gpu: launching.Device) -> None:
-    shared = 0
+    shared, rows = 0, itertools.cycle(WEIGHT_TYPES.values())  # only the ring's depth depends on the type
     for n, k, m in itertools.product(ROWS, COLUMNS, MANY):
-        plan = gemm_wgmma.plan(m, n, k, gpu)
+        plan, row = gemm_wgmma.plan(m, n, k, gpu), next(rows)
         c, counts = plan.config, [plan.token_blocks, plan.row_blocks, plan.blocks, plan.whole]
-        config = [c.tokens, c.consumers, c.tile_stages, c.x_stages, c.occupancy, c.cycles]
-        wanted = [*config, *counts, plan.scratch_floats, plan.scratch_flags]
-        assert functions.wgmma(m, n, k, gpu) == wanted, (m, n, k)
+        config = [c.tokens, c.consumers, c.stages(row), c.x_stages, c.occupancy, c.cycles]
+        wanted = [*config, *counts, plan.scratch_floats, plan.scratch_flags, c.shared_bytes(row)]
+        assert functions.wgmma(m, n, k, row, gpu) == wanted, (m, n, k, row.name)
         shared += plan.shared > 0
     assert shared > 500
 
@@ -100,8 +101,8 @@ class Memory:
         dtype = torch.float16 if product.fp16 else torch.bfloat16
         self.product = product
         self.x = torch.zeros(product.m, product.k + 8, dtype=dtype)[:, : product.k]
-        self.tiles = torch.zeros(-(-product.n // 16), product.k // 256, product.row.tile_bytes, dtype=torch.uint8)
-        self.bias = torch.zeros(product.n) if product.exact else None
+        self.tiles = torch.zeros(tiles_shape((product.n, product.k), product.row), dtype=torch.uint8)
+        self.bias = torch.zeros(product.n) if product.row.stepped else None
         self.y = torch.zeros(product.m, product.n, dtype=dtype)
         self._room = torch.zeros(64 << 20, dtype=torch.uint8)
         self._begin = -self._room.data_ptr() % 512
@@ -233,7 +234,7 @@ def test_what_the_library_has_no_kernel_for(
 
 def test_activations_that_do_not_fit(functions: Functions, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     product, small = (
-        Product(DECODE, 1, 16, 1 << 18, False, False),
+        Product(DECODE, 1, 16, 1 << 18, "q6_k", False),
         launching.Device(0, 80, 108, 163 << 10, 164 << 10),
     )
     memory = Memory(product, monkeypatch)

@@ -27,7 +27,7 @@ from q6k_kernels.errors import CompileFailedError, CompilerMissingError
 from q6k_kernels.jit import compiler
 
 TESTS = Path(__file__).parent
-KINDS = "pack_|rows_6_16_0_0_0_|gemm_mma_6_16_0_0_0_16"
+KINDS = "pack_|rows_6_32_0_16_0_0_0_|gemm_mma_6_32_0_16_0_0_0_16"
 """Names of units of which some are compiled here."""
 ORDERS = ("load", "python first", "library first")
 

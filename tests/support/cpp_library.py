@@ -41,13 +41,13 @@ class Product:
     m: int
     n: int
     k: int
-    exact: bool
+    format: str
     fp16: bool
 
     @property
     def row(self) -> WeightType:
         """Row of the weight type."""
-        return WEIGHT_TYPES["q6_k_exact" if self.exact else "q6_k"]
+        return WEIGHT_TYPES[self.format]
 
     @property
     def device(self) -> launching.Device:
@@ -55,13 +55,22 @@ class Product:
         return A100 if self.kind == MMA else H200
 
 
+Q6_K, EXACT, Q4_K, Q8_0 = "q6_k", "q6_k_exact", "q4_k", "q8_0"
 PRODUCTS = [
-    *(Product(DECODE, m, 4096, 4096, exact, False) for m, exact in itertools.product((1, 2, 4, 8), (False, True))),
-    *(Product(DECODE, *size, True) for size in ((1, 133, 768, True), (3, 133, 768, False), (17, 37, 512, True))),
-    *(Product(DECODE, m, 5376, 21504, False, False) for m in (1, 8)),
-    *(Product(WGMMA, m, 4096, 4096, False, False) for m in (9, 64, 512)),
-    *(Product(WGMMA, *size, True) for size in ((9, 1001, 2560, True), (300, 133, 768, False))),
-    *(Product(MMA, m, 150, 4096, exact, exact) for m, exact in ((9, True), (64, False), (300, False))),
+    *(
+        Product(DECODE, m, 4096, 4096, format, False)
+        for m, format in itertools.product((1, 2, 4, 8), (Q6_K, EXACT))
+    ),
+    *(Product(DECODE, *size, True) for size in ((1, 133, 768, EXACT), (3, 133, 768, Q6_K), (17, 37, 512, EXACT))),
+    *(Product(DECODE, m, 5376, 21504, Q6_K, False) for m in (1, 8)),
+    *(Product(DECODE, m, 2560, 9728, Q4_K, False) for m in (1, 8)),
+    *(Product(WGMMA, m, 4096, 4096, Q6_K, False) for m in (9, 64, 512)),
+    *(Product(WGMMA, *size, True) for size in ((9, 1001, 2560, EXACT), (300, 133, 768, Q6_K))),
+    *(Product(MMA, m, 150, 4096, format, format == EXACT) for m, format in ((9, EXACT), (64, Q6_K), (300, Q6_K))),
+    *(
+        Product(kind, 1 if kind == DECODE else 9, 133, 800 if row.block == 32 else 768, row.name, False)
+        for kind, row in itertools.product((DECODE, WGMMA, MMA), WEIGHT_TYPES.values())
+    ),
 ]
 
 
@@ -97,7 +106,7 @@ def library() -> Path:
     )
     only = f"^({'|'.join(names)})$"
     digest = hashlib.sha256(f"{only} {torch.__version__} {build_ops.find_tools()}".encode())
-    patterns = ("cuda/*.*", "cpp/*.*", "cpp/src/*", "jit/*.py", "formats/tiles.py")
+    patterns = ("cuda/*.*", "cpp/*.*", "cpp/src/*", "jit/*.py", "formats/t*.py")
     for path in sorted(path for pattern in patterns for path in PACKAGE.glob(pattern)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     kept = cubin_cache.directory() / "tests"
@@ -143,9 +152,9 @@ class Functions:
         some, out = self._plan(self.library.q6k_ops_plan_decode, (m, n, k, row), device, 9)
         return out if some else None
 
-    def wgmma(self, m: int, n: int, k: int, device: launching.Device) -> list[int]:
-        """Return the configuration and other values of `gemm_wgmma.plan`, and the scratch memory."""
-        return list(self._plan(self.library.q6k_ops_plan_wgmma, (m, n, k), device, 12)[1])
+    def wgmma(self, m: int, n: int, k: int, row: WeightType, device: launching.Device) -> list[int]:
+        """Return the configuration and other values of `gemm_wgmma.plan`, and the memory that it takes."""
+        return list(self._plan(self.library.q6k_ops_plan_wgmma, (m, n, k, row), device, 13)[1])
 
     def mma(self, m: int, n: int, k: int, row: WeightType, device: launching.Device) -> list[int]:
         """Return the values of `gemm_mma.plan`."""

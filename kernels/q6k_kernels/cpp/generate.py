@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -41,45 +41,60 @@ ENUMS = (
     *("CUtensorMapDataType", "CUtensorMapInterleave", "CUtensorMapSwizzle", "CUtensorMapL2promotion"),
     "CUtensorMapFloatOOBfill",
 )
-SCALES = ("BF16", "INT8_STEPS", "UINT8_STEPS", "FP16", "E8M0")
-"""Names of the kinds of scales in `cuda/common.cuh`, in their order."""
 VALUES = ("CU_LAUNCH_PARAM_END", "CU_LAUNCH_PARAM_BUFFER_POINTER", "CU_LAUNCH_PARAM_BUFFER_SIZE")
 """What `src/` uses of cuda.h, besides functions and structures."""
 
 
 def weight_types() -> list[str]:
-    """Return the rows of `formats.types` as C++."""
+    """Return the rows of `formats.types`, and where each type's arrays lie in a tile, as C++."""
     rows = []
     for index, row in enumerate(types.WEIGHT_TYPES.values()):
-        numbers = [index, *(value for _, value in row.macros), row.block, row.tile_bytes]
-        numbers += [gemm_wgmma.tile_pieces(row), len(row.arrays), len(row.scales)]
-        rows.append(f'{{"{row.name}", {", ".join(map(str, numbers))}, {_list(_arrays(row))}}}')
-    kinds = (f"SCALES_{name} = {kind}" for name, kind in zip(SCALES, types.KIND_OF_SCALE.values(), strict=True))
+        planes, weights = len(row.arrays) - len(row.scales), types.TILE_ROWS * ggml.SUPER_BLOCK
+        at, arrays = 0, []
+        for array in row.arrays:
+            size = types.DTYPE_BYTES[array.dtype]
+            place = next(i for i, roles in enumerate(row_kernels.PACKED_ROLES) if array.role in roles)
+            arrays.append(f'{{"{array.role}", "{array.dtype}", {array.weights}, {size}, {at}, {place}}}')
+            at += weights // array.weights * size
+        macros = [value for _, value in row.macros]
+        numbers = [*macros, int(row.stepped), row.block, row.tile_bytes, gemm_wgmma.tile_pieces(row)]
+        counts = [index, planes, len(row.arrays)]
+        values = [_list(macros), *map(str, numbers), *map(str, counts), _list(arrays)]
+        rows.append(f'{{"{row.name}", {", ".join(values)}}}')
+    longest = max(map(len, types.BOOKS))
     return [
-        "// `index`: the place in WEIGHT_TYPES. `pieces`: rows in which a tensor map copies a tile. Of an array: weights",
-        "// of an element, bytes of one, and where a tile has it, 0 for codes; `role` is its place in PACKED_ROLES.",
-        "struct PlaneArray { const char *name, *dtype; int64_t weights, bytes, at, role; };",
+        "// `at`: bytes before a tile's elements of the array, of `bytes` each; `place`: among q6k_pack's parameters.",
+        "struct PlaneArray { const char *role, *dtype; int64_t weights, bytes, at, place; };",
+        "// `macros`: values of the weight type's macros, which follow by name. The first `planes` of the `count`",
+        "// arrays are of codes.",
         "struct WeightType {",
         "  const char* name;",
-        "  int64_t index, bits, offset, book, group, minimum, scales, block, tile_bytes, pieces, count, scale_count;",
+        f"  int64_t macros[{len(types.CODE_MACROS)}];",
+        f"  int64_t {', '.join(name.removeprefix('Q6K_').lower() for name in types.CODE_MACROS)};",
+        "  int64_t stepped, block, tile_bytes, tile_pieces, index, planes, count;",
         "  PlaneArray arrays[MOST_PLANES];",
         "};",
-        f"enum Scales : int64_t {{ {', '.join(kinds)} }};",
-        f"constexpr WeightType WEIGHT_TYPES[] = {_list(rows)};",
-        f"constexpr signed char BOOKS[][16] = {_list(map(_list, types.BOOKS))};",
+        f"inline constexpr WeightType WEIGHT_TYPES[] = {_list(rows)};",
+        f"constexpr signed char BOOKS[][{longest}] = {_list(map(_list, types.BOOKS))};",
     ]
 
 
-def _arrays(row: types.WeightType) -> Iterator[str]:
-    """Yield the arrays of a weight type as C++."""
-    at, weights = types.TILE_ROWS * ggml.SUPER_BLOCK * row.bits // 8, types.TILE_ROWS * ggml.SUPER_BLOCK
-    for array in row.arrays:
-        size, is_scale = types.DTYPE_BYTES[array.dtype], array in row.scales
-        role = next(place for place, roles in enumerate(row_kernels.PACKED_ROLES) if array.role in roles)
-        numbers = f"{array.weights}, {size}, {at if is_scale else 0}, {role}"
-        yield f'{{"{array.role}", "{array.dtype}", {numbers}}}'
-        if is_scale:
-            at += weights // array.weights * size
+def wgmma_configs() -> list[str]:
+    """Return the configurations of `cuda.gemm_wgmma` as C++, with what depends on the weight type."""
+    rows, each_type = [], types.WEIGHT_TYPES.values()
+    for config in gemm_wgmma.CONFIGS:
+        numbers = config.tokens, config.consumers, config.x_stages, config.occupancy, config.cycles
+        stages, shared = (_list(map(get, each_type)) for get in (config.stages, config.shared_bytes))
+        rows.append(_list((*numbers, config.rows, config.threads, stages, shared)))
+    count = len(each_type)
+    return [
+        "// `gemm_wgmma.Config`; stages and shared memory by weight type, in the order of WEIGHT_TYPES.",
+        "struct WgmmaConfig {",
+        "  int64_t tokens, consumers, x_stages, occupancy, cycles, rows, threads;",
+        f"  int64_t stages[{count}], shared_bytes[{count}];",
+        "};",
+        f"inline constexpr WgmmaConfig WGMMA_CONFIGS[] = {_list(rows)};",
+    ]
 
 
 def tables() -> str:
@@ -87,6 +102,7 @@ def tables() -> str:
     numbers = {
         "TILE_ROWS": types.TILE_ROWS,
         "SUPER_BLOCK": ggml.SUPER_BLOCK,
+        "SCALES_E8M0": types.KIND_OF_SCALE["U8", False],
         "MOST_VALUES": MOST_VALUES,
         "MOST_PLANES": len(row_kernels.PACKED_ROLES),
         "ALIGNMENT": device.ALIGNMENT,
@@ -108,11 +124,6 @@ def tables() -> str:
         "PACK_WARPS": row_kernels.PACK_WARPS,
         "ROW_THREADS": row_kernels.THREADS,
     }
-    configs = [
-        (each.tokens, each.consumers, each.tile_stages, each.x_stages, each.occupancy, each.cycles)
-        for each in gemm_wgmma.CONFIGS
-    ]
-    stages = [[each.stages(row) for row in types.WEIGHT_TYPES.values()] for each in gemm_wgmma.CONFIGS]
     lines = [
         "// Made by generate.py from Python's launch plans.",
         "#pragma once",
@@ -124,9 +135,7 @@ def tables() -> str:
         f"constexpr int64_t CLUSTERS[] = {_list(decode_plan.CLUSTERS)};",
         f"constexpr int64_t SMALL[][3] = {_list(map(_list, decode_plan.SMALL))};",
         *_decode_rows(),
-        f"constexpr int64_t WGMMA_CONFIGS[][6] = {_list(map(_list, configs))};",
-        "// The depth of the ring of tiles, by configuration and weight type.",
-        f"constexpr int64_t WGMMA_STAGES[][{len(types.WEIGHT_TYPES)}] = {_list(map(_list, stages))};",
+        *wgmma_configs(),
         f"constexpr int64_t MMA_CONFIGS[][2] = {_list(map(_list, gemm_mma.CONFIGS))};",
         f"constexpr int64_t SMALL_SHARED[] = {_list(gemm_mma.SMALL_SHARED)};",
         "}  // namespace q6k",

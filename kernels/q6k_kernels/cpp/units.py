@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from q6k_kernels.formats.types import CODE_MACROS, weight_type
+from q6k_kernels.formats.types import CODE_MACROS, WEIGHT_TYPES, WeightType
 from q6k_kernels.jit.compiler import Defines
 
 Unit = tuple[int, str, Defines]
@@ -49,6 +49,35 @@ def plan(architectures: Sequence[int] = ()) -> dict[Unit, list[str]]:
     return units
 
 
+def of_library(
+    architectures: Sequence[int] = (), only: str = "", formats: Iterable[WeightType] = WEIGHT_TYPES.values()
+) -> dict[Unit, list[str]]:
+    """Return the units of `plan` that the library holds.
+
+    Args:
+        architectures: as in `plan`.
+        only: a regular expression that the units' names must match.
+        formats: weight types; units that belong to none are always among the library's.
+
+    Raises:
+        ValueError: `src/` does not know a unit's macros.
+    """
+    wanted = {row.macros for row in formats} | {()}
+    found = {
+        unit: kernels
+        for unit, kernels in plan(architectures).items()
+        if unit[1] not in OF_STEPS and format_macros(unit) in wanted and re.search(only, name_of(unit))
+    }
+    for unit in found:
+        check(unit)
+    return found
+
+
+def format_macros(unit: Unit) -> Defines:
+    """Return the macros of the unit's weight type, none if it serves all."""
+    return tuple((name, value) for name, value in unit[2] if name in CODE_MACROS)
+
+
 def cover(wanted: Mapping[Unit, Sequence[str]]) -> dict[Unit, list[str]]:
     """Return few of the units, such that each architecture and file has every weight type and every macro's value.
 
@@ -57,8 +86,8 @@ def cover(wanted: Mapping[Unit, Sequence[str]]) -> dict[Unit, list[str]]:
 
     def items(unit: Unit) -> set[tuple[Any, ...]]:
         arch, file, defines = unit
-        of_type = tuple(value for name, value in defines if name in CODE_MACROS)
-        return {(arch, file, of_type), *((arch, file, *each) for each in defines if each[0] not in CODE_MACROS)}
+        own = ((arch, file, *each) for each in defines if each[0] not in CODE_MACROS)
+        return {(arch, file, format_macros(unit)), *own}
 
     left = {unit: items(unit) for unit in wanted}
     missing = set().union(*left.values())
@@ -68,35 +97,6 @@ def cover(wanted: Mapping[Unit, Sequence[str]]) -> dict[Unit, list[str]]:
         chosen[best] = list(wanted[best])
         missing -= left.pop(best)
     return chosen
-
-
-def of_library(
-    architectures: Sequence[int] = (), only: str = "", formats: Sequence[str] = ()
-) -> dict[Unit, list[str]]:
-    """Return the units of `plan` that the library holds.
-
-    Args:
-        architectures: compute capabilities; all if none is given.
-        only: a regular expression that matches the units' names.
-        formats: names of weight types; all if none is given.
-
-    Raises:
-        ValueError: `src/` does not know a unit's macros.
-    """
-    chosen = {weight_type(name).macros for name in formats} | {()}
-
-    def has_type(unit: Unit) -> bool:
-        return not formats or tuple(each for each in unit[2] if each[0] in CODE_MACROS) in chosen
-
-    every = {
-        unit: kernels
-        for unit, kernels in plan(architectures).items()
-        if unit[1] not in OF_STEPS and has_type(unit)
-    }
-    found = {unit: kernels for unit, kernels in every.items() if re.search(only, name_of(unit))}
-    for unit in found:
-        check(unit)
-    return found
 
 
 def dynamic_shared(units: Iterable[Unit]) -> dict[tuple[int, Variant], int]:

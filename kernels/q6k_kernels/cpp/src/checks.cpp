@@ -53,7 +53,7 @@ void check_tiles(const Tensor& tiles, int64_t n, int64_t k, const WeightType& ty
            " rows, found " + std::to_string(n));
   }
   const int64_t blocks = tiles.size(-2);
-  if (k < 1 || k > (int64_t{1} << 31) - 1 || k % type.block || blocks != ceil_div(k, SUPER_BLOCK)) {
+  if (k < 1 || k % type.block || blocks != super_blocks(k)) {
     refuse("k: " + std::to_string(blocks) + " tiles of " + std::to_string(SUPER_BLOCK) + " columns hold " +
            std::to_string(SUPER_BLOCK * (blocks - 1) + 1) + " to " + std::to_string(SUPER_BLOCK * blocks) +
            " weights of a row, and " + type.name + " has multiples of " + std::to_string(type.block) + "; found " +
@@ -71,18 +71,19 @@ std::string quoted(const std::string& text) { return "'" + text + "'"; }
 
 }  // namespace
 
-int64_t check_linear(const Tensor& x, const Tensor& tiles, const std::optional<Tensor>& bias, int64_t n,
-                     const WeightType& type, const std::string& activations, bool halves) {
-  const int64_t k = x.dim() ? x.size(-1) : 0;
-  check_tiles(tiles, n, k, type);
+const WeightType& check_linear(const Tensor& x, const Tensor& tiles, const std::optional<Tensor>& bias, int64_t n,
+                               const std::string& format, const std::string& activations, bool halves) {
+  const int64_t k = x.dim() == 0 ? 0 : x.size(-1);
   const int kind = float_kind(x.dtype());
-  if (kind < 0 || (halves && kind == 2)) {
+  if (x.dim() == 0 || kind < 0 || (halves && kind == 2)) {
     refuse(std::string("x: expected ") + (halves ? "bfloat16 or float16" : "bfloat16, float16 or float32") + " (..., " +
            std::to_string(k) + "), found " + found(x));
   }
   if (bias && (float_kind(bias->dtype()) < 0 || bias->dim() != 1 || bias->size(0) != n)) {
     refuse("bias: expected bfloat16, float16 or float32 (" + std::to_string(n) + ",), found " + found(*bias));
   }
+  const WeightType& type = weight_type(format);
+  check_tiles(tiles, n, k, type);
   if (activations != "auto" && activations != "int8" && activations != "bf16") {
     refuse("activations: expected auto, int8 or bf16, found " + quoted(activations));
   }
@@ -95,7 +96,7 @@ int64_t check_linear(const Tensor& x, const Tensor& tiles, const std::optional<T
              name + ".detach()");
     }
   }
-  return k;
+  return type;
 }
 
 void check_embedding(const Tensor& indices, const Tensor& tiles, int64_t n, int64_t k, const WeightType& type,
@@ -116,7 +117,7 @@ void check_dequantize(const Tensor& tiles, int64_t n, int64_t k, const WeightTyp
 std::vector<int64_t> check_pack(const std::vector<Tensor>& planes, const WeightType& type) {
   if (planes.size() != static_cast<size_t>(type.count)) {
     std::string roles;
-    for (int i = 0; i < type.count; ++i) roles += (i ? ", " : "") + std::string(type.arrays[i].name);
+    for (int i = 0; i < type.count; ++i) roles += (i ? ", " : "") + std::string(type.arrays[i].role);
     refuse("planes: " + std::string(type.name) + " has " + roles + "; found " + std::to_string(planes.size()) + " tensors");
   }
   const PlaneArray& first = type.arrays[0];
@@ -124,7 +125,7 @@ std::vector<int64_t> check_pack(const std::vector<Tensor>& planes, const WeightT
   if ((codes.dim() != 2 && codes.dim() != 3) || codes.dtype() != dtype_of(first) || codes.numel() == 0 ||
       codes.size(-1) * first.weights % type.block) {
     const std::string width = "K/" + std::to_string(first.weights);
-    refuse(std::string(first.name) + ": expected " + dtype_name(dtype_of(first)) + " (N, " + width + ") or (E, N, " +
+    refuse(std::string(first.role) + ": expected " + dtype_name(dtype_of(first)) + " (N, " + width + ") or (E, N, " +
            width + "), N >= 1, K a multiple of " + std::to_string(type.block) + ", found " + found(codes));
   }
   const int64_t k = codes.size(-1) * first.weights;
@@ -135,18 +136,18 @@ std::vector<int64_t> check_pack(const std::vector<Tensor>& planes, const WeightT
     std::vector<int64_t> shape = codes.shape();
     shape.back() = k / array.weights;
     if (tensor.dtype() != dtype_of(array) || tensor.shape() != shape) {
-      refuse(std::string(array.name) + " of " + type.name + ": with " + first.name + " of shape " +
+      refuse(std::string(array.role) + " of " + type.name + ": with " + first.role + " of shape " +
              shape_text(codes.shape()) + " expected " + dtype_name(dtype_of(array)) + " " + shape_text(shape) +
              ", found " + found(tensor));
     }
-    named.push_back({array.name, &tensor});
+    named.push_back({array.role, &tensor});
   }
   check_devices(named);
   std::vector<int64_t> shape = codes.shape();
   shape.pop_back();
   const int64_t n = shape.back();
   shape.back() = ceil_div(n, TILE_ROWS);
-  shape.push_back(ceil_div(k, SUPER_BLOCK));
+  shape.push_back(super_blocks(k));
   shape.push_back(type.tile_bytes);
   return shape;
 }

@@ -9,9 +9,9 @@ namespace q6k {
 
 enum class Activations { AUTO, INT8, BF16 };
 
-// Returns K, the last dimension of x. `halves`: whether x has to be 16-bit, as on a GPU.
-int64_t check_linear(const Tensor& x, const Tensor& tiles, const std::optional<Tensor>& bias, int64_t n,
-                     const WeightType& type, const std::string& activations, bool halves);
+// Returns the weight type. `halves`: whether x has to be 16-bit, as on a GPU.
+const WeightType& check_linear(const Tensor& x, const Tensor& tiles, const std::optional<Tensor>& bias, int64_t n,
+                               const std::string& format, const std::string& activations, bool halves);
 void check_embedding(const Tensor& indices, const Tensor& tiles, int64_t n, int64_t k, const WeightType& type,
                      int32_t dtype);
 void check_dequantize(const Tensor& tiles, int64_t n, int64_t k, const WeightType& type, int32_t dtype);

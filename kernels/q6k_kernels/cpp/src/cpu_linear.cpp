@@ -24,9 +24,8 @@ struct Matrix {
   int64_t m, n, k;
   const WeightType* type;
 
-  int64_t blocks() const { return ceil_div(k, SUPER_BLOCK); }
-  // Weights of a row that exist in a super-block.
-  int count(int64_t block) const { return static_cast<int>(std::min<int64_t>(SUPER_BLOCK, k - block * SUPER_BLOCK)); }
+  int64_t blocks() const { return super_blocks(k); }
+  int64_t width() const { return blocks() * SUPER_BLOCK; }
   const unsigned char* tile(int64_t row_tile, int64_t block) const {
     return tiles + (row_tile * blocks() + block) * type->tile_bytes;
   }
@@ -44,10 +43,20 @@ struct Matrix {
   }
 };
 
-// 16-bit activations: a product for each super-block, then their sum. `Sum` is fp32 for bf16 activations, else fp64.
+// Activations (m, k) as (m, width), zeros past k.
+template <typename To, typename T>
+std::vector<To> padded(const Matrix& matrix, const T* x) {
+  std::vector<To> wide(static_cast<size_t>(matrix.m * matrix.width()));
+  for (int64_t token = 0; token < matrix.m; ++token) {
+    std::copy_n(x + token * matrix.k, matrix.k, wide.begin() + token * matrix.width());
+  }
+  return wide;
+}
+
+// 16-bit activations, or fp32: a product for each super-block, then their sum. `Sum` is fp32 for bf16 activations, else fp64.
 template <typename T, typename Sum>
 void multiply_bf16(const Matrix& matrix, const T* x, T* y) {
-  std::vector<Sum> wide(x, x + matrix.m * matrix.k);
+  const std::vector<Sum> wide = padded<Sum>(matrix, x);
   parallel_for(ceil_div(matrix.n, ROWS), [&](int64_t row_tile) {
     std::vector<Sum> sums(static_cast<size_t>(matrix.m * ROWS));
     Sum columns[SUPER_BLOCK][ROWS];
@@ -58,9 +67,9 @@ void multiply_bf16(const Matrix& matrix, const T* x, T* y) {
         for (int i = 0; i < SUPER_BLOCK; ++i) columns[i][r] = static_cast<Sum>(weights[i]);
       }
       for (int64_t token = 0; token < matrix.m; ++token) {
-        const Sum* const values = wide.data() + token * matrix.k + block * SUPER_BLOCK;
+        const Sum* const values = wide.data() + token * matrix.width() + block * SUPER_BLOCK;
         Sum part[ROWS] = {};
-        for (int i = 0; i < matrix.count(block); ++i) {
+        for (int i = 0; i < SUPER_BLOCK; ++i) {
           for (int r = 0; r < ROWS; ++r) part[r] += values[i] * columns[i][r];
         }
         for (int r = 0; r < ROWS; ++r) sums[static_cast<size_t>(token * ROWS + r)] += part[r];
@@ -91,42 +100,44 @@ void quantize(const T* x, int64_t count, signed char* a, float* d_a) {
   }
 }
 
-// Activations in 8 bits: integer sums of groups, scaled in fp32 and added by super-block.
+// 8-bit activations: integer sums of groups, scaled in fp32 and added by super-block.
 template <typename T>
 void multiply_int8(const Matrix& matrix, const T* x, T* y) {
-  std::vector<signed char> a(static_cast<size_t>(matrix.m * matrix.k));
-  std::vector<float> d_a(static_cast<size_t>(matrix.m * matrix.k / ACTIVATION_GROUP));
-  quantize(x, matrix.m * matrix.k, a.data(), d_a.data());
+  const WeightType& type = *matrix.type;
+  const int64_t group = type.group, groups = SUPER_BLOCK / group;
+  const std::vector<T> wide = padded<T>(matrix, x);
+  const int64_t count = matrix.m * matrix.width();
+  std::vector<signed char> a(static_cast<size_t>(count));
+  std::vector<float> d_a(static_cast<size_t>(count / ACTIVATION_GROUP));
+  quantize(wide.data(), count, a.data(), d_a.data());
   parallel_for(ceil_div(matrix.n, ROWS), [&](int64_t row_tile) {
     std::vector<float> sums(static_cast<size_t>(matrix.m * ROWS));
     int columns[SUPER_BLOCK][ROWS];
-    float scales[MOST_GROUPS][ROWS], least[MOST_GROUPS][ROWS] = {};
-    const int size = static_cast<int>(matrix.type->group);
+    float scales[MOST_GROUPS][ROWS], minimums[MOST_GROUPS][ROWS] = {};
     for (int64_t block = 0; block < matrix.blocks(); ++block) {
       const unsigned char* const tile = matrix.tile(row_tile, block);
       for (int r = 0; r < ROWS; ++r) {
-        signed char codes[SUPER_BLOCK];
-        float s[MOST_GROUPS], m[MOST_GROUPS] = {};
-        read_codes(tile, r, *matrix.type, codes);
-        read_scales(tile, r, *matrix.type, false, s);
-        if (matrix.type->minimum) read_scales(tile, r, *matrix.type, true, m);
-        for (int i = 0; i < SUPER_BLOCK; ++i) columns[i][r] = codes[i];
-        for (int j = 0; j < SUPER_BLOCK / size; ++j) scales[j][r] = s[j], least[j][r] = m[j];
+        const RowParts row(tile, r, type);
+        for (int i = 0; i < SUPER_BLOCK; ++i) columns[i][r] = row.q[i];
+        for (int64_t j = 0; j < groups; ++j) {
+          scales[j][r] = row.scale[j];
+          if (type.minimum) minimums[j][r] = row.minimum[j];
+        }
       }
       for (int64_t token = 0; token < matrix.m; ++token) {
-        const int64_t begin = token * matrix.k + block * SUPER_BLOCK;
+        const int64_t begin = token * matrix.width() + block * SUPER_BLOCK;
         float part[ROWS] = {};
-        for (int j = 0; j < matrix.count(block) / size; ++j) {
-          const float d = d_a[static_cast<size_t>((begin + j * size) / ACTIVATION_GROUP)];
-          int inner[ROWS] = {}, sum = 0;
-          for (int i = 0; i < size; ++i) {
-            const int value = a[static_cast<size_t>(begin + j * size + i)];
-            sum += value;
-            for (int r = 0; r < ROWS; ++r) inner[r] += value * columns[j * size + i][r];
+        for (int64_t j = 0; j < groups; ++j) {
+          const float d = d_a[static_cast<size_t>((begin + j * group) / ACTIVATION_GROUP)];
+          int inner[ROWS] = {}, all = 0;
+          for (int64_t i = j * group; i < (j + 1) * group; ++i) {
+            const int value = a[static_cast<size_t>(begin + i)];
+            all += value;
+            for (int r = 0; r < ROWS; ++r) inner[r] += value * columns[i][r];
           }
           for (int r = 0; r < ROWS; ++r) {
             float term = static_cast<float>(inner[r]) * scales[j][r];
-            if (matrix.type->minimum) term -= static_cast<float>(sum) * least[j][r];
+            if (type.minimum) term -= static_cast<float>(all) * minimums[j][r];
             part[r] += term * d;
           }
         }

@@ -31,10 +31,11 @@ Device device(const int64_t* d) { return {static_cast<int>(d[0]), d[1], d[2], d[
 
 }  // namespace
 
-// {"version": ..., "nvrtc": ..., "architectures": [...]}
+// {"version": ..., "nvrtc": ..., "architectures": [...], "formats": [...]}
 Q6K_EXPORT const char* q6k_ops_about() {
   static const std::string text =
-      "{\"version\": \"" Q6K_VERSION "\", \"nvrtc\": \"" Q6K_NVRTC "\", \"architectures\": [" + architectures() + "]}";
+      "{\"version\": \"" Q6K_VERSION "\", \"nvrtc\": \"" Q6K_NVRTC "\", \"architectures\": [" + architectures() + "], \"formats\": [" + formats() +
+      "]}";
   return text.c_str();
 }
 
@@ -45,12 +46,24 @@ Q6K_EXPORT int q6k_ops_plan_decode(int64_t m, int64_t n, int64_t k, const char* 
   return plan.has_value();
 }
 
-Q6K_EXPORT void q6k_ops_plan_wgmma(int64_t m, int64_t n, int64_t k, const int64_t* d, int64_t out[12]) {
+Q6K_EXPORT void q6k_ops_plan_wgmma(int64_t m, int64_t n, int64_t k, const char* format, const int64_t* d,
+                                   int64_t out[13]) {
   const WgmmaPlan plan = plan_wgmma(m, n, k, device(d));
-  const int64_t values[12] = {plan.config.tokens,   plan.config.consumers, plan.config.tile_stages,
-                              plan.config.x_stages, plan.config.occupancy, plan.config.cycles,
-                              plan.token_blocks,    plan.row_blocks,       plan.blocks,
-                              plan.whole,           plan.scratch_floats(), plan.scratch_flags()};
+  const WgmmaConfig& config = *plan.config;
+  const WeightType& type = weight_type(format);
+  const int64_t values[13] = {config.tokens,
+                              config.consumers,
+                              config.stages[type.index],
+                              config.x_stages,
+                              config.occupancy,
+                              config.cycles,
+                              plan.token_blocks,
+                              plan.row_blocks,
+                              plan.blocks,
+                              plan.whole,
+                              plan.scratch_floats(),
+                              plan.scratch_flags(),
+                              config.shared_bytes[type.index]};
   std::memcpy(out, values, sizeof values);
 }
 

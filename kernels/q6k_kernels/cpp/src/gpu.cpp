@@ -149,7 +149,7 @@ Tensor pack_cuda(const std::vector<Tensor>& planes, const WeightType& type, cons
   Planes given = {};
   for (size_t i = 0; i < planes.size(); ++i) {
     own.push_back(contiguous(planes[i], ALIGNMENT));
-    given.at[type.arrays[i].role] = own.back().data();
+    given.at[type.arrays[i].place] = own.back().data();
   }
   launch_pack(given, type, tiles.data(), codes.size(-2), codes.size(-1) * type.arrays[0].weights,
               tiles.numel() / tiles.size(-1), device, stream_of(codes));

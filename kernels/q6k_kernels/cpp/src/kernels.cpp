@@ -43,6 +43,32 @@ const Cubin* find_cubin(const Key& key, int64_t arch) {
   return best;
 }
 
+// Whether the key is one of the weight type's kernels.
+bool is_of(const WeightType& type, uint16_t file, const uint16_t* values) {
+  return file != QUANTIZE_ROWS && std::equal(std::begin(type.macros), std::end(type.macros), values);
+}
+
+bool has_format(const WeightType& type) {
+  return std::any_of(std::begin(CUBINS), std::end(CUBINS),
+                     [&](const Cubin& each) { return is_of(type, each.key.file, each.key.values); });
+}
+
+[[noreturn]] void refuse(const Key& key, const char* name, int64_t arch) {
+  for (const WeightType& type : WEIGHT_TYPES) {
+    if (!is_of(type, key.file, key.values) || has_format(type)) continue;
+    const std::string format = type.name;
+    throw std::runtime_error("this library has no kernels of " + format + "; it was built for " + formats() +
+                             ". Build it for this weight type, too: `q6k-convert build-ops --format " + format +
+                             "`, with --format for each that is needed, or without for all.");
+  }
+  std::string macros;
+  for (int i = 0; i < key.count; ++i) macros += (i ? ", " : "") + std::to_string(key.values[i]);
+  throw std::runtime_error(std::string("this library has no kernel ") + name + " (" + macros +
+                           ") for compute capability " + capability_text(arch) + "; it was built for " +
+                           architectures() + ". Build it for this GPU: `q6k-convert build-ops --arch " +
+                           std::to_string(arch) + "`.");
+}
+
 CUlibrary load_library(const Cubin& cubin) {
   CUlibrary library;
   const CUresult code = driver().cuLibraryLoadData(&library, q6k_cubins + cubin.offset, nullptr, nullptr, 0, nullptr,
@@ -73,14 +99,7 @@ Loaded& loaded() {
 
 const Kernel& load_now(const Key& key, const char* name, const Device& device) {
   const Cubin* const cubin = find_cubin(key, device.arch);
-  if (!cubin) {
-    std::string macros;
-    for (int i = 0; i < key.count; ++i) macros += (i ? ", " : "") + std::to_string(key.values[i]);
-    throw std::runtime_error(std::string("this library has no kernel ") + name + " (" + macros +
-                             ") for compute capability " + capability_text(device.arch) + "; it was built for " +
-                             architectures() + ". Build it for this GPU and all weight types: `q6k-convert build-ops --arch " +
-                             std::to_string(device.arch) + "`.");
-  }
+  if (!cubin) refuse(key, name, device.arch);
   Loaded& all = loaded();
   const std::lock_guard<std::mutex> lock(all.lock);
   const auto place = std::make_pair(std::make_pair(cubin, std::string(name)), device.index);
@@ -132,6 +151,14 @@ std::string architectures() {
   for (const Cubin& each : CUBINS) all.insert(each.arch);
   std::string text;
   for (const int64_t arch : all) text += (text.empty() ? "" : ",") + std::to_string(arch);
+  return text;
+}
+
+std::string formats() {
+  std::string text;
+  for (const WeightType& type : WEIGHT_TYPES) {
+    if (has_format(type)) text += (text.empty() ? "\"" : ", \"") + std::string(type.name) + "\"";
+  }
   return text;
 }
 

@@ -27,7 +27,7 @@ struct Key {
   }
   // Those of the weight type come first.
   Key(File of, const WeightType& type, std::initializer_list<int64_t> others) : file(of) {
-    for (const int64_t value : {type.bits, type.offset, type.book, type.group, type.minimum, type.scales}) add(value);
+    for (const int64_t value : type.macros) add(value);
     for (const int64_t value : others) add(value);
   }
   bool operator==(const Key& other) const { return std::memcmp(this, &other, sizeof *this) == 0; }
@@ -93,5 +93,7 @@ const Kernel& load(Key key, const char* name, const Device& device);
 
 // The compute capabilities that the library has kernels for, as "80,90".
 std::string architectures();
+// The weight types that it has kernels for on some GPU, as `"q6_k", "q4_k"`.
+std::string formats();
 
 }  // namespace q6k

@@ -26,7 +26,7 @@ const char* bytes_at(const void* pointer, int64_t bytes) { return static_cast<co
 // Quantised rows in the layout of the kernel for `plan.tokens` rows.
 const void* quantize(const DecodePlan& plan, const Product& product, Scratch& scratch) {
   const ActivationBytes each = activation_bytes(plan.tokens, false);
-  const int64_t blocks = ceil_div(product.k, SUPER_BLOCK), codes = blocks * each.codes;
+  const int64_t blocks = super_blocks(product.k), codes = blocks * each.codes;
   void* const quantized = scratch.take(codes + blocks * (2 * each.steps + each.parts));
   const Arguments arguments(product.x, static_cast<const void*>(quantized), bytes_at(quantized, codes),
                             product.stride, integer(product.m), integer(product.k));
@@ -55,7 +55,7 @@ std::atomic<uint64_t>& ticket() {
   return next;
 }
 
-// A CUtensorMap of 32-bit or 16-bit elements; the contiguous dimension first.
+// A CUtensorMap; the contiguous dimension first.
 void encode(CUtensorMap& map, const void* pointer, int type, uint32_t rank, const uint64_t* sizes,
             const uint64_t* strides, const uint32_t* box, int swizzle) {
   const uint32_t steps[] = {1, 1, 1};
@@ -95,22 +95,23 @@ void launch_decode(const Product& product, Scratch& scratch) {
 
 void launch_wgmma(const Product& product, Scratch& scratch) {
   const WgmmaPlan plan = plan_wgmma(product.m, product.n, product.k, *product.device);
-  const WgmmaConfig& config = plan.config;
-  const Key key(GEMM_WGMMA, *product.type, {product.fp16, config.tokens, config.consumers,
-                                            config.stages(*product.type), config.x_stages, config.occupancy});
+  const WgmmaConfig& config = *plan.config;
+  const int64_t stages = config.stages[product.type->index];
+  const Key key(GEMM_WGMMA, *product.type, {product.fp16, config.tokens, config.consumers, stages,
+                                            config.x_stages, config.occupancy});
   const Kernel& kernel = load(key, "q6k_gemm_wgmma", *product.device);
   const void* const sums = scratch.take(4 * plan.scratch_floats() + 8 * plan.scratch_flags());
   Arguments arguments(product.y, product.bias, sums, bytes_at(sums, 4 * plan.scratch_floats()),
                       ticket().fetch_add(1), product.bias_kind, integer(product.m), integer(product.n),
                       integer(product.k), integer(product.n), integer(plan.whole));
-  const int64_t bytes = product.type->tile_bytes, pieces = product.type->pieces, width = bytes / pieces;
-  const int64_t blocks = ceil_div(product.k, SUPER_BLOCK);
+  const int64_t bytes = product.type->tile_bytes, pieces = product.type->tile_pieces, width = bytes / pieces;
+  const int64_t blocks = super_blocks(product.k);
   // The driver encodes for the thread's current context; a thread that has not used CUDA yet has none.
   const Current current(primary_context(product.device->index));
   CUtensorMap map;
   const uint64_t tile_sizes[] = {u64(width / 4), u64(blocks * pieces), u64(product.row_tiles)};
   const uint64_t tile_strides[] = {u64(width), u64(blocks * bytes)};
-  const uint32_t tile_box[] = {u32(width / 4), u32(pieces), u32(config.rows() / TILE_ROWS)};
+  const uint32_t tile_box[] = {u32(width / 4), u32(pieces), u32(config.rows / TILE_ROWS)};
   encode(map, product.tiles, CU_TENSOR_MAP_DATA_TYPE_UINT32, 3, tile_sizes, tile_strides, tile_box,
          CU_TENSOR_MAP_SWIZZLE_NONE);
   arguments.append_at(112, &map, sizeof map);
@@ -119,7 +120,8 @@ void launch_wgmma(const Product& product, Scratch& scratch) {
   encode(map, product.x, product.fp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
          x_sizes, x_strides, x_box, CU_TENSOR_MAP_SWIZZLE_128B);
   arguments.append_at(112 + sizeof map, &map, sizeof map);
-  Launch how = {plan.blocks, 1, config.threads(), product.stream, config.shared_bytes(*product.type)};
+  Launch how = {plan.blocks, 1, config.threads, product.stream,
+                config.shared_bytes[product.type->index]};
   how.dependent = true;
   kernel.launch(how, arguments);
 }
@@ -146,14 +148,14 @@ void launch_mma(const Product& product, Scratch& scratch) {
 void launch_pack(const Planes& planes, const WeightType& type, void* tiles, int64_t n, int64_t k, int64_t count,
                  const Device& device, CUstream stream) {
   const Launch how = {ceil_div(count, PACK_WARPS), 1, 32 * PACK_WARPS, stream};
+  const auto& at = planes.at;
   load(Key(PACK, type, {}), "q6k_pack", device)
-      .launch(how, Arguments(planes.at[0], planes.at[1], planes.at[2], planes.at[3], planes.at[4], planes.at[5], tiles,
-                             integer(n), integer(k), count));
+      .launch(how, Arguments(at[0], at[1], at[2], at[3], at[4], at[5], tiles, integer(n), integer(k), count));
 }
 
 void launch_gather(const void* tiles, const void* indices, bool int32, void* out, int out_kind, int64_t count,
                    int64_t n, int64_t k, const WeightType& type, const Device& device, CUstream stream) {
-  const int64_t pairs = count * ceil_div(k, SUPER_BLOCK);
+  const int64_t pairs = count * super_blocks(k);
   if (pairs > int64_t{UINT32_MAX} - 63) {
     throw std::invalid_argument("indices: expected less than a terabyte of rows, found " + std::to_string(count) +
                                 " of " + std::to_string(k));
@@ -166,7 +168,7 @@ void launch_gather(const void* tiles, const void* indices, bool int32, void* out
 
 void launch_dequantize(const void* tiles, void* out, int out_kind, int64_t first_row, int64_t rows, int64_t k,
                        const WeightType& type, const Device& device, CUstream stream) {
-  const int64_t half_tiles = 2 * ceil_div(rows, TILE_ROWS) * ceil_div(k, SUPER_BLOCK);
+  const int64_t half_tiles = 2 * ceil_div(rows, TILE_ROWS) * super_blocks(k);
   const Launch how = {ceil_div(half_tiles * 32, ROW_THREADS), 1, ROW_THREADS, stream};
   load(Key(ROWS, type, {out_kind, false}), "q6k_dequantize", device)
       .launch(how, Arguments(tiles, out, integer(first_row), integer(rows), integer(k)));

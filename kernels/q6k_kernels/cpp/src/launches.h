@@ -36,10 +36,11 @@ void launch_mma(const Product& product, Scratch& scratch);
 // For tests: the number that marks the next launch's words in memory shared by blocks.
 void set_ticket(uint64_t next);
 
-// The planes of a weight, aligned, by their roles; null for what its type has not.
+// The planes of a weight type, aligned, each at its array's `place`; null where the type has none.
 struct Planes {
   const void* at[MOST_PLANES];
 };
+static_assert(MOST_PLANES == 6, "launch_pack hands over six");
 void launch_pack(const Planes& planes, const WeightType& type, void* tiles, int64_t n, int64_t k, int64_t count,
                  const Device& device, CUstream stream);
 // `out_kind` 0 bf16, 1 fp16, 2 fp32: the place in `reference.FLOATS`.

@@ -33,7 +33,8 @@ std::optional<DecodePlan> fit(const Way& way, int64_t tokens, int64_t row_tiles,
   const int64_t limit = std::min(device.shared_bytes, device.multiprocessor_shared_bytes / way.occupancy - 1024);
   const ActivationBytes each = activation_bytes(tokens, way.fused);
   const int64_t needed = each.codes + each.steps * (type.offset ? 2 : 1) + (type.minimum ? each.parts : 0);
-  const int64_t taken = way.warps * way.stages * type.tile_bytes + ceil_div(blocks, cluster) * needed;
+  const int64_t taken =
+      way.warps * way.stages * type.tile_bytes + ceil_div(blocks, cluster) * needed;
   const int64_t sums_bytes = TILE_ROWS * tokens * 4, slots = limit < taken ? 0 : (limit - taken) / sums_bytes;
   const int64_t at_once = device.multiprocessors * way.resident;
   int64_t ranges = std::min(row_tiles, std::max<int64_t>(1, at_once / cluster)), sums = 2 * way.warps;
@@ -55,11 +56,11 @@ ActivationBytes activation_bytes(int64_t tokens, bool fused) {
 
 std::optional<DecodePlan> plan_decode(int64_t m, int64_t n, int64_t k, const WeightType& type, const Device& device) {
   const int64_t tokens = *std::find_if(std::begin(TOKENS), std::end(TOKENS), [m](int64_t t) { return t >= m; });
-  const int64_t row_tiles = ceil_div(n, TILE_ROWS), blocks = ceil_div(k, SUPER_BLOCK);
-  const int64_t format = int64_t{1} << type.index;
+  const int64_t row_tiles = ceil_div(n, TILE_ROWS), blocks = super_blocks(k);
+  const int64_t format = int64_t{1} << type.index, columns = blocks * SUPER_BLOCK;
   const int64_t tiles = ceil_div(row_tiles * blocks, device.multiprocessors);
   const DecodeRow& row = *std::find_if(std::begin(DECODE_ROWS), std::end(DECODE_ROWS), [=](const DecodeRow& each) {
-    return each.formats & format && each.tokens & tokens && blocks * SUPER_BLOCK <= each.k && tiles <= each.tiles;
+    return each.formats & format && each.tokens & tokens && columns <= each.k && tiles <= each.tiles;
   });
   const std::vector<Way> ways = ways_of(row, device);
   for (const int64_t cluster : CLUSTERS) {

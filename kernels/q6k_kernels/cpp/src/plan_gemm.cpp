@@ -21,19 +21,19 @@ namespace {
 
 WgmmaPlan wgmma_of(const WgmmaConfig& config, int64_t resident, bool share, int64_t m, int64_t n, int64_t k,
                    const Device& device) {
-  const int64_t token_blocks = ceil_div(m, config.tokens), row_blocks = ceil_div(n, config.rows());
+  const int64_t token_blocks = ceil_div(m, config.tokens), row_blocks = ceil_div(n, config.rows);
   const int64_t outputs = token_blocks * row_blocks, blocks = device.multiprocessors * resident;
   const int64_t whole = share ? outputs / blocks * blocks : outputs;
-  const int64_t pairs = (outputs - whole) * ceil_div(k, SUPER_BLOCK);
+  const int64_t pairs = (outputs - whole) * super_blocks(k);
   if (!(0 < pairs && pairs < int64_t{1} << 31)) {
-    return {config, token_blocks, row_blocks, std::min(outputs, blocks), outputs};
+    return {&config, token_blocks, row_blocks, std::min(outputs, blocks), outputs};
   }
-  return {config, token_blocks, row_blocks, whole ? blocks : std::min(pairs, blocks), whole};
+  return {&config, token_blocks, row_blocks, whole ? blocks : std::min(pairs, blocks), whole};
 }
 
 double wgmma_cost(const WgmmaPlan& plan, int64_t k, const Device& device) {
-  const WgmmaConfig& config = plan.config;
-  const int64_t depth = ceil_div(k, SUPER_BLOCK), resident = ceil_div(plan.blocks, device.multiprocessors);
+  const WgmmaConfig& config = *plan.config;
+  const int64_t depth = super_blocks(k), resident = ceil_div(plan.blocks, device.multiprocessors);
   const int64_t rounds = ceil_div(plan.whole, plan.blocks);
   const double x_mb = static_cast<double>(plan.token_blocks * config.tokens * k * 2) / 1e6;
   const double far = 1 + std::min(0.25, std::max(0.0, x_mb - 10) / 200);
@@ -75,9 +75,7 @@ double mma_cost(const MmaPlan& plan, int64_t m, int64_t n, int64_t k, const Devi
 WgmmaPlan plan_wgmma(int64_t m, int64_t n, int64_t k, const Device& device) {
   WgmmaPlan best = {};
   double least = 0.0;
-  for (int64_t index = 0; index < static_cast<int64_t>(std::size(WGMMA_CONFIGS)); ++index) {
-    const auto& row = WGMMA_CONFIGS[index];
-    const WgmmaConfig config = {row[0], row[1], row[2], row[3], row[4], row[5], index};
+  for (const WgmmaConfig& config : WGMMA_CONFIGS) {
     for (int64_t resident = 1; resident <= config.occupancy; resident += std::max<int64_t>(1, config.occupancy - 1)) {
       for (const bool share : {false, true}) {
         const WgmmaPlan plan = wgmma_of(config, resident, share, m, n, k, device);
@@ -93,7 +91,7 @@ MmaPlan plan_mma(int64_t m, int64_t n, int64_t k, const WeightType& type, const 
   int64_t tokens = 16;
   while (tokens < 64 && tokens < m) tokens *= 2;
   const int64_t workspaces = std::max<int64_t>(1, MOST_WORKSPACE / (4 * m * n));
-  const int64_t most = std::min({MOST_SPLITS, ceil_div(k, SUPER_BLOCK), workspaces});
+  const int64_t most = std::min({MOST_SPLITS, super_blocks(k), workspaces});
   MmaPlan best = {};
   double least = 0.0;
   for (const auto& config : MMA_CONFIGS) {

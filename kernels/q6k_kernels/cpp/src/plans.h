@@ -15,6 +15,9 @@ const WeightType& weight_type(std::string_view name);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Super-blocks of a row of k weights; the last may be wider than the row.
+inline int64_t super_blocks(int64_t k) { return ceil_div(k, SUPER_BLOCK); }
+
 // The limits of a GPU; `cuda.device.Device` describes each.
 struct Device {
   int index;
@@ -26,7 +29,8 @@ struct DecodePlan {
   int64_t tokens, fused, warps, stages, occupancy, cluster, ranges, early, shared_bytes;
 };
 
-// Bytes of quantised activations of a super-block, of their scales, and of their parts for minimums.
+// `decode_plan.activation_bytes`: of a super-block's quantised activations, of their scales, and of their parts for
+// minimums. The sums take as many as the scales.
 struct ActivationBytes {
   int64_t codes, steps, parts;
 };
@@ -35,27 +39,14 @@ ActivationBytes activation_bytes(int64_t tokens, bool fused);
 // For 1 to 8 rows of activations; none if they do not fit in shared memory.
 std::optional<DecodePlan> plan_decode(int64_t m, int64_t n, int64_t k, const WeightType& type, const Device& device);
 
-// `gemm_wgmma.Config`, a row of WGMMA_CONFIGS.
-struct WgmmaConfig {
-  int64_t tokens, consumers, tile_stages, x_stages, occupancy, cycles, index;
-
-  int64_t stages(const WeightType& type) const { return WGMMA_STAGES[index][type.index]; }
-  int64_t rows() const { return 64 * consumers; }
-  int64_t threads() const { return consumers * 128 + (tokens > 128 ? 128 : 64); }
-  int64_t shared_bytes(const WeightType& type) const {
-    const int64_t rings = x_stages * tokens * 128 + stages(type) * rows() / TILE_ROWS * type.tile_bytes;
-    return rings + consumers * 4 * 512 + (x_stages + stages(type)) * 16;
-  }
-};
-
 // `gemm_wgmma.WgmmaPlan`.
 struct WgmmaPlan {
-  WgmmaConfig config;
+  const WgmmaConfig* config;  // of WGMMA_CONFIGS
   int64_t token_blocks, row_blocks, blocks, whole;
 
   int64_t shared() const { return token_blocks * row_blocks - whole; }
-  int64_t scratch_floats() const { return shared() ? blocks * config.rows() * config.tokens : 0; }
-  int64_t scratch_flags() const { return shared() ? blocks * config.consumers * 4 : 0; }
+  int64_t scratch_floats() const { return shared() ? blocks * config->rows * config->tokens : 0; }
+  int64_t scratch_flags() const { return shared() ? blocks * config->consumers * 4 : 0; }
 };
 WgmmaPlan plan_wgmma(int64_t m, int64_t n, int64_t k, const Device& device);
 
@@ -63,7 +54,7 @@ WgmmaPlan plan_wgmma(int64_t m, int64_t n, int64_t k, const Device& device);
 struct MmaPlan {
   int64_t tokens, parts, splits, slots, blocks, shared_bytes;
 
-  int64_t steps(int64_t k) const { return ceil_div(ceil_div(ceil_div(k, SUPER_BLOCK), splits), parts); }
+  int64_t steps(int64_t k) const { return ceil_div(ceil_div(super_blocks(k), splits), parts); }
 };
 MmaPlan plan_mma(int64_t m, int64_t n, int64_t k, const WeightType& type, const Device& device);
 

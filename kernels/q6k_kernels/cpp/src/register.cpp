@@ -65,9 +65,8 @@ void linear(StableIValue* stack, uint64_t, uint64_t) {
   const std::optional<Tensor> bias = take_optional(stack[2]);
   const int64_t n = take_integer(stack[3]);
   const std::string format = take_string(stack[4]), activations = take_string(stack[5]);
-  const WeightType& type = weight_type(format);
-  const int64_t k = check_linear(x, tiles, bias, n, type, activations, CUDA);
-  give(stack, (CUDA ? linear_cuda : linear_cpu)(x, tiles, bias, n, k, type, activations_of(activations)));
+  const WeightType& type = check_linear(x, tiles, bias, n, format, activations, CUDA);
+  give(stack, (CUDA ? linear_cuda : linear_cpu)(x, tiles, bias, n, x.size(-1), type, activations_of(activations)));
 }
 
 // A dtype, or its name.
@@ -116,15 +115,17 @@ struct Operation {
 constexpr Operation OPERATIONS[] = {
     {"linear", "linear(Tensor x, Tensor tiles, Tensor? bias, SymInt n, str format, str activations) -> Tensor",
      linear<false>, linear<true>},
-    {"embedding", "embedding(Tensor indices, Tensor tiles, SymInt n, SymInt k, str format, ScalarType dtype) -> Tensor",
+    {"embedding",
+     "embedding(Tensor indices, Tensor tiles, SymInt n, SymInt k, str format, ScalarType dtype) -> Tensor",
      embedding<false, false>, embedding<true, false>},
-    {"dequantize", "dequantize(Tensor tiles, SymInt n, SymInt k, str format, ScalarType dtype) -> Tensor", dequantize<false, false>,
-     dequantize<true, false>},
+    {"dequantize", "dequantize(Tensor tiles, SymInt n, SymInt k, str format, ScalarType dtype) -> Tensor",
+     dequantize<false, false>, dequantize<true, false>},
     {"pack", "pack(Tensor[] planes, str format) -> Tensor", pack<false>, pack<true>},
-    {"embedding_named", "embedding_named(Tensor indices, Tensor tiles, SymInt n, SymInt k, str format, str dtype) -> Tensor",
+    {"embedding_named",
+     "embedding_named(Tensor indices, Tensor tiles, SymInt n, SymInt k, str format, str dtype) -> Tensor",
      embedding<false, true>, embedding<true, true>},
-    {"dequantize_named", "dequantize_named(Tensor tiles, SymInt n, SymInt k, str format, str dtype) -> Tensor", dequantize<false, true>,
-     dequantize<true, true>},
+    {"dequantize_named", "dequantize_named(Tensor tiles, SymInt n, SymInt k, str format, str dtype) -> Tensor",
+     dequantize<false, true>, dequantize<true, true>},
 };
 
 // Registers while the library loads. Nothing here throws: an exception would end the process.

@@ -1,0 +1,28 @@
+"""Random planes of any weight type."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from q6k_kernels.formats.checks import PLANE_DTYPES
+from q6k_kernels.formats.types import DTYPE_BYTES, PlaneArray, WeightType
+
+EXPONENTS = (118, 134)
+"""Scales of 2 ** -10 to 2 ** 6 where they are exponents."""
+
+
+def planes(row: WeightType, n: int, k: int, lead: tuple[int, ...] = ()) -> list[Tensor]:
+    """Return planes (*lead, n, K / weights), the same for the same sizes; codes and integer scales are equally likely."""
+    source = torch.Generator().manual_seed(n * k + row.bits)
+    return [_plane(array, row, (*lead, n, k // array.weights), source) for array in row.arrays]
+
+
+def _plane(array: PlaneArray, row: WeightType, shape: tuple[int, ...], source: torch.Generator) -> Tensor:
+    dtype = PLANE_DTYPES[array.dtype]
+    if DTYPE_BYTES[array.dtype] == 2:
+        size = 1e-4 if row.stepped else 1e-2
+        return (torch.randn(shape, generator=source) * size).to(dtype)
+    if array.role == "scale" and array.dtype == "U8" and not row.stepped:
+        return torch.randint(*EXPONENTS, shape, dtype=torch.uint8, generator=source)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=source).view(dtype)
