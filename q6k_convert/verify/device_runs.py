@@ -21,6 +21,7 @@ from torch import Tensor
 
 from q6k_kernels.bundle.manifest import StoredTensor
 from q6k_kernels.bundle.structure import Entry
+from q6k_kernels.cuda.dispatch import rounds_scales
 from q6k_kernels.formats.checks import PLANE_DTYPES
 from q6k_kernels.formats.types import TILE_ROWS, WeightType, weight_type
 from q6k_kernels.ops import accuracy, reference
@@ -122,7 +123,8 @@ class Tally:
 
     def compare(self, y: Tensor, weight: accuracy.Weight, first: int, roundings: int | None = None) -> None:
         """Compare some columns of y in the checked rows; `first` is the number of the first column."""
-        exact = accuracy.linear(self.x_checked, weight, activations=self.formula)
+        rounded = self.formula == "bf16" and rounds_scales(self.x)
+        exact = accuracy.linear(self.x_checked, weight, activations=self.formula, scales_rounded=rounded)
         result = accuracy.compare(y, exact, roundings)
         self.worst = max(self.worst, result.worst)
         if self.first_bad is None and result.first is not None:

@@ -16,13 +16,12 @@ from typing import Any
 
 import pytest
 
-import packed
-
 torch = pytest.importorskip("torch")
 
 import fp64
-from gpu_weights import bias_of, inputs, linear, poisoned_call, weight
+from gpu_weights import CORE, EVERY, bias_of, inputs, linear, poisoned_call, weight
 from q6k_kernels.cuda import dispatch, expand, gemm_mma
+from q6k_kernels.formats import tiles as layout
 
 LIBRARY = os.environ.get("Q6K_OPS_LIBRARY", "")
 pytestmark = [
@@ -34,7 +33,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 OPS = torch.ops.q6k
 ROWS = (*range(1, 10), 16, 17, 64, 129, 512)
 SHAPES = [(1001, 2560), (4096, 4096), (133, 768), (5376, 21504)]
-KINDS = [("bf16", BF16), ("bf16", FP16), ("exact", BF16), ("exact", FP16)]
+KINDS = [(format, dtype) for format in CORE for dtype in (BF16, FP16)]
 
 
 @pytest.fixture
@@ -53,11 +52,11 @@ def test_it_is_the_library_that_runs() -> None:
         assert "register.cpp" in active[0]
 
 
-@pytest.mark.parametrize(("scales", "dtype"), KINDS, ids=str)
+@pytest.mark.parametrize(("format", "dtype"), KINDS, ids=str)
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_products(m: int, n: int, k: int, scales: str, dtype: torch.dtype) -> None:
-    w, x = weight("genuine", n, k, scales), inputs(m, k, dtype)
+def test_products(m: int, n: int, k: int, format: str, dtype: torch.dtype) -> None:
+    w, x = weight("genuine", n, k, format), inputs(m, k, dtype)
     for formula in ("auto", "int8", "bf16"):
         for bias in (None, bias_of(n, BF16), bias_of(n, FP32), bias_of(2 * n, FP16)[::2]):
             found = linear(x, w, bias, formula)
@@ -66,15 +65,15 @@ def test_products(m: int, n: int, k: int, scales: str, dtype: torch.dtype) -> No
             )
 
 
-@pytest.mark.parametrize(("scales", "dtype"), KINDS, ids=str)
+@pytest.mark.parametrize(("format", "dtype"), KINDS, ids=str)
 @pytest.mark.parametrize("m", [1, 16, 64, 129, 300])
-def test_what_other_gpus_would_take(m: int, scales: str, dtype: torch.dtype, exported: Any) -> None:
+def test_what_other_gpus_would_take(m: int, format: str, dtype: torch.dtype, exported: Any) -> None:
     """Expanded for cuBLAS, one slice and several; and by mma.sync, where the library has that for this GPU."""
     others = [(2, expand.linear)]
     if torch.cuda.get_device_capability() != (9, 0):
         others.append((1, gemm_mma.linear))
     for n, k in ((1001, 2560), (133, 768), (14336, 4096)):
-        w, x = weight("genuine", n, k, scales), inputs(m, k, dtype)
+        w, x = weight("genuine", n, k, format), inputs(m, k, dtype)
         for bias in (None, bias_of(n, BF16), bias_of(n, FP32)):
             for which, python in others:
                 exported.q6k_ops_force_gemm(which)
@@ -85,7 +84,7 @@ def test_what_other_gpus_would_take(m: int, scales: str, dtype: torch.dtype, exp
 
 def test_rows_that_lie_anywhere() -> None:
     n, k = 133, 768
-    w, x = weight("random", n, k, "exact"), inputs(24, k, BF16).view(4, 6, k)
+    w, x = weight("random", n, k, "q6_k_exact"), inputs(24, k, BF16).view(4, 6, k)
     wide, shifted = (
         torch.empty(4, 6, 2 * k, dtype=BF16, device="cuda"),
         torch.empty(x.numel() + 1, dtype=BF16).cuda(),
@@ -106,22 +105,22 @@ def test_rows_that_lie_anywhere() -> None:
         assert OPS.linear(x[:, :0], w.tiles, None, n, w.format, formula).shape == (4, 0, n)
 
 
-@pytest.mark.parametrize("scales", ["bf16", "exact"])
+@pytest.mark.parametrize("format", EVERY)
 @pytest.mark.parametrize(("n", "k"), [(1, 256), (1001, 2560), (133, 768), (4096, 4096)])
-def test_packing_and_rows(n: int, k: int, scales: str) -> None:
-    w = weight("extreme", n, k, scales)
+def test_packing_and_rows(n: int, k: int, format: str) -> None:
+    w = weight("extreme", n, k, format)
     tiles = poisoned_call(OPS.pack, w.planes, w.format)
     fp64.assert_same_bits(tiles, dispatch.pack(w.planes, w.row))
-    fp64.assert_same_bits(tiles, packed.tiles_of(*w.planes))
+    fp64.assert_same_bits(tiles, layout.pack(w.planes, w.row))
     apart = [strided(plane) for plane in w.planes]
     fp64.assert_same_bits(poisoned_call(OPS.pack, apart, w.format), tiles)
     at = torch.randint(0, n, (7, 9), device="cuda")
     for dtype in (BF16, FP16, FP32):
-        whole = poisoned_call(OPS.dequantize, tiles, n, w.format, dtype)
-        fp64.assert_same_bits(whole, dispatch.dequantize(tiles, n, w.row, dtype))
+        whole = poisoned_call(OPS.dequantize, tiles, n, w.k, w.format, dtype)
+        fp64.assert_same_bits(whole, dispatch.dequantize(tiles, n, w.k, w.row, dtype))
         for indices in (at, at.int(), at.T, at[:0]):
-            rows = poisoned_call(OPS.embedding, indices, tiles, n, w.format, dtype)
-            fp64.assert_same_bits(rows, dispatch.embedding(indices, tiles, n, w.row, dtype))
+            rows = poisoned_call(OPS.embedding, indices, tiles, n, w.k, w.format, dtype)
+            fp64.assert_same_bits(rows, dispatch.embedding(indices, tiles, n, w.k, w.row, dtype))
             fp64.assert_same_bits(rows, whole[indices.long()])
 
 
@@ -131,9 +130,9 @@ def strided(plane: torch.Tensor) -> torch.Tensor:
 
 
 def test_stacks_and_planes_that_begin_anywhere() -> None:
-    for scales in ("bf16", "exact"):
-        w = weight("random", 40, 512, scales, 3)
-        right = packed.tiles_of(*w.planes)
+    for format in EVERY:
+        w = weight("random", 40, 512, format, 3)
+        right = layout.pack(w.planes, w.row)
         shifted = []
         for plane in w.planes:
             room = torch.empty(plane.numel() + 1, dtype=plane.dtype, device="cuda")
@@ -144,19 +143,19 @@ def test_stacks_and_planes_that_begin_anywhere() -> None:
 
 @pytest.mark.parametrize("m", [1, 4, 8, 17, 64, 300])
 def test_in_a_graph(m: int) -> None:
-    w, x = weight("genuine", 1001, 2560, "bf16"), inputs(m, 2560, BF16)
+    w, x = weight("genuine", 1001, 2560, "q6_k"), inputs(m, 2560, BF16)
     w.tiles  # noqa: B018
     graph, still = torch.cuda.CUDAGraph(), x.clone()
     with torch.cuda.graph(graph):
         y = OPS.linear(still, w.tiles, None, w.n, w.format, "auto")
-        rows = OPS.embedding(torch.arange(3, device="cuda"), w.tiles, w.n, w.format, BF16)
+        rows = OPS.embedding(torch.arange(3, device="cuda"), w.tiles, w.n, w.k, w.format, BF16)
     for seed in (3, 4, 5):
         again = inputs(m, 2560, BF16, seed)
         still.copy_(again)
         y.fill_(float("nan"))
         graph.replay()
         fp64.assert_same_bits(y, dispatch.linear(again, w.tiles, None, w.n, w.row), f"seed {seed}")
-    fp64.assert_same_bits(rows, OPS.dequantize(w.tiles, w.n, w.format, BF16)[:3])
+    fp64.assert_same_bits(rows, OPS.dequantize(w.tiles, w.n, w.k, w.format, BF16)[:3])
 
 
 FIRST_USE = """
@@ -193,7 +192,7 @@ def test_first_use_inside_a_capture() -> None:
 @pytest.mark.parametrize("m", [1, 8, 64])
 def test_the_current_stream_is_used(m: int) -> None:
     """Inputs are made in that stream right before, after much other work."""
-    w, x = weight("genuine", 1001, 2560, "exact"), inputs(m, 2560, BF16)
+    w, x = weight("genuine", 1001, 2560, "q6_k_exact"), inputs(m, 2560, BF16)
     right, load = dispatch.linear(x, w.tiles, None, w.n, w.row), torch.randn(8192, 8192, device="cuda", dtype=BF16)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
@@ -210,7 +209,7 @@ def test_the_current_stream_is_used(m: int) -> None:
 
 def test_many_threads() -> None:
     """Threads that have never used CUDA."""
-    w, x = weight("genuine", 1001, 2560, "bf16"), inputs(40, 2560, FP16)
+    w, x = weight("genuine", 1001, 2560, "q6_k"), inputs(40, 2560, FP16)
     rights = [dispatch.linear(x[:m], w.tiles, None, w.n, w.row) for m in (1, 8, 40)]
     found: list[Any] = []
 
@@ -233,7 +232,7 @@ def test_many_threads() -> None:
 def test_another_gpu_than_the_current_one() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one GPU")
-    w, x = weight("genuine", 1001, 2560, "bf16"), inputs(64, 2560, BF16)
+    w, x = weight("genuine", 1001, 2560, "q6_k"), inputs(64, 2560, BF16)
     for m in (1, 8, 64):
         y = OPS.linear(x[:m].to("cuda:1"), w.tiles.to("cuda:1"), None, w.n, w.format, "auto")
         assert y.device == torch.device("cuda:1")

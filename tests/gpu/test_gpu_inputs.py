@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 import fp64
 import gpu_weights
-from gpu_weights import bias_of, inputs, linear, weight
+from gpu_weights import EVERY, bias_of, inputs, linear, weight
 
 pytestmark = pytest.mark.gpu
 
@@ -62,7 +62,7 @@ LAYOUTS: dict[str, Layout] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("formula", ["int8", "bf16"])
 def test_strides_change_no_bit(formula: str, layout: str, m: int) -> None:
-    w, x = weight("genuine", 250, 768, "bf16"), inputs(m, 768, BF16)
+    w, x = weight("genuine", 250, 768, "q6_k"), inputs(m, 768, BF16)
     placed = LAYOUTS[layout](x)
     assert torch.equal(placed, x)
     fp64.assert_same_bits(linear(placed, w, None, formula), linear(x, w, None, formula), layout)
@@ -70,18 +70,18 @@ def test_strides_change_no_bit(formula: str, layout: str, m: int) -> None:
 
 @pytest.mark.parametrize("formula", ["int8", "bf16"])
 def test_expanded_and_broadcast_rows(formula: str) -> None:
-    w, x = weight("genuine", 250, 768, "exact"), inputs(1, 768, FP16)
-    exact = fp64.linear(x, w.q, w.s, formula)
+    w, x = weight("genuine", 250, 768, "q6_k_exact"), inputs(1, 768, FP16)
+    exact = fp64.linear(x, w, formula)
     for m in (1, 3, 40):
         y = linear(x.expand(m, 768), w, None, formula)
         fp64.assert_right(y, exact[[0] * m], f"{m}")
     same = x[:, :1].expand(2, 768)  # stride 0 in both dimensions
-    fp64.assert_right(linear(same, w, None, formula), fp64.linear(same.contiguous(), w.q, w.s, formula), "stride 0")
+    fp64.assert_right(linear(same, w, None, formula), fp64.linear(same.contiguous(), w, formula), "stride 0")
 
 
 @pytest.mark.parametrize("formula", ["auto", "int8", "bf16"])
 def test_leading_dimensions(formula: str) -> None:
-    w, x = weight("genuine", 33, 512, "bf16"), inputs(24, 512, BF16)
+    w, x = weight("genuine", 33, 512, "q6_k"), inputs(24, 512, BF16)
     for lead in ((24,), (1, 24), (2, 3, 4), (1, 1, 1, 1)):
         rows = x[: torch.Size(lead).numel()]
         y = linear(rows.view(*lead, 512), w, None, formula)
@@ -104,8 +104,8 @@ def test_leading_dimensions(formula: str) -> None:
 @pytest.mark.parametrize("formula", ["int8", "bf16"])
 def test_biases(formula: str, dtype: torch.dtype, bias_dtype: torch.dtype, m: int) -> None:
     n, k = 99, 512
-    w, x = weight("genuine", n, k, "exact"), inputs(m, k, dtype)
-    exact = fp64.linear(x, w.q, w.s, formula)
+    w, x = weight("genuine", n, k, "q6_k_exact"), inputs(m, k, dtype)
+    exact = fp64.linear(x, w, formula)
     bias = bias_of(n, bias_dtype)
     for placed in (bias, bias.repeat_interleave(2)[::2], torch.cat((bias[:1], bias))[1:], bias[:1].expand(n)):
         fp64.assert_right(linear(x, w, placed, formula), exact.plus(placed), f"strides {placed.stride()}")
@@ -118,13 +118,13 @@ def test_biases(formula: str, dtype: torch.dtype, bias_dtype: torch.dtype, m: in
 
 @pytest.mark.parametrize("m", [1, 5, 8, 20, 140])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("scales", ["bf16", "exact"])
+@pytest.mark.parametrize("format", EVERY)
 @pytest.mark.parametrize("kind", ["extreme", "random"])
 @pytest.mark.parametrize("formula", ["int8", "bf16"])
-def test_extreme_weights(formula: str, kind: str, scales: str, dtype: torch.dtype, m: int) -> None:
+def test_extreme_weights(formula: str, kind: str, format: str, dtype: torch.dtype, m: int) -> None:
     for n, k in ((61, 256), (250, 2560)):
-        w, x = weight(kind, n, k, scales), inputs(m, k, dtype)
-        fp64.assert_right(linear(x, w, None, formula), fp64.linear(x, w.q, w.s, formula), f"{n}x{k}")
+        w, x = weight(kind, n, k, format), inputs(m, k, dtype)
+        fp64.assert_right(linear(x, w, None, formula), fp64.linear(x, w, formula), f"{n}x{k}")
 
 
 def wild_rows(dtype: torch.dtype, k: int) -> torch.Tensor:
@@ -146,13 +146,13 @@ def wild_rows(dtype: torch.dtype, k: int) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("scales", ["bf16", "exact"])
+@pytest.mark.parametrize("format", EVERY)
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("formula", ["int8", "bf16"])
-def test_extreme_activations(formula: str, dtype: torch.dtype, scales: str) -> None:
+def test_extreme_activations(formula: str, dtype: torch.dtype, format: str) -> None:
     n, k = 131, 1024
-    w, x = weight("genuine", n, k, scales), wild_rows(dtype, k)
-    exact = fp64.linear(x, w.q, w.s, formula)
+    w, x = weight("genuine", n, k, format), wild_rows(dtype, k)
+    exact = fp64.linear(x, w, formula)
     if formula == "int8":
         assert torch.nonzero(exact.y.isnan().all(1)).flatten().tolist() == [11, 13, 15]
     fp64.assert_right(linear(x, w, None, formula), exact, "all rows at once")
@@ -162,7 +162,7 @@ def test_extreme_activations(formula: str, dtype: torch.dtype, scales: str) -> N
 
 @pytest.mark.parametrize("formula", ["int8", "bf16"])
 def test_a_row_that_is_not_finite_touches_no_other(formula: str) -> None:
-    w, x = weight("genuine", 100, 512, "bf16"), inputs(17, 512, BF16)
+    w, x = weight("genuine", 100, 512, "q6_k"), inputs(17, 512, BF16)
     clean = linear(x, w, None, formula)
     for row in (0, 7, 8, 16):
         spoilt = x.clone()
@@ -176,11 +176,12 @@ def test_a_row_that_is_not_finite_touches_no_other(formula: str) -> None:
 @pytest.mark.parametrize("formula", ["int8", "bf16"])
 @pytest.mark.parametrize("m", [1, 12])
 def test_weights_past_the_range_of_fp16(formula: str, m: int) -> None:
-    ordinary = weight("random", 40, 512, "exact")
-    w = gpu_weights.Weight(ordinary.q, ordinary.sub_scales, torch.full_like(ordinary.d, 60000), "exact")
+    ordinary = weight("random", 40, 512, "q6_k_exact")
+    large = ordinary.arrays | {"steps": torch.full_like(ordinary.arrays["steps"], 60000)}
+    w = gpu_weights.Weight(ordinary.stored, large, ordinary.row)
     for dtype in (BF16, FP16):
         x = inputs(m, 512, dtype) / 64
-        fp64.assert_right(linear(x, w, None, formula), fp64.linear(x, w.q, w.s, formula), f"{dtype}")
+        fp64.assert_right(linear(x, w, None, formula), fp64.linear(x, w, formula), f"{dtype}")
 
 
 @pytest.mark.parametrize("m", [1, 8, 40])
@@ -188,16 +189,16 @@ def test_weights_past_the_range_of_fp16(formula: str, m: int) -> None:
 def test_one_code_at_a_time(formula: str, m: int) -> None:
     """Activations that look at one weight each: every lane, group and row of a tile is where it belongs."""
     n, k = 16, 512
-    w = weight("random", n, k, "exact")
+    w = weight("random", n, k, "q6_k_exact")
     for at in range(0, k, m):
         x = torch.zeros(m, k, dtype=BF16, device=gpu_weights.DEVICE)
         rows = torch.arange(min(m, k - at), device=x.device)
         x[rows, at + rows] = 1.25
-        fp64.assert_right(linear(x, w, None, formula), fp64.linear(x, w.q, w.s, formula), f"from weight {at}")
+        fp64.assert_right(linear(x, w, None, formula), fp64.linear(x, w, formula), f"from weight {at}")
 
 
 def test_what_is_refused() -> None:
-    w, x = weight("genuine", 33, 512, "bf16"), inputs(2, 512, BF16)
+    w, x = weight("genuine", 33, 512, "q6_k"), inputs(2, 512, BF16)
     op = torch.ops.q6k.linear
     for arguments, words in (
         ((x.float(), w.tiles, None, 33, w.format, "auto"), "bfloat16 or float16"),

@@ -25,13 +25,13 @@ from dataclasses import replace
 
 import pytest
 
-import packed
-
 torch = pytest.importorskip("torch")
 
 import fp64
 import gpu_weights
 from q6k_kernels.cuda import decode, decode_plan, device, expand, gemm_mma, gemm_wgmma
+from q6k_kernels.formats import tiles as layout
+from q6k_kernels.ops import reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitize]
 
@@ -59,11 +59,11 @@ class Case:
     """Sizes and formats; x, tiles, bias and y on the GPU, and what y should become."""
 
     def __init__(
-        self, m: int, n: int, k: int, scales: str, dtype: torch.dtype, formula: str, bias: torch.dtype | None = BF16
+        self, m: int, n: int, k: int, format: str, dtype: torch.dtype, formula: str, bias: torch.dtype | None = BF16
     ) -> None:
-        w, x = gpu_weights.weight("random", n, k, scales), gpu_weights.inputs(m, k, dtype)
-        self.what = f"{n}x{k} M={m} {formula} {dtype} {scales} scales"
-        self.expected = fp64.linear(x, w.q, w.s, formula)
+        w, x = gpu_weights.weight("random", n, k, format), gpu_weights.inputs(m, k, dtype)
+        self.what = f"{n}x{k} M={m} {formula} {dtype} {format}"
+        self.expected = fp64.linear(x, w, formula)
         self.bias = None
         if bias is not None:
             b = gpu_weights.bias_of(n, bias)
@@ -77,28 +77,28 @@ class Case:
 
 
 @pytest.mark.parametrize(
-    ("m", "shape", "cluster", "ranges", "kind", "scales", "dtype"),
+    ("m", "shape", "cluster", "ranges", "kind", "format", "dtype"),
     [
         # Quantised by every block, before or after tiles were asked for, or by a kernel of its own.
-        (1, (8, 3, 2), 1, 2, "early", "bf16", BF16),
-        (2, (16, 3, 1), 1, 1, "late", "exact", FP16),
-        (1, (8, 2, 2), 2, 1, "late", "exact", BF16),
-        (2, (16, 2, 1), 4, 2, "early", "bf16", FP16),
-        (3, (8, 2, 2), 1, 2, "separate", "exact", BF16),
-        (4, (16, 3, 1), 1, 1, "late", "bf16", BF16),
-        (8, (16, 3, 1), 1, 1, "separate", "bf16", FP16),
-        (5, (8, 3, 2), 2, 2, "separate", "exact", BF16),
-        (7, (8, 2, 1), 1, 1, "separate", "exact", FP16),
+        (1, (8, 3, 2), 1, 2, "early", "q6_k", BF16),
+        (2, (16, 3, 1), 1, 1, "late", "q4_k", FP16),
+        (1, (8, 2, 2), 2, 1, "late", "q6_k_exact", BF16),
+        (2, (16, 2, 1), 4, 2, "early", "q5_0", FP16),
+        (3, (8, 2, 2), 1, 2, "separate", "q4_1", BF16),
+        (4, (16, 3, 1), 1, 1, "late", "q8_0", BF16),
+        (8, (16, 3, 1), 1, 1, "separate", "iq4_nl", FP16),
+        (5, (8, 3, 2), 2, 2, "separate", "mxfp4", BF16),
+        (7, (8, 2, 1), 1, 1, "separate", "q5_k", FP16),
     ],
 )
 def test_decode(
-    m: int, shape: tuple[int, int, int], cluster: int, ranges: int, kind: str, scales: str, dtype: torch.dtype
+    m: int, shape: tuple[int, int, int], cluster: int, ranges: int, kind: str, format: str, dtype: torch.dtype
 ) -> None:
     """Few blocks have all tiles, so that warps share row tiles and fill a place of their ring again."""
     gpu = this_gpu()
     if cluster > 1 and gpu.arch < 90:
         pytest.skip(f"clusters are of compute capability 9.0 and later, this GPU has {gpu.arch / 10}")
-    case = Case(m, 150, K, scales, dtype, "int8")
+    case = Case(m, 150, K, format, dtype, "int8")
     for each in (shape, decode_plan.SHAPES[-1]):  # the last one fits in every GPU's shared memory
         few = replace(gpu, multiprocessors=-(-ranges * cluster // each[2]))
         choice = decode_plan.Choice.of(each, kind != "separate", kind != "late")
@@ -117,14 +117,14 @@ def test_decode(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "consumers", "blocks", "n", "scales", "dtype"),
+    ("tokens", "consumers", "blocks", "n", "format", "dtype"),
     [
         # Four outputs of five super-blocks: by one block; by three, who share the fourth; all shared, by 7, by 20.
-        (16, 2, 1, 149, "exact", FP16),
-        (16, 2, 20, 152, "bf16", BF16),
-        (64, 2, 7, 149, "exact", BF16),
-        (128, 1, 3, 85, "bf16", FP16),
-        (256, 2, 3, 136, "exact", BF16),
+        (16, 2, 1, 149, "q6_k", FP16),
+        (16, 2, 20, 152, "q4_k", BF16),
+        (64, 2, 7, 149, "q6_k_exact", BF16),
+        (128, 1, 3, 85, "q5_0", FP16),
+        (256, 2, 3, 136, "q4_1", BF16),
     ],
 )
 def test_gemm_wgmma(
@@ -132,7 +132,7 @@ def test_gemm_wgmma(
     consumers: int,
     blocks: int,
     n: int,
-    scales: str,
+    format: str,
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -141,7 +141,7 @@ def test_gemm_wgmma(
     if gpu.arch != gemm_wgmma.ARCH:
         pytest.skip(f"wgmma is of compute capability 9.0, this GPU has {gpu.arch / 10}")
     (config,) = [c for c in gemm_wgmma.CONFIGS if (c.tokens, c.consumers) == (tokens, consumers)]
-    case = Case(tokens + 3, n, K, scales, dtype, "bf16", FP32)
+    case = Case(tokens + 3, n, K, format, dtype, "bf16", FP32)
     plan = gemm_wgmma.plan_of(config, 1, True, case.m, n, K, replace(gpu, multiprocessors=blocks))
     assert (plan.token_blocks, plan.row_blocks, plan.shared) == (2, 2, {1: 0, 3: 1}.get(blocks, 4))
     # Flags are read before they are written; what is there must not matter, and initcheck must not mind.
@@ -153,44 +153,46 @@ def test_gemm_wgmma(
 
 
 @pytest.mark.parametrize(
-    ("config", "splits", "n", "scales", "dtype"),
-    [((16, 4), 2, 45, "bf16", BF16), ((64, 1), 1, 133, "exact", FP16)],
+    ("config", "splits", "n", "format", "dtype"),
+    [((16, 4), 2, 45, "q4_k", BF16), ((64, 1), 1, 133, "q6_k_exact", FP16)],
 )
 def test_gemm_mma(
     config: tuple[int, int],
     splits: int,
     n: int,
-    scales: str,
+    format: str,
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On every GPU, also those on which the operation has something better."""
-    case = Case(config[0] + 3, n, K, scales, dtype, "bf16", FP16)
+    case = Case(config[0] + 3, n, K, format, dtype, "bf16", FP16)
     plan = gemm_mma._plan(config, splits, case.m, n, case.row, this_gpu())
     monkeypatch.setattr(gemm_mma, "plan", lambda *_: plan)
     gemm_mma.linear(case.x, case.tiles, case.bias, n, case.row, case.y)
     case.check()
 
 
-@pytest.mark.parametrize(("scales", "dtype"), [("bf16", FP32), ("exact", BF16)])
-def test_pack_dequantize_and_gather(scales: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("format", "dtype"), [(format, FP32 if at % 2 else BF16) for at, format in enumerate(gpu_weights.EVERY)]
+)
+def test_pack_dequantize_and_gather(format: str, dtype: torch.dtype) -> None:
     """A stack, the last tile of each weight a part; repeated rows, the first and the last among them."""
     n, k = 33, 512
-    w = gpu_weights.weight("random", n, k, scales, 2)
-    expected = packed.tiles_of(*w.planes)
+    w = gpu_weights.weight("random", n, k, format, 2)
+    expected = layout.pack(w.planes, w.row)
     tiles = torch.ops.q6k.pack([plane.cuda() for plane in w.planes], w.format)
     fp64.assert_same_bits(tiles.cpu(), expected, "pack")
-    rows = packed.dequantized(*(plane[1] for plane in w.planes), dtype=dtype)
-    found = torch.ops.q6k.dequantize(tiles[1], n, w.format, dtype)
+    rows = reference.dequantize([plane[1] for plane in w.planes], w.row, dtype)
+    found = torch.ops.q6k.dequantize(tiles[1], n, w.k, w.format, dtype)
     fp64.assert_same_bits(found.cpu(), rows, "dequantize")
-    at = torch.tensor([[0, 32, 7], [15, 16, 7]], dtype=torch.int32 if scales == "exact" else torch.int64)
-    found = torch.ops.q6k.embedding(at.cuda(), tiles[1], n, w.format, dtype)
+    at = torch.tensor([[0, 32, 7], [15, 16, 7]], dtype=torch.int32 if dtype is FP32 else torch.int64)
+    found = torch.ops.q6k.embedding(at.cuda(), tiles[1], n, w.k, w.format, dtype)
     fp64.assert_same_bits(found.cpu(), rows[at], "embedding")
 
 
 def test_expanding_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three slices for cuBLAS, the last one row."""
-    case = Case(5, 33, 256, "exact", FP16, "bf16", None)
+    case = Case(5, 33, 256, "q6_k_exact", FP16, "bf16", None)
     monkeypatch.setattr(expand, "SCRATCH_BYTES", 1)
     assert expand.slice_rows(case.m, case.k) == 16
     expand.linear(case.x, case.tiles, case.bias, case.n, case.row, case.y)

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 import fp64
 import gpu_weights
-from gpu_weights import bias_of, inputs, linear, weight
+from gpu_weights import EVERY, bias_of, inputs, linear, weight
 from q6k_kernels.cpp import variants
 from q6k_kernels.cuda import gemm_wgmma
 from q6k_kernels.jit import loader
@@ -38,12 +38,12 @@ def test_every_kernel_loads_and_keeps_to_registers() -> None:
         assert kernel.local_bytes == 0, f"{name} {defines} spills, with {kernel.registers} registers"
 
 
-@pytest.mark.parametrize("scales", ["bf16", "exact"])
+@pytest.mark.parametrize("format", EVERY)
 @pytest.mark.parametrize(("m", "formula"), SIZES)
-def test_same_inputs_give_same_bits(m: int, formula: str, scales: str) -> None:
+def test_same_inputs_give_same_bits(m: int, formula: str, format: str) -> None:
     """While another stream keeps the GPU busy, so that blocks run in another order every time."""
     for n, k in ((1001, 2560), (4096, 14336)):
-        w, x, bias = weight("genuine", n, k, scales), inputs(m, k, BF16), bias_of(n, torch.float32)
+        w, x, bias = weight("genuine", n, k, format), inputs(m, k, BF16), bias_of(n, torch.float32)
         first = linear(x, w, bias, formula)
         other, load = torch.cuda.Stream(), torch.randn(3072, 3072, device="cuda", dtype=BF16)
         torch.cuda.synchronize()
@@ -58,8 +58,8 @@ def test_same_inputs_give_same_bits(m: int, formula: str, scales: str) -> None:
 @pytest.mark.parametrize(("m", "formula"), SIZES)
 def test_the_current_stream_is_used(m: int, formula: str) -> None:
     """Inputs are made in that stream right before, after much other work; the default stream stays idle."""
-    w, x = weight("genuine", 1001, 2560, "bf16"), inputs(m, 2560, BF16)
-    exact = fp64.linear(x, w.q, w.s, formula)
+    w, x = weight("genuine", 1001, 2560, "q6_k"), inputs(m, 2560, BF16)
+    exact = fp64.linear(x, w, formula)
     w.tiles  # noqa: B018  made now, in the default stream
     load = torch.randn(8192, 8192, device="cuda", dtype=BF16)
     torch.cuda.synchronize()
@@ -71,8 +71,8 @@ def test_the_current_stream_is_used(m: int, formula: str) -> None:
         late.copy_(x)
         y = OPS.linear(late, w.tiles, None, w.n, w.format, formula)
         late.fill_(float("nan"))
-        rows = OPS.embedding(torch.arange(5, device="cuda"), w.tiles, w.n, w.format, BF16)
-        whole = OPS.dequantize(w.tiles, w.n, w.format, BF16)
+        rows = OPS.embedding(torch.arange(5, device="cuda"), w.tiles, w.n, w.k, w.format, BF16)
+        whole = OPS.dequantize(w.tiles, w.n, w.k, w.format, BF16)
     side.synchronize()
     fp64.assert_right(y, exact, "in a side stream")
     fp64.assert_same_bits(rows, whole[:5])
@@ -80,7 +80,7 @@ def test_the_current_stream_is_used(m: int, formula: str) -> None:
 
 @pytest.mark.parametrize(("m", "formula"), SIZES)
 def test_two_streams_share_a_weight(m: int, formula: str) -> None:
-    w = weight("genuine", 1001, 2560, "exact")
+    w = weight("genuine", 1001, 2560, "q6_k_exact")
     xs = [inputs(m, 2560, BF16, seed) for seed in range(2)]
     expected = [linear(x, w, None, formula) for x in xs]
     torch.cuda.synchronize()
@@ -97,7 +97,7 @@ def test_two_streams_share_a_weight(m: int, formula: str) -> None:
 
 
 def test_threads_share_a_weight() -> None:
-    w = weight("genuine", 250, 1024, "bf16")
+    w = weight("genuine", 250, 1024, "q6_k")
     x = inputs(40, 1024, BF16)
     expected = {m: linear(x[:m], w) for m in (1, 3, 40)}
     torch.cuda.synchronize()
@@ -125,7 +125,7 @@ def test_threads_share_a_weight() -> None:
 @pytest.mark.parametrize("m", [1, 8, 40])
 def test_a_thread_that_has_not_used_cuda_yet(m: int) -> None:
     """Its output's memory is cached, so that torch has no need to make a context its own, either."""
-    w, x = weight("genuine", 250, 1024, "bf16"), inputs(m, 1024, BF16)
+    w, x = weight("genuine", 250, 1024, "q6_k"), inputs(m, 1024, BF16)
     right = linear(x, w)
     for cached in (gemm_wgmma._tile_map, gemm_wgmma._x_map):
         cached.cache_clear()
@@ -142,16 +142,16 @@ def test_a_thread_that_has_not_used_cuda_yet(m: int) -> None:
     fp64.assert_same_bits(found[0], right, f"M={m}")
 
 
-@pytest.mark.parametrize("scales", ["bf16", "exact"])
+@pytest.mark.parametrize("format", EVERY)
 @pytest.mark.parametrize(("m", "formula"), [*SIZES, (1, "auto"), (33, "auto")])
-def test_a_graph_replays_with_other_inputs(m: int, formula: str, scales: str) -> None:
+def test_a_graph_replays_with_other_inputs(m: int, formula: str, format: str) -> None:
     """A step of a model: embedding, two linears one after the other, all captured."""
     n = k = 1024
-    w, bias = weight("genuine", n, k, scales), bias_of(n, BF16)
+    w, bias = weight("genuine", n, k, format), bias_of(n, BF16)
     w.tiles  # noqa: B018  made before the capture
 
     def step(at: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        rows = OPS.embedding(at, w.tiles, n, w.format, BF16)
+        rows = OPS.embedding(at, w.tiles, n, w.k, w.format, BF16)
         hidden = OPS.linear(x + rows, w.tiles, bias, n, w.format, formula)
         return OPS.linear(hidden, w.tiles, None, n, w.format, formula)
 
@@ -178,7 +178,7 @@ def test_a_graph_replays_with_other_inputs(m: int, formula: str, scales: str) ->
 @pytest.mark.parametrize(("m", "formula"), SIZES)
 def test_launches_that_overlap_wait_for_each_other(m: int, formula: str, n: int, graph: bool) -> None:
     """Each multiplies what the one before made, in memory that is used again and again: right after one another."""
-    w = weight("genuine", n, n, "exact")
+    w = weight("genuine", n, n, "q6_k_exact")
     w.tiles  # noqa: B018
     scale = 1 / float(w.weights(torch.float32).std() * n**0.5)  # outputs as large as inputs
     x = inputs(m, n, BF16)
@@ -218,7 +218,7 @@ def test_launches_that_overlap_wait_for_each_other(m: int, formula: str, n: int,
 
 def test_first_use_inside_a_capture() -> None:
     """A kernel that nobody used before is compiled and loaded while the graph is captured."""
-    w, x = weight("genuine", 48, 512, "exact"), inputs(7, 512, torch.float16)
+    w, x = weight("genuine", 48, 512, "q6_k_exact"), inputs(7, 512, torch.float16)
     w.tiles  # noqa: B018
     torch.cuda.synchronize()
     kept = dict(loader._kernels)
@@ -231,18 +231,18 @@ def test_first_use_inside_a_capture() -> None:
         loader._kernels.update(kept)
     y.fill_(float("nan"))
     graph.replay()
-    fp64.assert_right(y, fp64.linear(x, w.q, w.s, "int8"), "captured at once")
+    fp64.assert_right(y, fp64.linear(x, w, "int8"), "captured at once")
 
 
 @pytest.mark.parametrize(
     ("formula", "backend"), [("auto", "inductor"), ("int8", "aot_eager"), ("bf16", "aot_eager")]
 )
 def test_compiled_without_a_break(formula: str, backend: str) -> None:
-    w, bias = weight("genuine", 250, 512, "bf16"), bias_of(250, BF16)
+    w, bias = weight("genuine", 250, 512, "q6_k"), bias_of(250, BF16)
     tiles, of = w.tiles, w.format
 
     def layer(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        rows = OPS.embedding(at, tiles, 250, of, BF16)
+        rows = OPS.embedding(at, tiles, 250, 512, of, BF16)
         return OPS.linear(torch.nn.functional.silu(x) + rows, tiles, bias, 250, of, formula) * 2
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
@@ -262,7 +262,7 @@ def test_compiled_without_a_break(formula: str, backend: str) -> None:
 
 
 def test_exported_with_any_number_of_rows() -> None:
-    w = weight("genuine", 250, 512, "exact")
+    w = weight("genuine", 250, 512, "q6_k_exact")
 
     class Layer(torch.nn.Module):
         def __init__(self) -> None:
@@ -278,22 +278,22 @@ def test_exported_with_any_number_of_rows() -> None:
         fp64.assert_same_bits(program.module()(x), OPS.linear(x, w.tiles, None, 250, w.format, "auto"), f"M={m}")
 
 
-@pytest.mark.parametrize("scales", ["bf16", "exact"])
-def test_torchs_own_check_of_the_ops(scales: str) -> None:
-    w = weight("genuine", 33, 512, scales)
+@pytest.mark.parametrize("format", EVERY)
+def test_torchs_own_check_of_the_ops(format: str) -> None:
+    w = weight("genuine", 33, 512, format)
     at = torch.arange(6, device="cuda").view(2, 3)
     for m, formula in ((1, "auto"), (3, "int8"), (20, "bf16")):
         torch.library.opcheck(OPS.linear.default, (inputs(m, 512, BF16), w.tiles, None, 33, w.format, formula))
         arguments = (inputs(m, 512, BF16).view(1, m, 512), w.tiles, bias_of(33, BF16), 33, w.format, formula)
         torch.library.opcheck(OPS.linear.default, arguments)
-    torch.library.opcheck(OPS.embedding.default, (at, w.tiles, 33, w.format, BF16))
-    torch.library.opcheck(OPS.embedding.default, (at.int(), w.tiles, 33, w.format, torch.float32))
-    torch.library.opcheck(OPS.dequantize.default, (w.tiles, 33, w.format, torch.float16))
+    torch.library.opcheck(OPS.embedding.default, (at, w.tiles, 33, w.k, w.format, BF16))
+    torch.library.opcheck(OPS.embedding.default, (at.int(), w.tiles, 33, w.k, w.format, torch.float32))
+    torch.library.opcheck(OPS.dequantize.default, (w.tiles, 33, w.k, w.format, torch.float16))
     torch.library.opcheck(OPS.pack.default, (w.planes, w.format))
 
 
 def test_under_inference_mode() -> None:
-    w, x = weight("genuine", 33, 512, "bf16"), inputs(3, 512, BF16)
+    w, x = weight("genuine", 33, 512, "q6_k"), inputs(3, 512, BF16)
     expected = linear(x, w)
     with torch.inference_mode():
         fp64.assert_same_bits(OPS.linear(x, w.tiles, None, 33, w.format, "auto"), expected)
@@ -303,12 +303,12 @@ def test_under_inference_mode() -> None:
 
 @pytest.mark.parametrize("m", [1, 8, 64, 2048])
 def test_nothing_waits_for_the_gpu(m: int) -> None:
-    w, x = weight("genuine", 1001, 2560, "bf16"), inputs(m, 2560, BF16)
+    w, x = weight("genuine", 1001, 2560, "q6_k"), inputs(m, 2560, BF16)
     at = torch.arange(5, device="cuda")
     calls: list[Any] = [
         lambda: OPS.linear(x, w.tiles, None, 1001, w.format, "auto"),
-        lambda: OPS.embedding(at, w.tiles, 1001, w.format, BF16),
-        lambda: OPS.dequantize(w.tiles, 1001, w.format, BF16),
+        lambda: OPS.embedding(at, w.tiles, 1001, w.k, w.format, BF16),
+        lambda: OPS.dequantize(w.tiles, 1001, w.k, w.format, BF16),
         lambda: OPS.pack(w.planes, w.format),
     ]
     for call in calls:
@@ -325,15 +325,15 @@ def test_nothing_waits_for_the_gpu(m: int) -> None:
 @pytest.mark.parametrize(("m", "formula"), SIZES)
 def test_two_gpus_in_one_process(m: int, formula: str) -> None:
     """Whichever is current: the tensors decide."""
-    w, x, bias = weight("genuine", 250, 1024, "exact"), inputs(m, 1024, BF16), bias_of(250, BF16)
+    w, x, bias = weight("genuine", 250, 1024, "q6_k_exact"), inputs(m, 1024, BF16), bias_of(250, BF16)
     expected = linear(x, w, bias, formula)
     second = [t.to("cuda:1") for t in (x, w.tiles, bias)]
     for current in (0, 1):
         with torch.cuda.device(current):
             there = OPS.linear(*second, 250, w.format, formula)
             here = OPS.linear(x, w.tiles, bias, 250, w.format, formula)
-            rows = OPS.embedding(torch.arange(9, device="cuda:1"), second[1], 250, w.format, BF16)
-            whole = OPS.dequantize(second[1], 250, w.format, BF16)
+            rows = OPS.embedding(torch.arange(9, device="cuda:1"), second[1], 250, w.k, w.format, BF16)
+            whole = OPS.dequantize(second[1], 250, w.k, w.format, BF16)
             tiles = OPS.pack([plane.to("cuda:1") for plane in w.planes], w.format)
         assert there.device == rows.device == tiles.device == torch.device("cuda:1")
         assert here.device == torch.device("cuda:0")

@@ -27,10 +27,10 @@ def _on_the_cpu() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("scales", ["bf16", "exact"])
+@pytest.mark.parametrize("format", EVERY)
 @pytest.mark.parametrize("kind", KINDS)
-def test_codes_and_scales_are_those_in_the_planes(kind: str, scales: str) -> None:
-    w = gpu_weights.weight(kind, 21, 768, scales)
+def test_codes_and_scales_are_those_in_the_planes(kind: str, format: str) -> None:
+    w = gpu_weights.weight(kind, 21, 768, format)
     stated = packed.exact_of(*w.planes)
     assert torch.equal(stated.codes, w.q)
     assert torch.equal(stated.scale, w.s)
@@ -42,19 +42,19 @@ def test_codes_and_scales_are_those_in_the_planes(kind: str, scales: str) -> Non
 def test_the_reference_is_right(formula: Literal["int8", "bf16"]) -> None:
     """Every sort of activations, by the operations on the CPU."""
     for kind in KINDS:
-        w, x = gpu_weights.weight(kind, 21, 768, "exact"), gpu_weights.inputs(9, 768, torch.bfloat16)
+        w, x = gpu_weights.weight(kind, 21, 768, "q6_k_exact"), gpu_weights.inputs(9, 768, torch.bfloat16)
         x[1], x[2, 40], x[3, 50], x[5] = 0, float("inf"), float("nan"), x[5] * 2000
         bias = gpu_weights.bias_of(21, torch.float32)
-        exact = fp64.linear(x, w.q, w.s, formula)
+        exact = fp64.linear(x, w, formula)
         fp64.assert_right(gpu_weights.linear(x, w, None, formula), exact, kind)
         fp64.assert_right(gpu_weights.linear(x, w, bias, formula), exact.plus(bias), f"{kind} with a bias")
         fp64.assert_right(gpu_weights.linear(x[:4], w, bias, formula), exact[:4].plus(bias), f"{kind}, some rows")
 
 
 def test_the_roundings_of_kernels() -> None:
-    w, x = gpu_weights.weight("random", 3, 768, "bf16"), gpu_weights.inputs(1, 768, torch.bfloat16)
-    assert fp64.roundings(fp64.linear(x, w.q, w.s, "int8")) == 768 // 16 + 8
-    assert fp64.roundings(fp64.linear(x, w.q, w.s, "bf16")) == 768 // 8 + 768 // 256 + 8
+    w, x = gpu_weights.weight("random", 3, 768, "q6_k"), gpu_weights.inputs(1, 768, torch.bfloat16)
+    assert fp64.roundings(fp64.linear(x, w, "int8")) == 768 // 16 + 8
+    assert fp64.roundings(fp64.linear(x, w, "bf16")) == 768 // 8 + 768 // 256 + 8
 
 
 def test_planes_are_those_of_the_format() -> None:
@@ -69,7 +69,7 @@ def test_planes_are_those_of_the_format() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_what_their_kind_says(kind: str) -> None:
-    w = gpu_weights.weight(kind, 64, 512, "exact")
+    w = gpu_weights.weight(kind, 64, 512, "q6_k_exact")
     assert (w.q.min(), w.q.max()) == (-32, 31)
     assert w.sub_scales.min() == -128
     assert (w.d < 0).any()
@@ -86,10 +86,10 @@ def test_weights_are_what_their_kind_says(kind: str) -> None:
 
 def test_a_wrong_output_is_outside_the_tolerance() -> None:
     """One group of sixteen left out, at the longest K of the tests."""
-    w = gpu_weights.weight("genuine", 8, 21504, "bf16")
+    w = gpu_weights.weight("genuine", 8, 21504, "q6_k")
     x = gpu_weights.inputs(16, 21504, torch.bfloat16)
     for formula in ("int8", "bf16"):
-        exact = fp64.linear(x, w.q, w.s, formula)
+        exact = fp64.linear(x, w, formula)
         s = w.s.clone()
         s[:, 700] = 0
         wrong = fp64.linear(x, w.q, s, formula).y.bfloat16()

@@ -17,15 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from q6k_kernels.formats.blocks import BLOCK_BYTES, D_AT, SCALES_AT, decode
-from q6k_kernels.formats.types import WeightType, row_of
-from q6k_kernels.ops import schema
+from q6k_kernels.formats.blocks import decode
+from q6k_kernels.formats.checks import PLANE_DTYPES
+from q6k_kernels.formats.ggml import GGMLType
+from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType
+from q6k_kernels.ops import accuracy, schema
 
 DEVICE = "cuda"
 Kind = Literal["genuine", "random", "extreme"]
 GENUINE_WEIGHTS = 1 << 21
-"""Weights to quantise for "genuine"; further rows repeat them with random signs of d."""
-Q6_K = 14
+"""Weights to quantise for "genuine"; further rows repeat them."""
+EVERY = list(WEIGHT_TYPES)
+"""Names of all weight types."""
+CORE = EVERY[:5]
+"""Names of the most common ones."""
+KINDS_OF_ROWS = [EVERY[0], EVERY[2], "q5_0", "q4_1", "q8_0", "iq4_nl", "mxfp4"]
+"""A weight type of each kind of code and scale."""
 
 
 @contextmanager
@@ -48,24 +55,21 @@ def _forget() -> None:
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A weight (N, K), or a stack (E, N, K).
+    """A weight (N, K), or a stack (E, N, K), of any weight type.
 
     Attributes:
-        q: int8 (..., N, K), -32..31.
-        sub_scales: int8 (..., N, K/16).
-        d: float16 (..., N, K/256).
-        scales: format of the scales in planes and tiles, "bf16" or "exact".
+        stored: stored codes, uint8 (..., N, K).
+        arrays: the arrays of scales by role, (..., N, K / weights).
+        row: row of the weight type.
     """
 
-    q: Tensor
-    sub_scales: Tensor
-    d: Tensor
-    scales: Literal["bf16", "exact"]
+    stored: Tensor
+    arrays: dict[str, Tensor]
+    row: WeightType
 
-    @property
-    def row(self) -> WeightType:
-        """Row of the weight type."""
-        return row_of("Q6_K", self.scales)
+    def __getitem__(self, rows: Any) -> Weight:
+        """Return some rows, or one weight of a stack."""
+        return Weight(self.stored[rows], {role: array[rows] for role, array in self.arrays.items()}, self.row)
 
     @property
     def format(self) -> str:
@@ -75,29 +79,54 @@ class Weight:
     @property
     def n(self) -> int:
         """Rows of each matrix."""
-        return self.q.shape[-2]
+        return self.stored.shape[-2]
 
     @property
     def k(self) -> int:
         """Columns."""
-        return self.q.shape[-1]
+        return self.stored.shape[-1]
+
+    @cached_property
+    def q(self) -> Tensor:
+        """Codes, int8: stored ones minus the offset, or looked up."""
+        if self.row.book:
+            return torch.tensor(self.row.book, dtype=torch.int8, device=self.stored.device)[self.stored.int()]
+        if self.row.bits == 8:
+            return self.stored.view(torch.int8)
+        return self.stored.view(torch.int8) - self.row.offset
 
     @cached_property
     def scale(self) -> Tensor:
-        """Scales, float32 (..., N, K/16): d times the sub-scale, exact or rounded to bf16."""
-        product = self.d.float().repeat_interleave(16, -1) * self.sub_scales.float()
-        return product if self.scales == "exact" else product.bfloat16().float()
+        """Scales, float32 (..., N, K/group)."""
+        if self.row.scales[0].dtype == "U8" and not self.row.stepped:
+            return torch.exp2(self.arrays["scale"].double() - 128).float()
+        return self._times("scale", "steps")
+
+    @cached_property
+    def least(self) -> Tensor | None:
+        """Mins, float32 (..., N, K/group), or None."""
+        return self._times("min", "min_steps") if self.row.minimum else None
+
+    def _times(self, role: str, steps: str) -> Tensor:
+        values = self.arrays[role].float()
+        if not self.row.stepped:
+            return values
+        return values * self.arrays[steps].float().repeat_interleave(256 // self.row.group, -1)
 
     @property
     def s(self) -> Tensor:
         """`scale` in float64."""
         return self.scale.double()
 
+    @property
+    def exact(self) -> accuracy.Weight:
+        """The weight for `accuracy`."""
+        return accuracy.Weight(self.q, self.s, None if self.least is None else self.least.double())
+
     @cached_property
     def planes(self) -> list[Tensor]:
         """The arrays of a bundle, in its order."""
-        scales = [self.sub_scales, self.d] if self.scales == "exact" else [self.scale.bfloat16()]
-        return [*planes_of(self.q), *scales]
+        return [*planes_of(self.stored, self.row), *(self.arrays[array.role] for array in self.row.scales)]
 
     @cached_property
     def tiles(self) -> Tensor:
@@ -105,19 +134,30 @@ class Weight:
         return schema.pack(self.planes, self.format)
 
     def weights(self, dtype: torch.dtype) -> Tensor:
-        """Return the weights (..., N, K), rounded once from fp32, which holds the products exactly."""
-        groups = self.q.view(*self.scale.shape, 16).float() * self.scale.unsqueeze(-1)
+        """Return the weights (..., N, K): scale * code - min in fp32, then rounded."""
+        groups = self.q.view(*self.scale.shape, self.row.group).float() * self.scale.unsqueeze(-1)
+        if self.least is not None:
+            groups = groups - self.least.unsqueeze(-1)
         return groups.flatten(-2).to(dtype)
 
 
-def planes_of(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Pack codes -32..31 (..., K) to ql (..., K/2) and qh (..., K/4)."""
-    u = (q + 32).to(torch.uint8)
+def planes_of(u: Tensor, row: WeightType) -> list[Tensor]:
+    """Pack stored codes (..., K) into the code planes of a weight type."""
+    if row.bits == 8:
+        return [u.view(torch.int8)]
     low, high = u & 15, u >> 4
-    ql = low[..., 0::2] | low[..., 1::2] << 4
-    pairs = high.unflatten(-1, (-1, 4, 4, 2))  # (chunk, w, position, parity): weight 32c + 8w + 2 position + parity
-    byte = pairs[..., 0, :] | pairs[..., 1, :] << 2 | pairs[..., 2, :] << 4 | pairs[..., 3, :] << 6
-    return ql, byte.transpose(-1, -2).flatten(-3)
+    planes = [low[..., 0::2] | low[..., 1::2] << 4]
+    if row.bits == 6:
+        pairs = high.unflatten(
+            -1, (-1, 4, 4, 2)
+        )  # (chunk, w, position, parity): weight 32c + 8w + 2 position + parity
+        byte = pairs[..., 0, :] | pairs[..., 1, :] << 2 | pairs[..., 2, :] << 4 | pairs[..., 3, :] << 6
+        planes.append(byte.transpose(-1, -2).flatten(-3))
+    if row.bits == 5:
+        bits = high.unflatten(-1, (-1, 4, 2))  # (byte, position, parity)
+        four = bits[..., 0, :] | bits[..., 1, :] << 1 | bits[..., 2, :] << 2 | bits[..., 3, :] << 3
+        planes.append(four[..., 0] | four[..., 1] << 4)
+    return planes
 
 
 def random_source(seed: int = 0) -> torch.Generator:
@@ -126,31 +166,33 @@ def random_source(seed: int = 0) -> torch.Generator:
 
 
 @lru_cache(maxsize=2)
-def weight(kind: Kind, n: int, k: int, scales: Literal["bf16", "exact"], stack: int | None = None) -> Weight:
+def weight(kind: Kind, n: int, k: int, format: str, stack: int | None = None) -> Weight:
     """Return a weight of random content, the same for the same arguments."""
-    parts = _parts(kind, n * (stack or 1), k)
+    row = WEIGHT_TYPES[format]
+    stored, arrays = _parts(kind, n * (stack or 1), k, row)
     if stack is not None:
-        parts = [part.view(stack, n, -1) for part in parts]
-    return Weight(*parts, scales)
+        stored = stored.view(stack, n, -1)
+        arrays = {role: array.view(stack, n, -1) for role, array in arrays.items()}
+    return Weight(stored, arrays, row)
+
+
+Parts = tuple[Tensor, dict[str, Tensor]]
 
 
 @lru_cache(maxsize=1)
-def _parts(kind: Kind, n: int, k: int) -> list[Tensor]:
-    """Return q, sub-scales and d, the same for both scale formats."""
-    return {"genuine": _genuine, "random": _random, "extreme": _extreme}[kind](n, k)
+def _parts(kind: Kind, n: int, k: int, row: WeightType) -> Parts:
+    """Return stored codes and the arrays of scales."""
+    return {"genuine": _genuine, "random": _random, "extreme": _extreme}[kind](n, k, row)
 
 
-def _genuine(n: int, k: int) -> list[Tensor]:
+def _genuine(n: int, k: int, row: WeightType) -> Parts:
     """Return normal weights, quantised by ggml's own code."""
     import libgguf
 
     base = min(n, max(16, GENUINE_WEIGHTS // k))
     values = np.random.default_rng(n + k).normal(size=(base, k)).astype(np.float32) * np.float32(0.02)
-    blocks = np.frombuffer(libgguf.quantize_rows(values, Q6_K), dtype=np.uint8).reshape(base, -1)
-    codes, _ = decode(blocks)
-    each = blocks.reshape(base, k // 256, BLOCK_BYTES)
-    sub_scales = np.ascontiguousarray(each[:, :, SCALES_AT:D_AT]).view(np.int8).reshape(base, -1)
-    d = np.ascontiguousarray(each[:, :, D_AT:]).view(np.float16).reshape(base, -1)
+    raw = libgguf.quantize_rows(values, int(GGMLType[row.ggml]))
+    codes, arrays = decode(np.frombuffer(raw, dtype=np.uint8).reshape(base, -1), row)
     source = random_source(n)
     at = torch.cat(
         (
@@ -158,34 +200,60 @@ def _genuine(n: int, k: int) -> list[Tensor]:
             torch.randint(base, (n - base,), device=DEVICE, generator=source),
         )
     )
-    parts = [torch.from_numpy(part).to(DEVICE)[at] for part in (codes, sub_scales, d)]
-    signs = torch.randint(0, 2, parts[2].shape, device=DEVICE, generator=source) * 2 - 1
-    signs[:base] = 1
-    return [*parts[:2], parts[2] * signs.half()]
+
+    def placed(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+        flat = torch.from_numpy(np.ascontiguousarray(array).view(np.uint8).copy()).view(dtype)
+        return flat.view(base, -1).to(DEVICE)[at]
+
+    return placed(codes, torch.uint8), {
+        each.role: placed(arrays[each.role], PLANE_DTYPES[each.dtype]) for each in row.scales
+    }
 
 
-def _random(n: int, k: int) -> list[Tensor]:
-    """Return equally likely codes and sub-scales, with d of a real model's size, mostly subnormal."""
+def _random(n: int, k: int, row: WeightType) -> Parts:
+    """Return equally likely codes and sub-scales, with scales of a real model's size, steps mostly subnormal."""
     source = random_source(n * k)
-    q = torch.randint(-32, 32, (n, k), dtype=torch.int8, device=DEVICE, generator=source)
-    sub_scales = torch.randint(-128, 128, (n, k // 16), dtype=torch.int8, device=DEVICE, generator=source)
-    d = torch.randn(n, k // 256, device=DEVICE, generator=source) * 2e-5
-    return [q, sub_scales, d.half()]
+    stored = torch.randint(0, 1 << row.bits, (n, k), device=DEVICE, generator=source).to(torch.uint8)
+    arrays = {}
+    for each in row.scales:
+        shape = n, k // each.weights
+        if each.dtype == "F16" or each.dtype == "BF16":
+            size = 2e-5 if row.stepped else 2e-3
+            values = torch.randn(shape, device=DEVICE, generator=source) * size
+        else:
+            low, high = LIMITS[row.name] if row.name in LIMITS else (-128, 128) if each.dtype == "I8" else (0, 64)
+            values = torch.randint(low, high, shape, device=DEVICE, generator=source)
+        arrays[each.role] = values.to(PLANE_DTYPES[each.dtype])
+    return stored, arrays
 
 
-def _extreme(n: int, k: int) -> list[Tensor]:
-    """Return rows of one code, extreme sub-scales, and d zero of either sign, subnormal, large, negative."""
-    q, sub_scales, d = _random(n, k)
-    row = torch.arange(n, device=DEVICE)
-    q[row % 4 == 0] = -32
-    q[row % 4 == 1] = 31
-    pattern = torch.tensor([-128, 0, 127, -1], dtype=torch.int8, device=DEVICE)
-    sub_scales[row % 3 == 0] = pattern.repeat(k // 64)
-    sub_scales[row % 5 == 4] = -128
-    steps = torch.tensor([0.0, 5.96e-8, -5.96e-8, 6.09e-5, -6.1e-5, 0.015, -3e-6, -0.0], device=DEVICE)
-    d.copy_(steps[(row % 8).unsqueeze(-1).expand_as(d)])
-    q[row % 7 == 6] = 0
-    return [q, sub_scales, d]
+LIMITS = {
+    row.name: limits
+    for row in WEIGHT_TYPES.values()
+    for limits in [(110, 124)]
+    if row.scales[0].dtype == "U8" and not row.stepped
+}
+LIMITS |= {row.name: (-32, 32) for row in WEIGHT_TYPES.values() if row.scales[0].dtype == "I8" and row.group == 32}
+"""Bounds of integer scales that are not all of their dtype's."""
+
+
+def _extreme(n: int, k: int, row: WeightType) -> Parts:
+    """Return rows of one code, extreme sub-scales, and scales zero of either sign, subnormal, large, negative."""
+    stored, arrays = _random(n, k, row)
+    at = torch.arange(n, device=DEVICE)
+    stored[at % 4 == 0] = 0 if row.bits < 8 else 128
+    stored[at % 4 == 1] = (1 << row.bits) - 1 if row.bits < 8 else 127
+    halves = torch.tensor([0.0, 5.96e-8, -5.96e-8, 6.09e-5, -6.1e-5, 0.015, -3e-6, -0.0], device=DEVICE)
+    for each in row.scales:
+        array = arrays[each.role]
+        if each.dtype in ("F16", "BF16"):
+            array.copy_(halves[(at % 8).unsqueeze(-1).expand_as(array)])
+            continue
+        low, high = LIMITS.get(row.name, (-128, 128) if each.dtype == "I8" else (0, 64))
+        pattern = torch.tensor([low, 0 if low <= 0 else 1, high - 1, low], device=DEVICE).to(array.dtype)
+        array[at % 3 == 0] = pattern.repeat(-(-array.shape[1] // 4))[: array.shape[1]]
+        array[at % 5 == 4] = pattern[0]
+    return stored, arrays
 
 
 def inputs(m: int, k: int, dtype: torch.dtype, seed: int = 3) -> Tensor:

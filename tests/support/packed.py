@@ -15,6 +15,7 @@ from torch import Tensor
 import oracles
 from gguf_builder import q6k_blocks
 from q6k_kernels.formats import tiles as layout
+from q6k_kernels.formats.checks import PLANE_DTYPES
 from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType, row_of
 from q6k_kernels.ops import accuracy, reference, schema
 from q6k_kernels.weights.weight import PackedWeight
@@ -30,7 +31,16 @@ def row(tensors: list[Tensor] | Tensor) -> WeightType:
     rows = list(WEIGHT_TYPES.values())
     if isinstance(tensors, Tensor):
         return next((each for each in rows if each.tile_bytes == tensors.shape[-1]), rows[0])
-    return next((each for each in rows if len(each.arrays) == len(tensors)), rows[0])
+    return next((each for each in rows if _fits(tensors, each)), rows[len(tensors) > len(rows[0].arrays)])
+
+
+def _fits(planes: list[Tensor], row: WeightType) -> bool:
+    """Check whether planes may be those of a weight type: of the same code planes and scales the first row is meant."""
+    k = planes[0].shape[-1] * row.arrays[0].weights if planes and planes[0].ndim else 0
+    return len(planes) == len(row.arrays) and all(
+        plane.ndim and plane.dtype == PLANE_DTYPES[array.dtype] and plane.shape[-1] == k // array.weights
+        for plane, array in zip(planes, row.arrays, strict=True)
+    )
 
 
 def width(tiles: Tensor) -> int:

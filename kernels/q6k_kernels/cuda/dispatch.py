@@ -68,6 +68,17 @@ def linear(
     return y
 
 
+def rounds_scales(x: Tensor) -> bool:
+    """Check whether products of 16-bit activations x (M, K) round a weight's scales and mins to x's dtype first.
+
+    That is so for bf16 (`cuda/halves.cuh`), where weights are not expanded for cuBLAS.
+    """
+    if not x.is_cuda or x.dtype is not torch.bfloat16:
+        return False
+    rows = x.numel() // x.shape[-1]
+    return rows < PREFILL_M or launching.device(x.device.index).arch == gemm_wgmma.ARCH
+
+
 def aligned_rows(x: Tensor) -> Tensor:
     """Return the activations as (M, K), rows contiguous and 16-byte aligned: a view if possible, else a copy."""
     rows = x.detach().reshape(-1, x.shape[-1])
