@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Measure the kernels; print tables with targets and peers, and write JSON. Needs an NVIDIA GPU.
 
-    python scripts/bench/bench_kernels.py [--quick] [--only REGEX] [--json FILE] [--plot FILE.svg]
+    python scripts/bench/bench_kernels.py [--formats NAME...|all] [--quick] [--only REGEX]
+                                          [--json FILE] [--plot FILE.svg]
     python scripts/bench/bench_kernels.py --plot-only FILE.json [--plot FILE.svg]
 
 1. The machine's bandwidth, by a kernel that only reads and by a copy.
-2. `q6k::linear` on the shapes of real models, in both scale formats, with the activations that the operation
-   chooses ("auto") and with forced ones. Beside it cuBLAS in bf16 on dense weights, and dequantising before
-   each cuBLAS product. Every output is compared with the dense product: a row fails if their relative L2
-   distance exceeds 0.02.
+2. `q6k::linear` on the shapes of real models, in several weight types, with the activations that the
+   operation chooses ("auto") and with forced ones. Beside it cuBLAS in bf16 on dense weights and, for the first
+   type, dequantising before each cuBLAS product. Every output is compared with the dense product: a row fails if
+   their relative L2 distance exceeds 0.02.
 3. Embedding rows, dequantising and packing, as a share of the copy's bandwidth.
 4. The machine's rate in a bf16 product of 8192 x 8192 x 8192.
 
@@ -42,7 +43,7 @@ from torch.nn.functional import linear as dense_linear
 import bench_kernels_rows as rows_of
 import kernel_timing as timing
 from bench_kernels_rows import FFN, HEAD, HEADING, PHASES, Row, Shape
-from q6k_kernels.formats.types import Scales, row_of
+from q6k_kernels.formats.types import WEIGHT_TYPES, weight_type
 from q6k_kernels.weights.weight import PackedWeight, embedding
 
 Call = Callable[[], Tensor]
@@ -57,10 +58,10 @@ class Bench:
     """One run: its cases, the ceilings that they are compared with, and the results in `report`."""
 
     def __init__(
-        self, *, quick: bool, only: re.Pattern[str], modes: Sequence[str], scales: Sequence[Scales], to: Path
+        self, *, quick: bool, only: re.Pattern[str], modes: Sequence[str], formats: Sequence[str], to: Path
     ) -> None:
         self._to = to
-        self._quick, self._only, self._modes, self._scales = quick, only, modes, scales
+        self._quick, self._only, self._modes, self._formats = quick, only, modes, formats
         self._peers = json.loads(PEER_FIGURES.read_text(encoding="utf-8"))["linear"]
         self._kept_bytes = 0
         self.report: Row = {"machine": machine(), "ceilings": {}, "linear": [], "operations": []}
@@ -72,7 +73,7 @@ class Bench:
         self.report["ceilings"] = bandwidths()
         print(json.dumps(self.report["ceilings"]), f"\n{rows_of.LEGEND}", flush=True)
         for phase in PHASES:
-            for shape, tables in rows_of.plan(phase, quick=self._quick, only=self._only, scales=self._scales):
+            for shape, tables in rows_of.plan(phase, quick=self._quick, only=self._only, formats=self._formats):
                 self._linears(phase, shape, tables)
                 self.save()  # an interrupted run keeps its rows
             if phase == "decode":
@@ -86,14 +87,14 @@ class Bench:
         """Write the report."""
         self._to.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
 
-    def _linears(self, phase: str, shape: Shape, tables: dict[Scales, list[Row]]) -> None:
-        """Measure one shape in one phase, the operation by scale format and mode, then cuBLAS; print the rows."""
+    def _linears(self, phase: str, shape: Shape, tables: dict[str, list[Row]]) -> None:
+        """Measure one shape in one phase, the operation by weight type and mode, then cuBLAS; print the rows."""
         n, k = shape
-        for scales, rows in tables.items():
-            packed = timing.rotated_weights(timing.random_weight(n, k, scales))
+        for format, rows in tables.items():
+            packed = timing.rotated_weights(timing.random_weight(n, k, format))
             weights = timing.dense(packed[0])
             series = [partial(self._mode, mode, packed, weights) for mode in self._modes]
-            if phase != "decode" and scales == "bf16":
+            if phase != "decode" and format == self._formats[0]:
                 series.append(partial(self._dequantizing, packed))
             for measure, row in product(series, rows):
                 if "failed" not in row:
@@ -105,9 +106,9 @@ class Bench:
         cublas = self._cublas(weights, sorted({row["m"] for rows in tables.values() for row in rows}))
         del weights
         torch.cuda.empty_cache()
-        for scales, rows in tables.items():
-            megabytes = math.prod(shape) * row_of("Q6_K", scales).bits_per_weight / 8e6
-            print(f"\n{phase}: {n}x{k}, {scales} scales, {megabytes:.1f} MB\n{HEADING}")
+        for format, rows in tables.items():
+            megabytes = math.prod(shape) * weight_type(format).bits_per_weight / 8e6
+            print(f"\n{phase}: {n}x{k}, {format}, {megabytes:.1f} MB\n{HEADING}")
             for row in rows:
                 self._finish(row, cublas[row["m"]])
                 print(rows_of.line(row), flush=True)
@@ -157,7 +158,11 @@ class Bench:
     def _finish(self, row: Row, cublas_us: float) -> None:
         """Add rows to the report, with the times of peers and of cuBLAS."""
         of = row["n"], row["k"], row["m"]
-        row["peers"] = {p["peer"]: p["us"] for p in self._peers if (p["n"], p["k"], p["m"]) == of}
+        row["peers"] = {
+            p["peer"]: p["us"]
+            for p in self._peers
+            if (p["n"], p["k"], p["m"]) == of and row["format"] in p.get("formats", WEIGHT_TYPES)
+        }
         row["cublas_us"] = round(cublas_us, 2)
         if "us" in row:
             row["times_cublas"] = round(cublas_us / row["us"], 3)
@@ -170,18 +175,18 @@ class Bench:
     def _operations(self) -> None:
         print("\nGather, dequantise, pack: bytes read and written")
         for operation, shape in (("gather", HEAD), ("dequantize", FFN[0]), ("pack", FFN[0])):
-            for scales in self._scales:
-                row: Row = {"operation": operation, "n": shape[0], "k": shape[1], "scales": scales}
+            for format in self._formats:
+                row: Row = {"operation": operation, "n": shape[0], "k": shape[1], "format": format}
                 if self._only.search(rows_of.label(row)):
-                    self._operation(row, scales)
+                    self._operation(row, format)
                     rows_of.judge(row)
                     self.report["operations"].append(row)
                     print(rows_of.operation_line(row), flush=True)
                     torch.cuda.empty_cache()
 
-    def _operation(self, row: Row, scales: Scales) -> None:
+    def _operation(self, row: Row, format: str) -> None:
         n, k = row["n"], row["k"]
-        weight = timing.random_weight(n, k, scales)
+        weight = timing.random_weight(n, k, format)
         if row["operation"] == "gather":
             indices = torch.randint(0, n, (GATHERS, GATHERED), device="cuda", generator=timing.generator())
             calls = [partial(embedding, each, weight, torch.bfloat16) for each in indices]
@@ -246,7 +251,7 @@ def _time(calls: Sequence[Call], m: int, n: int, k: int, settle: bool) -> float:
 
 def _same_weight(one: Row, other: Row) -> bool:
     """Check whether `one` is the row with M = 1 of the same weight."""
-    return one["m"] == 1 and all(one[key] == other[key] for key in ("n", "k", "scales"))
+    return one["m"] == 1 and all(one[key] == other[key] for key in ("n", "k", "format"))
 
 
 def _failure(error: Exception) -> str:
@@ -261,10 +266,11 @@ def main() -> None:
     add = parser.add_argument
     add("--quick", action="store_true", help="measure three shapes and a few M, for tuning")
     add("--only", type=re.compile, default=re.compile(""), metavar="REGEX",
-        help="measure only matching cases: `21504x5376 M=(1|2) bf16`, `gather`")  # fmt: skip
+        help="measure only matching cases: `21504x5376 M=(1|2) q4_k`, `gather`")  # fmt: skip
     add("--modes", nargs="+", choices=("auto", "int8", "bf16"), default=["auto", "int8", "bf16"],
         help="values of `activations`; targets apply to the first (default: all)")  # fmt: skip
-    add("--scales", nargs="+", choices=("bf16", "exact"), default=["bf16", "exact"])
+    add("--formats", nargs="+", choices=(*WEIGHT_TYPES, "all"), default=rows_of.FORMATS, metavar="NAME",
+        help=f"weight types, or all (default: {' '.join(rows_of.FORMATS)})")  # fmt: skip
     add("--json", type=Path, default=Path("bench-kernels.json"), metavar="FILE")
     add("--plot", type=Path, metavar="FILE.svg", help='also draw the figures, with matplotlib (extra "bench")')
     add("--plot-only", type=Path, metavar="FILE.json", help="draw the figures of an earlier run, and stop")
@@ -279,7 +285,8 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         sys.exit("bench_kernels: torch sees no CUDA GPU; --plot-only draws the figures of an earlier run")
-    bench = Bench(quick=args.quick, only=args.only, modes=args.modes, scales=args.scales, to=args.json)
+    formats = [*WEIGHT_TYPES] if "all" in args.formats else args.formats
+    bench = Bench(quick=args.quick, only=args.only, modes=args.modes, formats=formats, to=args.json)
     bench.run()
     bench.save()
     if args.plot:

@@ -7,6 +7,7 @@ for packed weights and for 16-bit weights.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from bench_kernels_rows import BATCHED, SHAPES, Row, Shape
+from q6k_kernels.formats.types import DEFAULT, WEIGHT_TYPES
 
 STYLE: dict[Any, Any] = {
     "axes.grid": True,
@@ -46,9 +48,17 @@ class Series(NamedTuple):
     peer: str | None = None
 
 
+LOOKS = (
+    ("#0969da", "o", "-"),
+    ("#1a7f64", "s", "--"),
+    ("#cf222e", "P", "-"),
+    ("#bf8700", "X", "-"),
+    ("#57606a", "h", "-"),
+)
+"""Color, marker and line of our weight types, in turn."""
 OURS = {
-    "exact": Series("q6k, exact scales", "#1a7f64", "s", "--", 6.5625),
-    "bf16": Series("q6k, bf16 scales", "#0969da", "o", "-", 7.0),
+    row.name: Series(f"q6k, {row.name}", *look, row.bits_per_weight)
+    for row, look in zip(WEIGHT_TYPES.values(), itertools.cycle(LOOKS), strict=False)
 }
 CUBLAS = Series("cuBLAS bf16", "#b35900", "^", "-", 16.0)
 PEERS = (
@@ -76,8 +86,9 @@ def figure(report: Row, peers: Row) -> Figure:
     few = [shape for shape in SHAPES if largest[shape]]
     many = [shape for shape in BATCHED if largest[shape] > 8]
     heights = [1.75 * math.ceil(len(few) / 4), 2.4 * math.ceil(len(many) / 3)]
+    first = report["linear"][0]["format"] if report["linear"] else DEFAULT
     drawn = Figure(figsize=(10, sum(heights) + 0.8), layout="constrained")
-    drawn.suptitle(f"Linear layers with Q6_K weights on one {report['machine']['gpu']}")
+    drawn.suptitle(f"Linear layers with packed weights on one {report['machine']['gpu']}")
     parts: Any = drawn.subfigures(2, height_ratios=[max(height, 0.1) for height in heights])
     upper, lower = parts
     for axes, shape in _panels(upper, few, 4, "GB/s of packed weights over M (grey: read bandwidth)"):
@@ -93,7 +104,7 @@ def figure(report: Row, peers: Row) -> Figure:
     for axes, shape in _panels(lower, many, 3, words):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        for bits, style in ((OURS["bf16"].bits, "-"), (CUBLAS.bits, ":")):
+        for bits, style in ((OURS[first].bits, "-"), (CUBLAS.bits, ":")):
             if rate := report["ceilings"].get("matmul_8192_tflops"):
                 slope = 2 * 8 / bits * report["ceilings"]["read_gb_per_s"] / 1e3  # TFLOP/s of one row
                 axes.plot([1, rate / slope, 4096], [slope, rate, rate], style, color="#59636e")
@@ -126,7 +137,7 @@ def _measured(report: Row, others: list[Row], shape: Shape) -> Iterator[tuple[Se
     dense = {row["m"]: {"m": row["m"], "us": row["cublas_us"]} for row in rows}
     found = [(series, [r for r in others if _is(r, shape) and r["peer"] == series.peer]) for series in PEERS]
     found += [(CUBLAS, list(dense.values()))]
-    found += [(OURS[each], [r for r in rows if r["scales"] == each and "us" in r]) for each in OURS]
+    found += [(OURS[each], [r for r in rows if r["format"] == each and "us" in r]) for each in OURS]
     return ((series, points) for series, points in found if points)
 
 

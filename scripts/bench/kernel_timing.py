@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from q6k_kernels.formats.tiles import codes_and_scales, tiles_shape
-from q6k_kernels.formats.types import TILE_ROWS, Scales, row_of
+from q6k_kernels.formats.checks import PLANE_DTYPES
+from q6k_kernels.formats.tiles import codes_and_scales
+from q6k_kernels.formats.types import WeightType, weight_type
 from q6k_kernels.jit import loader
 from q6k_kernels.weights.weight import PackedWeight
 
@@ -33,6 +34,12 @@ GRAPH_MICROSECONDS = 1500
 MOST_CALLS = 400
 L2_PASSES = 4
 READ_BYTES = 4 << 30
+STEP_SIZE, SCALE_SIZE = 3e-5, 1e-3
+"""Standard deviations of a super-block's steps, and of scales without steps."""
+CODE_PLANES = {"ql": (0, 256), "qh": (0, 256), "q": (-128, 128)}
+"""Code plane -> its least element, and the first that is too large."""
+EXPONENTS = (112, 122)
+"""The same of scales that are powers of two."""
 READ_ALL = """
 extern "C" __global__ void read_all(const uint4* data, u64 count, u32* out) {
   const u64 stride = (u64)gridDim.x * blockDim.x;
@@ -60,33 +67,62 @@ def generator() -> torch.Generator:
     return torch.Generator("cuda").manual_seed(0)
 
 
-def random_weight(n: int, k: int, scales: Scales) -> PackedWeight:
-    """Return a packed Q6_K weight (N, K), N a multiple of 16, with random codes and scales of a real model's size.
+def random_weight(n: int, k: int, format: str) -> PackedWeight:
+    """Return a weight (N, K) on the GPU with random codes, and scales of a real model's size.
 
-    Every code and sub-scale is equally likely; d is normally distributed around 2e-5.
+    Args:
+        n: rows.
+        k: columns, a multiple of the type's block.
+        format: name of the weight type.
     """
-    if n % TILE_ROWS:
-        raise ValueError(f"n: expected a multiple of {TILE_ROWS}, found {n}")
-    random = generator()
-    row = row_of("Q6_K", scales)
-    shape = tiles_shape((n, k), row)
-    tiles = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda", generator=random)
-    d = torch.randn(*shape[:2], 16, device="cuda", generator=random) * 2e-5
-    if row.stepped:
-        tiles[..., -32:] = d.half().view(torch.uint8)
-    else:
-        sub_scales = torch.randint(-128, 128, (*shape[:2], 16, 16), device="cuda", generator=random)
-        values = (d.half().float().unsqueeze(-1) * sub_scales).bfloat16()
-        tiles[..., -512:] = values.flatten(2).view(torch.uint8)
-    return PackedWeight(tiles, (n, k), row.name)
+    return PackedWeight.from_planes(random_planes(n, k, weight_type(format), generator()), format)
+
+
+def random_planes(n: int, k: int, row: WeightType, random: torch.Generator) -> list[Tensor]:
+    """Return the planes of a weight (N, K): codes and integer scales equally likely, the others normal.
+
+    Args:
+        n: rows.
+        k: columns, a multiple of the type's block.
+        row: the weight type.
+        random: source of the numbers; its device is that of the planes.
+    """
+    middle = (1 << row.bits) / 2 if row.minimum else 0
+    planes = []
+    for array in row.arrays:
+        shape, dtype = (n, k // array.weights), PLANE_DTYPES[array.dtype]
+        if dtype.is_floating_point:
+            size = STEP_SIZE if row.stepped else SCALE_SIZE
+            # Mins of such a size take away the mean that codes without a sign give.
+            size *= middle if array.role.startswith("min") else 1
+            plane = torch.randn(shape, device=random.device, generator=random).mul_(size)
+        else:
+            least, most = _range(array.role, row)
+            plane = torch.randint(least, most, shape, device=random.device, generator=random, dtype=torch.int16)
+        planes.append(plane.to(dtype))
+    return planes
+
+
+def _range(role: str, row: WeightType) -> tuple[int, int]:
+    """Return the least value of the integers of an array, and the first that is too large."""
+    if role in CODE_PLANES:
+        return CODE_PLANES[role]
+    scale = next(array for array in row.scales if array.role == role)
+    if scale.dtype == "I8":
+        return (-128, 128) if scale.weights == 16 else (-32, 32)
+    return (0, 64) if row.stepped else EXPONENTS
 
 
 def dense(weight: PackedWeight) -> Tensor:
     """Return the weights in bf16 (N, K), by plain torch, for a quick check."""
     parts = []
     for at in range(0, weight.n, 2048):
-        q, s = codes_and_scales(weight.tiles, slice(at, min(at + 2048, weight.n)), weight.row)
-        parts.append((q.view(*s.shape, -1) * s.unsqueeze(-1)).flatten(1).bfloat16())
+        rows = slice(at, min(at + 2048, weight.n))
+        codes, scale, least = codes_and_scales(weight.tiles, rows, weight.k, weight.row)
+        values = codes.view(*scale.shape, -1) * scale.unsqueeze(-1)
+        if least is not None:
+            values -= least.unsqueeze(-1)
+        parts.append(values.flatten(1).bfloat16())
     return torch.cat(parts)
 
 

@@ -2,7 +2,7 @@
 """Time all ways of launching a kernel, to fit the tables that `plan` chooses by. Needs a GPU.
 
     python scripts/bench/tune_kernels.py decode --shapes 4096x4096 1024x4096 --m 1 4 8
-    python scripts/bench/tune_kernels.py gemm --shapes 14336x4096 --m 16 64 256 --scales exact
+    python scripts/bench/tune_kernels.py gemm --shapes 14336x4096 --m 16 64 256 --formats q4_k
 
 Prints a line for each shape and M: microseconds of every plan, the fastest first, `*` after the chosen one. Times
 are measured as in `bench_kernels.py`: CUDA graphs, rotated weights. Outputs are not checked; the tests do that.
@@ -22,7 +22,7 @@ from torch import Tensor
 import kernel_timing as timing
 from q6k_kernels.cuda import decode, decode_plan, gemm_wgmma
 from q6k_kernels.cuda import device as launching
-from q6k_kernels.formats.types import Scales, WeightType
+from q6k_kernels.formats.types import DEFAULT, WEIGHT_TYPES, WeightType
 from q6k_kernels.weights.weight import PackedWeight
 
 Launch = Callable[[PackedWeight], None]
@@ -71,10 +71,10 @@ def gemm_plans(x: Tensor, y: Tensor, device: launching.Device) -> Iterator[tuple
                 yield name, plan == chosen, partial(_gemm, plan, x, y, device)
 
 
-def tune(kernel: str, n: int, k: int, m: int, scales: Scales, shown: int) -> str:
+def tune(kernel: str, n: int, k: int, m: int, format: str, shown: int) -> str:
     """Return one line with the time of every plan."""
     device = launching.device(torch.cuda.current_device())
-    copies = timing.rotated_weights(timing.random_weight(n, k, scales))
+    copies = timing.rotated_weights(timing.random_weight(n, k, format))
     x = torch.randn(m, k, device="cuda", generator=timing.generator()).bfloat16()
     y = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
     plans = decode_plans(x, y, copies[0].row, device) if kernel == "decode" else gemm_plans(x, y, device)
@@ -84,7 +84,7 @@ def tune(kernel: str, n: int, k: int, m: int, scales: Scales, shown: int) -> str
         calls = [partial(launch, weight) for weight in copies]
         times.append((timing.time_calls(calls, guess_us, settle=not times), f"{name}{' *' if chosen else ''}"))
     fastest = "; ".join(f"{us:.2f} {name}" for us, name in sorted(times)[:shown])
-    return f"{n}x{k} M={m} {scales}: {fastest}"
+    return f"{n}x{k} M={m} {format}: {fastest}"
 
 
 def main() -> None:
@@ -94,7 +94,7 @@ def main() -> None:
     add("kernel", choices=("decode", "gemm"))
     add("--shapes", nargs="+", metavar="NxK", default=["4096x4096", "21504x5376"])
     add("--m", nargs="+", type=int, metavar="M")
-    add("--scales", nargs="+", choices=("bf16", "exact"), default=["bf16"])
+    add("--formats", nargs="+", choices=WEIGHT_TYPES, default=[DEFAULT], metavar="NAME")
     add("--shown", type=int, default=6, help="how many of the fastest (default: 6)")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -102,9 +102,9 @@ def main() -> None:
     ms = args.m or ([1, 2, 4, 8] if args.kernel == "decode" else [16, 32, 64, 128, 256, 512])
     if args.kernel == "gemm" and torch.cuda.get_device_capability() != (9, 0):
         sys.exit("tune_kernels: gemm needs a GPU of compute capability 9.0")
-    for shape, scales, m in itertools.product(args.shapes, args.scales, ms):
+    for shape, format, m in itertools.product(args.shapes, args.formats, ms):
         n, k = map(int, shape.split("x"))
-        print(tune(args.kernel, n, k, m, scales, args.shown), flush=True)
+        print(tune(args.kernel, n, k, m, format, args.shown), flush=True)
 
 
 if __name__ == "__main__":

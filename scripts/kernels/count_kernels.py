@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Read hardware counters of the kernels with Nsight Compute; print a table, and write JSON.
 
-    python scripts/kernels/count_kernels.py [--json FILE]
+    python scripts/kernels/count_kernels.py [--formats NAME...] [--json FILE]
 
 Needs `ncu` on PATH and a GPU whose counters it may read. Each case runs alone, with its weight not in the cache and
 unlocked clocks, so a short kernel takes longer than in a CUDA graph. Percentages are of the peak: DRAM and L2 over
@@ -18,28 +18,28 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from q6k_kernels.formats.types import Scales, row_of
+from q6k_kernels.formats.types import DEFAULT, WEIGHT_TYPES
 
 Row = dict[str, Any]
 SQUARE, SMALLEST, TALL, LONG = (4096, 4096), (1024, 4096), (21504, 5376), (5376, 21504)
 WIDE = (14336, 4096), (4096, 14336)
-BOTH: tuple[Scales, ...] = ("bf16", "exact")
-CASES: tuple[tuple[int, tuple[int, int], Scales], ...] = (
-    *((1, shape, scales) for shape in (SQUARE, SMALLEST, LONG, TALL) for scales in BOTH),
-    *((2, WIDE[1], scales) for scales in BOTH),
-    *((4, shape, "bf16") for shape in (SQUARE, SMALLEST, WIDE[0])),
-    *((8, shape, scales) for shape in (SQUARE, SMALLEST, *WIDE, LONG, TALL) for scales in BOTH),
-    *((m, TALL, scales) for m in (16, 32, 64) for scales in BOTH),
-    *((m, SQUARE, "bf16") for m in (16, 32, 64, 256, 512)),
-    *((512, shape, "exact") for shape in (SQUARE, LONG)),
-    *((2048, shape, scales) for shape in (LONG, WIDE[0]) for scales in BOTH),
-)
-"""M, (N, K) and scales of the cases that are furthest from their targets."""
+Case = tuple[int, tuple[int, int], str]
+
+
+def cases(formats: Sequence[str]) -> list[Case]:
+    """Return M, (N, K) and weight type of the cases that are furthest from their targets."""
+    few = [(1, shape) for shape in (SQUARE, SMALLEST, LONG, TALL)]
+    few += [(2, WIDE[1]), *((8, shape) for shape in (SQUARE, *WIDE, LONG, TALL))]
+    many = [(m, TALL) for m in (16, 32, 64)] + [(512, SQUARE), (2048, LONG), (2048, WIDE[0])]
+    return [(m, shape, format) for m, shape in (*few, *many) for format in formats]
+
+
 COLUMNS = (
     ("us", "gpu__time_duration.sum", "{:.1f}"),
     ("DRAM %", "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed", "{:.0f}"),
@@ -55,28 +55,26 @@ MORE = ("SpeedOfLight", "SchedulerStats", "WarpStateStats", "ComputeWorkloadAnal
 """Sections of ncu to collect."""
 
 
-def run_cases() -> None:
+def run_cases(formats: Sequence[str]) -> None:
     """Launch each case once; ncu profiles this."""
-    from q6k_kernels.weights.weight import PackedWeight, linear
+    # The scripts of bench/ are beside this folder.
+    sys.path.append(str(Path(__file__).parents[1] / "bench"))
+    from kernel_timing import random_weight
+    from q6k_kernels.weights.weight import linear
 
-    for m, (n, k), scales in CASES:
-        ql, qh = (torch.randint(0, 256, (n, k // part), dtype=torch.uint8, device="cuda") for part in (2, 4))
-        if scales == "bf16":
-            arrays = [torch.full((n, k // 16), 1e-3, dtype=torch.bfloat16, device="cuda")]
-        else:
-            scale = torch.randint(-128, 128, (n, k // 16), dtype=torch.int8, device="cuda")
-            arrays = [scale, torch.full((n, k // 256), 1e-5, dtype=torch.float16, device="cuda")]
-        weight = PackedWeight.from_planes([ql, qh, *arrays], row_of("Q6_K", scales).name)
+    for m, (n, k), format in cases(formats):
+        weight = random_weight(n, k, format)
         x = torch.randn(m, k, device="cuda").bfloat16()
         linear(x, weight)
         torch.cuda.synchronize()
 
 
-def counted(report: str) -> list[Row]:
+def counted(report: str, asked: Sequence[Case]) -> list[Row]:
     """Return the rows of ncu's CSV, one for each case.
 
     Args:
         report: output of `ncu --csv --page raw`.
+        asked: the cases, in the order they ran.
 
     Raises:
         ValueError: the number of products is not that of the cases, or a duration has an unknown unit.
@@ -85,15 +83,15 @@ def counted(report: str) -> list[Row]:
     first = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     found = [row for row in csv.DictReader(lines[first:]) if row["ID"].isdigit()]
     products = [row for row in found if "quantize" not in row["Kernel Name"]]
-    if len(products) != len(CASES):
-        raise ValueError(f"expected counters of {len(CASES)} products, found {len(products)}:\n{report[-2000:]}")
+    if len(products) != len(asked):
+        raise ValueError(f"expected counters of {len(asked)} products, found {len(products)}:\n{report[-2000:]}")
     units = dict(next(iter(csv.DictReader(lines[first:]))))
-    return [_row(case, row, units) for case, row in zip(CASES, products, strict=True)]
+    return [_row(case, row, units) for case, row in zip(asked, products, strict=True)]
 
 
-def _row(case: tuple[int, tuple[int, int], str], found: Row, units: Row) -> Row:
-    m, (n, k), scales = case
-    row: Row = {"m": m, "n": n, "k": k, "scales": scales, "kernel": found["Kernel Name"]}
+def _row(case: Case, found: Row, units: Row) -> Row:
+    m, (n, k), format = case
+    row: Row = {"m": m, "n": n, "k": k, "format": format, "kernel": found["Kernel Name"]}
     for title, metric, _ in COLUMNS:
         row[title] = _number(found.get(metric))
     if row["us"] is not None:
@@ -120,13 +118,13 @@ def _number(text: str | None) -> float | None:
 
 def table(rows: list[Row]) -> str:
     """Return the rows as a Markdown table."""
-    titles = ["M", "N x K", "scales", *(title for title, _, _ in COLUMNS), "waits"]
+    titles = ["M", "N x K", "format", *(title for title, _, _ in COLUMNS), "waits"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for row in rows:
         figures = ["-" if row[title] is None else form.format(row[title]) for title, _, form in COLUMNS]
         waits = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in [*row["waits"].items()][:2])
         lines.append(
-            "| " + " | ".join([str(row["m"]), f"{row['n']}x{row['k']}", row["scales"], *figures, waits]) + " |"
+            "| " + " | ".join([str(row["m"]), f"{row['n']}x{row['k']}", row["format"], *figures, waits]) + " |"
         )
     return "\n".join(lines)
 
@@ -134,11 +132,12 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     """Run the cases under ncu, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="+", choices=WEIGHT_TYPES, default=[DEFAULT], metavar="NAME")
     parser.add_argument("--json", type=Path, default=Path("count-kernels.json"), metavar="FILE")
     parser.add_argument("--cases", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cases:
-        run_cases()
+        run_cases(args.formats)
         return
     if not torch.cuda.is_available() or shutil.which("ncu") is None:
         sys.exit("count_kernels: needs a CUDA GPU, and Nsight Compute's ncu on PATH")
@@ -146,10 +145,11 @@ def main() -> None:
     command = ["ncu", "--clock-control", "none", "--csv", "--page", "raw", *sections]
     command += ["--metrics", ",".join(metric for _, metric, _ in COLUMNS)]
     command += ["--kernel-name", "regex:q6k_(decode|quantize|gemm)", sys.executable, __file__, "--cases"]
+    command += ["--formats", *args.formats]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"count_kernels: ncu ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    rows = counted(done.stdout)
+    rows = counted(done.stdout, cases(args.formats))
     print(f"{torch.cuda.get_device_name()}\n\n{table(rows)}")
     args.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows}, indent=1) + "\n", "utf-8")
 

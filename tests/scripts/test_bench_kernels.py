@@ -18,7 +18,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 import bench_kernels
 import bench_kernels_rows as rows_of
 import kernel_timing
-import packed
+from q6k_kernels.formats.types import WEIGHT_TYPES
+from q6k_kernels.weights.weight import PackedWeight
 
 RESULTS = Path(__file__).parents[2] / "kernels" / "results"
 
@@ -36,6 +37,7 @@ RESULTS = Path(__file__).parents[2] / "kernels" / "results"
     ],
 )  # fmt: skip
 def test_targets(figures: dict[str, Any], verdicts: dict[str, bool]) -> None:
+    figures["format"] = "q6_k"
     rows_of.judge(figures)
     assert {t["target"]: t["met"] for t in figures["targets"]} == verdicts
 
@@ -60,8 +62,28 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         bench_kernels.main()
 
 
+def cpu_weight(n: int, k: int, format: str) -> PackedWeight:
+    planes = kernel_timing.random_planes(n, k, WEIGHT_TYPES[format], torch.Generator().manual_seed(0))
+    return PackedWeight.from_planes(planes, format)
+
+
+@pytest.mark.parametrize("format", WEIGHT_TYPES)
+def test_random_weights_have_a_models_size_and_their_dense_weights(format: str) -> None:
+    weight = cpu_weight(32, 512, format)
+    dense = kernel_timing.dense(weight).float()
+    assert torch.equal(dense, weight.dequantize(torch.bfloat16).float())
+    assert 1e-3 < float(dense.std()) < 0.2
+    assert abs(float(dense.mean())) < float(dense.std()) / 8
+
+
+def test_other_types_need_a_part_of_the_share_of_the_nearest() -> None:
+    assert rows_of.targets("q4_0")[0].bound == pytest.approx(0.9 * 0.82)
+    assert rows_of.targets("q5_0")[0].bound == pytest.approx(0.9 * 0.84)
+    assert rows_of.targets("q8_0")[1].words == "94% of read"
+
+
 SMALL = ((32, 256), (16, 512))
-ALL = {"quick": False, "only": re.compile(""), "modes": ["auto", "int8", "bf16"], "scales": ["bf16", "exact"]}
+ALL = {"quick": False, "only": re.compile(""), "modes": ["auto", "int8", "bf16"], "formats": ["q6_k", "q4_k"]}
 
 
 @pytest.fixture
@@ -84,7 +106,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         return call().nbytes, 1_000_000
 
     for name, instead in {
-        "random_weight": lambda n, k, scales: packed.weight((n, k), scales),
+        "random_weight": cpu_weight,
         "dense": lambda weight: weight.dequantize(torch.bfloat16),
         "rotated": lambda tensor: [tensor, tensor.clone()],
         "scratch_bytes": scratch,
@@ -114,15 +136,15 @@ def test_a_run_reports_every_row(bench: Any, tmp_path: Path, capsys: pytest.Capt
     bench.save()
     report = json.loads((tmp_path / "run.json").read_text())
     phases = [((32, 16), (1, 2)), ((16,), (16,)), ((16,), (128, 130))]
-    order = [(n, scales, m) for ns, ms in phases for n in ns for scales in ("bf16", "exact") for m in ms]
-    assert [(r["n"], r["scales"], r["m"]) for r in report["linear"]] == order
+    order = [(n, format, m) for ns, ms in phases for n in ns for format in ("q6_k", "q4_k") for m in ms]
+    assert [(r["n"], r["format"], r["m"]) for r in report["linear"]] == order
     for r in report["linear"]:
         assert (r["us"], r["auto_us"], r["bf16_us"], r["cublas_us"], r["times_cublas"]) == (2, 2, 2, 4, 2)
         assert ("times_m1" in r, "int8_us" in r) == (r["m"] > 1, r["m"] <= 64)
-        assert ("dequantize_cublas_us" in r) == (r["m"] > 8 and r["scales"] == "bf16")
+        assert ("dequantize_cublas_us" in r) == (r["m"] > 8 and r["format"] == "q6_k")
         assert 0 <= r["error"] < 0.02
     assert report["ceilings"] == {"read_gb_per_s": 4000, "copy_gb_per_s": 3900, "matmul_8192_tflops": 700}
-    assert sum(" scales, " in line for line in capsys.readouterr().out.splitlines()) == 8
+    assert sum(line.endswith(" MB") and "x" in line for line in capsys.readouterr().out.splitlines()) == 8
     # A hot GPU keeps its clock low: what computes most is timed last.
     first = [bench.log.index(each) for each in ("read", "linear auto 1 settled", "operations", "matmul")]
     assert first == sorted(first)
