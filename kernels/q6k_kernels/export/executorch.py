@@ -9,11 +9,16 @@ A bundle's planes are ExecuTorch's planes, so nothing is encoded again. ExecuTor
 
 Exact scales are GGUF's own numbers, so the conversion is lossless. ExecuTorch's own importer rounds scales to bf16
 and then to 8-bit codes, which leaves 45 to 47 dB.
+
+Q4_K and Q5_K become ExecuTorch's int4 and int5 classes with the bundle's codes and scales. Their mins are encoded
+again (see `executorch_affine`), and a `ReencodedWarning` says what that costs: about 51 dB are left.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
+import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -22,14 +27,22 @@ import torch
 from torch import Tensor
 
 from q6k_kernels.errors import PackageMissingError
+from q6k_kernels.export.executorch_affine import CLASSES, affine_arguments, fits
+from q6k_kernels.formats.types import DEFAULT, weight_type
 from q6k_kernels.weights.reader import Bundle
 from q6k_kernels.weights.weight import PackedWeight
 
 CLASS = "executorch.backends.cuda.dp4a_planar_int6_tensor.CudaDp4aPlanarInt6Tensor"
+SIX_BITS = weight_type(DEFAULT).ggml
+"""The GGML type of that class."""
 
 
 class FormError(ValueError):
-    """The installed ExecuTorch expects the other form of scales, or a tensor is not a Q6_K matrix."""
+    """The installed ExecuTorch expects the other form of scales, or a tensor is no matrix that its classes hold."""
+
+
+class ReencodedWarning(UserWarning):
+    """A tensor differs from the GGUF's in ExecuTorch's form."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +87,11 @@ def planar_arguments(
         KeyError, IndexError, NotLoadableError, BundleError, OSError: see `Bundle.load`.
     """
     weight = bundle.load(name, device, expert=expert)
-    if not isinstance(weight, PackedWeight) or len(weight.shape) != 2:
+    if not isinstance(weight, PackedWeight) or weight.row.ggml != SIX_BITS or len(weight.shape) != 2:
         found = f"{tuple(weight.shape)} in {bundle.info(name).type}"
-        raise FormError(f"{bundle.path}: {name}: expected (N, K) in Q6_K, found {found}; of a stack name an expert")
+        raise FormError(
+            f"{bundle.path}: {name}: expected (N, K) in {SIX_BITS}, found {found}; of a stack name an expert"
+        )
     planes = dict(zip(weight.row.roles, weight.planes(), strict=True))
     return PlanarArguments(
         planes["ql"],
@@ -91,7 +106,9 @@ def planar_arguments(
 def planar_tensor(
     bundle: Bundle, name: str, device: torch.device | str | int = "cpu", *, expert: int | None = None
 ) -> Tensor:
-    """Return a Q6_K tensor as the installed ExecuTorch's `CudaDp4aPlanarInt6Tensor`.
+    """Return a tensor in the installed ExecuTorch's class: int6 for Q6_K, int4 for Q4_K, int5 for Q5_K.
+
+    A `ReencodedWarning` says what is lost where the class cannot have the bundle's mins.
 
     Args:
         bundle: the bundle of the tensor.
@@ -101,8 +118,11 @@ def planar_tensor(
 
     Raises:
         PackageMissingError: ExecuTorch, or torchao, which its class needs, is not installed.
-        FormError: see `planar_arguments`; or the installed class expects the other form of scales.
+        FormError: see `planar_arguments`; or the installed class expects another form of scales.
     """
+    weight = bundle.load(name, device, expert=expert)
+    if isinstance(weight, PackedWeight) and fits(weight):
+        return _affine_tensor(f"{bundle.path}: {name}", weight)
     made = planar_class()
     wants_steps = "steps" in inspect.signature(made.__new__).parameters
     arguments = planar_arguments(bundle, name, device, expert=expert)
@@ -116,16 +136,35 @@ def planar_tensor(
     return tensor
 
 
-def planar_class() -> Any:
-    """Import ExecuTorch's class.
+def _affine_tensor(where: str, weight: PackedWeight) -> Tensor:
+    made = planar_class(CLASSES[weight.row.bits])
+    arguments = affine_arguments(weight)
+    parameters = [*inspect.signature(made.__new__).parameters][1:]
+    if missing := arguments.by_name.keys() - set(parameters):
+        raise FormError(
+            f"{where}: the installed {made.__name__} takes {', '.join(parameters)}; expected {min(missing)}, too: "
+            "install an ExecuTorch whose scales and zeros have a step for each 256 weights"
+        )
+    if arguments.decibels < math.inf:
+        words = f"its mins are encoded again for {made.__name__}, which leaves {arguments.decibels:.1f} dB"
+        warnings.warn(f"{where}: {words}", ReencodedWarning, stacklevel=3)
+    tensor: Tensor = made(**arguments.by_name)
+    return tensor
+
+
+def planar_class(path: str = CLASS) -> Any:
+    """Import a class of ExecuTorch.
+
+    Args:
+        path: its module and name.
 
     Raises:
         PackageMissingError: ExecuTorch or torchao is not installed, or too old to have the class.
     """
-    module, name = CLASS.rsplit(".", 1)
+    module, name = path.rsplit(".", 1)
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise PackageMissingError(
-            f"{CLASS} is needed: {error}", "Install ExecuTorch and torchao: `pip install executorch`."
+            f"{path} is needed: {error}", "Install ExecuTorch and torchao: `pip install executorch`."
         ) from error
