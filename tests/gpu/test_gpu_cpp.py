@@ -169,7 +169,7 @@ x = torch.randn(20, 512, device="cuda", dtype=torch.bfloat16)
 graph = torch.cuda.CUDAGraph()
 with torch.inference_mode(), torch.cuda.graph(graph):
     found = [torch.ops.q6k.linear(x[:m], tiles, None, 40, "q6_k", "auto") for m in (1, 5, 20)]
-    found.append(torch.ops.q6k.dequantize(tiles, 40, "q6_k", torch.float32))
+    found.append(torch.ops.q6k.dequantize(tiles, 40, 512, "q6_k", torch.float32))
 with torch.inference_mode():
     for each in found:
         each.fill_(float("nan"))
@@ -177,7 +177,7 @@ graph.replay()
 for each, m in zip(found, (1, 5, 20)):
     assert torch.equal(each, torch.ops.q6k.linear(x[:m], tiles, None, 40, "q6_k", "auto")), m
     assert each.isfinite().all()
-assert torch.equal(found[-1], torch.ops.q6k.dequantize(tiles, 40, "q6_k", torch.float32))
+assert torch.equal(found[-1], torch.ops.q6k.dequantize(tiles, 40, 512, "q6_k", torch.float32))
 print("as captured")
 """
 

@@ -17,8 +17,8 @@ Exact = accuracy.Exact
 def linear(x: Tensor, w: Weight, formula: Literal["int8", "bf16"], *, expanded: bool = False) -> Exact:
     """Return x (M, K) times a weight (N, K), by the rules of the device that x is on.
 
-    Kernels for 16-bit activations round scales and mins to bf16 first where x is bf16 (`cuda.dispatch.rounds_scales`),
-    but for those that expand weights for cuBLAS.
+    Kernels for 16-bit activations round scales and mins to bf16 first where x is bf16, see
+    `cuda.dispatch.rounds_scales`, but for those that expand weights for cuBLAS.
     """
     rounded = formula == "bf16" and not expanded and dispatch.rounds_scales(x)
     return accuracy.linear(x, w.exact, activations=formula, scales_rounded=rounded)
@@ -27,11 +27,11 @@ def linear(x: Tensor, w: Weight, formula: Literal["int8", "bf16"], *, expanded: 
 def roundings(exact: Exact) -> int:
     """Return the largest number of roundings to fp32 of any term, for `accuracy.tolerance`.
 
-    "int8": the terms are sums of groups, and with mins those of mins. Each meets two products, additions in any order,
-    and the bias. Mins are multiplied in three parts by matrix instructions, each of which adds eight or sixteen products
-    and truncates, not rounds, below the bits of the largest one, so it counts as two roundings for each product.
-    "bf16": a matrix instruction adds sixteen products in that way. Then come the parts of K that thread blocks share, of
-    a super-block or more, and the bias. Both numbers include some reserve.
+    "int8": the terms are sums of groups, and with mins those of mins. Each meets two products, additions in any
+    order, and the bias. Mins are multiplied in three parts by matrix instructions, which add eight or sixteen
+    products and truncate, not round, below the bits of the largest one: two roundings for each product.
+    "bf16": a matrix instruction adds sixteen products in that way. Then come the parts of K that thread blocks
+    share, of a super-block or more, and the bias. Both numbers include some reserve.
     """
     return 7 * exact.terms + 8 if exact.terms < exact.k else exact.k // 8 + exact.k // 256 + 8
 
