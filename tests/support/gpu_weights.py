@@ -228,12 +228,10 @@ def _random(n: int, k: int, row: WeightType) -> Parts:
 
 
 LIMITS = {
-    row.name: limits
+    row.name: (110, 124) if row.scales[0].dtype == "U8" else (-32, 32)
     for row in WEIGHT_TYPES.values()
-    for limits in [(110, 124)]
-    if row.scales[0].dtype == "U8" and not row.stepped
+    if (row.scales[0].dtype == "U8" and not row.stepped) or (row.scales[0].dtype == "I8" and row.group == 32)
 }
-LIMITS |= {row.name: (-32, 32) for row in WEIGHT_TYPES.values() if row.scales[0].dtype == "I8" and row.group == 32}
 """Bounds of integer scales that are not all of their dtype's."""
 
 

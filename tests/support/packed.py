@@ -35,7 +35,7 @@ def row(tensors: list[Tensor] | Tensor) -> WeightType:
 
 
 def _fits(planes: list[Tensor], row: WeightType) -> bool:
-    """Check whether planes may be those of a weight type: of the same code planes and scales the first row is meant."""
+    """Check whether planes may be those of a weight type; of types with equal arrays the first is meant."""
     k = planes[0].shape[-1] * row.arrays[0].weights if planes and planes[0].ndim else 0
     return len(planes) == len(row.arrays) and all(
         plane.ndim and plane.dtype == PLANE_DTYPES[array.dtype] and plane.shape[-1] == k // array.weights
