@@ -9,10 +9,13 @@ test_gpu_sanitize.py, which says how to run it.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -58,25 +61,31 @@ def _library() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiled(request: pytest.FixtureRequest) -> None:
-    """Fills the disk cache with this GPU's kernels. One that does not compile fails in the test that needs it."""
+    """Fills the disk cache with common kernels, once for all workers; tests compile the others that they need."""
     if len([item for item in request.session.items if item.get_closest_marker("gpu")]) < MANY_TESTS:
         return
     import torch
 
-    from q6k_kernels.cpp import variants
+    from q6k_kernels.cpp import units
     from q6k_kernels.jit import compiler
 
-    major, minor = torch.cuda.get_device_capability()
-    units = sorted({(file, defines) for file, _, defines in variants.all_variants(10 * major + minor)})
-    arch, shares = compiler.architecture((major, minor)), os.cpu_count() or 1
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", COMPILE, arch, repr(units[share::shares])], stderr=subprocess.DEVNULL
-        )
-        for share in range(min(shares, len(units)))
-    ]
-    for process in processes:
-        process.wait()
+    capability = torch.cuda.get_device_capability()
+    done = Path(tempfile.gettempdir(), f"q6k-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}")
+    with done.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if file.tell():
+            return  # another worker has compiled them
+        common = [unit[1:] for unit in units.cover(units.plan([10 * capability[0] + capability[1]]))]
+        arch, shares = compiler.architecture(capability), os.cpu_count() or 1
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", COMPILE, arch, repr(common[share::shares])], stderr=subprocess.DEVNULL
+            )
+            for share in range(min(shares, len(common)))
+        ]
+        for process in processes:
+            process.wait()
+        file.write("done")
 
 
 @pytest.fixture(autouse=True)

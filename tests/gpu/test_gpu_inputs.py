@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 import fp64
 import gpu_weights
-from gpu_weights import EVERY, bias_of, inputs, linear, weight
+from gpu_weights import KINDS_OF_ROWS, bias_of, inputs, linear, weight
 
 pytestmark = pytest.mark.gpu
 
@@ -118,7 +118,7 @@ def test_biases(formula: str, dtype: torch.dtype, bias_dtype: torch.dtype, m: in
 
 @pytest.mark.parametrize("m", [1, 5, 8, 20, 140])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("format", EVERY)
+@pytest.mark.parametrize("format", KINDS_OF_ROWS)
 @pytest.mark.parametrize("kind", ["extreme", "random"])
 @pytest.mark.parametrize("formula", ["int8", "bf16"])
 def test_extreme_weights(formula: str, kind: str, format: str, dtype: torch.dtype, m: int) -> None:
@@ -146,7 +146,7 @@ def wild_rows(dtype: torch.dtype, k: int) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("format", EVERY)
+@pytest.mark.parametrize("format", KINDS_OF_ROWS)
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("formula", ["int8", "bf16"])
 def test_extreme_activations(formula: str, dtype: torch.dtype, format: str) -> None:

@@ -23,7 +23,8 @@ KINDS = ["genuine", "random", "extreme"]
 SHAPES = [(1, 256), (16, 256), (17, 768), (31, 2560), (33, 5376), (250, 1024), (1001, 512)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 THIRTY_TWO = [format for format in EVERY if WEIGHT_TYPES[format].block == 32]
-CASES = list(itertools.product(KINDS, SHAPES, EVERY))
+CASES = list(itertools.product(KINDS, SHAPES, EVERY[:2]))
+CASES += list(itertools.product(KINDS, [(1, 256), (17, 768), (33, 5376)], EVERY[2:]))
 CASES += [(kind, shape, format) for kind in KINDS for shape in [(33, 32), (17, 736)] for format in THIRTY_TWO]
 
 
