@@ -131,9 +131,9 @@ __device__ __forceinline__ void minimums_of_tile(float (&c)[4], const LaneTile& 
 #else
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    // 0x43uu is 128 + u.
+    // 0x43uu is 128 + u. Times one, as an addition of bf16 takes sm_90.
     const u32 biased = __byte_perm(tile.mins[h], 0x43434343u, 0x4140);
-    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(a[h]) : "r"(biased), "r"(0xC300C300u));
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(a[h]) : "r"(biased), "r"(0x3F803F80u), "r"(0xC300C300u));
   }
 #endif
   multiply_minimums(c, a, b);
