@@ -180,8 +180,8 @@ def test_context_and_capture_mode_are_put_back_after_an_error(cuda: FakeCuda) ->
             "map fp16 at 1099511627776 dims=8,1 stride=4096 box=256,256 steps=1,1 swizzle=0 l2=1 zeros=1",
         ),
         (
-            (32, "uint8", (240, 28, 5), (240, 6720), (240, 14, 4)),
-            "map uint8 at 32 dims=240,28,5 stride=240,6720 box=240,14,4 steps=1,1,1 swizzle=0 l2=1 zeros=1",
+            (32, "uint32", (224, 16, 5), (896, 3584), (224, 4, 4)),
+            "map uint32 at 32 dims=224,16,5 stride=896,3584 box=224,4,4 steps=1,1,1 swizzle=0 l2=1 zeros=1",
         ),
     ],
 )
@@ -202,7 +202,7 @@ RIGHT: dict[str, Any] = {
     ("name", "value", "expected"),
     [
         ("pointer", 4104, "pointer: expected a multiple of 16, found 4104"),
-        ("dtype", "fp32", "dtype: expected one of uint8, fp16, bf16, found fp32"),
+        ("dtype", "fp32", "dtype: expected one of uint32, fp16, bf16, found fp32"),
         ("sizes", (512,), "sizes: expected 2 to 5 numbers, found (512,)"),
         ("sizes", (1, 2, 3, 4, 5, 6), "sizes: expected 2 to 5 numbers, found (1, 2, 3, 4, 5, 6)"),
         ("sizes", (512, 0), "sizes: expected 1 to 2**32 each, found (512, 0)"),

@@ -235,7 +235,7 @@ CUresult CUDAAPI cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType dt
   if ((uintptr_t)map % _Alignof(CUtensorMap) || rank < 2 || rank > 5 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE) return CUDA_ERROR_INVALID_VALUE;
   const char* name = dtype == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16  ? "bf16"
                      : dtype == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 ? "fp16"
-                     : dtype == CU_TENSOR_MAP_DATA_TYPE_UINT8   ? "uint8"
+                     : dtype == CU_TENSOR_MAP_DATA_TYPE_UINT32  ? "uint32"
                                                                 : "?";
   const int line = swizzle == CU_TENSOR_MAP_SWIZZLE_128B   ? 128
                    : swizzle == CU_TENSOR_MAP_SWIZZLE_64B  ? 64
