@@ -6,18 +6,22 @@ from collections.abc import Iterator
 
 import pytest
 
+import any_type
 import cuda_emulator
-import packed
 
 torch = pytest.importorskip("torch")
 
 from cuda_emulator.memory import Memory, emulate
 from q6k_kernels.cuda import decode, decode_plan
 from q6k_kernels.cuda.device import Device
+from q6k_kernels.formats import tiles as layout
+from q6k_kernels.formats.types import WEIGHT_TYPES, weight_type
 from q6k_kernels.jit import loader
 from q6k_kernels.ops import accuracy
 
 pytestmark = cuda_emulator.requires_compiler
+SHORT = [name for name, row in WEIGHT_TYPES.items() if row.block == 32]
+"""Weight types whose rows may end within a tile."""
 
 
 @pytest.fixture
@@ -34,37 +38,30 @@ def device(arch: int, multiprocessors: int) -> Device:
     return Device(0, arch, multiprocessors, shared << 10, (shared + 1) << 10)
 
 
-def planes(n: int, k: int, exact: bool) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(n + k)
-    ql, qh = (torch.randint(0, 256, (n, k // by), dtype=torch.uint8, generator=generator) for by in (2, 4))
-    if exact:
-        sub_scales = torch.randint(-128, 128, (n, k // 16), dtype=torch.int8, generator=generator)
-        return ql, qh, sub_scales, (torch.randn(n, k // 256, generator=generator) * 1e-5).half()
-    return ql, qh, (torch.randn(n, k // 16, generator=generator) * 1e-3).bfloat16()
-
-
 CASES = [
-    # m, n, k, exact, dtype, cluster, multiprocessors
-    (1, 16, 256, False, torch.bfloat16, 1, 100),
-    (1, 200, 1536, True, torch.bfloat16, 1, 2),
-    (2, 37, 768, True, torch.float16, 1, 2),
-    (3, 150, 768, False, torch.float16, 1, 3),
-    (4, 77, 1024, False, torch.bfloat16, 4, 5),
-    (7, 65, 1280, True, torch.float16, 2, 3),
-    (8, 130, 512, False, torch.bfloat16, 1, 3),
-    (8, 200, 2304, True, torch.bfloat16, 8, 16),
-    (11, 33, 768, False, torch.float16, 2, 4),
+    # m, n, k, format, dtype, cluster, multiprocessors
+    (1, 16, 256, "q6_k", torch.bfloat16, 1, 100),
+    (1, 200, 1536, "q6_k_exact", torch.bfloat16, 1, 2),
+    (2, 37, 768, "q6_k_exact", torch.float16, 1, 2),
+    (3, 150, 768, "q6_k", torch.float16, 1, 3),
+    (4, 77, 1024, "q4_k", torch.bfloat16, 4, 5),
+    (7, 65, 1280, "q6_k_exact", torch.float16, 2, 3),
+    (8, 130, 512, "q5_k", torch.bfloat16, 1, 3),
+    (8, 200, 2304, "q6_k_exact", torch.bfloat16, 8, 16),
+    (11, 33, 768, "q6_k", torch.float16, 2, 4),
+    *((1 + at % 8, 37, 544, name, torch.bfloat16, 1, 2) for at, name in enumerate(SHORT)),
+    *((m, 33, 512, name, torch.float16, 1, 2) for m, name in ((1, "q5_k"), (2, "q4_k"), (3, "iq4_xs"))),
 ]
 
 
-@pytest.mark.parametrize(("m", "n", "k", "exact", "dtype", "cluster", "multiprocessors"), CASES)
+@pytest.mark.parametrize(("m", "n", "k", "format", "dtype", "cluster", "multiprocessors"), CASES)
 def test_products_are_right_in_every_order_of_threads(
     gpu: Memory,
     monkeypatch: pytest.MonkeyPatch,
     m: int,
     n: int,
     k: int,
-    exact: bool,
+    format: str,
     dtype: torch.dtype,
     cluster: int,
     multiprocessors: int,
@@ -81,9 +78,10 @@ def test_products_are_right_in_every_order_of_threads(
 
     monkeypatch.setattr(decode, "plan", forced)
     x = torch.randn(m, k + 8, generator=torch.Generator().manual_seed(m)).to(dtype)[:, :k]
-    weight = planes(n, k, exact)
+    row = weight_type(format)
+    weight = any_type.planes(row, n, k)
     bias = torch.randn(n, generator=torch.Generator().manual_seed(1))
-    tiles = packed.tiles_of(*weight)
+    tiles = layout.pack(weight, row)
 
     def multiply(order: int) -> torch.Tensor:
         kernels: list[cuda_emulator.Kernel] = []
@@ -95,15 +93,15 @@ def test_products_are_right_in_every_order_of_threads(
 
         monkeypatch.setattr(loader, "load", load)
         y = torch.empty(m, n, dtype=dtype)
-        decode.linear(x, tiles, bias, n, packed.row(tiles), y, on)
+        decode.linear(x, tiles, bias, n, row, y, on)
         assert kernels
         return y
 
     outputs = [multiply(order) for order in (3, 2, 0)]
     assert all(found is not None and found.cluster == cluster for found in plans)
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
-    right = accuracy.linear(x, packed.exact_of(*weight), bias, activations="int8")
-    # As csrc/decode.cuh counts them.
-    roundings = k // 32 + 3 + decode_plan.SHAPES[-1][0] * cluster
+    right = accuracy.linear(x, accuracy.of_planes(weight, row), bias, activations="int8")
+    # As cuda/decode.cuh counts them.
+    roundings = -(-k // 256) * 8 + 3 + 2 * row.minimum + decode_plan.SHAPES[-1][0] * cluster
     found = accuracy.compare(outputs[0], right, roundings)
     assert found.first is None, found

@@ -17,7 +17,7 @@ SHAPES = [
     *((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096)),  # Llama 3 8B
     *((21504, 5376), (5376, 21504), (4096, 5376), (2048, 5376), (5376, 4096), (262144, 5376)),  # Gemma 3 27B
     *((12288, 4096), (4096, 12288), (151936, 4096)),  # Qwen3 8B
-    *((1, 256), (17, 768), (1001, 2560), (1, 21504), (4000000, 256), (1 << 20, 13568)),
+    *((1, 256), (17, 768), (17, 800), (1001, 2560), (1, 21504), (4000000, 256), (1 << 20, 13568)),
 ]
 BF16, EXACT = weight_type("q6_k"), weight_type("q6_k_exact")
 GPUS = [variants.device_like(arch) for arch in variants.ARCHITECTURES]
@@ -37,7 +37,7 @@ def test_decode_plans_fit_and_cover(gpu: Device, row: WeightType, m: int) -> Non
         if plan is None:  # then fewer rows at a time; one always fits
             assert m > 1
             continue
-        row_tiles, blocks = -(-n // 16), k // 256
+        row_tiles, blocks = -(-n // 16), -(-k // 256)
         assert plan.tokens >= m
         assert not plan.fused or plan.tokens <= 4
         assert plan.early or plan.fused  # nothing is asked for before a ring that only the fused kernel fills late
@@ -52,12 +52,13 @@ def test_decode_plans_fit_and_cover(gpu: Device, row: WeightType, m: int) -> Non
         )
         depth = -(-blocks // plan.cluster)
         assert rows * depth * plan.warps < 1 << 31
-        # What csrc/decode.cuh lays out: ring, activations, their scales, sums.
+        # What cuda/decode.cuh lays out: ring, activations, their scales, sums and parts for minimums, sums of rows.
         ring = plan.warps * plan.stages * row.tile_bytes
         codes = depth * 4 * (64 * plan.tokens + (16 if plan.fused else 0))
-        steps = depth * (32 * plan.tokens if plan.tokens <= 4 else 256)
+        steps = depth * (32 * plan.tokens if plan.tokens <= 4 else 256) * (2 if row.offset else 1)
+        parts = depth * 64 * plan.tokens if row.minimum else 0
         slots = 2 * plan.warps if plan.cluster == 1 else rows + plan.warps
-        assert plan.shared_bytes >= ring + codes + steps + slots * 16 * plan.tokens * 4
+        assert plan.shared_bytes >= ring + codes + steps + parts + slots * 16 * plan.tokens * 4
 
 
 def test_decode_splits_k_where_activations_would_not_fit() -> None:
@@ -72,7 +73,7 @@ def test_decode_never_copies_activations_for_row_tile_after_row_tile() -> None:
         assert plan is None or plan.ranges <= 4 * H200.multiprocessors * plan.occupancy
 
 
-@pytest.mark.parametrize(("arch", "most"), [(80, 65536), (86, 36864), (90, 262144)])
+@pytest.mark.parametrize(("arch", "most"), [(80, 65536), (86, 33792), (90, 262144)])
 def test_activations_that_fit_are_known(arch: int, most: int) -> None:
     gpu = variants.device_like(arch)
     assert decode_plan.fits(4096, most, BF16, gpu)
@@ -106,7 +107,7 @@ def test_gemm_configurations_fit(config: gemm_wgmma.Config, row: WeightType) -> 
 def test_gemm_plans_cover_every_output_once(m: int) -> None:
     """As the kernel counts: rounds of outputs computed whole, then equal parts of the pairs of the others."""
     for n, k in SHAPES:
-        plan, depth = gemm_wgmma.plan(m, n, k, H200), k // 256
+        plan, depth = gemm_wgmma.plan(m, n, k, H200), -(-k // 256)
         assert plan.token_blocks * plan.config.tokens >= m
         assert plan.row_blocks * plan.config.rows >= n
         assert 1 <= plan.blocks <= 132 * plan.config.occupancy

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import any_type
 import cuda_emulator
 import packed
 
@@ -18,7 +19,9 @@ torch = pytest.importorskip("torch")
 from cuda_emulator.memory import Memory, emulate
 from q6k_kernels.cpp.variants import device_like
 from q6k_kernels.cuda import rows as row_kernels
-from q6k_kernels.formats.types import row_of, weight_type
+from q6k_kernels.formats import tiles as layout
+from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType, row_of, weight_type
+from q6k_kernels.ops import reference
 
 SCALES = ["bf16", "exact"]
 BF16 = weight_type("q6_k")
@@ -73,6 +76,18 @@ def test_packing_writes_every_byte_that_the_cpu_does(gpu: Memory, shape: tuple[i
 
 
 @cuda_emulator.requires_compiler
+@pytest.mark.parametrize("row", WEIGHT_TYPES.values(), ids=lambda row: row.name)
+def test_every_weight_type_is_packed_and_expanded(gpu: Memory, row: WeightType) -> None:
+    n, k = 21, 544 if row.block == 32 else 512
+    given, dtype = any_type.planes(row, n, k), torch.bfloat16
+    tiles, rows = row_kernels.pack(given, row), torch.tensor([20, 0, 16])
+    assert torch.equal(tiles, layout.pack(given, row))
+    right = reference.dequantize(given, row, dtype)
+    assert_same_bits(row_kernels.dequantize(tiles, n, k, row, dtype), right)
+    assert_same_bits(row_kernels.embedding(rows, tiles, n, k, row, dtype), right[rows])
+
+
+@cuda_emulator.requires_compiler
 @pytest.mark.parametrize("scales", SCALES)
 def test_planes_may_lie_anywhere(gpu: Memory, scales: str) -> None:
     """Strided, or at an odd address: the kernel reads 16 bytes at a time."""
@@ -96,7 +111,7 @@ def test_all_rows_are_the_references(gpu: Memory, scales: str, dtype: torch.dtyp
     for shape in SHAPES:
         tiles = packed.tiles_of(*planes(shape, scales))
         assert_same_bits(
-            row_kernels.dequantize(tiles, shape[0], packed.row(tiles), dtype),
+            row_kernels.dequantize(tiles, *shape, packed.row(tiles), dtype),
             packed.dequantized(*planes(shape, scales), dtype=dtype),
         )
 
@@ -127,7 +142,7 @@ def test_gathered_rows_are_the_references(gpu: Memory, scales: str, dtype: torch
     tiles = packed.tiles_of(*planes((37, 768), scales))
     every = packed.dequantized(*planes((37, 768), scales), dtype=dtype)
     for indices in INDICES.values():
-        assert_same_bits(row_kernels.embedding(indices, tiles, 37, packed.row(tiles), dtype), every[indices])
+        assert_same_bits(row_kernels.embedding(indices, tiles, 37, 768, packed.row(tiles), dtype), every[indices])
 
 
 @cuda_emulator.requires_compiler
@@ -142,10 +157,12 @@ def test_an_index_outside_the_rows_traps(gpu: Memory, index_dtype: torch.dtype, 
     tiles = packed.tiles_of(*planes((37, 768), "bf16"))
     with pytest.raises(cuda_emulator.EmulationError, match="q6k_gather: trap"):
         row_kernels.embedding(
-            torch.tensor([3, bad, 5], dtype=index_dtype), tiles, 37, packed.row(tiles), torch.bfloat16
+            torch.tensor([3, bad, 5], dtype=index_dtype), tiles, 37, 768, packed.row(tiles), torch.bfloat16
         )
     assert_same_bits(
-        row_kernels.embedding(torch.tensor([3], dtype=index_dtype), tiles, 37, packed.row(tiles), torch.bfloat16),
+        row_kernels.embedding(
+            torch.tensor([3], dtype=index_dtype), tiles, 37, 768, packed.row(tiles), torch.bfloat16
+        ),
         packed.dequantized(*planes((37, 768), "bf16"), dtype=torch.bfloat16)[3:4],
     )
 
@@ -164,7 +181,7 @@ def test_threads_may_run_in_any_order(gpu: Memory, scales: str) -> None:
                 kernel.order = order
             assert torch.equal(row_kernels.pack(planes(shape, scales), row_of("Q6_K", scales)), wanted)
             assert_same_bits(
-                row_kernels.dequantize(wanted, 37, row, dtype),
+                row_kernels.dequantize(wanted, 37, 768, row, dtype),
                 packed.dequantized(*planes(shape, scales), dtype=dtype),
             )
     finally:
@@ -180,8 +197,8 @@ def test_gathering_alone_may_start_early(arch: int, early: bool, monkeypatch: py
     monkeypatch.setattr(row_kernels.loader, "load", lambda *variant: kernel)
     monkeypatch.setattr(row_kernels.launching, "stream", lambda on: 0)
     monkeypatch.setattr(row_kernels, "_device", lambda **tensors: device_like(arch))
-    row_kernels.embedding(torch.tensor([3]), tiles, 37, packed.row(tiles), torch.bfloat16)
-    row_kernels.dequantize(tiles, 37, packed.row(tiles), torch.bfloat16)
+    row_kernels.embedding(torch.tensor([3]), tiles, 37, 768, packed.row(tiles), torch.bfloat16)
+    row_kernels.dequantize(tiles, 37, 768, packed.row(tiles), torch.bfloat16)
     row_kernels.pack(planes((37, 768), "bf16"), BF16)
     assert launches == [early, False, False]
 
@@ -219,7 +236,7 @@ def test_slices_say_what_they_refuse(arguments: dict[str, Any], message: str) ->
         ({"dtype": torch.float64}, "dtype: expected bfloat16"),
         ({"n": 49}, "found 49"),
         ({"tiles": torch.zeros(3, 3, 3585, dtype=torch.uint8)[..., :3584]}, "expected contiguous uint8"),
-        ({"tiles": torch.zeros(3 * 3584 + 1, dtype=torch.uint8)[1:].view(3, 1, 3584)}, "clone them"),
+        ({"tiles": torch.zeros(9 * 3584 + 1, dtype=torch.uint8)[1:].view(3, 3, 3584)}, "clone them"),
         ({}, "expected all tensors on one GPU, found indices on cpu, tiles on cpu"),
     ],
 )
@@ -229,6 +246,7 @@ def test_embedding_says_what_it_refuses(arguments: dict[str, Any], message: str)
         "indices": torch.tensor([1]),
         "tiles": tiles,
         "n": 37,
+        "k": 768,
         "row": BF16,
         "dtype": torch.bfloat16,
     } | arguments
@@ -243,5 +261,5 @@ def test_packing_refuses_planes_of_the_cpu() -> None:
 
 def test_variants_are_what_is_loaded() -> None:
     variants = row_kernels.variants(90)
-    assert len(set(variants)) == len(variants) == 2 + 6 + 12
+    assert len(set(variants)) == len(variants) == len(WEIGHT_TYPES) * (1 + 3 + 6)
     assert {kernel for _, kernel, _ in variants} == {"q6k_pack", "q6k_dequantize", "q6k_gather"}

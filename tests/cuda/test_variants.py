@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 
-from q6k_kernels.cpp import variants
+from q6k_kernels.cpp import units, variants
 from q6k_kernels.cuda import decode, decode_kernels, decode_plan, dispatch, gemm_mma, gemm_wgmma
-from q6k_kernels.cuda.decode_plan import ROWS, TOKENS
+from q6k_kernels.cuda.decode_plan import ANY, ROWS, TOKENS
 from q6k_kernels.cuda.device import Device, Variant
+from q6k_kernels.formats.ggml import SUPER_BLOCK
 from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType
 
 GPUS = [
     replace(variants.device_like(arch), multiprocessors=count)
     for arch, count in ((80, 108), (86, 84), (89, 128), (90, 132), (90, 114), (90, 16), (100, 148), (120, 188))
 ]
-COLUMNS = [*range(256, 4096, 256), *range(4096, 108 << 10, 512), 1 << 18, 1 << 19, 1 << 21]
+LIMITS = sorted({row.tiles for row in ROWS if row.tiles < ANY})
+"""Numbers of tiles a multiprocessor at which rows of `decode_plan` end."""
+COLUMNS = [
+    *(256, 2304, 4096, 4352, 4864, 5120, 8192, 8448, 12288, 13824, 16128, 16384, 21504, 24576),
+    *range(26 << 10, 48 << 10, 1 << 10),
+    *range(48 << 10, 112 << 10, 2 << 10),
+    *range(112 << 10, 1 << 20, 24 << 10),
+    *(1 << 20, 1 << 21),
+]
 """K past what fits anywhere."""
-ROWS_OF_WEIGHTS = (1, 17, 1000, 4096, 14336, 43000, 128256, 1 << 20, 1 << 23, 140 << 20, 200 << 20)
-"""N to 200 million."""
+
+
+def rows_of_weights(k: int, gpu: Device) -> set[int]:
+    """N to 200 million, and those at which rows of `decode_plan` end."""
+    last = {limit * gpu.multiprocessors // -(-k // SUPER_BLOCK) for limit in LIMITS}
+    ends = {16 * row_tiles for row_tiles in last if row_tiles}
+    return {1, 1000, 1 << 20, 1 << 23, 140 << 20, 200 << 20, *ends, *(end + 1 for end in ends)}
 
 
 def named(gpu: Device) -> str:
@@ -32,10 +47,11 @@ def test_decode_kernels_are_those_that_sizes_reach(gpu: Device) -> None:
     kinds = [(tokens, quantized) for tokens in TOKENS for quantized in {False, tokens == 1}]
     for row in WEIGHT_TYPES.values():
         reached = set()
-        for k, n, (tokens, quantized) in itertools.product(COLUMNS, ROWS_OF_WEIGHTS, kinds):
-            plan = decode_plan.plan(tokens, n, k, row, gpu, quantized=quantized)
-            if plan is not None:
-                reached.add((plan.kernel, plan.cluster > 1))
+        for k in COLUMNS:
+            for n, (tokens, quantized) in itertools.product(rows_of_weights(k, gpu), kinds):
+                plan = decode_plan.plan.__wrapped__(tokens, n, k, row, gpu, quantized=quantized)
+                if plan is not None:
+                    reached.add((plan.kernel, plan.cluster > 1))
         assert set(decode_kernels.reached(row, gpu)) == reached
 
 
@@ -70,12 +86,12 @@ def test_gemm_kernels_are_those_that_sizes_reach(gpu: Device) -> None:
 
 
 def test_every_size_has_a_row_and_every_row_a_size() -> None:
-    chosen = set()
-    for format, tokens, k, tiles in itertools.product(WEIGHT_TYPES, TOKENS, COLUMNS, (1, 10, 11, 48, 49, 250, 251)):
+    chosen, counts = set(), [count for limit in LIMITS for count in (limit, limit + 1)]
+    for format, tokens, k, tiles in itertools.product(WEIGHT_TYPES, TOKENS, COLUMNS, counts):
         row = next(row for row in ROWS if row.holds(format, tokens, k, tiles))
         assert not row.fused or tokens <= decode_plan.FUSED_TOKENS
-        chosen.add((row, format, tokens))
-    assert chosen == {(row, format, tokens) for row in ROWS for format in row.formats for tokens in row.tokens}
+        chosen.add((row, tokens))
+    assert chosen == {(row, tokens) for row in ROWS for tokens in row.tokens}
     for format, tokens in itertools.product(WEIGHT_TYPES, TOKENS):
         assert any(row.holds(format, tokens, decode_plan.ANY, decode_plan.ANY) for row in ROWS)
 
@@ -87,7 +103,7 @@ def test_every_size_has_a_row_and_every_row_a_size() -> None:
         (1, 4096, 4096, "q6_k", (8, 3, 2), True, False, 132),
         # Two blocks a multiprocessor, which ask for tiles first.
         (1, 14336, 4096, "q6_k", (8, 3, 2), True, True, 264),
-        (1, 14336, 4096, "q6_k_exact", (8, 2, 2), True, True, 264),
+        (1, 14336, 4096, "q6_k_exact", (8, 3, 2), True, True, 264),
         # A launch of its own quantises.
         (1, 21504, 5376, "q6_k", (16, 3, 1), False, True, 132),
         (1, 21504, 5376, "q6_k_exact", (8, 3, 2), False, True, 264),
@@ -95,8 +111,10 @@ def test_every_size_has_a_row_and_every_row_a_size() -> None:
         (2, 4096, 14336, "q6_k", (16, 3, 1), True, False, 132),
         (4, 14336, 4096, "q6_k", (16, 3, 1), True, False, 132),
         (8, 14336, 4096, "q6_k", (8, 2, 1), False, True, 132),
-        (8, 21504, 5376, "q6_k_exact", (8, 2, 2), False, True, 264),
-        (8, 262144, 5376, "q6_k", (8, 2, 2), False, True, 264),
+        (8, 21504, 5376, "q6_k_exact", (8, 5, 1), False, True, 132),
+        (8, 262144, 5376, "q6_k", (8, 5, 1), False, True, 132),
+        # Smaller tiles leave room for deeper rings.
+        (8, 14336, 4096, "q4_k", (16, 3, 1), False, True, 132),
     ],
 )
 def test_choices_are_those_that_were_measured(
@@ -107,3 +125,16 @@ def test_choices_are_those_that_were_measured(
     assert plan is not None
     assert ((plan.warps, plan.stages, plan.occupancy), plan.fused, plan.early) == (shape, fused, early)
     assert plan.ranges * plan.cluster == blocks
+
+
+def test_the_few_that_a_check_compiles_have_every_weight_type_and_every_value() -> None:
+    every = units.plan([80, 90])
+    few = units.cover(every)
+    assert few.items() <= every.items()
+    assert len(few) < len(every) / 3
+
+    def values(some: Iterable[units.Unit]) -> set[object]:
+        own = {(arch, file, each) for arch, file, defines in some for each in defines}
+        return own | {(arch, file, units.format_macros((arch, file, defines))) for arch, file, defines in some}
+
+    assert values(few) == values(every)

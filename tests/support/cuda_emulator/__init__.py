@@ -41,7 +41,7 @@ MOST_BLOCKS = (1 << 31) - 1, 65535, 65535
 _ASM = re.compile(r"\basm\b(?:\s+volatile)?\s*\(")
 _DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
 _KERNEL = re.compile(
-    r'extern "C" __global__ void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*|[A-Z0-9_]+\s+)?'
+    r'extern "C" __global__ void\s+(?:(?:__launch_bounds__|__maxnreg__)\((?:[^()]|\([^()]*\))*\)\s*)?'
     r"(\w+)\s*\(([^)]*)\)"
 )
 
@@ -112,18 +112,23 @@ def load_text(source: str, kernel: str, defines: tuple[tuple[str, int], ...] = (
 
 @cache
 def _library(source: str, defines: tuple[tuple[str, int], ...]) -> Path:
-    macros = "".join(f"#define {name} {value}\n" for name, value in defines)
-    kernels = _KERNEL.findall(source)
-    # Macros may leave a kernel out; then its launcher calls this.
-    absent = "".join(
-        f'static void {name}(...) {{ emulator::fail("left out by its macros"); }}\n' for name, _ in kernels
-    )
-    launchers = "".join(_launcher(name, parameters) for name, parameters in kernels)
-    text = f'#include "instructions.h"\n{absent}{macros}{translate(source)}\n{launchers}'
+    source = _preprocessed(source, defines)
+    launchers = "".join(_launcher(name, parameters) for name, parameters in _KERNEL.findall(source))
+    text = f'#include "instructions.h"\n{translate(source)}\n{launchers}'
     stem = Path(_FOLDER.name) / hashlib.sha256(text.encode()).hexdigest()[:16]
     stem.with_suffix(".cpp").write_text(text)
     _compile("-shared", f"-I{_header()}", f"-I{HERE}", "-o", f"{stem}.so", f"{stem}.cpp")
     return stem.with_suffix(".so")
+
+
+def _preprocessed(source: str, defines: tuple[tuple[str, int], ...]) -> str:
+    """Return CUDA C++ without its macros, of which instructions in asm statements may be made."""
+    assert COMPILER is not None
+    macros = [f"-D{name}={value}" for name, value in (*defines, ("__CUDA_ARCH__", 900))]
+    command = [COMPILER, "-E", "-P", "-w", "-x", "c++", *macros, "-"]
+    done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:4000]
+    return done.stdout
 
 
 @cache

@@ -9,8 +9,8 @@
 #define __restrict__
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define __shared__ static __attribute__((section("emulated_shared")))
-#define __CUDA_ARCH__ 900
 
 struct alignas(8) uint2 { uint32_t x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
@@ -45,7 +45,8 @@ static inline auto min(A a, B b) { return b < a ? b : a; }
 template <typename A, typename B>
 static inline auto max(A a, B b) { return a < b ? b : a; }
 
-static inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+// Element i of the result is byte `selector >> 4i & 7` of the eight, or with bit 3 of its index that byte's sign.
+static inline uint32_t emulated_permutation(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = (uint64_t)high << 32 | low;
   uint32_t result = 0;
   for (int i = 0; i < 4; ++i) {
@@ -55,6 +56,13 @@ static inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selecto
     result |= byte << 8 * i;
   }
   return result;
+}
+static inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  return emulated_permutation(low, high, selector & 0x7777);
+}
+static inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 32; i += 8) c += (int8_t)((uint32_t)a >> i) * (int8_t)((uint32_t)b >> i);
+  return c;
 }
 
 static inline size_t __cvta_generic_to_shared(const void* pointer) { return emulator::to_shared_address(pointer); }

@@ -69,6 +69,15 @@ static inline void max_NaN_f32(float& d, float a, float b) {
   d = std::isnan(a) || std::isnan(b) ? bits_as<float>(0x7FFFFFFFu) : fmaxf(a, b);
 }
 
+// ---- bytes -------------------------------------------------------------------------------------------------
+
+static inline void prmt_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t selector) {
+  d = emulated_permutation(a, b, selector);
+}
+static inline void dp2a_lo_s32_s32(int& d, uint32_t a, int b, int c) {
+  d = c + (int16_t)a * (int8_t)b + (int16_t)(a >> 16) * (int8_t)((uint32_t)b >> 8);
+}
+
 // ---- shared memory and copies ------------------------------------------------------------------------------
 
 template <typename T>
@@ -220,28 +229,51 @@ static inline void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(
   emulated_mma_16bit(d0, d1, d2, d3, a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, emulated_fp16);
 }
 
-static inline void mma_sync_aligned_m16n8k16_row_col_s32_s8_s8_s32(
-    uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3, uint32_t a0, uint32_t a1, uint32_t b0, uint32_t c0,
-    uint32_t c1, uint32_t c2, uint32_t c3) {
-  struct Operand { uint32_t a[2], b, c[4]; } operand{{a0, a1}, b0, {c0, c1, c2, c3}};
-  emulator::together("mma.m16n8k16 of 8 bits", operand, [](Operand** all) {
-    int8_t a[16][16], b[16][8];
+// Eight columns: the first half of a product of sixteen.
+static inline void mma_sync_aligned_m16n8k8_row_col_f32_bf16_bf16_f32(float& d0, float& d1, float& d2, float& d3,
+                                                                      uint32_t a0, uint32_t a1, uint32_t b0, float c0,
+                                                                      float c1, float c2, float c3) {
+  emulated_mma_16bit(d0, d1, d2, d3, a0, a1, 0, 0, b0, 0, c0, c1, c2, c3, emulated_bf16);
+}
+
+// A product of K columns, operand A of type `A`: register r of it has row g + 8(r & 1), columns 16(r >> 1) + 4t on.
+template <typename A, int K>
+static inline void emulated_mma_8bit(uint32_t (&c)[4], const uint32_t (&a)[K / 8], const uint32_t (&b)[K / 16]) {
+  struct Operand { const uint32_t *a, *b; uint32_t* c; } operand{a, b, c};
+  emulator::together("mma of 8 bits", operand, [](Operand** all) {
+    int left[16][K], right[K][8];
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, t = lane % 4;
       for (int byte = 0; byte < 4; ++byte) {
-        for (int r = 0; r < 2; ++r) a[g + 8 * r][4 * t + byte] = (int8_t)(all[lane]->a[r] >> 8 * byte);
-        b[4 * t + byte][g] = (int8_t)(all[lane]->b >> 8 * byte);
+        for (int r = 0; r < K / 8; ++r) {
+          left[g + 8 * (r & 1)][16 * (r >> 1) + 4 * t + byte] = (A)(all[lane]->a[r] >> 8 * byte);
+        }
+        for (int r = 0; r < K / 16; ++r) right[16 * r + 4 * t + byte][g] = (int8_t)(all[lane]->b[r] >> 8 * byte);
       }
     }
     for (int lane = 0; lane < 32; ++lane) {
       for (int r = 0; r < 4; ++r) {
         uint32_t sum = all[lane]->c[r];
-        for (int k = 0; k < 16; ++k) {
-          sum += (uint32_t)(a[lane / 4 + 8 * (r >> 1)][k] * b[k][lane % 4 * 2 + (r & 1)]);
-        }
+        for (int k = 0; k < K; ++k) sum += (uint32_t)(left[lane / 4 + 8 * (r >> 1)][k] * right[k][lane % 4 * 2 + (r & 1)]);
         all[lane]->c[r] = sum;
       }
     }
   });
-  d0 = operand.c[0], d1 = operand.c[1], d2 = operand.c[2], d3 = operand.c[3];
 }
+#define EMULATED_MMA_8BIT(type, A)                                                                                  \
+  static inline void mma_sync_aligned_m16n8k16_row_col_s32_##type##_s8_s32(                                        \
+      uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3, uint32_t a0, uint32_t a1, uint32_t b0, uint32_t c0,  \
+      uint32_t c1, uint32_t c2, uint32_t c3) {                                                                     \
+    uint32_t c[4] = {c0, c1, c2, c3};                                                                              \
+    emulated_mma_8bit<A, 16>(c, {a0, a1}, {b0});                                                                   \
+    d0 = c[0], d1 = c[1], d2 = c[2], d3 = c[3];                                                                    \
+  }                                                                                                                \
+  static inline void mma_sync_aligned_m16n8k32_row_col_s32_##type##_s8_s32(                                        \
+      uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,  \
+      uint32_t b0, uint32_t b1, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {                              \
+    uint32_t c[4] = {c0, c1, c2, c3};                                                                              \
+    emulated_mma_8bit<A, 32>(c, {a0, a1, a2, a3}, {b0, b1});                                                       \
+    d0 = c[0], d1 = c[1], d2 = c[2], d3 = c[3];                                                                    \
+  }
+EMULATED_MMA_8BIT(s8, int8_t)
+EMULATED_MMA_8BIT(u8, uint8_t)
