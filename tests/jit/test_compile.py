@@ -54,7 +54,7 @@ def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             shared_bytes=lambda arch: {VARIANT: 1000 + arch},
         )
         monkeypatch.setitem(sys.modules, "q6k_kernels.cpp.variants", fake)
-        return compile_kernels.main(["--json", str(tmp_path / "rows.json"), *arguments])
+        return compile_kernels.main(["--all", "--json", str(tmp_path / "rows.json"), *arguments])
 
     return SimpleNamespace(run=run, document=lambda: json.loads((tmp_path / "rows.json").read_text()))
 
@@ -184,12 +184,12 @@ def test_dynamic_shared_memory_is_what_launches_ask_for() -> None:
     for (_, kernel, defines), size in {**variants.shared_bytes(80), **variants.shared_bytes(90)}.items():
         macros = dict(defines)
         own = (value for name, value in macros.items() if name not in (*CODE_MACROS, "Q6K_FP16"))
-        found[kernel, macros.get("Q6K_SCALES"), *own] = size
+        found[kernel, macros.get("Q6K_BITS"), macros.get("Q6K_SCALES"), *own] = size
     # Activations of two stages, and two tiles for each of eight warps.
-    assert found["q6k_gemm_mma", 0, 16, 1, 2] == 2 * 8192 + 8 * 2 * 3584
+    assert found["q6k_gemm_mma", 6, 0, 16, 1, 2] == 2 * 8192 + 8 * 2 * 3584
     # Rings of x and of tiles, 2 KB for each consumer, a barrier pair for each stage.
-    assert found["q6k_gemm_wgmma", 1, 256, 2, 3, 4, 1] == 4 * 256 * 128 + 3 * 8 * 3360 + 2 * 2048 + 7 * 16
+    assert found["q6k_gemm_wgmma", 6, 1, 256, 2, 3, 4, 1] == 4 * 256 * 128 + 3 * 8 * 3456 + 2 * 2048 + 7 * 16
     # Of 16 keys and values for each of eight warps, 16 bytes more than they take.
-    assert found["q6k_attend", None, 1, 0, 128, 8] == 2 * 8 * 16 * (128 * 2 + 16)
+    assert found["q6k_attend", None, None, 1, 0, 128, 8] == 2 * 8 * 16 * (128 * 2 + 16)
     # A ring of 16 x 3 tiles, 21504 / 256 super-blocks of one token's codes and steps, 32 sums.
-    assert found["q6k_decode", 0, 1, 0, 16, 3, 1, 0] >= 16 * 3 * 3584 + 84 * (256 + 32) + 32 * 16 * 4
+    assert found["q6k_decode", 6, 0, 1, 0, 16, 3, 1, 0] >= 16 * 3 * 3584 + 84 * (256 + 32) + 32 * 16 * 4

@@ -63,7 +63,7 @@ def weight_types() -> list[str]:
         rows.append(f'{{"{row.name}", {", ".join(values)}}}')
     longest = max(map(len, types.BOOKS))
     return [
-        "// `at`: bytes before a tile's elements of the array, of `bytes` each; `place`: among q6k_pack's parameters.",
+        "// `at`: bytes before a tile's elements of the array, of `bytes` each; `place`: among parameters.",
         "struct PlaneArray { const char *role, *dtype; int64_t weights, bytes, at, place; };",
         "// `macros`: values of the weight type's macros, which follow by name. The first `planes` of the `count`",
         "// arrays are of codes.",

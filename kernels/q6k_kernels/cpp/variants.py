@@ -98,6 +98,6 @@ def _of_plans(device: Device) -> dict[_Key, int]:
             if chosen is not None:
                 meet(decode.KERNEL, row, (*chosen.kernel, chosen.cluster > 1), chosen.shared_bytes)
         for config in gemm_wgmma.CONFIGS:
-            own = config.tokens, config.consumers, config.tile_stages, config.x_stages, config.occupancy
+            own = config.tokens, config.consumers, config.stages(row), config.x_stages, config.occupancy
             meet(gemm_wgmma.KERNEL, row, own, config.shared_bytes(row))
     return largest
