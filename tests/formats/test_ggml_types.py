@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gguf
 
-from q6k_kernels.formats.ggml import GROUP, REMOVED_TYPES, SUPER_BLOCK, TYPE_SIZES, GGMLType
+from q6k_kernels.formats.ggml import REMOVED_TYPES, TYPE_SIZES, GGMLType, super_blocks
 
 
 def test_numbers_names_and_sizes_are_those_of_the_gguf_package() -> None:
@@ -17,8 +17,5 @@ def test_removed_types_are_none_of_the_known() -> None:
     assert not set(REMOVED_TYPES) & set(map(int, GGMLType))
 
 
-def test_the_sizes_of_q6_k_agree() -> None:
-    assert TYPE_SIZES[GGMLType.Q6_K] == (
-        SUPER_BLOCK,
-        SUPER_BLOCK // 2 + SUPER_BLOCK // 4 + SUPER_BLOCK // GROUP + 2,
-    )
+def test_a_row_has_whole_super_blocks() -> None:
+    assert [super_blocks(k) for k in (32, 256, 288, 576, 5376)] == [1, 1, 2, 3, 21]

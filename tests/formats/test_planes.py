@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,13 +11,17 @@ from hypothesis.extra import numpy as hnp
 
 import oracles
 from q6k_kernels.formats import planes
+from q6k_kernels.formats.blocks import block_bytes, decode
+from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType
 
+SIX = WEIGHT_TYPES["q6_k"]
+ROWS = pytest.mark.parametrize("row", WEIGHT_TYPES.values(), ids=lambda row: row.name)
 weights = hnp.arrays(np.int8, st.sampled_from([(256,), (1, 512), (2, 3, 256)]), elements=st.integers(-32, 31))
 
 
 @given(q=weights)
 def test_pack_is_what_the_table_says(q: np.ndarray) -> None:
-    ql, qh = planes.pack(q)
+    ql, qh = planes.pack((q + 32).astype(np.uint8), SIX)
     rows = q.reshape(-1, q.shape[-1]).tolist()
     expected = [oracles.planes_of_row(row) for row in rows]
     assert ql.tobytes() == b"".join(low for low, _ in expected)
@@ -25,38 +30,59 @@ def test_pack_is_what_the_table_says(q: np.ndarray) -> None:
     assert qh.shape == (*q.shape[:-1], q.shape[-1] // 4)
 
 
-@given(q=weights)
-def test_unpack_undoes_pack(q: np.ndarray) -> None:
-    np.testing.assert_array_equal(planes.unpack(*planes.pack(q)), q)
+@ROWS
+def test_planes_of_every_type(row: WeightType) -> None:
+    """Each weight where the text has it, and back."""
+    rng = np.random.default_rng(row.bits)
+    codes = rng.integers(0, 1 << row.bits, (2, 3, 288), dtype=np.uint8)
+    found = planes.pack(codes, row)
+    assert len(found) == len(row.arrays) - len(row.scales)
+    np.testing.assert_array_equal(planes.unpack(found, row), codes)
+    flat, rows = codes.reshape(-1, 288), [plane.reshape(6, -1) for plane in found]
+    for n, i in ((0, 0), (1, 1), (2, 30), (3, 31), (4, 37), (5, 287)):
+        u = int(flat[n, i])
+        if row.bits == 8:
+            assert rows[0][n, i] == u
+            continue
+        assert rows[0][n, i // 2] >> 4 * (i % 2) & 15 == u & 15
+        if row.bits == 6:
+            byte = rows[1][n, i // 32 * 8 + i % 32 // 8 + 4 * (i % 2)]
+            assert byte >> i % 8 // 2 * 2 & 3 == u >> 4
+        if row.bits == 5:
+            assert rows[1][n, i // 8] >> (i % 8 // 2 + 4 * (i % 2)) & 1 == u >> 4
 
 
-def test_every_plane_byte_is_used() -> None:
-    """Random planes survive unpacking and packing: the layout has no spare bits."""
-    rng = np.random.default_rng(0)
-    ql = rng.integers(0, 256, (3, 128), dtype=np.uint8)
-    qh = rng.integers(0, 256, (3, 64), dtype=np.uint8)
-    again = planes.pack(planes.unpack(ql, qh))
-    np.testing.assert_array_equal(again[0], ql)
-    np.testing.assert_array_equal(again[1], qh)
+@ROWS
+def test_weights_are_ggmls_to_the_bit(row: WeightType) -> None:
+    raw = np.random.default_rng(3).integers(0, 256, (9, 8 * block_bytes(row)), dtype=np.uint8)
+    codes, arrays = decode(raw, row)
+    found = planes.dequantize(codes, arrays, row)
+    with np.errstate(all="ignore"):
+        truth = gguf.dequantize(raw, gguf.GGMLQuantizationType[row.ggml])
+        if row.scales[0].dtype == "BF16":  # rounded: within half of bf16's last bit
+            fine = np.isfinite(truth)
+            assert (abs(found - truth)[fine] <= abs(truth[fine]) * 2.0**-8 + 1e-30).all()
+            return
+    same = (found.view(np.uint32) == truth.view(np.uint32)) | (np.isnan(found) & np.isnan(truth))
+    assert same.all()
 
 
 @pytest.mark.parametrize(
-    ("q", "message"),
+    ("codes", "message"),
     [
-        (np.full(256, 32, dtype=np.int8), r"weights in -32\.\.31, found 32\.\.32"),
-        (np.full(256, -33, dtype=np.int8), r"found -33\.\.-33"),
-        (np.zeros(255, dtype=np.int8), "multiple of 256"),
-        (np.zeros(256, dtype=np.uint8), "expected int8"),
+        (np.full(256, 64, dtype=np.uint8), "codes of 6 bits, found 64"),
+        (np.zeros(255, dtype=np.uint8), "multiple of 32"),
+        (np.zeros(256, dtype=np.int8), "expected uint8"),
     ],
 )
-def test_pack_refuses_what_it_cannot_hold(q: np.ndarray, message: str) -> None:
+def test_pack_refuses_what_it_cannot_hold(codes: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        planes.pack(q)
+        planes.pack(codes, SIX)
 
 
 def test_unpack_refuses_planes_that_disagree() -> None:
     with pytest.raises(ValueError, match="planes disagree"):
-        planes.unpack(np.zeros(128, dtype=np.uint8), np.zeros(32, dtype=np.uint8))
+        planes.unpack([np.zeros(128, dtype=np.uint8), np.zeros(32, dtype=np.uint8)], SIX)
 
 
 @given(bits=st.integers(0, 2**32 - 1))

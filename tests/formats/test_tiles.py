@@ -30,7 +30,7 @@ def expected_tiles(shape: tuple[int, ...], scales: str, expert: int = 0, seed: i
     """(T, B, tile_bytes) of the same blocks, one weight at a time."""
     n, k = shape[-2:]
     data = q6k_blocks(int(np.prod(shape)) // 256, seed)[expert * n * k // 256 * 210 :]
-    tiles = np.zeros((-(-n // 16), k // 256, 3584 if scales == "bf16" else 3360), dtype=np.uint8)
+    tiles = np.zeros((-(-n // 16), k // 256, 3584 if scales == "bf16" else 3456), dtype=np.uint8)
     for row in range(n):
         for block in range(k // 256):
             at = (row * k // 256 + block) * 210
@@ -39,12 +39,14 @@ def expected_tiles(shape: tuple[int, ...], scales: str, expert: int = 0, seed: i
             g, h = r % 8, r // 8
             for j in range(16):
                 for element in range(16):
-                    v = codes[16 * j + element] & 63
+                    u = codes[16 * j + element] + 32
                     t, b = element % 8 // 2, element % 2 + 2 * (element // 8)
                     lane = 4 * g + t
-                    c, i = j // 8, j % 8 // 2
-                    tile[(2 * h + c) * 512 + lane * 16 + 4 * i + b] |= (v >> 2) << 4 * (j % 2)
-                    tile[2048 + h * 512 + lane * 16 + 4 * (j // 4) + b] |= (v & 3) << 2 * (j % 4)
+                    q, s = j // 4, j % 4
+                    w, low = 2 * q + (s & 1), s < 2
+                    four, two = (u & 15, u >> 4) if low else (u >> 2, u & 3)
+                    tile[(2 * h + (w >> 2)) * 512 + lane * 16 + 4 * (w & 3) + b] |= four << (0 if low else 4)
+                    tile[2048 + h * 512 + lane * 16 + 4 * q + b] |= two << 4 * (s & 1) + (2 if low else 0)
                 if scales == "bf16":
                     bits = oracles.bf16(products[j])
                     tile[3072 + 32 * r + 2 * j], tile[3073 + 32 * r + 2 * j] = bits & 0xFF, bits >> 8
@@ -74,7 +76,7 @@ def test_every_code_has_its_place() -> None:
         rows = [oracles.planes_of_row((row - 32).tolist()) for row in codes.astype(int)]
         ql, qh = (torch.tensor([list(row[which]) for row in rows], dtype=torch.uint8) for which in (0, 1))
         tiles = packed.tiles_of(ql, qh, torch.ones(16, 16).bfloat16())
-        q, s = prepack.codes_and_scales(tiles, slice(0, 16), packed.row(tiles))
+        q, s, _ = prepack.codes_and_scales(tiles, slice(0, 16), 256, packed.row(tiles))
         np.testing.assert_array_equal(q.numpy(), codes - 32)
         assert (s == 1).all()
 
@@ -134,13 +136,13 @@ def test_rows_are_read_from_wherever_they_are(scales: Scales) -> None:
         s = np.vectorize(lambda value: np.uint32(oracles.bf16(value) << 16).view(np.float32))(s)
     tiles = packed.tiles_of(**planes((n, k), scales))
     for start, stop in ((0, n), (0, 16), (16, 47), (5, 6), (31, 33), (46, 47), (7, 40)):
-        found, found_s = prepack.codes_and_scales(tiles, slice(start, stop), packed.row(tiles))
+        found, found_s, _ = prepack.codes_and_scales(tiles, slice(start, stop), k, packed.row(tiles))
         assert (found.dtype, found_s.dtype) == (torch.float32, torch.float32)
         np.testing.assert_array_equal(found.numpy(), q[start:stop])
         np.testing.assert_array_equal(found_s.numpy(), s[start:stop])
     at = torch.tensor([46, 0, 8, 8, 15, 16, 31, 7])
     for index in (at, at.int(), at[:0]):
-        found, found_s = prepack.codes_and_scales(tiles, index, packed.row(tiles))
+        found, found_s, _ = prepack.codes_and_scales(tiles, index, k, packed.row(tiles))
         np.testing.assert_array_equal(found.numpy(), q[index.numpy()])
         np.testing.assert_array_equal(found_s.numpy(), s[index.numpy()])
 
@@ -205,7 +207,7 @@ TILES = torch.zeros(2, 1, 3584, dtype=torch.uint8)
         (TILES[:0], 0, r"n: .*found 0"),
         (TILES.view(torch.int8), 17, r"tiles of q6_k: expected contiguous uint8 .*found int8 \(2, 1, 3584\)"),
         (TILES[..., :3000], 17, r"tile_bytes 3584, found uint8 \(2, 1, 3000\)"),
-        (TILES[..., :3360], 17, r"contiguous.*found uint8 \(2, 1, 3360\), strides \(3584, 3584, 1\)"),
+        (TILES[..., :3456], 17, r"contiguous.*found uint8 \(2, 1, 3456\), strides \(3584, 3584, 1\)"),
         (TILES[0], 17, r"found uint8 \(1, 3584\)"),
         (TILES[:, :0], 17, r"found uint8 \(2, 0, 3584\)"),
         (TILES[None, :, :][:0], 17, r"found uint8 \(0, 2, 1, 3584\)"),
@@ -218,8 +220,8 @@ def test_unpack_says_what_it_refuses(tiles: torch.Tensor, n: int, message: str) 
 
 
 def test_the_size_of_tiles_is_that_of_their_weight_type() -> None:
-    found = r"tiles of q6_k_exact: .*with tile_bytes 3360, found uint8 \(2, 1, 3584\)"
+    found = r"tiles of q6_k_exact: .*with tile_bytes 3456, found uint8 \(2, 1, 3584\)"
     with pytest.raises(ValueError, match=found):
-        prepack.unpack(TILES, 17, row_of("Q6_K", "exact"))
-    with pytest.raises(ValueError, match=r"tiles of q6_k: .*with tile_bytes 3584, found uint8 \(2, 1, 3360\)"):
-        prepack.unpack(torch.zeros(2, 1, 3360, dtype=torch.uint8), 17, row_of("Q6_K", "bf16"))
+        prepack.unpack(TILES, 17, 256, row_of("Q6_K", "exact"))
+    with pytest.raises(ValueError, match=r"tiles of q6_k: .*with tile_bytes 3584, found uint8 \(2, 1, 3456\)"):
+        prepack.unpack(torch.zeros(2, 1, 3456, dtype=torch.uint8), 17, 256, row_of("Q6_K", "bf16"))

@@ -155,7 +155,7 @@ def test_a_wrong_output_is_outside_the_tolerance(activations: Formula, dtype: to
     arrays, x = planes("genuine", "bf16"), inputs(2, k, dtype)
     y = packed.multiplied(x, **arrays, activations=activations)
     exact = accuracy.linear(x, packed.exact_of(**arrays), activations=activations)
-    allowed = tolerance(exact, dtype, roundings(k, activations))
+    allowed = tolerance(exact, dtype, roundings(k, packed.row(packed.given(**arrays)), activations))
     # Two ulps and more, wherever terms do not cancel so far that the fp32 sums are not known that well.
     info = torch.finfo(dtype)
     sharp = allowed < info.eps * exact.y.abs().log2().floor().exp2()
@@ -178,7 +178,7 @@ def test_one_code_off_by_one_is_outside_the_tolerance(activations: Formula, scal
     x = torch.zeros(k, k, dtype=torch.bfloat16)
     x[range(k), range(k)] = 1.25
     exact = accuracy.linear(x, packed.exact_of(**arrays), activations=activations)
-    allowed = tolerance(exact, x.dtype, roundings(k, activations))
+    allowed = tolerance(exact, x.dtype, roundings(k, packed.row(packed.given(**arrays)), activations))
     shifted = np.where(q < 31, q + 1, q - 1).astype(int)
     ql, qh = oracles.planes_of_row(shifted[0].tolist())
     wrong = {**arrays, "ql": torch.tensor(list(ql), dtype=torch.uint8).view(1, -1)}
@@ -187,7 +187,7 @@ def test_one_code_off_by_one_is_outside_the_tolerance(activations: Formula, scal
     assert (errors[:, 0] > 1)[np.repeat(s[0], 16) != 0].all()
     assert (
         accuracy.compare(
-            packed.multiplied(x, **arrays, activations=activations), exact, roundings(k, activations)
+            packed.multiplied(x, **arrays, activations=activations), exact, roundings(k, packed.row(packed.given(**arrays)), activations)
         ).worst
         <= 1
     )

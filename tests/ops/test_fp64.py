@@ -27,7 +27,7 @@ def _on_the_cpu() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("format", EVERY)
+@pytest.mark.parametrize("format", gpu_weights.EVERY)
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_and_scales_are_those_in_the_planes(kind: str, format: str) -> None:
     w = gpu_weights.weight(kind, 21, 768, format)

@@ -250,17 +250,17 @@ def test_every_operation_names_the_weight_type(device: str) -> None:
     for format, words, pack_words in (
         (
             "q6_k_exact",
-            r"tiles of q6_k_exact: .*3360, found uint8 \(2, 2, 3584\)",
+            r"tiles of q6_k_exact: .*3456, found uint8 \(2, 2, 3584\)",
             "planes: q6_k_exact has ql, qh, sc",
         ),
-        ("bf16", *["format: expected one of q6_k, q6_k_exact, found 'bf16'"] * 2),
+        ("bf16", *["format: expected one of q6_k, q6_k_exact, .*, found 'bf16'"] * 2),
     ):
         for call in (
             lambda of: schema.linear(x, tiles, None, N, of, "auto"),
-            lambda of: schema.embedding(at, tiles, N, of, torch.float32),
-            lambda of: schema.dequantize(tiles, N, of, torch.float32),
-            lambda of: torch.ops.q6k.embedding_named(at, tiles, N, of, "float32"),
-            lambda of: torch.ops.q6k.dequantize_named(tiles, N, of, "float32"),
+            lambda of: schema.embedding(at, tiles, N, K, of, torch.float32),
+            lambda of: schema.dequantize(tiles, N, K, of, torch.float32),
+            lambda of: torch.ops.q6k.embedding_named(at, tiles, N, K, of, "float32"),
+            lambda of: torch.ops.q6k.dequantize_named(tiles, N, K, of, "float32"),
         ):
             with pytest.raises(ValueError, match=words):
                 call(format)
@@ -289,8 +289,8 @@ def cases(device: str) -> list[tuple[Any, tuple[Any, ...]]]:
     return [
         (schema.linear, (inputs(3, K, torch.bfloat16, device), tiles, bias, N, of, "int8")),
         (schema.linear, (inputs(6, K, torch.float16, device).view(2, 3, K), tiles, None, N, of, "bf16")),
-        (schema.embedding, (torch.tensor([[3, 19], [0, 1]], device=device), tiles, N, of, torch.float16)),
-        (schema.dequantize, (tiles, N, of, torch.bfloat16)),
+        (schema.embedding, (torch.tensor([[3, 19], [0, 1]], device=device), tiles, N, K, of, torch.float16)),
+        (schema.dequantize, (tiles, N, K, of, torch.bfloat16)),
         (schema.pack, (list(arrays.values()), of)),
     ]
 
@@ -303,7 +303,7 @@ def test_torchs_own_checks_of_an_op_pass(device: str, case: int) -> None:
 
 def step(tokens: torch.Tensor, tiles: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """An embedding and its tied head, with something between that a compiler can fuse."""
-    x = schema.embedding(tokens, tiles, N, "q6_k", torch.bfloat16)
+    x = schema.embedding(tokens, tiles, N, K, "q6_k", torch.bfloat16)
     x = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6).bfloat16()
     return schema.linear(x, tiles, bias, N, "q6_k", "auto").softmax(-1)
 
@@ -371,12 +371,12 @@ def test_dtypes_by_name(dtype: torch.dtype, device: str) -> None:
     """What compiled programs call."""
     tiles, at = tiles_of(planes(N, K, "exact", device)), torch.tensor([3, 0, 19], device=device)
     name, of = str(dtype).removeprefix("torch."), "q6_k_exact"
-    assert torch.equal(torch.ops.q6k.dequantize_named(tiles, N, of, name), packed.op_dequantize(tiles, N, dtype))
+    assert torch.equal(torch.ops.q6k.dequantize_named(tiles, N, K, of, name), packed.op_dequantize(tiles, N, dtype))
     assert torch.equal(
-        torch.ops.q6k.embedding_named(at, tiles, N, of, name), packed.op_embedding(at, tiles, N, dtype)
+        torch.ops.q6k.embedding_named(at, tiles, N, K, of, name), packed.op_embedding(at, tiles, N, dtype)
     )
-    torch.library.opcheck(torch.ops.q6k.embedding_named.default, (at, tiles, N, of, name))
-    torch.library.opcheck(torch.ops.q6k.dequantize_named.default, (tiles, N, of, name))
+    torch.library.opcheck(torch.ops.q6k.embedding_named.default, (at, tiles, N, K, of, name))
+    torch.library.opcheck(torch.ops.q6k.dequantize_named.default, (tiles, N, K, of, name))
     for bad in ("float64", "half", ""):
         with pytest.raises(ValueError, match=f"expected bfloat16, float16 or float32, found '{bad}'"):
-            torch.ops.q6k.dequantize_named(tiles, N, of, bad)
+            torch.ops.q6k.dequantize_named(tiles, N, K, of, bad)

@@ -37,7 +37,7 @@ def assert_right(
 ) -> None:
     """Within the tolerance of the reference's order of summation."""
     exact = accuracy.linear(x, packed.exact_of(**arrays), bias, activations=activations)
-    found = accuracy.compare(y, exact, roundings(x.shape[-1], activations))
+    found = accuracy.compare(y, exact, roundings(x.shape[-1], packed.row(packed.given(**arrays)), activations))
     assert found.first is None, found
 
 

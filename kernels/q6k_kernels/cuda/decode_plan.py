@@ -130,6 +130,8 @@ FOUR = tuple(name for name, row in WEIGHT_TYPES.items() if row.bits == 4)
 """Weight types with codes of four bits, whose tiles are the smallest."""
 BOOKS = tuple(name for name, row in WEIGHT_TYPES.items() if row.book)
 """Weight types whose codes are looked up."""
+FINE = tuple(name for name, row in WEIGHT_TYPES.items() if row.stepped and row.group == 16)
+"""Weight types with two stepped scales for each 32 weights, whose kernels need the most registers."""
 WIDER = tuple(name for name in WEIGHT_TYPES if name not in BF16 + FOUR)
 OTHERS = FOUR + WIDER
 ALL = BF16 + OTHERS
@@ -154,6 +156,7 @@ ROWS = (
     Row(ALL, (2,), 4096, ANY, *EARLY, LARGE),
     Row(ALL, (2,), 8192, ANY, *APART, TWO + LARGE),
     Row(ALL, (2,), 16383, ANY, *LATE, LARGE),
+    Row(FINE, (2,), ANY, ANY, *APART, ((16, 3, 1), *SMALL)),  # with two stages it would spill
     Row(ALL, (1, 2), ANY, ANY, *APART, LARGE),
     Row(ALL, (4,), 8192, 10, *APART, LARGE),
     Row(ALL, (4,), 4096, ANY, *LATE, LARGE),

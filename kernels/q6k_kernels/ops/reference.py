@@ -78,7 +78,7 @@ def codes_and_scales(planes: Sequence[Tensor], row: WeightType) -> Parts:
 
 def weights(codes: Tensor, scale: Tensor, least: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return the weights (rows, K) of their parts in `dtype`: computed in fp32, then rounded."""
-    w = codes.view(*scale.shape, -1) * scale.unsqueeze(-1)
+    w = codes.view(*scale.shape, codes.shape[1] // scale.shape[1]) * scale.unsqueeze(-1)
     if least is not None:
         w -= least.unsqueeze(-1)
     return w.view(codes.shape).to(dtype)
