@@ -179,7 +179,7 @@ INDICES = torch.zeros(3, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": X[:, :256]}, r"x: expected .* \(\.\.\., 512\), found bfloat16 \(3, 256\)"),
+        ({"x": X[:, :256]}, r"k: 2 tiles of 256 columns hold 257 to 512 weights of a row, .*; found 256"),
         ({"x": X.double()}, r"x: expected bfloat16(,| or) float16.*, found float64 \(3, 512\)"),
         ({"x": X[0, 0]}, r"x: .*found bfloat16 \(\)"),
         ({"tiles": TILES.to(torch.int8)}, r"tiles of q6_k: expected contiguous uint8 .*found int8 \(2, 2, 3584\)"),
