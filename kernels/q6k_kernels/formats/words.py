@@ -72,13 +72,13 @@ def split(codes: Tensor, b: int, row: WeightType) -> list[Tensor]:
 def join(fields: Sequence[Tensor], row: WeightType) -> Tensor:
     """Return the stored codes, uint8 (R, 256 B), of the code fields of some rows: the inverse of `split`."""
     n, b = fields[0].shape[:2]
-    words = fields[0].contiguous().view(n, b, fields[0].shape[2:].numel())
+    words = fields[0].contiguous().flatten(2)
     if row.bits == 8:
-        return words.view(torch.uint8).view(n, 256 * b)
+        return words.view(torch.uint8).flatten(1)
     out = torch.empty(n, 32 * b, dtype=torch.int64, device=words.device)
     if row.book:
         four = words.view(n, b, 16, 4)
-        pairs = torch.stack((four & 0xFF, four >> 8 & 0xFF), 3).view(torch.int64).view(n, 32 * b)
+        pairs = torch.stack((four & 0xFF, four >> 8 & 0xFF), 3).view(torch.int64).flatten(1)
         torch.bitwise_and(pairs | pairs << 4, _NIBBLES, out=out)
         return out.view(torch.uint8)
     rest, nibbles = row.high_bits, words.view(torch.int64).view(n, b, 4, 2, 2)
@@ -86,7 +86,7 @@ def join(fields: Sequence[Tensor], row: WeightType) -> Tensor:
     first.copy_(nibbles & _NIBBLES)
     second.copy_((nibbles >> 4 & _NIBBLES) << rest)
     if rest:
-        joined = fields[1].contiguous().view(n, b, fields[1].shape[2:].numel()).view(torch.int64).view(n, b, 2 * rest, 1, 2)
+        joined = fields[1].contiguous().flatten(2).view(torch.int64).view(n, b, 2 * rest, 1, 2)
         both = torch.cat([joined >> 2 * rest * each for each in range(4 // rest)], 3).view(n, b, 4, 2, 2)
         mask = ((1 << rest) - 1) * _ONES
         second |= both & mask
