@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
 
 from q6k_kernels.bundle.shards import DTYPE_BYTES
@@ -18,7 +20,7 @@ ROWS = pytest.mark.parametrize("row", WEIGHT_TYPES.values(), ids=lambda row: row
 
 LOW, PAIRS, FIFTH = ("ql", "U8", 256), ("qh", "U8", 128), ("qh", "U8", 64)
 K_QUANT = [("scale", "U8", 16), ("min", "U8", 16), ("steps", "F16", 2), ("min_steps", "F16", 2)]
-# Of the format: GGML type, bits a weight, and role, dtype and columns of the arrays of a tensor (N, K) with K = 512.
+# Of the format: GGML type, bits a weight; role, dtype and columns of each array of a tensor (N, K) with K = 512.
 FORMAT = {
     "q6_k": ("Q6_K", 7.0, [LOW, PAIRS, ("scale", "BF16", 32)]),
     "q6_k_exact": ("Q6_K", 6.5625, [LOW, PAIRS, ("scale", "I8", 32), ("steps", "F16", 2)]),
@@ -33,6 +35,14 @@ FORMAT = {
     "iq4_xs": ("IQ4_XS", 4.3125, [LOW, ("scale", "I8", 16), ("steps", "F16", 2)]),
     "mxfp4": ("MXFP4", 4.25, [LOW, ("scale", "U8", 16)]),
 }
+SCALES = {
+    ("BF16", False): "SCALES_BF16",
+    ("I8", True): "SCALES_INT8_STEPS",
+    ("U8", True): "SCALES_UINT8_STEPS",
+    ("F16", False): "SCALES_FP16",
+    ("U8", False): "SCALES_E8M0",
+}
+"""Dtype of the array `scale`, and whether there are steps -> what the kernels call it."""
 
 
 def test_there_are_these_rows() -> None:
@@ -72,6 +82,14 @@ def test_macros_are_those_that_the_kernels_read(row: WeightType) -> None:
     assert tuple(found) == CODE_MACROS
     source = (Path(types.__file__).parents[1] / "cuda" / "common.cuh").read_text()
     assert all(name in source for name in CODE_MACROS)
+    _, _, arrays = FORMAT[row.name]
+    kind = SCALES[next(dtype for role, dtype, _ in arrays if role == "scale"), row.stepped]
+    assert re.search(rf"^#define {kind} {found['Q6K_SCALES']}\b", source, re.MULTILINE)
+
+
+def test_books_are_those_of_the_gguf_package() -> None:
+    assert gguf.quants.IQ4_NL.kvalues == types.IQ4 == weight_type("iq4_nl").book == weight_type("iq4_xs").book
+    assert gguf.quants.MXFP4.kvalues == types.E2M1 == weight_type("mxfp4").book
 
 
 def test_rows_have_different_macros() -> None:
