@@ -196,14 +196,15 @@ def small_llama() -> tuple[Builder, int]:
         "attn_output": (256, 256, Q4_0), "ffn_gate": (320, 256, Q8_0), "ffn_up": (320, 256, Q5_0),
         "ffn_down": (256, 320, Q5_0),
     }  # fmt: skip
-    bits = {Q4_K: 4.625, Q6_K: 7, Q4_0: 4.5, Q8_0: 8.5, Q5_0: 5.5}
+    # Bytes of a tile of 16 rows and 256 columns, in whole lines of 128.
+    tile = {Q4_K: 19 * 128, Q6_K: 28 * 128, Q4_0: 18 * 128, Q8_0: 34 * 128, Q5_0: 22 * 128}
     tensors = [weight("token_embd.weight", (40, 256), Q6_K), weight("output_norm.weight", (256,), F32)]
     # 40 rows lie in 3 tiles of 16, 320 columns in 2 tiles of 256; a norm has 16-bit numbers.
-    size = 48 * 256 * bits[Q6_K] / 8 + 2 * 256
+    size = 3 * tile[Q6_K] + 2 * 256
     for layer in range(2):
         for name, (n, k, kind) in shapes.items():
             tensors.append(weight(f"blk.{layer}.{name}.weight", (n, k), kind))
-            size += n * (512 if k == 320 else 256) * bits[kind] / 8
+            size += n // 16 * (2 if k == 320 else 1) * tile[kind]
         for name in ("attn_norm", "ffn_norm"):
             tensors.append(weight(f"blk.{layer}.{name}.weight", (256,), F32))
             size += 2 * 256
@@ -212,7 +213,7 @@ def small_llama() -> tuple[Builder, int]:
         "attention.head_count_kv": 2, "context_length": 3000, "attention.layer_norm_rms_epsilon": 1e-5,
     }  # fmt: skip
     kv = [key_value("general.architecture", "llama")]
-    return Builder(tensors, kv + [key_value(f"llama.{key}", content) for key, content in keys.items()]), int(size)
+    return Builder(tensors, kv + [key_value(f"llama.{key}", content) for key, content in keys.items()]), size
 
 
 def test_gpu_memory_is_that_of_whole_tiles_and_of_the_cache(tmp_path: Path) -> None:

@@ -125,7 +125,12 @@ def test_the_reference_runs_on_the_cpu(bundle: Path) -> None:
     report = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr
     runs = {t["name"]: t["device"] for t in report["tensors"] if t["device"]}
-    assert set(runs) == {"token_embd.weight", "blk.0.attn_q.weight", "blk.0.ffn_down_exps.weight"}
+    assert set(runs) == {
+        "token_embd.weight",
+        "blk.0.attn_q.weight",
+        "blk.0.attn_k.weight",
+        "blk.0.ffn_down_exps.weight",
+    }
     assert len(runs["blk.0.ffn_down_exps.weight"]) == 2 * len(runs["token_embd.weight"])
     assert all(r["passed"] and r["worst_error_in_tolerances"] <= 1 for each in runs.values() for r in each)
 

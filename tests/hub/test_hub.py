@@ -146,7 +146,7 @@ def test_a_connection_that_breaks_is_resumed(
     result = invoke("org/tiny:Q6_K", "out")
     assert result.exit_code == 0, result.output
     assert [asked.headers.get("range") for asked in hub.contents()] == [None, "bytes=3000-", "bytes=3000-"]
-    assert progress(result.stderr, "downloading")[-1].startswith("8.48 kB of 8.48 kB (100%)")
+    assert progress(result.stderr, "downloading")[-1].startswith("7.84 kB of 7.84 kB (100%)")
     assert listing(tmp_path / "out") == bundle_of({NAME: MODEL}, tmp_path / "local")
 
 
@@ -264,4 +264,4 @@ def test_quiet_says_nothing_and_progress_is_in_bytes(hub: FakeHub, monkeypatch: 
     monkeypatch.setattr(terminal, "_LINE_SECONDS", 0.0)
     result = invoke("org/tiny:Q6_K_L", "more")
     for what in ("downloading", "checking"):
-        assert progress(result.stderr, what)[-1].startswith("8.51 kB of 8.51 kB (100%)")
+        assert progress(result.stderr, what)[-1].startswith("7.87 kB of 7.87 kB (100%)")

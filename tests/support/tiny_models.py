@@ -24,7 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
 
-Q6_K, Q8_0, F16, F32 = (gguf.GGMLQuantizationType[name] for name in ("Q6_K", "Q8_0", "F16", "F32"))
+Q6_K, Q8_0, Q3_K, F16, F32 = (gguf.GGMLQuantizationType[name] for name in ("Q6_K", "Q8_0", "Q3_K", "F16", "F32"))
+PACKED = (Q6_K, Q8_0)
+"""Those of them that a bundle keeps packed."""
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 256,
@@ -154,7 +156,7 @@ class Tiny:
         if kind is None:
             kind = F32 if values.ndim == 1 else F16 if values.shape[1] % 256 else Q6_K
         rows = values.numpy()
-        if kind in (Q6_K, Q8_0):
+        if kind in (*PACKED, Q3_K):
             data = quantised(rows, kind)
             values.copy_(read_back(data, kind, scales))
         else:
@@ -188,9 +190,9 @@ _QUANTISED: dict[Any, np.ndarray] = {}
 def read_back(blocks: np.ndarray, kind: Any, scales: str) -> Tensor:
     """Return the weights that a bundle holds for quantised rows, in fp32."""
     exact = torch.from_numpy(gguf.dequantize(blocks, kind))
-    if kind != Q6_K:
+    if kind not in PACKED:
         return exact.bfloat16().float()
-    if scales == "exact":
+    if kind != Q6_K or scales == "exact":
         return exact
     # The last 18 bytes of each block are 16 sub-scales and d.
     each = blocks.reshape(-1, 210)

@@ -72,10 +72,11 @@ def test_every_planar_tensor_is_run(tmp_path: Path, scales: Literal["bf16", "exa
     assert set(report.runs) == {
         "token_embd.weight",
         "blk.0.attn_q.weight",
+        "blk.0.attn_k.weight",
         "blk.0.ffn_down_exps.weight[0]",
         "blk.0.ffn_down_exps.weight[1]",
     }
-    assert "4 matrices at M=1 with int8 activations and M=16 with bf16 activations" in report.detail
+    assert "5 matrices at M=1 with int8 activations and M=16 with bf16 activations" in report.detail
     for runs in report.runs.values():
         assert [(run.m, run.activations) for run in runs] == [(1, "int8"), (16, "bf16")]
         assert all(run.passed and 0 <= run.worst_error_in_tolerances <= 1 and not run.first_bad for run in runs)
@@ -331,7 +332,7 @@ def test_every_planar_tensor_is_run_by_the_kernels(
     told = list[int]()
     report = check(out, device, told.append)
     assert (report.state, report.device, report.findings) == ("passed", "cuda", [])
-    assert "kernels on one Imaginary 9000: 4 matrices at M=1 with int8 activations, M=16 with bf16" in report.detail
+    assert "kernels on one Imaginary 9000: 5 matrices at M=1 with int8 activations, M=16 with bf16" in report.detail
     assert set(report.runs) == set(check(out, "cpu").runs)
     for runs in report.runs.values():
         assert [(run.m, run.activations) for run in runs] == [(1, "int8"), (16, "bf16"), (512, "bf16")]

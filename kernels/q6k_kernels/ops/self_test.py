@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from q6k_kernels.errors import CudaError
 from q6k_kernels.cuda import dispatch
+from q6k_kernels.errors import CudaError
 from q6k_kernels.formats.checks import PLANE_DTYPES
 from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType
 from q6k_kernels.ops import (
