@@ -24,7 +24,7 @@ from q6k_kernels.generate.sampling import gumbel_noise
 from q6k_kernels.generate.step import Step
 from q6k_kernels.generate.step_reference import Cached, Heads, Norm, TokenChoice, TorchOperations
 from q6k_kernels.models.cache_layout import SLACK
-from tiny_models import F16, Q8_0
+from tiny_models import F16, Q3_K
 
 CPU = torch.device("cpu")
 PAST = WINDOW + SLACK + 19
@@ -74,7 +74,7 @@ def test_logits_are_those_of_transformers(name: str, steps: int, tmp_path: Path)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_some_weights_packed_and_some_not(name: str, tmp_path: Path) -> None:
     """So that projections are joined in one layer and apart in the next."""
-    types = {"blk.0.attn_v*": Q8_0, "blk.1.ffn_up*": F16, "token_embd*": Q8_0, "blk.1.attn_output*": F16}
+    types = {"blk.0.attn_v*": Q3_K, "blk.1.ffn_up*": F16, "token_embd*": Q3_K, "blk.1.attn_output*": F16}
     out, reference = replace(MODELS[name], types=types).bundle(tmp_path)
     model: Any = load_model(out)
     assert not hasattr(model.model.layers[0].self_attn, "qkv_proj")

@@ -252,9 +252,9 @@ def test_whole_steps(name: str, activations: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama 3.1", "gemma3"])
 def test_steps_of_mixed_weights(name: str, tmp_path: Path) -> None:
     """Some projections packed, some not: what is common to both is there in both forms."""
-    from tiny_models import F16, Q8_0
+    from tiny_models import F16, Q3_K
 
-    types = {"blk.0.attn_v*": Q8_0, "blk.1.ffn_up*": F16, "blk.0.attn_output*": F16, "blk.1.ffn_down*": Q8_0}
+    types = {"blk.0.attn_v*": Q3_K, "blk.1.ffn_up*": F16, "blk.0.attn_output*": F16, "blk.1.ffn_down*": Q3_K}
     out, _ = replace(models()[name], types=types).bundle(tmp_path)
     model = load_model(out, device="cuda", dtype=torch.float16)
     generator = Generator(model, capacity=100)

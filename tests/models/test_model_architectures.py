@@ -13,7 +13,7 @@ import torch
 from model_cases import GEMMA2, GEMMA3, IDS, MODELS, largest_difference, logits
 from q6k_kernels import PackedEmbedding, PackedLinear, load_model
 from q6k_kernels.models.filling import ScaledEmbedding
-from tiny_models import F16, Q8_0, Tiny
+from tiny_models import F16, Q3_K, Q8_0, Tiny
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def test_factors_of_frequencies_have_an_effect(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_tensors_of_other_types_stay_as_the_file_has_them(name: str, tmp_path: Path) -> None:
-    types = {"blk.0.attn_v*": Q8_0, "blk.1.ffn_up*": F16, "token_embd*": Q8_0, "blk.1.attn_q.*": Q8_0}
+    types = {"blk.0.attn_v*": Q3_K, "blk.1.ffn_up*": F16, "token_embd*": Q3_K, "blk.1.attn_q.*": Q3_K}
     out, reference = replace(MODELS[name], types=types).bundle(tmp_path)
     model: Any = load_model(out)
     assert largest_difference(logits(model), logits(reference)) < 5e-5
@@ -87,6 +87,19 @@ def test_tensors_of_other_types_stay_as_the_file_has_them(name: str, tmp_path: P
     assert isinstance(second.mlp.gate_proj, PackedLinear)
     assert type(second.mlp.up_proj) is torch.nn.Linear
     assert not isinstance(model.model.embed_tokens, PackedEmbedding)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_projections_of_several_packed_types_are_stacked_by_type(name: str, tmp_path: Path) -> None:
+    types = {"blk.0.attn_v*": Q8_0, "blk.1.ffn_up*": Q8_0, "token_embd*": Q8_0}
+    out, reference = replace(MODELS[name], types=types).bundle(tmp_path)
+    model: Any = load_model(out)
+    assert largest_difference(logits(model), logits(reference)) < 5e-5
+    first, second = model.model.layers[0], model.model.layers[1]
+    assert [layer.format for layer in first.self_attn.qkv_proj.layers] == ["q6_k_exact", "q8_0"]
+    assert isinstance(second.self_attn.qkv_proj, PackedLinear)
+    assert (second.mlp.gate_proj.format, second.mlp.up_proj.format) == ("q6_k_exact", "q8_0")  # no two to stack
+    assert model.model.embed_tokens.format == "q8_0"
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral as llama", "qwen2", "qwen3, tied", "gemma2", "gemma3"])

@@ -26,7 +26,7 @@ from q6k_kernels.errors import (
     WeightsError,
 )
 from q6k_kernels.models.filling import Filler
-from tiny_models import Q8_0, Tiny
+from tiny_models import Q3_K, Tiny
 
 LLAMA = Tiny("llama", "llama", {"num_hidden_layers": 1})
 GEMMA3 = Tiny("gemma3", "gemma3_text", {"num_hidden_layers": 1}, {"attention.sliding_window": 8})
@@ -170,13 +170,13 @@ def test_what_transformers_refuses_is_named(llama: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (Options(other="raw"), r"blk\.0\.attn_v\.weight \(Q8_0\) is stored as raw GGUF blocks"),
-        (Options(other="skip"), r"blk\.0\.attn_v\.weight \(Q8_0\) is left out of the bundle"),
+        (Options(other="raw"), r"blk\.0\.attn_v\.weight \(Q3_K\) is stored as raw GGUF blocks"),
+        (Options(other="skip"), r"blk\.0\.attn_v\.weight \(Q3_K\) is left out of the bundle"),
         (Options(exclude=("output_norm*",)), r"output_norm\.weight \(F32\) is left out of the bundle"),
     ],
 )
 def test_tensors_in_no_form_that_loads_are_named(options: Options, problem: str, tmp_path: Path) -> None:
-    replace(LLAMA, types={"*attn_v*": Q8_0}).bundle(tmp_path)
+    replace(LLAMA, types={"*attn_v*": Q3_K}).bundle(tmp_path)
     convert(tmp_path / "model.gguf", tmp_path / "again", options)
     with pytest.raises(WeightsError, match=problem) as caught:
         load_model(tmp_path / "again")

@@ -22,10 +22,10 @@ from q6k_kernels.formats.tiles import order_rows
 from q6k_kernels.formats.types import row_of
 from q6k_kernels.models import assemble as model_room
 from q6k_kernels.models.architecture import row_order
-from q6k_kernels.models.fusing import Part
+from q6k_kernels.models.fusing import Part, Stacks
 from q6k_kernels.models.registry import architecture_of
 from q6k_kernels.weights.reader import Loader
-from tiny_models import F16, Q8_0, SIZES, Tiny, permuted
+from tiny_models import F16, Q3_K, SIZES, Tiny, permuted
 
 IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
 LLAMA = Tiny("llama", "llama")
@@ -127,7 +127,7 @@ def test_a_tied_head_shares_the_packed_embedding(tied: Path) -> None:
 
 
 def test_a_tied_head_shares_a_plain_embedding(tmp_path: Path) -> None:
-    out, reference = replace(TIED, types={"token_embd*": Q8_0}).bundle(tmp_path)
+    out, reference = replace(TIED, types={"token_embd*": Q3_K}).bundle(tmp_path)
     model: Any = load_model(out)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     torch.testing.assert_close(logits(model), logits(reference), rtol=0, atol=1e-4)
@@ -142,18 +142,20 @@ def test_biases_follow_their_rows(tmp_path: Path) -> None:
 
 
 def test_weights_that_cannot_lie_below_each_other_stay_apart(tmp_path: Path) -> None:
-    """Keys of 8 rows end within a tile."""
+    """Keys of 8 rows end within a tile, so values begin a stack of their own."""
     config = {"num_attention_heads": 32, "num_key_value_heads": 1, "head_dim": 8}
     out, reference = replace(LLAMA, config=config).bundle(tmp_path)
     model: Any = load_model(out)
-    assert isinstance(model.model.layers[0].self_attn.k_proj, PackedLinear)
+    stacks = model.model.layers[0].self_attn.qkv_proj
+    assert isinstance(stacks, Stacks)
+    assert [layer.out_features for layer in stacks.layers] == [264, 8]
     assert isinstance(model.model.layers[0].mlp.gate_up_proj, PackedLinear)
     torch.testing.assert_close(logits(model), logits(reference), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_all_that_is_not_packed_has_one_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
-    out, reference = replace(TIED, types={"*ffn_down*": F16, "*attn_v*": Q8_0}).bundle(tmp_path)
+    out, reference = replace(TIED, types={"*ffn_down*": F16, "*attn_v*": Q3_K}).bundle(tmp_path)
     model: Any = load_model(out, dtype=dtype)
     parameters = dict(model.named_parameters())
     assert {each.dtype for name, each in parameters.items() if not name.endswith(".tiles")} == {dtype}

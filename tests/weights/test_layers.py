@@ -245,7 +245,7 @@ def test_compiling_a_tied_model() -> None:
         (lambda: PackedLinear(500, 40), "multiple of 256 long.*found 40 of 500$"),
         (lambda: PackedLinear(512, 0), "found 0 of 512"),
         (lambda: PackedEmbedding(40, 0), "found 40 of 0"),
-        (lambda: PackedLinear(512, 40, format="fp8"), "expected one of q6_k, q6_k_exact, .*, found 'fp8'"),
+        (lambda: PackedLinear(512, 40, format="fp8"), "expected one of q6_k, q6_k_exact, .*, mxfp4, found 'fp8'"),
         (lambda: PackedLinear(512, 40, activations="fp8"), "activations: expected auto, int8 or bf16, found 'fp8'"),
         (lambda: PackedLinear(512, 40, dtype=torch.int8), "dtype: expected bfloat16, .*, found torch.int8"),
         (

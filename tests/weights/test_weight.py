@@ -190,7 +190,7 @@ def test_what_was_saved_is_checked_when_it_is_loaded() -> None:
     exact = weight((40, 512), "exact").state_dict()["format"]
     with pytest.raises(ValueError, match="tiles of q6_k_exact: .*tile_bytes 3456, found"):
         PackedWeight.from_state_dict(state | {"format": exact})
-    with pytest.raises(ValueError, match="format: expected one of q6_k, q6_k_exact, .*, found 'q6\ufffd'"):
+    with pytest.raises(ValueError, match="format: expected one of q6_k, q6_k_exact, .*, mxfp4, found 'q6\ufffd'"):
         PackedWeight.from_state_dict(state | {"format": torch.tensor([*b"q6", 200], dtype=torch.uint8)})
 
 
@@ -201,9 +201,9 @@ TILES = torch.zeros(3, 2, 3584, dtype=torch.uint8)
     ("tiles", "shape", "message"),
     [
         (TILES, (49, 512), r"3 tiles of 16 hold 33 to 48 rows, found 49"),
-        (TILES, (40, 256), r"shape: expected \(40, 512\) for these tiles, found \(40, 256\)"),
+        (TILES, (40, 256), r"k: 2 tiles of 256 columns hold 257 to 512 weights of a row, .*; found 256"),
         (TILES, (1, 40, 512), r"shape: expected \(N, K\) with tiles of 3.*, found \(1, 40, 512\) with tiles of 3"),
-        (TILES[None], (2, 40, 512), r"shape: expected \(1, 40, 512\) for these tiles, found \(2, 40, 512\)"),
+        (TILES[None], (2, 40, 512), r"shape: expected 1 weights for these tiles, found \(2, 40, 512\)"),
         (TILES[None], (40, 512), r"found \(40, 512\) with tiles of 4"),
         (TILES, (512,), r"found \(512,\) with tiles of 3"),
         (TILES.float(), (40, 512), r"tiles of q6_k: expected contiguous uint8 .*found float32 \(3, 2, 3584\)"),
@@ -220,7 +220,7 @@ def test_what_does_not_belong_together(tiles: torch.Tensor, shape: tuple[int, ..
     ("format", "message"),
     [
         ("q6_k_exact", r"tiles of q6_k_exact: .*tile_bytes 3456, found uint8 \(3, 2, 3584\)"),
-        ("Q6_K", "format: expected one of q6_k, q6_k_exact, .*, found 'Q6_K'"),
+        ("Q6_K", "format: expected one of q6_k, q6_k_exact, .*, mxfp4, found 'Q6_K'"),
     ],
 )
 def test_the_weight_type_is_no_guess(format: str, message: str) -> None:
@@ -265,4 +265,8 @@ else:
 
 def test_tiles_are_of_the_documented_size() -> None:
     sizes = {name: row.tile_bytes for name, row in WEIGHT_TYPES.items()}
-    assert sizes == {"q6_k": 16 * 256 * 7 // 8, "q6_k_exact": int(16 * 256 * 6.5625 / 8)}
+    lines = {
+        "q6_k": 28, "q6_k_exact": 27, "q4_k": 19, "q5_k": 23, "q8_0": 34, "q5_0": 22,
+        "q4_0": 18, "q4_1": 20, "q5_1": 24, "iq4_nl": 18, "iq4_xs": 18, "mxfp4": 17,
+    }  # fmt: skip
+    assert sizes == {name: 128 * count for name, count in lines.items()}

@@ -5,7 +5,8 @@
     dequantise                 w, rounded to fp32 and then to the dtype asked for
     embedding                  rows of the dequantised weight
     activations to 8 bits      in groups of 32: d_a = amax / 127, a = rint(x / d_a)
-    linear, 16-bit ("bf16")    y = sum_k x[k] * w[k], w dequantised to x's dtype; scale and min may be rounded to it first
+    linear, 16-bit ("bf16")    y = sum_k x[k] * w[k], w dequantised to x's dtype; scale and min may be
+                               rounded to it first
     linear, int8 ("int8")      y = sum_g d_a * (scale[g] * sum_(k in g) code[k] * a[k] - min[g] * sum_(k in g) a[k])
 
 Every implementation is tested against this module, so it shares no formula with them. It computes on the device of
@@ -65,8 +66,8 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
 def rounded_scales(weight: Weight, dtype: torch.dtype) -> Weight:
     """Return the weight with scales and mins rounded to nearest, ties to even, in `dtype`.
 
-    A kernel for 16-bit activations may compute with these: it multiplies and subtracts them, exactly, and rounds the
-    result once to `dtype` (see `linear`).
+    A kernel for 16-bit activations may compute with these: it multiplies and subtracts them, exactly, and rounds
+    the result once to `dtype` (see `linear`).
     """
 
     def each(values: Tensor) -> Tensor:
