@@ -21,7 +21,7 @@ from torch import Tensor
 
 from q6k_kernels.bundle.manifest import StoredTensor
 from q6k_kernels.bundle.structure import Entry
-from q6k_kernels.cuda.dispatch import rounds_scales
+from q6k_kernels.cuda.dispatch import INT8_ROUNDINGS, rounds_scales
 from q6k_kernels.formats.checks import PLANE_DTYPES
 from q6k_kernels.formats.types import TILE_ROWS, WeightType, weight_type
 from q6k_kernels.ops import accuracy, reference
@@ -125,6 +125,8 @@ class Tally:
         """Compare some columns of y in the checked rows; `first` is the number of the first column."""
         rounded = self.formula == "bf16" and rounds_scales(self.x)
         exact = accuracy.linear(self.x_checked, weight, activations=self.formula, scales_rounded=rounded)
+        if self.formula == "int8" and self.x.is_cuda:
+            roundings = exact.terms + INT8_ROUNDINGS
         result = accuracy.compare(y, exact, roundings)
         self.worst = max(self.worst, result.worst)
         if self.first_bad is None and result.first is not None:

@@ -51,7 +51,7 @@ def dense(given: dict[str, Any]) -> Any:
             codes[n, k] += 16 * (high[n, k // 8] >> bit & 1)
     scale, zero = (
         (given[codes_of].double() * given[step].double().repeat_interleave(8, 1)).repeat_interleave(32, 1).numpy()
-        for codes_of, step in (("scale", "scale_step"), ("zero_point", "zero_step"))
+        for codes_of, step in (("scale", "scale_step"), ("zero_point", "zero_point_step"))
     )
     return scale * (codes - zero)
 

@@ -19,7 +19,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fp64
-from gpu_weights import CORE, EVERY, bias_of, inputs, linear, poisoned_call, weight
+from gpu_weights import CORE, EVERY, bias_of, inputs, linear, poisoned_call, weight, width
 from q6k_kernels.cuda import dispatch, expand, gemm_mma
 from q6k_kernels.formats import tiles as layout
 
@@ -34,6 +34,7 @@ OPS = torch.ops.q6k
 ROWS = (*range(1, 10), 16, 17, 64, 129, 512)
 SHAPES = [(1001, 2560), (4096, 4096), (133, 768), (5376, 21504)]
 KINDS = [(format, dtype) for format in CORE for dtype in (BF16, FP16)]
+OTHERS = [(133, width(768, format), format, dtype) for format in EVERY[len(CORE) :] for dtype in (BF16, FP16)]
 
 
 @pytest.fixture
@@ -52,9 +53,8 @@ def test_it_is_the_library_that_runs() -> None:
         assert "register.cpp" in active[0]
 
 
-@pytest.mark.parametrize(("format", "dtype"), KINDS, ids=str)
 @pytest.mark.parametrize("m", ROWS)
-@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize(("n", "k", "format", "dtype"), [*((*s, *k) for s in SHAPES for k in KINDS), *OTHERS])
 def test_products(m: int, n: int, k: int, format: str, dtype: torch.dtype) -> None:
     w, x = weight("genuine", n, k, format), inputs(m, k, dtype)
     for formula in ("auto", "int8", "bf16"):

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 import fp64
 import gpu_weights
-from gpu_weights import KINDS_OF_ROWS, bias_of, inputs, linear, weight
+from gpu_weights import EVERY, KINDS_OF_ROWS, bias_of, inputs, linear, weight, width
 
 pytestmark = pytest.mark.gpu
 
@@ -118,11 +118,11 @@ def test_biases(formula: str, dtype: torch.dtype, bias_dtype: torch.dtype, m: in
 
 @pytest.mark.parametrize("m", [1, 5, 8, 20, 140])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("format", KINDS_OF_ROWS)
+@pytest.mark.parametrize("format", EVERY)
 @pytest.mark.parametrize("kind", ["extreme", "random"])
 @pytest.mark.parametrize("formula", ["int8", "bf16"])
 def test_extreme_weights(formula: str, kind: str, format: str, dtype: torch.dtype, m: int) -> None:
-    for n, k in ((61, 256), (250, 2560)):
+    for n, k in ((61, 256), (250, width(2560, format))):
         w, x = weight(kind, n, k, format), inputs(m, k, dtype)
         fp64.assert_right(linear(x, w, None, formula), fp64.linear(x, w, formula), f"{n}x{k}")
 

@@ -10,9 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fp64
-from gpu_weights import CORE, EVERY, bias_of, inputs, linear, weight
+from gpu_weights import CORE, EVERY, bias_of, inputs, linear, weight, width
 from q6k_kernels.cuda import decode_plan, dispatch
-from q6k_kernels.formats.types import WEIGHT_TYPES
 
 pytestmark = pytest.mark.gpu
 
@@ -63,7 +62,7 @@ def test_shapes_of_models(n: int, k: int, format: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize(
     ("n", "k", "format"),
     [
-        *((17, 736 if WEIGHT_TYPES[format].block == 32 else 768, format) for format in EVERY),
+        *((17, width(768, format), format) for format in EVERY),
         *((n, k, format) for (n, k), format in itertools.product([(1001, 2560), (4096, 4096)], CORE[:3])),
     ],
 )

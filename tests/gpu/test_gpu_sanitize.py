@@ -37,7 +37,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.sanitize]
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 K = 1280
-"""Five super-blocks: rings go round, and two or four blocks split them unevenly."""
+"""Five super-blocks: rings go round, and two or four blocks split them unevenly. Where a weight type allows, the last
+is partial (`gpu_weights.width`)."""
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +62,7 @@ class Case:
     def __init__(
         self, m: int, n: int, k: int, format: str, dtype: torch.dtype, formula: str, bias: torch.dtype | None = BF16
     ) -> None:
+        k = gpu_weights.width(k, format)
         w, x = gpu_weights.weight("random", n, k, format), gpu_weights.inputs(m, k, dtype)
         self.what = f"{n}x{k} M={m} {formula} {dtype} {format}"
         self.expected = fp64.linear(x, w, formula)
@@ -102,7 +104,7 @@ def test_decode(
     for each in (shape, decode_plan.SHAPES[-1]):  # the last one fits in every GPU's shared memory
         few = replace(gpu, multiprocessors=-(-ranges * cluster // each[2]))
         choice = decode_plan.Choice.of(each, kind != "separate", kind != "late")
-        plan = decode_plan.plan(m, case.n, K, case.row, few, (cluster, choice))
+        plan = decode_plan.plan(m, case.n, case.k, case.row, few, (cluster, choice))
         if plan is not None:
             break
     assert plan is not None
@@ -142,7 +144,7 @@ def test_gemm_wgmma(
         pytest.skip(f"wgmma is of compute capability 9.0, this GPU has {gpu.arch / 10}")
     (config,) = [c for c in gemm_wgmma.CONFIGS if (c.tokens, c.consumers) == (tokens, consumers)]
     case = Case(tokens + 3, n, K, format, dtype, "bf16", FP32)
-    plan = gemm_wgmma.plan_of(config, 1, True, case.m, n, K, replace(gpu, multiprocessors=blocks))
+    plan = gemm_wgmma.plan_of(config, 1, True, case.m, n, case.k, replace(gpu, multiprocessors=blocks))
     assert (plan.token_blocks, plan.row_blocks, plan.shared) == (2, 2, {1: 0, 3: 1}.get(blocks, 4))
     # Flags are read before they are written; what is there must not matter, and initcheck must not mind.
     size = 4 * plan.scratch_floats + 8 * plan.scratch_flags
@@ -177,7 +179,7 @@ def test_gemm_mma(
 )
 def test_pack_dequantize_and_gather(format: str, dtype: torch.dtype) -> None:
     """A stack, the last tile of each weight a part; repeated rows, the first and the last among them."""
-    n, k = 33, 512
+    n, k = 33, gpu_weights.width(512, format)
     w = gpu_weights.weight("random", n, k, format, 2)
     expected = layout.pack(w.planes, w.row)
     tiles = torch.ops.q6k.pack([plane.cuda() for plane in w.planes], w.format)

@@ -12,12 +12,8 @@ from typer.testing import CliRunner
 
 from gguf_builder import small_model, weight
 from q6k_convert.cli import main
-from q6k_convert.convert import stream
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
-from q6k_kernels.formats import planes
-from q6k_kernels.formats.blocks import BLOCK_BYTES, D_AT, SCALES_AT, decode
-from q6k_kernels.formats.types import WeightType
 
 torch = pytest.importorskip("torch")
 
@@ -26,22 +22,8 @@ pytestmark = pytest.mark.gpu
 LARGER = [weight("blk.1.ffn_up.weight", (1000, 2048), seed=8), weight("blk.1.exps.weight", (6, 33, 512), seed=9)]
 
 
-def to_planes(blocks: Any, arrays: dict[str, Any], row: WeightType) -> int | None:
-    """In numpy: the compiled repacker need not be installed where kernels are tested."""
-    raw = np.frombuffer(blocks, np.uint8).reshape(-1, BLOCK_BYTES)
-    codes, scale = decode(raw)
-    ql, qh = planes.pack(codes)
-    found = {"ql": ql, "qh": qh, "scale": planes.round_to_bf16(scale)}
-    if row.stepped:
-        found |= {"scale": raw[:, SCALES_AT:D_AT], "steps": raw[:, D_AT:]}
-    for role, array in found.items():
-        np.frombuffer(arrays[role], np.uint8)[:] = np.ascontiguousarray(array).view(np.uint8).ravel()
-    return None
-
-
 @pytest.fixture(params=["bf16", "exact"])
-def bundle(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(stream, "to_planes", to_planes)
+def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     scales: Literal["bf16", "exact"] = request.param
     model = small_model()
     model.tensors += LARGER

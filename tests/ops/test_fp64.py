@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 import fp64
 import gpu_weights
 import oracles
+from q6k_kernels.cuda import dispatch
 from q6k_kernels.formats import planes
 from q6k_kernels.formats.types import WEIGHT_TYPES
 from q6k_kernels.ops import accuracy
@@ -35,15 +36,19 @@ def test_codes_and_scales_are_those_in_the_planes(kind: str, format: str) -> Non
     stated = accuracy.of_planes(w.planes, w.row)
     assert torch.equal(stated.codes, w.q)
     assert torch.equal(stated.scale, w.s)
+    assert (stated.min is None) == (w.least is None)
+    assert stated.min is None or torch.equal(stated.min, w.exact.min)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         fp64.assert_same_bits(w.weights(dtype), accuracy.dequantize(stated, dtype))
 
 
+@pytest.mark.parametrize("format", gpu_weights.EVERY)
 @pytest.mark.parametrize("formula", ["int8", "bf16"])
-def test_the_reference_is_right(formula: Literal["int8", "bf16"]) -> None:
+def test_the_reference_is_right(formula: Literal["int8", "bf16"], format: str) -> None:
     """Every sort of activations, by the operations on the CPU."""
     for kind in KINDS:
-        w, x = gpu_weights.weight(kind, 21, 768, "q6_k_exact"), gpu_weights.inputs(9, 768, torch.bfloat16)
+        k = gpu_weights.width(768, format)
+        w, x = gpu_weights.weight(kind, 21, k, format), gpu_weights.inputs(9, k, torch.bfloat16)
         x[1], x[2, 40], x[3, 50], x[5] = 0, float("inf"), float("nan"), x[5] * 2000
         bias = gpu_weights.bias_of(21, torch.float32)
         exact = fp64.linear(x, w, formula)
@@ -54,18 +59,23 @@ def test_the_reference_is_right(formula: Literal["int8", "bf16"]) -> None:
 
 def test_the_roundings_of_kernels() -> None:
     w, x = gpu_weights.weight("random", 3, 768, "q6_k"), gpu_weights.inputs(1, 768, torch.bfloat16)
-    assert fp64.roundings(fp64.linear(x, w, "int8")) == 7 * 768 // 16 + 8
+    assert fp64.roundings(fp64.linear(x, w, "int8")) == 768 // 16 + dispatch.INT8_ROUNDINGS
     assert fp64.roundings(fp64.linear(x, w, "bf16")) == 768 // 8 + 768 // 256 + 8
 
 
-def test_planes_are_those_of_the_format() -> None:
+@pytest.mark.parametrize("format", gpu_weights.EVERY)
+def test_planes_are_those_of_the_weight_type(format: str) -> None:
+    w = gpu_weights.weight("random", 12, 512, format)
+    stated = planes.pack(w.stored.numpy(), w.row)
+    for found, expected in zip(gpu_weights.planes_of(w.stored.view(3, 4, 512), w.row), stated, strict=True):
+        np.testing.assert_array_equal(found.view(torch.uint8).numpy().reshape(12, -1), expected)
+
+
+def test_planes_are_those_of_the_oracle() -> None:
     q = torch.randint(-32, 32, (3, 4, 512), dtype=torch.int8)
     row = WEIGHT_TYPES["q6_k"]
     u = (q + 32).to(torch.uint8)
     ql, qh = gpu_weights.planes_of(u, row)
-    expected = planes.pack(u.numpy(), row)
-    np.testing.assert_array_equal(ql.numpy(), expected[0])
-    np.testing.assert_array_equal(qh.numpy(), expected[1])
     stated = oracles.planes_of_row(q[2, 3].tolist())
     assert (ql[2, 3].numpy().tobytes(), qh[2, 3].numpy().tobytes()) == stated
 
@@ -83,6 +93,10 @@ def test_weights_are_what_their_kind_says(kind: str) -> None:
         assert (d == 0).any()
         assert (w.q == 0).all(1).any()
         assert (w.q == -32).all(1).any()
+        mins = gpu_weights.weight(kind, 64, 512, "q4_k").least
+        assert (mins < 0).any()
+        assert (mins > 0).any()
+        assert {0, 1, 254} <= {*gpu_weights.weight(kind, 64, 512, "mxfp4").arrays["scale"].unique().tolist()}
     if kind == "genuine":
         assert 0.015 < w.weights(torch.float32).std() < 0.025
         assert len(w.weights(torch.float32).unique(dim=0)) == 64

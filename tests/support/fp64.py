@@ -27,13 +27,14 @@ def linear(x: Tensor, w: Weight, formula: Literal["int8", "bf16"], *, expanded: 
 def roundings(exact: Exact) -> int:
     """Return the largest number of roundings to fp32 of any term, for `accuracy.tolerance`.
 
-    "int8": the terms are sums of groups, and with mins those of mins. Each meets two products, additions in any
-    order, and the bias. Mins are multiplied in three parts by matrix instructions, which add eight or sixteen
-    products and truncate, not round, below the bits of the largest one: two roundings for each product.
-    "bf16": a matrix instruction adds sixteen products in that way. Then come the parts of K that thread blocks
-    share, of a super-block or more, and the bias. Both numbers include some reserve.
+    "int8": see `cuda.dispatch.INT8_ROUNDINGS`.
+    "bf16": a matrix instruction adds sixteen products and truncates, not rounds, below the bits of the largest one:
+    two roundings. Then come the parts of K that thread blocks share, of a super-block or more, and the bias. The
+    number includes some reserve.
     """
-    return 7 * exact.terms + 8 if exact.terms < exact.k else exact.k // 8 + exact.k // 256 + 8
+    if exact.terms < exact.k:
+        return exact.terms + dispatch.INT8_ROUNDINGS
+    return exact.k // 8 + exact.k // 256 + 8
 
 
 def assert_right(output: Tensor, exact: Exact, what: str) -> None:

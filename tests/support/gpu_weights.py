@@ -148,9 +148,8 @@ def planes_of(u: Tensor, row: WeightType) -> list[Tensor]:
     low, high = u & 15, u >> 4
     planes = [low[..., 0::2] | low[..., 1::2] << 4]
     if row.bits == 6:
-        pairs = high.unflatten(
-            -1, (-1, 4, 4, 2)
-        )  # (chunk, w, position, parity): weight 32c + 8w + 2 position + parity
+        # (chunk, w, position, parity): weight 32c + 8w + 2 position + parity
+        pairs = high.unflatten(-1, (-1, 4, 4, 2))
         byte = pairs[..., 0, :] | pairs[..., 1, :] << 2 | pairs[..., 2, :] << 4 | pairs[..., 3, :] << 6
         planes.append(byte.transpose(-1, -2).flatten(-3))
     if row.bits == 5:
@@ -221,36 +220,43 @@ def _random(n: int, k: int, row: WeightType) -> Parts:
             size = 2e-5 if row.stepped else 2e-3
             values = torch.randn(shape, device=DEVICE, generator=source) * size
         else:
-            low, high = LIMITS[row.name] if row.name in LIMITS else (-128, 128) if each.dtype == "I8" else (0, 64)
-            values = torch.randint(low, high, shape, device=DEVICE, generator=source)
+            values = torch.randint(*limits(row, each.dtype), shape, device=DEVICE, generator=source)
         arrays[each.role] = values.to(PLANE_DTYPES[each.dtype])
     return stored, arrays
 
 
-LIMITS = {
-    row.name: (110, 124) if row.scales[0].dtype == "U8" else (-32, 32)
-    for row in WEIGHT_TYPES.values()
-    if (row.scales[0].dtype == "U8" and not row.stepped) or (row.scales[0].dtype == "I8" and row.group == 32)
-}
-"""Bounds of integer scales that are not all of their dtype's."""
+def limits(row: WeightType, dtype: str) -> tuple[int, int]:
+    """Return the least integer scale and one more than the largest, of exponents those of a real model."""
+    if dtype == "I8":
+        return (-128, 128) if row.group == 16 else (-32, 32)
+    return (0, 64) if row.stepped else (110, 124)
 
 
 def _extreme(n: int, k: int, row: WeightType) -> Parts:
-    """Return rows of one code, extreme sub-scales, and scales zero of either sign, subnormal, large, negative."""
+    """Return rows of one code, extreme sub-scales, and scales zero of either sign, subnormal, large, negative.
+
+    Scales and mins of a row are different ones of these. Exponents are 0 and 1, whose scales are subnormal, and in
+    one group of some rows 254, whose weights are infinite or next to it.
+    """
     stored, arrays = _random(n, k, row)
     at = torch.arange(n, device=DEVICE)
     stored[at % 4 == 0] = 0 if row.bits < 8 else 128
     stored[at % 4 == 1] = (1 << row.bits) - 1 if row.bits < 8 else 127
+    stored[at % 8 == 2] = row.offset
     halves = torch.tensor([0.0, 5.96e-8, -5.96e-8, 6.09e-5, -6.1e-5, 0.015, -3e-6, -0.0], device=DEVICE)
-    for each in row.scales:
+    for turn, each in enumerate(row.scales):
         array = arrays[each.role]
         if each.dtype in ("F16", "BF16"):
-            array.copy_(halves[(at % 8).unsqueeze(-1).expand_as(array)])
+            array.copy_(halves[((at + 3 * turn) % 8).unsqueeze(-1).expand_as(array)])
             continue
-        low, high = LIMITS.get(row.name, (-128, 128) if each.dtype == "I8" else (0, 64))
-        pattern = torch.tensor([low, 0 if low <= 0 else 1, high - 1, low], device=DEVICE).to(array.dtype)
+        low, high = limits(row, each.dtype)
+        exponents = each.dtype == "U8" and not row.stepped
+        edges = [0, 1, high - 1, low] if exponents else [low, 0, high - 1, low]
+        pattern = torch.tensor(edges, device=DEVICE).to(array.dtype).roll(turn)
         array[at % 3 == 0] = pattern.repeat(-(-array.shape[1] // 4))[: array.shape[1]]
         array[at % 5 == 4] = pattern[0]
+        if exponents:
+            array[at % 16 == 7, -1] = 254
     return stored, arrays
 
 
@@ -259,6 +265,11 @@ def inputs(m: int, k: int, dtype: torch.dtype, seed: int = 3) -> Tensor:
     x = torch.randn(m, k, device=DEVICE, generator=random_source(seed))
     x[:, 5::97] *= 30
     return x.to(dtype)
+
+
+def width(k: int, format: str) -> int:
+    """Return k, a multiple of 256, or 32 less where rows may end within a super-block."""
+    return k - 32 if WEIGHT_TYPES[format].block == 32 else k
 
 
 def bias_of(n: int, dtype: torch.dtype) -> Tensor:

@@ -24,6 +24,19 @@ DECODE_M = 8
 faster (4.0 against 8.3 us at M = 1, 5.6 against 8.3 at M = 8 on the smallest layer measured)."""
 PREFILL_M = 256
 """Rows of x from which expanding weights for cuBLAS should pay on GPUs other than Hopper. Not measured there."""
+INT8_ROUNDINGS = 64
+"""Most roundings to fp32 that a term of a product of int8 activations meets, beside one for each term: see
+`ops.accuracy`, where a term is a group's sum, or a group's min times its sum of activations.
+
+A term meets fewer additions than there are terms, and then
+
+- 8: the product with the scale, those with both steps, the addition of the bias, with some to spare.
+- 56, for a min (`decode_tile.cuh`): tensor cores multiply the 8 mins of a super-block with 3 parts of each sum, 24
+  products in 2 instructions, and add them from zero. An instruction cuts off what lies below the last bit of its
+  largest addend, at most 2 roundings of it, from each product, from what it adds to, and from the result. No addend
+  is larger than the super-block's terms together: 2 * (24 + 2 + 2). That is once for each super-block, of which a
+  term is in one. fp16 mins have a second, lower half with 2 more instructions, 2**-8 as large: less than one rounding.
+"""
 
 
 def linear(

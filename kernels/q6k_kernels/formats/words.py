@@ -19,7 +19,8 @@ _ONES, _NIBBLES, _EVEN = 0x0101010101010101, 0x0F0F0F0F0F0F0F0F, 0x00FF00FF00FF0
 def of_planes(planes: Sequence[Tensor], row: WeightType) -> Tensor:
     """Return the stored codes of code planes, int64 (R, K/8); works in place, because fresh memory is slow."""
     if row.bits == 8:
-        return planes[0].contiguous().view(torch.int64)
+        plane = planes[0].contiguous()
+        return (plane.clone() if plane.storage_offset() % 8 else plane).view(torch.int64)
     n = len(planes[0])
     # Two elements for every byte of ql, in the order of the weights.
     nibbles = planes[0].contiguous().to(torch.int16)
