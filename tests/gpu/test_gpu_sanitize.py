@@ -37,8 +37,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.sanitize]
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 K = 1280
-"""Five super-blocks: rings go round, and two or four blocks split them unevenly. Where a weight type allows, the last
-is partial (`gpu_weights.width`)."""
+"""Five super-blocks: rings go round, and two or four blocks split them unevenly. Where a weight type allows, the
+last is partial (`gpu_weights.width`)."""
 
 
 @pytest.fixture(autouse=True)

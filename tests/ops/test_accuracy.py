@@ -187,7 +187,9 @@ def test_one_code_off_by_one_is_outside_the_tolerance(activations: Formula, scal
     assert (errors[:, 0] > 1)[np.repeat(s[0], 16) != 0].all()
     assert (
         accuracy.compare(
-            packed.multiplied(x, **arrays, activations=activations), exact, roundings(k, packed.row(packed.given(**arrays)), activations)
+            packed.multiplied(x, **arrays, activations=activations),
+            exact,
+            roundings(k, packed.row(packed.given(**arrays)), activations),
         ).worst
         <= 1
     )

@@ -8,8 +8,6 @@ from typing import Literal
 import numpy as np
 import pytest
 
-import packed
-
 torch = pytest.importorskip("torch")
 
 import fp64

@@ -270,6 +270,6 @@ def fits(n: int, k: int, row: WeightType, device: Device) -> bool:
 
 
 def code_bytes(k: int, tokens: int = 1) -> tuple[int, int]:
-    """Return the bytes of quantised rows of k activations, and of their scales, sums and parts, which follow them."""
+    """Return the bytes of quantised rows of k activations, and of their scales, sums and parts, which follow."""
     blocks, (codes, steps, parts) = super_blocks(k), activation_bytes(tokens, False)
     return blocks * codes, blocks * (2 * steps + parts)

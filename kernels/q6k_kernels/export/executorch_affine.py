@@ -63,7 +63,8 @@ def affine_arguments(weight: PackedWeight) -> AffineArguments:
     pieces = (weight.rows(at, min(at + ROWS_AT_ONCE, weight.n)) for at in starts)
     signal = sum(float(piece.dequantize(torch.float32).double().square().sum()) for piece in pieces)
     codes = {"qdata": planes["ql"]} if row.bits == 4 else {"ql": planes["ql"], "qh": planes["qh"]}
-    scales = {"scale": planes["scale"], "scale_step": planes["steps"], "zero_point": zero, "zero_point_step": zero_step}
+    scales = {"scale": planes["scale"], "scale_step": planes["steps"]}
+    scales |= {"zero_point": zero, "zero_point_step": zero_step}
     named = {**codes, **scales, "block_size": [1, row.group], "shape": torch.Size(weight.shape)}
     return AffineArguments(named, _decibels(signal, noise))
 

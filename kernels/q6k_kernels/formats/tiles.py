@@ -19,15 +19,15 @@ the type's own groups are. Stored codes u:
 
     4, 5, 6 bits: four bits of u in one place, the other L = bits - 4 in another. For s = 0, 1 the four are the low
     bits, for s = 2, 3 the high ones: then both sixteens of a byte become numbers without moving their nibbles.
-    [0, 2048)     byte (2h + (w >> 2)) 512 + 16 lane + 4(w & 3) + b, w = 2q + (s & 1): row r, element e, the four bits
-                  in bits 0-3 for s = 0, 1 and in bits 4-7 for s = 2, 3
-    L = 1: [2048, 2560)  byte 2048 + 256h + 8 lane + 4(q >> 1) + b: row r, element e, the other bit of s = 2, 3 in bit
-                  4(q & 1) + 2(s & 1), of s = 0, 1 in the one above
+    [0, 2048)     byte (2h + (w >> 2)) 512 + 16 lane + 4(w & 3) + b, w = 2q + (s & 1): row r, element e, the four
+                  bits in bits 0-3 for s = 0, 1 and in bits 4-7 for s = 2, 3
+    L = 1: [2048, 2560)  byte 2048 + 256h + 8 lane + 4(q >> 1) + b: row r, element e, the other bit of s = 2, 3 in
+                  bit 4(q & 1) + 2(s & 1), of s = 0, 1 in the one above
     L = 2: [2048, 3072)  byte 2048 + 512h + 16 lane + 4q + b: row r, element e, the other bits of s = 2, 3 in bits
                   4(s & 1) and above, of s = 0, 1 two bits further
     a code book:
-    [0, 2048)     of the two bytes from (2h + (q >> 1)) 512 + 16 lane + 8(q & 1) + 2s on, row r, nibble b is element e:
-                  in order, as a table look-up wants them
+    [0, 2048)     of the two bytes from (2h + (q >> 1)) 512 + 16 lane + 8(q & 1) + 2s on, row r, nibble b is
+                  element e: in order, as a table look-up wants them
     8 bits:
     [0, 4096)     byte (4h + q) 512 + 16 lane + 4s + b: row r, element e
 
@@ -35,7 +35,8 @@ the type's own groups are. Stored codes u:
     int8 elements are kept plus 128.
 
 Lane and b are the order of fragment A of `mma.m16n8k16` with 16-bit types (PTX ISA, "Matrix Fragments for
-mma.m16n8k16"): a lane's 16 bytes are its fragments of eight sixteens. A row of a tile lies in pieces of 64 bytes, so that gathering one row reads little else.
+mma.m16n8k16"): a lane's 16 bytes are its fragments of eight sixteens. A row of a tile lies in pieces of 64 bytes,
+so that gathering one row reads little else.
 
 Everything here is torch and runs on any device; `words` moves the bits.
 """
@@ -66,8 +67,8 @@ def check_tiles(tiles: Tensor, n: int, k: int, row: WeightType, *, stack: bool =
     """Check the tiles of a weight (n, k), or of a stack of such weights.
 
     Raises:
-        ValueError: they are not uint8 (T, B, tile_bytes) or, with `stack`, (E, T, B, tile_bytes), or not of n rows of
-            k weights.
+        ValueError: they are not uint8 (T, B, tile_bytes) or, with `stack`, (E, T, B, tile_bytes), or not of n rows
+            of k weights.
     """
     shape = tiles.shape
     if (
@@ -244,8 +245,8 @@ def _code_fields(row: WeightType) -> int:
 def _fields(tiles: Tensor, row: WeightType) -> list[Tensor]:
     """Return views of the fields of tiles, each with T, h and g, which number the row, first; then B.
 
-    Codes are int16, so that a row's elements are in order, two in each word: four bits (T, h, g, B, w, b >> 1, t), or
-    with a code book (T, h, g, B, sixteen, t); the other bits (T, h, g, B, word, b >> 1, t); the codes of 8 bits
+    Codes are int16, so that a row's elements are in order, two in each word: four bits (T, h, g, B, w, b >> 1, t),
+    or with a code book (T, h, g, B, sixteen, t); the other bits (T, h, g, B, word, b >> 1, t); the codes of 8 bits
     (T, h, g, B, sixteen, b >> 1, t). An array of scales is (T, h, g, B, element).
     """
     t, b, _ = tiles.shape

@@ -1,30 +1,30 @@
 """Weight types that stay packed, one row each; planes, tiles, kernels' macros and sizes are derived from it.
 
-    weight = scale * code - min      in fp32, in this order: GGUF's own numbers, so that it equals ggml's bit for bit
+    weight = scale * code - min      in fp32, in this order, of GGUF's own numbers: it equals ggml's bit for bit
 
 `code` is the stored code, minus an offset or looked up in a code book where the type has one. A stored code has
 `bits` bits: the low four lie in `X.ql`, the others in `X.qh` (see `formats.planes`); eight are `X.q`. Weights of a
 group share a scale, and a min if there is one. The scale of a group is its element of `X.scale`, times that of
 `X.steps` if there are steps; the min likewise of `X.min` and `X.min_steps`. A bundle's arrays, in this order, each
-(..., K / weights an element):
+(..., K / weights an element), and the bits of a weight in all of them:
 
-| row        | code            | code planes              | scale arrays                                        | bits a weight |
-|------------|-----------------|--------------------------|-----------------------------------------------------|---------------|
-| q6_k       | stored - 32     | ql uint8 2, qh uint8 4   | scale bf16 16: fp32 d * sub-scale, rounded to even  | 7.0           |
-| q6_k_exact | stored - 32     | ql uint8 2, qh uint8 4   | scale int8 16, steps fp16 256                       | 6.5625        |
-| q4_k       | stored          | ql uint8 2               | scale, min uint8 32, steps, min_steps fp16 256      | 4.625         |
-| q5_k       | stored          | ql uint8 2, qh uint8 8   | scale, min uint8 32, steps, min_steps fp16 256      | 5.625         |
-| q8_0       | stored          | q int8 1                 | scale fp16 32                                       | 8.5           |
-| q5_0       | stored - 16     | ql uint8 2, qh uint8 8   | scale fp16 32                                       | 5.5           |
-| q4_0       | stored - 8      | ql uint8 2               | scale fp16 32                                       | 4.5           |
-| q4_1       | stored          | ql uint8 2               | scale, min fp16 32                                  | 5.0           |
-| q5_1       | stored          | ql uint8 2, qh uint8 8   | scale, min fp16 32                                  | 6.0           |
-| iq4_nl     | IQ4 [stored]    | ql uint8 2               | scale fp16 32                                       | 4.5           |
-| iq4_xs     | IQ4 [stored]    | ql uint8 2               | scale int8 32, steps fp16 256                       | 4.3125        |
-| mxfp4      | E2M1 [stored]   | ql uint8 2               | scale uint8 32: half of 2 ** (element - 127)        | 4.25          |
+| row        | code          | code planes            | scale arrays                                   | bits   |
+|------------|---------------|------------------------|------------------------------------------------|--------|
+| q6_k       | stored - 32   | ql uint8 2, qh uint8 4 | scale bf16 16: d * sub-scale, rounded to even  | 7.0    |
+| q6_k_exact | stored - 32   | ql uint8 2, qh uint8 4 | scale int8 16, steps fp16 256                  | 6.5625 |
+| q4_k       | stored        | ql uint8 2             | scale, min uint8 32, steps, min_steps fp16 256 | 4.625  |
+| q5_k       | stored        | ql uint8 2, qh uint8 8 | scale, min uint8 32, steps, min_steps fp16 256 | 5.625  |
+| q8_0       | stored        | q int8 1               | scale fp16 32                                  | 8.5    |
+| q5_0       | stored - 16   | ql uint8 2, qh uint8 8 | scale fp16 32                                  | 5.5    |
+| q4_0       | stored - 8    | ql uint8 2             | scale fp16 32                                  | 4.5    |
+| q4_1       | stored        | ql uint8 2             | scale, min fp16 32                             | 5.0    |
+| q5_1       | stored        | ql uint8 2, qh uint8 8 | scale, min fp16 32                             | 6.0    |
+| iq4_nl     | IQ4 [stored]  | ql uint8 2             | scale fp16 32                                  | 4.5    |
+| iq4_xs     | IQ4 [stored]  | ql uint8 2             | scale int8 32, steps fp16 256                  | 4.3125 |
+| mxfp4      | E2M1 [stored] | ql uint8 2             | scale uint8 32: half of 2 ** (element - 127)   | 4.25   |
 
-To add a type: a row here, a block reader in `blocks` and in the repacker, and tests. A kind of code or scale that no
-row has yet also needs its lines in `planes`, `tiles` and `cuda/common.cuh`.
+To add a type: a row here, a block reader in `blocks` and in the repacker, and tests. A kind of code or scale that
+no row has yet also needs its lines in `planes`, `tiles` and `cuda/common.cuh`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class PlaneArray(NamedTuple):
 DTYPE_BYTES = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2}
 """safetensors dtype -> bytes of an element, for the arrays of all rows."""
 KIND_OF_SCALE = {("BF16", False): 0, ("I8", True): 1, ("U8", True): 2, ("F16", False): 3, ("U8", False): 4}
-"""Dtype of the array `scale`, and whether there are steps -> `Q6K_SCALES` (SCALES_BF16, ... in `cuda/common.cuh`)."""
+"""Dtype of the array `scale`, and whether there are steps -> `Q6K_SCALES`, of which `cuda/common.cuh` has names."""
 
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """The code book of ggml's IQ4_NL and IQ4_XS."""

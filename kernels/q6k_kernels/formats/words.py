@@ -1,4 +1,4 @@
-"""Codes in 64-bit words, a byte a weight, on their way between planes and tiles: single bytes would take far longer.
+"""Codes in 64-bit words, a byte a weight, on their way between planes and tiles: single bytes would take longer.
 
 `formats.planes` and `formats.tiles` have the layouts.
 """

@@ -196,8 +196,8 @@ def roundings(k: int, row: WeightType, activations: Literal["int8", "bf16"]) -> 
 
     "bf16": one product, the 255 additions of a super-block in any order, an addition for each super-block, and one
     for the bias. "int8": the product with the scale or the min, their difference if there are mins, the product
-    with d_a, the additions of the groups in a super-block, and then as above. Sums that `linear` makes in fp64 round
-    less.
+    with d_a, the additions of the groups in a super-block, and then as above. Sums that `linear` makes in fp64
+    round less.
     """
     within = 1 + 255 if activations == "bf16" else 2 + row.minimum + SUPER_BLOCK // row.group - 1
     return within + super_blocks(k) + 1
@@ -221,8 +221,8 @@ def _by_super_block(values: Tensor) -> Tensor:
 def _int8_sums(activations: tuple[Tensor, Tensor], parts: Parts) -> Tensor:
     """Return y, float32 (M, N), of activations in 8 bits, int8 (M, K) and float32 (M, K/32), and parts of weights.
 
-    The inner sums are integers of at most 32 * 128 * 127 < 2**19, as are their parts: fp32 holds them exactly in any
-    order of addition. Their operands, of 8 bits, fit in bf16, so no setting of matmul precision changes them.
+    The inner sums are integers of at most 32 * 128 * 127 < 2**19, as are their parts: fp32 holds them exactly in
+    any order of addition. Their operands, of 8 bits, fit in bf16, so no setting of matmul precision changes them.
     """
     (a, d_a), (codes, scale, least) = activations, parts
     groups = scale.shape[1]
