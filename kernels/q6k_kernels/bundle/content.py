@@ -98,6 +98,15 @@ def _infinity(tensor: StoredTensor, role: str) -> int | None:
     return None if dtype is None or (dtype == "U8" and row.stepped) else _INFINITY.get(dtype)
 
 
+def _limit(tensor: StoredTensor, role: str) -> int | None:
+    """Return the largest element of an array of six-bit scales, on which kernels rely; None for other arrays."""
+    if tensor.format is None:
+        return None
+    row = weight_type(tensor.format)
+    six = row.stepped and any(array.role == role and array.dtype == "U8" for array in row.scales)
+    return 63 if six else None
+
+
 def _arrays(manifest: Manifest) -> Iterator[tuple[StoredTensor, str, StoredArray]]:
     for tensor in manifest.tensors:
         for role, array in tensor.arrays.items():
@@ -140,15 +149,20 @@ class _Reader:
     ) -> ContentReport:
         """Check an array's checksum and, given the bits of infinity, that its values are finite or `allowed`."""
         report, array = ContentReport(), tensor.arrays[role]
-        hasher, at, first = xxhash.xxh3_128(), 0, None
+        hasher, at, first, limit, large = xxhash.xxh3_128(), 0, None, _limit(tensor, role), None
         for piece in self._pieces(array.file, entry.begin, entry.end):
             hasher.update(piece)
             if infinity is not None and len(bad := _not_finite(piece, infinity)):
                 report.nonfinite[tensor.name] += len(bad)
                 first = at + int(bad[0]) if first is None else first
+            if limit is not None and large is None and (most := int(np.frombuffer(piece, np.uint8).max())) > limit:
+                large = most
             at += len(piece) // DTYPE_BYTES[array.dtype]
         if hasher.hexdigest() != array.checksum:
             problem = f"checksum is {hasher.hexdigest()}, expected {array.checksum}"
+            report.findings.append(Finding(problem, array.file, tensor.name, array.key))
+        if large is not None:
+            problem = f"holds {large}: scales of {tensor.format} have six bits, at most {limit}"
             report.findings.append(Finding(problem, array.file, tensor.name, array.key))
         if first is not None and not allowed:
             row, column = divmod(first, array.shape[-1])

@@ -35,7 +35,7 @@ A term meets fewer additions than there are terms, and then
   products in 2 instructions, and add them from zero. An instruction cuts off what lies below the last bit of its
   largest addend, at most 2 roundings of it, from each product, from what it adds to, and from the result. No addend
   is larger than the super-block's terms together: 2 * (24 + 2 + 2). That is once for each super-block, of which a
-  term is in one. fp16 mins have a second, lower half with 2 more instructions, 2**-8 as large: less than a rounding.
+  term is in one. fp16 mins have a second, lower half with 2 more instructions, 2**-8 as large: below one rounding.
 """
 
 
