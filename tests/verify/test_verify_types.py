@@ -118,6 +118,25 @@ def test_a_wrong_byte_of_every_array_is_found_and_measured(tmp_path: Path, row: 
     assert measured.noise > 0
 
 
+@pytest.mark.parametrize("role", ["scale", "min"])
+@pytest.mark.parametrize("name", ["q4_k", "q5_k"])
+def test_scales_of_more_than_six_bits_are_found(tmp_path: Path, name: str, role: str) -> None:
+    """The forger corrects the checksum; no source is needed, as no file holds such scales."""
+    row = WEIGHT_TYPES[name]
+    _, out = stored(tmp_path, row.ggml, blocks_of(row.ggml), 768, options_of(row))
+    entry = structure.read_header(out / SHARD)[f"x.{role}"]
+    raw = bytearray((out / SHARD).read_bytes())
+    for most, problems in ((63, []), (64, [f"holds 64: scales of {name} have six bits, at most 63"])):
+        raw[entry.begin + 5] = most
+        (out / SHARD).write_bytes(raw)
+        right = manifests.checksum(bytes(raw[entry.begin : entry.end]))
+        tensor_edit("x", lambda t, right=right: t["arrays"][role].update(checksum=right))(out)
+        found = verify(out).findings
+        assert [(finding.problem, finding.tensor, finding.array) for _, finding in found] == [
+            (problem, "x", f"x.{role}") for problem in problems
+        ]
+
+
 def read_weights(bundle: Path, row: WeightType) -> np.ndarray:
     """Return the weights of `x` in a bundle, flat, by the definition of its planes."""
     raw, header = (bundle / SHARD).read_bytes(), structure.read_header(bundle / SHARD)

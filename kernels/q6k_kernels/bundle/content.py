@@ -1,4 +1,4 @@
-"""The check of a bundle's content: checksums of all files and arrays, and scales that are finite.
+"""The check of a bundle's content: checksums of all files and arrays, and scales that are finite and in range.
 
 Every byte is read once, in pieces, several arrays at a time. Memory use does not depend on the bundle's size.
 """
@@ -49,7 +49,9 @@ def content_bytes(manifest: Manifest) -> int:
 def check_content(
     directory: Path, manifest: Manifest, *, jobs: int, progress: Callable[[int], None]
 ) -> ContentReport:
-    """Check every checksum of the manifest, and that scales are finite unless the bundle was made to keep others.
+    """Check every checksum of the manifest, and scales: six-bit ones are at most 63, others are finite.
+
+    A bundle that was made to keep scales that are not finite may have them.
 
     Args:
         directory: a bundle whose structure is sound.
@@ -147,7 +149,7 @@ class _Reader:
     def check_array(
         self, tensor: StoredTensor, role: str, entry: Entry, infinity: int | None, *, allowed: bool
     ) -> ContentReport:
-        """Check an array's checksum and, given the bits of infinity, that its values are finite or `allowed`."""
+        """Check an array's checksum, six-bit scales and, given infinity's bits, that all is finite or `allowed`."""
         report, array = ContentReport(), tensor.arrays[role]
         hasher, at, first, limit, large = xxhash.xxh3_128(), 0, None, _limit(tensor, role), None
         for piece in self._pieces(array.file, entry.begin, entry.end):
