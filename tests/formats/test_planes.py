@@ -31,6 +31,13 @@ def test_pack_is_what_the_table_says(q: np.ndarray) -> None:
 
 
 @ROWS
+def test_no_rows_are_decoded_packed_and_unpacked(row: WeightType) -> None:
+    codes = decode(np.empty((0, 3, 2 * block_bytes(row)), dtype=np.uint8), row).codes
+    assert codes.shape == (0, 3, 2 * row.block)
+    assert planes.unpack(planes.pack(codes, row), row).shape == codes.shape
+
+
+@ROWS
 def test_planes_of_every_type(row: WeightType) -> None:
     """Each weight where the text has it, and back."""
     rng = np.random.default_rng(row.bits)

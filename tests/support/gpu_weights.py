@@ -1,7 +1,7 @@
 """Weights for GPU tests: codes and scales that tests know, and planes and tiles made from them.
 
-Codes and scales are the truth. Planes are made from them here, by the format's text; test_gpu_fp64.py compares them
-with `oracles`. Tiles are made from planes by the operation under test.
+Codes and scales are the truth. Planes are made from them here, by the format's text, and
+tests/ops/test_fp64.py compares them with `oracles`. Tiles are made from planes by the operation under test.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def _nibbles(qs: Bytes, run: int) -> Bytes:
     codes = np.empty((qs.size // run, 2), f"V{run}")
     codes[:, 0] = (words & _NIBBLE).view(f"V{run}")
     codes[:, 1] = (words >> 4 & _NIBBLE).view(f"V{run}")
-    return codes.view(np.uint8).reshape(len(qs), -1)
+    return codes.view(np.uint8).reshape(len(qs), 2 * qs.shape[1])
 
 
 def _add_high(codes: Bytes, qh: Bytes, bits: int) -> None:

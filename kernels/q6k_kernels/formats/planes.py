@@ -101,13 +101,12 @@ def unpack(planes: Sequence[Bytes], row: WeightType) -> Bytes:
     ql = planes[0]
     codes = np.stack([ql & 15, ql >> 4], axis=-1).reshape(*lead, k)
     if row.high_bits == 2:
-        by_parity = planes[1].reshape(*lead, -1, 2, 4)  # (..., chunk, parity, w)
+        by_parity = planes[1].reshape(*lead, k // CHUNK, 2, 4)  # (..., chunk, parity, w)
         pairs = (by_parity[..., None] >> _PAIR_SHIFTS) & 3  # (..., chunk, parity, w, position)
         codes |= np.moveaxis(pairs, -3, -1).reshape(*lead, k) << 4
     elif row.high_bits == 1:
-        bits = np.unpackbits(planes[1], axis=-1, bitorder="little").reshape(
-            *lead, -1, 2, 4
-        )  # (..., parity, position)
+        bits = np.unpackbits(planes[1], axis=-1, bitorder="little")
+        bits = bits.reshape(*lead, k // 8, 2, 4)  # (..., byte, parity, position)
         codes |= bits.swapaxes(-1, -2).reshape(*lead, k) << 4
     return codes
 
