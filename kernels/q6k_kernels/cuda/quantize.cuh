@@ -109,8 +109,9 @@ __device__ __forceinline__ void quantize_into(const Quantized& to, const uint4 (
   if (to.parts == nullptr) return;
   u16* const parts = to.parts + ((pair >> 3) * TOKENS + token) * 32 + (pair >> 1 & 3) * 8 + (pair & 1);
   float left = d * (float)(sum + of_neighbour);
+  // Nothing of global memory stays unwritten, though the fourth, zero, is not used.
 #pragma unroll
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < (Q6K_FUSED ? 3 : 4); ++i) {
     const u32 part = to_bf16(left);
     parts[2 * i] = (u16)part;
     left -= bf16_to_float(part);
