@@ -143,6 +143,7 @@ def wild_rows(dtype: torch.dtype, k: int) -> torch.Tensor:
     x[19] = x[17] / 2  # ties
     x[21] = torch.finfo(dtype).max / 256
     x[22] = -0.0
+    x[23] = torch.finfo(dtype).max * 2.0**-32  # large, but no sum overflows
     return x
 
 

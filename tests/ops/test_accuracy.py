@@ -216,6 +216,22 @@ def test_tolerance_is_the_sum_of_its_parts() -> None:
     assert tolerance(one_output(1, 1), torch.float16) == tolerance(one_output(1, 1), torch.float16, 259)
 
 
+def test_what_may_overflow_before_it_is_scaled_may_be_anything() -> None:
+    """With scales so small that outputs are ordinary, activations so large that sums are not; and the reverse."""
+    x = torch.full((3, 256), 1.0, dtype=torch.bfloat16)
+    x[1], x[2] = 2.0**110, 2.0**-110
+    codes, ones = torch.full((2, 256), 15, dtype=torch.int8), torch.ones(2, 8, dtype=torch.float64)
+    small = accuracy.Weight(codes, ones * 2.0**-100, ones * 2.0**-100)
+    exact = accuracy.linear(x, small, activations="int8")
+    assert (exact.magnitude < 2.0**40).all()
+    assert tolerance(exact, x.dtype).isposinf().tolist() == [[False] * 2, [True] * 2, [False] * 2]
+    large = accuracy.Weight(codes, ones * 2.0**112, None)
+    exact = accuracy.linear(x[2:], large, activations="int8")
+    assert (exact.magnitude < 2.0**40).all()
+    assert tolerance(exact, x.dtype).isposinf().all()
+    assert tolerance(accuracy.linear(x[2:], large, activations="bf16"), x.dtype).isfinite().all()
+
+
 def test_the_bound_on_fp32_sums_holds_and_is_nearly_reached() -> None:
     """Sequential sums of random terms, and the worst ones: each addition loses nearly half an ulp."""
     k = 1024

@@ -28,6 +28,8 @@ from q6k_kernels.ops.exact_weights import of_planes as of_planes
 
 ACTIVATION_GROUP = 32
 """Activations that share one d_a."""
+MOST_INTEGER_SCALE = 128
+"""No integer that is a scale, or a min, before its step is larger."""
 CHUNK = 1 << 24
 """Weights, or terms of a sum, held in fp64 at a time; about 40 bytes each, 700 MB."""
 
@@ -42,20 +44,25 @@ class Exact:
             activations, d_a * scale * (the integer sum of a group); a min adds one more.
         k: length of the sums.
         terms: number of terms that one output adds.
+        largest: float64 (..., N), what no sum or product on the way exceeds, in whatever order scales are
+            multiplied with; None if that is the magnitude.
     """
 
     y: Tensor
     magnitude: Tensor
     k: int
     terms: int
+    largest: Tensor | None = None
 
     def __getitem__(self, rows: slice | list[int]) -> Exact:
-        return Exact(self.y[rows], self.magnitude[rows], self.k, self.terms)
+        largest = None if self.largest is None else self.largest[rows]
+        return Exact(self.y[rows], self.magnitude[rows], self.k, self.terms, largest)
 
     def plus(self, bias: Tensor) -> Exact:
         """Return this result with a bias (N,) added."""
         b = bias.detach().double()
-        return Exact(self.y + b, self.magnitude + b.abs(), self.k, self.terms)
+        largest = None if self.largest is None else self.largest + b.abs()
+        return Exact(self.y + b, self.magnitude + b.abs(), self.k, self.terms, largest)
 
 
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -134,7 +141,7 @@ def linear(
         raise ValueError('scales_rounded: expected False with activations "int8", found True')
     (n, k), rows = weight.codes.shape, x.detach().reshape(-1, x.shape[-1])
     width = math.gcd(weight.group, ACTIVATION_GROUP)
-    sums: Callable[[Weight], tuple[Tensor, Tensor]]
+    sums: Callable[[Weight], tuple[Tensor, Tensor, Tensor]]
     if activations == "int8":
         a, d_a = quantize_activations(rows)
         sums, values, terms = lambda part: _int8(a, d_a, part, width), len(rows) * k // width, k // width
@@ -150,18 +157,19 @@ def linear(
         sums, values, terms = lambda part: _bf16(wide, expanded(part).double()), k, k
     step = max(1, CHUNK // max(k, values))
     chunks = [sums(weight.rows(slice(at, at + step))) for at in range(0, n, step)]
-    y, magnitude = (torch.cat(part, 1).view(*x.shape[:-1], n) for part in zip(*chunks, strict=True))
-    exact = Exact(y, magnitude, k, terms)
+    y, magnitude, largest = (torch.cat(part, 1).view(*x.shape[:-1], n) for part in zip(*chunks, strict=True))
+    exact = Exact(y, magnitude, k, terms, largest)
     return exact if bias is None else exact.plus(bias)
 
 
-def _bf16(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Return y and magnitude (M, N) of x (M, K) and w (N, K), float64."""
-    return x @ w.T, x.abs() @ w.abs().T
+def _bf16(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, magnitude and largest (M, N) of x (M, K) and w (N, K), float64."""
+    magnitude = x.abs() @ w.abs().T
+    return x @ w.T, magnitude, magnitude
 
 
-def _int8(a: Tensor, d_a: Tensor, weight: Weight, width: int) -> tuple[Tensor, Tensor]:
-    """Return y and magnitude (M, N) of quantised activations; `width` weights share both scales."""
+def _int8(a: Tensor, d_a: Tensor, weight: Weight, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, magnitude and largest (M, N) of quantised activations; `width` weights share both scales."""
     k = a.shape[1]
 
     def each(scales: Tensor) -> Tensor:
@@ -171,12 +179,19 @@ def _int8(a: Tensor, d_a: Tensor, weight: Weight, width: int) -> tuple[Tensor, T
     a_groups = a.view(len(a), k // width, width).transpose(0, 1)
     codes = weight.codes.double().reshape(-1, k // width, width).permute(1, 2, 0)
     steps = each(d_a).unsqueeze(-1)
-    terms = (a_groups @ codes).mul_(each(weight.scale).unsqueeze(1)).mul_(steps)  # (groups, M, N)
+    terms = a_groups @ codes  # (groups, M, N)
+    before_scales = (terms.abs() * steps).sum(0)
+    terms.mul_(each(weight.scale).unsqueeze(1))
+    before_steps = terms.abs().sum(0)
+    terms.mul_(steps)
     y, magnitude = terms.sum(0), terms.abs_().sum(0)
     if weight.min is not None:
-        terms = a_groups.sum(-1, keepdim=True) * each(weight.min).unsqueeze(1) * steps
+        sums = a_groups.sum(-1, keepdim=True) * steps
+        terms = sums * each(weight.min).unsqueeze(1)
         y, magnitude = y - terms.sum(0), magnitude + terms.abs_().sum(0)
-    return y, magnitude
+        before_scales += sums.abs_().sum(0)
+    largest = torch.maximum(before_steps, MOST_INTEGER_SCALE * before_scales)
+    return y, magnitude, torch.maximum(largest, magnitude)
 
 
 def tolerance(exact: Exact, dtype: torch.dtype, roundings: int | None = None) -> Tensor:
@@ -191,8 +206,8 @@ def tolerance(exact: Exact, dtype: torch.dtype, roundings: int | None = None) ->
     3. Rounding the sum to nearest moves it by at most half an ulp of `dtype`, taken at the largest value
        that the sum may have, |exact| + 1. + 2.
 
-    This holds while nothing overflows in fp32. Where sum |terms| reaches 2**127 it might overflow, so the
-    tolerance is infinite there.
+    This holds while nothing overflows in fp32. Where `largest` reaches 2**127 something might, so the tolerance
+    is infinite there.
 
     Args:
         exact: what `linear` returns.
@@ -209,7 +224,8 @@ def tolerance(exact: Exact, dtype: torch.dtype, roundings: int | None = None) ->
     r = (exact.terms + 3 if roundings is None else roundings) + 1
     sums = r * u / (1 - r * u) * exact.magnitude + exact.k * 2.0**-149
     allowed = sums + _ulp(exact.y.abs() + sums, dtype) / 2
-    return torch.where(exact.magnitude >= 2.0**127, torch.inf, allowed)
+    largest = exact.magnitude if exact.largest is None else exact.largest
+    return torch.where(largest >= 2.0**127, torch.inf, allowed)
 
 
 def error_in_tolerances(output: Tensor, exact: Tensor, allowed: Tensor) -> Tensor:
