@@ -39,7 +39,7 @@ def test_every_packed_tensor_is_right_on_the_gpu(bundle: Path, device: str) -> N
     assert stage["state"] == "passed"
     assert f"kernels on one {torch.cuda.get_device_name()}" in stage["detail"]
     runs = [run for tensor in report["tensors"] for run in tensor["device"] or ()]
-    assert len(runs) == 3 * (1 + 1 + 2 + 1 + 4)  # embedding, attn_q, two experts, ffn_up, four of six experts
+    assert len(runs) == 3 * (1 + 1 + 1 + 2 + 1 + 4)  # embedding, q, k, two experts, ffn_up, four of six experts
     assert {(run["m"], run["activations"]) for run in runs} == {(1, "int8"), (16, "bf16"), (512, "bf16")}
     assert all(run["passed"] and run["seconds"] > 0 and run["gb_per_s"] > 0 for run in runs)
     assert max(run["worst_error_in_tolerances"] for run in runs) > 0.1

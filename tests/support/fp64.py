@@ -14,14 +14,16 @@ from q6k_kernels.ops import accuracy
 Exact = accuracy.Exact
 
 
-def linear(x: Tensor, w: Weight, formula: Literal["int8", "bf16"], *, expanded: bool = False) -> Exact:
-    """Return x (M, K) times a weight (N, K), by the rules of the device that x is on.
+def linear(x: Tensor, w: Weight, formula: Literal["int8", "bf16"], *, scales_rounded: bool | None = None) -> Exact:
+    """Return x (M, K) times a weight (N, K).
 
-    Kernels for 16-bit activations round scales and mins to bf16 first where x is bf16, see
-    `cuda.dispatch.rounds_scales`, but for those that expand weights for cuBLAS.
+    Kernels for 16-bit activations round scales and mins to bf16 first where x is bf16, but for those that expand
+    weights for cuBLAS. By default it is as the operation does on the device that x is on: see
+    `cuda.dispatch.rounds_scales`.
     """
-    rounded = formula == "bf16" and not expanded and dispatch.rounds_scales(x)
-    return accuracy.linear(x, w.exact, activations=formula, scales_rounded=rounded)
+    if scales_rounded is None:
+        scales_rounded = formula == "bf16" and dispatch.rounds_scales(x)
+    return accuracy.linear(x, w.exact, activations=formula, scales_rounded=scales_rounded)
 
 
 def roundings(exact: Exact) -> int:
