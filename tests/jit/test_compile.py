@@ -154,6 +154,12 @@ def test_every_architecture_is_like_one_that_is_documented(arch: int, kb: int) -
     assert (device.arch, device.shared_bytes, device.multiprocessor_shared_bytes) == (
         arch, kb << 10, kb + 1 << 10,
     )  # fmt: skip
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120, 91, 130])
+def test_an_architecture_has_every_operation(arch: int) -> None:
+    variants = pytest.importorskip("q6k_kernels.cpp.variants", exc_type=ImportError)
     known = variants.all_variants(arch)
     gemm = "q6k_gemm_wgmma" if arch == 90 else "q6k_gemm_mma"
     kernels = {kernel for _, kernel, _ in known}
@@ -161,7 +167,7 @@ def test_every_architecture_is_like_one_that_is_documented(arch: int, kb: int) -
     assert ("q6k_gemm_mma" in kernels) == (arch != 90)
     sizes = variants.shared_bytes(arch)
     assert set(sizes) <= set(known)
-    assert all(0 <= each <= device.shared_bytes for each in sizes.values())
+    assert all(0 <= each <= variants.device_like(arch).shared_bytes for each in sizes.values())
     used = {kernel for (_, kernel, _), each in sizes.items() if each}
     assert used == {"q6k_decode", gemm, "q6k_attend"}
     # Of all kernels but decode's it is known.

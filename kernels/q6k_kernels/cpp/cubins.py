@@ -86,7 +86,8 @@ def _compile(unit: Unit, wanted: Sequence[str], dynamic: Mapping[tuple[int, Vari
         return Built(unit, b"", [], [f"{name}: {error.cause}"], getattr(error, "log", ""))
     taken = compiler.resources(log)
     errors = [f"{kernel} spills {each.spill_bytes} bytes" for kernel, each in taken.items() if each.spill_bytes]
-    errors += [f"{file} has no kernel {kernel}" for kernel in wanted if kernel not in taken]
+    said = log[:500] or "nothing"
+    errors += [f"{file} has no kernel {kernel}; the log says: {said}" for kernel in wanted if kernel not in taken]
     of_unit = {"arch": arch, "file": file, "defines": dict(defines)}
     rows = [
         {

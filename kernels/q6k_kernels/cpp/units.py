@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from q6k_kernels.formats.types import CODE_MACROS, WEIGHT_TYPES, WeightType
@@ -85,17 +86,16 @@ def cover(wanted: Mapping[Unit, Sequence[str]]) -> dict[Unit, list[str]]:
     """
 
     def items(unit: Unit) -> set[tuple[Any, ...]]:
-        arch, file, defines = unit
-        own = ((arch, file, *each) for each in defines if each[0] not in CODE_MACROS)
-        return {(arch, file, format_macros(unit)), *own}
+        return {format_macros(unit), *(each for each in unit[2] if each[0] not in CODE_MACROS)}
 
-    left = {unit: items(unit) for unit in wanted}
-    missing = set().union(*left.values())
     chosen: dict[Unit, list[str]] = {}
-    while missing:
-        best = max(left, key=lambda unit: len(left[unit] & missing))
-        chosen[best] = list(wanted[best])
-        missing -= left.pop(best)
+    for _, units in groupby(sorted(wanted), key=lambda unit: unit[:2]):
+        left = {unit: items(unit) for unit in units}
+        missing = set().union(*left.values())
+        while missing:
+            best = max(left, key=lambda unit: len(left[unit] & missing))
+            chosen[best] = list(wanted[best])
+            missing -= left.pop(best)
     return chosen
 
 
