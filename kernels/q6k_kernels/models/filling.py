@@ -127,6 +127,9 @@ class Filler:
         weights = [self._stack(parts[stack], rows[stack], k, formats[stack.start]) for stack in stacks]
         joined = [torch.cat([self._plain(bias) for bias in biases[stack]]) if biases else None for stack in stacks]
         fusing.fuse(module, group, rows, weights, joined, self.activations)
+        if group is fusing.GATE_UP and self.architecture.activation == "silu":
+            # The gate's columns of the product are used once: 59 MB less for 2048 tokens of an 8B model.
+            module.act_fn = nn.SiLU(inplace=True)
         return True
 
     def _stack(self, parts: list[str], rows: list[int], k: int, format: str) -> PackedWeight:
