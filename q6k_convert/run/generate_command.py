@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from q6k_convert import text
-from q6k_convert.errors import UsageError
+from q6k_convert.errors import InputRejectedError, UsageError
 from q6k_convert.run.running import (
     Activations,
     Device,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 MAX_PROMPT_BYTES = 1 << 24
+EMBEDDING = "token_embd.weight"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def run(
 
     Raises:
         UsageError: the options contradict each other, or the text is too long for the model.
+        InputRejectedError: the tokenizer has tokens that the model does not know.
         EnvironmentMissingError: a package or the GPU is missing.
         ModelError: no model or tokenizer can be made from the bundle.
         BundleError: the directory is not a bundle, or its files break the format.
@@ -73,6 +75,7 @@ def run(
     prompt = _prompt(request)
     manifest = manifests.read(request.bundle)
     check_packages("generating")
+    note(f"{request.bundle}: starting")  # importing what models take lasts seconds
     from q6k_kernels.bundle.metadata import read_metadata
     from q6k_kernels.models.registry import architecture_of
 
@@ -81,6 +84,7 @@ def run(
     architecture_of(metadata)
     device = device_of(request.device, note)
     run = _Generation(request, prompt, device, write, note)
+    _check_ids(manifest, run.ids)
     _check_length(metadata, len(run.ids), request.max_new_tokens)
     return run.document(manifest, progress)
 
@@ -103,6 +107,8 @@ class _Generation:
         note(f"{request.bundle}: {name_of(self.dtype)} on {described(self.device)}")
         with self._timed("tokenizer"):
             self.tokenizer, self.ids = _tokenized(request, prompt)
+        for line in self.tokenizer.vocabulary.notes:
+            note(f"note: {line}")
 
     def document(self, manifest: manifests.Manifest, progress: Progress) -> dict[str, Any]:
         """Load, prefill and decode, and return the document."""
@@ -110,6 +116,7 @@ class _Generation:
         with progress(sum(tensor.nbytes for tensor in manifest.tensors), "loading") as tell, self._timed("load"):
             model = self._model(tell)
         generator, stop = self._generator(model)
+        self.note(f"reading the prompt, {text.plural(len(self.ids), 'token')}")
         with self._timed("prefill"):
             generator.prefill(self.ids)  # waits for the logits
         answer, pieces = list[int](), list[str]()
@@ -227,10 +234,11 @@ def _prompt(request: GenerateRequest) -> str:
             prompt = raw.decode()
         except UnicodeDecodeError as error:
             raise UsageError(f"the prompt on stdin is not UTF-8: {error.reason} at byte {error.start}") from error
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:  # the command line holds bytes that are not UTF-8
-        raise UsageError(f"the prompt is not UTF-8, at character {error.start}") from error
+    for what, given in (("prompt", prompt), ("system message", request.system or "")):
+        try:
+            given.encode()
+        except UnicodeEncodeError as error:  # the command line holds bytes that are not UTF-8
+            raise UsageError(f"the {what} is not UTF-8, at character {error.start}") from error
     return prompt
 
 
@@ -246,6 +254,16 @@ def _tokenized(request: GenerateRequest, prompt: str) -> tuple[Tokenizer, list[i
     if not ids:
         raise UsageError("the prompt has no tokens", "Give a longer one.")
     return tokenizer, ids
+
+
+def _check_ids(manifest: manifests.Manifest, ids: list[int]) -> None:
+    """Check that the model knows all tokens: a vocabulary can be larger than the embedding."""
+    rows = next((each.shape[0] for each in manifest.tensors if each.name == EMBEDDING and each.shape), None)
+    if rows is not None and max(ids) >= rows:
+        raise InputRejectedError(
+            f"the prompt has the token {max(ids)}, and {EMBEDDING} has {rows} rows",
+            "Give the tokenizer that belongs to the model, or none: --tokenizer.",
+        )
 
 
 def _check_length(metadata: Metadata, prompt: int, new: int) -> None:

@@ -41,7 +41,9 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle with a tiny vocabulary; a random llama stands in for the model that would be made from it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    convert(small_model().write(tmp_path / "model.gguf"), tmp_path / "out", Options())
+    source = small_model()
+    source.tensors[0] = weight("token_embd.weight", (len(sentencepiece()["ggml.tokens"]), 512))
+    convert(source.write(tmp_path / "model.gguf"), tmp_path / "out", Options())
     keys = sentencepiece() | {"chat_template": TEMPLATE, "llama.context_length": 300}
     write(tmp_path / "out", keys)
     torch.manual_seed(0)
@@ -175,6 +177,28 @@ def test_what_is_missing_has_its_own_code(bundle: Path, tmp_path: Path, monkeypa
     failed(invoke("generate", bundle, "-p", "x", "--device", "cuda"), 6, "--device cuda cannot run", "--device cpu")
     monkeypatch.setattr(running, "find_spec", lambda name: None if name == "transformers" else object())
     failed(invoke("generate", bundle, *prompt), 6, "transformers: not installed", "q6k-convert[inference]")
+
+
+def test_notes_of_the_vocabulary_and_each_stage_are_told(bundle: Path) -> None:
+    write(bundle, sentencepiece() | {"ggml.eos_token_id": 10**6})
+    done = invoke("generate", bundle, "-p", "The dog", "--max-new-tokens", "3", "--device", "cpu")
+    assert done.exit_code == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[0] == f"{bundle}: starting"
+    assert any("eos_token_id is 1000000, and there are" in line for line in lines)
+    assert "reading the prompt, 4 tokens" in lines
+
+
+def test_a_token_that_the_model_does_not_know_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooms, "EMBEDDING", "blk.0.attn_q.weight")
+    done = invoke("generate", bundle, "-p", "The dog", "--device", "cpu")
+    failed(done, 3, "blk.0.attn_q.weight has 3 rows", "--tokenizer")
+
+
+def test_a_system_message_that_is_no_utf_8_is_usage(bundle: Path) -> None:
+    done = invoke("generate", bundle, "--chat", "-p", "x", "--system", "caf\udce9", "--device", "cpu")
+    assert done.exit_code == 2
+    assert "the system message is not UTF-8, at character 3" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["generate", "export"])

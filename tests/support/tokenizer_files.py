@@ -22,11 +22,11 @@ SAMPLES = [
 
 
 def write(directory: Path, keys: dict[str, Any]) -> Path:
-    """Write a directory whose metadata.gguf has these keys, below `tokenizer.` unless they begin with `llama.`."""
+    """Write a directory whose metadata.gguf has these keys, below `tokenizer.` but for `llama.*` and `general.*`."""
     directory.mkdir(exist_ok=True)
     writer = gguf.GGUFWriter(directory / "metadata.gguf", "llama")
     for key, value in keys.items():
-        full = key if key.startswith("llama.") else f"tokenizer.{key}"
+        full = key if key.startswith(("llama.", "general.")) else f"tokenizer.{key}"
         if isinstance(value, bool):
             writer.add_bool(full, value)
         elif isinstance(value, int):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("jinja2", reason="jinja2 is not installed")
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 
-from q6k_kernels.tokenizer import chat
+from q6k_kernels.errors import PackageMissingError
+from q6k_kernels.tokenizer import chat, rendering
 from q6k_kernels.tokenizer.tokenizer import load_tokenizer
 from q6k_kernels.tokenizer.vocabulary import TokenizerError
-from tokenizer_files import sentencepiece, sentencepiece_ids, write
+from tokenizer_files import CONTROL, sentencepiece, sentencepiece_ids, write
 
 USER = [{"role": "user", "content": "Grüße"}]
 PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content | trim }}</s>\n{% endfor %}"
@@ -46,6 +50,7 @@ def test_it_renders_as_transformers_does() -> None:
         ("{{ messages.append(1) }}", "SecurityError"),
         ("{% include '/etc/passwd' %}", "no loader for this environment"),
         ("{{ 'x' * 5000000 }}", "longer than"),
+        (r"{{ '\ud800' }}", "UnicodeEncodeError"),
     ],
 )
 def test_what_a_template_may_not_do_is_an_error(template: str, words: str) -> None:
@@ -65,6 +70,93 @@ def test_time_and_memory_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         chat.render(loops, USER, {})
     with pytest.raises(chat.TemplateError, match="more than the limit"):
         chat.render(" " * (chat.MAX_TEMPLATE + 1), USER, {})
+
+
+def test_filters_and_names_are_those_of_transformers() -> None:
+    utils = pytest.importorskip("transformers.utils.chat_template_utils", reason="transformers is not installed")
+    template = (
+        "{% if tools is not none %}T{{ tools[0] }}{% endif %}{% if documents is not none %}D{% endif %}"
+        "{% for m in messages %}{{ m | tojson(ensure_ascii=true, separators=(',', ':'), sort_keys=true) }}"
+        "{{ m | tojson(indent=2) }}{{ m | tojson }}{% endfor %}"
+    )
+    theirs, _ = utils.render_jinja_template([USER], chat_template=template)
+    assert chat.render(template, USER, {}) == theirs[0]
+    assert "\\u00fc" in theirs[0]
+
+
+def test_the_process_knows_nothing_of_its_parent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit(3)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    asked = {}
+    run = subprocess.run
+
+    def spy(command: list[str], **more: Any) -> Any:
+        asked.update(more, command=command)
+        return run(command, **more)
+
+    monkeypatch.setattr(chat.subprocess, "run", spy)
+    assert chat.render("{{ messages[0].content }}", USER, {}) == "Grüße"
+    assert asked["env"] == {}
+    assert "-I" in asked["command"]
+
+
+def test_jinja_has_to_be_a_release_whose_sandbox_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, refused in (
+        ("3.1.5", True),
+        ("2.11.3", True),
+        ("3.1.6", False),
+        ("3.2.0rc1", False),
+        ("4.0", False),
+    ):
+        monkeypatch.setattr(chat.metadata, "version", lambda _, found=found: found)
+        if refused:
+            with pytest.raises(PackageMissingError, match=f"jinja2 3.1.6 or later, found {found}") as caught:
+                chat.render("x", USER, {})
+            assert "[inference]" in caught.value.remedy
+        else:
+            assert chat.render("x", USER, {}) == "x"
+    monkeypatch.setattr(chat.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(PackageMissingError, match="not installed"):
+        chat.render("x", USER, {})
+
+
+def test_the_program_itself_answers_with_a_text_or_an_error() -> None:
+    """In this process, where coverage sees it."""
+    task = {"template": "{% generation %}{{ messages[0].content | tojson }}{% endgeneration %}", "messages": USER}
+    task |= {"variables": {}, "most": 100}
+    assert rendering.render_task(task) == {"text": '"Grüße"'}
+    assert "longer than 2 characters" in rendering.render_task(task | {"most": 2})["error"]
+    refused = rendering.render_task(task | {"template": "{{ raise_exception(strftime_now('%Y')) }}"})
+    assert refused["error"].startswith("TemplateError: 2")
+
+
+@pytest.mark.parametrize("template", ["{{ messages[-1].content }}", PLAIN.replace("messages", "messages[1:]")])
+def test_a_system_message_is_never_lost(tmp_path: Path, template: str) -> None:
+    tokenizer = load_tokenizer(write(tmp_path / "m", sentencepiece() | {"chat_template": template}))
+    system = [{"role": "system", "content": "be brief \n"}, *USER]
+    with pytest.raises(TokenizerError, match="the chat template drops the system message") as caught:
+        tokenizer.encode_chat(system)
+    assert "into the prompt" in caught.value.remedy
+    tokenizer = load_tokenizer(write(tmp_path / "m", sentencepiece() | {"chat_template": PLAIN}))
+    expected = "system: be brief"
+    assert expected in tokenizer.decode(tokenizer.encode_chat(system))
+    assert tokenizer.encode_chat([{"role": "system", "content": " "}, *USER])
+
+
+def test_many_control_tokens_cost_no_time(tmp_path: Path) -> None:
+    keys = sentencepiece() | {"chat_template": PLAIN}
+    more = [f"<|{'x' * (i % 7)}reserved_{i}|>" for i in range(40_000)]
+    keys["ggml.tokens"] += more
+    keys["ggml.scores"] += [0.0] * len(more)
+    keys["ggml.token_type"] += [CONTROL] * len(more)
+    tokenizer = load_tokenizer(write(tmp_path / "m", keys))
+    text = "<|reserved " * 100_000 + more[-1]
+    start = time.perf_counter()
+    ids = tokenizer.encode_chat([{"role": "user", "content": text}])
+    assert time.perf_counter() - start < 10
+    assert not {*ids} & {*range(len(keys["ggml.tokens"]) - len(more), len(keys["ggml.tokens"]))}
+    assert tokenizer.decode(ids).count("<|reserved ") == 100_000
 
 
 def test_only_the_templates_own_control_tokens_steer(tmp_path: Path) -> None:

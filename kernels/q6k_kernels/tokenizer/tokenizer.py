@@ -14,27 +14,19 @@ chat template itself can insert control tokens.
 from __future__ import annotations
 
 import codecs
-import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from functools import cached_property
 
 from q6k_kernels.bundle.metadata import read_metadata
 from q6k_kernels.tokenizer import chat
-from q6k_kernels.tokenizer.vocabulary import (
-    TokenizerError,
-    Vocabulary,
-    byte_level_piece,
-    byte_token,
-    read_vocabulary,
-    sentencepiece_piece,
-)
+from q6k_kernels.tokenizer.finder import Finder
+from q6k_kernels.tokenizer.vocabulary import TokenizerError, Vocabulary, read_vocabulary
 
 Messages = Sequence[Mapping[str, str]]
 
-# Noncharacters, which Unicode reserves for internal use; one marks text that must not become a control token.
+_BLANKS = " \t\n\v\f\r"
+# Noncharacters, which Unicode reserves for internal use; they mark places in messages.
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
@@ -53,7 +45,9 @@ def load_tokenizer(bundle: str | os.PathLike[str], directory: str | os.PathLike[
         OSError: `metadata.gguf` cannot be read.
     """
     if directory is not None:
-        return _from_directory(Path(directory))
+        from q6k_kernels.tokenizer.directory import from_directory
+
+        return from_directory(directory)
     metadata = read_metadata(bundle)
     return Tokenizer(read_vocabulary(metadata), metadata.string("tokenizer.chat_template"))
 
@@ -84,11 +78,15 @@ class Tokenizer:
         return self.vocabulary.stop
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, with BOS and EOS as the file says; no part becomes a control token."""
+        """Return the token ids of a text that is to be continued; no part becomes a control token.
+
+        It begins with BOS if the file says so. It never ends with EOS, which is for texts that a model learns from.
+
+        Raises:
+            TokenizerError: the text is longer than `vocabulary.MAX_TEXT`, or no Unicode.
+        """
         vocabulary = self.vocabulary
-        before = [vocabulary.names["bos"]] if vocabulary.add_bos else []
-        after = [vocabulary.names["eos"]] if vocabulary.add_eos else []
-        return [*before, *self._encode_text(text), *after]
+        return [*([vocabulary.names["bos"]] if vocabulary.add_bos else []), *vocabulary.encode(text)]
 
     def encode_chat(self, messages: Messages) -> list[int]:
         """Return the token ids of a conversation, up to where the model's answer begins.
@@ -97,7 +95,7 @@ class Tokenizer:
             messages: each with `role` ("system", "user", "assistant") and `content`.
 
         Raises:
-            TokenizerError: there is no chat template, or it fails or refuses the messages.
+            TokenizerError: there is no chat template, or it fails, refuses the messages or drops a system message.
         """
         ids = self._encode_rendered(messages)
         bos = self.vocabulary.names.get("bos")
@@ -116,25 +114,23 @@ class Tokenizer:
         # A model can have more rows than the vocabulary has tokens.
         return self.vocabulary.pieces[token] if 0 <= token < len(self.vocabulary.pieces) else b""
 
-    def _encode_text(self, text: str) -> list[int]:
-        return self.vocabulary.backend.encode(text, add_special_tokens=False).ids if text else []
+    @cached_property
+    def _finder(self) -> Finder:
+        return Finder(self.vocabulary.control)
 
     def _encode_rendered(self, messages: Messages) -> list[int]:
-        control = self.vocabulary.control
-        mark = _unused_mark(messages)
-        tokens = "|".join(re.escape(token) for token in sorted(control, key=len, reverse=True))
-        if tokens:
-            # Every place where a control token could begin, overlapping ones too.
-            begins = re.compile(f"(?=(?:{tokens}))")
-            messages = [
-                {key: _marked(value, begins, mark) for key, value in message.items()} for message in messages
-            ]
-        text = self._render(messages)
-        if not tokens:
-            return self._encode_text(text)
-        ids = list[int]()
-        for i, part in enumerate(re.split(f"({tokens})(?!{mark})", text)):
-            ids += [control[part]] if i % 2 else self._encode_text(part.replace(mark, ""))
+        mark = self._unused_marks(messages)[0]
+        hidden = [{key: self._finder.hidden(value, mark) for key, value in each.items()} for each in messages]
+        text, vocabulary = self._render(hidden), self.vocabulary
+        ids, at, swallowing = list[int](), 0, False
+        for begin, end, token in (*self._finder.find(text), (len(text), len(text), None)):
+            if text[end : end + 1] == mark:
+                continue  # from a message: a token of one character
+            part = text[at:begin].replace(mark, "")
+            ids += vocabulary.encode(part.lstrip(_BLANKS) if swallowing else part)
+            if token is not None:
+                ids.append(token)
+                at, swallowing = end, token in vocabulary.swallowing
         return ids
 
     def _render(self, messages: Messages) -> str:
@@ -145,12 +141,37 @@ class Tokenizer:
             )
         names, control = self.vocabulary.names, {i: token for token, i in self.vocabulary.control.items()}
         variables = {f"{name}_token": control[i] for name, i in names.items() if i in control}
+        # A mark behind a system message shows whether the template drops it, as some do without a word.
+        mark = self._unused_marks(messages)[1]
+        marked, systems = list[Mapping[str, str]](), 0
+        for message in messages:
+            if message["role"] == "system" and (text := message["content"].rstrip()):
+                message = {**message, "content": text + mark + message["content"][len(text) :]}
+                systems += 1
+            marked.append(message)
         try:
-            return chat.render(self.chat_template, messages, variables)
+            rendered = chat.render(self.chat_template, marked, variables)
         except chat.TemplateError as error:
             raise TokenizerError(
                 str(error), "Leave out --system if the model knows no such role, or give another template."
             ) from error
+        if rendered.count(mark) < systems:
+            raise TokenizerError(
+                "the chat template drops the system message",
+                "Leave out --system, and put its text into the prompt.",
+            )
+        return rendered.replace(mark, "")
+
+    def _unused_marks(self, messages: Messages) -> list[str]:
+        used = {character for message in messages for value in message.values() for character in value}
+        used |= {character for token in self.vocabulary.control for character in token}
+        marks = [mark for mark in _MARKS if mark not in used]
+        if len(marks) < 2:
+            raise TokenizerError(
+                "the messages use nearly all of U+FDD0 to U+FDEF",
+                "Remove two of them: Unicode assigns them to no character.",
+            )
+        return marks
 
 
 class TextStream:
@@ -167,82 +188,3 @@ class TextStream:
     def end(self) -> str:
         """Return the rest of the text: U+FFFD if the last character is incomplete, else ""."""
         return self._decoder.decode(b"", final=True)
-
-
-def _unused_mark(messages: Messages) -> str:
-    text = "".join(value for message in messages for value in message.values())
-    mark = next((mark for mark in _MARKS if mark not in text), None)
-    if mark is None:
-        raise TokenizerError(
-            "the messages use all of U+FDD0 to U+FDEF", "Remove one of them: Unicode assigns them to no character."
-        )
-    return mark
-
-
-def _marked(text: str, begins: re.Pattern[str], mark: str) -> str:
-    """Return the text with a mark after the first character of everything that looks like a control token."""
-    at = [match.start() + 1 for match in begins.finditer(text)]
-    return mark.join(text[start:end] for start, end in zip([0, *at], [*at, len(text)], strict=True))
-
-
-def _from_directory(directory: Path) -> Tokenizer:
-    from transformers import AutoTokenizer
-
-    if not directory.is_dir():
-        raise TokenizerError(f"{directory} is not a directory", "Give one with a model's tokenizer.json.")
-    try:
-        loaded: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        backend = loaded.backend_tokenizer
-    except Exception as error:  # a broken directory can fail in any way
-        raise TokenizerError(
-            f"{directory}: no tokenizer loads from it: {type(error).__name__}: {error}",
-            "Give a directory with a model's tokenizer.json and tokenizer_config.json.",
-        ) from error
-    return _DirectoryTokenizer(directory, loaded, backend)
-
-
-class _DirectoryTokenizer(Tokenizer):
-    """A tokenizer that transformers loaded; it adds BOS and EOS by its own rules."""
-
-    def __init__(self, directory: Path, loaded: Any, backend: Any) -> None:
-        self._loaded = loaded
-        # JSON without escapes, so that "▁" can be searched for.
-        decoder = json.dumps(json.loads(backend.to_str())["decoder"], ensure_ascii=False)
-        byte_level = "ByteLevel" in decoder
-        if not byte_level and "▁" not in decoder:
-            raise TokenizerError(
-                f"{directory}: its decoder is neither byte-level nor SentencePiece's: {decoder[:200]}",
-                "Give a tokenizer of one of these two kinds.",
-            )
-        added = loaded.added_tokens_decoder
-        control = {token.content: i for i, token in added.items() if token.special}
-        pieces = []
-        for i in range(max([len(loaded) - 1, *added]) + 1):
-            token = loaded.convert_ids_to_tokens(i) or ""
-            pieces.append(b"")
-            if i in added:
-                pieces[i] = b"" if added[i].special else token.encode()
-            elif byte_level:
-                pieces[i] = byte_level_piece(token)
-            else:
-                pieces[i] = byte_token(token) or sentencepiece_piece(token)
-        names = {
-            name: getattr(loaded, f"{name}_token_id")
-            for name in ("bos", "eos", "unk", "pad")
-            if getattr(loaded, f"{name}_token_id") is not None
-        }
-        stop = frozenset({names["eos"]} if "eos" in names else ())
-        template = loaded.chat_template if isinstance(loaded.chat_template, str) else None
-        super().__init__(Vocabulary(backend, pieces, control, names, False, False, stop), template)
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._loaded(text, split_special_tokens=True)["input_ids"])
-
-    def _encode_rendered(self, messages: Messages) -> list[int]:
-        for token in self.vocabulary.control:
-            if any(token in value for message in messages for value in message.values()):
-                raise TokenizerError(
-                    f"a message contains {token!r}, which a tokenizer from a directory would read as that token",
-                    "Leave it out, or take the tokenizer of the GGUF file, which tells the two apart.",
-                )
-        return list(self._loaded(self._render(messages), add_special_tokens=False)["input_ids"])

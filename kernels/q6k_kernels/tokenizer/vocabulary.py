@@ -5,53 +5,49 @@
     llama   SentencePiece's BPE: scores instead of merges, spaces as "▁", bytes without a token as <0xNN>
     gpt2    byte-level BPE: merges; `tokenizer.ggml.pre` names the rule that splits text before merging
 
-Where a file is silent, llama.cpp's defaults apply, as llama.cpp defines the format. The encoder, from the package
-`tokenizers`, never turns text into a control token; callers insert those by id. User-defined tokens (runs of spaces
-or newlines in Gemma) are always matched whole.
+Where a file is silent, llama.cpp's defaults apply, as llama.cpp defines the format (see `special`). The encoder,
+from the package `tokenizers`, does not know control tokens, so no text becomes one; callers insert those by id.
+User-defined tokens (runs of spaces or newlines in Gemma) are always matched whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from q6k_kernels.bundle.metadata import ENDS, Metadata, token_id_key
+from q6k_kernels.bundle.metadata import Metadata
 from q6k_kernels.errors import ModelError
+from q6k_kernels.tokenizer.special import (
+    BYTE,
+    CONTROL,
+    NEVER_TEXT,
+    NORMAL,
+    UNUSED,
+    USER_DEFINED,
+    end_texts,
+    special_ids,
+    stop_ids,
+    swallowing,
+)
+from q6k_kernels.tokenizer.splits import SPLITS, WHOLE_WORDS_AND_BOS
 
+MAX_TEXT = 1 << 22
+"""Characters of the longest text that is encoded."""
 MAX_TOKENS = 1 << 20
-MAX_MERGES = 1 << 21
+MAX_MERGES = 1 << 20
+MAX_MERGE_CHARACTERS = 1 << 25
+"""Characters of all merges together."""
+MAX_UNNAMED = 1 << 16
+"""Texts that merges join and that are no tokens."""
+MAX_WHOLE_CHARACTERS = 1 << 20
+"""Characters of all control and user-defined tokens together; finding them in a text takes memory for each."""
 MAX_TOKEN_CHARACTERS = 1 << 10
 """Longest token that is split into pairs, which costs the square of its length; longer ones match only whole."""
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _SPACE = "\u2581"
-
-_CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
-_LLAMA3 = (
-    rf"(?i:{_CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace("{1,3}", "")
-_GPT2 = rf"{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
-# llama.cpp's fallback for files that name no rule it knows: these splits, one after the other.
-_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2.removesuffix(r"|\s+"), r"\p{N}+", "[0-9][0-9][0-9]")
-SPLITS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), (_LLAMA3,)),
-    "smaug-bpe": (_LLAMA3,),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), (_QWEN2,)),
-    "stablelm2": (_QWEN2,),
-    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo"), (_GPT2,)),
-    "smollm": (r"\p{N}", _GPT2),
-    "default": _DEFAULT,
-}
-"""`tokenizer.ggml.pre` -> expressions that split text; each splits the pieces of the one before."""
-_WHOLE_WORDS_AND_BOS = ("llama-bpe", "llama3", "llama-v3", "falcon3")
-
-# Control tokens that end an answer, whatever the file's `eos_token_id` says.
-_ENDS = {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"}
 
 
 class TokenizerError(ModelError):
@@ -70,17 +66,55 @@ class Vocabulary:
         pieces: the bytes of each token, by id; empty for control tokens.
         control: text -> id of control tokens.
         names: "bos", "eos", "eot", "eom", "unk", "pad" -> id, for those that the file names.
-        add_bos, add_eos: whether every text begins with BOS, or ends with EOS.
+        add_bos: whether every text begins with BOS.
         stop: ids that end an answer.
+        spelled: ids of the backend that are no tokens -> the tokens of their characters.
+        swallowing: ids of tokens that swallow the blanks behind them.
+        notes: what was amiss and put right.
     """
 
     backend: Tokenizer
     pieces: Sequence[bytes]
-    control: dict[str, int]
-    names: dict[str, int]
+    control: Mapping[str, int]
+    names: Mapping[str, int]
     add_bos: bool
-    add_eos: bool
     stop: frozenset[int]
+    spelled: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    swallowing: frozenset[int] = frozenset()
+    notes: tuple[str, ...] = ()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, none of a control token.
+
+        Raises:
+            TokenizerError: the text is longer than `MAX_TEXT`, no Unicode, or more than the encoder can do.
+        """
+        ids: list[int] = encoded(self.backend, text).ids if text else []
+        if self.spelled:
+            ids = [token for each in ids for token in self.spelled.get(each, (each,))]
+        return ids
+
+
+def encoded(backend: Tokenizer, text: str, *, around: bool = False) -> Any:
+    """Encode a text, with special tokens around it if asked; every failure is a TokenizerError."""
+    if len(text) > MAX_TEXT:
+        raise TokenizerError(f"the text has {len(text)} characters, more than {MAX_TEXT}", "Give a shorter one.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"the text has U+{ord(text[error.start]):04X}, which is no character, at place {error.start}",
+            "Leave it out.",
+        ) from error
+    try:
+        return backend.encode(text, add_special_tokens=around)
+    except BaseException as error:
+        # The package is written in Rust; its panics are no Exceptions.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(
+            f"the tokenizer cannot encode the text: {str(error)[:200]}", "Give another text or tokenizer."
+        ) from error
 
 
 def read_vocabulary(metadata: Metadata) -> Vocabulary:
@@ -96,30 +130,52 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
         raise TokenizerError(
             f"{metadata.path}: tokenizer.ggml.model {found}, expected 'llama' or 'gpt2'", GIVE_A_DIRECTORY
         )
-    tokens = metadata.strings("tokenizer.ggml.tokens") or []
-    if not 0 < len(tokens) <= MAX_TOKENS:
-        raise _bad(metadata, "tokens", f"expected 1 to {MAX_TOKENS} tokens, found {len(tokens)}")
+    stated = metadata.strings("tokenizer.ggml.tokens") or []
+    if not 0 < len(stated) <= MAX_TOKENS:
+        raise _bad(metadata, "tokens", f"expected 1 to {MAX_TOKENS} tokens, found {len(stated)}")
+    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(stated)]
+    names, notes = special_ids(metadata, kind, len(tokens))
+    ids = {token: i for i, token in enumerate(tokens)}
+    stop = stop_ids(names, ids)
     types = _types(metadata, len(tokens))
+    for text in end_texts(ids.keys()):
+        types[ids[text]] = CONTROL
+    for name in ("eos", "eot", "eom"):
+        # Texts may need a token of one character; longer ones can be spelled.
+        if name in names and len(tokens[names[name]]) > 1:
+            types[names[name]] = CONTROL
+    never = {token: i for token, i in ids.items() if types[i] in NEVER_TEXT}
+    whole = [token for token, i in ids.items() if types[i] == USER_DEFINED]
+    check_whole(f"{metadata.path}: tokenizer.ggml.tokens", (*never, *whole))
     byte_level = kind == "gpt2"
-    pre = metadata.string("tokenizer.ggml.pre") if byte_level else None
-    backend = _byte_level(metadata, tokens, pre) if byte_level else _sentencepiece(metadata, tokens, types)
-    control = {token: i for i, token in enumerate(tokens) if types[i] in (CONTROL, UNKNOWN) and token}
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-    whole = [token for token, kind_of in zip(tokens, types, strict=True) if kind_of == USER_DEFINED and token]
-    backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in whole])
-    backend.encode_special_tokens = True
-    names = _names(metadata, len(tokens))
-    stop = {names[name] for name in ENDS if name in names}
-    stop |= {i for token, i in control.items() if token in _ENDS}
+    pre = _pre(metadata, notes) if byte_level else ""
+    texts = {token: i for token, i in ids.items() if token not in never}
+    spelled = dict[int, Sequence[int]]()
+    if byte_level:
+        backend = _byte_level(metadata, texts, len(tokens), pre, spelled)
+    else:
+        unknown = tokens[names["unk"]] if "unk" in names else None
+        backend = _sentencepiece(metadata, tokens, types, texts, unknown)
+    blanks = swallowing(metadata, tokens, types)
+    backend.add_tokens(
+        [AddedToken(token, normalized=False, special=False, rstrip=ids[token] in blanks) for token in whole]
+    )
     add_bos = metadata.flag("tokenizer.ggml.add_bos_token")
     if add_bos is None:
-        add_bos = not byte_level or pre in _WHOLE_WORDS_AND_BOS
-    add_eos = bool(metadata.flag("tokenizer.ggml.add_eos_token"))
-    for name, wanted in (("bos", add_bos), ("eos", add_eos)):
-        if wanted and name not in names:
-            raise _bad(metadata, f"{name}_token_id", f"missing, but every text is to have {name.upper()}")
+        add_bos = not byte_level or pre in WHOLE_WORDS_AND_BOS
+    if add_bos and "bos" not in names:
+        raise _bad(metadata, "bos_token_id", "missing, but every text is to have BOS")
     pieces = [_piece(token, types[i], byte_level=byte_level) for i, token in enumerate(tokens)]
-    return Vocabulary(backend, pieces, control, names, add_bos, add_eos, frozenset(stop))
+    return Vocabulary(backend, pieces, never, names, add_bos, stop, spelled, blanks, tuple(notes))
+
+
+def check_whole(where: str, tokens: Iterable[str]) -> None:
+    """Raise TokenizerError if tokens that are matched whole have too many characters."""
+    if (found := sum(map(len, tokens))) > MAX_WHOLE_CHARACTERS:
+        raise TokenizerError(
+            f"{where}: control and user-defined tokens have {found} characters, more than {MAX_WHOLE_CHARACTERS}",
+            GIVE_A_DIRECTORY,
+        )
 
 
 def _bad(metadata: Metadata, key: str, problem: str) -> TokenizerError:
@@ -130,35 +186,36 @@ def _types(metadata: Metadata, count: int) -> list[int]:
     types = metadata.integers("tokenizer.ggml.token_type")
     if types is None:
         return [NORMAL] * count
-    if len(types) != count:
+    if len(types) < count:
         raise _bad(metadata, "token_type", f"expected {count}, one for each token, found {len(types)}")
-    return types
+    return types[:count]
 
 
-def _names(metadata: Metadata, count: int) -> dict[str, int]:
-    keys = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "pad": "padding"}
-    names = dict[str, int]()
-    for name, key in keys.items():
-        found = metadata.integer(token_id_key(key))
-        if found is None:
-            continue
-        if not 0 <= found < count:
-            raise _bad(metadata, f"{key}_token_id", f"expected 0 to {count - 1}, found {found}")
-        names[name] = found
-    return names
+def _pre(metadata: Metadata, notes: list[str]) -> str:
+    pre = metadata.string("tokenizer.ggml.pre")
+    if not pre:
+        notes.append("tokenizer.ggml.pre is missing: 'default' is taken, as by llama.cpp; answers may be worse")
+        return "default"
+    if pre not in SPLITS:
+        raise TokenizerError(
+            f"{metadata.path}: tokenizer.ggml.pre is {pre[:80]!r}; known are {', '.join(sorted(SPLITS))}",
+            GIVE_A_DIRECTORY,
+        )
+    return pre
 
 
-def _sentencepiece(metadata: Metadata, tokens: list[str], types: list[int]) -> Tokenizer:
+def _sentencepiece(
+    metadata: Metadata, tokens: list[str], types: list[int], texts: dict[str, int], unknown: str | None
+) -> Tokenizer:
     scores = metadata.reals("tokenizer.ggml.scores")
-    if scores is None or len(scores) != len(tokens):
+    if scores is None or len(scores) < len(tokens):
         found = "none" if scores is None else len(scores)
         raise _bad(metadata, "scores", f"expected {len(tokens)}, one for each token, found {found}")
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    unknown = metadata.integer(token_id_key("unknown"))
+    vocabulary = texts if unknown is None or unknown in texts else texts | {unknown: tokens.index(unknown)}
     model = models.BPE(
         vocab=vocabulary,
-        merges=_merges_of(metadata, tokens, types, scores, vocabulary),
-        unk_token=tokens[unknown] if unknown is not None and 0 <= unknown < len(tokens) else None,
+        merges=_merges_of(metadata, tokens, types, scores, texts),
+        unk_token=unknown,
         fuse_unk=False,
         byte_fallback=True,
         cache_capacity=0,
@@ -172,44 +229,56 @@ def _sentencepiece(metadata: Metadata, tokens: list[str], types: list[int]) -> T
 
 
 def _merges_of(
-    metadata: Metadata, tokens: list[str], types: list[int], scores: list[float], vocabulary: dict[str, int]
+    metadata: Metadata, tokens: list[str], types: list[int], scores: list[float], texts: dict[str, int]
 ) -> list[tuple[str, str]]:
     """Return the pairs that join to a token, best score first: BPE by scores, expressed as BPE by merges."""
-    merges = []
+    merges, characters = [], 0
     for i, token in enumerate(tokens):
         if types[i] not in (NORMAL, USER_DEFINED, UNUSED) or len(token) > MAX_TOKEN_CHARACTERS:
             continue
         for cut in range(1, len(token)):
-            left = vocabulary.get(token[:cut])
+            left = texts.get(token[:cut])
             if left is None:
                 continue
-            right = vocabulary.get(token[cut:])
+            right = texts.get(token[cut:])
             if right is not None:
                 merges.append((-scores[i], i, left, right))
-        if len(merges) > MAX_MERGES:
-            raise _bad(metadata, "tokens", f"more than {MAX_MERGES} pairs of tokens make another")
+                characters += len(token)
+        _check_merges(metadata, "tokens", len(merges), characters)
     merges.sort()
     return [(tokens[left], tokens[right]) for _, _, left, right in merges]
 
 
-def _byte_level(metadata: Metadata, tokens: list[str], pre: str | None) -> Tokenizer:
-    if pre not in SPLITS:
-        found = "is missing" if pre is None else f"is {pre!r}"
-        raise TokenizerError(
-            f"{metadata.path}: tokenizer.ggml.pre {found}; known are {', '.join(sorted(SPLITS))}", GIVE_A_DIRECTORY
-        )
+def _check_merges(metadata: Metadata, key: str, count: int, characters: int) -> None:
+    for found, most, what in (
+        (count, MAX_MERGES, "merges"),
+        (characters, MAX_MERGE_CHARACTERS, "characters in merges"),
+    ):
+        if found > most:
+            raise _bad(metadata, key, f"more than {most} {what}")
+
+
+def _byte_level(
+    metadata: Metadata, texts: dict[str, int], count: int, pre: str, spelled: dict[int, Sequence[int]]
+) -> Tokenizer:
+    """Make the encoder. As in llama.cpp a merge may join to a text that is no token: that goes into `spelled`."""
     stated = metadata.strings("tokenizer.ggml.merges")
-    if stated is None or len(stated) > MAX_MERGES:
-        found = "none" if stated is None else f"{len(stated)}"
-        raise _bad(metadata, "merges", f"expected up to {MAX_MERGES}, found {found}")
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    merges = []
-    for i, merge in enumerate(stated):
-        pair = merge.split(" ")
-        if len(pair) != 2 or any(part not in vocabulary for part in (*pair, "".join(pair))):
-            raise _bad(metadata, "merges", f"merge {i}, {merge[:100]!r}, does not join two tokens into a third")
-        merges.append((pair[0], pair[1]))
-    model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _WHOLE_WORDS_AND_BOS)
+    if stated is None:
+        raise _bad(metadata, "merges", f"expected up to {MAX_MERGES}, found none")
+    _check_merges(metadata, "merges", len(stated), sum(map(len, stated)))
+    vocabulary, merges = dict(texts), []
+    for merge in stated:
+        cut = merge.find(" ", 1)
+        left, right = merge[:cut], merge[cut + 1 :]
+        if cut < 0 or not right:
+            continue  # joins nothing
+        for text in (left, right, left + right):
+            if vocabulary.setdefault(text, count + len(spelled)) == count + len(spelled):
+                spelled[count + len(spelled)] = [texts[each] for each in text if each in texts]
+        if len(spelled) > MAX_UNNAMED:
+            raise _bad(metadata, "merges", f"more than {MAX_UNNAMED} of the texts that they join are no tokens")
+        merges.append((left, right))
+    model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in WHOLE_WORDS_AND_BOS)
     backend = Tokenizer(model)
     splits: list[Any] = [pre_tokenizers.Split(Regex(split), "isolated") for split in SPLITS[pre]]
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -251,7 +320,7 @@ def byte_token(token: str) -> bytes | None:
 
 
 def _piece(token: str, kind: int, *, byte_level: bool) -> bytes:
-    if kind in (CONTROL, UNKNOWN):
+    if kind in NEVER_TEXT:
         return b""
     if kind == BYTE and (byte := byte_token(token)) is not None:
         return byte
