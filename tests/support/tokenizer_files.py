@@ -22,7 +22,7 @@ SAMPLES = [
 
 
 def write(directory: Path, keys: dict[str, Any]) -> Path:
-    """Write a directory whose metadata.gguf has these keys, below `tokenizer.` but for `llama.*` and `general.*`."""
+    """Write a directory whose metadata.gguf has these keys, below `tokenizer.` but for `llama.*`, `general.*`."""
     directory.mkdir(exist_ok=True)
     writer = gguf.GGUFWriter(directory / "metadata.gguf", "llama")
     for key, value in keys.items():

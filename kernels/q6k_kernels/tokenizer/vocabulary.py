@@ -36,8 +36,8 @@ from q6k_kernels.tokenizer.splits import SPLITS, WHOLE_WORDS_AND_BOS
 
 MAX_TEXT = 1 << 22
 """Characters of the longest text that is encoded."""
-MAX_TOKENS = 1 << 20
-MAX_MERGES = 1 << 20
+MAX_TOKENS = 1 << 19
+MAX_MERGES = 3 << 18
 MAX_MERGE_CHARACTERS = 1 << 25
 """Characters of all merges together."""
 MAX_UNNAMED = 1 << 16
