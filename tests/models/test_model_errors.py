@@ -37,6 +37,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return LLAMA.bundle(tmp_path_factory.mktemp("llama"))[0]
 
 
+GEMMA2 = Tiny("gemma2", "gemma2", {"num_hidden_layers": 1})
+TWO_LAYERS = Tiny("llama", "llama")
+
+
 def with_keys(tiny: Tiny, directory: Path, **keys: Any) -> Path:
     return replace(tiny, keys=tiny.keys | keys).bundle(directory)[0]
 
@@ -90,8 +94,7 @@ IMPOSSIBLE: list[tuple[str, Any, str]] = [
     ("context_length", 0, "found 0"),
     ("context_length", (1 << 32) - 1, "found 4294967295"),
     ("rope.freq_base", float("inf"), "found inf"),
-    ("tokenizer.ggml.eos_token_id", 96, "expected 0 to 95, found 96"),
-    ("tokenizer.ggml.padding_token_id", (1 << 32) - 1, "expected 0 to 95, found 4294967295"),
+    ("attention.head_count", [8, 8], "expected one number, or one for each of 1 layers, found 2"),
 ]
 
 
@@ -117,6 +120,11 @@ UNKNOWN: list[tuple[Tiny, str, Any, str]] = [
     (LLAMA, "attention.value_length", 32, "llama.attention.value_length differs from the 64"),
     (Tiny("qwen2", "qwen2", {"hidden_size": 512, "num_hidden_layers": 1}), "attention.sliding_window", 8, "= 8"),
     (GEMMA3, "attn_logit_softcapping", 50.0, "gemma3.attn_logit_softcapping"),
+    (GEMMA2, "rope.freq_base_swa", 1e6, "gemma2.rope.freq_base_swa: models of gemma2 are built without it"),
+    (LLAMA, "rope.freq_base_swa", 1e6, "llama.rope.freq_base_swa"),
+    (LLAMA, "attention.sliding_window_pattern", 2, "llama.attention.sliding_window_pattern"),
+    (LLAMA, "attention.key_length_swa", 32, "llama.attention.key_length_swa differs from the 64"),
+    (TWO_LAYERS, "attention.head_count", [8, 4], "llama.attention.head_count differs between layers: 4 to 8"),
 ]
 
 
@@ -137,7 +145,19 @@ def test_other_scalings_of_rotary_embeddings_are_refused(kind: str, tmp_path: Pa
 
 def test_keys_without_effect_are_accepted(tmp_path: Path) -> None:
     keys = {"expert_count": 0, "attention.causal": True, "rope.scaling.type": "none", "rope.scaling.factor": 8.0}
+    keys |= {
+        "rope.scaling.original_context_length": 64,
+        "rope.scaling.finetuned": True,
+        "attention.key_length_swa": 64,
+    }
     load_model(with_keys(LLAMA, tmp_path, **keys))
+
+
+@pytest.mark.parametrize("token", [96, (1 << 32) - 1])
+def test_ids_of_special_tokens_that_the_model_does_not_have_are_left_out(token: int, tmp_path: Path) -> None:
+    names = {f"tokenizer.ggml.{name}_token_id": token for name in ("bos", "eos", "padding")}
+    config = load_model(with_keys(LLAMA, tmp_path, **names)).generation_config
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,17 @@ MODELS = {
     "llama": LLAMA,
     "llama, tied": replace(LLAMA, config=LLAMA.config | {"tie_word_embeddings": True}),
     "llama, biases": replace(LLAMA, config=LLAMA.config | {"attention_bias": True, "mlp_bias": True}),
+    "llama, biases of q, k and v": replace(
+        LLAMA, config=LLAMA.config | {"attention_bias": True}, without=("*.o_proj.bias",)
+    ),
+    "llama, biases of k": replace(
+        LLAMA, config=LLAMA.config | {"attention_bias": True}, without=("*.[oqv]_proj.*",)
+    ),
+    "llama, equal numbers for each layer": replace(
+        LLAMA,
+        keys=LLAMA.keys
+        | {"attention.head_count": [8, 8], "attention.head_count_kv": [2, 2], "feed_forward_length": [256, 256]},
+    ),
     "llama, default theta": Tiny("llama", "llama"),
     "llama, as many key heads as heads": replace(
         LLAMA, config=LLAMA.config | {"num_key_value_heads": 8}, keys=LLAMA.keys | {"attention.head_count_kv": None}
@@ -94,6 +105,13 @@ MODELS = {
         {"hidden_size": 512, "num_key_value_heads": 2, "rope_parameters": THETA},
         {"rope.freq_base": 2e5},
     ),
+    "qwen2, no biases": Tiny("qwen2", "qwen2", {"hidden_size": 512}, without=("*.bias",)),
+    "qwen2, YaRN of the whole context": Tiny(
+        "qwen2",
+        "qwen2",
+        {"hidden_size": 512, "rope_parameters": YARN | {"original_max_position_embeddings": 512}},
+        {"rope.freq_base": 1e6, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0},
+    ),
     "qwen2, tied, YaRN": Tiny(
         "qwen2",
         "qwen2",
@@ -110,6 +128,12 @@ MODELS = {
     "gemma2": GEMMA2,
     "gemma2, untied": replace(GEMMA2, config=GEMMA2.config | {"tie_word_embeddings": False}),
     "gemma3": GEMMA3,
+    "gemma3, default theta": replace(
+        GEMMA3,
+        config=GEMMA3.config
+        | {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in GEMMA3_ROPES}},
+        keys={"attention.sliding_window": 8},
+    ),
     "gemma3, untied, capped": replace(
         GEMMA3,
         config=GEMMA3.config

@@ -73,6 +73,7 @@ class Tiny:
         keys: metadata keys without `ARCHITECTURE.`, besides those that every model has; None removes one.
         types: tensor types by patterns of GGUF names; the default is Q6_K wherever it is possible.
         freqs: values of `rope_freqs.weight`.
+        without: patterns of biases that the model does not have, though its class has.
     """
 
     architecture: str
@@ -81,6 +82,7 @@ class Tiny:
     keys: dict[str, Any] = field(default_factory=dict)
     types: dict[str, Any] = field(default_factory=dict)
     freqs: list[float] | None = None
+    without: tuple[str, ...] = ()
     seed: int = 0
 
     @property
@@ -100,6 +102,9 @@ class Tiny:
         config = AutoConfig.for_model(self.kind, **{**SIZES, **layers, **self.config})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
         model.requires_grad_(False)
+        for name, module in model.named_modules():
+            if any(fnmatch(f"{name}.bias", pattern) for pattern in self.without):
+                module.bias = None
         for name, parameter in model.named_parameters():
             around = 1.0 if name.endswith("norm.weight") and not self.is_gemma else 0.0
             parameter.normal_(around, 0.3 if parameter.ndim == 1 else 0.06)

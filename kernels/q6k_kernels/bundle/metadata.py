@@ -73,6 +73,10 @@ class Metadata:
     def __contains__(self, key: object) -> bool:
         return key in self._file.kv
 
+    def is_array(self, key: str) -> bool:
+        """Check whether the value of a key is an array; an absent key has none."""
+        return key in self._file.kv and self._file.kv[key].element is not None
+
     def __repr__(self) -> str:
         return f"Metadata('{self.path}', {len(self._file.kv)} keys)"
 

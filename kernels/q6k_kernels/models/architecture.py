@@ -102,6 +102,7 @@ def described(architecture: Architecture, metadata: Metadata, shapes: Shapes) ->
     keys = Keys(metadata, architecture.used)
     values = sizes(keys, shapes)
     kind, more = architecture.describe(keys, shapes, values)
+    keys.check_all_read()
     return kind, values | more
 
 

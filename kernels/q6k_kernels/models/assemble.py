@@ -16,15 +16,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from torch import nn
 
 from q6k_kernels.bundle.metadata import Metadata, read_metadata
-from q6k_kernels.errors import PackageMissingError, WeightsError
+from q6k_kernels.errors import PackageMissingError, UnsupportedModelError, WeightsError
 from q6k_kernels.formats.checks import Activations, check_activations, check_dtype
-from q6k_kernels.models.architecture import Architecture, attach, make_config
+from q6k_kernels.models.architecture import Architecture, attach, gguf_names, make_config
 from q6k_kernels.models.filling import CONVERT_WHOLE, Filler
+from q6k_kernels.models.hyperparameters import Shapes
 from q6k_kernels.models.registry import architecture_of
 from q6k_kernels.weights.reader import Bundle, open_bundle
 
@@ -57,7 +59,8 @@ def load_model(
     Returns:
         A transformers model for causal language modelling, in eval mode, without gradients. Its
         `generation_config` has the ids that the GGUF names: BOS, padding, and the ends of a text or a turn.
-        `architecture.attached` returns the `Architecture` that it was built from.
+        `architecture.attached` returns the `Architecture` that it was built from. Its `save_pretrained` raises
+        UnsupportedModelError: transformers could not load what it writes.
 
     Raises:
         PackageMissingError: transformers is missing or too old.
@@ -111,5 +114,29 @@ def _on_meta(bundle: Bundle, metadata: Metadata, architecture: Architecture, dty
     attention = {"attn_implementation": "eager"} if architecture.softcap_of_scores(config) else {}
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)  # type: ignore[no-untyped-call]
+    _fit_biases(model, architecture, shapes)
     attach(model, architecture)
+    model.__dict__["save_pretrained"] = _refuse_to_save
     return model
+
+
+def _fit_biases(model: PreTrainedModel, architecture: Architecture, shapes: Shapes) -> None:
+    """Give biases to exactly those layers that have one in the bundle; classes of transformers know fewer cases."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    biases = [f"{name}.bias" for name in layers]
+    names = gguf_names(architecture, biases, model.config.num_hidden_layers)
+    for bias, layer in zip(biases, layers.values(), strict=True):
+        stored = names[bias] in shapes
+        if stored and layer.bias is None:
+            empty = nn.Parameter(layer.weight.new_empty(layer.out_features), requires_grad=False)
+            layer.register_parameter("bias", empty)
+        elif not stored:
+            layer.register_parameter("bias", None)
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:
+    """Take the place of `save_pretrained`, whose files would load with random weights and no more than a notice."""
+    raise UnsupportedModelError(
+        "models from load_model cannot be saved with save_pretrained, which knows no packed weights",
+        "The bundle is the saved model: copy it. `torch.save` keeps a model whose weights were changed.",
+    )

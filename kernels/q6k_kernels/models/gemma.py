@@ -33,7 +33,7 @@ def _gemma2(keys: Keys, shapes: Shapes, values: Values) -> tuple[str, Values]:
 def _gemma3(keys: Keys, shapes: Shapes, values: Values) -> tuple[str, Values]:
     ropes = {
         # Only global layers see the whole context, so only their positions are scaled.
-        "full_attention": scaled_rope(keys, theta=1_000_000.0),
+        "full_attention": scaled_rope(keys),
         "sliding_attention": rope(keys, "rope.freq_base_swa"),
     }
     return "gemma3_text", {

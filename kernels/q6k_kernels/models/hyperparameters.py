@@ -18,6 +18,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of the bundle's tensors, by GGUF name."""
 
 MAX_CONTEXT = (1 << 31) - 1
+MAX_LAYERS = 1 << 14
 EXPORT_AGAIN = "Export the model again with a current converter (convert_hf_to_gguf.py of llama.cpp)."
 ONLY_FUNCTIONS = "Its tensors can still be used one by one: `q6k_kernels.open_bundle`."
 
@@ -51,6 +52,14 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_log_multiplier": (0.0,),
 }
 """Keys that change what a model computes -> their values without effect."""
+WITHOUT_EFFECT = (
+    "attention.layer_norm_epsilon",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+)
+"""Keys of attention and rotary embeddings that change nothing, or nothing unless another key asks for them."""
 
 
 class Keys:
@@ -67,6 +76,7 @@ class Keys:
     def __init__(self, metadata: Metadata, used: frozenset[str] = frozenset()) -> None:
         self.metadata = metadata
         self.prefix = metadata.architecture
+        self._read = {*NEUTRAL, *WITHOUT_EFFECT}
         for key, values in NEUTRAL.items():
             full = f"{self.prefix}.{key}"
             if key not in used and full in metadata and (value := metadata.value(full)) not in values:
@@ -75,29 +85,62 @@ class Keys:
                     ONLY_FUNCTIONS,
                 )
 
+    def check_all_read(self) -> None:
+        """Raise UnsupportedModelError for a key of attention or of rotary embeddings that nothing has asked for."""
+        for full in self.metadata.keys:
+            key = full.removeprefix(f"{self.prefix}.")
+            if key != full and key.startswith(("attention.", "rope.")) and key not in self._read:
+                raise UnsupportedModelError(
+                    f"{self.metadata.path}: {full[:200]}: models of {self.prefix} are built without it",
+                    ONLY_FUNCTIONS,
+                )
+
     def __contains__(self, key: str) -> bool:
+        self._read.add(key)
         return f"{self.prefix}.{key}" in self.metadata
 
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
         """Return a whole number from `low` to `high`; `default` if the key is absent.
 
+        An array with the same number for each layer counts as that number.
+
         Raises:
             HyperparameterError: the key is absent without a default, or out of range.
+            UnsupportedModelError: the numbers of the layers differ.
             BundleError: the key has another type.
         """
-        return int(self._bounded(key, self.metadata.integer(f"{self.prefix}.{key}"), low, high, default))
+        self._read.add(key)
+        full = f"{self.prefix}.{key}"
+        value = self._same(key) if self.metadata.is_array(full) else self.metadata.integer(full)
+        return int(self._bounded(key, value, low, high, default))
+
+    def _same(self, key: str) -> int:
+        """Return the number that an array has for every layer."""
+        values = self.metadata.integers(f"{self.prefix}.{key}") or []
+        layers = self.integer("block_count", 1, MAX_LAYERS) if key != "block_count" else 0
+        if len(values) != layers:
+            raise self.wrong(key, f"expected one number, or one for each of {layers} layers, found {len(values)}")
+        if len(set(values)) > 1:
+            raise UnsupportedModelError(
+                f"{self.metadata.path}: {self.prefix}.{key} differs between layers: {min(values)} to {max(values)}",
+                ONLY_FUNCTIONS,
+            )
+        return values[0]
 
     def real(self, key: str, low: float, high: float, default: float | None = None) -> float:
         """Return a number from `low` to `high`, with the errors of `integer`."""
+        self._read.add(key)
         return float(self._bounded(key, self.metadata.real(f"{self.prefix}.{key}"), low, high, default))
 
     def string(self, key: str, default: str) -> str:
         """Return a text; `default` if the key is absent."""
+        self._read.add(key)
         value = self.metadata.string(f"{self.prefix}.{key}")
         return default if value is None else value
 
     def value(self, key: str) -> object:
         """Return a value of any type; None if the key is absent."""
+        self._read.add(key)
         return self.metadata.value(f"{self.prefix}.{key}")
 
     def wrong(self, key: str, problem: str) -> HyperparameterError:
@@ -130,7 +173,7 @@ def sizes(keys: Keys, shapes: Shapes) -> dict[str, Any]:
     keys.expect(
         "embedding_length", keys.integer("embedding_length", 1, 1 << 24), hidden, "token_embd.weight's rows"
     )
-    layers = keys.integer("block_count", 1, 1 << 14)
+    layers = keys.integer("block_count", 1, MAX_LAYERS)
     found = {int(match[1]) for name in shapes if (match := re.match(r"blk\.(\d{1,9})\.", name))}
     if found != set(range(layers)):
         raise keys.wrong("block_count", f"{layers}, but the tensors are those of {len(found)} layers")
@@ -177,7 +220,13 @@ def _head_dim(keys: Keys, shapes: Shapes, hidden: int, heads: int, kv_heads: int
         if rows != count * head_dim:
             problem = f"{count} heads of {head_dim} (attention.key_length) are {count * head_dim} rows of {name}"
             raise keys.wrong(key, f"{problem}, found {rows}")
-    for key in ("attention.value_length", "rope.dimension_count", "rope.dimension_count_swa"):
+    for key in (
+        "attention.value_length",
+        "attention.key_length_swa",
+        "attention.value_length_swa",
+        "rope.dimension_count",
+        "rope.dimension_count_swa",
+    ):
         if key in keys and keys.integer(key, 0, 1 << 16) != head_dim:
             raise UnsupportedModelError(
                 f"{keys.metadata.path}: {keys.prefix}.{key} differs from the {head_dim} of a head's keys",
@@ -191,17 +240,13 @@ def _head_dim(keys: Keys, shapes: Shapes, hidden: int, heads: int, kv_heads: int
 
 
 def _special_tokens(metadata: Metadata, vocabulary: int) -> dict[str, Any]:
-    """Return the ids of special tokens: BOS, padding, and all that end a text or a turn."""
+    """Return the ids of special tokens that the model has: BOS, padding, and all that end a text or a turn."""
     found = dict[str, int]()
     for name in ("bos", "padding", *ENDS):
-        key = token_id_key(name)
-        if (token := metadata.integer(key)) is None:
+        if (token := metadata.integer(token_id_key(name))) is None:
             continue
-        if not 0 <= token < vocabulary:
-            raise HyperparameterError(
-                f"{metadata.path}: {key}: expected 0 to {vocabulary - 1}, found {token}", EXPORT_AGAIN
-            )
-        found[name] = token
+        if 0 <= token < vocabulary:  # the tokenizer says what is taken for others
+            found[name] = token
     ends = list(dict.fromkeys(found[name] for name in ENDS if name in found))
     return {
         "bos_token_id": found.get("bos"),
@@ -210,18 +255,18 @@ def _special_tokens(metadata: Metadata, vocabulary: int) -> dict[str, Any]:
     }
 
 
-def rope(keys: Keys, key: str = "rope.freq_base", theta: float = 10000.0) -> dict[str, Any]:
-    """Return the parameters of unscaled rotary embeddings: theta from a key, or its default."""
-    return {"rope_type": "default", "rope_theta": keys.real(key, 1.0, 1e12, theta)}
+def rope(keys: Keys, key: str = "rope.freq_base") -> dict[str, Any]:
+    """Return the parameters of unscaled rotary embeddings: theta from a key, or llama.cpp's default."""
+    return {"rope_type": "default", "rope_theta": keys.real(key, 1.0, 1e12, 10000.0)}
 
 
-def scaled_rope(keys: Keys, theta: float = 10000.0) -> dict[str, Any]:
+def scaled_rope(keys: Keys) -> dict[str, Any]:
     """Return the parameters of rotary embeddings with the scaling that the metadata names: none, linear or YaRN.
 
     Raises:
         UnsupportedModelError: the metadata names another scaling.
     """
-    found = rope(keys, theta=theta)
+    found = rope(keys)
     # Files of 2023 have `rope.scale_linear` instead.
     factor = keys.real("rope.scale_linear", 0.0, 1e6, 0.0)
     factor = keys.real("rope.scaling.factor", 0.0, 1e6, factor)
@@ -238,7 +283,9 @@ def scaled_rope(keys: Keys, theta: float = 10000.0) -> dict[str, Any]:
     found |= {
         "rope_type": "yarn",
         "factor": factor,
-        "original_max_position_embeddings": keys.integer("rope.scaling.original_context_length", 1, MAX_CONTEXT),
+        "original_max_position_embeddings": keys.integer(
+            "rope.scaling.original_context_length", 1, MAX_CONTEXT, keys.integer(CONTEXT_LENGTH, 1, MAX_CONTEXT)
+        ),
     }
     for name in ("beta_fast", "beta_slow"):
         if f"rope.scaling.yarn_{name}" in keys:
