@@ -54,7 +54,9 @@ def generate(
     ] = 128,
     temperature: Annotated[
         float,
-        typer.Option(min=0.0, max=100.0, metavar="T", help="Sample at temperature T; 0 takes the likeliest token."),
+        typer.Option(
+            min=0.0, max=100.0, metavar="T", help="Sample at temperature T; below 1e-6 take the likeliest token."
+        ),
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, metavar="N", help="Seed the sampling with N.")] = 0,
     device: DeviceOption = "auto",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
-from q6k_convert.errors import ExitCode, InterruptedRunError, Q6KConvertError
+from q6k_convert.errors import ExitCode, InterruptedRunError, IOFailedError, Q6KConvertError
 
 if TYPE_CHECKING:
     from q6k_convert.cli.terminal import Terminal
@@ -33,6 +33,8 @@ def reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
         PackageMissingError,
     )
 
+    if sys.stderr is None:  # closed by the caller, who wants no messages
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     terminal = Terminal(as_json=as_json, quiet=quiet)
 
     def fail(code: ExitCode, cause: str, remedy: str = "") -> NoReturn:
@@ -47,6 +49,8 @@ def reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
     try:
+        if sys.stdout is None:
+            raise IOFailedError("stdout is closed", "Give it a place: `> FILE`, or `> /dev/null`.")
         yield terminal
     except (Q6KConvertError, InterruptedRunError) as error:
         fail(error.exit_code, error.cause, error.remedy)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from q6k_convert import text
 from q6k_convert.cli.contents import Row
@@ -39,6 +39,10 @@ class Terminal:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
+        for stream in (sys.stdout, sys.stderr):
+            # A terminal or pipe that is not UTF-8 gets "?" for what it cannot show; streams of tests may be bare.
+            if not _is_utf_8(stream) and hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
 
     @cached_property
     def _out(self) -> Console:
@@ -51,7 +55,8 @@ class Terminal:
     def document(self, content: Row) -> None:
         """Print the JSON document if `--json` was given."""
         if self.as_json:
-            print(displayable(json.dumps(content, indent=1, ensure_ascii=False)), flush=True)
+            escaped = not _is_utf_8(sys.stdout)
+            print(displayable(json.dumps(content, indent=1, ensure_ascii=escaped)), flush=True)
 
     def error(self, cause: str, remedy: str = "") -> None:
         """Print a red line for the cause and one for the remedy, on stderr."""
@@ -305,6 +310,10 @@ class _Lines:
                 f"({100 * self.done / self.total:.0f}%), {text.size(rate)}/s, {left} left",
                 soft_wrap=True,
             )
+
+
+def _is_utf_8(stream: TextIO | None) -> bool:
+    return (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "").replace("_", "") == "utf8"
 
 
 def _console(*, stderr: bool, quiet: bool = False) -> Console:

@@ -195,6 +195,12 @@ def test_a_token_that_the_model_does_not_know_is_refused(bundle: Path, monkeypat
     failed(done, 3, "blk.0.attn_q.weight has 3 rows", "--tokenizer")
 
 
+def test_a_prompt_too_long_to_tokenize_is_named(bundle: Path) -> None:
+    done = CliRunner().invoke(app, ["generate", str(bundle), "-p", "-", "--device", "cpu"], input=b" " * 12_000_000)
+    assert done.exit_code == 3
+    assert "the text has 12000000 characters, more than 4194304" in done.stderr
+
+
 def test_a_system_message_that_is_no_utf_8_is_usage(bundle: Path) -> None:
     done = invoke("generate", bundle, "--chat", "-p", "x", "--system", "caf\udce9", "--device", "cpu")
     assert done.exit_code == 2

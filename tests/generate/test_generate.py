@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.generate import mailbox, recording
 from q6k_kernels.generate.generator import CapacityError, Generator, NotFiniteError
-from q6k_kernels.generate.sampling import choose, gumbel_noise
+from q6k_kernels.generate.sampling import LOWEST, choose, gumbel_noise
 from q6k_kernels.models.cache_layout import SLACK
 
 
@@ -122,6 +122,15 @@ def test_a_seed_decides_and_nothing_else() -> None:
     assert answer(3) == answer(3) == answer(3, chunk=4)
     assert len({tuple(answer(seed)) for seed in range(4)}) == 4
     assert answer(0) != expected("llama")[:30]
+
+
+def test_a_temperature_too_low_to_divide_by_takes_the_likeliest() -> None:
+    for temperature in (1e-40, 5e-324, LOWEST / 2):
+        generator = Generator(tiny("llama"), capacity=64, temperature=temperature)
+        generator.prefill(prompt())
+        assert list(generator.generate(12)) == expected("llama")[:12]
+    logits = torch.tensor([[3e30, 1.0, -3e30, 3.1e30]])
+    assert int(choose(logits, torch.tensor([3]), torch.tensor([7]), torch.tensor([LOWEST]))) == 3
 
 
 def test_choices_follow_the_softmax() -> None:

@@ -133,6 +133,36 @@ def test_what_makes_no_tokenizer_is_named(tmp_path: Path) -> None:
         assert "--tokenizer DIR" in caught.value.remedy
 
 
+def test_what_would_cost_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spm, bpe = sentencepiece(), byte_level_keys(byte_level([]), "gpt-2")
+    repeated = ["a" * length for length in range(1, 1025)]  # a megabyte, and half a gigabyte of merges
+    for keys, words in (
+        (
+            spm | {"ggml.tokens": repeated, "ggml.scores": [0.0] * 1024, "ggml.token_type": [1] * 1024},
+            "characters in",
+        ),
+        (bpe | {"ggml.merges": ["a b" * (1 << 22)] * 3}, "more than 33554432 characters in merges"),
+        (bpe | {"ggml.merges": [f"a{i} b" for i in range(40_000)]}, "more than 65536 of the texts"),
+        (
+            bpe | {"ggml.merges": ["a b"] * (vocabulary.MAX_MERGES + 1)},
+            "merges: expected up to 786432, found 786433",
+        ),
+        (bpe | {"ggml.token_type": [1] * (vocabulary.MAX_TOKENS + 1)}, "token_type: expected up to 524288, found"),
+        (spm | {"ggml.tokens": []}, "tokens: expected one token or more, found none"),
+        (bpe | {"ggml.tokens": ["x" * (1 << 20), "y"], "ggml.token_type": [3, 4]}, "1048577 characters"),
+    ):
+        with pytest.raises(TokenizerError, match=words):
+            loaded(tmp_path, keys)
+    monkeypatch.setattr(vocabulary, "MAX_TEXT", 3)
+    tokenizer = loaded(tmp_path, bpe)
+    for text, words in (
+        ("abcd", "has 4 characters, more than 3"),
+        ("a\ud800", r"has U\+D800, which is no character"),
+    ):
+        with pytest.raises(TokenizerError, match=words):
+            tokenizer.encode(text)
+
+
 def test_a_token_too_long_to_be_taken_apart_costs_nothing(tmp_path: Path) -> None:
     keys = sentencepiece()
     keys["ggml.tokens"] += ["a" * (vocabulary.MAX_TOKEN_CHARACTERS + 1)]

@@ -73,9 +73,10 @@ class Metadata:
     def __contains__(self, key: object) -> bool:
         return key in self._file.kv
 
-    def is_array(self, key: str) -> bool:
-        """Check whether the value of a key is an array; an absent key has none."""
-        return key in self._file.kv and self._file.kv[key].element is not None
+    def length(self, key: str) -> int | None:
+        """Return the number of elements of an array, without reading them; None if the value is none or absent."""
+        kv = self._file.kv.get(key)
+        return None if kv is None or kv.element is None else kv.count
 
     def __repr__(self) -> str:
         return f"Metadata('{self.path}', {len(self._file.kv)} keys)"

@@ -26,7 +26,7 @@ from q6k_kernels.generate.attention import implementation
 from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.mailbox import GpuMailbox, Mailbox
 from q6k_kernels.generate.recording import Recorder, bucket
-from q6k_kernels.generate.sampling import choose
+from q6k_kernels.generate.sampling import choose, settled
 from q6k_kernels.generate.step import Step, StepOperations
 from q6k_kernels.generate.step_reference import TokenChoice, TorchOperations
 
@@ -55,7 +55,7 @@ class Generator:
     Args:
         model: a causal language model of transformers, in eval mode, whole on one device.
         capacity: 1 or more.
-        temperature: 0 takes the best token; above 0 tokens are drawn by their probability.
+        temperature: 0 takes the best token, as does less than 2^-20; above, tokens are drawn by their probability.
         seed: seed of the draws, 0 to 2^32 - 1; the same seed gives the same tokens.
         fused: whether decoding steps are our own, see `step`, or the forward pass of transformers' model. They are
             our own by default on a GPU, for models from `load_model` with kernels for their dtype and sizes.
@@ -82,6 +82,7 @@ class Generator:
                 f"expected capacity and chunk of 1 or more, a temperature of 0 or more and a seed below 2^32; "
                 f"found {capacity}, {chunk}, {temperature} and {seed}"
             )
+        temperature = settled(temperature)
         self.device = model.device
         self._on_gpu = self.device.type == "cuda"
         self.cache = KeyValueCache(model.config.get_text_config(decoder=True), capacity, self.device)

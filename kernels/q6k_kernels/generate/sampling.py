@@ -12,8 +12,15 @@ import torch
 from torch import Tensor
 
 _LOW = 0xFFFFFFFF
+LOWEST = 2.0**-20
+"""The lowest temperature that tokens are drawn at; below it the likeliest is taken, as nearly every draw would."""
 ROWS = 512
 """Parts of the vocabulary that are searched in parallel: the greatest common divisor of this and its size."""
+
+
+def settled(temperature: float) -> float:
+    """Return the temperature, or 0 if it is below `LOWEST`: logits divided by it might not be finite."""
+    return temperature if temperature >= LOWEST else 0.0
 
 
 def choose(logits: Tensor, position: Tensor, seed: Tensor, temperature: Tensor | None) -> Tensor:

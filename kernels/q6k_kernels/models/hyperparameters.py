@@ -111,15 +111,19 @@ class Keys:
         """
         self._read.add(key)
         full = f"{self.prefix}.{key}"
-        value = self._same(key) if self.metadata.is_array(full) else self.metadata.integer(full)
+        value = (
+            self._same(key, count)
+            if (count := self.metadata.length(full)) is not None
+            else self.metadata.integer(full)
+        )
         return int(self._bounded(key, value, low, high, default))
 
-    def _same(self, key: str) -> int:
+    def _same(self, key: str, count: int) -> int:
         """Return the number that an array has for every layer."""
-        values = self.metadata.integers(f"{self.prefix}.{key}") or []
         layers = self.integer("block_count", 1, MAX_LAYERS) if key != "block_count" else 0
-        if len(values) != layers:
-            raise self.wrong(key, f"expected one number, or one for each of {layers} layers, found {len(values)}")
+        if count != layers:
+            raise self.wrong(key, f"expected one number, or one for each of {layers} layers, found {count}")
+        values = self.metadata.integers(f"{self.prefix}.{key}") or [0]
         if len(set(values)) > 1:
             raise UnsupportedModelError(
                 f"{self.metadata.path}: {self.prefix}.{key} differs between layers: {min(values)} to {max(values)}",

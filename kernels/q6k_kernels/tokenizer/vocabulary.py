@@ -126,13 +126,17 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
     """
     kind = metadata.string("tokenizer.ggml.model")
     if kind not in ("llama", "gpt2"):
-        found = "is missing" if kind is None else f"is {kind!r}"
+        state = "is missing" if kind is None else f"is {kind[:80]!r}"
         raise TokenizerError(
-            f"{metadata.path}: tokenizer.ggml.model {found}, expected 'llama' or 'gpt2'", GIVE_A_DIRECTORY
+            f"{metadata.path}: tokenizer.ggml.model {state}, expected 'llama' or 'gpt2'", GIVE_A_DIRECTORY
         )
-    stated = metadata.strings("tokenizer.ggml.tokens") or []
-    if not 0 < len(stated) <= MAX_TOKENS:
-        raise _bad(metadata, "tokens", f"expected 1 to {MAX_TOKENS} tokens, found {len(stated)}")
+    limits = {"tokens": MAX_TOKENS, "token_type": MAX_TOKENS, "scores": MAX_TOKENS, "merges": MAX_MERGES}
+    for key, most in limits.items():
+        if (found := metadata.length(f"tokenizer.ggml.{key}") or 0) > most:
+            raise _bad(metadata, key, f"expected up to {most}, found {found}")
+    stated = metadata.strings("tokenizer.ggml.tokens")
+    if not stated:
+        raise _bad(metadata, "tokens", "expected one token or more, found none")
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(stated)]
     names, notes = special_ids(metadata, kind, len(tokens))
     ids = {token: i for i, token in enumerate(tokens)}
