@@ -1,9 +1,12 @@
-"""Format sizes, times, shapes and file names for people."""
+"""Format sizes, times, shapes and file names for people, and documents for programs."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _UNITS |= {unit + "I": 1024**power for power, unit in enumerate("KMGT", 1)}
@@ -51,3 +54,23 @@ def shape(dims: Sequence[int]) -> str:
 def plural(count: int, noun: str) -> str:
     """Return a count with its noun: `1 tensor`, `2 tensors`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def strict_json(content: Any, *, escaped: bool = False) -> str:
+    """Return strict JSON, which has no NaN and no infinity: they are written as text.
+
+    Args:
+        content: what to write.
+        escaped: whether only ASCII is written, and all else as escapes.
+    """
+    return displayable(json.dumps(_strict(content), indent=1, ensure_ascii=escaped, allow_nan=False))
+
+
+def _strict(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _strict(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_strict(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(content, "NaN")
+    return content

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from q6k_convert.convert.pipeline import Result
 from q6k_convert.convert.plan import Plan
 from q6k_convert.errors import ExitCode
+from q6k_convert.text import displayable
 from q6k_kernels.bundle.manifest import BundleError, Manifest, StoredTensor
 from q6k_kernels.bundle.metadata import Metadata, read_metadata
 from q6k_kernels.errors import HyperparameterError, UnsupportedModelError
 from q6k_kernels.formats.ggml import SUPER_BLOCK, TYPE_SIZES, GGMLType
 from q6k_kernels.formats.types import TILE_ROWS, weight_type
-from q6k_kernels.gguf.file import GGUFFile, KeyValue
 from q6k_kernels.gguf.model import GGUFModel
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ Row = dict[str, Any]
 
 _NOT_LOADED = ("raw", "skipped")
 """Storages of tensors that no model loads."""
+_SHOWN_BYTES = 16 << 20
+"""Bytes of values that a listing of keys shows; no real model has as many without a whole `tokenizer.json`."""
+_ESCAPED = "backslashreplace"
 
 
 def plan_contents(plan: Plan) -> Row:
@@ -96,7 +99,7 @@ def gguf_contents(model: GGUFModel) -> Row:
         "types": _by_type(
             (r.type.name, None, None, math.prod(r.shape), r.nbytes, r.nbytes) for _, r in model.tensors()
         ),
-        "keys": {kv.key: _shown(part, kv) for part, kv in model.key_values()},
+        "keys": _keys(model),
         "tensors": tensors,
     }
 
@@ -250,8 +253,32 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _shown(part: GGUFFile, kv: KeyValue) -> Any:
-    return {"array": kv.element.name, "count": kv.count} if kv.element is not None else part.value(kv.key)
+def _keys(model: GGUFModel) -> Row:
+    """Return the keys with their values; of arrays type and length, of text past `_SHOWN_BYTES` its bytes."""
+    shown, left = Row(), _SHOWN_BYTES
+    for part, kv in model.key_values():
+        if kv.element is not None:
+            value: Any = {"array": kv.element.name, "count": kv.count}
+        elif kv.end - kv.at > left:
+            value = {"string": kv.end - kv.at - 8}
+        else:
+            left -= kv.end - kv.at
+            value = part.value(kv.key, errors=_ESCAPED)
+        shown[displayable(kv.key)] = value
+    return shown
+
+
+def key_value(model: GGUFModel, key: str) -> Iterator[list[Any]] | Any:
+    """Return the full value of a key, of an array some elements at a time; bytes that are no UTF-8 as escapes.
+
+    Raises:
+        KeyError: there is no such key.
+    """
+    found = model.find(key)
+    if found is None:
+        raise KeyError(key)
+    part, kv = found
+    return part.value(key, errors=_ESCAPED) if kv.element is None else part.elements(key, _ESCAPED)
 
 
 def _by_type(tensors: Iterable[tuple[str, str | None, str | None, int, int, int]]) -> list[Row]:

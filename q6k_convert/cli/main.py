@@ -170,11 +170,11 @@ def inspect(
         if key is not None:
             # metadata.gguf may come from a split model, whose other parts are not in the bundle.
             with GGUFModel([GGUFFile(path / manifest.METADATA_NAME)]) if directory else open_gguf(path) as model:
-                missing = object()
-                value = model.value(key, missing)
-                if value is missing:
-                    raise UsageError(f"{path}: no key {key!r}", "`q6k-convert inspect` without --key lists them.")
-            terminal.value(key, value)
+                try:
+                    terminal.value(key, contents.key_value(model, key))
+                except KeyError as error:
+                    remedy = "`q6k-convert inspect` without --key lists them."
+                    raise UsageError(f"{path}: no key {key!r}", remedy) from error
         elif context is not None and not directory:
             raise UsageError(
                 "--context is for a bundle: of a GGUF file the GPU memory depends on the options of convert",

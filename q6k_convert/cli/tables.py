@@ -37,7 +37,9 @@ def add_row(table: Table, *cells: str | Text) -> None:
 
 
 def readable(value: Any) -> str:
-    """Return a key's value in one line; of an array its type and length."""
+    """Return a key's value in one line; of an array its type and length, of a long text its length."""
+    if isinstance(value, dict) and "string" in value:
+        return f"text of {text.size(value['string'])}"
     if isinstance(value, dict):
         return f"{value['count']} × {value['array']}"
     shown = value if isinstance(value, str) else repr(value)

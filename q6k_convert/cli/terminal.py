@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import sys
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from q6k_convert import text
 from q6k_convert.cli.contents import Row
 from q6k_convert.cli.tables import add_row, compared, decibel, make_table, printable, readable, styled
-from q6k_convert.text import displayable
+from q6k_convert.text import displayable, strict_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,8 +54,7 @@ class Terminal:
     def document(self, content: Row) -> None:
         """Print the JSON document if `--json` was given."""
         if self.as_json:
-            escaped = not _is_utf_8(sys.stdout)
-            print(displayable(json.dumps(content, indent=1, ensure_ascii=escaped)), flush=True)
+            print(strict_json(content, escaped=not _is_utf_8(sys.stdout)), flush=True)
 
     def error(self, cause: str, remedy: str = "") -> None:
         """Print a red line for the cause and one for the remedy, on stderr."""
@@ -248,11 +246,21 @@ class Terminal:
         else:
             self._out.print("not ready to run models on a GPU; converting and verifying need none", style="bold")
 
-    def value(self, key: str, value: Any) -> None:
-        """Print the full value of one key."""
-        self.document({"key": key, "value": value})
-        for item in value if isinstance(value, list) else [value]:
-            self._say(str(item))
+    def value(self, key: str, value: Iterator[list[Any]] | Any) -> None:
+        """Print the full value of one key; of an array some elements at a time, for it may be long."""
+        if not isinstance(value, Iterator):
+            self.document({"key": key, "value": value})
+            self._say(str(value))
+            return
+        begin, between, end = (f'{{\n "key": {strict_json(key)},\n "value": [\n  ', ",\n  ", "\n ]\n}\n")
+        shown = strict_json if self.as_json else lambda element: printable(str(element))
+        if not self.as_json:
+            begin, between, end = "", "\n", "\n"
+        for some in value:
+            sys.stdout.write(begin + between.join(map(shown, some)))
+            begin = between
+        sys.stdout.write(end)
+        sys.stdout.flush()
 
     @contextmanager
     def progress(self, total: int, what: str) -> Iterator[Callable[[int], None]]:

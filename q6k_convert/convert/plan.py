@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from q6k_convert import text
 from q6k_convert.errors import InputRejectedError, UsageError
-from q6k_convert.text import shape
 from q6k_kernels.bundle.shards import ArraySpec, Shard, plan_shards
 from q6k_kernels.bundle.storage import PLAIN_DTYPES, Storage, arrays_of
-from q6k_kernels.formats.ggml import TYPE_SIZES
+from q6k_kernels.formats.ggml import UnknownType
 from q6k_kernels.formats.types import PACKED_TYPES, Scales, row_of
 from q6k_kernels.gguf.file import GGUFFile
 from q6k_kernels.gguf.model import GGUFModel
@@ -97,18 +97,31 @@ def make_plan(model: GGUFModel, options: Options) -> Plan:
     """Decide how every tensor is stored.
 
     Raises:
-        InputRejectedError: `other` is "error", and the model has tensors that it applies to.
+        InputRejectedError: `other` is "error", and the model has tensors that it applies to; or it has no tensors.
         GgufRejectedError: a tensor cannot be stored as the options ask, or two arrays would have the same name.
         UsageError: a pattern matches no tensor, no tensor is left to store, or there would be too many shards.
     """
+    if next(model.tensors(), None) is None:
+        keys = text.plural(sum(1 for _ in model.key_values()), "key")
+        raise InputRejectedError(
+            f"{model.parts[0].path}: holds no tensors, only {keys}",
+            "It is a vocabulary or other metadata: give the file that holds the model's weights.",
+        )
     selected = _selection([record.name for _, record in model.tensors()], options)
     tensors = list[TensorPlan]()
     refused = list[str]()
     for part, record in model.tensors():
         storage = _storage(record, options.other) if record.name in selected else "skipped"
         if storage is None:
-            refused.append(f"{record.name} ({record.type.name} {shape(record.shape)})")
+            refused.append(f"{record.name} ({record.type.name} {text.shape(record.shape)})")
             continue
+        if storage != "skipped" and isinstance(record.type, UnknownType):
+            raise part.reject(
+                f"tensor {record.name!r}",
+                record.type.problem,
+                record.record_at,
+                remedy=f"{record.type.remedy}; --other skip or --exclude leaves such tensors out.",
+            )
         if storage == "dequantized":
             _check_dequantizer(part, record)
         format = row_of(record.type.name, options.scales).name if storage == "planar" else None
@@ -154,7 +167,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def _storage(record: TensorRecord, other: Other) -> Storage | None:
     """Return how a selected tensor is stored; None if `--other error` forbids it."""
-    if record.type.name in PACKED_TYPES and len(record.shape) in (2, 3):
+    if record.type.name in PACKED_TYPES and len(record.shape) in (2, 3) and record.weights:
         return "planar"
     if record.type.name in PLAIN_DTYPES:
         return "plain"
@@ -173,10 +186,10 @@ def _check_dequantizer(part: GGUFFile, record: TensorRecord) -> None:
     import gguf
     import numpy as np
 
-    block = np.zeros((1, TYPE_SIZES[record.type][1]), dtype=np.uint8)
+    block = np.zeros((1, record.block[1]), dtype=np.uint8)
     try:
-        gguf.dequantize(block, gguf.GGMLQuantizationType(record.type))
-    except NotImplementedError as error:
+        gguf.dequantize(block, gguf.GGMLQuantizationType[record.type.name])
+    except (NotImplementedError, KeyError) as error:
         raise part.reject(
             f"tensor {record.name!r}",
             f"the gguf package has no dequantiser for {record.type.name}",

@@ -22,7 +22,6 @@ from q6k_convert.text import displayable
 from q6k_kernels.bundle.manifest import SourceFile
 from q6k_kernels.bundle.writer import BundleWriter
 from q6k_kernels.formats.blocks import STEPS, ScaleNumber, block_bytes
-from q6k_kernels.formats.ggml import TYPE_SIZES
 from q6k_kernels.formats.types import weight_type
 from q6k_kernels.gguf.file import GGUFFile
 
@@ -143,7 +142,7 @@ def _cut(part: GGUFFile, begin: int, end: int, tensor: TensorPlan | None, step: 
 
 def _piece_bytes(tensor: TensorPlan, most: int) -> int:
     """Return the bytes of a tensor's pieces, at most `most`: whole blocks."""
-    block_weights, size = TYPE_SIZES[tensor.record.type]
+    block_weights, size = tensor.record.block
     if tensor.storage != "dequantized":
         return most // size * size
     weights = most // 2 if dequantizes(tensor.record.type.name) else DEQUANTIZED_WEIGHTS
@@ -169,7 +168,7 @@ def _encode(
     """Yield the encoded arrays of a piece of a tensor: role, byte offset in the array, data."""
     if tensor.storage == "skipped":
         return
-    block_weights, size = TYPE_SIZES[tensor.record.type]
+    block_weights, size = tensor.record.block
     first, count = piece.at // size, piece.nbytes // size
     if not plan.options.allow_nonfinite:
         bad = first_nonfinite(source, size, STEPS.get(tensor.record.type.name, ()))
@@ -203,14 +202,14 @@ def _dequantized(source: memoryview, tensor: TensorPlan, weights: int, slot: _Sl
     # As one row: the package works row by row, and is slow on narrow rows.
     row = np.frombuffer(source, dtype=np.uint8).reshape(1, -1)
     with np.errstate(all="ignore"):
-        values = gguf.dequantize(row, gguf.GGMLQuantizationType(tensor.record.type))
+        values = gguf.dequantize(row, gguf.GGMLQuantizationType[tensor.record.type.name])
         bits = round_to_bf16(np.ascontiguousarray(values, dtype=np.float32).reshape(-1))
     return bits.view(np.uint8).data
 
 
 def _not_finite(tensor: TensorPlan, block: int, number: ScaleNumber) -> Exception:
     record = tensor.record
-    block_weights, size = TYPE_SIZES[record.type]
+    block_weights, size = record.block
     row, column = divmod(block, record.shape[-1] // block_weights)
     return tensor.part.reject(
         f"tensor {record.name!r}",

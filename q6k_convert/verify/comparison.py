@@ -21,7 +21,6 @@ from q6k_kernels.bundle.manifest import StoredTensor
 from q6k_kernels.bundle.structure import Entry, Finding
 from q6k_kernels.formats import planes
 from q6k_kernels.formats.blocks import decode, not_finite
-from q6k_kernels.formats.ggml import TYPE_SIZES
 from q6k_kernels.formats.types import row_of, weight_type
 from q6k_kernels.gguf.file import GGUFFile
 from q6k_kernels.gguf.tensors import TensorRecord
@@ -113,7 +112,7 @@ class Comparison:
     ) -> None:
         self.directory, self.shards, self.tensor = directory, shards, tensor
         self.part, self.record = part, record
-        self.block_weights, self.block_bytes = TYPE_SIZES[record.type]
+        self.block_weights, self.block_bytes = record.block
         self.blocks = record.nbytes // self.block_bytes
         self.row = weight_type(tensor.format) if tensor.format is not None else None
         # The weight type that keeps GGUF's own numbers: of most types the only one.
@@ -121,8 +120,8 @@ class Comparison:
 
     @property
     def ranges(self) -> range:
-        """The first blocks of the tensor's ranges."""
-        return range(0, self.blocks, RANGE_PIECES * PIECE_WEIGHTS // self.block_weights)
+        """The first blocks of the tensor's ranges; an empty tensor has one, which is empty."""
+        return range(0, max(self.blocks, 1), RANGE_PIECES * PIECE_WEIGHTS // self.block_weights)
 
     def run(self, first: int, progress: Callable[[int], None]) -> Compared:
         """Compare the range from block `first` on; `progress` is called with the number of source bytes done."""
@@ -288,5 +287,5 @@ def _weighted(values: Floats, weights: npt.NDArray[np.uint64]) -> float:
 def _dequantized(raw: Bytes, record: TensorRecord) -> Floats:
     import gguf
 
-    weights = gguf.dequantize(raw.reshape(1, -1), gguf.GGMLQuantizationType(record.type))
+    weights = gguf.dequantize(raw.reshape(1, -1), gguf.GGMLQuantizationType[record.type.name])
     return np.ascontiguousarray(weights, dtype=np.float32).reshape(-1)

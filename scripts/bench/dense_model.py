@@ -115,7 +115,7 @@ def _dequantized(part: GGUFFile, record: TensorRecord) -> Iterator[Tensor]:
     for at in range(0, count, step):
         rows = min(step, count - at)
         raw = np.frombuffer(part.read(record.offset + at * row_bytes, rows * row_bytes), dtype=np.uint8)
-        kind = gguf.GGMLQuantizationType(record.type)
+        kind = gguf.GGMLQuantizationType[record.type.name]
         values = gguf.dequantize(raw.reshape(rows, -1), kind).astype(np.float32, copy=False)
         # A copy, because the original may be read-only.
         yield torch.from_numpy(values.reshape(rows, *record.shape[1:]).copy())

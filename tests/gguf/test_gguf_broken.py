@@ -30,7 +30,7 @@ from q6k_kernels.gguf.file import GGUFFile, ValueType
 
 HEADER = 24
 """Where the first key-value pair lies, or the first tensor record if there are no pairs."""
-KEY_LIMIT = 256
+KEY_LIMIT = 65535
 """Bytes that a key may have."""
 TOP = 2**64
 
@@ -116,24 +116,14 @@ def key_values() -> list[Bad]:
         Bad("empty-key", pairs(key_value("", 1)), "key 0", HEADER, "the key is empty"),
         Bad(
             "over-long-key", pairs(key_value("k" * (KEY_LIMIT + 1), 1)), "key 0", HEADER,
-            f"string of {KEY_LIMIT + 1} bytes, longer than the limit of {KEY_LIMIT}",
-        ),
-        Bad("key-not-utf8", pairs(key_value(b"ab\xff", 1)), "key 0", HEADER + 10,
-            "invalid UTF-8 (invalid start byte)"),
-        Bad(
-            "key-surrogate", pairs(key_value(b"\xed\xa0\x80", 1)), "key 0", HEADER + 8,
-            "invalid UTF-8 (invalid continuation byte)",
+            f"string of {KEY_LIMIT + 1} bytes, more than the limit of {KEY_LIMIT}",
         ),
         Bad(
-            "string-not-utf8", pairs(key_value("text", b"caf\xe9")), "value of 'text'", value_at("text") + 8 + 3,
-            "invalid UTF-8 (unexpected end of data)",
+            "keys-over-limit",
+            lambda: header(0, 257) + b"".join(key_value(f"{i:05}" + "k" * 65530, 1) for i in range(257)),
+            "keys", HEADER + 256 * len(key_value("k" * KEY_LIMIT, 1)),
+            f"{257 * KEY_LIMIT} bytes, more than the limit of 16777216",
         ),
-        Bad(
-            "string-over-limit", lambda: header(0, 1) + text + string(b"x" * ((16 << 20) + 1)), "value of 'text'",
-            value_at("text"), "string of 16777217 bytes, longer than the limit of 16777216",
-        ),
-        Bad("bool-2", pairs(string("b") + struct.pack("<IB", 7, 2)), "value of 'b'", value_at("b"),
-            "expected a boolean 0 or 1, found 2"),
         Bad("scalar-cut", lambda: header(0, 1) + key_value("number", 1, "u64")[:-1], "value of 'number'",
             value_at("number"), "8 bytes expected, but the file ends after 7"),
         Bad("second-key-missing", lambda: header(0, 2) + key_value("a" * 20, 1), "key 1",
@@ -144,7 +134,7 @@ def key_values() -> list[Bad]:
             value_at("a"), "nested arrays are not supported"),
         Bad("strings-over-limit", lambda: header(0, 1) + string("a") + struct.pack("<IIQ", 9, 8, (1 << 21) + 1)
             + bytes(8 * ((1 << 21) + 1)), "value of 'a'", value_at("a") + 12,
-            "more than 2097152 strings in arrays"),
+            "2097153 strings in arrays, more than the limit of 2097152"),
     ]  # fmt: skip
     for length in (FILLED + 1, 2**31, 2**32, 2**63, TOP - 8, TOP - 1):
         ends = f"string of {length} bytes, but the file ends after {FILLED}"
@@ -208,10 +198,6 @@ def alignments() -> list[Bad]:
     return cases
 
 
-REMOVED = {
-    4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
-    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
-}  # fmt: skip
 DIMS_AT = HEADER + len(string("t")) + 4
 """Where the dimensions of a first tensor called `t` lie."""
 
@@ -220,19 +206,19 @@ def tensor_records() -> list[Bad]:
     """Every way for a tensor record to be wrong by itself."""
     item = "tensor 't'"
     cases = []
-    for count in (5, 255, 2**32 - 1):
+    for count in (9, 255, 2**32 - 1):
         raw = string("t") + struct.pack("<I", count) + bytes(64)
-        cases.append(Bad(f"{count}-dims", tensors(raw), item, DIMS_AT - 4, f"{count} dimensions, more than 4"))
+        said = f"{count} dimensions, more than the limit of 8"
+        cases.append(Bad(f"{count}-dims", tensors(raw), item, DIMS_AT - 4, said))
     for name, dims in {
-        "zero-dim": (0,), "zero-dim-among-others": (256, 0, 2), "zero-dim-after-overflow": (2**63, 0),
+        "zero-dim-after-overflow": (2**63, 0), "zero-dim-within-overflow": (2**32, 0, 2**32),
         "product-2^64": (2**32, 2**32), "product-wraps-to-zero": (2**32, 2**32, 2**32, 2**32),
         "product-wraps-to-small": (2**63 + 1, 2**63 + 1), "dim-2^63": (2**63,), "dim-2^64-1": (TOP - 1,),
-        "all-dims-max": (TOP - 1,) * 4,
+        "all-dims-max": (TOP - 1,) * 8,
     }.items():  # fmt: skip
         cases.append(
-            Bad(name, tensors(record("t", dims)), item, DIMS_AT,
-                f"dimensions {list(dims)} are zero or overflow 2^63 weights")
-        )  # fmt: skip
+            Bad(name, tensors(record("t", dims)), item, DIMS_AT, f"dimensions {list(dims)} overflow 2^63 weights")
+        )
     for name, dims, kind in (
         ("bytes-2^64", (2**62,), F32), ("bytes-2^63", (2**61,), F32), ("bytes-over-2^66", (2**31, 2**31), 28),
         ("bytes-of-blocks", (2**63 - 256,), 15),
@@ -242,12 +228,6 @@ def tensor_records() -> list[Bad]:
                 name, tensors(record("t", dims, kind)), item, HEADER, f"dimensions {list(dims)} overflow 2^63 bytes"
             )
         )
-    for kind in (42, 255, 2**31, 2**32 - 1):
-        raw = record("t", (256,), kind)
-        cases.append(Bad(f"type-{kind}", tensors(raw), item, DIMS_AT + 8, f"unknown tensor type {kind}"))
-    for kind, called in REMOVED.items():
-        said = f"type {kind} ({called}) was removed from ggml"
-        cases.append(Bad(f"type-{called}", tensors(record("t", (256,), kind)), item, DIMS_AT + 8, said))
     for dims in ((128, 2), (1, 256), (255,), (257,), (384,), ()):
         said = f"Q6_K rows must be a multiple of 256 weights, found {dims[0] if dims else 1}"
         cases.append(Bad(f"q6k-dims-{dims}", tensors(record("t", dims, Q6_K)), item, HEADER, said))
@@ -270,10 +250,12 @@ def tensor_names() -> list[Bad]:
         *cases,
         Bad("name-twice", tensors(again, record("u", offset=32), again), "tensor 't'", HEADER + 2 * len(again),
             "appears twice, first at byte 24"),
-        Bad("name-64-bytes", tensors(record("n" * 64)), "name of tensor 0", HEADER,
-            "string of 64 bytes, longer than the limit of 63"),
-        Bad("name-64-bytes-in-32-characters", tensors(record("é" * 32)), "name of tensor 0", HEADER,
-            "string of 64 bytes, longer than the limit of 63"),
+        Bad("name-256-bytes", tensors(record("n" * 256)), "name of tensor 0", HEADER,
+            "string of 256 bytes, more than the limit of 255"),
+        Bad("name-256-bytes-in-128-characters", tensors(record("é" * 128)), "name of tensor 0", HEADER,
+            "string of 256 bytes, more than the limit of 255"),
+        Bad("names-over-limit", tensors(*(record(f"{i:04}" + "n" * 251) for i in range(4113))), "names of tensors",
+            HEADER + 4112 * len(record("n" * 255)), "1048815 bytes, more than the limit of 1048576"),
         Bad("name-not-utf8", tensors(record(b"a\xc3(")), "name of tensor 0", HEADER + 9,
             "invalid UTF-8 (invalid continuation byte)"),
         Bad("name-length-max", lambda: header(1, 0) + struct.pack("<Q", TOP - 1) + bytes(32), "name of tensor 0",
@@ -338,6 +320,19 @@ def test_a_broken_file_is_rejected_with_file_item_place_and_problem(tmp_path: Pa
     assert (caught.value.item, caught.value.offset) == (bad.item, bad.offset)
     assert caught.value.remedy
     assert len(message) < 1000
+
+
+LIMITS = [bad for bad in REJECTED if "the limit of" in bad.problem]
+
+
+@pytest.mark.parametrize("bad", LIMITS, ids=lambda bad: bad.id)
+def test_what_this_program_limits_is_not_called_damaged(tmp_path: Path, bad: Bad) -> None:
+    path = tmp_path / "large.gguf"
+    path.write_bytes(bad.content())
+    with pytest.raises(GgufRejectedError) as caught:
+        GGUFFile(path)
+    assert "may be sound" in caught.value.remedy
+    assert "damaged" not in caught.value.remedy
 
 
 def test_no_two_broken_files_share_an_id() -> None:

@@ -117,7 +117,6 @@ TENSOR = text(b"t") + struct.pack("<IQIQ", 1, 8, 0, 0)
         (HEADER.pack(b"GGUF", 3, 0, 1 << 60), "more than a file of 24 bytes can hold"),
         (ONE, "more than a file of 24 bytes can hold"),
         (ONE + struct.pack("<Q", 1 << 62) + bytes(16), f"string of {1 << 62} bytes, but the file ends after 16"),
-        (ONE + text(b"\xff") + bytes(8), "invalid UTF-8"),
         (ONE + text(b"abcd") + b"\x04\0", "4 bytes expected, but the file ends after 2"),
         (ONE + text(b"a") + struct.pack("<IQ", 99, 0), "unknown value type 99"),
         (ONE + array(9, 1, b""), "nested arrays are not supported"),
@@ -143,26 +142,45 @@ def test_every_truncation_is_refused(read: Reader) -> None:
 
 def test_bounds_hold(read: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_ARRAY_STRINGS", 2)
-    with pytest.raises(BundleError, match="more than 2 strings in arrays"):
+    with pytest.raises(BundleError, match="3 strings in arrays, more than the limit of 2"):
         read(of(array(8, 3, text(b"") * 3)))
-    monkeypatch.setattr(rooms, "MAX_BYTES", 30)
-    assert read(of()).keys == ()
-    with pytest.raises(BundleError, match=r"m\.gguf: 31 bytes, more than the limit of 30"):
-        read(of() + bytes(7))
+    found = read(of(array(0, 3, b"abc")))
+    assert found.integers("a") == [97, 98, 99]
+    monkeypatch.setattr(rooms, "MAX_NUMBERS", 2)
+    with pytest.raises(BundleError, match=r"m\.gguf: a: an array of 3 UINT8, more than the limit of 2"):
+        found.integers("a")
+    found = read(of(array(8, 2, text(b"xy") * 2)))
+    assert found.strings("a") == ["xy", "xy"]
+    monkeypatch.setattr(rooms, "MAX_BYTES", 19)
+    with pytest.raises(BundleError, match="an array of 2 STRING of 20 bytes, more than the limit of 19"):
+        found.strings("a")
+
+
+def test_a_long_text_is_refused_when_it_is_asked_for(read: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = read(of(text(b"a") + struct.pack("<I", 8) + text(b"xyz"), text(b"b") + struct.pack("<IB", 0, 7)))
+    monkeypatch.setattr(files, "MAX_TEXT_BYTES", 2)
+    assert found.integer("b") == 7
+    with pytest.raises(BundleError, match="value of 'a' at byte 37: string of 3 bytes, more than the limit of 2"):
+        found.string("a")
 
 
 def test_text_that_is_no_utf8_is_refused_when_it_is_asked_for(read: Reader) -> None:
     found = read(of(array(8, 3, text(b"x") + text(b"yy") + text(b"\xff"))))
     with pytest.raises(BundleError, match="value of 'a' at byte 76: invalid UTF-8"):
         found.strings("a")
+    found = read(of(text(b"a") + struct.pack("<I", 8) + text(b"C:\\caf\xe9")))
+    with pytest.raises(BundleError, match="value of 'a' at byte 51: invalid UTF-8"):
+        found.string("a")
 
 
-def test_what_was_read_does_not_change_with_the_file_and_keeps_none_open(read: Reader, tmp_path: Path) -> None:
+def test_a_file_that_changes_is_noticed_and_none_is_kept_open(read: Reader, tmp_path: Path) -> None:
     opened = len(list(Path("/proc/self/fd").iterdir()))
     found = read(of(array(8, 1, text(b"before"))))
-    (tmp_path / "m.gguf").write_bytes(of(array(8, 1, text(b"later!"))))
-    (tmp_path / "m.gguf").unlink()
     assert found.strings("a") == ["before"]
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
+    (tmp_path / "m.gguf").write_bytes(of(array(8, 1, text(b"another"))))
+    with pytest.raises(GgufReadError, match="was modified while it was being read"):
+        found.strings("a")
     assert len(list(Path("/proc/self/fd").iterdir())) == opened
 
 

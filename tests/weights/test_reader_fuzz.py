@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from gguf_builder import TYPE_CODES, q6k_blocks, small_model
 from q6k_kernels.errors import GgufRejectedError
-from q6k_kernels.gguf.file import MAX_STRING_BYTES, GGUFFile, ValueType
+from q6k_kernels.gguf.file import MAX_TEXT_BYTES, GGUFFile, ValueType
 
 EXAMPLES = int(os.environ.get("Q6K_FUZZ_EXAMPLES", "400"))
 
@@ -37,7 +37,7 @@ class Seed:
     @property
     def memory(self) -> int:
         """What reading it may take: a window twice, and a longest string as bytes and as text."""
-        return (2 << 20) + 8 * min(self.size, MAX_STRING_BYTES)
+        return (2 << 20) + 8 * min(self.size, MAX_TEXT_BYTES)
 
 
 def seed_of_builder(_: Path) -> Seed:

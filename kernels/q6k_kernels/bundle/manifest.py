@@ -30,6 +30,8 @@ import xxhash
 from q6k_kernels.bundle.shards import DTYPE_BYTES
 from q6k_kernels.bundle.storage import STORAGES
 from q6k_kernels.gguf.file import MAX_TENSORS
+from q6k_kernels.gguf.tensors import MAX_DIMS
+from q6k_kernels.text import shortened
 
 FORMAT = "q6k-planar"
 VERSION = 2
@@ -174,18 +176,14 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_version(top: dict[str, Any]) -> None:
     if top.get("format") != FORMAT:
-        raise BundleError(f"format: expected {FORMAT!r}, found {_short(top.get('format'))}")
+        raise BundleError(f"format: expected {FORMAT!r}, found {shortened(top.get('format'))}")
     if top.get("version") != VERSION or top.get("checksum") != CHECKSUM:
         older = isinstance(top.get("version"), int) and top["version"] < VERSION
         raise BundleError(
-            f"version {_short(top.get('version'))} with checksums {_short(top.get('checksum'))}; this program "
-            f"reads version {VERSION} with {CHECKSUM!r}: "
+            f"version {shortened(top.get('version'))} with checksums {shortened(top.get('checksum'))}; this "
+            f"program reads version {VERSION} with {CHECKSUM!r}: "
             + ("convert the model again" if older else "a newer release of q6k-convert may read it")
         )
-
-
-def _short(value: Any) -> str:
-    return repr(value)[:80]
 
 
 def _parsed(top: dict[str, Any]) -> Manifest:
@@ -211,7 +209,7 @@ def _parsed(top: dict[str, Any]) -> Manifest:
         if not isinstance(value, str | int) and not (
             isinstance(value, list) and all(isinstance(item, str) for item in value)
         ):
-            raise BundleError(f"options: {_short(option)} is neither text, a number nor a list of texts")
+            raise BundleError(f"options: {shortened(option)} is neither text, a number nor a list of texts")
     _only_fields_of(Manifest, top, "format", "version", "checksum", "manifest_checksum")
     for name in manifest.files:
         if name in ("", ".", "..", NAME) or "/" in name or "\\" in name or "\0" in name:
@@ -221,7 +219,7 @@ def _parsed(top: dict[str, Any]) -> Manifest:
 
 def _only_fields_of(kind: type, content: Any, *more: str) -> None:
     if extra := set(_expect(content, dict, "an entry")) - {field.name for field in fields(kind)} - set(more):
-        raise BundleError(f"unknown fields: {', '.join(sorted(map(_short, extra))[:5])}")
+        raise BundleError(f"unknown fields: {', '.join(sorted(map(shortened, extra))[:5])}")
 
 
 def _objects(kind: type, entries: Iterable[Any]) -> Iterator[dict[str, Any]]:
@@ -288,6 +286,6 @@ def _size(content: Any, name: str) -> int:
 
 def _shape(content: Any) -> list[int]:
     dims = [_expect(dim, int, "shape") for dim in _field(content, "shape", list)]
-    if len(dims) > 8 or any(not 0 < dim < 1 << 63 for dim in dims):
-        raise BundleError(f"shape: {dims} has impossible dimensions")
+    if len(dims) > MAX_DIMS or any(not 0 <= dim < 1 << 63 for dim in dims):
+        raise BundleError(f"shape: {shortened(dims)} has impossible dimensions")
     return dims

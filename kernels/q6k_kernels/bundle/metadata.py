@@ -1,7 +1,7 @@
 """A bundle's `metadata.gguf`: the model's hyper-parameters and vocabulary, read as the type that is asked for.
 
-The GGUF reader bounds what the file states. This module also bounds the file's size and keeps it in memory: a
-vocabulary of 262,144 tokens is decoded only when it is asked for.
+The GGUF reader bounds what the file states. This module also bounds what is read of one value: a vocabulary of
+262,144 tokens is read only when it is asked for, and what is only copied, such as a whole `tokenizer.json`, never.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ from q6k_kernels.errors import GgufRejectedError
 from q6k_kernels.gguf.file import FLOATS, INTEGERS, GGUFFile, KeyValue, ValueType
 
 # No real file comes near these; they bound the memory a hostile one can cost.
-MAX_BYTES = 1 << 28
+MAX_BYTES = 1 << 26
+"""Limit of the bytes of an array that is read."""
+MAX_NUMBERS = 1 << 21
+"""Limit of the numbers of an array that is read; `MAX_ARRAY_STRINGS` is that of strings."""
 MAX_LIST = 1 << 16
+"""Limit of the elements of an array that `Metadata.value` reads."""
 
 
 def read_metadata(path: str | os.PathLike[str]) -> Metadata:
@@ -29,17 +33,15 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
 
     Raises:
         BundleError: the file breaks the format or a bound of the reader; the message says where.
-        GgufReadError: it is no regular file, or cannot be read.
+        GgufReadError: it is no regular file, or cannot be read. So does every later reading of a value, which opens
+            the file again, and refuses one that has changed.
     """
     path = Path(path)
     if path.is_dir():
         path /= METADATA_NAME
     with _rejections_as_bundle_errors(), GGUFFile(path) as file:
-        if file.size > MAX_BYTES:
-            raise BundleError(f"{path}: {file.size} bytes, more than the limit of {MAX_BYTES}")
         if file.tensors:
             raise BundleError(f"{path}: expected no tensors, found {len(file.tensors)}")
-        file.hold()
         return Metadata(file)
 
 
@@ -139,6 +141,11 @@ class Metadata:
         kv = self._file.kv.get(key)
         if kv is not None and (kv.element if array else kv.type) not in types:
             self._reject(kv, f"expected {expected}, found {_described(kv)}")
+        if kv is not None and kv.element is not None:
+            if kv.element is not ValueType.STRING and kv.count > MAX_NUMBERS:
+                self._reject(kv, f"{_described(kv)}, more than the limit of {MAX_NUMBERS}")
+            if kv.end - kv.at > MAX_BYTES:
+                self._reject(kv, f"{_described(kv)} of {kv.end - kv.at} bytes, more than the limit of {MAX_BYTES}")
         with _rejections_as_bundle_errors():
             return self._file.value(key)
 

@@ -56,7 +56,7 @@ def arrays_of(
         )
     if format is not None:
         row = weight_type(format)
-        if ggml_type != row.ggml or len(shape) not in (2, 3) or last % row.block:
+        if ggml_type != row.ggml or len(shape) not in (2, 3) or last % row.block or 0 in shape:
             raise ValueError(f"{ggml_type} of shape {list(shape)} cannot be stored as {format}")
         return {
             array.role: ArraySpec(f"{name}.{array.role}", array.dtype, (*lead, last // array.weights))

@@ -28,6 +28,8 @@ from q6k_kernels.bundle.manifest import METADATA_NAME, NAME, Manifest, StoredArr
 from q6k_kernels.bundle.shards import DTYPE_BYTES, INDEX_NAME
 from q6k_kernels.bundle.storage import Storage, arrays_of
 from q6k_kernels.formats.types import row_of
+from q6k_kernels.gguf.tensors import MAX_DIMS
+from q6k_kernels.text import shortened
 
 MAX_HEADER = 16 << 20
 """Limit of a shard's header in bytes; the 16,384 tensors that a GGUF may have take less."""
@@ -110,9 +112,11 @@ def read_header(path: Path) -> dict[str, Entry]:
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != at:
             what = "a hole before it" if entry.begin > at else "overlaps the array before it"
-            raise ValueError(f"array {key!r} begins at byte {entry.begin}, expected {at}: {what}")
+            raise ValueError(f"array {shortened(key)} begins at byte {entry.begin}, expected {at}: {what}")
         if entry.begin % DTYPE_BYTES[entry.dtype]:
-            raise ValueError(f"array {key!r} at byte {entry.begin} is not aligned to its dtype {entry.dtype}")
+            raise ValueError(
+                f"array {shortened(key)} at byte {entry.begin} is not aligned to its dtype {entry.dtype}"
+            )
         at = entry.end
     if at != size:
         raise ValueError(f"the arrays end at byte {at}, the file at {size}")
@@ -123,34 +127,30 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"key {_short(twice)} appears twice")
+        raise ValueError(f"key {shortened(twice)} appears twice")
     return content
 
 
 def _entry(key: str, value: Any, data_at: int) -> Entry:
+    name = shortened(key)
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"array {key!r}: expected dtype, shape and data_offsets, found {_short(value)}")
+        raise ValueError(f"array {name}: expected dtype, shape and data_offsets, found {shortened(value)}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise ValueError(f"array {key!r}: unknown dtype {_short(dtype)}")
-    if not _are_sizes(shape) or len(shape) > 8:
-        raise ValueError(f"array {key!r}: impossible shape {_short(shape)}")
+        raise ValueError(f"array {name}: unknown dtype {shortened(dtype)}")
+    if not _are_sizes(shape) or len(shape) > MAX_DIMS:
+        raise ValueError(f"array {name}: impossible shape {shortened(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"array {key!r}: impossible data_offsets {_short(offsets)}")
+        raise ValueError(f"array {name}: impossible data_offsets {shortened(offsets)}")
     begin, end = offsets
     nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
     if end - begin != nbytes:
-        raise ValueError(f"array {key!r}: {dtype} {shape} takes {nbytes} bytes, data_offsets give {end - begin}")
+        raise ValueError(f"array {name}: {dtype} {shape} takes {nbytes} bytes, data_offsets give {end - begin}")
     return Entry(dtype, tuple(shape), data_at + begin, data_at + end)
 
 
 def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:80] + "…"
 
 
 def _check_files(directory: Path, manifest: Manifest) -> Iterator[Finding]:
@@ -182,7 +182,7 @@ def _check_files(directory: Path, manifest: Manifest) -> Iterator[Finding]:
 def _check_tensors(manifest: Manifest) -> Iterator[Finding]:
     scales = manifest.options.get("scales")
     if scales not in ("bf16", "exact"):
-        yield Finding(f"option scales is {_short(scales)}, expected bf16 or exact", NAME)
+        yield Finding(f"option scales is {shortened(scales)}, expected bf16 or exact", NAME)
         return
     owners, names = dict[str, str](), set[str]()
     for tensor in manifest.tensors:
@@ -258,6 +258,6 @@ def _check_index(path: Path, by_file: Mapping[str, Iterable[str]]) -> Iterator[F
         where = (
             [k for k in {**expected, **found} if expected.get(k) != found.get(k)] if isinstance(found, dict) else []
         )
-        says = f"says {_short(found[where[0]]) if where[0] in found else 'nothing'}" if where else "is no map"
+        says = f"says {shortened(found[where[0]]) if where[0] in found else 'nothing'}" if where else "is no map"
         problem = f"{says}, the manifest {expected.get(where[0])!r}" if where else says
         yield Finding(problem, path.name, None, where[0] if where else None)

@@ -81,6 +81,7 @@ STEPS: dict[str, tuple[ScaleNumber, ...]] = {
     "MXFP4": (ScaleNumber("e", 0, 1, 0xFF),),
     "NVFP4": tuple(ScaleNumber(f"d[{group}]", group, 1, 0x7F) for group in range(4)),
     "Q1_0": (_D,),
+    "Q2_0": (_D,),
 }
 """GGML type -> the floating-point scales of its block, for every type that has blocks.
 

@@ -1,11 +1,12 @@
 """GGML's tensor types: numbers, names and block sizes.
 
-The `gguf` package has the same table, and a test compares the two. This copy exists because importing that package
-takes longer than everything else a command does before its work.
+The `gguf` package has the same table, perhaps an older one, and a test compares the two. This copy exists because
+importing that package takes longer than everything else a command does before its work.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 
 SUPER_BLOCK = 256
@@ -49,6 +50,7 @@ class GGMLType(IntEnum):
     MXFP4 = 39
     NVFP4 = 40
     Q1_0 = 41
+    Q2_0 = 42
 
 
 TYPE_SIZES = {
@@ -86,6 +88,7 @@ TYPE_SIZES = {
     GGMLType.MXFP4: (32, 17),
     GGMLType.NVFP4: (64, 36),
     GGMLType.Q1_0: (128, 18),
+    GGMLType.Q2_0: (64, 18),
 }
 """GGML type -> (weights a block, bytes a block)."""
 
@@ -100,6 +103,37 @@ REMOVED_TYPES = {
     38: "IQ4_NL_8_8",
 }
 """Type numbers that ggml has withdrawn -> the names they had."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownType:
+    """A type of which neither name nor size is known here: newer than this table, or withdrawn by ggml."""
+
+    number: int
+
+    @property
+    def name(self) -> str:
+        """What lists show in place of a name."""
+        return REMOVED_TYPES.get(self.number, f"type {self.number}")
+
+    @property
+    def problem(self) -> str:
+        """Why no weight of it can be read."""
+        if self.number in REMOVED_TYPES:
+            return f"type {self.number} ({self.name}) was removed from ggml"
+        return f"tensor type {self.number} is unknown"
+
+    @property
+    def remedy(self) -> str:
+        """How to get a model with weights that can be read."""
+        if self.number in REMOVED_TYPES:
+            return "Quantise the model again with a current llama.cpp"
+        return "A newer release of q6k-convert may know it"
+
+
+def type_of(number: int) -> GGMLType | UnknownType:
+    """Return the type of a number in a GGUF file."""
+    return GGMLType(number) if number in GGMLType._value2member_map_ else UnknownType(number)
 
 
 def super_blocks(k: int) -> int:

@@ -8,12 +8,14 @@ All little-endian; `tensors.py` has the tensor records, `model.py` joins split f
 Source of the format: ggml's docs/gguf.md; versions 2 and 3 read alike.
 
 The file is untrusted: nothing is allocated by a number it states until that number has been
-compared with the file's size. Arrays (a vocabulary, say) are only stepped over until somebody asks for them.
+compared with the file's size. Strings and arrays (a vocabulary, say) are only stepped over until somebody asks for
+them: one that is no text, and that nobody reads, is no fault.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -21,19 +23,26 @@ from typing import Any
 
 from q6k_kernels.gguf.bytes import Cursor, SourceBytes
 from q6k_kernels.gguf.tensors import read_tensors
+from q6k_kernels.text import shortened
 
 # No real file comes near these; they bound the time and memory a hostile one can cost.
 MAX_TENSORS = 1 << 14
 MAX_KEY_VALUES = 1 << 15
-MAX_KEY_BYTES = 1 << 8
-MAX_STRING_BYTES = 16 << 20
+MAX_KEY_BYTES = (1 << 16) - 1
+MAX_KEYS_BYTES = 16 << 20
+"""Limit of all keys together."""
+MAX_STRING_BYTES = 1 << 30
+MAX_TEXT_BYTES = 16 << 20
+"""Limit of a string that is read, and not only copied."""
 MAX_ARRAY_STRINGS = 1 << 21
 MAX_ALIGNMENT = 1 << 30
+MAX_ARCHITECTURE = 255
 
 _HEADER = 24
 _MIN_KEY_VALUE = 8 + 1 + 4 + 1
 _MIN_TENSOR = 8 + 1 + 4 + 4 + 8
 _DEFAULT_ALIGNMENT = 32
+_ELEMENTS = 1 << 16
 
 ARCHITECTURE = "general.architecture"
 ALIGNMENT = "general.alignment"
@@ -127,29 +136,49 @@ class GGUFFile(SourceBytes):
 
     @property
     def architecture(self) -> str:
-        """`general.architecture`; "" if the file names none."""
-        return self.scalar(ARCHITECTURE, ValueType.STRING) or ""
-
-    def value(self, key: str, default: Any = None) -> Any:
-        """Read the value of a key: int, float, bool, str or a list of them; `default` if absent.
+        """`general.architecture`; "" if the file names none.
 
         Raises:
-            GgufRejectedError: a string in it is not UTF-8.
+            GgufRejectedError: it is no text, or a long one.
+        """
+        name: str = self.scalar(ARCHITECTURE, ValueType.STRING) or ""
+        if len(name) > MAX_ARCHITECTURE:
+            raise self.beyond(
+                ARCHITECTURE, f"{len(name)} characters", MAX_ARCHITECTURE, self.kv[ARCHITECTURE].start
+            )
+        return name
+
+    def value(self, key: str, default: Any = None, errors: str = "strict") -> Any:
+        """Read the value of a key: int, float, bool, str or a list of them; `default` if absent.
+
+        Args:
+            key: the key, with a lone surrogate for each byte that is not UTF-8.
+            default: result for a key that is absent.
+            errors: how to decode text that is not UTF-8, as for `bytes.decode`.
+
+        Raises:
+            GgufRejectedError: a string in it is not UTF-8, or longer than `MAX_TEXT_BYTES`.
         """
         kv = self.kv.get(key)
         if kv is None:
             return default
-        item = f"value of {key!r}"
-        if kv.element is None:
-            raw = self.read(kv.at, kv.end - kv.at)
-            if kv.type is ValueType.STRING:
-                return self.decoded(bytes(raw[8:]), item, kv.at + 8)
-            number = struct.unpack("<" + _FORMATS[kv.type], raw)[0]
-            return bool(number) if kv.type is ValueType.BOOL else number
+        if kv.element is not None:
+            return [element for some in self.elements(key, errors) for element in some]
+        if kv.type is ValueType.STRING:
+            return Cursor(self, kv.at, kv.end).string(_value_of(key), MAX_TEXT_BYTES, errors)
+        return _numbers(kv.type, self.read(kv.at, kv.end - kv.at))[0]
+
+    def elements(self, key: str, errors: str = "strict") -> Iterator[list[Any]]:
+        """Yield the elements of an array, some at a time: a long one takes little memory. See `value`."""
+        kv = self.kv[key]
         if kv.element is ValueType.STRING:
-            return Cursor(self, kv.at).strings(kv.count, item, MAX_STRING_BYTES)
-        numbers = struct.unpack(f"<{kv.count}{_FORMATS[kv.element]}", self.read(kv.at, kv.end - kv.at))
-        return [bool(n) for n in numbers] if kv.element is ValueType.BOOL else list(numbers)
+            cursor = Cursor(self, kv.at, kv.end)
+            for at in range(0, kv.count, _ELEMENTS):
+                yield cursor.strings(min(_ELEMENTS, kv.count - at), _value_of(key), MAX_TEXT_BYTES, errors)
+        elif kv.element is not None:
+            step = _ELEMENTS * struct.calcsize(_FORMATS[kv.element])
+            for at in range(kv.at, kv.end, step):
+                yield _numbers(kv.element, self.read(at, min(step, kv.end - at)))
 
     def scalar(self, key: str, expected: ValueType) -> Any:
         """Read the value of a key that must be of one type; None if absent.
@@ -175,6 +204,15 @@ class GGUFFile(SourceBytes):
                 self.kv[ALIGNMENT].at,
             )
         return alignment
+
+
+def _value_of(key: str) -> str:
+    return f"value of {shortened(key)}"
+
+
+def _numbers(kind: ValueType, raw: bytes | bytearray) -> list[Any]:
+    numbers = [number for (number,) in struct.iter_unpack("<" + _FORMATS[kind], raw)]
+    return [bool(number) for number in numbers] if kind is ValueType.BOOL else numbers
 
 
 def _read_header(cursor: Cursor) -> tuple[int, int, int]:
@@ -213,7 +251,7 @@ def _read_header(cursor: Cursor) -> tuple[int, int, int]:
         if count > (file.size - _HEADER) // smallest:
             raise file.reject(item, f"{count}, more than a file of {file.size} bytes can hold", at)
         if count > bound:
-            raise file.reject(item, f"{count}, more than the limit of {bound}", at)
+            raise file.beyond(item, str(count), bound, at)
     return version, tensor_count, kv_count
 
 
@@ -226,20 +264,22 @@ def _value_type(cursor: Cursor, item: str) -> ValueType:
 
 
 def _read_key_values(cursor: Cursor, count: int) -> dict[str, KeyValue]:
-    file, pairs, strings = cursor.file, dict[str, KeyValue](), 0
+    file, pairs, strings, keys = cursor.file, dict[str, KeyValue](), 0, 0
     for index in range(count):
         start = cursor.at
-        key = cursor.string(f"key {index}", MAX_KEY_BYTES)
+        key = cursor.string(f"key {index}", MAX_KEY_BYTES, "surrogateescape")
+        keys += cursor.at - start - 8
+        if keys > MAX_KEYS_BYTES:
+            raise file.beyond("keys", f"{keys} bytes", MAX_KEYS_BYTES, start)
         if not key:
             raise file.reject(f"key {index}", "the key is empty", start)
         if key in pairs:
-            raise file.reject(f"key {key!r}", f"appears twice, first at byte {pairs[key].start}", start)
-        item = f"value of {key!r}"
+            raise file.reject(f"key {shortened(key)}", f"appears twice, first at byte {pairs[key].start}", start)
+        item = _value_of(key)
         kind = _value_type(cursor, item)
         at, element, elements = cursor.at, None, 1
         if kind is ValueType.STRING:
-            # Read only to refuse broken text early; the value is not kept.
-            cursor.string(item, MAX_STRING_BYTES)
+            cursor.skip_string(item, MAX_STRING_BYTES)
         elif kind is ValueType.ARRAY:
             element = _value_type(cursor, item)
             elements = cursor.number("Q", item)
@@ -254,13 +294,10 @@ def _read_key_values(cursor: Cursor, count: int) -> dict[str, KeyValue]:
             if element is ValueType.STRING:
                 strings += elements
                 if strings > MAX_ARRAY_STRINGS:
-                    raise file.reject(item, f"more than {MAX_ARRAY_STRINGS} strings in arrays", at)
+                    raise file.beyond(item, f"{strings} strings in arrays", MAX_ARRAY_STRINGS, at)
                 cursor.skip_strings(elements, item)
             else:
                 cursor.skip(elements * smallest, item)
-        elif kind is ValueType.BOOL:
-            if (number := cursor.number("B", item)) > 1:
-                raise file.reject(item, f"expected a boolean 0 or 1, found {number}", at)
         else:
             cursor.take(struct.calcsize(_FORMATS[kind]), item)
         pairs[key] = KeyValue(key, kind, start, at, cursor.at, element, elements)

@@ -10,22 +10,23 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
 from q6k_kernels.errors import GgufRejectedError
 from q6k_kernels.gguf.file import ALIGNMENT, INTEGERS, GGUFFile, KeyValue, ValueType
 from q6k_kernels.gguf.tensors import TensorRecord
-from q6k_kernels.text import listing
+from q6k_kernels.text import listing, shortened
 
 _PART_NAME = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _PIECE = 1 << 20
+_OLD_COUNT = "general.split_count"
+"""Key of the first release of llama.cpp's splitter, whose parts do not say which they are."""
 _GET_ALL_PARTS = "Put all parts of one model, unrenamed and nothing else of that name, into one directory."
 
 
 class GGUFModel:
-    """All parts of a model, opened.
+    """All parts of a model. One file is open; those of a split model are opened for each read.
 
     Attributes:
         parts: the files in order; one for a model that is not split.
@@ -70,6 +71,10 @@ class GGUFModel:
         """Read the value of a key from the first part that has it; see `GGUFFile.value`."""
         return self._keys[key][0].value(key) if key in self._keys else default
 
+    def find(self, key: str) -> tuple[GGUFFile, KeyValue] | None:
+        """Return the first part that has a key, and the place of its value there."""
+        return self._keys.get(key)
+
     def is_tied(self) -> bool:
         """Check whether the head shares the token embedding: no `output.weight`, and not an encoder."""
         names = {record.name for _, record in self.tensors()}
@@ -108,22 +113,34 @@ def open_gguf(path: str | Path) -> GGUFModel:
         GgufRejectedError: a file breaks the format, or the parts do not make up one model.
         GgufReadError: a file cannot be opened or read.
     """
-    path = Path(path)
-    with ExitStack() as opened:
-        given = opened.enter_context(GGUFFile(path))
+    given = GGUFFile(Path(path))
+    try:
         count = _split_number(given, "split.count", 1)
-        if count <= 1:
-            model = GGUFModel([given])
-            opened.pop_all()
-            return model
-        parts = []
-        for sibling in _siblings(given, count):
-            same = sibling.name == path.name
-            parts.append(given if same else opened.enter_context(GGUFFile(sibling)))
-        _check_parts(parts, count)
-        model = GGUFModel(parts)
-        opened.pop_all()
-        return model
+        if count > 1:
+            return GGUFModel(_all_parts(given, count))
+        if _split_number(given, _OLD_COUNT, 1) > 1 and "split.count" not in given.kv:
+            raise given.reject(
+                _OLD_COUNT,
+                f"this is one of {given.value(_OLD_COUNT)} parts, and it lacks the keys that tell which",
+                given.kv[_OLD_COUNT].start,
+                remedy="Get the model in one file, or split by a current llama.cpp (llama-gguf-split).",
+            )
+        return GGUFModel([given])
+    except BaseException:
+        given.close()
+        raise
+
+
+def _all_parts(given: GGUFFile, count: int) -> list[GGUFFile]:
+    """Return all parts of a split model, closed: there may be more than a process may hold open."""
+    given.close()
+    parts = list[GGUFFile]()
+    for path in _siblings(given, count):
+        part = given if path.name == given.path.name else GGUFFile(path)
+        part.close()
+        parts.append(part)
+    _check_parts(parts, count)
+    return parts
 
 
 def _split_number(file: GGUFFile, key: str, default: int) -> int:
@@ -181,7 +198,7 @@ def _check_parts(parts: list[GGUFFile], count: int) -> None:
         elif _split_number(part, "split.tensors.count", 0) != total:
             problems.append(f"foreign: {name} (split.tensors.count differs from {first.path.name})")
         elif differing := _differing_key(keys, part):
-            problems.append(f"foreign: {name} ({differing!r} differs from {keys[differing][0].path.name})")
+            problems.append(f"foreign: {name} ({shortened(differing)} differs from {keys[differing][0].path.name})")
         else:
             numbers[number] = name
             for record in part.tensors:

@@ -3,21 +3,25 @@
     tensor  = name:string  n_dims:u32  dim:u64 * n_dims (fastest first)  type:u32  offset:u64
 
 `offset` counts from the start of the data section, which begins at the first multiple of
-`general.alignment` after the last tensor record.
+`general.alignment` after the last tensor record. ggml itself stops at 4 dimensions and names of 63 bytes; files of
+other programs, diffusion models above all, have more.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from q6k_kernels.formats.ggml import REMOVED_TYPES, TYPE_SIZES, GGMLType
+from q6k_kernels.formats.ggml import TYPE_SIZES, GGMLType, UnknownType, type_of
 from q6k_kernels.gguf.bytes import Cursor, SourceBytes
 
-MAX_NAME_BYTES = 63  # GGML_MAX_NAME counts a closing zero
-MAX_DIMS = 4
+MAX_NAME_BYTES = 255
+MAX_NAMES_BYTES = 1 << 20
+"""Limit of all names together: it bounds the headers and the manifest of a bundle, which repeat them."""
+MAX_DIMS = 8
 MAX_BYTES = (1 << 63) - 1
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
@@ -29,14 +33,14 @@ class TensorRecord:
     """One tensor as the file lists it.
 
     Attributes:
-        shape: torch order (GGUF's dimensions reversed), so a weight is (N, K) or (E, N, K).
+        shape: torch order (GGUF's dimensions reversed), so a weight is (N, K) or (E, N, K). A dimension may be 0.
         offset: first byte, from the start of the file.
-        nbytes: size in the file, padding excluded.
+        nbytes: size in the file, padding excluded; of an unknown type all bytes up to the next tensor.
         record_at: byte at which the record begins, for messages.
     """
 
     name: str
-    type: GGMLType
+    type: GGMLType | UnknownType
     shape: tuple[int, ...]
     offset: int
     nbytes: int
@@ -45,13 +49,17 @@ class TensorRecord:
     @property
     def weights(self) -> int:
         """Number of elements."""
-        block_weights, block_bytes = TYPE_SIZES[self.type]
-        return self.nbytes // block_bytes * block_weights
+        return math.prod(self.shape)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Weights and bytes of a block; of an unknown type 1 and 1, to count bytes only."""
+        return (1, 1) if isinstance(self.type, UnknownType) else TYPE_SIZES[self.type]
 
 
 def read_tensors(cursor: Cursor, count: int, alignment: int) -> list[TensorRecord]:
     """Read and check the tensors, sorted by position of their data; the cursor stands at the first record."""
-    file, records, seen = cursor.file, list[TensorRecord](), dict[str, int]()
+    file, records, seen, names = cursor.file, list[TensorRecord](), dict[str, int](), 0
     for index in range(count):
         record = _read_tensor(cursor, index)
         if record.name in seen:
@@ -60,6 +68,9 @@ def read_tensors(cursor: Cursor, count: int, alignment: int) -> list[TensorRecor
                 f"appears twice, first at byte {seen[record.name]}",
                 record.record_at,
             )
+        names += len(record.name.encode())
+        if names > MAX_NAMES_BYTES:
+            raise file.beyond("names of tensors", f"{names} bytes", MAX_NAMES_BYTES, record.record_at)
         seen[record.name] = record.record_at
         records.append(record)
     data_offset = -(-cursor.at // alignment) * alignment
@@ -73,28 +84,24 @@ def _read_tensor(cursor: Cursor, index: int) -> TensorRecord:
     item = f"tensor {name!r}"
     if not name or name == "__metadata__" or _CONTROL.search(name):
         raise file.reject(
-            f"name of tensor {index}", f"{name!r} is empty, reserved or has control characters", start
+            f"name of tensor {index}",
+            f"{name!r} is empty, reserved or has control characters",
+            start,
+            remedy="Export the model with another name: safetensors cannot hold this one safely.",
         )
     at = cursor.at
     n_dims = cursor.number("I", item)
     if n_dims > MAX_DIMS:
-        raise file.reject(item, f"{n_dims} dimensions, more than {MAX_DIMS}", at)
+        raise file.beyond(item, f"{n_dims} dimensions", MAX_DIMS, at)
     at = cursor.at
     *dims, number, offset = _REST[n_dims].unpack(cursor.take(_REST[n_dims].size, item))
-    weights = 1
-    for dim in dims:
-        weights *= dim
-        if dim == 0 or weights > MAX_BYTES:
-            raise file.reject(item, f"dimensions {list(dims)} are zero or overflow 2^63 weights", at)
-    at += 8 * n_dims
-    if number not in GGMLType._value2member_map_:
-        what = (
-            f"type {number} ({REMOVED_TYPES[number]}) was removed from ggml"
-            if number in REMOVED_TYPES
-            else f"unknown tensor type {number}"
-        )
-        raise file.reject(item, what, at, remedy="Quantise the model again with a current llama.cpp.")
-    kind = GGMLType(number)
+    # Without zeros, which would hide that the others overflow.
+    if math.prod(dim for dim in dims if dim) > MAX_BYTES:
+        raise file.reject(item, f"dimensions {list(dims)} overflow 2^63 weights", at)
+    weights = math.prod(dims)
+    kind = type_of(number)
+    if isinstance(kind, UnknownType):
+        return TensorRecord(name, kind, tuple(reversed(dims)), offset, min(weights, 1), start)
     block_weights, block_bytes = TYPE_SIZES[kind]
     row = dims[0] if dims else 1
     if row % block_weights:
@@ -117,15 +124,16 @@ def _placed(file: SourceBytes, records: list[TensorRecord], data_offset: int, al
                 item, f"offset {r.offset} is not a multiple of the alignment {alignment}", r.record_at
             )
         first = data_offset + r.offset
-        if first + r.nbytes > file.size:
+        # An empty tensor may come last, behind padding that the file lacks.
+        if r.nbytes and first + r.nbytes > file.size:
             raise file.reject(
                 item,
                 f"{r.nbytes} bytes of data at byte {first} reach past the end of the file ({file.size})",
                 r.record_at,
                 remedy="The download stopped early or the file is damaged: fetch it again.",
             )
-        placed.append(TensorRecord(r.name, r.type, r.shape, first, r.nbytes, r.record_at))
-    placed.sort(key=lambda r: r.offset)
+        placed.append(replace(r, offset=first if r.nbytes else min(first, file.size)))
+    placed.sort(key=lambda r: (r.offset, r.nbytes))
     for before, after in pairwise(placed):
         if before.offset + before.nbytes > after.offset:
             raise file.reject(
@@ -134,4 +142,14 @@ def _placed(file: SourceBytes, records: list[TensorRecord], data_offset: int, al
                 f"{before.offset + before.nbytes}",
                 after.record_at,
             )
-    return placed
+    return _extended(placed, file.size)
+
+
+def _extended(placed: list[TensorRecord], end: int) -> list[TensorRecord]:
+    """Return the records, those of unknown types with all bytes up to the next tensor or the end of the file."""
+    extended = list[TensorRecord]()
+    for r in reversed(placed):
+        unknown = isinstance(r.type, UnknownType) and r.nbytes
+        extended.append(replace(r, nbytes=end - r.offset) if unknown else r)
+        end = r.offset
+    return extended[::-1]
