@@ -292,7 +292,7 @@ def _by_type(tensors: Iterable[tuple[str, str | None, str | None, int, int, int]
         row["bytes_in"] += bytes_in
         row["bytes_out"] += bytes_out
     for row in rows.values():
-        row["bits_per_weight"] = round(8 * row["bytes_out"] / row["weights"], 4) if row["weights"] else None
+        row["bits_per_weight"] = round(8 * row["bytes_out"] / max(row["weights"], 1), 4)
     return sorted(rows.values(), key=lambda row: -row["weights"])
 
 
@@ -304,5 +304,6 @@ def _source_bytes(tensor: StoredTensor) -> int:
 
 
 def _bits_per_weight(tensors: list[StoredTensor]) -> float | None:
+    """Return the bits that a weight takes, 0 if all tensors are empty; None without tensors."""
     weights = sum(math.prod(t.shape) for t in tensors)
-    return round(8 * sum(t.nbytes for t in tensors) / weights, 4) if weights else None
+    return round(8 * sum(t.nbytes for t in tensors) / max(weights, 1), 4) if tensors else None
