@@ -1,4 +1,4 @@
-"""Unusual files, converted, inspected and verified: unknown types, empty tensors, long names, many parts, no keys."""
+"""Unusual files, converted, inspected, verified: unknown types, empty tensors, long names, many parts, no keys."""
 
 from __future__ import annotations
 
