@@ -148,8 +148,10 @@ def _gpu_memory(
     metadata: Metadata, tensors: dict[str, tuple[tuple[int, ...], str | None]], context: int | None = None
 ) -> Row:
     """Return bytes of weights and of the cache of keys and values; of the latter None and why, if it is unknown."""
+    from q6k_kernels.models.architecture import is_of_encoder
     from q6k_kernels.models.cache_layout import cache_bytes
 
+    tensors = {name: tensor for name, tensor in tensors.items() if not is_of_encoder(name)}
     result: Row = {
         "weights_bytes": sum(_resident(shape, format) for shape, format in tensors.values()),
         "context": None,

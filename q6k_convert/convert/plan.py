@@ -11,7 +11,7 @@ from q6k_convert import text
 from q6k_convert.errors import InputRejectedError, UsageError
 from q6k_kernels.bundle.shards import ArraySpec, Shard, plan_shards
 from q6k_kernels.bundle.storage import PLAIN_DTYPES, Storage, arrays_of
-from q6k_kernels.formats.ggml import UnknownType
+from q6k_kernels.formats.ggml import UnknownType, dequantizes
 from q6k_kernels.formats.types import PACKED_TYPES, Scales, row_of
 from q6k_kernels.gguf.file import GGUFFile
 from q6k_kernels.gguf.model import GGUFModel
@@ -183,19 +183,13 @@ def _check_dequantizer(part: GGUFFile, record: TensorRecord) -> None:
     Raises:
         GgufRejectedError: it cannot.
     """
-    import gguf
-    import numpy as np
-
-    block = np.zeros((1, record.block[1]), dtype=np.uint8)
-    try:
-        gguf.dequantize(block, gguf.GGMLQuantizationType[record.type.name])
-    except (NotImplementedError, KeyError) as error:
+    if not dequantizes(record.type.name):
         raise part.reject(
             f"tensor {record.name!r}",
             f"the gguf package has no dequantiser for {record.type.name}",
             record.record_at,
             remedy="Use --other raw to store its blocks unchanged, or --exclude it.",
-        ) from error
+        )
 
 
 def _check_keys(tensors: Sequence[TensorPlan]) -> None:

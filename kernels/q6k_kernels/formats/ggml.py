@@ -139,3 +139,18 @@ def type_of(number: int) -> GGMLType | UnknownType:
 def super_blocks(k: int) -> int:
     """Return the tiles along K: the last may be filled in part."""
     return (k + SUPER_BLOCK - 1) // SUPER_BLOCK
+
+
+def dequantizes(name: str) -> bool:
+    """Check whether weights of the type of this name can be read: the `gguf` package knows how."""
+    import gguf  # imported here: it takes longer than most commands
+    import numpy as np
+
+    if name not in gguf.GGMLQuantizationType.__members__:
+        return False
+    kind = gguf.GGMLQuantizationType[name]
+    try:
+        gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 FREQUENCY_FACTORS = "rope_freqs.weight"
 """Name of the tensor that divides the frequencies of rotary embeddings, float (head_dim / 2,)."""
 
+_ENCODERS = ("v.", "mm.", "a.")
+"""What the names of tensors begin with that belong to encoders of images and sound, beside a model of text."""
+
 Activation = Literal["silu", "gelu_tanh"]
 Values = dict[str, Any]
 
@@ -86,6 +89,11 @@ def attached(model: nn.Module) -> Architecture | None:
     return architecture
 
 
+def is_of_encoder(name: str) -> bool:
+    """Check whether a tensor belongs to an encoder of images or sound, which a model of text does without."""
+    return name.startswith(_ENCODERS)
+
+
 def biases(shapes: Shapes) -> Values:
     """Return the configuration field that says whether attention has biases."""
     return {"attention_bias": "blk.0.attn_q.bias" in shapes}
@@ -106,8 +114,10 @@ def described(architecture: Architecture, metadata: Metadata, shapes: Shapes) ->
     return kind, values | more
 
 
-def make_config(architecture: Architecture, metadata: Metadata, shapes: Shapes) -> PretrainedConfig:
-    """Make the transformers configuration of a model.
+def make_config(
+    architecture: Architecture, metadata: Metadata, shapes: Shapes, layers: int | None = None
+) -> PretrainedConfig:
+    """Make the transformers configuration of a model, or of its first layers.
 
     Raises:
         HyperparameterError: a key is missing, out of range or not what the tensors' shapes say.
@@ -117,6 +127,9 @@ def make_config(architecture: Architecture, metadata: Metadata, shapes: Shapes) 
     from transformers import AutoConfig
 
     kind, values = described(architecture, metadata, shapes)
+    if layers is not None:
+        kinds = {"layer_types": values["layer_types"][:layers]} if "layer_types" in values else {}
+        values |= {"num_hidden_layers": layers} | kinds
     try:
         return AutoConfig.for_model(kind, **values)
     except Exception as error:

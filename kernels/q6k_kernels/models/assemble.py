@@ -7,8 +7,9 @@ Linear layers and embeddings with packed weights become `PackedLinear` and `Pack
 their input run as one (see `fusing`); a tied head shares the embedding's memory. All other weights are cast to
 `dtype`, since transformers' layers want weights and activations of one dtype.
 
-The model is built on the meta device, where nothing takes memory. All names and shapes are compared with the
-bundle's before a weight is read. Then one tensor at a time goes from its file to its device (see `filling`).
+All names and shapes are compared with the bundle's before the model is built (see `matching`). It is built on the
+meta device, where nothing takes memory. Then one tensor at a time goes from its file to its device (see `filling`).
+Encoders of images or sound, which some files hold beside a model of text, are left where they are.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import torch
 from torch import nn
 
 from q6k_kernels.bundle.metadata import Metadata, read_metadata
-from q6k_kernels.errors import PackageMissingError, UnsupportedModelError, WeightsError
+from q6k_kernels.errors import PackageMissingError, UnsupportedModelError
 from q6k_kernels.formats.checks import Activations, check_activations, check_dtype
 from q6k_kernels.models.architecture import Architecture, attach, gguf_names, make_config
-from q6k_kernels.models.filling import CONVERT_WHOLE, Filler
+from q6k_kernels.models.filling import Filler
 from q6k_kernels.models.hyperparameters import Shapes
+from q6k_kernels.models.matching import check_tensors
 from q6k_kernels.models.registry import architecture_of
 from q6k_kernels.weights.reader import Bundle, open_bundle
 
@@ -66,7 +68,8 @@ def load_model(
         PackageMissingError: transformers is missing or too old.
         UnsupportedModelError: the architecture, or an option of it, is not supported.
         HyperparameterError: a key of the metadata is missing, impossible, or contradicts the tensors.
-        WeightsError: a tensor is missing, unexpected, of the wrong shape, left out, or raw GGUF blocks.
+        WeightsError: a tensor of the model is missing, of the wrong shape, left out, or raw GGUF blocks; or one is
+            neither the model's nor an encoder's.
         BundleError: the directory is not a bundle, or breaks the rules of the format.
         ValueError: an argument has none of the values above.
         OSError: a file cannot be read.
@@ -80,7 +83,10 @@ def load_model(
     _check_transformers()
     bundle, metadata = open_bundle(path), read_metadata(path)
     architecture = architecture_of(metadata)
-    _check_storage(bundle)
+    first = _on_meta(bundle, metadata, architecture, dtype, layers=1)
+    layers = make_config(architecture, metadata, _shapes(bundle)).num_hidden_layers
+    for unused in check_tensors(bundle, architecture, first, layers):
+        progress(unused.nbytes)
     model = _on_meta(bundle, metadata, architecture, dtype)
     Filler(model, bundle, architecture, device, dtype, activations, progress).fill()
     model.eval()  # type: ignore[no-untyped-call]
@@ -98,18 +104,18 @@ def _check_transformers() -> None:
         raise PackageMissingError(f"transformers {wanted} or later is needed, found {__version__}", remedy)
 
 
-def _check_storage(bundle: Bundle) -> None:
-    for tensor in bundle.manifest.tensors:
-        if tensor.storage in ("raw", "skipped"):
-            what = "stored as raw GGUF blocks" if tensor.storage == "raw" else "left out of the bundle"
-            raise WeightsError(f"{bundle.path}: {tensor.name} ({tensor.type}) is {what}", CONVERT_WHOLE)
+def _shapes(bundle: Bundle) -> Shapes:
+    return {tensor.name: tuple(tensor.shape) for tensor in bundle.manifest.tensors}
 
 
-def _on_meta(bundle: Bundle, metadata: Metadata, architecture: Architecture, dtype: torch.dtype) -> PreTrainedModel:
+def _on_meta(
+    bundle: Bundle, metadata: Metadata, architecture: Architecture, dtype: torch.dtype, layers: int | None = None
+) -> PreTrainedModel:
+    """Build the model without weights, or its first layers."""
     from transformers import AutoModelForCausalLM
 
-    shapes = {tensor.name: tuple(tensor.shape) for tensor in bundle.manifest.tensors}
-    config = make_config(architecture, metadata, shapes)
+    shapes = _shapes(bundle)
+    config = make_config(architecture, metadata, shapes, layers)
     # SDPA has no soft cap; some releases of transformers choose it all the same and drop the cap.
     attention = {"attn_implementation": "eager"} if architecture.softcap_of_scores(config) else {}
     with torch.device("meta"):

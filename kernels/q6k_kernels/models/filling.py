@@ -1,7 +1,7 @@
 """Filling a transformers model on the meta device with a bundle's weights, one tensor at a time.
 
-Names and shapes are checked before the first tensor is read. At the end every tensor must have been read once, and
-every parameter filled. At most one tensor exists twice in memory at any time.
+Names and shapes have been checked before (see `matching`). At the end every tensor of the model must have been read
+once, and every parameter filled. At most one tensor exists twice in memory at any time.
 """
 
 from __future__ import annotations
@@ -18,16 +18,13 @@ from q6k_kernels.formats.checks import Activations
 from q6k_kernels.formats.tiles import order_rows
 from q6k_kernels.models import fusing
 from q6k_kernels.models.architecture import FREQUENCY_FACTORS, Architecture, gguf_names, is_interleaved, row_order
+from q6k_kernels.models.matching import EXPORT_AGAIN, HEAD, has_factors, own_parameters
 from q6k_kernels.weights.layers import PackedEmbedding, PackedLinear
 from q6k_kernels.weights.reader import Bundle
 from q6k_kernels.weights.weight import PackedWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-CONVERT_WHOLE = "Convert the whole model again, with --other bf16 and without --include and --exclude."
-EXPORT_AGAIN = "The metadata and the tensors do not belong together: export the model again."
-HEAD = "lm_head"
 
 
 class Filler:
@@ -44,7 +41,6 @@ class Filler:
 
     Raises:
         UnsupportedModelError: a parameter has no GGUF name.
-        WeightsError: a tensor is missing, unexpected, or has another shape.
     """
 
     def __init__(
@@ -62,31 +58,11 @@ class Filler:
         self.load, self.progress = bundle.loader(device), progress
         self.config: Any = model.config
         self.is_tied: bool = self.config.tie_word_embeddings
-        self.shapes = {
-            name: tuple(parameter.shape)
-            for name, parameter in model.named_parameters()
-            if not (self.is_tied and name == f"{HEAD}.weight")
-        }
+        self.shapes = own_parameters(model)
         self.names = gguf_names(architecture, list(self.shapes), self.config.num_hidden_layers)
-        self.unread = {tensor.name for tensor in bundle.manifest.tensors}
-        self._check()
-
-    def _check(self) -> None:
-        wanted = {self.names[parameter]: shape for parameter, shape in self.shapes.items()}
-        if self.architecture.frequency_factors and FREQUENCY_FACTORS in self.bundle:
-            wanted[FREQUENCY_FACTORS] = (self.config.head_dim // 2,)
-        for what, names in (
-            ("lacks", [name for name in wanted if name not in self.unread]),
-            (f"has, and {type(self.model).__name__} has not,", sorted(self.unread - set(wanted))),
-        ):
-            if names:
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise WeightsError(f"{self.bundle.path} {what} the tensor {names[0]}{more}", CONVERT_WHOLE)
-        for name, shape in wanted.items():
-            if (found := tuple(self.bundle.info(name).shape)) != shape:
-                raise WeightsError(
-                    f"{self.bundle.path}: {name}: expected shape {shape}, found {found}", EXPORT_AGAIN
-                )
+        self.unread = set(self.names.values())
+        if has_factors(bundle, architecture):
+            self.unread.add(FREQUENCY_FACTORS)
 
     def fill(self) -> None:
         """Load all weights, and compute the rotary frequencies, which no file has.

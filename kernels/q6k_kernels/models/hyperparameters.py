@@ -210,7 +210,7 @@ def _matrix(keys: Keys, shapes: Shapes, name: str) -> tuple[int, int]:
         found = "none" if shape is None else f"one of shape {shape}"
         raise HyperparameterError(
             f"{keys.metadata.path.parent}: expected a tensor {name} of two dimensions, found {found}",
-            "Convert the whole model, without --include and --exclude.",
+            "Use a GGUF file that holds the whole model.",
         )
     return shape[0], shape[1]
 

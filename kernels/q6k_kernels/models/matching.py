@@ -1,0 +1,108 @@
+"""The tensors of a bundle against the parameters of its model: names and shapes, before the model is built.
+
+All layers of a model have the same parameters, so a model of one layer tells all names. A file that names thousands
+of layers and lacks their tensors is refused before they are built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from q6k_kernels.bundle.manifest import StoredTensor
+from q6k_kernels.bundle.storage import PLAIN_DTYPES
+from q6k_kernels.errors import WeightsError
+from q6k_kernels.formats.ggml import dequantizes
+from q6k_kernels.models.architecture import FREQUENCY_FACTORS, Architecture, gguf_names, is_of_encoder
+from q6k_kernels.text import listing
+from q6k_kernels.weights.reader import Bundle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EXPORT_AGAIN = "The metadata and the tensors do not belong together: export the model again."
+HEAD = "lm_head"
+_KEEP = "Convert the model again with --other bf16, and with no --include or --exclude that leaves this tensor out."
+_ANOTHER_TYPE = "Weights of this type cannot be read here: use a file of the model in another quantisation."
+_ANOTHER_FILE = (
+    "The GGUF file that the bundle was made from has no such tensor: use one that holds the whole model."
+)
+_FIRST_LAYER = "blk.0."
+
+
+def own_parameters(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's parameters, without a head that shares the embedding's."""
+    config: Any = model.config
+    return {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if not (config.tie_word_embeddings and name == f"{HEAD}.weight")
+    }
+
+
+def has_factors(bundle: Bundle, architecture: Architecture) -> bool:
+    """Check whether the frequencies of rotary embeddings are divided by a tensor of the bundle."""
+    return architecture.frequency_factors and FREQUENCY_FACTORS in bundle
+
+
+def check_tensors(
+    bundle: Bundle, architecture: Architecture, first: PreTrainedModel, layers: int
+) -> list[StoredTensor]:
+    """Check that a bundle has the tensors of a model and no others, but those of encoders and those left out.
+
+    Args:
+        bundle: the bundle.
+        architecture: how its tensors differ from the model's parameters.
+        first: the model with its first layer only.
+        layers: layers of the whole model.
+
+    Returns:
+        The tensors that the model does without.
+
+    Raises:
+        UnsupportedModelError: a parameter has no GGUF name.
+        WeightsError: a tensor is missing, left out, raw, unexpected, or has another shape.
+    """
+    wanted = _wanted(architecture, first, layers)
+    if has_factors(bundle, architecture):
+        config: Any = first.config
+        wanted[FREQUENCY_FACTORS] = (config.head_dim // 2,)
+    tensors = {tensor.name: tensor for tensor in bundle.manifest.tensors}
+    if missing := [name for name in wanted if name not in tensors]:
+        raise WeightsError(f"{bundle.path} lacks {_named(missing)}", _ANOTHER_FILE)
+    for name, shape in wanted.items():
+        tensor = tensors[name]
+        if tensor.storage in ("raw", "skipped"):
+            what = "stored as raw GGUF blocks" if tensor.storage == "raw" else "left out of the bundle"
+            raise WeightsError(f"{bundle.path}: {name} ({tensor.type}) is {what}", _to_load(tensor))
+        if tuple(tensor.shape) != shape:
+            raise WeightsError(
+                f"{bundle.path}: {name}: expected shape {shape}, found {tuple(tensor.shape)}", EXPORT_AGAIN
+            )
+    others = [tensor for name, tensor in tensors.items() if name not in wanted]
+    if extra := [t.name for t in others if t.storage != "skipped" and not is_of_encoder(t.name)]:
+        raise WeightsError(
+            f"{bundle.path} has, and {type(first).__name__} has not, {_named(extra)}",
+            "If the model is complete without, convert it again with --exclude for each such tensor.",
+        )
+    return others
+
+
+def _wanted(architecture: Architecture, first: PreTrainedModel, layers: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of the whole model by GGUF name."""
+    shapes, wanted = own_parameters(first), dict[str, tuple[int, ...]]()
+    for parameter, name in gguf_names(architecture, list(shapes), 1).items():
+        of_layer = name.removeprefix(_FIRST_LAYER)
+        every = [name] if of_layer == name else [f"blk.{layer}.{of_layer}" for layer in range(layers)]
+        wanted |= dict.fromkeys(every, shapes[parameter])
+    return wanted
+
+
+def _named(names: Iterable[str]) -> str:
+    names = list(names)
+    return f"the tensor {names[0]}" if len(names) == 1 else f"{len(names)} tensors: {listing(names, most=5)}"
+
+
+def _to_load(tensor: StoredTensor) -> str:
+    """Return what to do so that a tensor, raw or left out, can be loaded."""
+    return _KEEP if tensor.type in PLAIN_DTYPES or dequantizes(tensor.type) else _ANOTHER_TYPE
