@@ -162,6 +162,7 @@ def inspect(
         from q6k_convert.errors import UsageError
         from q6k_convert.hub import local_path
         from q6k_kernels.bundle import manifest
+        from q6k_kernels.bundle.metadata import metadata_file
         from q6k_kernels.gguf.file import GGUFFile
         from q6k_kernels.gguf.model import GGUFModel, open_gguf
 
@@ -169,7 +170,7 @@ def inspect(
         directory = path.is_dir()
         if key is not None:
             # metadata.gguf may come from a split model, whose other parts are not in the bundle.
-            with GGUFModel([GGUFFile(path / manifest.METADATA_NAME)]) if directory else open_gguf(path) as model:
+            with GGUFModel([GGUFFile(metadata_file(path))]) if directory else open_gguf(path) as model:
                 try:
                     terminal.value(key, contents.key_value(model, key))
                 except KeyError as error:

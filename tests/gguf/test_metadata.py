@@ -191,3 +191,23 @@ def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> N
     (tmp_path / "metadata.gguf").unlink()
     with pytest.raises(GgufReadError, match=r"metadata\.gguf: No such file or directory"):
         read_metadata(tmp_path)
+
+
+def test_a_link_out_of_the_bundle_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "real.gguf").write_bytes(of())
+    (tmp_path / "else.gguf").write_bytes(of())
+    path = tmp_path / "bundle" / "metadata.gguf"
+    path.symlink_to("real.gguf")
+    assert read_metadata(tmp_path / "bundle").keys == ()
+    (tmp_path / "elsewhere").symlink_to("bundle")
+    assert read_metadata(tmp_path / "elsewhere").keys == ()
+    path.unlink()
+    for target in ("../else.gguf", "/dev/zero"):
+        path.symlink_to(target)
+        with pytest.raises(BundleError, match=r"metadata\.gguf is a link out of the directory, to /"):
+            read_metadata(tmp_path / "bundle")
+        path.unlink()
+    path.symlink_to("metadata.gguf")
+    with pytest.raises(GgufReadError, match=r"metadata\.gguf: Too many levels of symbolic links"):
+        read_metadata(tmp_path / "bundle")

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from q6k_kernels.bundle.links import outside
 from q6k_kernels.bundle.manifest import METADATA_NAME, BundleError
 from q6k_kernels.errors import GgufRejectedError
 from q6k_kernels.gguf.file import FLOATS, INTEGERS, GGUFFile, KeyValue, ValueType
@@ -25,6 +26,21 @@ MAX_LIST = 1 << 16
 """Limit of the elements of an array that `Metadata.value` reads."""
 
 
+def metadata_file(path: str | os.PathLike[str]) -> Path:
+    """Return the path of the file with a bundle's metadata; of what is no directory, the path itself.
+
+    Raises:
+        BundleError: the file is a link out of the bundle.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    path /= METADATA_NAME
+    if strayed := outside(path):
+        raise BundleError(f"{path} {strayed}")
+    return path
+
+
 def read_metadata(path: str | os.PathLike[str]) -> Metadata:
     """Read the key-value pairs of a bundle.
 
@@ -32,13 +48,12 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
         path: the bundle's directory, or a GGUF file that has nothing but metadata.
 
     Raises:
-        BundleError: the file breaks the format or a bound of the reader; the message says where.
+        BundleError: the file breaks the format or a bound of the reader, or is a link out of the bundle; the
+            message says where.
         GgufReadError: it is no regular file, or cannot be read. So does every later reading of a value, which opens
             the file again, and refuses one that has changed.
     """
-    path = Path(path)
-    if path.is_dir():
-        path /= METADATA_NAME
+    path = metadata_file(path)
     with _rejections_as_bundle_errors(), GGUFFile(path) as file:
         if file.tensors:
             raise BundleError(f"{path}: expected no tensors, found {len(file.tensors)}")

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from q6k_kernels.bundle.links import outside
 from q6k_kernels.bundle.manifest import METADATA_NAME, NAME, Manifest, StoredArray, StoredTensor
 from q6k_kernels.bundle.shards import DTYPE_BYTES, INDEX_NAME
 from q6k_kernels.bundle.storage import Storage, arrays_of
@@ -154,15 +155,14 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_files(directory: Path, manifest: Manifest) -> Iterator[Finding]:
-    home = directory.resolve()
-    if (directory / NAME).resolve().parent != home:
-        yield Finding(f"is a link out of the directory, to {(directory / NAME).resolve()}", NAME)
+    if strayed := outside(directory / NAME):
+        yield Finding(strayed, NAME)
     for name, file in manifest.files.items():
         path = directory / name
         if not os.path.lexists(path):
             yield Finding("missing", name)
-        elif path.resolve().parent != home:
-            yield Finding(f"is a link out of the directory, to {path.resolve()}", name)
+        elif strayed := outside(path):
+            yield Finding(strayed, name)
         elif not stat.S_ISREG(path.stat().st_mode):
             yield Finding("is not a regular file", name)
         elif (size := path.stat().st_size) != file.size:
