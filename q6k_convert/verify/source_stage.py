@@ -14,6 +14,7 @@ from q6k_convert.verify.comparison import Compared, Comparison, Exactness, keep_
 from q6k_kernels.bundle.manifest import METADATA_NAME, Manifest
 from q6k_kernels.bundle.structure import Finding, read_header
 from q6k_kernels.gguf.model import GGUFModel, open_gguf
+from q6k_kernels.text import shortened
 
 
 @dataclass
@@ -122,7 +123,7 @@ def _key_at(model: GGUFModel, at: int) -> str:
     if len(model.parts) == 1:
         for _, kv in model.key_values():
             if kv.start <= at < kv.end:
-                return f", in key {kv.key!r}"
+                return f", in key {shortened(kv.key)}"
     return ""
 
 

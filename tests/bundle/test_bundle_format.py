@@ -193,7 +193,7 @@ def test_an_array_that_breaks_a_rule_is_refused(tmp_path: Path, array: dict[str,
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"format": 1, "format": 2}', "an object has a key twice"),
+        ('{"format": 1, "format": 2}', "key 'format' appears twice"),
         ("[" * 200_000, "not valid JSON"),
         ("[]", "the manifest: expected dict, found list"),
         ("", "not valid JSON"),

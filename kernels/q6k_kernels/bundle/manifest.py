@@ -12,7 +12,7 @@ Rules of version 2:
    name of the weight type of a packed tensor (see `formats.types`), null for others.
 6. Nothing in it depends on time, place or machine.
 
-The manifest is untrusted when read: `read` bounds its size and checks every field's type.
+The manifest is untrusted when read: `read` bounds its size, its values and texts, and checks every field's type.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from q6k_kernels.bundle.shards import DTYPE_BYTES
+from q6k_kernels.bundle.parsing import MAX_TEXT, parse
+from q6k_kernels.bundle.shards import DTYPE_BYTES, MAX_SHARDS
 from q6k_kernels.bundle.storage import STORAGES
 from q6k_kernels.gguf.file import MAX_TENSORS
 from q6k_kernels.gguf.tensors import MAX_DIMS
@@ -44,6 +45,12 @@ _ENDING = re.compile(rb',\n "manifest_checksum": "([0-9a-f]{32})"\n}\n')
 _ENDING_BYTES = 61
 _SURROGATE = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89a-fA-F]")
 
+_LIMITS: tuple[tuple[str, type[Any], int], ...] = (
+    ("tensors", list, MAX_TENSORS),
+    ("tied", dict, MAX_TENSORS),
+    ("files", dict, MAX_SHARDS + 2),
+    ("sources", list, MAX_SHARDS),
+)
 T = TypeVar("T")
 
 
@@ -151,8 +158,8 @@ def read(directory: Path) -> Manifest:
         raise BundleError(f"{path}: {size} bytes, more than the limit of {MAX_BYTES}")
     raw = path.read_bytes()
     try:
-        content = json.loads(raw, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
+        content = parse(raw)
+    except ValueError as error:
         raise BundleError(f"{path}: not valid JSON: {error}") from error
     try:
         top = _expect(content, dict, "the manifest")
@@ -165,13 +172,6 @@ def read(directory: Path) -> Manifest:
         return _parsed(top)
     except BundleError as error:
         raise BundleError(f"{path}: {error}") from error
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("an object has a key twice")
-    return content
 
 
 def _check_version(top: dict[str, Any]) -> None:
@@ -187,8 +187,9 @@ def _check_version(top: dict[str, Any]) -> None:
 
 
 def _parsed(top: dict[str, Any]) -> Manifest:
-    if (count := len(_field(top, "tensors", list))) > MAX_TENSORS:
-        raise BundleError(f"tensors: {count}, more than the limit of {MAX_TENSORS}")
+    for name, kind, most in _LIMITS:
+        if (count := len(_field(top, name, kind))) > most:
+            raise BundleError(f"{name}: {count}, more than the limit of {most}")
     manifest = Manifest(
         producer=_field(top, "producer", str),
         options=_field(top, "options", dict),
@@ -213,7 +214,7 @@ def _parsed(top: dict[str, Any]) -> Manifest:
     _only_fields_of(Manifest, top, "format", "version", "checksum", "manifest_checksum")
     for name in manifest.files:
         if name in ("", ".", "..", NAME) or "/" in name or "\\" in name or "\0" in name:
-            raise BundleError(f"files: {name!r} is not the name of a file in this directory")
+            raise BundleError(f"files: {shortened(name)} is not the name of a file in this directory")
     return manifest
 
 
@@ -233,7 +234,7 @@ def _tensor(content: Any) -> StoredTensor:
     try:
         storage = _field(content, "storage", str)
         if storage not in STORAGES:
-            raise BundleError(f"storage: expected one of {', '.join(STORAGES)}, found {storage!r}")
+            raise BundleError(f"storage: expected one of {', '.join(STORAGES)}, found {shortened(storage)}")
         arrays = _field(content, "arrays", dict)
         if "format" not in content:
             raise BundleError("format: missing")
@@ -248,13 +249,13 @@ def _tensor(content: Any) -> StoredTensor:
             },
         )
     except BundleError as error:
-        raise BundleError(f"tensor {name!r}: {error}") from error
+        raise BundleError(f"tensor {shortened(name)}: {error}") from error
 
 
 def _array(content: Any) -> StoredArray:
     dtype = _field(content, "dtype", str)
     if dtype not in DTYPE_BYTES:
-        raise BundleError(f"dtype: expected one of {', '.join(DTYPE_BYTES)}, found {dtype!r}")
+        raise BundleError(f"dtype: expected one of {', '.join(DTYPE_BYTES)}, found {shortened(dtype)}")
     return StoredArray(
         key=_field(content, "key", str),
         dtype=dtype,
@@ -267,6 +268,9 @@ def _array(content: Any) -> StoredArray:
 def _expect(value: Any, kind: type[T], what: str) -> T:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise BundleError(f"{what}: expected {kind.__name__}, found {type(value).__name__}")
+    for text in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
+        if len(text) > MAX_TEXT:
+            raise BundleError(f"{what}: a text of {len(text)} characters, more than the limit of {MAX_TEXT}")
     return value
 
 

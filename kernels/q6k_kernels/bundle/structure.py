@@ -13,12 +13,10 @@ Each of these rules that is broken becomes a finding with file, tensor and array
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import stat
 import struct
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any, cast
 
 from q6k_kernels.bundle.links import outside
 from q6k_kernels.bundle.manifest import METADATA_NAME, NAME, Manifest, StoredArray, StoredTensor
+from q6k_kernels.bundle.parsing import MAX_TEXT, parse
 from q6k_kernels.bundle.shards import DTYPE_BYTES, INDEX_NAME
 from q6k_kernels.bundle.storage import Storage, arrays_of
 from q6k_kernels.formats.types import row_of
@@ -102,8 +101,8 @@ def read_header(path: Path) -> dict[str, Entry]:
     if not text.startswith(b"{"):
         raise ValueError("the header does not begin with '{'")
     try:
-        content = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
+        content = parse(text)
+    except ValueError as error:
         raise ValueError(f"the header is not valid JSON: {error}") from error
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -124,16 +123,10 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"key {shortened(twice)} appears twice")
-    return content
-
-
 def _entry(key: str, value: Any, data_at: int) -> Entry:
     name = shortened(key)
+    if len(key) > MAX_TEXT:
+        raise ValueError(f"key {name} has {len(key)} characters, more than the limit of {MAX_TEXT}")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"array {name}: expected dtype, shape and data_offsets, found {shortened(value)}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -248,9 +241,9 @@ def _check_index(path: Path, by_file: Mapping[str, Iterable[str]]) -> Iterator[F
         yield Finding(f"{size} bytes, more than the limit of {MAX_INDEX}", path.name)
         return
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates)
+        content = parse(path.read_bytes())
         found = content["weight_map"]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         yield Finding(f"is not an index: {error}", path.name)
         return
     expected = {key: file for file, keys in by_file.items() for key in keys}
@@ -260,4 +253,4 @@ def _check_index(path: Path, by_file: Mapping[str, Iterable[str]]) -> Iterator[F
         )
         says = f"says {shortened(found[where[0]]) if where[0] in found else 'nothing'}" if where else "is no map"
         problem = f"{says}, the manifest {expected.get(where[0])!r}" if where else says
-        yield Finding(problem, path.name, None, where[0] if where else None)
+        yield Finding(problem, path.name, None, where[0][:MAX_TEXT] if where else None)
