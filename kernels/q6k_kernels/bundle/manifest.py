@@ -39,7 +39,7 @@ VERSION = 2
 NAME = "bundle.json"
 METADATA_NAME = "metadata.gguf"
 CHECKSUM = "xxh3_128"
-MAX_BYTES = 32 << 20
+MAX_BYTES = 48 << 20
 """Limit of the manifest's size in bytes; the manifest of any GGUF that the reader accepts is smaller."""
 _ENDING = re.compile(rb',\n "manifest_checksum": "([0-9a-f]{32})"\n}\n')
 _ENDING_BYTES = 61

@@ -31,9 +31,9 @@ from q6k_kernels.formats.types import row_of
 from q6k_kernels.gguf.tensors import MAX_DIMS
 from q6k_kernels.text import shortened
 
-MAX_HEADER = 16 << 20
+MAX_HEADER = 32 << 20
 """Limit of a shard's header in bytes; the 16,384 tensors that a GGUF may have take less."""
-MAX_INDEX = 16 << 20
+MAX_INDEX = 32 << 20
 
 
 @dataclass(frozen=True)
