@@ -54,7 +54,7 @@ class Terminal:
     def document(self, content: Row) -> None:
         """Print the JSON document if `--json` was given."""
         if self.as_json:
-            print(strict_json(content, escaped=not _is_utf_8(sys.stdout)), flush=True)
+            print(_json(content), flush=True)
 
     def error(self, cause: str, remedy: str = "") -> None:
         """Print a red line for the cause and one for the remedy, on stderr."""
@@ -252,8 +252,8 @@ class Terminal:
             self.document({"key": key, "value": value})
             self._say(str(value))
             return
-        begin, between, end = (f'{{\n "key": {strict_json(key)},\n "value": [\n  ', ",\n  ", "\n ]\n}\n")
-        shown = strict_json if self.as_json else lambda element: printable(str(element))
+        begin, between, end = (f'{{\n "key": {_json(key)},\n "value": [\n  ', ",\n  ", "\n ]\n}\n")
+        shown = _json if self.as_json else lambda element: printable(str(element))
         if not self.as_json:
             begin, between, end = "", "\n", "\n"
         for some in value:
@@ -318,6 +318,10 @@ class _Lines:
                 f"({100 * self.done / self.total:.0f}%), {text.size(rate)}/s, {left} left",
                 soft_wrap=True,
             )
+
+
+def _json(content: Any) -> str:
+    return strict_json(content, escaped=not _is_utf_8(sys.stdout))
 
 
 def _is_utf_8(stream: TextIO | None) -> bool:
