@@ -12,6 +12,7 @@ once `finish` has made it durable.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterable, Sequence
@@ -179,10 +180,13 @@ class _Named:
 
 
 def fsync_directory(directory: Path) -> None:
-    """Make the directory's entries durable."""
+    """Make the directory's entries durable, where the file system can do that for a directory."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with _Named(str(directory)):
             os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
     finally:
         os.close(fd)
