@@ -1,3 +1,3 @@
 """Convert a GGUF file to a bundle: plan, repack, stream, stage the output."""
 
-__all__ = ["pipeline", "plan", "staging"]
+__all__ = ["locking", "pipeline", "placing", "plan", "staging"]

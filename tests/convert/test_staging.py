@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import json
 import shutil
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from bundle_helpers import BROKEN_LATE, broken_late, checked_manifest, listing, run_cli, two_tensors
-from q6k_convert.convert import staging
+from q6k_convert.convert import locking, placing
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
 from q6k_convert.errors import IOFailedError
@@ -61,8 +60,8 @@ def test_force_replaces_a_bundle_only_once_the_new_one_is_whole(
     convert(two_tensors(rows=9, seed=9).write(home / "other.gguf"), home / "out", Options(max_shard_size=1))
     old = listing(home / "out")
     seen = []
-    put = staging._put
-    monkeypatch.setattr(staging, "_put", lambda *paths: (seen.append(listing(home / "out")), put(*paths)))
+    put = placing.put
+    monkeypatch.setattr(placing, "put", lambda *given: (seen.append(listing(home / "out")), put(*given)))
     convert(model, home / "out", force=True)
     assert seen == [old]
     convert(model, home / "fresh")
@@ -226,7 +225,7 @@ def test_a_parent_that_somebody_else_has_begun_to_use_is_kept(
         (home / "a" / "theirs").touch()
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(staging, "_put", put)
+    monkeypatch.setattr(placing, "put", put)
     with pytest.raises(OSError, match="Input/output error"):
         convert(model, home / "a" / "out")
     assert listing(home) == {"a": None, "a/theirs": b""}
@@ -277,29 +276,17 @@ def test_a_file_or_symlink_in_the_place_of_the_partial_directory_is_left_alone(m
     assert listing(home) == before
 
 
-def test_a_file_system_without_locks_is_an_error_that_leaves_nothing(
-    model: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unsupported(*_: object) -> None:
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    with pytest.raises(OSError, match="Operation not supported"):
-        convert(model, home / "a" / "out")
-    assert listing(home) == {}
-
-
 def test_a_bundle_that_another_run_finishes_meanwhile_is_not_replaced(
     model: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other, locked = two_tensors(seed=3).write(home / "other.gguf"), staging._locked
+    other, locked = two_tensors(seed=3).write(home / "other.gguf"), locking.own
 
-    def beaten(partial: Path, output: Path) -> int:
-        monkeypatch.setattr(staging, "_locked", locked)
+    def beaten(partial: Path, output: Path) -> tuple[Path, int]:
+        monkeypatch.setattr(locking, "own", locked)
         convert(other, output)
         return locked(partial, output)
 
-    monkeypatch.setattr(staging, "_locked", beaten)
+    monkeypatch.setattr(locking, "own", beaten)
     refused(model, home / "out", "is already a bundle", force=False)
     assert checked_manifest(home / "out")["sources"][0]["name"] == "other.gguf"
     assert sorted(p.name for p in home.iterdir()) == ["other.gguf", "out"]

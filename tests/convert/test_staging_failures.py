@@ -32,7 +32,7 @@ from bundle_helpers import (
 )
 from gguf_builder import Builder, weight
 from q6k_convert.cli import main
-from q6k_convert.convert import staging, stream
+from q6k_convert.convert import placing, stream
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
 from q6k_kernels.bundle.writer import BundleWriter
@@ -105,16 +105,40 @@ def without_exchange() -> None:
     ctypes.CDLL = lambda name, **more: fake if name is None else real(name, **more)
 
 
+def inside() -> None:
+    """A patch: outputs are mount points."""
+    placing.is_fixed = Path.is_dir
+
+
+def unmovable() -> None:
+    """A patch: as in the lower layer of an overlay, directories can be neither exchanged nor renamed."""
+
+    def renameat2(old: Path, new: Path, flags: int) -> bool:
+        if old.is_dir():
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return real(old, new, flags)
+
+    real = placing._renameat2
+    placing._renameat2 = renameat2
+
+
 # Killed
 
 
 @pytest.mark.parametrize(
     ("replacing", "patch"),
-    [(False, nothing), (True, nothing), (True, without_exchange)],
-    ids=["new", "replacing", "replacing in two renames"],
+    [(False, nothing), (True, nothing), (True, without_exchange), (True, inside), (True, unmovable)],
+    ids=["new", "replacing", "replacing in two renames", "replacing inside", "replacing by moving"],
 )
 def test_a_run_killed_at_any_step_leaves_a_whole_bundle_or_none_and_the_next_run_succeeds(
-    replacing: bool, patch: Callable[[], None], model: Path, home: Path, log: Path, old: Listing, new: Listing
+    replacing: bool,
+    patch: Callable[[], None],
+    model: Path,
+    home: Path,
+    log: Path,
+    old: Listing,
+    new: Listing,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out, outcomes = home / "out", set()
     for at in count():
@@ -129,9 +153,16 @@ def test_a_run_killed_at_any_step_leaves_a_whole_bundle_or_none_and_the_next_run
         code, said = fork(run, log).wait()
         assert code in (0, -signal.SIGKILL), said
         found = listing(out) if out.exists() else None
+        if found is not None and patch in (inside, unmovable):
+            # While files are moved one by one, the directory is no bundle.
+            found = {name: content for name, content in found.items() if not name.startswith(".q6k-partial")}
+            found = found if "bundle.json" in found else None
         assert found in ([old, new] if replacing and patch is nothing else [None, old, new]), f"step {at}"
         outcomes.add((code, found == old, found == new))
-        convert(model, out, force=True)
+        with monkeypatch.context() as again:
+            if patch is inside:
+                again.setattr(placing, "is_fixed", Path.is_dir)
+            convert(model, out, force=True)
         assert listing(home) == below("out", new), f"step {at}"
         for path in out.iterdir():
             path.unlink()
@@ -235,7 +266,7 @@ def test_a_run_that_starts_while_another_puts_its_bundle_in_place_harms_neither(
     # The first has exchanged the two directories and is about to remove the old bundle.
     first = fork_cli(
         model, home / "out", "--force", log=tmp_path / "1",
-        patch=before(staging, "fsync_directory", renaming.stop_here),
+        patch=before(placing, "fsync_directory", renaming.stop_here),
     )  # fmt: skip
     renaming.wait_until_reached()
     streaming = Gate()
@@ -314,14 +345,14 @@ def test_a_disk_that_fills_up_halfway_is_exit_4_and_leaves_nothing(
 
 
 def test_a_read_only_target_is_exit_4_with_its_name(model: Path, home: Path) -> None:
-    if os.geteuid():
-        home.chmod(0o555)
-        done = run_cli(model, home / "a" / "out")
-        assert (done.returncode, "Permission denied" in done.stderr) == (4, True)
-    else:
-        with tmpfs(home, "ro,size=1m"):
-            done = run_cli(model, home / "a" / "out")
-            assert (done.returncode, "Read-only file system" in done.stderr) == (4, True), done.stderr
-    assert f"error: {home / 'a'}" in done.stderr
+    for more in ((), ("--dry-run",)):
+        if os.geteuid():
+            home.chmod(0o555)
+            done = run_cli(model, home / "a" / "out", *more)
+        else:
+            with tmpfs(home, "ro,size=1m"):
+                done = run_cli(model, home / "a" / "out", *more)
+        assert done.returncode == 4
+        assert f"error: the output {home / 'a' / 'out'} cannot be written: {home} is not writable\n" in done.stderr
     assert "Traceback" not in done.stderr
     assert listing(home) == {}

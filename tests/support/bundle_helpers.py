@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 
 from gguf_builder import F32, Builder, Tensor, key_value, weight
 from q6k_convert.cli import contents, main, terminal
-from q6k_convert.convert import staging
+from q6k_convert.convert import locking, placing, staging
 
 # Imports that the command does late; done here once for all forked processes.
 LATE = (contents, terminal)
@@ -217,7 +217,7 @@ def strike(at: int, number: signal.Signals, *, lines: bool) -> Callable[[], None
     `lines` each line of the staging and of the conversion is a step, too, because variables change between
     lines. A process that is killed leaves only what is on the disk.
     """
-    files = {staging.__file__, convert_module.run.__code__.co_filename}
+    files = {locking.__file__, placing.__file__, staging.__file__, convert_module.run.__code__.co_filename}
     steps = count()
 
     def step() -> None:
