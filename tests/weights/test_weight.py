@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import io
 import pickle
 import subprocess
@@ -175,6 +176,29 @@ def test_two_that_share_are_saved_once() -> None:
     whole, part, again = torch.load(file, weights_only=True)
     assert whole is again
     assert part.tiles.data_ptr() == whole.tiles.data_ptr()
+
+
+@pytest.mark.parametrize("way", ["without the constructor", "changed after it"])
+def test_a_file_cannot_make_a_weight_around_the_constructor(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = weight((40, 512))
+    state = {"tiles": good.tiles, "shape": (1 << 20, 512), "format": good.format}
+    steps = {
+        "without the constructor": (copyreg.__newobj__, (PackedWeight,), state),
+        "changed after it": (PackedWeight, (good.tiles, good.shape, good.format), state),
+    }[way]
+    monkeypatch.setattr(PackedWeight, "__reduce__", lambda _: steps)
+    file = saved(good)
+    monkeypatch.undo()
+    with pytest.raises((TypeError, pickle.UnpicklingError)):
+        torch.load(file, weights_only=True)
+
+
+def test_a_loaded_weight_does_not_change_with_the_tensor_of_its_file() -> None:
+    """A pickle can give a loaded tensor other memory (BUILD), so the weight has a tensor of its own."""
+    packed = weight((40, 512))
+    tiles, loaded = torch.load(saved((packed.tiles, packed)), weights_only=True)
+    tiles.set_(torch.zeros(1, dtype=torch.uint8))
+    assert torch.equal(loaded.tiles, packed.tiles)
 
 
 def test_what_was_saved_is_checked_when_it_is_loaded() -> None:

@@ -219,8 +219,16 @@ class PackedWeight:
         return PackedWeight, (self.tiles, self.shape, self.format)
 
 
+def _from_file(tiles: Tensor, shape: tuple[int, ...], format: str) -> PackedWeight:
+    """Make a weight for `torch.load(weights_only=True)`, which may not make objects around the constructor.
+
+    It takes a tensor of its own, because a file can give another memory or shape to a tensor that it has loaded.
+    """
+    return PackedWeight(tiles.detach(), shape, format)
+
+
 # Allows torch.load(weights_only=True), the default, to make one once this module is imported.
-torch.serialization.add_safe_globals([PackedWeight])
+torch.serialization.add_safe_globals([(_from_file, f"{__name__}.PackedWeight")])
 
 
 def check_width(x: Tensor, k: int) -> None:
