@@ -101,6 +101,8 @@ def build(
 
     wanted = units.of_library(tuple(dict.fromkeys(architectures)), only, rows)
     chosen = list(dict.fromkeys(arch for arch, _, _ in wanted))
+    if out is None:
+        cubin_cache.make_private(cubin_cache.directory())
     folder = (out if out is not None else cubin_cache.directory() / "ops").resolve()
     work = folder / "build"
     work.mkdir(parents=True, exist_ok=True)

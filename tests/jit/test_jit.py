@@ -248,6 +248,70 @@ def test_a_damaged_entry_is_made_again(damage: str, sources: Path, cache: Path, 
     assert len(compiled) == 2
 
 
+def test_the_cache_is_for_this_user_alone(sources: Path, cache: Path) -> None:
+    loader.compiled("k.cuh", ONE, "sm_80", sources)
+    (entry,) = cache.iterdir()
+    assert [path.stat().st_mode & 0o777 for path in (cache, entry)] == [0o700, 0o600]
+
+
+def _pipe(entry: Path) -> None:
+    entry.unlink()
+    os.mkfifo(entry)
+
+
+def _link(entry: Path) -> None:
+    entry.rename(entry.with_name("elsewhere"))
+    entry.symlink_to("elsewhere")
+
+
+FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a pipe": (_pipe, "not used.*expected a regular file"),
+    "a link": (_link, "cannot be read: .*symbolic links"),
+    "writable by others": (
+        lambda entry: entry.chmod(0o666),
+        "not used.*only its owner can write, found mode 100666",
+    ),
+    "writable by the group": (lambda entry: entry.chmod(0o620), "not used.*only its owner can write"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_an_entry_that_others_may_have_made_is_made_again(
+    kind: str, sources: Path, cache: Path, compiled: list[Any]
+) -> None:
+    right = loader.compiled("k.cuh", ONE, "sm_80", sources)
+    (entry,) = cache.iterdir()
+    FOREIGN[kind][0](entry)
+    with pytest.warns(CacheWarning, match=FOREIGN[kind][1]):
+        again = loader.compiled("k.cuh", ONE, "sm_80", sources)
+    assert again.cubin == right.cubin
+    assert loader.compiled("k.cuh", ONE, "sm_80", sources) == again
+    assert len(compiled) == 2
+
+
+def test_an_entry_of_another_user_is_made_again(
+    sources: Path, cache: Path, compiled: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader.compiled("k.cuh", ONE, "sm_80", sources)
+    (entry,) = cache.iterdir()
+    owner = entry.stat().st_uid
+    real = os.fstat
+
+    def owned_by(uid: int) -> None:
+        monkeypatch.setattr(os, "fstat", lambda fd: os.stat_result((*real(fd)[:4], uid, *real(fd)[5:10])))
+        monkeypatch.setattr(os, "geteuid", lambda: 1000)
+
+    for uid, count in ((0, 1), (1000, 1)):
+        owned_by(uid)
+        loader.compiled("k.cuh", ONE, "sm_80", sources)
+        assert len(compiled) == count
+    owned_by(1001)
+    with pytest.warns(CacheWarning, match="expected a file of this user or root, found one of user 1001"):
+        loader.compiled("k.cuh", ONE, "sm_80", sources)
+    assert len(compiled) == 2
+    assert entry.stat().st_uid == owner
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_cache_that_cannot_be_used_costs_a_warning(sources: Path, cache: Path) -> None:
     cache.write_text("a file where the directory should be")

@@ -10,7 +10,9 @@ options (architecture and macros included) and the source. An entry is
     the cubin
 
 written under another name and renamed, so that processes never see half of one. An entry that breaks this format
-is not loaded: it is compiled and written again. A cache that cannot be used costs time and a warning.
+is not loaded: it is compiled and written again. So is one that others may have written: the directory is made for
+this user alone, and an entry has to be a file that only this user or root can write. A cache that cannot be used
+costs time and a warning.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -67,9 +70,11 @@ def fetch(name: str, make: Callable[[], Compiled]) -> Compiled:
     """Return the entry of that name; if there is none or it is damaged, store and return `make()`."""
     try:
         path = directory() / f"{name}{SUFFIX}"
-        entry = path.read_bytes()
+        entry = _read(path)
     except FileNotFoundError:
         pass
+    except _UntrustedError as error:
+        _warn(f"has an entry that is not used, {path.name}: {error}")
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
         _warn(f"cannot be read: {error}")
     else:
@@ -100,9 +105,39 @@ def contents() -> Contents:
 def probe() -> None:
     """Write a file to the cache and remove it. Raises OSError if that fails."""
     folder = directory()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private(folder)
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(MAGIC)
+
+
+class _UntrustedError(Exception):
+    """An entry is no file, or not of this user."""
+
+
+def _read(path: Path) -> bytes:
+    """Read an entry that only this user or root can have written; a pipe in its place does not block."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check(os.fstat(descriptor))
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def _check(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise _UntrustedError("expected a regular file")
+    if status.st_uid not in (0, os.geteuid()):
+        raise _UntrustedError(f"expected a file of this user or root, found one of user {status.st_uid}")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise _UntrustedError(f"expected a file that only its owner can write, found mode {status.st_mode:o}")
+
+
+def make_private(folder: Path) -> None:
+    """Make a directory for this user alone; one that exists keeps its mode."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def _header(payload: bytes) -> bytes:
@@ -110,7 +145,7 @@ def _header(payload: bytes) -> bytes:
 
 
 def _write(folder: Path, name: str, entry: bytes) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private(folder)
     descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
     try:
         with os.fdopen(descriptor, "wb") as file:
