@@ -1,6 +1,34 @@
-"""Entry point of `python -m q6k_convert`, the same as `q6k-convert`."""
+"""Entry point of `q6k-convert` and of `python -m q6k_convert`."""
 
-from q6k_convert.cli.main import main
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main() -> None:
+    """Run the command line. A signal before or after a command's own work, as during imports, ends it quietly."""
+    for number in _STOPPING:
+        # `nohup` and a shell's background jobs set some of these signals to be ignored.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: os._exit(130))
+    from q6k_convert.cli.main import main as run
+    from q6k_convert.cli.reporting import stdout_lost
+    from q6k_convert.errors import ExitCode
+
+    try:
+        try:
+            run()
+        finally:
+            sys.stdout.flush()
+    except OSError as error:  # of what is printed without a command's work: help and version
+        stdout_lost()
+        print(f"error: standard output: {error.strerror}", file=sys.stderr)
+        sys.exit(int(ExitCode.IO))
+
 
 if __name__ == "__main__":
     main()

@@ -268,5 +268,5 @@ for command in (generate, export, doctor, build_ops):
 
 
 def main() -> None:
-    """Run `q6k-convert`; the entry point of the installed program."""
+    """Run `q6k-convert`."""
     app(prog_name="q6k-convert")

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from q6k_convert.cli.terminal import Terminal
 
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @contextmanager
 def reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
     """Turn any exception raised inside into a message and an exit code."""
@@ -41,17 +44,24 @@ def reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
         if verbose:
             terminal.traceback()
         terminal.error(cause, remedy)
-        terminal.document({"status": "error", "exit_code": int(code), "error": cause, "remedy": remedy})
+        try:
+            terminal.document({"status": "error", "exit_code": int(code), "error": cause, "remedy": remedy})
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:
+            stdout_lost()
         raise typer.Exit(int(code))
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # `nohup` and a shell's background jobs set some of these signals to be ignored.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _interrupt)
     try:
         if sys.stdout is None:
             raise IOFailedError("stdout is closed", "Give it a place: `> FILE`, or `> /dev/null`.")
-        yield terminal
+        with _interruptible():
+            yield terminal
+            try:
+                sys.stdout.flush()
+            except OSError as error:
+                error.filename = "standard output"
+                raise
     except (Q6KConvertError, InterruptedRunError) as error:
         fail(error.exit_code, error.cause, error.remedy)
     except (CudaError, ExportFailedError, PackageMissingError) as error:
@@ -64,7 +74,7 @@ def reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
         fail(ExitCode.INPUT_REJECTED, str(error), "Make the bundle again from its GGUF file.")
     except BrokenPipeError:
         # The reader of stdout has gone: there is nobody to print an error for.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        stdout_lost()
         raise typer.Exit(int(ExitCode.IO)) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -79,11 +89,42 @@ def reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
         )
 
 
-def _interrupt(number: int, _frame: object) -> NoReturn:
-    # One signal is enough: a second one must not cut the clean-up short.
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, signal.SIG_IGN)
-    raise InterruptedRunError(f"interrupted ({signal.Signals(number).name})", "Run the same command again.")
+def stdout_lost() -> None:
+    """Give up what stdout cannot take, or the interpreter would try again when it ends, and fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise InterruptedRunError when a signal asks to stop, also where another exception comes of it."""
+    signals = list[int]()
+
+    def interrupt(number: int, _frame: object) -> NoReturn:
+        # One signal is enough: a second one must not cut the clean-up short.
+        for each in _STOPPING:
+            signal.signal(each, signal.SIG_IGN)
+        signals.append(number)
+        raise _interrupted(number)
+
+    before = {number: signal.getsignal(number) for number in _STOPPING}
+    for number, handler in before.items():
+        # `nohup` and a shell's background jobs set some of these signals to be ignored.
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    try:
+        yield
+    except Exception as error:
+        # An import that is interrupted may fail in its own way.
+        if signals:
+            raise _interrupted(signals[0]) from error
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupted(number: int) -> InterruptedRunError:
+    return InterruptedRunError(f"interrupted ({signal.Signals(number).name})", "Run the same command again.")
 
 
 def peak_memory() -> int:

@@ -54,7 +54,11 @@ class Terminal:
     def document(self, content: Row) -> None:
         """Print the JSON document if `--json` was given."""
         if self.as_json:
-            print(_json(content), flush=True)
+            try:
+                print(_json(content), flush=True)
+            except OSError as error:
+                error.filename = "standard output"
+                raise
 
     def error(self, cause: str, remedy: str = "") -> None:
         """Print a red line for the cause and one for the remedy, on stderr."""
