@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from q6k_kernels.bundle.manifest import StoredTensor
+from q6k_kernels.bundle.naming import naming
 from q6k_kernels.bundle.structure import Entry, Finding
 from q6k_kernels.formats import planes
 from q6k_kernels.formats.blocks import decode, not_finite
@@ -234,7 +235,9 @@ class _Range:
         found = np.empty(wanted.size, np.uint8)
         file = self.files[array.file]
         file.seek(entry.begin + at)
-        if file.readinto(found.data) != found.size:
+        with naming(whole.directory / array.file):
+            count = file.readinto(found.data)
+        if count != found.size:
             raise OSError(0, "became shorter while it was being read", array.file)
         if np.array_equal(found, wanted):
             return expected

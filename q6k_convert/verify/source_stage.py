@@ -12,6 +12,7 @@ import xxhash
 
 from q6k_convert.verify.comparison import Compared, Comparison, Exactness, keep_freed_memory
 from q6k_kernels.bundle.manifest import METADATA_NAME, Manifest
+from q6k_kernels.bundle.naming import naming
 from q6k_kernels.bundle.structure import Finding, read_header
 from q6k_kernels.gguf.model import GGUFModel, open_gguf
 from q6k_kernels.text import shortened
@@ -107,7 +108,8 @@ def _check_listing(manifest: Manifest, model: GGUFModel) -> Iterator[Finding]:
 
 def _check_metadata(directory: Path, model: GGUFModel) -> Iterator[Finding]:
     """Find the first difference between the source's key-value pairs and `metadata.gguf`."""
-    with (directory / METADATA_NAME).open("rb") as file:
+    path = directory / METADATA_NAME
+    with naming(path), path.open("rb") as file:
         at = 0
         for piece in model.metadata():
             if (stored := file.read(len(piece))) != piece:

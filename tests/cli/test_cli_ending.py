@@ -70,7 +70,8 @@ def test_a_signal_after_the_work_ends_it_quietly(model: Path) -> None:
 @pytest.mark.parametrize(
     "args",
     [
-        ("inspect", "{model}"), ("inspect", "{model}", "--json"), ("inspect", "{model}", "--key", "general.architecture"),
+        ("inspect", "{model}"), ("inspect", "{model}", "--json"),
+        ("inspect", "{model}", "--key", "general.architecture"),
         ("verify", "{bundle}", "--json"), ("inspect", "{model}.no", "--json"), ("--help",), ("--version",),
     ],
     ids=" ".join,

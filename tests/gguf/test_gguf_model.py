@@ -424,6 +424,14 @@ def test_metadata_is_padded_to_the_alignment_it_states(tmp_path: Path, alignment
     assert written == expected_metadata(model.kv, alignment=alignment)
 
 
+def test_metadata_is_not_padded_with_a_gigabyte(tmp_path: Path) -> None:
+    kv = [*small_model().kv, key_value("general.alignment", 1 << 30)]
+    written = metadata(Builder([], kv).write(tmp_path / "model.gguf"))
+    assert written == expected_metadata(kv, alignment=1)
+    (tmp_path / "again.gguf").write_bytes(written)
+    assert (metadata(tmp_path / "again.gguf"), gguf.GGUFReader(tmp_path / "again.gguf").tensors) == (written, [])
+
+
 def test_metadata_is_padded_to_the_alignment_that_only_a_later_part_states(tmp_path: Path) -> None:
     parts = three_parts()
     parts[1].alignment = 4096

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import xxhash
 
 from q6k_kernels.bundle.manifest import Manifest, StoredArray, StoredTensor
+from q6k_kernels.bundle.naming import naming
 from q6k_kernels.bundle.shards import DTYPE_BYTES
 from q6k_kernels.bundle.structure import Entry, Finding, read_header
 from q6k_kernels.formats.types import weight_type
@@ -192,7 +193,9 @@ class _Reader:
             piece: memoryview = mine.buffer[: min(PIECE_BYTES, end - at)]
             done = 0
             while done < len(piece):
-                if (count := os.preadv(fd, [piece[done:]], at + done)) == 0:
+                with naming(self.directory / name):
+                    count = os.preadv(fd, [piece[done:]], at + done)
+                if count == 0:
                     raise OSError(0, f"ended at byte {at + done} while it was being read", name)
                 done += count
             yield piece

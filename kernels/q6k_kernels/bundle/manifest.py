@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
+from q6k_kernels.bundle.naming import naming
 from q6k_kernels.bundle.parsing import MAX_TEXT, parse
 from q6k_kernels.bundle.shards import DTYPE_BYTES, MAX_SHARDS
 from q6k_kernels.bundle.storage import STORAGES
@@ -156,7 +157,8 @@ def read(directory: Path) -> Manifest:
         raise BundleError(f"{directory} is not a bundle: it has no {NAME}")
     if (size := path.stat().st_size) > MAX_BYTES:
         raise BundleError(f"{path}: {size} bytes, more than the limit of {MAX_BYTES}")
-    raw = path.read_bytes()
+    with naming(path):
+        raw = path.read_bytes()
     try:
         content = parse(raw)
     except ValueError as error:

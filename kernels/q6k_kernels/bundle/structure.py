@@ -24,6 +24,7 @@ from typing import Any, cast
 
 from q6k_kernels.bundle.links import outside
 from q6k_kernels.bundle.manifest import METADATA_NAME, NAME, Manifest, StoredArray, StoredTensor
+from q6k_kernels.bundle.naming import naming
 from q6k_kernels.bundle.parsing import MAX_TEXT, parse
 from q6k_kernels.bundle.shards import DTYPE_BYTES, INDEX_NAME
 from q6k_kernels.bundle.storage import Storage, arrays_of
@@ -91,7 +92,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         OSError: the file cannot be read.
     """
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         if size < 8:
             raise ValueError(f"{size} bytes, too short for a safetensors header")
         (length,) = struct.unpack("<Q", file.read(8))
@@ -241,7 +242,9 @@ def _check_index(path: Path, by_file: Mapping[str, Iterable[str]]) -> Iterator[F
         yield Finding(f"{size} bytes, more than the limit of {MAX_INDEX}", path.name)
         return
     try:
-        content = parse(path.read_bytes())
+        with naming(path):
+            raw = path.read_bytes()
+        content = parse(raw)
         found = content["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         yield Finding(f"is not an index: {error}", path.name)

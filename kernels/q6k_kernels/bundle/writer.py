@@ -24,6 +24,7 @@ import xxhash
 
 from q6k_kernels.bundle import manifest as manifests
 from q6k_kernels.bundle.manifest import Manifest, SourceFile, StoredArray, StoredFile, StoredTensor
+from q6k_kernels.bundle.naming import naming
 from q6k_kernels.bundle.shards import INDEX_NAME, ArraySpec, Shard, index_json
 
 WRITEBACK_BYTES = 32 << 20
@@ -141,7 +142,7 @@ class BundleWriter:
         with self._lock:
             if shard.name not in self._open:
                 fd = self._create(shard.name)
-                with _Named(shard.name):
+                with naming(shard.name):
                     os.ftruncate(fd, shard.size)
                 _pwrite(shard.name, fd, shard.header, 0)
                 self._files[shard.name] = StoredFile(
@@ -150,7 +151,7 @@ class BundleWriter:
             return self._open[shard.name]
 
     def _sync(self, name: str, *, close: bool) -> None:
-        with _Named(name):
+        with naming(name):
             if close:
                 os.fsync(self._open[name])
                 os.close(self._open.pop(name))
@@ -160,30 +161,16 @@ class BundleWriter:
 
 def _pwrite(name: str, fd: int, data: bytes | memoryview, at: int) -> None:
     view, done = memoryview(data), 0
-    with _Named(name):
+    with naming(name):
         while done < len(view):
             done += os.pwrite(fd, view[done:], at + done)
-
-
-class _Named:
-    """Context that adds the file's name to the OSError of a descriptor."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = self.name
 
 
 def fsync_directory(directory: Path) -> None:
     """Make the directory's entries durable, where the file system can do that for a directory."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with _Named(str(directory)):
+        with naming(str(directory)):
             os.fsync(fd)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):

@@ -20,6 +20,7 @@ from q6k_kernels.text import listing, shortened
 
 _PART_NAME = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _PIECE = 1 << 20
+_MAX_PADDING = 16 << 20
 _OLD_COUNT = "general.split_count"
 """Key of the first release of llama.cpp's splitter, whose parts do not say which they are."""
 _GET_ALL_PARTS = "Put all parts of one model, unrenamed and nothing else of that name, into one directory."
@@ -99,10 +100,10 @@ class GGUFModel:
             for at in range(start, end, _PIECE):
                 yield bytes(part.read(at, min(_PIECE, end - at)))
             length += end - start
-        # Readers look for the data section even if it is empty.
+        # Some readers look for the data section even if it is empty; none needs it behind a gigabyte of zeros.
         stated = self._keys.get(ALIGNMENT)
         padding = -(24 + length) % (stated[0].alignment if stated else first.alignment)
-        for at in range(0, padding, _PIECE):
+        for at in range(0, padding if padding <= _MAX_PADDING else 0, _PIECE):
             yield bytes(min(_PIECE, padding - at))
 
 
