@@ -3,7 +3,7 @@
 Each of these rules that is broken becomes a finding with file, tensor and array:
 
 1. every file of the manifest is there, a regular file of the stated size, and not a link out of the
-   directory; no other safetensors file lies beside them
+   directory, but for those of the Hub's cache (see `links`); no other safetensors file lies beside them
 2. every shard's header obeys safetensors' rules: its length fits, it is one JSON object without
    duplicate keys, dtypes and shapes give the stated sizes, arrays are aligned and follow each other
    without hole, overlap or trailing bytes
