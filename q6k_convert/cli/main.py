@@ -10,7 +10,7 @@ import typer
 from q6k_convert import __version__
 from q6k_convert.cli.group import ConvertByDefault, PlainCommand
 from q6k_convert.cli.model_commands import build_ops, doctor, export, generate
-from q6k_convert.cli.options import EXIT_CODES, HUB_REFERENCE, JsonOption, QuietOption, VerboseOption
+from q6k_convert.cli.options import EXIT_CODES, HUB_BUNDLE, HUB_REFERENCE, JsonOption, QuietOption, VerboseOption
 from q6k_convert.cli.reporting import peak_memory, reporting
 from q6k_convert.errors import ExitCode
 from q6k_convert.text import parse_size
@@ -195,7 +195,7 @@ def inspect(
 
 @app.command(cls=PlainCommand, epilog=EXIT_CODES)
 def verify(
-    bundle: Annotated[Path, typer.Argument(metavar="OUT/", help="Bundle to check.")],
+    bundle: Annotated[Path, typer.Argument(metavar="OUT/", help=f"Bundle to check, or {HUB_BUNDLE}")],
     source: Annotated[
         str | None,
         typer.Option(
@@ -234,7 +234,7 @@ def verify(
         from q6k_convert.cli import contents
         from q6k_convert.convert.pipeline import default_jobs
         from q6k_convert.errors import UsageError
-        from q6k_convert.hub import local_path
+        from q6k_convert.hub import bundle_path, local_path
         from q6k_convert.verify.report import html_report
         from q6k_convert.verify.stages import verify as run_verification
 
@@ -247,7 +247,7 @@ def verify(
                 "Give a file elsewhere.",
             )
         run = run_verification(
-            bundle,
+            bundle_path(bundle, terminal.note, terminal.progress),
             fast=fast,
             source=None if source is None else local_path(source, terminal.note, terminal.progress),
             device=device,

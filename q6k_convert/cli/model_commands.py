@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from q6k_convert.cli.options import JsonOption, QuietOption, VerboseOption
+from q6k_convert.cli.options import HUB_BUNDLE, JsonOption, QuietOption, VerboseOption
 from q6k_convert.cli.reporting import reporting
 from q6k_convert.errors import ExitCode
 
@@ -26,7 +26,7 @@ ActivationsOption = Annotated[
 
 
 def generate(
-    bundle: Annotated[Path, typer.Argument(metavar="OUT/", help="Bundle of the model.")],
+    bundle: Annotated[Path, typer.Argument(metavar="OUT/", help=f"Bundle of the model, or {HUB_BUNDLE}")],
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -72,10 +72,11 @@ def generate(
 ) -> None:
     """Continue a text with a bundle's model, or answer it with --chat."""
     with reporting(as_json, quiet, verbose) as terminal:
+        from q6k_convert.hub import bundle_path
         from q6k_convert.run.generate_command import GenerateRequest, run
 
         request = GenerateRequest(
-            bundle=bundle,
+            bundle=bundle_path(bundle, terminal.note, terminal.progress),
             prompt=prompt,
             chat=chat,
             system=system,

@@ -13,6 +13,7 @@ HUB_REFERENCE = (
     "a file on the Hugging Face Hub: ORG/REPO:QUANTISATION or ORG/REPO/FILE.gguf; write ORG/REPO@REVISION for "
     "another revision than main."
 )
+HUB_BUNDLE = "one on the Hugging Face Hub: ORG/REPO or ORG/REPO@REVISION."
 
 JsonOption = Annotated[
     bool,

@@ -28,6 +28,7 @@ from pathlib import Path
 from q6k_convert.convert.locking import lock
 from q6k_convert.errors import IOFailedError
 from q6k_kernels.bundle import manifest
+from q6k_kernels.bundle.naming import is_bundle_file
 from q6k_kernels.bundle.writer import fsync_directory
 from q6k_kernels.text import listing
 
@@ -36,18 +37,10 @@ Contents = dict[str, tuple[int, int]]
 
 _INSIDE = ".q6k-partial"
 _NEW, _OLD, _MOVING = ".q6k-new", ".q6k-old", ".q6k-moving"
-_OUR_NAMES = re.compile(
-    r"bundle\.json|metadata\.gguf|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
-)
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
 _NO_SUCH_RENAME = (errno.ENOSYS, errno.EINVAL)
 _CANNOT_RENAME = (errno.EXDEV, errno.EBUSY, errno.EPERM)
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
-
-
-def is_ours(name: str) -> bool:
-    """Check whether a conversion writes files of this name into a bundle."""
-    return _OUR_NAMES.fullmatch(name) is not None
 
 
 def is_fixed(final: Path) -> bool:
@@ -102,7 +95,7 @@ def clear(directory: Path) -> None:
     listed = set(found)
     with suppress(manifest.BundleError):  # without a whole manifest, names are all there is to go by
         listed = {manifest.NAME, *manifest.read(directory).files}
-    ours = {name for name in listed if is_ours(name)} | {_NEW}
+    ours = {name for name in listed if is_bundle_file(name)} | {_NEW}
     if foreign := [name for name, path in found.items() if name not in ours or path.is_dir()]:
         raise IOFailedError(
             f"{directory} holds what no conversion wrote: {listing(foreign)}", "Remove that directory by hand."
@@ -242,10 +235,10 @@ def _move_up(partial: Path, final: Path) -> None:
     """Do what a note in the partial directory says is left to do, and remove the note."""
     if (partial / _OLD).is_file():
         names = json.loads((partial / _OLD).read_text(encoding="utf-8"))
-        _unlink(final, [name for name in names if is_ours(name)])
+        _unlink(final, [name for name in names if is_bundle_file(name)])
         fsync_directory(final)
         (partial / _OLD).rename(partial / _MOVING)
-    found = [path.name for path in partial.iterdir() if is_ours(path.name)]
+    found = [path.name for path in partial.iterdir() if is_bundle_file(path.name)]
     for name in sorted(found, key=lambda name: name == manifest.NAME):
         if name == manifest.NAME:
             fsync_directory(final)

@@ -19,6 +19,7 @@ from q6k_convert.convert import locking, placing
 from q6k_convert.errors import IOFailedError
 from q6k_convert.text import size
 from q6k_kernels.bundle import manifest
+from q6k_kernels.bundle.naming import is_bundle_file
 from q6k_kernels.text import listing
 
 _ELSEWHERE = "Give a new directory as output."
@@ -61,7 +62,7 @@ def check_output(output: Path, sources: Sequence[Path], *, force: bool) -> Path:
         raise IOFailedError(
             f"the output {output} is not empty and not a whole bundle ({names}): {error}", elsewhere
         ) from error
-    ours = {name for name in ours if placing.is_ours(name)}
+    ours = {name for name in ours if is_bundle_file(name)}
     foreign = [e.name for e in entries if e.name not in ours or e.is_symlink() or not e.is_file()]
     if foreign:
         raise IOFailedError(

@@ -53,6 +53,20 @@ def local_path(source: str, note: Callable[[str], None], progress: Progress) -> 
     return found
 
 
+def bundle_path(source: Path, note: Callable[[str], None], progress: Progress) -> Path:
+    """Return the directory of a bundle: a path itself or, for ORG/REPO[@REVISION], that in the cache.
+
+    Raises:
+        As `resolve`.
+    """
+    reference = parse(str(source), bundle=True)
+    if reference is None:
+        return source
+    manifest = _resolved(reference, note, progress, download=True).path
+    assert manifest is not None  # noqa: S101 -- for the type checker
+    return manifest.parent
+
+
 def resolve(source: str, note: Callable[[str], None], progress: Progress, *, download: bool = True) -> Source:
     """Return the file that a command's argument names: a path itself, or a reference's file in the cache.
 
@@ -70,8 +84,10 @@ def resolve(source: str, note: Callable[[str], None], progress: Progress, *, dow
         UsageError: HF_TOKEN or HF_ENDPOINT is malformed.
     """
     reference = parse(source)
-    if reference is None:
-        return Source(Path(source))
+    return Source(Path(source)) if reference is None else _resolved(reference, note, progress, download=download)
+
+
+def _resolved(reference: Reference, note: Callable[[str], None], progress: Progress, *, download: bool) -> Source:
     _check_package(reference)
     hub = _Hub(reference)
     with in_words(reference, hub.address, hub.has_token):
@@ -133,7 +149,8 @@ class _Hub:
 
     def _cached_files(self) -> tuple[str, list[HubFile]]:
         """Return the commit that the revision was when last fetched, and its files that are in the cache."""
-        known = self._ref.read_text(errors="replace") if self._ref.is_file() else self._reference.revision
+        reference = self._reference
+        known = self._ref.read_text(errors="replace") if self._ref.is_file() else reference.revision
         commit = known if COMMIT.fullmatch(known) else ""
         snapshot = self._folder / "snapshots" / commit
         paths = sorted(path for path in snapshot.rglob("*") if path.is_file()) if commit else []
@@ -144,7 +161,7 @@ class _Hub:
                 path.readlink().name if path.is_symlink() else "",
             )
             for path in paths
-            if path.suffix.lower() == ".gguf"
+            if reference.wants(path.relative_to(snapshot).as_posix())
         ]
         try:
             return commit, selected(self._reference, files)

@@ -2,6 +2,7 @@
 
     reference = ORG/REPO[@REVISION]:QUANTISATION      the one model of that quantisation, all its parts
               | ORG/REPO[@REVISION]/PATH/FILE.gguf    that file, and the other parts if it is one of several
+              | ORG/REPO[@REVISION]                   where a bundle is asked for: the bundle that it is
     revision  = branch, tag or commit without a slash, or refs/pr/NUMBER; `main` if none is given
 
 A path that exists on this machine is never a reference. Neither is `DIR/FILE.gguf` or `DIR/…/FILE.gguf` where DIR
@@ -18,6 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from q6k_convert.errors import InputRejectedError, IOFailedError, Q6KConvertError
+from q6k_kernels.bundle import manifest
+from q6k_kernels.bundle.naming import is_bundle_file
 from q6k_kernels.text import listing as joined
 
 if TYPE_CHECKING:
@@ -30,10 +33,13 @@ _MIN_BYTES = 24  # of a GGUF's header
 _MAX_BYTES = 1 << 46  # more than any disk
 _MAX_NAME, _MAX_COMPONENT = 1000, 255
 _NAME = r"[a-z0-9_](?:[a-z0-9_.-]{0,94}[a-z0-9_])?"
-_REFERENCE = re.compile(
+_REPOSITORY = (
     rf"(?P<repository>(?P<org>{_NAME})/{_NAME})"
     r"(?:@(?P<revision>refs/pr/[0-9]{1,9}|[a-z0-9_](?:[a-z0-9_.+-]{0,198}[a-z0-9_])?))?"
-    r"(?::(?P<quantisation>[a-z][a-z0-9_-]{0,63})|/(?P<file>[^:]{1,1000}\.gguf))",
+)
+_BUNDLE = re.compile(_REPOSITORY + "(?P<quantisation>)(?P<file>)", re.IGNORECASE | re.ASCII)
+_REFERENCE = re.compile(
+    _REPOSITORY + r"(?::(?P<quantisation>[a-z][a-z0-9_-]{0,63})|/(?P<file>[^:]{1,1000}\.gguf))",
     re.IGNORECASE | re.ASCII,
 )
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
@@ -45,10 +51,10 @@ _LABEL = re.compile(
 
 @dataclass(frozen=True)
 class Reference:
-    """A quantisation or a file of a repository at a revision.
+    """A quantisation or a file of a repository at a revision, or the bundle that the repository is.
 
     Attributes:
-        quantisation, file: one of the two is given; the other is "".
+        quantisation, file: one of the two is given, the other is ""; of a bundle both are "".
         certain: whether the text cannot be a path, because it names a quantisation or a revision.
     """
 
@@ -58,6 +64,15 @@ class Reference:
     quantisation: str
     file: str
     certain: bool
+
+    @property
+    def is_bundle(self) -> bool:
+        """Whether the repository itself is meant, as a bundle."""
+        return not self.quantisation and not self.file
+
+    def wants(self, name: str) -> bool:
+        """Check whether a file of this name may be one that is meant."""
+        return is_bundle_file(name) if self.is_bundle else name.lower().endswith(".gguf")
 
     @property
     def where(self) -> str:
@@ -101,9 +116,14 @@ class HubFile:
     digest: str
 
 
-def parse(source: str) -> Reference | None:
-    """Return the reference in a command's argument; None if the argument is a path, even a mistyped one."""
-    match = _REFERENCE.fullmatch(source)
+def parse(source: str, *, bundle: bool = False) -> Reference | None:
+    """Return the reference in a command's argument; None if the argument is a path, even a mistyped one.
+
+    Args:
+        source: the argument.
+        bundle: whether it names a bundle, and not a GGUF file.
+    """
+    match = (_BUNDLE if bundle else _REFERENCE).fullmatch(source)
     if match is None or os.path.lexists(source):
         return None
     repository, revision, quantisation, file = (
@@ -122,7 +142,7 @@ def parse(source: str) -> Reference | None:
 
 
 def listing(reference: Reference, info: ModelInfo) -> tuple[str, list[HubFile]]:
-    """Check the Hub's answer about a repository, and return the commit and the GGUF files that it lists.
+    """Check the Hub's answer about a repository, and return the commit and the files of a kind that it lists.
 
     Raises:
         InputRejectedError: a field is missing or malformed, or the answer is about another commit.
@@ -139,7 +159,7 @@ def listing(reference: Reference, info: ModelInfo) -> tuple[str, list[HubFile]]:
         name, size = sibling.rfilename, sibling.size
         if not isinstance(name, str):
             raise reference.malformed("a file without a name")
-        if not name.lower().endswith(".gguf"):
+        if not reference.wants(name):
             continue
         if not _is_safe(name) or name in files:
             raise reference.malformed(f"a file named {name[:200]!r}{' twice' if name in files else ''}")
@@ -147,19 +167,26 @@ def listing(reference: Reference, info: ModelInfo) -> tuple[str, list[HubFile]]:
         digest, digits = (sibling.lfs.sha256, 64) if sibling.lfs else (sibling.blob_id, 40)
         if not isinstance(digest, str) or not re.fullmatch(f"[0-9a-f]{{{digits}}}", digest):
             raise reference.malformed(f"{name} has no hash")
-        if type(size) is not int or not _MIN_BYTES <= size <= _MAX_BYTES:
+        if type(size) is not int or not (1 if reference.is_bundle else _MIN_BYTES) <= size <= _MAX_BYTES:
             raise reference.malformed(f"{name} has {size!r:.50} bytes")
         files[name] = HubFile(name, size, digest)
     return commit, list(files.values())
 
 
 def selected(reference: Reference, files: Sequence[HubFile]) -> list[HubFile]:
-    """Return the files that the reference names, in order: one file, or all parts of a split one.
+    """Return the files that the reference names, in order: one, all parts of a split one, or those of a bundle.
 
     Raises:
         InputRejectedError: there is no such file, a part is missing, or several files have the quantisation.
     """
     named = {file.name: file for file in files}
+    if reference.is_bundle:
+        if missing := [name for name in (manifest.NAME, manifest.METADATA_NAME) if name not in named]:
+            raise reference.reject(
+                f"the repository is not a bundle: it has no {joined(missing, most=2)}",
+                f"If it has GGUF files, convert one: `q6k-convert {reference.repository}:QUANTISATION OUT/`.",
+            )
+        return sorted(files, key=lambda file: file.name != manifest.NAME)
     if not named:
         raise reference.reject("the repository has no GGUF file at this revision", "Name another repository.")
     chosen = reference.file or _quantised(reference, named)
