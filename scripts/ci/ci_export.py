@@ -30,7 +30,7 @@ from typing import Any
 
 import typer
 
-from ci_files import sha256, stamps, write
+from ci_files import origin, origin_of, sha256, stamps, write
 from q6k_convert import __version__
 from q6k_convert.cli import contents
 from q6k_convert.cli.reporting import peak_memory, reporting
@@ -119,8 +119,6 @@ class Export:
             and known.get("outputs") == self._outputs(name)
         )
 
-    # Steps
-
     def _download(self) -> None:
         found = resolve(
             self.args.model,
@@ -138,15 +136,16 @@ class Export:
             self.did.append("download")
 
     def _convert(self) -> Row:
-        args = self.args
-        # A run of this script may replace what an earlier run wrote.
-        force = args.force or bool(self.state.get("made_bundle"))
         with open_gguf(self.source) as model:
-            plan = make_plan(model, Options(args.scales, args.other))
+            plan = make_plan(model, Options(self.args.scales, self.args.other))
             self.terminal.plan(contents.plan_contents(plan))
-            with self.terminal.progress(plan.bytes_in, "converting") as progress:
-                result = run_conversion(plan, self.bundle, jobs=default_jobs(), force=force, progress=progress)
-        self.state["made_bundle"] = True
+            # A run may replace what an earlier run wrote, also one that was killed before it could say so.
+            old, known = origin_of(self.bundle), self.state.get("origins", [])
+            force = self.args.force or old in known
+            self.state["origins"] = [*(each for each in known if each == old), origin(plan)]
+            self._write_state()
+            with self.terminal.progress(plan.bytes_in, "converting") as tell:
+                result = run_conversion(plan, self.bundle, jobs=default_jobs(), force=force, progress=tell)
         row = contents.result_contents(result, 0)
         names = ("tensors_planar", "tensors_other", "tensors_skipped", "bytes_in", "bytes_out", "bits_per_weight")
         return {"options": result.manifest.options, **{name: row[name] for name in names}}

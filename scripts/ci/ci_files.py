@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from q6k_convert.convert.plan import Plan
+from q6k_kernels.bundle import manifest as manifests
+
 
 def stamps(paths: Any) -> list[Any]:
     """Return name, size and time of the files that exist."""
@@ -27,3 +30,19 @@ def write(path: Path, content: dict[str, Any] | str) -> None:
     new = path.with_name(f"{path.name}.new")
     new.write_text(text, encoding="utf-8")
     new.replace(path)
+
+
+def origin(plan: Plan) -> Any:
+    """Return, as JSON holds it, what a bundle will be made of: options, names and sizes of the source files."""
+    return json.loads(
+        json.dumps([plan.options.recorded(), [[part.path.name, part.size] for part in plan.model.parts]])
+    )
+
+
+def origin_of(bundle: Path) -> Any:
+    """Return what a bundle was made of, as `origin` does; None if there is no bundle."""
+    try:
+        found = manifests.read(bundle)
+    except manifests.BundleError:
+        return None
+    return [found.options, [[source.name, source.size] for source in found.sources]]

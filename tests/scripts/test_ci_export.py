@@ -212,6 +212,47 @@ def test_a_run_that_failed_is_gone_on_with(
     ]  # fmt: skip
 
 
+class Killed(BaseException):
+    """The end of a process, after which nothing is written."""
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["new", "over a bundle of other options"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_run_killed_around_the_conversion_is_gone_on_with(
+    when: str, earlier: bool, gguf: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = ("--skip", "verify", "--skip", "answer")
+    if earlier:
+        export(gguf, out, "--scales", "exact", *short)
+    real = ci_export.run_conversion
+
+    def killed(*args: Any, **more: Any) -> None:
+        if when == "after":
+            real(*args, **more)
+        raise Killed
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(ci_export, "run_conversion", killed)
+            with pytest.raises(Killed):
+                export(gguf, out, *short)
+    assert export(gguf, out, *short)["status"] == "passed"
+
+
+def test_a_killed_run_gives_no_right_to_replace_the_bundle_of_another(
+    tiny: tuple[Path, Any], gguf: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ci_export, "run_conversion", killed)
+        with pytest.raises(Killed):
+            export(gguf, out)
+    shutil.copytree(tiny[0].parent / "out", out / "bundle")
+    assert "already a bundle" in export(gguf, out, code=4)["failure"]["error"]
+
+
 def touched(gguf: Path, out: Path) -> tuple[str, ...]:
     os.utime(gguf, ns=(0, 0))
     return ()
