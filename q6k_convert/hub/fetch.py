@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,8 +23,9 @@ from urllib.parse import urlsplit
 
 from q6k_convert import __version__, text
 from q6k_convert.errors import EnvironmentMissingError, InputRejectedError, IOFailedError, UsageError
+from q6k_convert.hub.answers import guard, in_time, within
 from q6k_convert.hub.failures import in_words
-from q6k_convert.hub.hashes import Progress, Tell, check
+from q6k_convert.hub.hashes import Progress, Tell, check, record
 from q6k_convert.hub.names import COMMIT, SHOWN_FILES, HubFile, Reference, listing, parse, selected
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class _Hub:
         self.address = _public(constants.ENDPOINT)
         self.offline = is_offline_mode()
         self._reference = reference
+        guard(reference)
         self.has_token = bool(token)
         self._timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         self._api = HfApi(token=token or False, library_name="q6k-convert", library_version=__version__)
@@ -139,8 +141,12 @@ class _Hub:
         if self.offline:
             return self._cached_files()
         try:
-            info = self._api.model_info(
-                reference.repository, revision=reference.revision, files_metadata=True, timeout=self._timeout
+            info = within(
+                reference,
+                self.address,
+                lambda: self._api.model_info(
+                    reference.repository, revision=reference.revision, files_metadata=True, timeout=self._timeout
+                ),
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise reference.malformed("it does not describe a repository") from None
@@ -175,15 +181,18 @@ class _Hub:
 
     def is_cached(self, commit: str, file: HubFile) -> bool:
         """Check whether a file is in the cache."""
-        repository = self._reference.repository
-        found = self._api.hf_hub_download(repository, file.name, revision=commit, dry_run=True)
+        found = within(
+            self._reference,
+            self.address,
+            lambda: self._api.hf_hub_download(self._reference.repository, file.name, revision=commit, dry_run=True),
+        )
         if found.commit_hash != commit:
             raise self._reference.malformed(f"{file.name} is not of commit {commit}")
         return found.is_cached
 
     def fetch(self, commit: str, file: HubFile, tell: Tell) -> Path:
         """Return a file's path in the cache, after downloading it if it is missing. Its hash is not checked."""
-        bar = _bar(tell)
+        bar = _bar(in_time(file.name, file.size, tell))
         try:
             return Path(
                 self._api.hf_hub_download(self._reference.repository, file.name, revision=commit, tqdm_class=bar)
@@ -202,9 +211,7 @@ class _Hub:
     def remember(self, commit: str) -> None:
         """Record which commit the revision names, for offline mode."""
         if commit != self._reference.revision:
-            with suppress(OSError):  # a shared cache may be read-only
-                self._ref.parent.mkdir(parents=True, exist_ok=True)
-                self._ref.write_text(commit)
+            record(self._ref, commit)
 
     def plan(self, commit: str, files: Sequence[HubFile], cached: Sequence[bool]) -> dict[str, Any]:
         """Return which files are downloaded and which are in the cache, for `--json`."""

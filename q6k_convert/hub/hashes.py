@@ -9,6 +9,7 @@ size and times; no program can set the last of these, the change time:
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -42,6 +43,15 @@ def check(files: Sequence[HubFile], paths: Sequence[Path], cached: Sequence[bool
             _check(file, path, was_cached, tell)
 
 
+def record(path: Path, text: str) -> None:
+    """Write a small file in the place of whatever is there, where that is possible: a cache may be read-only."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(text)
+        new.replace(path)
+
+
 def _check(file: HubFile, path: Path, was_cached: bool, tell: Tell) -> None:
     """Compare one file's hash with the listed one, and remember a match."""
     if not file.digest:
@@ -49,13 +59,14 @@ def _check(file: HubFile, path: Path, was_cached: bool, tell: Tell) -> None:
             f"{path}: the cache does not say its hash, for it holds no links",
             "Run without HF_HUB_OFFLINE, or give the file by this path.",
         )
+    if not path.is_file():
+        raise IOFailedError(
+            f"{path}: expected a regular file", f"The cache is damaged: remove {path.resolve()} and run again."
+        )
     stamp = _stamp(path)
     found = _digest(file, path, tell)
     if found == file.digest:
-        note = _note(file)
-        with suppress(OSError):  # without this record the next run checks again
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(stamp)
+        record(_note(file), stamp)  # without this record the next run checks again
         return
     content = path.resolve()
     if was_cached:
@@ -82,7 +93,7 @@ def _digest(file: HubFile, path: Path, tell: Tell) -> str:
 def _is_remembered(file: HubFile, path: Path) -> bool:
     """Check whether this file has passed before and is unchanged since."""
     try:
-        return bool(file.digest) and _note(file).read_text() == _stamp(path)
+        return bool(file.digest) and _note(file).is_file() and _note(file).read_text() == _stamp(path)
     except OSError:
         return False
 
