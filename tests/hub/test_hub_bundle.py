@@ -14,6 +14,8 @@ from hub_server import FakeHub, fresh
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
 from q6k_convert.hub import bundle_path, parse
+from q6k_kernels.bundle.manifest import BundleError
+from q6k_kernels.bundle.published import directory_of
 from test_hub import no_progress
 
 OTHERS = {
@@ -87,3 +89,23 @@ def test_a_damaged_file_is_refused(hub: FakeHub) -> None:
 @pytest.mark.parametrize("text", ["out", "a/b/c", "/a/b", "./a", "a/b.gguf", "a/b@", "a//b", "../b", "a/.."])
 def test_what_is_no_reference_is_a_path(text: str) -> None:
     assert parse(text, bundle=True) is None
+
+
+def test_python_takes_a_bundle_of_the_hub(hub: FakeHub, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    from q6k_kernels import open_bundle
+
+    bundle = open_bundle("org/bundle@main")
+    assert bundle.path.parent.name == "snapshots"
+    assert {path.name for path in bundle.path.iterdir()} == {path.name for path in (tmp_path / "made").iterdir()}
+    assert list(bundle) == list(open_bundle(tmp_path / "made"))
+    assert directory_of(bundle.path / "metadata.gguf") == bundle.path / "metadata.gguf"
+    with pytest.raises(
+        BundleError, match="org/none is not a bundle: there is no such directory, and not on the Hub"
+    ):
+        open_bundle("org/none")
+
+
+@pytest.mark.parametrize("text", ["out", "a/b/c", "/a/b", "./a", "a//b", "../b"])
+def test_what_is_no_name_is_a_path(text: str) -> None:
+    assert directory_of(text) == Path(text)

@@ -141,6 +141,12 @@ class _Handler(BaseHTTPRequestHandler):
             elif found := self._visible(match[1], match[2]):
                 body = self.hub.tamper(listing(match[1], *found))
                 self._send(200, body if isinstance(body, bytes) else json.dumps(body).encode())
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+            if found := self._visible(match[1], match[2]):
+                files = [
+                    {"type": "file", "path": path, "size": len(c), "oid": digest(c)} for path, c in found[1].items()
+                ]
+                self._send(200, json.dumps(files).encode())
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             if found := self._visible(match[1], match[2], content=True):
                 self._file(*found, match[3], headers)

@@ -3,4 +3,15 @@
 Imports formats and gguf; no torch, no GPU.
 """
 
-__all__ = ["content", "links", "manifest", "metadata", "naming", "shards", "storage", "structure", "writer"]
+__all__ = [
+    "content",
+    "links",
+    "manifest",
+    "metadata",
+    "naming",
+    "published",
+    "shards",
+    "storage",
+    "structure",
+    "writer",
+]

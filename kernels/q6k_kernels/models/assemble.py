@@ -50,7 +50,7 @@ def load_model(
     """Build the model that a bundle holds.
 
     Args:
-        path: the bundle's directory.
+        path: the bundle's directory, or its name on the Hugging Face Hub, ORG/REPO or ORG/REPO@REVISION.
         device: the CPU or a CUDA GPU.
         dtype: dtype of activations and unpacked weights: bfloat16, float16, or on the CPU float32. By default
             bfloat16 on a GPU, float32 on the CPU.
@@ -81,7 +81,8 @@ def load_model(
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and dtype is torch.float32):
         raise ValueError(f"expected a CPU, or a GPU with bfloat16 or float16, found {dtype} on {device}")
     _check_transformers()
-    bundle, metadata = open_bundle(path), read_metadata(path)
+    bundle = open_bundle(path)
+    metadata = read_metadata(bundle.path)
     architecture = architecture_of(metadata)
     first = _on_meta(bundle, metadata, architecture, dtype, layers=1)
     layers = make_config(architecture, metadata, _shapes(bundle)).num_hidden_layers

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 from q6k_kernels.bundle.metadata import read_metadata
+from q6k_kernels.bundle.published import directory_of
 from q6k_kernels.tokenizer import chat
 from q6k_kernels.tokenizer.finder import Finder
 from q6k_kernels.tokenizer.vocabulary import TokenizerError, Vocabulary, read_vocabulary
@@ -34,7 +35,7 @@ def load_tokenizer(bundle: str | os.PathLike[str], directory: str | os.PathLike[
     """Load the tokenizer of a bundle.
 
     Args:
-        bundle: its directory, or its `metadata.gguf`.
+        bundle: its directory, its name on the Hugging Face Hub, or its `metadata.gguf`.
         directory: a Hugging Face directory whose tokenizer is used instead; nothing is downloaded, and no code in
             it is run.
 
@@ -48,7 +49,7 @@ def load_tokenizer(bundle: str | os.PathLike[str], directory: str | os.PathLike[
         from q6k_kernels.tokenizer.directory import from_directory
 
         return from_directory(directory)
-    metadata = read_metadata(bundle)
+    metadata = read_metadata(directory_of(bundle))
     return Tokenizer(read_vocabulary(metadata), metadata.string("tokenizer.chat_template"))
 
 

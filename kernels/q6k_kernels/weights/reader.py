@@ -23,6 +23,7 @@ from torch import Tensor
 
 from q6k_kernels.bundle import manifest as manifests
 from q6k_kernels.bundle.manifest import METADATA_NAME, BundleError, Manifest, StoredTensor
+from q6k_kernels.bundle.published import directory_of
 from q6k_kernels.bundle.structure import Entry, check_structure, read_header
 from q6k_kernels.weights.transfer import Arrays, Staging, Stamp, load_plain, load_planar, stamp, way_to
 from q6k_kernels.weights.weight import PackedWeight
@@ -36,13 +37,13 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     """Open a bundle for loading.
 
     Args:
-        path: the bundle's directory.
+        path: the bundle's directory, or the name of one on the Hugging Face Hub, ORG/REPO or ORG/REPO@REVISION.
 
     Raises:
         BundleError: it is no bundle, or its files break a rule of the format; the message says which.
         OSError: a file cannot be read.
     """
-    directory = Path(path)
+    directory = directory_of(path)
     manifest = manifests.read(directory)
     # Taken before the headers are read, so that any later change of a file is found.
     shards = [name for name in manifest.files if name.endswith(".safetensors") and (directory / name).is_file()]

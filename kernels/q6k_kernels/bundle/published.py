@@ -1,0 +1,38 @@
+"""Bundles that were published on the Hugging Face Hub, by name: ORG/REPO, or ORG/REPO@REVISION."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from q6k_kernels.bundle.manifest import BundleError
+
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+_NAME = re.compile(rf"({_PART}/{_PART})(?:@(refs/pr/[0-9]{{1,9}}|{_PART}))?")
+_FILES = ("bundle.json", "metadata.gguf", "model*.safetensors", "model.safetensors.index.json")
+
+
+def directory_of(path: str | os.PathLike[str]) -> Path:
+    """Return a path itself or, for the name of a published bundle, its directory in the Hub's cache.
+
+    A path that exists is never a name. Files are fetched by huggingface_hub, which comes with transformers.
+
+    Raises:
+        BundleError: there is neither such a path nor such a repository, or it cannot be fetched.
+    """
+    match = _NAME.fullmatch(os.fspath(path))
+    if match is None or os.path.lexists(path):
+        return Path(path)
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            return Path(snapshot_download(match[1], revision=match[2] or "main", allow_patterns=list(_FILES)))
+        except (HfHubHTTPError, OSError) as error:
+            # Not its text, which may have a signed address.
+            problem = f"not on the Hub, or it cannot be fetched ({type(error).__name__})"
+    except ImportError:
+        problem = "huggingface_hub, which fetches bundles of the Hub, is not installed"
+    raise BundleError(f"{path} is not a bundle: there is no such directory, and {problem}")
