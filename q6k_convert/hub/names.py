@@ -56,6 +56,7 @@ class Reference:
     Attributes:
         quantisation, file: one of the two is given, the other is ""; of a bundle both are "".
         certain: whether the text cannot be a path, because it names a quantisation or a revision.
+        bundle: whether the repository itself is meant, as a bundle.
     """
 
     text: str
@@ -64,15 +65,11 @@ class Reference:
     quantisation: str
     file: str
     certain: bool
-
-    @property
-    def is_bundle(self) -> bool:
-        """Whether the repository itself is meant, as a bundle."""
-        return not self.quantisation and not self.file
+    bundle: bool = False
 
     def wants(self, name: str) -> bool:
         """Check whether a file of this name may be one that is meant."""
-        return is_bundle_file(name) if self.is_bundle else name.lower().endswith(".gguf")
+        return is_bundle_file(name) if self.bundle else name.lower().endswith(".gguf")
 
     @property
     def where(self) -> str:
@@ -138,7 +135,7 @@ def parse(source: str, *, bundle: bool = False) -> Reference | None:
         or (not certain and Path(match["org"]).exists())
     ):
         return None
-    return Reference(source, repository, revision or "main", quantisation, file, certain)
+    return Reference(source, repository, revision or "main", quantisation, file, certain, bundle)
 
 
 def listing(reference: Reference, info: ModelInfo) -> tuple[str, list[HubFile]]:
@@ -167,7 +164,7 @@ def listing(reference: Reference, info: ModelInfo) -> tuple[str, list[HubFile]]:
         digest, digits = (sibling.lfs.sha256, 64) if sibling.lfs else (sibling.blob_id, 40)
         if not isinstance(digest, str) or not re.fullmatch(f"[0-9a-f]{{{digits}}}", digest):
             raise reference.malformed(f"{name} has no hash")
-        if type(size) is not int or not (1 if reference.is_bundle else _MIN_BYTES) <= size <= _MAX_BYTES:
+        if type(size) is not int or not (1 if reference.bundle else _MIN_BYTES) <= size <= _MAX_BYTES:
             raise reference.malformed(f"{name} has {size!r:.50} bytes")
         files[name] = HubFile(name, size, digest)
     return commit, list(files.values())
@@ -180,7 +177,7 @@ def selected(reference: Reference, files: Sequence[HubFile]) -> list[HubFile]:
         InputRejectedError: there is no such file, a part is missing, or several files have the quantisation.
     """
     named = {file.name: file for file in files}
-    if reference.is_bundle:
+    if reference.bundle:
         if missing := [name for name in (manifest.NAME, manifest.METADATA_NAME) if name not in named]:
             raise reference.reject(
                 f"the repository is not a bundle: it has no {joined(missing, most=2)}",
