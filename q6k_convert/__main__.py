@@ -23,7 +23,8 @@ def main() -> None:
         try:
             run()
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed by the caller
+                sys.stdout.flush()
     except OSError as error:  # of what is printed without a command's work: help and version
         stdout_lost()
         print(f"error: standard output: {error.strerror}", file=sys.stderr)
