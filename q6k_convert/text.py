@@ -10,18 +10,20 @@ from typing import Any
 
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _UNITS |= {unit + "I": 1024**power for power, unit in enumerate("KMGT", 1)}
-_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?I?)B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?I?)(B?)", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes that a text like `5GB` (decimal), `512MiB` (binary) or `1000000` names.
+    """Return the bytes that a text like `5GB` (decimal), `512MiB` (binary) or `1000000B` names.
 
     Raises:
-        ValueError: the text is not a size.
+        ValueError: the text is not a size, or has no unit.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None or match[2].upper() not in _UNITS:
-        raise ValueError(f"{text!r} is not a size; write it like 5GB, 512MiB or 1000000")
+        raise ValueError(f"{text!r} is not a size; write it like 5GB, 512MiB or 1000000B")
+    if not match[2] and not match[3]:
+        raise ValueError(f"{text!r} has no unit; write {match[1]}GB, or {match[1]}B for bytes")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

@@ -10,9 +10,18 @@ import typer
 from q6k_convert import __version__
 from q6k_convert.cli.group import ConvertByDefault, PlainCommand
 from q6k_convert.cli.model_commands import build_ops, doctor, export, generate
-from q6k_convert.cli.options import EXIT_CODES, HUB_BUNDLE, HUB_REFERENCE, JsonOption, QuietOption, VerboseOption
+from q6k_convert.cli.options import (
+    EXIT_CODES,
+    HUB_BUNDLE,
+    HUB_REFERENCE,
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    parse_device,
+)
 from q6k_convert.cli.reporting import peak_memory, reporting
 from q6k_convert.errors import ExitCode
+from q6k_convert.run.running import Device
 from q6k_convert.text import parse_size
 
 app = typer.Typer(
@@ -67,7 +76,7 @@ def convert(
         typer.Option(metavar="GLOB", help="Leave out tensors whose name matches; repeatable.", show_default="none"),
     ] = None,
     max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Start a new shard past this size: 5GB, 512MiB, or bytes.")
+        str, typer.Option(metavar="SIZE", help="Start a new shard past this size, like 5GB or 512MiB.")
     ] = "5GB",
     allow_nonfinite: Annotated[
         bool,
@@ -99,6 +108,7 @@ def convert(
     """Convert a GGUF file to a bundle."""
     with reporting(as_json, quiet, verbose) as terminal:
         from q6k_convert.cli import contents
+        from q6k_convert.cli.given import check_given
         from q6k_convert.convert.pipeline import check_room, default_jobs, run
         from q6k_convert.convert.plan import Options, make_plan
         from q6k_convert.convert.staging import check_output
@@ -119,6 +129,7 @@ def convert(
         if found.path is None:
             terminal.document({"status": "planned"} | found.document)
             return
+        check_given(found.path, "GGUF file", "q6k-convert convert")
         with open_gguf(found.path) as model:
             plan = make_plan(model, options)
             planned = contents.plan_contents(plan)
@@ -159,6 +170,7 @@ def inspect(
     """List what is inside a GGUF file or a bundle."""
     with reporting(as_json, False, verbose) as terminal:
         from q6k_convert.cli import contents
+        from q6k_convert.cli.given import check_given
         from q6k_convert.errors import UsageError
         from q6k_convert.hub import local_path
         from q6k_kernels.bundle import manifest
@@ -167,6 +179,7 @@ def inspect(
         from q6k_kernels.gguf.model import GGUFModel, open_gguf
 
         path = local_path(source, terminal.note, terminal.progress)
+        check_given(path, "bundle or GGUF file", "q6k-convert inspect")
         directory = path.is_dir()
         if key is not None:
             # metadata.gguf may come from a split model, whose other parts are not in the bundle.
@@ -195,7 +208,7 @@ def inspect(
 
 @app.command(cls=PlainCommand, epilog=EXIT_CODES)
 def verify(
-    bundle: Annotated[Path, typer.Argument(metavar="OUT/", help=f"Bundle to check, or {HUB_BUNDLE}")],
+    bundle: Annotated[str, typer.Argument(metavar="OUT/", help=f"Bundle to check, or {HUB_BUNDLE}")],
     source: Annotated[
         str | None,
         typer.Option(
@@ -208,10 +221,12 @@ def verify(
         bool, typer.Option("--fast", help="Check only the structure; read no array.", show_default="off")
     ] = False,
     device: Annotated[
-        Literal["auto", "cpu", "cuda"],
+        Device,
         typer.Option(
+            parser=parse_device,
+            metavar="[auto|cpu|cuda]",
             help="Also multiply with every packed tensor: by the reference on the cpu, or the kernels on cuda; "
-            "auto uses a GPU that is ready, else skips this."
+            "auto uses a GPU that is ready, else skips this.",
         ),
     ] = "auto",
     all_tensors: Annotated[
@@ -232,24 +247,30 @@ def verify(
     """Check a bundle: structure and checksums; weights against its source; results on a device."""
     with reporting(as_json, quiet, verbose) as terminal:
         from q6k_convert.cli import contents
+        from q6k_convert.cli.given import bundle_path, check_given
         from q6k_convert.convert.pipeline import default_jobs
         from q6k_convert.errors import UsageError
-        from q6k_convert.hub import bundle_path, local_path
+        from q6k_convert.hub import local_path
         from q6k_convert.verify.report import html_report
         from q6k_convert.verify.stages import verify as run_verification
 
+        directory = bundle_path(bundle, "q6k-convert verify", terminal)
         if report is not None and (
-            bundle.resolve() in report.resolve().parents
+            directory.resolve() in report.resolve().parents
             or (source is not None and report.exists() and Path(source).exists() and report.samefile(source))
         ):
             raise UsageError(
                 f"--report {report} lies in the bundle or is the source, which verifying must not touch",
                 "Give a file elsewhere.",
             )
+        compared = None
+        if source is not None:
+            compared = local_path(source, terminal.note, terminal.progress)
+            check_given(compared, "GGUF file", f"q6k-convert verify {directory} --source")
         run = run_verification(
-            bundle_path(bundle, terminal.note, terminal.progress),
+            directory,
             fast=fast,
-            source=None if source is None else local_path(source, terminal.note, terminal.progress),
+            source=compared,
             device=device,
             jobs=jobs or default_jobs(),
             progress=terminal.progress,

@@ -7,17 +7,33 @@ from typing import Annotated, Literal
 
 import typer
 
-from q6k_convert.cli.options import HUB_BUNDLE, JsonOption, QuietOption, VerboseOption
+from q6k_convert.cli.options import (
+    HUB_BUNDLE,
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    parse_device,
+    parse_dtype,
+)
 from q6k_convert.cli.reporting import reporting
 from q6k_convert.errors import ExitCode
+from q6k_convert.run.running import Device, Dtype
 
 DeviceOption = Annotated[
-    Literal["auto", "cpu", "cuda"],
-    typer.Option(help="Run on this device; auto: a GPU that is ready, else the CPU."),
+    Device,
+    typer.Option(
+        parser=parse_device,
+        metavar="[auto|cpu|cuda]",
+        help="Run on this device; auto: a GPU that is ready, else the CPU.",
+    ),
 ]
 DtypeOption = Annotated[
-    Literal["auto", "bf16", "fp16", "fp32"],
-    typer.Option(help="Compute in this dtype; auto: bf16 on a GPU, fp32 on the CPU."),
+    Dtype,
+    typer.Option(
+        parser=parse_dtype,
+        metavar="[auto|bf16|fp16|fp32]",
+        help="Compute in this dtype; auto: bf16 on a GPU, fp32 on the CPU.",
+    ),
 ]
 ActivationsOption = Annotated[
     Literal["auto", "int8", "bf16"],
@@ -26,7 +42,7 @@ ActivationsOption = Annotated[
 
 
 def generate(
-    bundle: Annotated[Path, typer.Argument(metavar="OUT/", help=f"Bundle of the model, or {HUB_BUNDLE}")],
+    bundle: Annotated[str, typer.Argument(metavar="OUT/", help=f"Bundle of the model, or {HUB_BUNDLE}")],
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -72,11 +88,11 @@ def generate(
 ) -> None:
     """Continue a text with a bundle's model, or answer it with --chat."""
     with reporting(as_json, quiet, verbose) as terminal:
-        from q6k_convert.hub import bundle_path
+        from q6k_convert.cli.given import bundle_path
         from q6k_convert.run.generate_command import GenerateRequest, run
 
         request = GenerateRequest(
-            bundle=bundle_path(bundle, terminal.note, terminal.progress),
+            bundle=bundle_path(bundle, "q6k-convert generate", terminal),
             prompt=prompt,
             chat=chat,
             system=system,
@@ -92,7 +108,7 @@ def generate(
 
 
 def export(
-    bundle: Annotated[Path, typer.Argument(metavar="OUT/", help="Bundle of the model.")],
+    bundle: Annotated[str, typer.Argument(metavar="OUT/", help="Bundle of the model.")],
     target: Annotated[Path, typer.Argument(metavar="MODEL.pt2", help="Program file to write.")],
     capacity: Annotated[
         int | None,
@@ -117,9 +133,11 @@ def export(
 ) -> None:
     """Compile a bundle's model into one file that runs without Python."""
     with reporting(as_json, quiet, verbose) as terminal:
+        from q6k_convert.cli.given import bundle_path
         from q6k_convert.run.export_command import ExportRequest, run
 
-        request = ExportRequest(bundle, target, capacity, device, dtype, activations, force)
+        path = bundle_path(bundle, "q6k-convert export", terminal)
+        request = ExportRequest(path, target, capacity, device, dtype, activations, force)
         report = run(request, terminal.note, terminal.progress)
         if as_json:
             terminal.document(report)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from collections.abc import Callable
+from typing import Annotated, get_args
 
 import typer
+
+from q6k_convert.run.running import Device, Dtype
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 a bug; 2 usage; 3 input rejected; 4 I/O or output conflict; 5 verification failed;
@@ -25,3 +29,32 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors o
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.", show_default="off")
 ]
+
+_DTYPES = {
+    "bfloat16": "bf16",
+    **dict.fromkeys(("float16", "f16", "half"), "fp16"),
+    **dict.fromkeys(("float32", "f32", "float"), "fp32"),
+}
+"""Other names of dtypes -> ours."""
+
+
+def one_of(choices: tuple[str, ...], others: dict[str, str]) -> Callable[[str], str]:
+    """Return a parser of an option's value: one of the choices, or another name of one, in any case."""
+
+    def parse(value: str) -> str:
+        word = value.lower()
+        word = others.get(word, word)
+        if (numbered := re.fullmatch(r"(?:cuda|gpu):(\d{1,3})", word)) and "cuda" in choices:
+            raise typer.BadParameter(
+                f"{value!r}: the environment chooses the GPU: put CUDA_VISIBLE_DEVICES={numbered[1]} before the "
+                "command, and give --device cuda."
+            )
+        if word not in choices:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(map(repr, choices))}.")
+        return word
+
+    return parse
+
+
+parse_device = one_of(get_args(Device), {"gpu": "cuda", "cuda:0": "cuda"})
+parse_dtype = one_of(get_args(Dtype), _DTYPES)

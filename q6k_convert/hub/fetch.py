@@ -54,15 +54,12 @@ def local_path(source: str, note: Callable[[str], None], progress: Progress) -> 
     return found
 
 
-def bundle_path(source: Path, note: Callable[[str], None], progress: Progress) -> Path:
-    """Return the directory of a bundle: a path itself or, for ORG/REPO[@REVISION], that in the cache.
+def fetched_bundle(reference: Reference, note: Callable[[str], None], progress: Progress) -> Path:
+    """Return the directory of a published bundle in the cache, after downloading what is missing.
 
     Raises:
         As `resolve`.
     """
-    reference = parse(str(source), bundle=True)
-    if reference is None:
-        return source
     manifest = _resolved(reference, note, progress, download=True).path
     assert manifest is not None  # noqa: S101 -- for the type checker
     return manifest.parent

@@ -2,10 +2,12 @@
 
     reference = ORG/REPO[@REVISION]:QUANTISATION      the one model of that quantisation, all its parts
               | ORG/REPO[@REVISION]/PATH/FILE.gguf    that file, and the other parts if it is one of several
-              | ORG/REPO[@REVISION]                   where a bundle is asked for: the bundle that it is
+              | ORG/REPO[@REVISION]                   where a bundle is asked for: the bundle that it is;
+                                                      else refused with a list of the repository's quantisations
+              | an address of one of these            https://huggingface.co/…, hf.co/…, hf://…
     revision  = branch, tag or commit without a slash, or refs/pr/NUMBER; `main` if none is given
 
-A path that exists on this machine is never a reference. Neither is `DIR/FILE.gguf` or `DIR/…/FILE.gguf` where DIR
+A path that exists on this machine is never a reference. Neither is `DIR/FILE` or `DIR/…/FILE.gguf` where DIR
 exists: that is a mistyped path. The Hub is not trusted: its names, sizes and hashes are checked before use.
 """
 
@@ -17,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from q6k_convert.errors import InputRejectedError, IOFailedError, Q6KConvertError
 from q6k_kernels.bundle import manifest
@@ -33,15 +36,23 @@ _MIN_BYTES = 24  # of a GGUF's header
 _MAX_BYTES = 1 << 46  # more than any disk
 _MAX_NAME, _MAX_COMPONENT = 1000, 255
 _NAME = r"[a-z0-9_](?:[a-z0-9_.-]{0,94}[a-z0-9_])?"
-_REPOSITORY = (
+_REFERENCE = re.compile(
     rf"(?P<repository>(?P<org>{_NAME})/{_NAME})"
     r"(?:@(?P<revision>refs/pr/[0-9]{1,9}|[a-z0-9_](?:[a-z0-9_.+-]{0,198}[a-z0-9_])?))?"
-)
-_BUNDLE = re.compile(_REPOSITORY + "(?P<quantisation>)(?P<file>)", re.IGNORECASE | re.ASCII)
-_REFERENCE = re.compile(
-    _REPOSITORY + r"(?::(?P<quantisation>[a-z][a-z0-9_-]{0,63})|/(?P<file>[^:]{1,1000}\.gguf))",
+    r"(?::(?P<quantisation>[a-z][a-z0-9_-]{0,63})|/(?P<file>[^:]{1,1000}\.gguf))?",
     re.IGNORECASE | re.ASCII,
 )
+_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+_ADDRESS = re.compile(
+    rf"(?P<scheme>[a-z][a-z0-9+.-]{{0,20}})://|(?:{'|'.join(map(re.escape, _HOSTS))})/", re.IGNORECASE | re.ASCII
+)
+_PAGE = re.compile(
+    r"(?P<repository>[^/]+/[^/]+)(?:/(?P<view>resolve|blob|raw|tree)/(?P<revision>refs/pr/[0-9]{1,9}|[^/]+)"
+    r"(?:/(?P<file>.+))?)?",
+    re.DOTALL,
+)
+_FILE_ENDINGS = (".gguf", ".git", ".safetensors", ".bin", ".pt", ".pth", ".json", ".zip")
+"""Endings of file names, in lower case: what has one is no repository."""
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
 _LABEL = re.compile(
     r"(?:^|[-._])((?:UD-)?(?:I?Q[1-8](?:_[A-Z0-9]+)*|TQ[12]_0|MXFP4(?:_MOE)?|NVFP4|BF16|FP?16|FP?32))$",
@@ -54,9 +65,10 @@ class Reference:
     """A quantisation or a file of a repository at a revision, or the bundle that the repository is.
 
     Attributes:
-        quantisation, file: one of the two is given, the other is ""; of a bundle both are "".
-        certain: whether the text cannot be a path, because it names a quantisation or a revision.
-        bundle: whether the repository itself is meant, as a bundle.
+        text: the reference in its short form, also if an address was given.
+        quantisation, file: at most one of the two is given; the other is "".
+        certain: whether the text cannot be a path, because it is an address or names a quantisation or a revision.
+        bundle: whether the repository itself is meant, as a bundle; then both are "".
     """
 
     text: str
@@ -118,24 +130,77 @@ def parse(source: str, *, bundle: bool = False) -> Reference | None:
 
     Args:
         source: the argument.
-        bundle: whether it names a bundle, and not a GGUF file.
+        bundle: whether a bundle is asked for, and not a GGUF file.
+
+    Raises:
+        InputRejectedError: the argument is an address, but not of a model or a GGUF file on the Hub.
     """
-    match = (_BUNDLE if bundle else _REFERENCE).fullmatch(source)
-    if match is None or os.path.lexists(source):
+    if os.path.lexists(source):
+        return None
+    address = _ADDRESS.match(source)
+    text = _short(source, address) if address else source
+    reference = _reference(text, certain=bool(address), bundle=bundle)
+    if address and reference is None:
+        raise _no_model(source, "it is not that of a model or of a .gguf file on the Hub")
+    return reference
+
+
+def _reference(text: str, *, certain: bool, bundle: bool) -> Reference | None:
+    """Return the reference that a text in its short form is, or None."""
+    match = _REFERENCE.fullmatch(text)
+    if match is None:
         return None
     repository, revision, quantisation, file = (
         match[part] or "" for part in ("repository", "revision", "quantisation", "file")
     )
-    certain = bool(quantisation or revision)
+    certain = certain or bool(quantisation or revision)
     if (
         "--" in repository
         or ".." in repository + revision
-        or repository.lower().endswith((".gguf", ".git"))
+        or repository.lower().endswith(_FILE_ENDINGS)
         or (file and not _is_safe(file))
         or (not certain and Path(match["org"]).exists())
     ):
         return None
-    return Reference(source, repository, revision or "main", quantisation, file, certain, bundle)
+    bundle = bundle and not (quantisation or file)
+    return Reference(text, repository, revision or "main", quantisation, file, certain, bundle)
+
+
+def _short(source: str, address: re.Match[str]) -> str:
+    """Return the short form of an address of the Hub; "" if it leads to no model.
+
+    Raises:
+        InputRejectedError: it is an address of another place.
+    """
+    scheme = (address["scheme"] or "https").lower()
+    if scheme == "hf":
+        return source[address.end() :]
+    try:
+        parts = urlsplit(source if address["scheme"] else f"https://{source}")
+        host = urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc.lower()
+    except ValueError:
+        raise _no_model(source, "it is malformed") from None
+    if scheme not in ("http", "https") or parts.netloc.lower() not in {*_HOSTS, host} - {""}:
+        raise _no_model(source, "only files of the Hugging Face Hub are fetched")
+    path = unquote(parts.path).strip("/")
+    if path.startswith(("datasets/", "spaces/")):
+        return ""
+    page = _PAGE.fullmatch(path)
+    if page is None or page["view"] is None:
+        shown = parse_qs(parts.query).get("show_file_info", [""])[0]  # as a file is opened on a model's page
+        return path + (f"/{shown}" if shown else "")
+    revision = "" if page["revision"] == "main" else f"@{page['revision']}"
+    file = f"/{page['file']}" if page["file"] and page["view"] != "tree" else ""
+    return f"{page['repository']}{revision}{file}"
+
+
+def _no_model(source: str, why: str) -> InputRejectedError:
+    """Return an error about an address. Its text is not repeated in full: it may hold a password or a token."""
+    public = re.sub(r"//[^/]*@", "//", source.partition("?")[0].partition("#")[0])
+    return InputRejectedError(
+        f"{public}: an address that cannot be opened: {why}",
+        "Download the GGUF file and give its path; of the Hub, ORG/REPO:QUANTISATION or ORG/REPO/FILE.gguf.",
+    )
 
 
 def listing(reference: Reference, info: ModelInfo) -> tuple[str, list[HubFile]]:
@@ -185,7 +250,12 @@ def selected(reference: Reference, files: Sequence[HubFile]) -> list[HubFile]:
             )
         return sorted(files, key=lambda file: file.name != manifest.NAME)
     if not named:
-        raise reference.reject("the repository has no GGUF file at this revision", "Name another repository.")
+        raise reference.reject(
+            "the repository has no GGUF file at this revision",
+            "Name one that has: the Hub lists those of a model as its quantizations.",
+        )
+    if not reference.quantisation and not reference.file:
+        raise _unnamed(reference, named)
     chosen = reference.file or _quantised(reference, named)
     if reference.file and chosen not in named:
         raise reference.reject(
@@ -201,6 +271,18 @@ def selected(reference: Reference, files: Sequence[HubFile]) -> list[HubFile]:
             f"split parts missing of {chosen}: {joined(missing, most=5)}", "Name a model that is whole."
         )
     return [named[name] for name in names]
+
+
+def _unnamed(reference: Reference, named: dict[str, HubFile]) -> InputRejectedError:
+    """Return an error that lists the models of a repository, for a reference that names none."""
+    models = {_first_part(name): _label(name).upper() for name in named}
+    labels = sorted({label for label in models.values() if label})
+    first = f":{labels[0]}" if labels else f"/{min(models)}"
+    listed = joined(labels or sorted(models), most=SHOWN_FILES)
+    return reference.reject(
+        f"it has {len(models)} GGUF models, and none is named: {listed}",
+        f"Name one, like `{reference.text}{first}`.",
+    )
 
 
 def _quantised(reference: Reference, named: dict[str, HubFile]) -> str:

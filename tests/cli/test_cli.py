@@ -94,7 +94,7 @@ def test_a_mistyped_command_gets_a_hint(args: tuple[str, ...]) -> None:
 
 def test_sizes_are_decimal_or_binary() -> None:
     sizes = {
-        "5GB": 5_000_000_000, "512MiB": 512 << 20, "1000000": 1_000_000, "1.5k": 1500, " 2 tb ": 2 * 10**12,
+        "5GB": 5_000_000_000, "512MiB": 512 << 20, "1000000B": 1_000_000, "1.5k": 1500, " 2 tb ": 2 * 10**12,
         "7B": 7, "3Ki": 3072, "0.5gib": 1 << 29,
     }  # fmt: skip
     assert {text: parse_size(text) for text in sizes} == sizes
@@ -104,7 +104,7 @@ def test_sizes_are_decimal_or_binary() -> None:
     "size", ["", "GB", "-5", "1e9", "5XB", "5 5", "nan", "inf", "5iB", "1.", ".5", "9" * 16, "5GBB"]
 )
 def test_what_is_no_size_is_a_usage_error(size: str, model: Path, out: Path) -> None:
-    with pytest.raises(ValueError, match="is not a size; write it like 5GB, 512MiB or 1000000"):
+    with pytest.raises(ValueError, match="is not a size; write it like 5GB, 512MiB or 1000000B"):
         parse_size(size)
     result = invoke(model, out, f"--max-shard-size={size}")
     assert result.exit_code == 2
@@ -137,13 +137,15 @@ def test_an_input_that_is_rejected_is_exit_3(tmp_path: Path, out: Path) -> None:
     failed(invoke(tmp_path / "text", out), 3, "text: magic at byte 0: expected 'GGUF'", "Give a GGUF file.")
     broken = broken_late().write(tmp_path / "broken.gguf")
     failed(invoke(broken, out), 3, BROKEN_LATE, "--allow-nonfinite")
-    failed(invoke("inspect", tmp_path), 3, "is not a bundle: it has no bundle.json", "Make the bundle again")
-    assert sorted(listing(tmp_path)) == ["broken.gguf", "text"]
+    (tmp_path / "empty").mkdir()
+    failed(invoke("inspect", tmp_path / "empty"), 3, "is not a bundle: it has no bundle.json", "Make the bundle")
+    assert sorted(listing(tmp_path)) == ["broken.gguf", "empty", "text"]
 
 
 def test_an_output_conflict_or_a_missing_file_is_exit_4(model: Path, out: Path) -> None:
     failed(invoke(model.parent / "absent.gguf", out), 4, "absent.gguf: No such file", "Check the path")
-    failed(invoke(model.parent, out), 4, "is a directory", "Give the path of a .gguf file.")
+    (empty := out.with_name("empty")).mkdir()
+    failed(invoke(empty, out), 4, "is a directory", "Give the path of a .gguf file.")
     failed(invoke(model, model.parent), 4, "are the same or nested", "Give a new directory as output.")
     assert invoke(model, out).exit_code == 0
     failed(invoke(model, out), 4, f"the output {out} is already a bundle", "--force")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def absent(name: str) -> str:
     "path",
     [
         "models/foo.gguf", "foo.gguf", "./org/tiny/foo.gguf", "/org/tiny/foo.gguf", "../org/tiny/foo.gguf",
-        "here/tiny/foo.gguf", "org/tiny/../foo.gguf", "org/tiny", "org/tiny/foo.bin", "org/tiny.gguf:Q6_K",
+        "here/tiny/foo.gguf", "org/tiny/../foo.gguf", "here/tiny", "org/tiny/foo.bin", "org/foo.safetensors",
+        "org/tiny.gguf:Q6_K",
         "org/ti--ny:Q6_K", "org/ti..ny:Q6_K", "org/tiny@../x:Q6_K", "org/tiny@a/b:Q6_K", "org:Q6_K", "org/tiny:",
         "-org/tiny:Q6_K", "org/tiny@-x:Q6_K", "org/tiny:../x", "org/tiny@v\n:Q6_K", "org/tïny:Q6_K",
     ],
@@ -73,6 +75,60 @@ def test_what_may_be_either_is_said_to_be_neither(hub: FakeHub, monkeypatch: pyt
     failed(invoke(path, "out"), 4, f"{both}for files of the Hub huggingface_hub", "q6k-convert[hub]")
 
 
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        ("https://huggingface.co/org/tiny", "org/tiny"),
+        ("https://huggingface.co/org/tiny/tree/main", "org/tiny"),
+        ("https://huggingface.co/org/tiny/tree/v1.0/sub", "org/tiny@v1.0"),
+        ("https://huggingface.co/org/tiny:Q6_K", "org/tiny:Q6_K"),
+        ("https://huggingface.co/org/tiny/resolve/main/a/X.gguf?download=true", "org/tiny/a/X.gguf"),
+        ("https://huggingface.co/org/tiny/blob/v1.0/X%20y.gguf#L1", "org/tiny@v1.0/X y.gguf"),
+        ("https://huggingface.co/org/tiny/blob/refs%2Fpr%2F3/X.gguf", "org/tiny@refs/pr/3/X.gguf"),
+        ("https://huggingface.co/org/tiny?show_file_info=a%2FX.gguf", "org/tiny/a/X.gguf"),
+        ("http://hf.co/org/tiny/", "org/tiny"),
+        ("hf.co/org/tiny:Q6_K", "org/tiny:Q6_K"),
+        ("huggingface.co/org/tiny/resolve/main/X.gguf", "org/tiny/X.gguf"),
+        ("HF://org/tiny@v1.0/X.gguf", "org/tiny@v1.0/X.gguf"),
+        ("https://mirror.test:8443/org/tiny/resolve/main/X.gguf", "org/tiny/X.gguf"),
+    ],
+)
+def test_an_address_is_the_reference_it_leads_to(address: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.test:8443")
+    found = parse(address)
+    assert found is not None
+    assert (found.text, found.certain) == (text, True)
+    assert replace(found, certain=False) == replace(parse(text) or found, certain=False)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://user:secret@huggingface.co/org/tiny/resolve/main/X.gguf", "https://huggingface.co/org",
+        "https://huggingface.co/datasets/org/tiny/resolve/main/X.gguf?token=secret", "https://[::1/org/tiny:Q6_K",
+        "https://huggingface.co/org/tiny/resolve/main/model.safetensors", "s3://bucket/X.gguf", "hf://org/../x:Q6_K",
+        "https://evil.test/org/tiny/resolve/main/X.gguf?token=secret", "https://huggingface.co@evil.test/org/tiny",
+        "https://huggingface.co/org/tiny/resolve/main/%2e%2e/X.gguf", "file:///models/X.gguf", "hf.co/org",
+    ],
+)  # fmt: skip
+def test_any_other_address_is_named_and_not_opened(address: str, hub: FakeHub) -> None:
+    result = invoke("inspect", address)
+    failed(result, 3, "an address that cannot be opened: ", "Download the GGUF file and give its path")
+    assert "secret" not in result.output
+    assert hub.asked == []
+
+
+def test_a_repository_alone_lists_what_it_has(hub: FakeHub) -> None:
+    hub.add("org/many", {f"{name}.gguf": MODEL for name in ("a-Q4_K_M", "a-Q8_0-00001-of-00001", "mmproj-a")})
+    listed = "org/many: on the Hub: it has 3 GGUF models, and none is named: Q4_K_M, Q8_0"
+    for text in ("org/many", "https://huggingface.co/org/many/tree/main"):
+        failed(invoke(text, "out"), 3, listed, "Name one, like `org/many:Q4_K_M`.")
+    hub.add("org/plain", {"b.gguf": MODEL}, "v1")
+    failed(invoke("inspect", "org/plain@v1"), 3, "none is named: b.gguf", "like `org/plain@v1/b.gguf`")
+    failed(invoke("inspect", "org/none"), 4, "org/none: No such file or directory; and taken for a", "if the Hub")
+    assert hub.contents() == []
+
+
 def test_without_the_extra_a_reference_is_exit_6(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     for found, what in ((absent, "none"), (lambda _: "0.36.2", "0.36.2"), (lambda _: "1.30.9", "1.30.9")):
         monkeypatch.setattr(fetch, "version", found)
@@ -98,7 +154,7 @@ def test_what_is_not_there_is_exit_3(hub: FakeHub) -> None:
     failed(invoke("org/tiny@v9:Q6_K", "out"), 3, "org/tiny has no revision 'v9'", "Look at http")
     failed(invoke("org/tiny@main/x.gguf", "out"), 3, f"no such file; there are: {NAME}", "Name one")
     hub.add("org/text", {"README.md": b"x"})
-    failed(invoke("org/text:Q6_K", "out"), 3, "has no GGUF file", "another repository")
+    failed(invoke("org/text:Q6_K", "out"), 3, "has no GGUF file", "Name one that has")
     hub.add("org/part", {"a-Q6_K-00002-of-00003.gguf": MODEL})
     failed(invoke("org/part:Q6_K", "out"), 3, "00001-of-00003.gguf, a-Q6_K-00003-of-00003.gguf", "whole")
     assert hub.contents() == []
