@@ -113,7 +113,7 @@ def convert(
         from q6k_convert.convert.plan import Options, make_plan
         from q6k_convert.convert.staging import check_output
         from q6k_convert.errors import UsageError
-        from q6k_convert.hub import parse, resolve
+        from q6k_convert.hub import resolve
         from q6k_kernels.gguf.model import open_gguf
 
         try:
@@ -123,8 +123,8 @@ def convert(
         if shard_bytes < 1:
             raise UsageError("--max-shard-size must be at least one byte")
         options = Options(scales, other, tuple(include or ()), tuple(exclude or ()), shard_bytes, allow_nonfinite)
-        if parse(source) is not None:
-            check_output(output, [], force=force)  # before a download that may take hours
+        local = [Path(source)] if Path(source).exists() else []
+        check_output(output, local, force=force)  # before a download that may take hours
         found = resolve(source, terminal.note, terminal.progress, download=not dry_run)
         if found.path is None:
             terminal.document({"status": "planned"} | found.document)
@@ -132,10 +132,10 @@ def convert(
         check_given(found.path, "GGUF file", "q6k-convert convert")
         with open_gguf(found.path) as model:
             plan = make_plan(model, options)
+            check_room(plan, output, force=force)
             planned = contents.plan_contents(plan)
             terminal.plan(planned)
             if dry_run:
-                check_room(plan, output, force=force)
                 terminal.document({"status": "planned", "plan": planned} | found.document)
                 return
             with terminal.progress(plan.bytes_in, "converting") as progress:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _LINE_SECONDS = 5.0
 _FINDINGS = 50
 _WORST = 15
+_UNFOLDED = 10_000
 
 _STORAGE_WORDS = {
     "planar": "packed as {format}, {bits_per_weight:g} bits a weight",
@@ -137,7 +138,9 @@ class Terminal:
         self._out.print(table)
 
     def gguf(self, content: Row) -> None:
-        """Print the contents of a GGUF."""
+        """Print the contents of a GGUF, unless the document has them."""
+        if self.as_json:
+            return
         for file in content["files"]:
             self._say(
                 f"{file['name']}: GGUF version {file['version']}, alignment {file['alignment']}, "
@@ -154,7 +157,9 @@ class Terminal:
         self._totals(content, "bytes_in")
 
     def bundle(self, content: Row) -> None:
-        """Print the contents of a bundle."""
+        """Print the contents of a bundle, unless the document has them."""
+        if self.as_json:
+            return
         self._say(f"{content['path']}: q6k-planar bundle by {content['producer']}")
         table = make_table("", "", header=False)
         add_row(table, "architecture", content["architecture"])
@@ -339,4 +344,6 @@ def _console(*, stderr: bool, quiet: bool = False) -> Console:
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError  # rich would exit with a code of its own
 
-    return Plain(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
+    # A file or a pipe has no width: a table in it is not folded.
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else _UNFOLDED
+    return Plain(stderr=stderr, quiet=quiet, width=width, highlight=False, markup=False, emoji=False)

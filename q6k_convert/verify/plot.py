@@ -90,6 +90,14 @@ span.in { color: var(--in); } span.out { color: var(--k0); }
 .k0 { fill: var(--k0); } .k1 { fill: var(--k1); } .k2 { fill: var(--k2); } .k3 { fill: var(--k3); }
 .k4 { fill: var(--k4); } .k5 { fill: var(--k5); } .k6 { fill: var(--k6); } .k7 { fill: var(--k7); }
 .k8 { fill: var(--k8); }
+@media screen and (max-width: 600px) { main { padding: 12px 10px 32px; } header, section { padding: 14px; }
+  h1 { font-size: 2em; } thead { display: none; } table, tbody, tr { display: block; } tr { padding: 8px 0;
+  border-bottom: 1px solid var(--line); } tbody tr:last-child { border-bottom: 0; } th, td, tbody th,
+  section.bad td, .tensors tbody th { display: block; border: 0; padding: 1px 0; min-width: 0; }
+  td, section.bad td { display: flex; justify-content: space-between; gap: 14px; text-align: right;
+  white-space: normal; overflow-wrap: anywhere; }
+  td::before { content: attr(data-name); color: var(--soft); text-align: left; flex: 0 0 auto; max-width: 48%; }
+  .number + :not(.number) { padding-left: 0; } small { min-width: 0; } }
 @media print { body { background: none; font-size: 11px; } main { max-width: none; padding: 0; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } th, td { padding: 3px 7px 3px 0; }
   .wide { overflow: visible; } section.bad td { min-width: 9em; }

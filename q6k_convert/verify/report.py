@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ Row = dict[str, Any]
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _MOST_PANELS = 8
 _NONE = "–"
+_SNR = "signal to noise, higher is better"
+_ERROR = "error in tolerances, at most 1 passes"
 _STATES = {"passed": "✓", "failed": "✗", "skipped": "–"}
 _STAGES = {
     "structure": "files, sizes and offsets",
@@ -67,7 +70,7 @@ def _head(report: Row) -> str:
         tiles.append(
             ("arrays as the source gives", "all" if totals["equal"] else '<span class="bad">not all</span>')
         )
-        tiles.append(("error of the weights that are not exact", _snr(totals)))
+        tiles.append(("signal to noise of weights that are not exact; higher is better", _snr(totals)))
     if report["nonfinite_scales"] is not None:
         tiles.append(("scales that are NaN or infinite", f"{report['nonfinite_scales']:,}"))
     shown = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles)
@@ -153,7 +156,7 @@ def _device(report: Row, depth: Depth) -> str:
         rows.append([safe(activations), f"{m:,}", passed, worst, *spread])
         if points:
             panels.append((f"{activations} activations, m = {m:,}", points))
-    columns = ("activations", "m>", "runs passed>", "worst error in tolerances>")
+    columns = ("activations", "m>", "runs passed>", f"worst {_ERROR}>")
     body = _table((*columns, "lowest GB/s>", "median GB/s>", "highest GB/s>"), rows)
     if failed := [
         [_text(t["name"]), safe(run["activations"]), f"{run['m']:,}", _error_of(run), _text(run["first_bad"])]
@@ -161,9 +164,9 @@ def _device(report: Row, depth: Depth) -> str:
         if not run["passed"]
     ]:
         body += "<h3>Runs that failed</h3>\n"
-        body += _table(("tensor", "activations", "m>", "error in tolerances>", "first bad value"), failed)
+        body += _table(("tensor", "activations", "m>", f"{_ERROR}>", "first bad value"), failed)
     if panels:
-        note = "Packed bytes by the time spent multiplying with m rows of activations."
+        note = "Packed bytes by the time spent multiplying with m rows of activations: higher is faster."
         body += f"<h3>Bandwidth per tensor</h3>\n<p>{note}</p>\n"
         body += legend(depth, (p for _, points in panels for p in points))
         most = max(p.value or 0.0 for _, points in panels for p in points)
@@ -196,7 +199,7 @@ def _types(types: list[Row]) -> str:
         counts = [f"{row['tensors']:,}", f"{row['weights']:,}"]
         facts = [_number(row["bits_per_weight"], "g"), _snr(row["source"]) if row["source"] else _NONE]
         rows.append([_text(row["type"]), _text(_stored(row)), *counts, *facts, *sizes, bar])
-    columns = ("type", "stored as", "tensors>", "weights>", "bits per weight>", "signal to noise>")
+    columns = ("type", "stored as", "tensors>", "weights>", "bits per weight>", f"{_SNR}>")
     names = (*columns, *(f"{where}>" for _, _, where in sides))
     key_to_bars = ", ".join(f'<span class="{side}">■</span> {where}' for side, _, where in sides)
     return _section("Sizes by type", _table(names, rows, last=key_to_bars))
@@ -209,8 +212,8 @@ def _tensors(tensors: list[Row]) -> str:
     sourced = any(t["source"] is not None for t in tensors)
     run = any(t["device"] for t in tensors)
     columns = ["tensor", "type", "shape>", "stored as", "bytes>", "bits per weight>", "findings>"]
-    columns += ["as the source gives", "signal to noise>", "largest scale error>"] if sourced else []
-    columns += ["error in tolerances>", "best GB/s>"] if run else []
+    columns += ["as the source gives", f"{_SNR}>", "largest scale error, lower is better>"] if sourced else []
+    columns += [f"{_ERROR}>", "best GB/s>"] if run else []
     rows = []
     ordered = sorted(tensors, key=_badness)
     for t in ordered:
@@ -262,7 +265,10 @@ def _section(title: str, body: str, kind: str = "") -> str:
 
 
 def _table(columns: Sequence[str], rows: list[list[str]], bad: Sequence[bool] = (), last: str = "") -> str:
-    """Return a table of HTML cells. A column `…>` holds numbers; the first column names the row."""
+    """Return a table of HTML cells. A column `…>` holds numbers; the first column names the row.
+
+    Each cell has its column's name, which a narrow screen shows in place of the head.
+    """
     right = [name.endswith(">") for name in columns] + [False]
     kinds = [' class="number"' if r else "" for r in right]
     heads = [*(name.rstrip(">") for name in columns), *([last] if last else [])]
@@ -272,7 +278,10 @@ def _table(columns: Sequence[str], rows: list[list[str]], bad: Sequence[bool] = 
     for n, row in enumerate(rows):
         parts.append('<tr class="bad">' if n < len(bad) and bad[n] else "<tr>")
         parts.append(f'<th scope="row">{row[0]}</th>')
-        parts += [f"<td{kind}>{cell}</td>" for cell, kind in zip(row[1:], kinds[1:], strict=False)]
+        parts += [
+            f'<td{kind} data-name="{re.sub("<[^>]*>", "", name)}">{cell}</td>'
+            for cell, kind, name in zip(row[1:], kinds[1:], heads[1:], strict=False)
+        ]
         parts.append("</tr>\n")
     return "".join(parts) + "</tbody>\n</table></div>\n"
 

@@ -62,6 +62,9 @@ def test_help_lists_every_option_its_default_and_the_exit_codes() -> None:
     }.items():  # fmt: skip
         assert any(option in line and (not default or f"[default: {default}]" in line) for line in lines), option
     assert all(option in inspect.stdout for option in ("--key", "--json", "--verbose"))
+    commands = ("convert", "inspect", "verify", "generate", "export", "doctor", "build-ops")
+    for args in ((), *((command,) for command in commands)):
+        assert "bool" not in invoke(*args, "--help").stdout.lower()  # flags take no value
 
 
 def test_no_arguments_print_the_help() -> None:
@@ -226,7 +229,7 @@ def test_json_describes_a_failure_too(more: tuple[str, ...], model: Path, out: P
     invoke(model, out)
     for args, code in (
         ((model, out), 4),
-        ((model, out, "--include", "x"), 2),
+        ((model, out.with_name("new"), "--include", "x"), 2),
         ((out / "bundle.json", out / "x"), 3),
     ):
         done = run_cli(*args, "--json", *more)

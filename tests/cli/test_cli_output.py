@@ -99,6 +99,16 @@ def test_a_reader_of_the_output_that_has_gone_ends_the_run_quietly(model: Path) 
     assert (done.returncode, done.stderr) == (4, "")
 
 
+def test_a_refused_output_is_refused_before_the_plan(model: Path, out: Path) -> None:
+    invoke(model, out)
+    for more in ((), ("--dry-run",)):
+        refused = invoke(model, out, *more)
+        failed(refused, 4, f"the output {out} is already a bundle", "--force")
+        assert refused.stdout == ""
+    model.write_bytes(b"not even opened")
+    failed(invoke(model, out), 4, f"the output {out} is already a bundle", "--force")
+
+
 # Inspect
 
 
@@ -123,6 +133,21 @@ def test_inspect_prints_the_elements_of_no_array_whatever_their_type(tmp_path: P
     path = Builder(kv=pairs, tensors=[weight("w", (1, 256))]).write(tmp_path / "m.gguf")
     document: dict[str, Any] = json.loads(run_cli("inspect", path, "--json").stdout)
     assert document["keys"]["bytes"] == {"array": "UINT8", "count": 5}
+
+
+def test_inspect_prints_no_table_beside_the_document(model: Path, out: Path) -> None:
+    invoke(model, out)
+    for source in (model, out):
+        assert run_cli("inspect", source, "--json").stderr == ""
+
+
+def test_a_table_in_a_pipe_is_not_folded(tmp_path: Path) -> None:
+    names = [f"blk.{number}.{'long' * 10}.weight" for number in range(2)]
+    keys = [key_value("general.architecture", "llama"), key_value("general.description", "word " * 39)]
+    path = Builder([weight(name, (1, 256)) for name in names], keys).write(tmp_path / f"{'model' * 20}.gguf")
+    lines = rows(run_cli("inspect", path, env=os.environ | {"COLUMNS": "60"}).stdout)
+    assert ["general.description", *["word"] * 39] in lines
+    assert all([name, "Q6_K", "1×256", "210", "B"] in lines for name in names)
 
 
 def test_inspect_lists_a_bundle(model: Path, out: Path) -> None:

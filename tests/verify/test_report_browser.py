@@ -117,3 +117,19 @@ def test_a_browser_paints_the_page(tmp_path: Path, scheme: int, background: str,
     assert colours.count(bytes.fromhex(verdict)) > 500
     assert len({b"".join(row) for row in rows}) > 150
     assert len(set(colours)) > 100
+
+
+@needs_browser
+def test_on_a_telephone_nothing_but_plots_is_wider_than_the_screen(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text(html_report(failed()), encoding="utf-8")
+    measure = (
+        "const page = frame.contentDocument, width = page.documentElement.clientWidth;"
+        "const wide = [...page.querySelectorAll('main *')].filter(e => !e.closest('svg'))"
+        ".filter(e => e.getBoundingClientRect().right > width);"
+        "const named = page.querySelector('td:nth-child(3)');"
+        "document.title = [width, page.documentElement.scrollWidth, wide.length,"
+        " frame.contentWindow.getComputedStyle(named, '::before').content].join(' ');"
+    )
+    frame = f'<iframe id="frame" src="report.html" style="width:390px;height:844px;border:0" onload="{measure}">'
+    built = Page(browse(tmp_path, frame, "--dump-dom", "--allow-file-access-from-files"))
+    assert built.all("title")[0]["text"] == '390 390 0 "tensor"'
