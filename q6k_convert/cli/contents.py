@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,11 @@ from q6k_convert.errors import ExitCode
 from q6k_convert.text import displayable
 from q6k_kernels.bundle.manifest import BundleError, Manifest, StoredTensor
 from q6k_kernels.bundle.metadata import Metadata, read_metadata
-from q6k_kernels.errors import HyperparameterError, UnsupportedModelError
+from q6k_kernels.errors import ModelError
 from q6k_kernels.formats.ggml import SUPER_BLOCK, TYPE_SIZES, GGMLType
 from q6k_kernels.formats.types import TILE_ROWS, weight_type
 from q6k_kernels.gguf.model import GGUFModel
+from q6k_kernels.text import listing
 
 if TYPE_CHECKING:
     from q6k_convert.verify.comparison import Exactness
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+_GROWN = 1.05
+"""Ratio of sizes from which on something counts as grown."""
 _NOT_LOADED = ("raw", "skipped")
 """Storages of tensors that no model loads."""
 _SHOWN_BYTES = 16 << 20
@@ -34,7 +38,8 @@ _ESCAPED = "backslashreplace"
 
 
 def plan_contents(plan: Plan) -> Row:
-    """Describe a plan: sources, storage of each type of tensor, bytes in and out, shards."""
+    """Describe a plan: sources, storage of each type of tensor, bytes in and out, shards, and what can run."""
+    metadata = Metadata(plan.model.parts[0])
     rows = _by_type(
         (t.record.type.name, t.storage, t.format, math.prod(t.record.shape), t.record.nbytes, t.bytes_out)
         for t in plan.tensors
@@ -48,8 +53,13 @@ def plan_contents(plan: Plan) -> Row:
         "types": rows,
         "bytes_in": plan.bytes_in,
         "bytes_out": plan.bytes_out,
+        "bundle_bytes": plan.bundle_bytes,
+        "growing": [row for row in rows if row["bytes_out"] > _GROWN * row["bytes_in"]]
+        if plan.bundle_bytes > _GROWN * plan.bytes_in
+        else [],
+        "model": _runs(metadata, {t.record.name: (t.record.shape, t.storage) for t in plan.tensors}),
         "gpu": _gpu_memory(
-            Metadata(plan.model.parts[0]),
+            metadata,
             {t.record.name: (t.record.shape, t.format) for t in plan.tensors if t.storage not in _NOT_LOADED},
         ),
         "shards": [{"name": shard.name, "bytes": shard.size} for shard in plan.shards],
@@ -165,9 +175,42 @@ def _gpu_memory(
             result["cache_bytes"] = cache_bytes(metadata, {name: s for name, (s, _) in tensors.items()}, length)
         else:
             result["cache_problem"] = "the model states no context length"
-    except (BundleError, HyperparameterError, UnsupportedModelError) as error:
+    except BundleError as error:
         result["cache_problem"] = str(error)
+    except ModelError as error:
+        result["cache_problem"] = error.cause
     return result
+
+
+def _runs(metadata: Metadata, tensors: dict[str, tuple[tuple[int, ...], str]]) -> Row:
+    """Return what stands in the way of running the whole model, and of its tokenizer; None where nothing does.
+
+    This is what keys and shapes tell. Loading the model compares every tensor.
+    """
+    from q6k_kernels.models.cache_layout import cache_bytes
+
+    problem = tokenizer = None
+    left_out = [name for name, (_, storage) in tensors.items() if storage in _NOT_LOADED]
+    try:
+        cache_bytes(metadata, {name: shape for name, (shape, _) in tensors.items()}, 1)
+        if left_out:
+            problem = f"tensors that are not stored, or only as GGUF blocks: {listing(left_out, most=3)}"
+    except BundleError as error:
+        problem = str(error)
+    except ModelError as error:
+        problem = error.cause
+    if find_spec("tokenizers") is None:
+        tokenizer = "not known before the package tokenizers is installed (`pip install 'q6k-convert[inference]'`)"
+    else:
+        from q6k_kernels.tokenizer.vocabulary import check_kind
+
+        try:
+            check_kind(metadata)
+        except BundleError as error:
+            tokenizer = str(error)
+        except ModelError as error:
+            tokenizer = error.cause
+    return {"problem": problem, "tokenizer_problem": tokenizer}
 
 
 def _resident(shape: tuple[int, ...], format: str | None) -> int:

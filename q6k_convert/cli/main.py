@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -56,7 +57,14 @@ def convert(
     source: Annotated[
         str, typer.Argument(metavar="MODEL.gguf", help=f"GGUF file, any part of a split one, or {HUB_REFERENCE}")
     ],
-    output: Annotated[Path, typer.Argument(metavar="OUT/", help="Directory of the bundle to write; new or empty.")],
+    output: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="OUT/",
+            help="Directory of the bundle to write; new or empty. --dry-run needs none.",
+            show_default=False,
+        ),
+    ] = None,
     scales: Annotated[
         Literal["bf16", "exact"],
         typer.Option(help="Store scales of Q6_K weights rounded to bf16, or exactly as in the GGUF (smaller)."),
@@ -123,8 +131,14 @@ def convert(
         if shard_bytes < 1:
             raise UsageError("--max-shard-size must be at least one byte")
         options = Options(scales, other, tuple(include or ()), tuple(exclude or ()), shard_bytes, allow_nonfinite)
+        if output is None and not dry_run:
+            raise UsageError(
+                f"there is no OUT: no directory for the bundle of {source}",
+                f"Give one: `q6k-convert {shlex.quote(source)} OUT/`; or --dry-run, to see what would be written.",
+            )
         local = [Path(source)] if Path(source).exists() else []
-        check_output(output, local, force=force)  # before a download that may take hours
+        if output is not None:
+            check_output(output, local, force=force)  # before a download that may take hours
         found = resolve(source, terminal.note, terminal.progress, download=not dry_run)
         if found.path is None:
             terminal.document({"status": "planned"} | found.document)
@@ -132,16 +146,17 @@ def convert(
         check_given(found.path, "GGUF file", "q6k-convert convert")
         with open_gguf(found.path) as model:
             plan = make_plan(model, options)
-            check_room(plan, output, force=force)
+            if output is not None:
+                check_room(plan, output, force=force)
             planned = contents.plan_contents(plan)
             terminal.plan(planned)
-            if dry_run:
+            if output is None or dry_run:
                 terminal.document({"status": "planned", "plan": planned} | found.document)
                 return
             with terminal.progress(plan.bytes_in, "converting") as progress:
                 result = run(plan, output, jobs=jobs or default_jobs(), force=force, progress=progress)
         summary = contents.result_contents(result, peak_memory())
-        terminal.result(summary, source)
+        terminal.result(summary, planned, source)
         terminal.document({"status": "done", "plan": planned, "result": summary} | found.document)
 
 

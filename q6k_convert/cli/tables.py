@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from q6k_convert import text
 from q6k_convert.cli.contents import Row
 from q6k_convert.text import displayable
+from q6k_kernels.formats.types import PACKED_TYPES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,6 +50,59 @@ def readable(value: Any) -> str:
 def printable(name: str) -> str:
     """Return a text with everything that does not print escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in displayable(name))
+
+
+STORAGE_WORDS = {
+    "planar": "packed as {format}, {bits_per_weight:g} bits a weight",
+    "plain": "stored unchanged",
+    "dequantized": "dequantised to bf16",
+    "raw": "kept as GGUF blocks",
+    "skipped": "not stored",
+}
+
+
+def sizes(bytes_in: int, bytes_out: int) -> str:
+    """Return the size of a bundle against that of its source."""
+    return f"{text.size(bytes_in)} in, {text.size(bytes_out)} out ({bytes_out / bytes_in:.0%} of the source)"
+
+
+def growth(plan: Row) -> tuple[str, str]:
+    """Return why the bundle is larger than its source, and what to do; nothing where it is not."""
+    if not plan["growing"]:
+        return "", ""
+    reasons = [
+        f"{row['type']} ({8 * row['bytes_in'] / row['weights']:.4g} bits a weight) is "
+        + ("dequantised to bf16" if row["storage"] == "dequantized" else f"packed in {row['bits_per_weight']:.4g}")
+        for row in plan["growing"]
+    ]
+    times = f"{plan['bundle_bytes'] / plan['bytes_in']:.2f} times"
+    if any(row["storage"] == "dequantized" for row in plan["growing"]):
+        remedy = f"Download a file of types that stay packed instead: {', '.join(sorted(PACKED_TYPES))}."
+    elif plan["options"]["scales"] != "exact":
+        remedy = "With --scales exact it is smaller."
+    else:
+        remedy = ""
+    return f"the bundle takes {times} the size of the source: {'; '.join(reasons)}", remedy
+
+
+def runnable(model: Row) -> str:
+    """Return whether the whole model can run."""
+    if model["problem"]:
+        return f"no, only single tensors from Python: {model['problem']}"
+    if model["tokenizer_problem"]:
+        return f"yes, with a tokenizer that you give (--tokenizer DIR): {model['tokenizer_problem']}"
+    return "yes, with its own tokenizer"
+
+
+def memory(gpu: Row) -> str:
+    """Return the GPU memory of weights, and of keys and values at a context length."""
+    weights, cache = gpu["weights_bytes"], gpu["cache_bytes"]
+    if cache is None:
+        return f"{text.size(weights)} of weights; that of keys and values is not known: {gpu['cache_problem']}"
+    return (
+        f"{text.size(weights)} of weights and {text.size(cache)} of keys and values for a context of "
+        f"{gpu['context']:,} tokens, {text.size(weights + cache)} together"
+    )
 
 
 def compared(row: Row) -> str:

@@ -13,7 +13,20 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from q6k_convert import text
 from q6k_convert.cli.contents import Row
-from q6k_convert.cli.tables import add_row, compared, decibel, make_table, printable, readable, styled
+from q6k_convert.cli.tables import (
+    STORAGE_WORDS,
+    add_row,
+    compared,
+    decibel,
+    growth,
+    make_table,
+    memory,
+    printable,
+    readable,
+    runnable,
+    sizes,
+    styled,
+)
 from q6k_convert.text import displayable, strict_json
 
 if TYPE_CHECKING:
@@ -23,14 +36,6 @@ _LINE_SECONDS = 5.0
 _FINDINGS = 50
 _WORST = 15
 _UNFOLDED = 10_000
-
-_STORAGE_WORDS = {
-    "planar": "packed as {format}, {bits_per_weight:g} bits a weight",
-    "plain": "stored unchanged",
-    "dequantized": "dequantised to bf16",
-    "raw": "kept as GGUF blocks",
-    "skipped": "not stored",
-}
 
 
 class Terminal:
@@ -100,20 +105,23 @@ class Terminal:
                 row["type"],
                 str(row["tensors"]),
                 f"{row['weights']:,}",
-                _STORAGE_WORDS[row["storage"]].format(**row),
+                STORAGE_WORDS[row["storage"]].format(**row),
                 text.size(row["bytes_in"]),
                 text.size(row["bytes_out"]),
             )
         self._out.print(table)
         shards = plan["shards"]
         files = shards[0]["name"] if len(shards) == 1 else f"{len(shards)} shards"
-        self._say(f"{text.size(plan['bytes_in'])} in, {text.size(plan['bytes_out'])} out, {files}")
-        self._gpu(plan["gpu"])
+        self._say(f"{sizes(plan['bytes_in'], plan['bundle_bytes'])}, {files}")
+        self._say(f"GPU memory: {memory(plan['gpu'])}")
+        self._say(f"whole model runs: {runnable(plan['model'])}")
+        for line in filter(None, growth(plan)):
+            self._out.print(f"note: {printable(line)}", style="yellow", soft_wrap=True)
         if not any(row["storage"] == "planar" for row in plan["types"]):
             self._err.print("note: no tensor of this model can stay packed", style="yellow")
 
-    def result(self, result: Row, source: str) -> None:
-        """Print what was done and which commands come next."""
+    def result(self, result: Row, plan: Row, source: str) -> None:
+        """Print what was done, what it is good for, and which commands come next."""
         if self.quiet:
             return
         table = make_table("", "", header=False)
@@ -121,7 +129,7 @@ class Terminal:
         skipped = f", {result['tensors_skipped']} not stored" if result["tensors_skipped"] else ""
         add_row(table, "bundle", result["output"])
         add_row(table, "tensors", f"{result['tensors_planar']} packed, {others}{skipped}")
-        add_row(table, "size", f"{text.size(result['bytes_in'])} in, {text.size(result['bytes_out'])} out")
+        add_row(table, "size", sizes(result["bytes_in"], result["bytes_out"]))
         bits = f"{result['bits_per_weight']:g}"
         if result["bits_per_weight_planar"]:
             bits += f" ({result['bits_per_weight_planar']:g} in packed weights)"
@@ -129,12 +137,13 @@ class Terminal:
         rate = text.size(result["bytes_in_per_second"])
         add_row(table, "time", f"{text.seconds(result['seconds'])}, {rate}/s")
         add_row(table, "peak memory", text.size(result["peak_memory_bytes"]))
-        add_row(table, "look inside", f"q6k-convert inspect {shlex.quote(result['output'])}")
-        add_row(
-            table,
-            "verify next",
-            f"q6k-convert verify {shlex.quote(result['output'])} --source {shlex.quote(source)}",
-        )
+        add_row(table, "GPU memory", memory(plan["gpu"]))
+        add_row(table, "whole model runs", runnable(plan["model"]))
+        out = shlex.quote(result["output"])
+        add_row(table, "look inside", f"q6k-convert inspect {out}")
+        add_row(table, "verify next", f"q6k-convert verify {out} --source {shlex.quote(source)}")
+        if not plan["model"]["problem"] and not plan["model"]["tokenizer_problem"]:
+            add_row(table, "generate", f"q6k-convert generate {out} -p TEXT")
         self._out.print(table)
 
     def gguf(self, content: Row) -> None:
@@ -172,7 +181,7 @@ class Terminal:
             add_row(table, "file", f"{file['name']}, {text.size(file['bytes'])}")
         add_row(table, "arrays", f"{text.size(content['bytes'])}, {content['bits_per_weight']:g} bits per weight")
         self._out.print(table)
-        self._gpu(content["gpu"])
+        self._say(f"GPU memory: {memory(content['gpu'])}")
         tensors = make_table("tensor!", "type", "shape", "stored", "bytes>")
         for t in content["tensors"]:
             add_row(tensors, t["name"], t["type"], text.shape(t["shape"]), t["storage"], text.size(t["bytes"]))
@@ -287,20 +296,9 @@ class Terminal:
     def _say(self, line: str) -> None:
         self._out.print(printable(line), soft_wrap=True)
 
-    def _gpu(self, gpu: Row) -> None:
-        """Print the GPU memory of weights, and of keys and values at a context length."""
-        line = f"GPU memory: {text.size(gpu['weights_bytes'])} of weights"
-        if gpu["cache_bytes"] is not None:
-            both = gpu["weights_bytes"] + gpu["cache_bytes"]
-            line += f" and {text.size(gpu['cache_bytes'])} of keys and values for a context of {gpu['context']:,}"
-            line += f" tokens, {text.size(both)} together"
-        else:
-            line += f"; that of keys and values is not known: {gpu['cache_problem']}"
-        self._say(line)
-
     def _totals(self, content: Row, column: str) -> None:
         for row in content["types"]:
-            stored = f", {_STORAGE_WORDS[row['storage']].format(**row)}" if row["storage"] else ""
+            stored = f", {STORAGE_WORDS[row['storage']].format(**row)}" if row["storage"] else ""
             self._say(
                 f"{row['type']}{stored}: {text.plural(row['tensors'], 'tensor')}, {row['weights']:,} weights, "
                 f"{text.size(row[column])}"

@@ -108,9 +108,8 @@ def check_room(plan: Plan, output: Path, *, force: bool) -> None:
         IOFailedError: the path is taken, or the file system is too full.
     """
     final = check_output(output, [part.path for part in plan.model.parts], force=force)
-    metadata = sum(part.kv_range[1] for part in plan.model.parts)
     index_and_manifest = _MANIFEST_BYTES_A_TENSOR * (len(plan.tensors) + 1)
-    check_space(final, plan.bytes_out + metadata + index_and_manifest)
+    check_space(final, plan.bundle_bytes + index_and_manifest)
 
 
 def _stored(tensor: TensorPlan, writer: BundleWriter) -> StoredTensor:

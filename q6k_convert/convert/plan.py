@@ -92,6 +92,11 @@ class Plan:
         """Bytes of the shards."""
         return sum(shard.size for shard in self.shards)
 
+    @property
+    def bundle_bytes(self) -> int:
+        """Bytes of the bundle: the shards and the key-value pairs; only index and manifest come on top."""
+        return self.bytes_out + sum(part.kv_range[1] for part in self.model.parts)
+
 
 def make_plan(model: GGUFModel, options: Options) -> Plan:
     """Decide how every tensor is stored.

@@ -1,3 +1,3 @@
 """Text to tokens and back: vocabulary, tokenizer, chat template. Imports `bundle`."""
 
-__all__ = ["tokenizer"]
+__all__ = ["tokenizer", "vocabulary"]

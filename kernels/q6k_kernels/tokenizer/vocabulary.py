@@ -117,11 +117,11 @@ def encoded(backend: Tokenizer, text: str, *, around: bool = False) -> Any:
         ) from error
 
 
-def read_vocabulary(metadata: Metadata) -> Vocabulary:
-    """Read the vocabulary from the keys `tokenizer.ggml.*`.
+def check_kind(metadata: Metadata) -> str:
+    """Return the kind of a vocabulary, `tokenizer.ggml.model`, after checking that a tokenizer can be made of it.
 
     Raises:
-        TokenizerError: it is of an unknown kind, incomplete, or contradicts itself; the message names the key.
+        TokenizerError: the kind is missing or unknown, or its rule that splits text is unknown.
         BundleError: a key has the wrong type.
     """
     kind = metadata.string("tokenizer.ggml.model")
@@ -130,6 +130,19 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
         raise TokenizerError(
             f"{metadata.path}: tokenizer.ggml.model {state}, expected 'llama' or 'gpt2'", GIVE_A_DIRECTORY
         )
+    if kind == "gpt2":
+        _pre(metadata, [])
+    return kind
+
+
+def read_vocabulary(metadata: Metadata) -> Vocabulary:
+    """Read the vocabulary from the keys `tokenizer.ggml.*`.
+
+    Raises:
+        TokenizerError: it is of an unknown kind, incomplete, or contradicts itself; the message names the key.
+        BundleError: a key has the wrong type.
+    """
+    kind = check_kind(metadata)
     limits = {"tokens": MAX_TOKENS, "token_type": MAX_TOKENS, "scores": MAX_TOKENS, "merges": MAX_MERGES}
     for key, most in limits.items():
         if (found := metadata.length(f"tokenizer.ggml.{key}") or 0) > most:
