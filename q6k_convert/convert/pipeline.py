@@ -92,7 +92,7 @@ def run(
                 options=plan.options.recorded(),
                 architecture=plan.model.architecture,
                 sources=source_files,
-                tied={"output.weight": "token_embd.weight"} if plan.model.is_tied() else {},
+                tied=plan.tied,
                 tensors=[_stored(tensor, writer) for tensor in plan.tensors],
             )
         finally:

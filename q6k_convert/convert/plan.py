@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from q6k_convert import text
 from q6k_convert.errors import InputRejectedError, UsageError
@@ -20,6 +20,8 @@ from q6k_kernels.text import listing
 
 Other = Literal["bf16", "raw", "skip", "error"]
 
+MAX_PATTERNS, MAX_PATTERN = 1000, 1000
+"""Limits of the patterns of `--include` and `--exclude`, and of the characters of each."""
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
@@ -45,6 +47,20 @@ class Options:
     max_shard_size: int = DEFAULT_SHARD_BYTES
     allow_nonfinite: bool = False
 
+    def __post_init__(self) -> None:
+        """Bound the patterns, each of which is compared with every tensor's name.
+
+        Raises:
+            UsageError: there are too many, or one is too long.
+        """
+        patterns = (*self.include, *self.exclude)
+        if len(patterns) > MAX_PATTERNS or any(len(pattern) > MAX_PATTERN for pattern in patterns):
+            raise UsageError(
+                f"--include and --exclude: {len(patterns)} patterns; at most {MAX_PATTERNS} are taken, of at most "
+                f"{MAX_PATTERN} characters",
+                "Use * in fewer patterns.",
+            )
+
     def recorded(self) -> dict[str, Any]:
         """Return the options as the manifest records them."""
         return {
@@ -55,6 +71,29 @@ class Options:
             "max_shard_size": self.max_shard_size,
             "allow_nonfinite": self.allow_nonfinite,
         }
+
+    @classmethod
+    def of_record(cls, recorded: Mapping[str, Any]) -> Options:
+        """Return the options that a manifest records.
+
+        Raises:
+            ValueError: they are not those of a conversion.
+        """
+        default = cls().recorded()
+        # A boolean is a number, too, but not here.
+        if [(name, type(value)) for name, value in recorded.items()] != [(n, type(v)) for n, v in default.items()]:
+            raise ValueError(f"expected {', '.join(default)}, each of its type, found {dict(recorded)!r:.200}")
+        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in recorded.items()}
+        made = cls(**values)
+        for name, value, known in (
+            ("scales", made.scales, get_args(Scales)),
+            ("other", made.other, get_args(Other)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, found {value!r:.80}")
+        if made.max_shard_size < 1:
+            raise ValueError(f"max_shard_size: expected at least 1, found {made.max_shard_size}")
+        return made
 
 
 @dataclass(frozen=True)
@@ -91,6 +130,11 @@ class Plan:
     def bytes_out(self) -> int:
         """Bytes of the shards."""
         return sum(shard.size for shard in self.shards)
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Names of absent tensors -> names of those that take their place."""
+        return {"output.weight": "token_embd.weight"} if self.model.is_tied() else {}
 
     @property
     def bundle_bytes(self) -> int:

@@ -84,12 +84,12 @@ def run(request: ExportRequest, note: Note, progress: Progress) -> dict[str, Any
 
     # Check the model first: the steps below take long or may fail for other reasons.
     metadata = read_metadata(request.bundle)
-    architecture_of(metadata)
+    architecture = architecture_of(metadata).name
     capacity = _capacity(request, metadata)
     device = device_of(request.device, note)
     dtype = dtype_of(request.dtype, device)
     _check_compilers(device)
-    return _Export(request, device, dtype, capacity, note).document(manifest, progress)
+    return _Export(request, device, dtype, capacity, note).document(manifest, architecture, progress)
 
 
 class _Export:
@@ -105,7 +105,7 @@ class _Export:
             f"{capacity} positions; compiling takes minutes"
         )
 
-    def document(self, manifest: manifests.Manifest, progress: Progress) -> dict[str, Any]:
+    def document(self, manifest: manifests.Manifest, architecture: str, progress: Progress) -> dict[str, Any]:
         """Load, export to a file beside the target, check that file, move it into place; return the document."""
         target = self.request.target
         temporary = target.with_name(f".{target.stem}.{os.getpid()}.checked.pt2")
@@ -115,7 +115,7 @@ class _Export:
             with self._timed("expect"):
                 expected = _logits_of_module(module)
             with self._timed("export"):
-                exported = self._exported(module, manifest.architecture, temporary)
+                exported = self._exported(module, architecture, temporary)
             state_bytes = sum(each.nbytes for each in exported.info.state)
             # Free the model first: the program takes as much memory again.
             del module

@@ -1,4 +1,7 @@
-"""Compare a bundle with its source: files, keys and tensors first, then every stored array (see `comparison`)."""
+"""Compare a bundle with its source: tensors, plan (see `plan_check`) and keys first, then every stored array.
+
+Arrays are compared by `comparison`, which shares no code with the conversion.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 import xxhash
 
 from q6k_convert.verify.comparison import Compared, Comparison, Exactness, keep_freed_memory
+from q6k_convert.verify.plan_check import check_plan
 from q6k_kernels.bundle.manifest import METADATA_NAME, Manifest
 from q6k_kernels.bundle.naming import naming
 from q6k_kernels.bundle.structure import Finding, read_header
@@ -44,6 +48,8 @@ def check_source(
 
     with open_gguf(source) as model:
         report.findings += _check_listing(manifest, model)
+        if not report.findings:
+            report.findings += check_plan(manifest, model)
         report.findings += _check_metadata(directory, model)
         if report.findings:
             return report

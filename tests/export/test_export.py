@@ -207,6 +207,13 @@ def test_files_that_are_no_packages_are_refused(tmp_path: Path, exported: Export
         program_file.read(tmp_path / "none.pt2")
 
 
+@pytest.mark.parametrize("name", ["llama\nconstant q6k_0 uint8 1 x", "a b", "", "x" * 65])
+def test_a_name_cannot_add_a_line_to_a_package(name: str) -> None:
+    info = program_file.Info("2.11.0", "cpu", None, name, torch.float32, 8, 8, 96, (), ())
+    with pytest.raises(ValueError, match="architecture: expected 1 to 64 characters and no blank"):
+        program_file._text(info)
+
+
 # The command
 
 

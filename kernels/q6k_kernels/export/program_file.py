@@ -208,6 +208,8 @@ def check_runtime(path: Path) -> None:
 
 
 def _text(info: Info) -> str:
+    if not _LINES["architecture"].fullmatch(info.architecture):
+        raise ValueError(f"architecture: expected 1 to 64 characters and no blank, found {info.architecture!r:.80}")
     capability = "" if info.capability is None else f" {info.capability[0]}.{info.capability[1]}"
     lines = [
         f"{MAGIC} {VERSION}",
