@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import weakref
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from q6k_kernels.models import assemble as model_room
 from q6k_kernels.models.architecture import row_order
 from q6k_kernels.models.fusing import Part, Stacks
 from q6k_kernels.models.registry import architecture_of
-from q6k_kernels.weights.reader import Loader
+from q6k_kernels.weights.reader import Bundle, Loader
 from tiny_models import F16, Q3_K, SIZES, Tiny, permuted
 
 IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -244,3 +245,10 @@ def test_state_dicts_go_from_one_model_to_another(llama: Path) -> None:
     assert not torch.equal(logits(other), logits(model))
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=0)
+
+
+def test_a_device_is_given_in_the_same_way_everywhere() -> None:
+    for function, place in ((load_model, 1), (Bundle.load, 2), (Bundle.load_all, 1), (Bundle.loader, 1)):
+        parameters = list(inspect.signature(function).parameters.values())
+        assert (parameters[place].name, parameters[place].default) == ("device", "cpu")
+        assert parameters[place].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD

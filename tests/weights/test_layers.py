@@ -18,7 +18,7 @@ from torch import nn
 
 from q6k_kernels.formats.types import row_of
 from q6k_kernels.weights.layers import PackedEmbedding, PackedLinear
-from q6k_kernels.weights.weight import PackedWeight, linear
+from q6k_kernels.weights.weight import PackedWeight, dequantize, embedding, linear
 
 X = torch.randn(3, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
 TOKENS = torch.tensor([[0, 39], [7, 7]])
@@ -271,3 +271,21 @@ def test_compiling_a_tied_model() -> None:
 def test_layers_say_what_they_refuse(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_dense_tensor_used_as_packed_is_said_to_be_stored_so() -> None:
+    dense = torch.zeros(4, 256)
+    told = (
+        r"found a dense tensor of torch.float32 \(4, 256\): the bundle stores it so, and its `info\(name\).format`"
+    )
+    for use in (
+        lambda: linear(torch.zeros(1, 256), dense),  # type: ignore[arg-type]
+        lambda: embedding(torch.tensor([0]), dense),  # type: ignore[arg-type]
+        lambda: dequantize(dense),  # type: ignore[arg-type]
+        lambda: PackedLinear.from_weight(dense),  # type: ignore[arg-type]
+        lambda: PackedEmbedding.from_weight(dense),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match=told):
+            use()
+    with pytest.raises(TypeError, match="expected a PackedWeight, found list"):
+        linear(torch.zeros(1, 256), [1.0])  # type: ignore[arg-type]

@@ -41,8 +41,8 @@ OLDEST_TRANSFORMERS = (5, 17)
 
 def load_model(
     path: str | os.PathLike[str],
-    *,
     device: torch.device | str | int = "cpu",
+    *,
     dtype: torch.dtype | None = None,
     activations: Activations = "auto",
     progress: Callable[[int], None] = lambda _: None,

@@ -22,7 +22,7 @@ from q6k_kernels.formats.checks import Activations, check_activations, check_dty
 from q6k_kernels.formats.tiles import tiles_shape
 from q6k_kernels.formats.types import DEFAULT, weight_type
 from q6k_kernels.ops import schema
-from q6k_kernels.weights.weight import PackedWeight, check_width
+from q6k_kernels.weights.weight import PackedWeight, check_packed, check_width
 
 Device = torch.device | str | int | None
 
@@ -50,7 +50,8 @@ class _Packed(nn.Module):
 
 
 def _matrix(weight: PackedWeight) -> tuple[int, ...]:
-    """Return the shape (N, K) of a weight; raise ValueError for a stack."""
+    """Return the shape (N, K) of a weight; raise ValueError for a stack, TypeError for a dense tensor."""
+    check_packed(weight)
     if len(weight.shape) != 2:
         raise ValueError(f"weight: expected (N, K), found a stack {weight.shape}: take one, weight[expert]")
     return weight.shape

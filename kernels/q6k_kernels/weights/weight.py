@@ -241,6 +241,22 @@ def check_width(x: Tensor, k: int) -> None:
         raise ValueError(f"x: expected (..., {k}), found {tuple(x.shape)}")
 
 
+def check_packed(weight: object) -> None:
+    """Check that a weight is packed: a bundle also loads tensors that it stores dense.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if isinstance(weight, PackedWeight):
+        return
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a PackedWeight, found {type(weight).__name__}")
+    raise TypeError(
+        f"weight: expected a PackedWeight, found a dense tensor of {weight.dtype} {tuple(weight.shape)}: the "
+        "bundle stores it so, and its `info(name).format` is None; torch's own functions take it"
+    )
+
+
 def linear(
     x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activations: Activations = "auto"
 ) -> Tensor:
@@ -258,9 +274,11 @@ def linear(
         New (..., N) of x's dtype.
 
     Raises:
+        TypeError: the weight is a dense tensor.
         ValueError: a dtype, shape, device or option is wrong, the weight is a stack, or x or bias requires a
             gradient while gradients are recorded.
     """
+    check_packed(weight)
     check_width(x, weight.k)
     return schema.linear(x, weight.tiles, bias, weight.n, weight.format, activations)
 
@@ -281,9 +299,11 @@ def embedding(indices: Tensor, weight: PackedWeight, dtype: torch.dtype = torch.
         IndexError: an index is out of range, on the CPU. On a GPU it stops the kernel, as in
             `torch.nn.functional.embedding`: the next call that waits for the GPU raises.
     """
+    check_packed(weight)
     return schema.embedding(indices, weight.tiles, weight.n, weight.k, weight.format, dtype)
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Return the weights as numbers, as `PackedWeight.dequantize` does."""
+    check_packed(weight)
     return weight.dequantize(dtype)

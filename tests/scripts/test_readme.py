@@ -1,0 +1,79 @@
+"""The README's snippets run as printed, one after the other, in one directory."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from typer.testing import CliRunner
+
+from hub_server import FakeHub, fresh
+from q6k_convert.cli import main
+from tiny_models import Tiny
+from tokenizer_files import sentencepiece
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ELSEWHERE = {"q6k-convert export", "./scripts/quickstart", "pip install", ". .venv/bin/activate"}
+"""Beginnings of lines that others run: tests/export, which compiles for minutes, and the gate."""
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+def commands() -> list[str]:
+    """Lines of the indented blocks, without comments."""
+    lines = [line.strip().partition("  #")[0].strip() for line in re.findall(r"^    \S.*", README, re.MULTILINE)]
+    return [line for line in lines if line and not any(line.startswith(other) for other in ELSEWHERE)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny whole model with a vocabulary and a chat template."""
+    keys = {f"tokenizer.{key}": value for key, value in sentencepiece().items()}
+    tokens = len(keys["tokenizer.ggml.tokens"])
+    tiny = Tiny("llama", "llama", {"vocab_size": tokens}, keys | {"tokenizer.chat_template": TEMPLATE})
+    folder = tmp_path_factory.mktemp("model")
+    tiny.bundle(folder)
+    return folder / "model.gguf"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with fresh(tmp_path, monkeypatch) as served:
+        yield served
+
+
+def run(line: str) -> str:
+    """Run a line of a shell: one command of ours, possibly behind `echo TEXT |`."""
+    said, _, command = line.rpartition("|")
+    first, *args = shlex.split(command)
+    assert first == "q6k-convert", line
+    typed = " ".join(shlex.split(said)[1:]) + "\n" if said else None
+    done = CliRunner().invoke(main.app, args, input=typed)
+    assert done.exit_code == 0, f"{line}\n{done.output}"
+    return done.stdout
+
+
+def test_every_snippet_runs_as_printed(model: Path, hub: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(model.read_bytes())
+    hub.add("ORG/REPO", {"tiny-Q4_K_M.gguf": model.read_bytes()})
+    lines = commands()
+    for command in ("convert", "inspect", "verify", "generate"):
+        assert any(command in line for line in lines), command
+    for line in lines:
+        run(line)
+    assert (tmp_path / "report.html").stat().st_size > 1000
+    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert snippets
+    for number, snippet in enumerate(snippets):
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            exec(compile(snippet, f"README snippet {number}", "exec"), {})
+        assert said.getvalue().strip()
