@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +25,8 @@ from q6k_convert.cli import main
 from tiny_models import Tiny
 from tokenizer_files import sentencepiece
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 ELSEWHERE = {"q6k-convert export", "./scripts/quickstart", "pip install", ". .venv/bin/activate"}
 """Beginnings of lines that others run: tests/export, which compiles for minutes, and the gate."""
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -77,3 +82,36 @@ def test_every_snippet_runs_as_printed(model: Path, hub: FakeHub, tmp_path: Path
         with contextlib.redirect_stdout(said):
             exec(compile(snippet, f"README snippet {number}", "exec"), {})
         assert said.getvalue().strip()
+
+
+def test_quickstart_ends_with_text_and_commands_that_run(model: Path, tmp_path: Path) -> None:
+    """With an environment that is there already."""
+    home = tmp_path / "a clone"
+    (home / "scripts").mkdir(parents=True)
+    shutil.copy2(ROOT / "scripts" / "quickstart", home / "scripts")
+    (home / "scripts" / "environment").write_text('prepare() { PATH="$PWD/.venv/bin:$PATH"; echo "extras: $1"; }\n')
+    program = home / ".venv" / "bin" / "q6k-convert"
+    program.parent.mkdir(parents=True)
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m q6k_convert "$@"\n')
+    program.chmod(0o755)
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+    def shell(line: str) -> str:
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    (tmp_path / "my model.gguf").write_bytes(model.read_bytes())
+    said, _, following = shell("'a clone/scripts/quickstart' 'my model.gguf' 'my out'").partition("\nnext:\n")
+    assert said.startswith("extras: inference\n")
+    assert said.partition("\nverified\n")[2].strip()  # the model's words
+    commands = following.splitlines()
+    assert [shlex.split(command)[:2] for command in commands] == [
+        [str(program), name] for name in ("generate", "inspect", "verify")
+    ]
+    for command in commands:
+        assert shell(command)
+    assert (tmp_path / "my out.html").is_file()
