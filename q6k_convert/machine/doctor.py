@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +23,14 @@ from q6k_kernels.jit import compiler, cubin_cache, driver
 
 OLDEST_TORCH = (2, 11)
 _DRIVER_VERSION = Path("/proc/driver/nvidia/version")
+OLDEST_TRANSFORMERS = (5, 17)
 _GET_TORCH = "Install torch for CUDA: `pip install torch`."
+_REPLACE_TORCH = (
+    "pip keeps it unless it is removed first: `pip uninstall -y torch`, then `pip install torch`, from PyPI and "
+    "not from an index of builds for the CPU (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL)."
+)
+_DRIVERS = {12: 525, 13: 580}
+"""Major version of CUDA -> the oldest release of NVIDIA's driver that runs it."""
 _LIKELY = "Run where `nvidia-smi` lists a GPU; in a container, start it with access to GPUs (`--gpus all`)."
 _ANY_ARCHITECTURE = "sm_80"
 """Architecture that the compiler is tried with where no supported GPU is found."""
@@ -117,16 +126,30 @@ def _torch(known: _Known) -> Iterator[Finding]:
     facts = {"version": version, "cuda": cuda}
     if _major_minor(version) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
-        yield Finding("torch", "broken", f"{version}, needed is {oldest} or later", _GET_TORCH, facts=facts)
+        yield Finding(
+            "torch",
+            "broken",
+            f"{version}, needed is {oldest} or later",
+            "Update it: `pip install --upgrade torch`.",
+            facts=facts,
+        )
     elif cuda is None:
-        yield Finding("torch", "missing", f"{version}, built without CUDA", _GET_TORCH, facts=facts)
+        yield Finding("torch", "missing", f"{version}, built without CUDA", _REPLACE_TORCH, facts=facts)
     else:
         known.torch_cuda = _major_minor(cuda)
         yield Finding("torch", "ok", f"{version}, built for CUDA {cuda}", facts=facts)
 
 
 def _driver(known: _Known) -> Iterator[Finding]:
-    version = known.driver_cuda = driver.version()
+    driver.bindings()  # if these are missing, a driver would not help
+    needs = known.torch_cuda[0] if known.torch_cuda else min(_DRIVERS)
+    release_needed = f"{_DRIVERS[needs]} or later" if needs in _DRIVERS else f"that supports CUDA {needs}"
+    try:
+        version = known.driver_cuda = driver.version()
+    except DriverMissingError as error:
+        remedy = f"Install NVIDIA's driver {release_needed}; `nvidia-smi` shows which one is there."
+        yield Finding("driver", "missing", error.cause, remedy)
+        return
     release = _release()
     facts = {"version": release, "cuda": _dotted(version)}
     detail = f"{release + ', ' if release else ''}supports CUDA {_dotted(version)}"
@@ -135,7 +158,7 @@ def _driver(known: _Known) -> Iterator[Finding]:
             "driver",
             "broken",
             f"{detail}, and torch is built for CUDA {_dotted(known.torch_cuda)}",
-            "Update the driver, or install a torch built for its CUDA version.",
+            f"Update the driver to {release_needed}, or install a torch built for CUDA {version[0]}.",
             facts=facts,
         )
     else:
@@ -226,6 +249,37 @@ def _cache(_: _Known) -> Iterator[Finding]:
     yield Finding("cache", "ok", detail, needed=False, facts=facts)
 
 
+def _transformers(_: _Known) -> Iterator[Finding]:
+    remedy = "For whole models (`generate`, `export`, `load_model`): `pip install 'q6k-convert[inference]'`."
+    try:
+        found = metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        yield Finding("transformers", "missing", "not installed", remedy, needed=False)
+        return
+    if _major_minor(found) < OLDEST_TRANSFORMERS:
+        detail = f"{found}, needed is {_dotted(OLDEST_TRANSFORMERS)} or later"
+        yield Finding("transformers", "broken", detail, remedy, needed=False)
+    else:
+        yield Finding("transformers", "ok", found, needed=False, facts={"version": found})
+
+
+def _build_tools(_: _Known) -> Iterator[Finding]:
+    """Look for what builds C++; the commands that build check the versions."""
+    for name, program, remedy in (
+        (
+            "C++ compiler",
+            os.environ.get("CXX", "g++"),
+            "For `export` and `build-ops`: install g++, or name yours with CXX.",
+        ),
+        ("cmake", "cmake", "For `build-ops`: `pip install cmake ninja`."),
+    ):
+        path = shutil.which(program)
+        if path is None:
+            yield Finding(name, "missing", f"{program} is not on PATH", remedy, needed=False)
+        else:
+            yield Finding(name, "ok", path, needed=False, facts={"path": path})
+
+
 def _self_test(gpu: int) -> Iterator[Finding]:
     from q6k_kernels.ops import self_test
 
@@ -245,7 +299,10 @@ def _self_test(gpu: int) -> Iterator[Finding]:
         yield Finding(f"kernels, GPU {gpu}", "ok", f"{len(checks)} checks against fp64", facts=facts)
 
 
-_PROBES: tuple[Callable[[_Known], Iterator[Finding]], ...] = (_python, _torch, _driver, _gpus, _compiler, _cache)
+_PROBES: tuple[Callable[[_Known], Iterator[Finding]], ...] = (
+    *(_python, _torch, _driver, _gpus, _compiler, _cache),
+    *(_transformers, _build_tools),
+)
 
 
 def _release() -> str | None:

@@ -55,7 +55,10 @@ def machine(cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "torch", fake)
     monkeypatch.setattr(doctor, "_DRIVER_VERSION", release)
     monkeypatch.setattr(self_test, "run", run)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: {"transformers": "5.17.0"}[name])
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/tools/{name}")
+    for variable in ("CUDA_VISIBLE_DEVICES", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
     return SimpleNamespace(cuda=cuda, torch=fake, tested=tested, release=release)
 
 
@@ -85,6 +88,9 @@ def test_all_is_well(machine: SimpleNamespace, cache: Path) -> None:
         "GPU 1": "Fake GPU 1, compute capability 9.0, 85.90 GB, 133 SMs",
         "compiler": f"NVRTC {'.'.join(map(str, compiler.version()))}, {compiler.library_path()}",
         "cache": f"{cache}, 1 compiled, 100 B",
+        "transformers": "5.17.0",
+        "C++ compiler": "/tools/g++",
+        "cmake": "/tools/cmake",
         "kernels, GPU 0": "2 checks against fp64",
         "kernels, GPU 1": "2 checks against fp64",
     }
@@ -119,7 +125,7 @@ def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch, machine: Si
 
     monkeypatch.setattr(driver, "bindings", lambda: SimpleNamespace(cuDriverGetVersion=absent))
     result = invoke("doctor")
-    failed(result, 6, "driver is missing", "Install NVIDIA's driver 525 or later")
+    failed(result, 6, "driver is missing", "Install NVIDIA's driver 580 or later; `nvidia-smi` shows")
     failed(result, 6, "GPU is missing", "`nvidia-smi` lists a GPU")
     assert result.stdout.splitlines()[-1].startswith("not ready to run models on a GPU")
     found = examined(6)
@@ -142,8 +148,50 @@ def test_a_process_of_its_own_where_there_is_nothing() -> None:
     assert "pip install cuda-bindings" in found["driver"]["remedy"]
     assert {name: each["state"] for name, each in found.items()} == {
         "python": "ok", "torch": "missing", "driver": "missing", "GPU": "missing", "compiler": "missing",
-        "cache": "ok", "kernels": "skipped",
+        "cache": "ok", "kernels": "skipped", **{name: found[name]["state"] for name in NOT_NEEDED},
     }  # fmt: skip
+
+
+NOT_NEEDED = ("transformers", "C++ compiler", "cmake")
+
+
+def test_what_only_some_commands_need_is_named_with_them(
+    machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> str:
+        raise doctor.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", absent)
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
+    monkeypatch.setenv("CXX", "clang++-19")
+    found = examined(0)  # kernels run without them
+    assert {name: (found[name]["state"], found[name]["detail"]) for name in NOT_NEEDED} == {
+        "transformers": ("missing", "not installed"),
+        "C++ compiler": ("missing", "clang++-19 is not on PATH"),
+        "cmake": ("missing", "cmake is not on PATH"),
+    }
+    result = invoke("doctor")
+    failed(
+        result, 0, "transformers is missing, which kernels run without", "For whole models (`generate`, `export`"
+    )
+    failed(result, 0, "C++ compiler is missing", "For `export` and `build-ops`: install g++")
+    monkeypatch.setattr(doctor.metadata, "version", lambda _: "5.16.2")
+    assert examined(0)["transformers"]["detail"] == "5.16.2, needed is 5.17 or later"
+
+
+def test_the_remedies_name_what_works(machine: SimpleNamespace) -> None:
+    machine.torch.__dict__.update(__version__="2.13.0+cpu", version=SimpleNamespace(cuda=None))
+    assert "`pip uninstall -y torch`, then `pip install torch`" in examined(6)["torch"]["remedy"]
+    machine.torch.__dict__.update(__version__="2.11.0+cu130", version=SimpleNamespace(cuda="13.0"))
+    machine.cuda.reset(version=12090)
+    remedy = "Update the driver to 580 or later, or install a torch built for CUDA 12."
+    assert examined(6)["driver"]["remedy"] == remedy
+
+
+def test_the_oldest_transformers_is_the_one_that_models_need() -> None:
+    from q6k_kernels.models.assemble import OLDEST_TRANSFORMERS
+
+    assert doctor.OLDEST_TRANSFORMERS == OLDEST_TRANSFORMERS
 
 
 def run_program(program: str) -> subprocess.CompletedProcess[str]:
