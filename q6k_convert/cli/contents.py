@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from q6k_convert.convert.pipeline import Result
 from q6k_convert.convert.plan import Plan
-from q6k_convert.errors import ExitCode
 from q6k_convert.text import displayable
 from q6k_kernels.bundle.manifest import BundleError, Manifest, StoredTensor
 from q6k_kernels.bundle.metadata import Metadata, read_metadata
@@ -21,10 +18,6 @@ from q6k_kernels.formats.ggml import SUPER_BLOCK, TYPE_SIZES, GGMLType
 from q6k_kernels.formats.types import TILE_ROWS, weight_type
 from q6k_kernels.gguf.model import GGUFModel
 from q6k_kernels.text import listing
-
-if TYPE_CHECKING:
-    from q6k_convert.verify.comparison import Exactness
-    from q6k_convert.verify.stages import Verification
 
 Row = dict[str, Any]
 
@@ -77,8 +70,8 @@ def result_contents(result: Result, peak_memory: int) -> Row:
         "tensors_skipped": len(result.manifest.tensors) - len(stored),
         "bytes_in": result.bytes_in,
         "bytes_out": result.bytes_out,
-        "bits_per_weight": _bits_per_weight(stored),
-        "bits_per_weight_planar": _bits_per_weight(planar),
+        "bits_per_weight": bits_per_weight(stored),
+        "bits_per_weight_planar": bits_per_weight(planar),
         "seconds": round(result.seconds, 3),
         "bytes_in_per_second": round(result.bytes_in / max(result.seconds, 1e-9)),
         "peak_memory_bytes": peak_memory,
@@ -129,7 +122,7 @@ def bundle_contents(directory: Path, manifest: Manifest) -> Row:
             (t.type, t.storage, t.format, math.prod(t.shape), _source_bytes(t), t.nbytes) for t in manifest.tensors
         ),
         "bytes": sum(t.nbytes for t in manifest.tensors),
-        "bits_per_weight": _bits_per_weight([t for t in manifest.tensors if t.arrays]),
+        "bits_per_weight": bits_per_weight([t for t in manifest.tensors if t.arrays]),
         "tensors": [
             {
                 "name": t.name,
@@ -221,83 +214,6 @@ def _resident(shape: tuple[int, ...], format: str | None) -> int:
     return math.prod(stack) * -(-n // TILE_ROWS) * -(-k // SUPER_BLOCK) * weight_type(format).tile_bytes
 
 
-def verification_contents(run: Verification, peak_memory: int) -> Row:
-    """Describe a verification: verdict, stages, findings, sizes, and the results for each tensor."""
-    manifest = run.manifest
-    bundle = bundle_contents(run.directory, manifest) if manifest else None
-    faults = Counter(finding.tensor for _, finding in run.findings if finding.tensor is not None)
-    return {
-        "status": "failed" if run.failed else "verified",
-        "exit_code": int(ExitCode.VERIFICATION_FAILED if run.failed else ExitCode.DONE),
-        "bundle": str(run.directory),
-        "producer": bundle["producer"] if bundle else "",
-        "architecture": bundle["architecture"] if bundle else "",
-        "options": bundle["options"] if bundle else {},
-        "sources": bundle["sources"] if bundle else [],
-        "types": _with_source(bundle["types"], run) if bundle else [],
-        "bytes": bundle["bytes"] if bundle else 0,
-        "bits_per_weight": bundle["bits_per_weight"] if bundle else None,
-        "stages": [
-            {
-                "stage": stage.name,
-                "state": stage.state,
-                "detail": stage.detail,
-                "seconds": round(stage.seconds, 3),
-                "bytes": stage.bytes,
-            }
-            for stage in run.stages
-        ],
-        "findings": [{"stage": stage, **asdict(finding)} for stage, finding in run.findings],
-        "tensors": [
-            {
-                "name": t.name,
-                "type": t.type,
-                "shape": t.shape,
-                "storage": t.storage,
-                "format": t.format,
-                "bytes": t.nbytes,
-                "bits_per_weight": _bits_per_weight([t]) if t.arrays else None,
-                "findings": faults[t.name],
-                "nonfinite_scales": run.content.nonfinite[t.name] if run.content else None,
-                "source": _exactness(run.source.tensors.get(t.name)) if run.source else None,
-                "device": [asdict(r) for r in runs] if (runs := run.runs(t.name)) else None,
-            }
-            for t in (manifest.tensors if manifest else [])
-        ],
-        "peak_memory_bytes": peak_memory,
-        "nonfinite_scales": run.content.nonfinite.total() if run.content else None,
-        "source_totals": _exactness(run.source.total) if run.source and run.source.tensors else None,
-    }
-
-
-def _with_source(types: list[Row], run: Verification) -> list[Row]:
-    """Return the rows of `_by_type` with the figures of their tensors that were compared with the source."""
-    from q6k_convert.verify.comparison import Exactness
-
-    totals = dict[tuple[str, str], Exactness]()
-    for t in run.manifest.tensors if run.manifest else []:
-        if run.source and (compared := run.source.tensors.get(t.name)):
-            totals.setdefault((t.type, t.storage), Exactness()).add(compared)
-    return [{**row, "source": _exactness(totals.get((row["type"], row["storage"])))} for row in types]
-
-
-def _exactness(found: Exactness | None) -> Row | None:
-    if found is None:
-        return None
-    return {
-        "equal": found.equal,
-        "exact": found.exact,
-        "snr_db": None if found.snr_db is None else round(found.snr_db, 2),
-        "max_scale_error": _finite(found.max_scale_error),
-        "nonfinite_scales": found.nonfinite,
-    }
-
-
-def _finite(value: float | None) -> float | None:
-    """Return a number that JSON can hold: None for infinity."""
-    return value if value is not None and math.isfinite(value) else None
-
-
 def _keys(model: GGUFModel) -> Row:
     """Return the keys with their values; of arrays type and length, of text past `_SHOWN_BYTES` its bytes."""
     shown, left = Row(), _SHOWN_BYTES
@@ -348,7 +264,7 @@ def _source_bytes(tensor: StoredTensor) -> int:
     return math.prod(tensor.shape) // block_weights * block_bytes
 
 
-def _bits_per_weight(tensors: list[StoredTensor]) -> float | None:
+def bits_per_weight(tensors: list[StoredTensor]) -> float | None:
     """Return the bits that a weight takes, 0 if all tensors are empty; None without tensors."""
     weights = sum(math.prod(t.shape) for t in tensors)
     return round(8 * sum(t.nbytes for t in tensors) / max(weights, 1), 4) if tensors else None

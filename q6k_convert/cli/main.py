@@ -261,8 +261,8 @@ def verify(
 ) -> None:
     """Check a bundle: structure and checksums; weights against its source; results on a device."""
     with reporting(as_json, quiet, verbose) as terminal:
-        from q6k_convert.cli import contents
         from q6k_convert.cli.given import bundle_path, check_given
+        from q6k_convert.cli.verified import verification_contents
         from q6k_convert.convert.pipeline import default_jobs
         from q6k_convert.errors import UsageError
         from q6k_convert.hub import local_path
@@ -290,7 +290,7 @@ def verify(
             jobs=jobs or default_jobs(),
             progress=terminal.progress,
         )
-        content = contents.verification_contents(run, peak_memory())
+        content = verification_contents(run, peak_memory())
         if report is not None:
             report.write_text(html_report(content), encoding="utf-8")
         terminal.verification(content, all_tensors=all_tensors)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from q6k_convert import text
 from q6k_convert.cli.contents import Row
+from q6k_convert.cli.streams import PlainLines, console, is_utf_8, json_text
 from q6k_convert.cli.tables import (
     STORAGE_WORDS,
     add_row,
@@ -27,15 +27,13 @@ from q6k_convert.cli.tables import (
     sizes,
     styled,
 )
-from q6k_convert.text import displayable, strict_json
+from q6k_convert.text import displayable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_LINE_SECONDS = 5.0
 _FINDINGS = 50
 _WORST = 15
-_UNFOLDED = 10_000
 
 
 class Terminal:
@@ -46,22 +44,22 @@ class Terminal:
         self.quiet = quiet
         for stream in (sys.stdout, sys.stderr):
             # A terminal or pipe that is not UTF-8 gets "?" for what it cannot show; streams of tests may be bare.
-            if not _is_utf_8(stream) and hasattr(stream, "reconfigure"):
+            if not is_utf_8(stream) and hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
 
     @cached_property
     def _out(self) -> Console:
-        return _console(stderr=self.as_json, quiet=self.quiet)
+        return console(stderr=self.as_json, quiet=self.quiet)
 
     @cached_property
     def _err(self) -> Console:
-        return _console(stderr=True)
+        return console(stderr=True)
 
     def document(self, content: Row) -> None:
         """Print the JSON document if `--json` was given."""
         if self.as_json:
             try:
-                print(_json(content), flush=True)
+                print(json_text(content), flush=True)
             except OSError as error:
                 error.filename = "standard output"
                 raise
@@ -270,8 +268,8 @@ class Terminal:
             self.document({"key": key, "value": value})
             self._say(str(value))
             return
-        begin, between, end = (f'{{\n "key": {_json(key)},\n "value": [\n  ', ",\n  ", "\n ]\n}\n")
-        shown = _json if self.as_json else lambda element: printable(str(element))
+        begin, between, end = (f'{{\n "key": {json_text(key)},\n "value": [\n  ', ",\n  ", "\n ]\n}\n")
+        shown = json_text if self.as_json else lambda element: printable(str(element))
         if not self.as_json:
             begin, between, end = "", "\n", "\n"
         for some in value:
@@ -291,7 +289,7 @@ class Terminal:
             with tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
                 yield lambda count: (bar.update(count), None)[1]
         else:
-            yield _Lines(total, what, self._err).add
+            yield PlainLines(total, what, self._err).add
 
     def _say(self, line: str) -> None:
         self._out.print(printable(line), soft_wrap=True)
@@ -303,45 +301,3 @@ class Terminal:
                 f"{row['type']}{stored}: {text.plural(row['tensors'], 'tensor')}, {row['weights']:,} weights, "
                 f"{text.size(row[column])}"
             )
-
-
-class _Lines:
-    """Progress as plain lines, at most one every few seconds."""
-
-    def __init__(self, total: int, what: str, console: Console) -> None:
-        self.total, self.what, self.console = total, what, console
-        self.done = 0
-        self.started = self.last = time.monotonic()
-
-    def add(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        if now - self.last >= _LINE_SECONDS and self.done > 0:  # it is 0 after a download had to start again
-            self.last = now
-            rate = self.done / (now - self.started)
-            left = text.seconds((self.total - self.done) / rate)
-            self.console.print(
-                f"{self.what}: {text.size(self.done)} of {text.size(self.total)} "
-                f"({100 * self.done / self.total:.0f}%), {text.size(rate)}/s, {left} left",
-                soft_wrap=True,
-            )
-
-
-def _json(content: Any) -> str:
-    return strict_json(content, escaped=not _is_utf_8(sys.stdout))
-
-
-def _is_utf_8(stream: TextIO | None) -> bool:
-    return (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "").replace("_", "") == "utf8"
-
-
-def _console(*, stderr: bool, quiet: bool = False) -> Console:
-    from rich.console import Console  # imported here because a quiet command needs none
-
-    class Plain(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # rich would exit with a code of its own
-
-    # A file or a pipe has no width: a table in it is not folded.
-    width = None if (sys.stderr if stderr else sys.stdout).isatty() else _UNFOLDED
-    return Plain(stderr=stderr, quiet=quiet, width=width, highlight=False, markup=False, emoji=False)

@@ -35,6 +35,7 @@ from q6k_convert import __version__
 from q6k_convert.cli import contents
 from q6k_convert.cli.reporting import peak_memory, reporting
 from q6k_convert.cli.terminal import Terminal
+from q6k_convert.cli.verified import verification_contents
 from q6k_convert.convert.pipeline import default_jobs
 from q6k_convert.convert.pipeline import run as run_conversion
 from q6k_convert.convert.plan import Options, make_plan
@@ -160,7 +161,7 @@ class Export:
             jobs=default_jobs(),
             progress=self.terminal.progress,
         )
-        row = contents.verification_contents(run, peak_memory())
+        row = verification_contents(run, peak_memory())
         self.terminal.verification(row, all_tensors=False)
         stages = [{name: stage[name] for name in ("stage", "state", "detail")} for stage in row["stages"]]
         return {

@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 import q6k_kernels
 from bundle_helpers import failed, invoke
 from gguf_builder import Builder, key_value, small_model, weight
-from q6k_convert.cli import terminal
+from q6k_convert.cli import streams
 from q6k_convert.cli.main import app
+from q6k_convert.cli.terminal import Terminal
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
 from q6k_convert.errors import InterruptedRunError
@@ -74,7 +75,7 @@ def best(ids: list[int], count: int) -> list[int]:
 
 
 def test_text_goes_to_stdout_and_all_else_to_stderr(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(streams, "LINE_SECONDS", 0.0)
     done = invoke("generate", bundle, "-p", "The dog", "--max-new-tokens", "12", "--device", "cpu")
     assert done.exit_code == 0, done.stderr
     ids = [1, *sentencepiece_ids(sentencepiece(), "The dog")]
@@ -245,7 +246,7 @@ def test_an_interruption_passes_what_catches_every_exception() -> None:
 
 
 def test_an_answer_cannot_steer_the_terminal(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    Terminal = terminal.Terminal
+
     Terminal().stream("a\x1b[2Jb\n\tc")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     Terminal().stream("a\x1b[2Jb\n\tc é")

@@ -16,7 +16,7 @@ import pytest
 from bundle_helpers import failed, invoke, run_cli, two_tensors
 from gguf_builder import F32, Q3_K, Q4_0, Q4_K, Q5_0, Q6_K, Q8_0, Builder, key_value, small_model, weight
 from q6k_convert import __version__
-from q6k_convert.cli import terminal
+from q6k_convert.cli import streams
 from q6k_convert.convert import stream
 from q6k_convert.text import size
 
@@ -137,7 +137,7 @@ def test_a_dry_run_needs_no_output(model: Path) -> None:
 
 
 def test_progress_off_a_terminal_is_plain_lines(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(streams, "LINE_SECONDS", 0.0)
     monkeypatch.setattr(stream, "PIECE_BYTES", 1050)
     result = invoke(model, out)
     total = f"{model.stat().st_size / 1000:.2f} kB"

@@ -17,7 +17,7 @@ from bundle_helpers import failed, invoke, listing, run_cli
 from gguf_builder import Builder, key_value, small_model
 from hub_server import FakeHub, environment, fresh
 from q6k_convert import text
-from q6k_convert.cli import terminal
+from q6k_convert.cli import streams
 from q6k_convert.hub import local_path
 
 MODEL = small_model().build()
@@ -138,7 +138,7 @@ def test_inspect_and_verify_take_references(hub: FakeHub) -> None:
 def test_a_connection_that_breaks_is_resumed(
     with_ranges: bool, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(terminal, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(streams, "LINE_SECONDS", 0.0)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     hub.add("org/tiny", REPOSITORY)
     hub.ranges = with_ranges
@@ -261,7 +261,7 @@ def test_the_plan_is_in_the_document(hub: FakeHub) -> None:
 def test_quiet_says_nothing_and_progress_is_in_bytes(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("org/tiny", REPOSITORY)
     assert invoke("org/tiny:Q6_K", "out", "--quiet").output == ""
-    monkeypatch.setattr(terminal, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(streams, "LINE_SECONDS", 0.0)
     result = invoke("org/tiny:Q6_K_L", "more")
     for what in ("downloading", "checking"):
         assert progress(result.stderr, what)[-1].startswith("7.87 kB of 7.87 kB (100%)")

@@ -11,12 +11,13 @@ from huggingface_hub import constants
 from bundle_helpers import failed, invoke
 from gguf_builder import small_model
 from hub_server import FakeHub, fresh
+from q6k_convert.cli.given import bundle_path
+from q6k_convert.cli.terminal import Terminal
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
-from q6k_convert.hub import bundle_path, parse
+from q6k_convert.hub import parse
 from q6k_kernels.bundle.manifest import BundleError
 from q6k_kernels.bundle.published import directory_of
-from test_hub import no_progress
 
 OTHERS = {
     "README.md": b"# mine",
@@ -47,7 +48,7 @@ def test_a_bundle_of_the_hub_is_verified_by_its_name(
     assert sorted(fetched) == sorted(made)
     asked = len(hub.asked)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    place = bundle_path(Path("org/bundle"), print, no_progress)
+    place = bundle_path("org/bundle", "q6k-convert verify", Terminal(quiet=True))
     assert {path.name for path in place.iterdir()} == made
     assert all(path.is_symlink() for path in place.iterdir())
     assert len(hub.asked) == asked
@@ -65,7 +66,7 @@ def test_a_path_that_exists_wins(hub: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "org").mkdir()
     (tmp_path / "made").rename(tmp_path / "org" / "bundle")
     assert invoke("verify", "org/bundle").exit_code == 0
-    assert bundle_path(Path("org/bundle"), print, no_progress) == Path("org/bundle")
+    assert bundle_path("org/bundle", "q6k-convert verify", Terminal(quiet=True)) == Path("org/bundle")
     failed(invoke("verify", "org/other"), 3, "org/other is not a bundle", "")
     assert hub.asked == []
 

@@ -8,17 +8,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from q6k_kernels.tokenizer.pieces import byte_level_piece, byte_token, sentencepiece_piece
 from q6k_kernels.tokenizer.special import end_texts
 from q6k_kernels.tokenizer.tokenizer import Messages, Tokenizer
 from q6k_kernels.tokenizer.vocabulary import (
     MAX_TOKENS,
     TokenizerError,
     Vocabulary,
-    byte_level_piece,
-    byte_token,
     check_whole,
     encoded,
-    sentencepiece_piece,
 )
 
 MAX_FILE = 1 << 26

@@ -20,8 +20,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from q6k_kernels.bundle.metadata import Metadata
 from q6k_kernels.errors import ModelError
+from q6k_kernels.tokenizer.pieces import SPACE, piece
 from q6k_kernels.tokenizer.special import (
-    BYTE,
     CONTROL,
     NEVER_TEXT,
     NORMAL,
@@ -46,8 +46,6 @@ MAX_WHOLE_CHARACTERS = 1 << 20
 """Characters of all control and user-defined tokens together; finding them in a text takes memory for each."""
 MAX_TOKEN_CHARACTERS = 1 << 10
 """Longest token that is split into pairs, which costs the square of its length; longer ones match only whole."""
-
-_SPACE = "\u2581"
 
 
 class TokenizerError(ModelError):
@@ -182,7 +180,7 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
         add_bos = not byte_level or pre in WHOLE_WORDS_AND_BOS
     if add_bos and "bos" not in names:
         raise _bad(metadata, "bos_token_id", "missing, but every text is to have BOS")
-    pieces = [_piece(token, types[i], byte_level=byte_level) for i, token in enumerate(tokens)]
+    pieces = [piece(token, types[i], byte_level=byte_level) for i, token in enumerate(tokens)]
     return Vocabulary(backend, pieces, never, names, add_bos, stop, spelled, blanks, tuple(notes))
 
 
@@ -238,9 +236,9 @@ def _sentencepiece(
         cache_capacity=0,
     )
     backend = Tokenizer(model)
-    steps: list[Any] = [normalizers.Replace(" ", _SPACE)]
+    steps: list[Any] = [normalizers.Replace(" ", SPACE)]
     if metadata.flag("tokenizer.ggml.add_space_prefix") is not False:
-        steps.insert(0, normalizers.Prepend(_SPACE))
+        steps.insert(0, normalizers.Prepend(SPACE))
     backend.normalizer = normalizers.Sequence(steps)
     return backend
 
@@ -301,46 +299,3 @@ def _byte_level(
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, last])
     return backend
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return the character -> byte map of byte-level vocabularies: printable bytes stand for themselves."""
-    themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(themselves)]
-    return {chr(byte): byte for byte in themselves} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES = _byte_alphabet()
-
-
-def byte_level_piece(token: str) -> bytes:
-    """Return the bytes of a byte-level token, or its UTF-8 text if it has characters outside that alphabet."""
-    try:
-        return bytes([_BYTES[character] for character in token])
-    except KeyError:
-        return token.encode()
-
-
-def sentencepiece_piece(token: str) -> bytes:
-    """Return the bytes of a SentencePiece token."""
-    return token.replace(_SPACE, " ").encode()
-
-
-def byte_token(token: str) -> bytes | None:
-    """Return the byte that a token `<0xNN>` stands for; None for any other token."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            return bytes.fromhex(token[3:5])
-        except ValueError:
-            return None
-    return None
-
-
-def _piece(token: str, kind: int, *, byte_level: bool) -> bytes:
-    if kind in NEVER_TEXT:
-        return b""
-    if kind == BYTE and (byte := byte_token(token)) is not None:
-        return byte
-    if byte_level:
-        return token.encode() if kind == USER_DEFINED else byte_level_piece(token)
-    return sentencepiece_piece(token)
