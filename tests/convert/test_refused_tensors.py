@@ -19,6 +19,7 @@ from gguf_builder import F32, Q6_K, Builder, Tensor, key_value, weight
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options, make_plan
 from q6k_kernels.errors import GgufRejectedError
+from q6k_kernels.formats.ggml import GGMLType
 from q6k_kernels.gguf.model import open_gguf
 
 # Rejected at planning: two arrays of one name
@@ -104,13 +105,13 @@ def test_a_scale_that_is_not_finite_is_rejected_with_its_place_and_leaves_nothin
 @pytest.mark.parametrize("rank", [1, 2])
 def test_a_number_that_is_not_finite_is_refused_in_every_type(tmp_path: Path, ggml: str, rank: int) -> None:
     """Packed, dequantised or kept raw."""
-    block, size = ggml_blocks.SIZES[ggml]
-    other = "raw" if ggml in ("Q8_1", "Q1_0") else "bf16"
+    block, size = ggml_blocks.ALL_SIZES[ggml]
+    other = "raw" if ggml in ("Q8_1", "Q1_0", "Q2_0") else "bf16"
     for name, at in ggml_blocks.HALVES[ggml].items():
         blocks = ggml_blocks.random_blocks(ggml, 15)
         blocks[13, at : at + 2] = [0x01, 0xFC]
         shape = (5, 3 * block) if rank == 2 else (15 * block,)
-        bad = Tensor("bad", shape, int(gguf.GGMLQuantizationType[ggml]), blocks.tobytes())
+        bad = Tensor("bad", shape, int(GGMLType[ggml]), blocks.tobytes())
         path = Builder(tensors=[weight("first", (2, 256)), bad]).write(tmp_path / "model.gguf")
         start = path.read_bytes().index(bad.data)
         place = "(row 4, block 1 of it)" if rank == 2 else "(row 0, block 13 of it)"

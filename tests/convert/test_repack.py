@@ -225,7 +225,7 @@ def test_the_scattered_number_of_iq1_m_is_found() -> None:
 
 
 def test_every_type_with_blocks_is_searched() -> None:
-    assert set(STEPS) == set(ggml_blocks.SIZES) | {"Q2_0"}  # of which the gguf package does not know
+    assert set(STEPS) == set(ggml_blocks.ALL_SIZES)
 
 
 def test_of_one_block_the_first_number_is_named() -> None:

@@ -207,7 +207,11 @@ def test_a_model_of_more_parts_than_files_may_be_open_converts(tmp_path: Path) -
         )
         part.write(tmp_path / f"m-{number + 1:05}-of-{parts:05}.gguf")
     path, out = tmp_path / f"m-00007-of-{parts:05}.gguf", tmp_path / "out"
-    for arguments in ([path, out, "--max-shard-size", "900"], ["inspect", path], ["verify", out, "--source", path]):
+    for arguments in (
+        [path, out, "--max-shard-size", "900B"],
+        ["inspect", path],
+        ["verify", out, "--source", path],
+    ):
         done = subprocess.run(
             [sys.executable, "-m", "q6k_convert", *map(os.fspath, arguments)],
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (most, most)),

@@ -14,10 +14,12 @@ Bytes = npt.NDArray[np.uint8]
 Kind = gguf.GGMLQuantizationType
 SIZES = {kind.name: sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items() if sizes[0] > 1}
 """GGML type -> (weights a block, bytes a block), for the types that have blocks."""
+ALL_SIZES = {**SIZES, "Q2_0": (64, 18)}
+"""The same with what the gguf package does not know."""
 
 _FIRST = ("Q4_0", "Q5_0", "Q8_0", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ4_NL", "IQ4_XS")
 HALVES = {
-    **{ggml: {"d": 0} for ggml in (*_FIRST, "Q1_0")},
+    **{ggml: {"d": 0} for ggml in (*_FIRST, "Q1_0", "Q2_0")},
     **{ggml: {"d": 0, "m": 2} for ggml in ("Q4_1", "Q5_1")},
     **{ggml: {"d": 0, "dmin": 2} for ggml in ("Q4_K", "Q5_K")},
     "Q8_1": {"d": 0, "s": 2},
@@ -36,7 +38,7 @@ NOT_FINITE = {"inf": 0x7C00, "minus-inf": 0xFC00, "nan": 0x7E00, "signalling-nan
 def random_blocks(ggml: str, count: int, seed: int = 0) -> Bytes:
     """Return blocks (count, bytes) of random bytes and finite scales of a real model's size, of both signs."""
     rng = np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (count, SIZES[ggml][1]), dtype=np.uint8)
+    blocks = rng.integers(0, 256, (count, ALL_SIZES[ggml][1]), dtype=np.uint8)
     for at in HALVES.get(ggml, {}).values():
         blocks[:, at : at + 2] = (rng.normal(size=(count, 1)) * 3e-5).astype("<f2").view(np.uint8)
     if ggml == "Q8_K":

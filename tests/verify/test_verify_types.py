@@ -19,6 +19,7 @@ from q6k_kernels.bundle import manifest as manifests
 from q6k_kernels.bundle import structure
 from q6k_kernels.formats import planes
 from q6k_kernels.formats.blocks import STEPS, ScaleNumber
+from q6k_kernels.formats.ggml import GGMLType
 from q6k_kernels.formats.types import PACKED_TYPES, WEIGHT_TYPES, WeightType
 
 ROWS = pytest.mark.parametrize("row", WEIGHT_TYPES.values(), ids=lambda row: row.name)
@@ -27,8 +28,8 @@ NUMBERS = [(ggml, number) for ggml, numbers in STEPS.items() for number in numbe
 
 def stored(tmp_path: Path, ggml: str, blocks: ggml_blocks.Bytes, k: int, options: Options) -> tuple[Path, Path]:
     """Convert a model of one tensor `x` with these blocks, in rows of k weights; return source and bundle."""
-    shape = (2, ggml_blocks.SIZES[ggml][0] * len(blocks) // k // 2, k)
-    tensor = Tensor("x", shape, int(ggml_blocks.Kind[ggml]), blocks.tobytes())
+    shape = (2, ggml_blocks.ALL_SIZES[ggml][0] * len(blocks) // k // 2, k)
+    tensor = Tensor("x", shape, int(GGMLType[ggml]), blocks.tobytes())
     source = Builder(tensors=[tensor]).write(tmp_path / "model.gguf")
     return source, convert(source, tmp_path / "out", options).output
 
@@ -38,7 +39,7 @@ def options_of(row: WeightType, *, allow_nonfinite: bool = False) -> Options:
 
 
 def blocks_of(ggml: str, k: int = 768) -> ggml_blocks.Bytes:
-    return ggml_blocks.random_blocks(ggml, 6 * k // ggml_blocks.SIZES[ggml][0], seed=4)
+    return ggml_blocks.random_blocks(ggml, 6 * k // ggml_blocks.ALL_SIZES[ggml][0], seed=4)
 
 
 def truth_of(blocks: ggml_blocks.Bytes, ggml: str) -> np.ndarray:
