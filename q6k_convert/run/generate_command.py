@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from q6k_kernels.bundle.metadata import Metadata
     from q6k_kernels.generate.generator import Generator
-    from q6k_kernels.tokenizer.tokenizer import Tokenizer
+    from q6k_kernels.tokenizer.text_tokenizer import Tokenizer
 
 Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 MAX_PROMPT_BYTES = 1 << 24

@@ -216,7 +216,7 @@ def test_kernels_take_16_bits(name: str, bundle: Path, tmp_path: Path, monkeypat
 
 
 def test_an_interruption_ends_it_cleanly(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from q6k_kernels.tokenizer.tokenizer import TextStream
+    from q6k_kernels.tokenizer.text_tokenizer import TextStream
 
     pushed = []
 

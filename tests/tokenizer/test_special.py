@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 
-from q6k_kernels.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from q6k_kernels.tokenizer.text_tokenizer import Tokenizer
+from q6k_kernels.tokenizer.tokenizer import load_tokenizer
 from tokenizer_files import (
     CONTROL,
     NORMAL,

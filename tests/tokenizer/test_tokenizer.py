@@ -11,7 +11,8 @@ pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 
 import tokenizer_files as files
 from q6k_kernels.tokenizer import vocabulary
-from q6k_kernels.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from q6k_kernels.tokenizer.text_tokenizer import Tokenizer
+from q6k_kernels.tokenizer.tokenizer import load_tokenizer
 from q6k_kernels.tokenizer.vocabulary import TokenizerError
 from tokenizer_files import SAMPLES, byte_level, byte_level_keys, sentencepiece, sentencepiece_ids, write
 

