@@ -1,39 +1,24 @@
-"""Make a bundle that can be shipped from a GGUF file, step by step, for CI.
+"""Make a bundle that can be shipped from a GGUF file, step by step; `ci_command` says what the steps are.
 
-    scripts/ci_export MODEL OUT [--skip STEP]...
-
-MODEL is a GGUF file, or the name of one on the Hugging Face Hub (ORG/REPO[@REVISION]:QUANTISATION). The steps:
-
-    download     fetch MODEL's files that the cache lacks
-    convert      write OUT/bundle
-    verify       check its structure, its checksums, every tensor against MODEL, and the operations on a device
-    answer       continue a text with the model; perplexity and repetition have to stay in bounds
-    export       write OUT/model.pt2, a program that runs without Python, if a GPU is there to run it
-    provenance   write OUT/provenance.spdx.json: files, their hashes, their sources and tools
-    checksums    write OUT/SHA256SUMS, for `sha256sum -c`
-
-OUT/report.json has the results of all steps. Nothing is asked. A step that was done is skipped while its inputs and
-outputs are unchanged, so a run that was cut short resumes, and a repeated run does nothing. Exit codes are those of
-q6k-convert: 5 for a failed verification, and for an answer out of bounds.
+OUT/report.json has the results of all steps. A step that was done is skipped while its inputs and outputs are
+unchanged, so a run that was cut short resumes, and a repeated run does nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from ci_files import origin, origin_of, sha256, stamps, write
 from q6k_convert import __version__
 from q6k_convert.cli import contents
-from q6k_convert.cli.reporting import peak_memory, reporting
+from q6k_convert.cli.reporting import peak_memory
+from q6k_convert.cli.shipping_request import STEPS, ShippingRequest
 from q6k_convert.cli.terminal import Terminal
 from q6k_convert.cli.verified import verification_contents
 from q6k_convert.convert.pipeline import default_jobs
@@ -41,23 +26,22 @@ from q6k_convert.convert.pipeline import run as run_conversion
 from q6k_convert.convert.plan import Options, make_plan
 from q6k_convert.errors import ExitCode, UsageError
 from q6k_convert.hub import resolve
+from q6k_convert.run.shipped_files import origin, origin_of, sha256, stamps, write
 from q6k_kernels.bundle import manifest as manifests
 from q6k_kernels.gguf.model import open_gguf
-from sanity import PROMPT
 
 Row = dict[str, Any]
-STEPS = ("download", "convert", "verify", "answer", "export", "provenance", "checksums")
 STATE = ".ci_export.json"
 REPORT, PROVENANCE, CHECKSUMS = "report.json", "provenance.spdx.json", "SHA256SUMS"
 PROGRAM = "model.pt2"
 
 
-class Export:
+class Shipping:
     """One run: the state of the steps and their results."""
 
-    def __init__(self, args: argparse.Namespace, terminal: Terminal) -> None:
-        self.args, self.terminal = args, terminal
-        self.out: Path = args.out
+    def __init__(self, request: ShippingRequest, terminal: Terminal) -> None:
+        self.request, self.terminal = request, terminal
+        self.out = request.out
         self.bundle = self.out / "bundle"
         self.did = list[str]()
         self.step = "download"
@@ -81,17 +65,19 @@ class Export:
         except typer.Exit:
             raise
         except Exception as error:
-            self._report({"step": self.step, "error": str(error)})
+            write(self.out / REPORT, self._report({"step": self.step, "error": str(error)}))
             raise
+        report = self._report()
         if self.did or not (self.out / REPORT).exists():
-            self._report(None)
+            write(self.out / REPORT, report)
             self.terminal.note(f"done: {', '.join(self.did) or 'the report'}; see {self.out / REPORT}")
         else:
             self.terminal.note(f"nothing to do: {self.out} is up to date")
+        self.terminal.document(report)
 
     def _step(self, name: str) -> None:
         self.step = name
-        if name in self.args.skip:
+        if name in self.request.skip:
             self.terminal.note(f"{name}: skipped")
         elif self._is_done(name):
             self.terminal.note(f"{name}: done before")
@@ -107,7 +93,9 @@ class Export:
             work: Callable[[], Row] = getattr(self, f"_{name}")
             result = work()
             if result.get("status") == "failed":
-                self._report({"step": name, "result": result})
+                report = self._report({"step": name, "result": result})
+                write(self.out / REPORT, report)
+                self.terminal.document(report)
                 raise typer.Exit(int(ExitCode.VERIFICATION_FAILED))
             self.state[name] = {"inputs": key, "outputs": self._outputs(name), "result": result}
             self._write_state()
@@ -122,14 +110,14 @@ class Export:
 
     def _download(self) -> None:
         found = resolve(
-            self.args.model,
+            self.request.model,
             self.terminal.note,
             self.terminal.progress,
-            download="download" not in self.args.skip,
+            download="download" not in self.request.skip,
         )
         if found.path is None:
             raise UsageError(
-                f"{self.args.model} is not in the cache, and --skip download was given", "Leave it out."
+                f"{self.request.model} is not in the cache, and --skip download was given", "Leave it out."
             )
         self.source = found.path
         self.download = found.document.get("download", {})
@@ -138,11 +126,11 @@ class Export:
 
     def _convert(self) -> Row:
         with open_gguf(self.source) as model:
-            plan = make_plan(model, Options(self.args.scales, self.args.other))
+            plan = make_plan(model, Options(self.request.scales, self.request.other))
             self.terminal.plan(contents.plan_contents(plan))
             # A run may replace what an earlier run wrote, also one that was killed before it could say so.
             old, known = origin_of(self.bundle), self.state.get("origins", [])
-            force = self.args.force or old in known
+            force = self.request.force or old in known
             self.state["origins"] = [*(each for each in known if each == old), origin(plan)]
             self._write_state()
             with self.terminal.progress(plan.bytes_in, "converting") as tell:
@@ -157,7 +145,7 @@ class Export:
         run = verify(
             self.bundle,
             source=self.source,
-            device=self.args.device,
+            device=self.request.device,
             jobs=default_jobs(),
             progress=self.terminal.progress,
         )
@@ -172,9 +160,21 @@ class Export:
         }
 
     def _answer(self) -> Row:
-        from sanity import answer
+        from q6k_convert.run.generate_command import GenerateRequest
+        from q6k_convert.run.sanity import answer
 
-        return answer(self.bundle, self.args, self.terminal)
+        asked, terminal = self.request, self.terminal
+        request = GenerateRequest(
+            self.bundle, asked.prompt, max_new_tokens=asked.max_new_tokens, device=asked.device
+        )
+        bounds = {"perplexity": asked.max_perplexity, "repetition": asked.max_repetition}
+        row, faults = answer(request, bounds, terminal.stream, terminal.note, terminal.progress)
+        if faults:
+            terminal.error(
+                f"the model's answer is not to be trusted: {'; '.join(faults)}",
+                "Compare it with that of another program; --max-perplexity and --max-repetition set the bounds.",
+            )
+        return row
 
     def _export(self) -> Row:
         from q6k_convert.run.export_command import ExportRequest, run
@@ -184,8 +184,8 @@ class Export:
             (self.out / PROGRAM).unlink(missing_ok=True)  # the program of an earlier run on another machine
             self.terminal.note(f"export: nothing to do, {reason}")
             return {"status": "left out", "reason": reason}
-        args = self.args
-        request = ExportRequest(self.bundle, self.out / PROGRAM, args.capacity, args.device, force=True)
+        asked = self.request
+        request = ExportRequest(self.bundle, self.out / PROGRAM, asked.capacity, asked.device, force=True)
         row = run(request, self.terminal.note, self.terminal.progress)
         names = ("device", "capability", "dtype", "torch", "capacity", "chunk", "bytes", "operations", "check")
         return {"file": PROGRAM, **{name: row[name] for name in names}}
@@ -194,15 +194,15 @@ class Export:
         """Return why no program is exported, or None if one is."""
         from q6k_convert.verify.device_stage import missing_for_cuda
 
-        if self.args.export == "always":
+        if self.request.export == "always":
             return None
-        if self.args.device == "cpu":
+        if self.request.device == "cpu":
             return "--device is cpu"
         missing = missing_for_cuda()
         return missing.what if missing else None
 
     def _provenance(self) -> Row:
-        from spdx import hashed, provenance
+        from q6k_convert.run.spdx import hashed, provenance
 
         manifest = manifests.read(self.bundle)
         with open_gguf(self.source) as model:
@@ -245,19 +245,19 @@ class Export:
 
     def _key(self, step: str) -> str:
         """Return a hash of everything that a step depends on."""
-        args = self.args
+        asked = self.request
         with open_gguf(self.source) as model:
             source = [[part.path.name, part.size, part.stat.st_mtime_ns] for part in model.parts]
         bundle = stamps(self.bundle.iterdir()) if self.bundle.is_dir() else []
         program = stamps([self.out / PROGRAM])
         where = {name: self.download.get(name) for name in ("hub", "repository", "commit")}
         parts: dict[str, list[Any]] = {
-            "convert": [source, args.scales, args.other],
-            "verify": [source, bundle, args.device],
+            "convert": [source, asked.scales, asked.other],
+            "verify": [source, bundle, asked.device],
             "answer": [
-                bundle, args.device, args.prompt, args.max_new_tokens, args.max_perplexity, args.max_repetition
+                bundle, asked.device, asked.prompt, asked.max_new_tokens, asked.max_perplexity, asked.max_repetition
             ],
-            "export": [bundle, args.device, args.capacity, self._no_program() if step == "export" else None],
+            "export": [bundle, asked.device, asked.capacity, self._no_program() if step == "export" else None],
             "provenance": [source, bundle, program, where, os.environ.get("SOURCE_DATE_EPOCH")],
             "checksums": [stamps(self._listed().values())] if self.bundle.is_dir() else [],
         }  # fmt: skip
@@ -280,7 +280,7 @@ class Export:
     def _write_state(self) -> None:
         write(self.out / STATE, self.state)
 
-    def _report(self, failure: Row | None) -> None:
+    def _report(self, failure: Row | None = None) -> Row:
         known = [name for name in STEPS if name in self.state and self._is_done(name)]
         steps = {name: self.state[name]["result"] for name in known}
         if self.download:
@@ -289,52 +289,8 @@ class Export:
         report = {
             "status": "failed" if failure else "passed",
             "producer": f"q6k-convert {__version__}",
-            "model": self.args.model if self.download else self.source.name,
-            "skipped": [name for name in STEPS if name in self.args.skip],
+            "model": self.request.model if self.download else self.source.name,
+            "skipped": [name for name in STEPS if name in self.request.skip],
             "steps": steps,
         }
-        write(self.out / REPORT, report | ({"failure": failure} if failure else {}))
-
-
-def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the parsed options."""
-    parser = argparse.ArgumentParser(
-        prog="ci_export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="GGUF file, or its name on the Hub")
-    add("out", metavar="OUT", type=Path, help="output directory, new or of an earlier run")
-    add("--skip", action="append", choices=STEPS, default=[], metavar="STEP", help="leave out a step; repeatable")
-    add("--scales", choices=("bf16", "exact"), default="bf16")
-    add("--other", choices=("bf16", "raw", "skip", "error"), default="bf16")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="device of verify, answer and export")
-    add("--prompt", default=PROMPT, metavar="TEXT", help="text to continue; by default a well-known sentence")
-    add("--max-new-tokens", type=int, default=48, metavar="N", help="tokens of the answer")
-    add("--max-perplexity", type=float, default=100.0, metavar="P", help="largest perplexity of the prompt")
-    add("--max-repetition", type=float, default=0.9, metavar="R", help="largest share of repeated tokens, 0 to 1")
-    add("--export", choices=("auto", "always"), default="auto", help="auto: only if --device finds a GPU")
-    add("--capacity", type=int, metavar="N", help="tokens that the program has room for; see `q6k-convert export`")
-    add("--force", action="store_true", help="replace a bundle in OUT that this script did not make")
-    add("--quiet", action="store_true", help="print errors only")
-    add("--verbose", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(arguments)
-    if args.max_new_tokens < 1:
-        parser.error("--max-new-tokens: expected 1 or more")
-    if args.capacity is not None and args.capacity < 8:
-        parser.error("--capacity: expected 8 or more")
-    return args
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Parse the options and run; return the exit code."""
-    args = parsed(arguments)
-    try:
-        with reporting(False, args.quiet, args.verbose) as terminal:
-            Export(args, terminal).run()
-    except typer.Exit as stopped:
-        return stopped.exit_code
-    return int(ExitCode.DONE)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        return report | ({"failure": failure} if failure else {})

@@ -1,4 +1,4 @@
-"""scripts/ci/ci_export.py on a tiny model: what it leaves behind, what it does again and what not, how it fails."""
+"""`q6k-convert ci` on a tiny model: what it leaves behind, what it does again and what not, how it fails."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import hashlib
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,16 +22,14 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 import torch
 
-from bundle_helpers import listing
+from bundle_helpers import invoke, listing
 from hub_server import FakeHub, fresh
+from q6k_convert.cli import main, shipping
+from q6k_convert.run import sanity
 from tiny_models import Q8_0, Tiny
 from tokenizer_files import sentencepiece, sentencepiece_ids
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-import ci_export
-import sanity
-
+ROOT = Path(__file__).parents[2]
 PROMPT = "The lazy fox runs over the quick dog."
 LOOSE = ("--prompt", PROMPT, "--max-new-tokens", "8", "--max-perplexity", "1e9", "--max-repetition", "1")
 MADE = {"bundle", "report.json", "provenance.spdx.json", "SHA256SUMS", ".ci_export.json"}
@@ -63,7 +64,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 def export(model: Path | str, out: Path, *options: str, code: int = 0) -> dict[str, Any]:
     """Runs it, and returns its report."""
-    assert ci_export.main([str(model), str(out), "--device", "cpu", *LOOSE, *options]) == code
+    with pytest.raises(SystemExit) as ended:
+        main.app(["ci", str(model), str(out), "--device", "cpu", *LOOSE, *options])
+    assert ended.value.code == code
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
     return report
 
@@ -198,7 +201,7 @@ def test_a_run_that_failed_is_gone_on_with(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ci_export.Export, "_provenance", fail)
+        patch.setattr(shipping.Shipping, "_provenance", fail)
         report = export(gguf, out, code=4)
     assert report["status"] == "failed"
     assert report["failure"]["step"] == "provenance"
@@ -224,7 +227,7 @@ def test_a_run_killed_around_the_conversion_is_gone_on_with(
     short = ("--skip", "verify", "--skip", "answer")
     if earlier:
         export(gguf, out, "--scales", "exact", *short)
-    real = ci_export.run_conversion
+    real = shipping.run_conversion
 
     def killed(*args: Any, **more: Any) -> None:
         if when == "after":
@@ -233,7 +236,7 @@ def test_a_run_killed_around_the_conversion_is_gone_on_with(
 
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr(ci_export, "run_conversion", killed)
+            patch.setattr(shipping, "run_conversion", killed)
             with pytest.raises(Killed):
                 export(gguf, out, *short)
     assert export(gguf, out, *short)["status"] == "passed"
@@ -246,7 +249,7 @@ def test_a_killed_run_gives_no_right_to_replace_the_bundle_of_another(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(ci_export, "run_conversion", killed)
+        patch.setattr(shipping, "run_conversion", killed)
         with pytest.raises(Killed):
             export(gguf, out)
     shutil.copytree(tiny[0].parent / "out", out / "bundle")
@@ -280,7 +283,7 @@ def test_what_has_changed_is_done_again(
     export(gguf, out)
     options = change(gguf, out)
     with monkeypatch.context() as patch:
-        patch.setattr(ci_export.Export, "_verify", lambda _: {"status": "failed"})
+        patch.setattr(shipping.Shipping, "_verify", lambda _: {"status": "failed"})
         failed = export(gguf, out, *options, code=5)
     # Nothing is left that speaks of the bundle before.
     assert list(failed["steps"]) == ["convert"]
@@ -354,5 +357,74 @@ def test_what_cannot_be_converted_fails_as_the_command_does(out: Path, tmp_path:
     (tmp_path / "text.gguf").write_text("no GGUF at all, but long enough for a header")
     assert "expected 'GGUF'" in export(tmp_path / "text.gguf", out, code=3)["failure"]["error"]
     assert "No such file" in export(tmp_path / "absent.gguf", out, code=4)["failure"]["error"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--skip", "nothing"), ("--max-new-tokens", "0"), ("--capacity", "7"), ("--scales", "fp8"),
+        ("--export", "never"), ("--device", "tpu"),
+    ],
+)  # fmt: skip
+def test_options_that_make_no_sense_are_exit_2(options: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="2"):
-        ci_export.main([str(tmp_path), str(out), "--skip", "nothing"])
+        main.app(["ci", str(tmp_path / "model.gguf"), str(tmp_path / "out"), *options])
+    assert not (tmp_path / "out").exists()
+
+
+def test_json_prints_the_report_alone(gguf: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):  # all of it, and nothing
+        report = export(gguf, out, "--json")
+        assert json.loads(capsys.readouterr().out) == report
+    damaged(gguf, out)
+    report = export(gguf, out, "--json", "--skip", "convert", code=5)
+    assert report["status"] == "failed"
+    assert json.loads(capsys.readouterr().out) == report
+
+
+def test_the_script_calls_the_command_where_it_was_called(tmp_path: Path) -> None:
+    """With an environment that is there already."""
+    scripts = tmp_path / "a clone" / "scripts"
+    scripts.mkdir(parents=True)
+    shutil.copy2(ROOT / "scripts" / "ci_export", scripts)
+    (scripts / "environment").write_text('prepare() { PATH="$PWD/.venv/bin:$PATH"; echo "extras: $1"; }\n')
+    program = scripts.parent / ".venv" / "bin" / "q6k-convert"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\npwd\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    done = subprocess.run(
+        [scripts / "ci_export", "my model", "out", "--quiet"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == [str(tmp_path), "ci", "my model", "out", "--quiet"]
+    assert done.stderr == "extras: inference,hub\n"
+
+
+def test_the_workflow_runs_outside_a_clone(
+    hub: FakeHub, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It installs the package with extras that exist, and what it runs is a command of the package."""
+    monkeypatch.chdir(tmp_path)
+    hub.add("org/tiny", {gguf.name: gguf.read_bytes()})
+    text = (ROOT / "scripts" / "README.md").read_text(encoding="utf-8")
+    [workflow] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    environment = dict(re.findall(r"^      ([A-Z_]+): (.*)", workflow, re.MULTILINE))
+    install, command = (shlex.split(line) for line in re.findall(r"run: (.*)", workflow))
+    assert install[:2] == ["pip", "install"]
+    requirement = re.fullmatch(r"(\S+)\[(\S+)\] @ \$SOURCE", install[2])
+    assert requirement is not None
+    assert environment["SOURCE"].startswith("git+https://")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert requirement[1] == project["name"]
+    assert set(requirement[2].split(",")) == {"inference", "hub"} <= set(project["optional-dependencies"])
+    assert command[0] in project["scripts"]
+    assert "MODEL" in environment
+    args = ["org/tiny:Q6_K" if word == "$MODEL" else word for word in command[1:]]
+    result = invoke(*args, *LOOSE)
+    assert result.exit_code == 0, result.stderr
+    uploaded = re.findall(r"path: (out\S*)", workflow)
+    assert uploaded == [args[2]]
+    assert {path.name for path in Path(uploaded[0]).iterdir()} == MADE

@@ -1,18 +1,20 @@
 """Check that a bundle's model works: its perplexity of a well-known sentence and its answer have to be in bounds.
 
-This finds broken models and does not measure quality; `eval_quality.py` does. A model that does not know the
+This finds broken models and does not measure quality. A model that does not know the
 language has a perplexity of thousands; one whose decoding is broken repeats itself.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from q6k_convert.cli.terminal import Terminal
 from q6k_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from q6k_convert.run.generate_command import GenerateRequest, Progress
 
 # The beginning of the Declaration of Independence (1776), which models know by heart.
 PROMPT = (
@@ -24,26 +26,33 @@ PROMPT = (
 _KEPT = ("device", "dtype", "prompt_tokens", "generated_tokens", "stop_reason", "text")
 
 
-def answer(bundle: Path, args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
-    """Return the model's answer to the prompt, with `status` "passed" if it is in bounds, else "failed".
+def answer(
+    request: GenerateRequest,
+    bounds: dict[str, float],
+    write: Callable[[str], None],
+    note: Callable[[str], None],
+    progress: Progress,
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the model's answer to the prompt, with `status` "passed" or "failed", and what is out of bounds.
 
     Args:
-        bundle: bundle of the model.
-        args: prompt, max_new_tokens, device, max_perplexity, max_repetition.
-        terminal: shows the progress, and what is out of bounds.
+        request: bundle, prompt, device and length of the answer.
+        bounds: largest `perplexity` of the prompt, and `repetition` of the answer.
+        write: called with each piece of the answer.
+        note: called with each line about the progress.
+        progress: makes a progress display from a total in bytes and a label.
 
     Raises:
+        UsageError: the prompt has a single token.
         EnvironmentMissingError, ModelError, BundleError, OSError: see `generate_command.run`.
     """
-    from q6k_convert.run.generate_command import GenerateRequest, run
+    from q6k_convert.run.generate_command import run
 
-    request = GenerateRequest(bundle, args.prompt, max_new_tokens=args.max_new_tokens, device=args.device)
-    done = run(request, terminal.stream, terminal.note, terminal.progress)
+    done = run(request, write, note, progress)
     found = {
-        "perplexity": perplexity(bundle, done["prompt_token_ids"], done["device"], done["dtype"]),
+        "perplexity": perplexity(request.bundle, done["prompt_token_ids"], done["device"], done["dtype"]),
         "repetition": repetition(done["token_ids"]),
     }
-    bounds = {"perplexity": args.max_perplexity, "repetition": args.max_repetition}
     # Every comparison with NaN is false, so NaN counts as out of bounds.
     bad = [
         f"{name} {value:.4g}, allowed is {bounds[name]:g}"
@@ -52,18 +61,14 @@ def answer(bundle: Path, args: argparse.Namespace, terminal: Terminal) -> dict[s
     ]
     if not done["token_ids"]:
         bad.append("the answer is empty")
-    terminal.note(f"perplexity of the prompt {found['perplexity']:.4g}, repetition {found['repetition']:.2f}")
-    if bad:
-        terminal.error(
-            f"the model's answer is not to be trusted: {'; '.join(bad)}",
-            "Compare it with that of another program; --max-perplexity and --max-repetition set the bounds.",
-        )
-    return {
+    note(f"perplexity of the prompt {found['perplexity']:.4g}, repetition {found['repetition']:.2f}")
+    row = {
         "status": "failed" if bad else "passed",
         **{name: round(value, 4) if math.isfinite(value) else None for name, value in found.items()},
         "bounds": bounds,
         **{name: done[name] for name in _KEPT},
     }
+    return row, bad
 
 
 def perplexity(bundle: Path, ids: list[int], device: str, dtype: str) -> float:
