@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -16,6 +17,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.generate import mailbox, recording
 from q6k_kernels.generate.generator import CapacityError, Generator, NotFiniteError
+from q6k_kernels.generate.kv_cache import cache_argument
 from q6k_kernels.generate.sampling import LOWEST, choose, gumbel_noise
 from q6k_kernels.models.cache_layout import SLACK
 
@@ -42,6 +44,32 @@ def test_the_best_tokens_are_those_of_transformers(family: str) -> None:
     whole = model(torch.tensor([prompt() + answer])).logits[0, PROMPT - 1 : -1]
     assert whole.argmax(dim=-1).tolist() == answer
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning")
+def test_no_call_to_transformers_warns_of_its_end() -> None:
+    generator = Generator(tiny("llama"), capacity=8, fused=False)
+    generator.prefill(prompt(4))
+    assert len(list(generator.generate(2))) == 2
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_is_passed_by_the_name_that_the_model_has(name: str) -> None:
+    """One of the names is that of the installed release; the model of the other translates it."""
+    model = tiny.__wrapped__("llama")  # one of its own
+    inner, own = model.forward, cache_argument(model)
+
+    def forward(**given: Any) -> Any:
+        return inner(**{own if key == name else key: value for key, value in given.items()})
+
+    signature = inspect.signature(inner)
+    kinds = [each.replace(name=name) if each.name == own else each for each in signature.parameters.values()]
+    forward.__signature__ = signature.replace(parameters=kinds)  # type: ignore[attr-defined]
+    model.forward = forward
+    assert cache_argument(model) == name
+    generator = Generator(model, capacity=PROMPT + 2, fused=False)
+    generator.prefill(prompt())
+    assert list(generator.generate(2)) == expected("llama")[:2]
 
 
 @pytest.mark.parametrize(

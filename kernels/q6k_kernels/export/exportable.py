@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from q6k_kernels.generate.attention import implementation
-from q6k_kernels.generate.kv_cache import Masks
+from q6k_kernels.generate.kv_cache import Masks, cache_argument
 from q6k_kernels.models.cache_layout import ALIGNMENT, FULL, SLACK, SLIDING, aligned, layer_kinds
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class ExportableModel(nn.Module):
         if capacity < SHORTEST_CAPACITY:
             raise ValueError(f"capacity: expected {SHORTEST_CAPACITY} or more, found {capacity}")
         self.model = model
+        self._cache_argument = cache_argument(model)
         config: Any = model.config.get_text_config(decoder=True)
         self.kinds = layer_kinds(config)
         self.window = int(config.sliding_window) if SLIDING in self.kinds else 0
@@ -88,9 +89,9 @@ class ExportableModel(nn.Module):
             input_ids=tokens,
             attention_mask=self._masks(positions, slots),
             position_ids=positions[None],
-            past_key_values=_Cache(self, positions, slots.shape[0]),
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: _Cache(self, positions, slots.shape[0])},
         )
         logits: Tensor = out.logits[:, -1].float()
         return logits

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from q6k_kernels.errors import ModelError, UnsupportedModelError
 from q6k_kernels.generate.attention import implementation
-from q6k_kernels.generate.kv_cache import KeyValueCache
+from q6k_kernels.generate.kv_cache import KeyValueCache, cache_argument
 from q6k_kernels.generate.mailbox import GpuMailbox, Mailbox
 from q6k_kernels.generate.recording import Recorder, bucket
 from q6k_kernels.generate.sampling import choose, settled
@@ -90,6 +90,7 @@ class Generator:
         self.fused = self._fused_step is not None
         self._attention = implementation("plain")
         self._model = model
+        self._cache_argument = cache_argument(model)
         self._chunk = chunk
         self.capacity = capacity
         self.length = 0
@@ -245,9 +246,9 @@ class Generator:
             input_ids=ids,
             attention_mask=masks,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: self.cache},
         )
         logits: Tensor = out.logits[:, -1].float()
         return logits

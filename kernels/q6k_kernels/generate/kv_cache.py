@@ -12,6 +12,7 @@ and writes tensors at fixed addresses, including the position, so it can be reco
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,6 +21,14 @@ from torch import Tensor
 from q6k_kernels.models.cache_layout import FULL, SLIDING, aligned, layer_kinds, ring_slots
 
 Masks = Tensor | dict[str, Tensor | None] | None
+
+
+def cache_argument(model: Any) -> str:
+    """Return the name by which the forward pass of a transformers model takes a cache.
+
+    It is `cache` from transformers 5.24 on, which warns of the older name at every call.
+    """
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 @dataclass
