@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from q6k_convert import text
@@ -10,19 +11,68 @@ from q6k_convert.text import displayable
 from q6k_kernels.formats.types import PACKED_TYPES
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console
     from rich.text import Text
 
+_LONGEST_TABLE = 1000
+"""Rows that rich lays out; it takes about a millisecond for each, more than a listing of a whole model may."""
+_LARGEST_TABLE = 1 << 18
+"""Characters that rich lays out."""
+_WIDEST = 100
+"""Cells of a terminal up to which plain columns are aligned: one long name does not widen every line."""
+_GAP = "  "
 
-def make_table(*columns: str, header: bool = True) -> Table:
-    """Make a table; a column named `…>` is aligned right, one named `…!` is never folded."""
-    from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, show_header=header, header_style="bold")
-    for column in columns:
-        justify: Literal["left", "right"] = "right" if column.endswith(">") else "left"
-        table.add_column(column.rstrip(">!"), justify=justify, overflow="fold", no_wrap=column.endswith("!"))
-    return table
+class Table:
+    """Rows of cells below each other; control characters are escaped, so names from a file are only text.
+
+    Args:
+        columns: their headings; one named `…>` is aligned right, one named `…!` is never folded.
+        header: whether the headings are shown.
+    """
+
+    def __init__(self, *columns: str, header: bool = True) -> None:
+        self._columns, self._header = columns, header
+        self._rows: list[tuple[str | Text, ...]] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, *cells: str | Text) -> None:
+        """Add a row."""
+        self._rows.append(tuple(printable(cell) if isinstance(cell, str) else cell for cell in cells))
+
+    def show(self, console: Console) -> None:
+        """Print the table, one too long or too large for rich as plain lines in columns."""
+        if len(self) <= _LONGEST_TABLE and sum(len(cell) for row in self._rows for cell in row) <= _LARGEST_TABLE:
+            self._lay_out(console)
+        else:
+            console.out(*self._lines(), sep="\n", highlight=False)
+
+    def _lay_out(self, console: Console) -> None:
+        from rich.table import Table as RichTable
+
+        table = RichTable(box=None, pad_edge=False, show_header=self._header, header_style="bold")
+        for column in self._columns:
+            justify: Literal["left", "right"] = "right" if column.endswith(">") else "left"
+            table.add_column(column.rstrip(">!"), justify=justify, overflow="fold", no_wrap=column.endswith("!"))
+        for row in self._rows:
+            table.add_row(*row)
+        console.print(table)
+
+    def _lines(self) -> Iterator[str]:
+        from rich.cells import cell_len
+
+        heading = [tuple(column.rstrip(">!") for column in self._columns)] if self._header else []
+        rows = heading + [tuple(map(str, row)) for row in self._rows]
+        widths = [[min(cell_len(cell), _WIDEST) for cell in column] for column in zip(*rows, strict=True)]
+        widest = list(map(max, widths))
+        for row, own in zip(rows, zip(*widths, strict=True), strict=True):
+            cells = []
+            for column, cell, width, most in zip(self._columns, row, own, widest, strict=True):
+                blanks = " " * (most - width)
+                cells.append(blanks + cell if column.endswith(">") else cell + blanks)
+            yield _GAP.join(cells).rstrip()
 
 
 def styled(word: str, style: str) -> Text:
@@ -30,11 +80,6 @@ def styled(word: str, style: str) -> Text:
     from rich.text import Text
 
     return Text(word, style)
-
-
-def add_row(table: Table, *cells: str | Text) -> None:
-    """Add a row; control characters are escaped, so names from a file cannot steer the terminal."""
-    table.add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in cells))
 
 
 def readable(value: Any) -> str:
@@ -49,6 +94,8 @@ def readable(value: Any) -> str:
 
 def printable(name: str) -> str:
     """Return a text with everything that does not print escaped."""
+    if name.isprintable():
+        return name
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in displayable(name))
 
 

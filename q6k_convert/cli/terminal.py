@@ -15,11 +15,10 @@ from q6k_convert.cli.contents import Row
 from q6k_convert.cli.streams import PlainLines, console, is_utf_8, json_text
 from q6k_convert.cli.tables import (
     STORAGE_WORDS,
-    add_row,
+    Table,
     compared,
     decibel,
     growth,
-    make_table,
     memory,
     printable,
     readable,
@@ -96,10 +95,9 @@ class Terminal:
         head = " (head tied to the token embedding)" if plan["tied_head"] else ""
         architecture = plan["architecture"] or "of unnamed architecture"
         self._say(f"{sources[0]}{more}: {architecture}, {text.plural(plan['tensors'], 'tensor')}{head}")
-        table = make_table("type", "tensors>", "weights>", "what happens", "bytes in>", "bytes out>")
+        table = Table("type", "tensors>", "weights>", "what happens", "bytes in>", "bytes out>")
         for row in plan["types"]:
-            add_row(
-                table,
+            table.add(
                 row["type"],
                 str(row["tensors"]),
                 f"{row['weights']:,}",
@@ -107,7 +105,7 @@ class Terminal:
                 text.size(row["bytes_in"]),
                 text.size(row["bytes_out"]),
             )
-        self._out.print(table)
+        table.show(self._out)
         shards = plan["shards"]
         files = shards[0]["name"] if len(shards) == 1 else f"{len(shards)} shards"
         self._say(f"{sizes(plan['bytes_in'], plan['bundle_bytes'])}, {files}")
@@ -122,27 +120,27 @@ class Terminal:
         """Print what was done, what it is good for, and which commands come next."""
         if self.quiet:
             return
-        table = make_table("", "", header=False)
+        table = Table("", "", header=False)
         others = f"{result['tensors_other']} other"
         skipped = f", {result['tensors_skipped']} not stored" if result["tensors_skipped"] else ""
-        add_row(table, "bundle", result["output"])
-        add_row(table, "tensors", f"{result['tensors_planar']} packed, {others}{skipped}")
-        add_row(table, "size", sizes(result["bytes_in"], result["bytes_out"]))
+        table.add("bundle", result["output"])
+        table.add("tensors", f"{result['tensors_planar']} packed, {others}{skipped}")
+        table.add("size", sizes(result["bytes_in"], result["bytes_out"]))
         bits = f"{result['bits_per_weight']:g}"
         if result["bits_per_weight_planar"]:
             bits += f" ({result['bits_per_weight_planar']:g} in packed weights)"
-        add_row(table, "bits per weight", bits)
+        table.add("bits per weight", bits)
         rate = text.size(result["bytes_in_per_second"])
-        add_row(table, "time", f"{text.seconds(result['seconds'])}, {rate}/s")
-        add_row(table, "peak memory", text.size(result["peak_memory_bytes"]))
-        add_row(table, "GPU memory", memory(plan["gpu"]))
-        add_row(table, "whole model runs", runnable(plan["model"]))
+        table.add("time", f"{text.seconds(result['seconds'])}, {rate}/s")
+        table.add("peak memory", text.size(result["peak_memory_bytes"]))
+        table.add("GPU memory", memory(plan["gpu"]))
+        table.add("whole model runs", runnable(plan["model"]))
         out = shlex.quote(result["output"])
-        add_row(table, "look inside", f"q6k-convert inspect {out}")
-        add_row(table, "verify next", f"q6k-convert verify {out} --source {shlex.quote(source)}")
+        table.add("look inside", f"q6k-convert inspect {out}")
+        table.add("verify next", f"q6k-convert verify {out} --source {shlex.quote(source)}")
         if not plan["model"]["problem"] and not plan["model"]["tokenizer_problem"]:
-            add_row(table, "generate", f"q6k-convert generate {out} -p TEXT")
-        self._out.print(table)
+            table.add("generate", f"q6k-convert generate {out} -p TEXT")
+        table.show(self._out)
 
     def gguf(self, content: Row) -> None:
         """Print the contents of a GGUF, unless the document has them."""
@@ -153,14 +151,14 @@ class Terminal:
                 f"{file['name']}: GGUF version {file['version']}, alignment {file['alignment']}, "
                 f"{text.size(file['bytes'])}"
             )
-        keys = make_table("key", "value")
+        keys = Table("key", "value")
         for key, value in content["keys"].items():
-            add_row(keys, key, readable(value))
-        self._out.print(keys)
-        tensors = make_table("tensor!", "type", "shape", "bytes>")
+            keys.add(key, readable(value))
+        keys.show(self._out)
+        tensors = Table("tensor!", "type", "shape", "bytes>")
         for t in content["tensors"]:
-            add_row(tensors, t["name"], t["type"], text.shape(t["shape"]), text.size(t["bytes"]))
-        self._out.print(tensors)
+            tensors.add(t["name"], t["type"], text.shape(t["shape"]), text.size(t["bytes"]))
+        tensors.show(self._out)
         self._totals(content, "bytes_in")
 
     def bundle(self, content: Row) -> None:
@@ -168,32 +166,32 @@ class Terminal:
         if self.as_json:
             return
         self._say(f"{content['path']}: q6k-planar bundle by {content['producer']}")
-        table = make_table("", "", header=False)
-        add_row(table, "architecture", content["architecture"])
+        table = Table("", "", header=False)
+        table.add("architecture", content["architecture"])
         for source in content["sources"]:
-            add_row(table, "made from", f"{source['name']}, {text.size(source['bytes'])}, {source['checksum']}")
-        add_row(table, "options", ", ".join(f"{k}={v}" for k, v in content["options"].items()))
+            table.add("made from", f"{source['name']}, {text.size(source['bytes'])}, {source['checksum']}")
+        table.add("options", ", ".join(f"{k}={v}" for k, v in content["options"].items()))
         for name, to in content["tied"].items():
-            add_row(table, "tied", f"{name} is {to}")
+            table.add("tied", f"{name} is {to}")
         for file in content["files"]:
-            add_row(table, "file", f"{file['name']}, {text.size(file['bytes'])}")
-        add_row(table, "arrays", f"{text.size(content['bytes'])}, {content['bits_per_weight']:g} bits per weight")
-        self._out.print(table)
+            table.add("file", f"{file['name']}, {text.size(file['bytes'])}")
+        table.add("arrays", f"{text.size(content['bytes'])}, {content['bits_per_weight']:g} bits per weight")
+        table.show(self._out)
         self._say(f"GPU memory: {memory(content['gpu'])}")
-        tensors = make_table("tensor!", "type", "shape", "stored", "bytes>")
+        tensors = Table("tensor!", "type", "shape", "stored", "bytes>")
         for t in content["tensors"]:
-            add_row(tensors, t["name"], t["type"], text.shape(t["shape"]), t["storage"], text.size(t["bytes"]))
-        self._out.print(tensors)
+            tensors.add(t["name"], t["type"], text.shape(t["shape"]), t["storage"], text.size(t["bytes"]))
+        tensors.show(self._out)
         self._totals(content, "bytes_out")
 
     def verification(self, report: Row, *, all_tensors: bool) -> None:
         """Print the stages, the tensors (worst first) and the findings."""
         self._say(f"{report['bundle']}: {report['architecture'] or 'no readable manifest'}")
-        stages = make_table("check", "state", "what")
+        stages = Table("check", "state", "what")
         for stage in report["stages"]:
             style = {"passed": "green", "failed": "red"}.get(stage["state"], "dim")
-            add_row(stages, stage["stage"], styled(stage["state"], style), stage["detail"])
-        self._out.print(stages)
+            stages.add(stage["stage"], styled(stage["state"], style), stage["detail"])
+        stages.show(self._out)
         if any(t["source"] or t["device"] for t in report["tensors"]):
             self._worst_first(report["tensors"], most=None if all_tensors else _WORST)
         if total := report["source_totals"]:
@@ -226,14 +224,13 @@ class Terminal:
             return (-tensor["findings"], math.inf if snr is None else snr, -error)
 
         ordered = sorted((t for t in tensors if t["source"] or t["device"]), key=badness)
-        table = make_table("tensor!", "type", "bits>", "exact", "SNR dB>", "scale err>", "device>")
+        table = Table("tensor!", "type", "bits>", "exact", "SNR dB>", "scale err>", "device>")
         for t in ordered[:most]:
             source, device = t["source"] or {}, t["device"] or []
             error = source.get("max_scale_error")
             rates = [run["gb_per_s"] for run in device if run["gb_per_s"] is not None]
             ran = f"{len(device)} runs" + (f", {max(rates):.0f} GB/s" if rates else "")
-            add_row(
-                table,
+            table.add(
                 t["name"],
                 t["type"],
                 f"{t['bits_per_weight']:g}",
@@ -242,17 +239,17 @@ class Terminal:
                 "" if error is None else f"{error:.1e}",
                 ran if device else "",
             )
-        self._out.print(table)
-        if len(ordered) > len(table.rows):
-            self._say(f"the worst {len(table.rows)} of {len(ordered)} tensors; --all shows every one")
+        table.show(self._out)
+        if len(ordered) > len(table):
+            self._say(f"the worst {len(table)} of {len(ordered)} tensors; --all shows every one")
 
     def examination(self, report: Row) -> None:
         """Print which parts of the machine are ready to run kernels, and how to repair the rest."""
-        table = make_table("part", "state", "what")
+        table = Table("part", "state", "what")
         for finding in report["findings"]:
             style = {"ok": "green", "missing": "red", "broken": "red"}.get(finding["state"], "dim")
-            add_row(table, finding["name"], styled(finding["state"], style), finding["detail"])
-        self._out.print(table)
+            table.add(finding["name"], styled(finding["state"], style), finding["detail"])
+        table.show(self._out)
         for finding in report["findings"]:
             if finding["state"] in ("missing", "broken"):
                 what = "" if finding["needed"] else ", which kernels run without"
