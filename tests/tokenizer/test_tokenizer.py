@@ -142,6 +142,15 @@ def test_what_would_cost_too_much_is_refused(tmp_path: Path, monkeypatch: pytest
             spm | {"ggml.tokens": repeated, "ggml.scores": [0.0] * 1024, "ggml.token_type": [1] * 1024},
             "characters in",
         ),
+        (
+            spm
+            | {
+                "ggml.tokens": [f"{i:04}" + "a" * 1020 for i in range(4200)],
+                "ggml.scores": [0.0] * 4200,
+                "ggml.token_type": [1] * 4200,
+            },
+            "more than 4194304 characters in tokens of text",
+        ),
         (bpe | {"ggml.merges": ["a b" * (1 << 22)] * 3}, "more than 33554432 characters in merges"),
         (bpe | {"ggml.merges": [f"a{i} b" for i in range(40_000)]}, "more than 65536 of the texts"),
         (

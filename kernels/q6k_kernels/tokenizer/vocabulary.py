@@ -46,6 +46,8 @@ MAX_WHOLE_CHARACTERS = 1 << 20
 """Characters of all control and user-defined tokens together; finding them in a text takes memory for each."""
 MAX_TOKEN_CHARACTERS = 1 << 10
 """Longest token that is split into pairs, which costs the square of its length; longer ones match only whole."""
+MAX_SPLIT_CHARACTERS = 1 << 22
+"""Characters of all tokens that are split into pairs; Gemma 3 has 1.5 million in 262,144 tokens."""
 
 
 class TokenizerError(ModelError):
@@ -247,17 +249,17 @@ def _merges_of(
     metadata: Metadata, tokens: list[str], types: list[int], scores: list[float], texts: dict[str, int]
 ) -> list[tuple[str, str]]:
     """Return the pairs that join to a token, best score first: BPE by scores, expressed as BPE by merges."""
-    merges, characters = [], 0
+    merges, characters, split = [], 0, 0
     for i, token in enumerate(tokens):
         if types[i] not in (NORMAL, USER_DEFINED, UNUSED) or len(token) > MAX_TOKEN_CHARACTERS:
             continue
+        split += len(token)
+        if split > MAX_SPLIT_CHARACTERS:
+            raise _bad(metadata, "tokens", f"more than {MAX_SPLIT_CHARACTERS} characters in tokens of text")
         for cut in range(1, len(token)):
-            left = texts.get(token[:cut])
-            if left is None:
-                continue
-            right = texts.get(token[cut:])
-            if right is not None:
-                merges.append((-scores[i], i, left, right))
+            left, right = token[:cut], token[cut:]
+            if left in texts and right in texts:
+                merges.append((-scores[i], i, texts[left], texts[right]))
                 characters += len(token)
         _check_merges(metadata, "tokens", len(merges), characters)
     merges.sort()
