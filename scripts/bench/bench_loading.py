@@ -5,8 +5,8 @@
 
 Both give transformers' class in fp32: `load_model` of a bundle, made with exact scales before anything is timed,
 and `AutoModelForCausalLM.from_pretrained(gguf_file=...)`, which expands all weights and takes the package
-accelerate. Each runs in a process of its own, with the same number of threads and the same ids as the prompt.
-Measured are the time to load without imports, the peak of the process's memory, and the tokens a second of decoding
+accelerate. Each runs in a process of its own, with the same number of threads and the same prompt.
+Measured are the time to load (imports are part), the peak of the process's memory, and tokens a second of decoding
 after the prompt: ours by `Generator`, theirs by `generate`. Times are elapsed, and of the CPU, which other work on
 the machine disturbs less. Files are in the page cache. What cannot be loaded is a row that says why.
 """
