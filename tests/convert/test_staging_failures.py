@@ -334,7 +334,7 @@ def test_a_disk_that_fills_up_halfway_is_exit_4_and_leaves_nothing(
     monkeypatch.setattr(convert_module, "check_space", lambda *_: None)
     big = Builder([weight("a.weight", (8192, 256)), weight("b.weight", (8192, 256))]).write(tmp_path / "big.gguf")
     with tmpfs(tmp_path / "disk", "size=1m") as disk:
-        result = CliRunner().invoke(main.app, [str(big), str(disk / "a" / "out"), "--max-shard-size", "1"])
+        result = CliRunner().invoke(main.app, [str(big), str(disk / "a" / "out"), "--max-shard-size", "1B"])
         assert result.exit_code == 4, result.output
         assert "error: model-00001-of-00002.safetensors: No space left on device\n" in result.stderr
         assert "try: Check the disk" in result.stderr
