@@ -7,25 +7,24 @@ from pathlib import Path
 from typing import Literal
 
 from q6k_convert.run.running import Device
-from q6k_convert.run.sanity import PROMPT
 
 STEPS = ("download", "convert", "verify", "answer", "export", "provenance", "checksums")
 
 
 @dataclass(frozen=True)
 class ShippingRequest:
-    """Request of the command; see its options."""
+    """Request of the command, whose options have the defaults."""
 
     model: str
     out: Path
-    skip: tuple[str, ...] = ()
-    scales: Literal["bf16", "exact"] = "bf16"
-    other: Literal["bf16", "raw", "skip", "error"] = "bf16"
-    device: Device = "auto"
-    prompt: str = PROMPT
-    max_new_tokens: int = 48
-    max_perplexity: float = 100.0
-    max_repetition: float = 0.9
-    export: Literal["auto", "always"] = "auto"
-    capacity: int | None = None
-    force: bool = False
+    skip: tuple[str, ...]
+    scales: Literal["bf16", "exact"]
+    other: Literal["bf16", "raw", "skip", "error"]
+    device: Device
+    prompt: str
+    max_new_tokens: int
+    max_perplexity: float
+    max_repetition: float
+    export: Literal["auto", "always"]
+    capacity: int | None
+    force: bool

@@ -79,7 +79,7 @@ def to_planes(blocks: Any, arrays: Mapping[str, Any], row: WeightType, path: str
         raise ValueError(f"the compiled repacker does not know the weight type {row.name}; install it again")
 
 
-def dequantizes(ggml: str) -> bool:
+def dequantizes_natively(ggml: str) -> bool:
     """Return whether `dequantize` takes blocks of a GGML type: those that are worth it and have no weight type."""
     return _encode(ggml, None, memoryview(b""), 0, [])
 
@@ -90,7 +90,7 @@ def dequantize(blocks: Any, weights: Any, ggml: str, path: str | None = None) ->
     Args:
         blocks: n contiguous blocks: anything with the buffer protocol (a read-only one is copied).
         weights: a contiguous writable buffer of 2 bytes for each weight.
-        ggml: a GGML type that `dequantizes` accepts.
+        ggml: a GGML type that `dequantizes_natively` accepts.
         path: a name in `PATHS`; by default the fastest.
 
     Raises:

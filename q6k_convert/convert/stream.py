@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from q6k_convert.convert.plan import Plan, TensorPlan
-from q6k_convert.convert.repack import array_bytes, dequantize, dequantizes, first_nonfinite, to_planes
+from q6k_convert.convert.repack import array_bytes, dequantize, dequantizes_natively, first_nonfinite, to_planes
 from q6k_convert.text import displayable
 from q6k_kernels.bundle.manifest import SourceFile
 from q6k_kernels.bundle.writer import BundleWriter
@@ -52,7 +52,8 @@ class _Slot:
         rows = [weight_type(name) for name in {tensor.format for tensor in plan.tensors} if name is not None]
         sizes = [most // block_bytes(row) * sum(array_bytes(row).values()) for row in rows]
         native = any(
-            tensor.storage == "dequantized" and dequantizes(tensor.record.type.name) for tensor in plan.tensors
+            tensor.storage == "dequantized" and dequantizes_natively(tensor.record.type.name)
+            for tensor in plan.tensors
         )
         self._target = memoryview(bytearray(max([*sizes, most if native else 0])))
 
@@ -145,7 +146,7 @@ def _piece_bytes(tensor: TensorPlan, most: int) -> int:
     block_weights, size = tensor.record.block
     if tensor.storage != "dequantized":
         return most // size * size
-    weights = most // 2 if dequantizes(tensor.record.type.name) else DEQUANTIZED_WEIGHTS
+    weights = most // 2 if dequantizes_natively(tensor.record.type.name) else DEQUANTIZED_WEIGHTS
     return min(weights // block_weights, most // size) * size
 
 
@@ -189,7 +190,7 @@ def _encode(
 
 def _dequantized(source: memoryview, tensor: TensorPlan, weights: int, slot: _Slot) -> memoryview:
     """Return the weights of blocks as bf16."""
-    if dequantizes(tensor.record.type.name):
+    if dequantizes_natively(tensor.record.type.name):
         target = slot.arrays({"data": 2 * weights})["data"]
         dequantize(source, target, tensor.record.type.name)
         return target

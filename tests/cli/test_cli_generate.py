@@ -246,7 +246,6 @@ def test_an_interruption_passes_what_catches_every_exception() -> None:
 
 
 def test_an_answer_cannot_steer_the_terminal(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-
     Terminal().stream("a\x1b[2Jb\n\tc")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     Terminal().stream("a\x1b[2Jb\n\tc é")

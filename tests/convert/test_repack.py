@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 import ggml_blocks
 import oracles
 from q6k_convert.convert import repack
-from q6k_convert.convert.repack import array_bytes, best_path, dequantize, dequantizes, first_nonfinite, to_planes
+from q6k_convert.convert.repack import (
+    array_bytes,
+    best_path,
+    dequantize,
+    dequantizes_natively,
+    first_nonfinite,
+    to_planes,
+)
 from q6k_convert.errors import EnvironmentMissingError
 from q6k_kernels.formats import planes
 from q6k_kernels.formats.blocks import STEPS, ScaleNumber, block_bytes, decode
@@ -163,7 +170,7 @@ def test_dequantised_weights_are_ggmls_rounded(ggml: str, data: str, path: str) 
 
 
 def test_what_is_not_dequantised_natively_is_said() -> None:
-    assert [ggml for ggml in ggml_blocks.SIZES if dequantizes(ggml)] == list(NATIVE)
+    assert [ggml for ggml in ggml_blocks.SIZES if dequantizes_natively(ggml)] == list(NATIVE)
     with pytest.raises(ValueError, match="does not dequantise IQ2_S"):
         dequantize(bytes(82), bytearray(512), "IQ2_S")
     for blocks, weights in ((bytes(84), bytearray(511)), (bytes(85), bytearray(512)), (bytes(84), bytes(512))):
