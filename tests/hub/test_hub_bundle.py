@@ -68,6 +68,7 @@ def test_a_path_that_exists_wins(hub: FakeHub, tmp_path: Path) -> None:
     assert invoke("verify", "org/bundle").exit_code == 0
     assert bundle_path("org/bundle", "q6k-convert verify", Terminal(quiet=True)) == Path("org/bundle")
     failed(invoke("verify", "org/other"), 3, "org/other is not a bundle", "")
+    assert directory_of("org/other") == Path("org/other")
     assert hub.asked == []
 
 

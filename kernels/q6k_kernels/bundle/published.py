@@ -16,13 +16,14 @@ _FILES = ("bundle.json", "metadata.gguf", "model*.safetensors", "model.safetenso
 def directory_of(path: str | os.PathLike[str]) -> Path:
     """Return a path itself or, for the name of a published bundle, its directory in the Hub's cache.
 
-    A path that exists is never a name. Files are fetched by huggingface_hub, which comes with transformers.
+    A path that exists is never a name, nor is `DIR/NAME` where DIR exists: that is a mistyped path. huggingface_hub
+    fetches the files; it comes with transformers.
 
     Raises:
         BundleError: there is neither such a path nor such a repository, or it cannot be fetched.
     """
     match = _NAME.fullmatch(os.fspath(path))
-    if match is None or os.path.lexists(path):
+    if match is None or os.path.lexists(path) or (match[2] is None and Path(match[1]).parent.exists()):
         return Path(path)
     try:
         from huggingface_hub import snapshot_download
