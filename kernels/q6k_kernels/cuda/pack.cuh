@@ -6,58 +6,94 @@
 constexpr int PACK_WARPS = 8;
 constexpr int PLANE_BYTES = Q6K_BITS == 8 ? 256 : 128;  // of a row's super-block in the first code plane
 constexpr int HIGH_BYTES = 32 * LOW_BITS;               // and in the second
-// Bytes between rows in shared memory: four bytes more than a multiple of 128 let eight rows meet all banks once.
-constexpr int PITCH = PLANE_BYTES + HIGH_BYTES + 4;
+#if Q6K_BITS == 6
+typedef uint4 High;  // what is copied of the second plane at once
+#else
+typedef u32 High;  // as its rows may be a multiple of 4 bytes only
+#endif
+// Bytes between rows in shared memory: an odd number of 16 lets the 8 rows that a warp reads at once meet all banks.
+constexpr int PITCH = ((PLANE_BYTES + HIGH_BYTES) / 16 | 1) * 16;
 
 // Copies a plane's part of a tile into shared memory, zeros for rows and columns that do not exist. `width` is the bytes
-// of a whole row of the plane, `at` those before the super-block.
-template <int BYTES>
+// of a whole row of the plane, a multiple of T's, `at` those before the super-block.
+template <typename T, int BYTES>
 __device__ __forceinline__ void stage_plane(u8* to, const u8* plane, i64 first_row, int rows, i64 width, i64 at, int lane) {
+  constexpr int A_ROW = BYTES / sizeof(T), COUNT = TILE_ROWS * A_ROW / 32;
   const int present = (int)min((i64)BYTES, width - at);
-  for (int i = lane; i < TILE_ROWS * (BYTES / 4); i += 32) {
-    const int row = i / (BYTES / 4), inside = i % (BYTES / 4) * 4;
-    u32 word = 0;
-    if (row < rows && inside < present) word = *(const u32*)(plane + (first_row + row) * width + at + inside);
-    *(u32*)(to + row * PITCH + inside) = word;
-  }
-}
-
-// Copies elements of an array of scales: 16 rows of COUNT, zeros for those that do not exist.
-template <typename T, int COUNT>
-__device__ __forceinline__ void copy_scales(T* to, const T* from, i64 first_row, int rows, i64 width, i64 at, T turn,
-                                            int lane) {
-  const int present = (int)min((i64)COUNT, width - at);
+  T values[COUNT];
 #pragma unroll
-  for (int i = lane; i < TILE_ROWS * COUNT; i += 32) {
-    const int row = i / COUNT, inside = i % COUNT;
-    T value = 0;
-    if (row < rows && inside < present) value = (T)(from[(first_row + row) * width + at + inside] ^ turn);
-    to[i] = value;
+  for (int i = 0; i < COUNT; ++i) {  // all loads are under way before the first is needed
+    const int row = (32 * i + lane) / A_ROW, inside = (32 * i + lane) % A_ROW * (int)sizeof(T);
+    values[i] = T{};
+    if (row < rows && inside < present) values[i] = *(const T*)(plane + (first_row + row) * width + at + inside);
+  }
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const int row = (32 * i + lane) / A_ROW, inside = (32 * i + lane) % A_ROW * (int)sizeof(T);
+    *(T*)(to + row * PITCH + inside) = values[i];
   }
 }
 
-// The four stored codes of a lane's elements of a sixteen as bytes. `row` is a row's planes in shared memory.
-__device__ __forceinline__ u32 codes_of(const u8* row, int sixteen, int t) {
+// Copies an array of scales: 16 rows of BYTES bytes of it, zeros for those that do not exist. `width` is the bytes of a
+// whole row, a multiple of T's, `at` those before the super-block.
+template <typename T, int BYTES>
+__device__ __forceinline__ void copy_elements(u8* to, const u8* from, i64 first_row, int rows, i64 width, i64 at, T turn,
+                                              int lane) {
+  constexpr int A_ROW = BYTES / sizeof(T);
+  const int present = (int)min((i64)BYTES, width - at);
+#pragma unroll
+  for (int i = lane; i < TILE_ROWS * A_ROW; i += 32) {
+    const int row = i / A_ROW, inside = i % A_ROW * (int)sizeof(T);
+    T value = 0;
+    if (row < rows && inside < present) value = *(const T*)(from + (first_row + row) * width + at + inside) ^ turn;
+    ((T*)to)[i] = value;
+  }
+}
+
+// The same a word at a time where rows are whole words; ELEMENT is the bytes of an element.
+template <int BYTES, int ELEMENT>
+__device__ __forceinline__ void copy_scales(u8* to, const u8* from, i64 first_row, int rows, i64 width, i64 at, u32 turn,
+                                            int lane) {
+  if constexpr (BYTES % 4 == 0) {
+    if (width % 4 == 0) return copy_elements<u32, BYTES>(to, from, first_row, rows, width, at, turn, lane);
+  }
+  if constexpr (ELEMENT == 2) {
+    copy_elements<u16, BYTES>(to, from, first_row, rows, width, at, (u16)turn, lane);
+  } else {
+    copy_elements<u8, BYTES>(to, from, first_row, rows, width, at, (u8)turn, lane);
+  }
+}
+
+// The stored codes of a lane's elements of the two sixteens of 32 weights, four a word, as bytes. `row` is a row's planes
+// in shared memory, `pair` the 32 weights of it.
+__device__ __forceinline__ void codes_of(u32 (&codes)[2], const u8* row, int pair, int t) {
 #if Q6K_BITS == 8
-  const u32 first = *(const u16*)(row + 16 * sixteen + 2 * t), second = *(const u16*)(row + 16 * sixteen + 2 * t + 8);
-  return first | second << 16;
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    const u8* const at = row + 32 * pair + 16 * s + 4 * (t >> 1);
+    codes[s] = __byte_perm(*(const u32*)at, *(const u32*)(at + 8), t & 1 ? 0x7632 : 0x5410);
+  }
 #else
-  const u32 pair = row[8 * sixteen + t] | (u32)row[8 * sixteen + 4 + t] << 16;
-  u32 codes = (pair & 0x000F000Fu) | (pair & 0x00F000F0u) << 4;
+  const uint4 low = *(const uint4*)(row + 16 * pair);
+  const u32 take = t | (4 + t) << 8;  // byte t of both words, into bytes 0 and 2
+  const u32 pairs[2] = {__byte_perm(low.x, low.y, take), __byte_perm(low.z, low.w, take)};
+#pragma unroll
+  for (int s = 0; s < 2; ++s) codes[s] = (pairs[s] & 0x000F000Fu) | (pairs[s] & 0x00F000F0u) << 4;
 #if Q6K_BITS == 6  // a byte holds four even weights' pairs, the one four bytes on those of the odd weights
-  const u8* const high = row + PLANE_BYTES + 8 * (sixteen >> 1) + 2 * (sixteen & 1);
-  codes |= ((high[0] >> 2 * t & 3u) | (high[4] >> 2 * t & 3u) << 8 | (high[1] >> 2 * t & 3u) << 16 |
-            (high[5] >> 2 * t & 3u) << 24) << 4;
+  const uint2 high = *(const uint2*)(row + PLANE_BYTES + 8 * pair);
+  const u32 high_of[2] = {__byte_perm(high.x, high.y, 0x5140), __byte_perm(high.x, high.y, 0x7362)};
+#pragma unroll
+  for (int s = 0; s < 2; ++s) codes[s] |= (high_of[s] >> 2 * t & 0x03030303u) << 4;
 #elif Q6K_BITS == 5  // a byte holds four even weights' bits, then those of the odd weights
-  const u8* const high = row + PLANE_BYTES + 2 * sixteen;
-  codes |= ((high[0] >> t & 1u) | (high[0] >> (4 + t) & 1u) << 8 | (high[1] >> t & 1u) << 16 |
-            (high[1] >> (4 + t) & 1u) << 24) << 4;
+  const u32 high = *(const u32*)(row + PLANE_BYTES + 4 * pair), odd = high >> 4;
+  const u32 high_of[2] = {__byte_perm(high, odd, 0x5140), __byte_perm(high, odd, 0x7362)};
+#pragma unroll
+  for (int s = 0; s < 2; ++s) codes[s] |= (high_of[s] >> t & 0x01010101u) << 4;
 #endif
-  return codes;
 #endif
 }
 
-// Grid (ceil(tiles / 8), 1, 1), 256 threads. Code planes aligned to 16 bytes, scales to their elements.
+// Grid (ceil(tiles / 8), 1, 1), 256 threads. All planes aligned to 16 bytes.
 //   codes   (rows, k/2), or (rows, k) of 8 bits; rows = matrices * n
 //   high    (rows, k LOW_BITS / 8); only if there are low bits
 //   scale, mins, steps, min_steps   (rows, k / weights), those that the weight type has
@@ -65,7 +101,7 @@ __device__ __forceinline__ u32 codes_of(const u8* row, int sixteen, int t) {
 //   n, k    rows of a matrix; weights of a row, a multiple of 32
 //   count   matrices * ceil(n/16) * ceil(k/256), below 2^32
 extern "C" __global__ void __launch_bounds__(32 * PACK_WARPS)
-    q6k_pack(const u8* codes, const u8* high, const u8* scale, const u8* mins, const u16* steps, const u16* min_steps,
+    q6k_pack(const u8* codes, const u8* high, const u8* scale, const u8* mins, const u8* steps, const u8* min_steps,
              u8* tiles, int n, int k, i64 count) {
   __shared__ __align__(16) u8 planes[PACK_WARPS][TILE_ROWS * PITCH];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -80,31 +116,27 @@ extern "C" __global__ void __launch_bounds__(32 * PACK_WARPS)
   const i64 first_row = (i64)matrix * n + first_in_matrix;
   u8* const tile = tiles + index * TILE_BYTES;
   u8* const own = planes[warp];
-  stage_plane<PLANE_BYTES>(own, codes, first_row, rows, (i64)k * PLANE_BYTES / SUPER_BLOCK,
-                           (i64)super_block * PLANE_BYTES, lane);
+  stage_plane<uint4, PLANE_BYTES>(own, codes, first_row, rows, (i64)k * PLANE_BYTES / SUPER_BLOCK,
+                                  (i64)super_block * PLANE_BYTES, lane);
 #if Q6K_BITS == 5 || Q6K_BITS == 6
-  stage_plane<HIGH_BYTES>(own + PLANE_BYTES, high, first_row, rows, (i64)k * HIGH_BYTES / SUPER_BLOCK,
-                          (i64)super_block * HIGH_BYTES, lane);
+  stage_plane<High, HIGH_BYTES>(own + PLANE_BYTES, high, first_row, rows, (i64)k * HIGH_BYTES / SUPER_BLOCK,
+                                (i64)super_block * HIGH_BYTES, lane);
 #endif
-  constexpr int GROUPS = SUPER_BLOCK / Q6K_GROUP;
-  const i64 groups = k / Q6K_GROUP, group = (i64)super_block * GROUPS;
-  auto copy = [&](u8* to, const u8* from) {
-    if (WIDE_SCALES) {
-      copy_scales<u16, GROUPS>((u16*)to, (const u16*)from, first_row, rows, groups, group, 0, lane);
-    } else {
-      constexpr u8 TURN = Q6K_SCALES == SCALES_INT8_STEPS ? 0x80 : 0;
-      copy_scales<u8, GROUPS>(to, from, first_row, rows, groups, group, TURN, lane);
-    }
+  constexpr int ELEMENT = WIDE_SCALES ? 2 : 1, SCALE_BYTES = SUPER_BLOCK / Q6K_GROUP * ELEMENT;
+  constexpr u32 TURN = Q6K_SCALES == SCALES_INT8_STEPS ? 0x80808080u : 0;
+  auto copy = [&](int at, const u8* from) {
+    copy_scales<SCALE_BYTES, ELEMENT>(tile + at, from, first_row, rows, (i64)(k / Q6K_GROUP) * ELEMENT,
+                                      (i64)super_block * SCALE_BYTES, TURN, lane);
   };
   for (int i = USED_BYTES + lane * 16; i < TILE_BYTES; i += 32 * 16) *(uint4*)(tile + i) = make_uint4(0, 0, 0, 0);
-  copy(tile + SCALES_AT, scale);
-  if (Q6K_MINIMUM) copy(tile + MINS_AT, mins);
+  copy(SCALES_AT, scale);
+  if (Q6K_MINIMUM) copy(MINS_AT, mins);
   if (STEPPED) {
-    const i64 width = k / SUPER_BLOCK;
-    copy_scales<u16, 1>((u16*)(tile + STEPS_AT), steps, first_row, rows, width, super_block, 0, lane);
-    if (Q6K_MINIMUM) {
-      copy_scales<u16, 1>((u16*)(tile + MIN_STEPS_AT), min_steps, first_row, rows, width, super_block, 0, lane);
-    }
+    auto copy_steps = [&](int at, const u8* from) {
+      copy_scales<2, 2>(tile + at, from, first_row, rows, (i64)(k / SUPER_BLOCK) * 2, (i64)super_block * 2, 0, lane);
+    };
+    copy_steps(STEPS_AT, steps);
+    if (Q6K_MINIMUM) copy_steps(MIN_STEPS_AT, min_steps);
   }
   __syncwarp();
 
@@ -115,9 +147,12 @@ extern "C" __global__ void __launch_bounds__(32 * PACK_WARPS)
     const u8* const row = own + in_tile * PITCH;
     u32 v[16];
 #pragma unroll
-    for (int j = 0; j < 16; ++j) {
-      v[j] = codes_of(row, j, t);
-      if (in_tile >= rows || existing + 16 * j >= k) v[j] = 0;
+    for (int j = 0; j < 8; ++j) {
+      u32 codes[2];
+      codes_of(codes, row, j, t);
+      const bool exists = in_tile < rows && existing + 32 * j < k;
+      v[2 * j] = exists ? codes[0] : 0;
+      v[2 * j + 1] = exists ? codes[1] : 0;
     }
     u8* const to = tile + lane * 16;
 #if Q6K_BITS == 8
