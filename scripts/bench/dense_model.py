@@ -81,7 +81,7 @@ def _arranged(pieces: Iterator[Tensor], name: str, architecture: Architecture, h
     """Yield rows as transformers has them: norms without GGUF's offset, rows of q and k with their halves apart."""
     if architecture.norm_offset and name.endswith("norm.weight"):
         yield from (piece - architecture.norm_offset for piece in pieces)
-    elif architecture.interleaved and (".attn_q." in name or ".attn_k." in name):
+    elif architecture.name in ("llama", "mistral") and (".attn_q." in name or ".attn_k." in name):
         whole = torch.cat([*pieces])
         pairs = whole.view(-1, head_dim // 2, 2, *whole.shape[1:])
         yield pairs.transpose(1, 2).reshape(whole.shape)

@@ -23,9 +23,9 @@ from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.formats.tiles import order_rows
 from q6k_kernels.formats.types import row_of
 from q6k_kernels.models import assemble as model_room
-from q6k_kernels.models.architecture import row_order
 from q6k_kernels.models.fusing import Part, Stacks
 from q6k_kernels.models.registry import architecture_of
+from q6k_kernels.models.stored import row_order
 from q6k_kernels.weights.reader import Bundle, Loader
 from tiny_models import F16, Q3_K, SIZES, Tiny, permuted
 

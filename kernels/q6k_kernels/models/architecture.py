@@ -6,17 +6,18 @@ Each family of models has a file here with one row for each of its architectures
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from q6k_kernels.bundle.metadata import Metadata
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.models.hyperparameters import ONLY_FUNCTIONS, Keys, Shapes, sizes
+from q6k_kernels.models.stored import AS_IT_IS, Stored
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PretrainedConfig
 
 FREQUENCY_FACTORS = "rope_freqs.weight"
@@ -24,6 +25,7 @@ FREQUENCY_FACTORS = "rope_freqs.weight"
 
 _ENCODERS = ("v.", "mm.", "a.")
 """What the names of tensors begin with that belong to encoders of images and sound, beside a model of text."""
+_OF_LAYER = re.compile(r"^blk\.\d+\.")
 
 Activation = Literal["silu", "gelu_tanh"]
 Values = dict[str, Any]
@@ -38,7 +40,7 @@ class Architecture:
         describe: maps keys, shapes and the common values to transformers' model type and its further fields.
         tensor_names: its name in the `gguf` package's maps of tensor names; by default `name`.
         used: keys of `hyperparameters.NEUTRAL` that `describe` takes into account.
-        interleaved: whether the rows of q and k alternate between the two halves of a head, see `row_order`.
+        stored: what differs in the file from transformers' parameters, by names as in `ssm_a` or `attn_q.weight`.
         frequency_factors: whether a file may have `rope_freqs.weight`.
         norm_offset: number that GGUF adds to the weights of norms; transformers adds it in the norm instead.
         norms_after: whether attention and feed-forward network have a norm after them as well as before.
@@ -54,7 +56,7 @@ class Architecture:
     describe: Callable[[Keys, Shapes, Values], tuple[str, Values]]
     tensor_names: str = ""
     used: frozenset[str] = frozenset()
-    interleaved: bool = False
+    stored: Mapping[str, Stored] = field(default_factory=dict)
     frequency_factors: bool = False
     norm_offset: float = 0.0
     norms_after: bool = False
@@ -64,6 +66,15 @@ class Architecture:
     capped_scores: bool = False
     capped_logits: bool = False
     angles_by_kind: bool = False
+
+    def difference(self, name: str) -> Stored:
+        """Return how a tensor, given by its GGUF name, is stored differently."""
+        of_layer = _OF_LAYER.sub("", name)
+        if of_layer in self.stored:
+            return self.stored[of_layer]
+        if self.norm_offset and name.endswith("norm.weight"):
+            return Stored(values=lambda values: values - self.norm_offset)
+        return AS_IT_IS
 
     def softcap_of_scores(self, config: PretrainedConfig) -> float | None:
         """Return the soft cap of a model's attention scores; None if there is none."""
@@ -114,10 +125,16 @@ def described(architecture: Architecture, metadata: Metadata, shapes: Shapes) ->
     return kind, values | more
 
 
+def kinds_of_layers(values: Values) -> list[str]:
+    """Return a name of the kind of each layer; all layers of a kind have the same parameters."""
+    kinds: list[str] = values.get("layer_types") or [""] * values["num_hidden_layers"]
+    return kinds
+
+
 def make_config(
-    architecture: Architecture, metadata: Metadata, shapes: Shapes, layers: int | None = None
+    architecture: Architecture, metadata: Metadata, shapes: Shapes, *, sample: bool = False
 ) -> PretrainedConfig:
-    """Make the transformers configuration of a model, or of its first layers.
+    """Make the transformers configuration of a model, or of a sample: one layer of each kind, in their first order.
 
     Raises:
         HyperparameterError: a key is missing, out of range or not what the tensors' shapes say.
@@ -127,9 +144,11 @@ def make_config(
     from transformers import AutoConfig
 
     kind, values = described(architecture, metadata, shapes)
-    if layers is not None:
-        kinds = {"layer_types": values["layer_types"][:layers]} if "layer_types" in values else {}
-        values |= {"num_hidden_layers": layers} | kinds
+    if sample:
+        kinds = list(dict.fromkeys(kinds_of_layers(values)))
+        values["num_hidden_layers"] = len(kinds)
+        if "layer_types" in values:
+            values["layer_types"] = kinds
     try:
         return AutoConfig.for_model(kind, **values)
     except Exception as error:
@@ -159,24 +178,3 @@ def gguf_names(architecture: Architecture, parameters: list[str], layers: int) -
             raise UnsupportedModelError(f"no GGUF name is known for the parameter {parameter}", ONLY_FUNCTIONS)
         found[parameter] = f"{name}.{kind}"
     return found
-
-
-def is_interleaved(architecture: Architecture, name: str) -> bool:
-    """Check whether a tensor's rows have to be reordered by `row_order`."""
-    return architecture.interleaved and (".attn_q." in name or ".attn_k." in name)
-
-
-def row_order(rows: int, head_dim: int, device: torch.device | None = None) -> Tensor:
-    """Return the GGUF row of each transformers row of q or k in a llama file, int64 (rows,).
-
-    Rotary embeddings rotate pairs of rows. llama.cpp stores the two rows of a pair side by side, transformers half
-    a head apart: row (head, half, pair) of transformers is row (head, pair, half) of GGUF.
-
-    Args:
-        rows: number of rows, a multiple of `head_dim`.
-        head_dim: rows of a head, an even number.
-        device: device of the result; the CPU by default.
-    """
-    import torch  # imported here: the size of a cache is told without it
-
-    return torch.arange(rows, device=device).view(-1, head_dim // 2, 2).transpose(1, 2).reshape(-1)

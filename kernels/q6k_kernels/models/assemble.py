@@ -25,7 +25,7 @@ from torch import nn
 from q6k_kernels.bundle.metadata import Metadata, read_metadata
 from q6k_kernels.errors import PackageMissingError, UnsupportedModelError
 from q6k_kernels.formats.checks import Activations, check_activations, check_dtype
-from q6k_kernels.models.architecture import Architecture, attach, gguf_names, make_config
+from q6k_kernels.models.architecture import Architecture, attach, gguf_names, kinds_of_layers, make_config
 from q6k_kernels.models.filling import Filler
 from q6k_kernels.models.hyperparameters import Shapes
 from q6k_kernels.models.matching import check_tensors
@@ -84,9 +84,9 @@ def load_model(
     bundle = open_bundle(path)
     metadata = read_metadata(bundle.path)
     architecture = architecture_of(metadata)
-    first = _on_meta(bundle, metadata, architecture, dtype, layers=1)
-    layers = make_config(architecture, metadata, _shapes(bundle)).num_hidden_layers
-    for unused in check_tensors(bundle, architecture, first, layers):
+    sample = _on_meta(bundle, metadata, architecture, dtype, sample=True)
+    kinds = kinds_of_layers(make_config(architecture, metadata, _shapes(bundle)).to_dict())
+    for unused in check_tensors(bundle, architecture, sample, kinds):
         progress(unused.nbytes)
     model = _on_meta(bundle, metadata, architecture, dtype)
     Filler(model, bundle, architecture, device, dtype, activations, progress).fill()
@@ -110,13 +110,13 @@ def _shapes(bundle: Bundle) -> Shapes:
 
 
 def _on_meta(
-    bundle: Bundle, metadata: Metadata, architecture: Architecture, dtype: torch.dtype, layers: int | None = None
+    bundle: Bundle, metadata: Metadata, architecture: Architecture, dtype: torch.dtype, *, sample: bool = False
 ) -> PreTrainedModel:
-    """Build the model without weights, or its first layers."""
+    """Build the model without weights, or a sample of it with one layer of each kind."""
     from transformers import AutoModelForCausalLM
 
     shapes = _shapes(bundle)
-    config = make_config(architecture, metadata, shapes, layers)
+    config = make_config(architecture, metadata, shapes, sample=sample)
     # SDPA has no soft cap; some releases of transformers choose it all the same and drop the cap.
     attention = {"attn_implementation": "eager"} if architecture.softcap_of_scores(config) else {}
     with torch.device("meta"):

@@ -17,7 +17,7 @@ from q6k_kernels.errors import WeightsError
 from q6k_kernels.formats.checks import Activations
 from q6k_kernels.formats.tiles import order_rows
 from q6k_kernels.models import fusing
-from q6k_kernels.models.architecture import FREQUENCY_FACTORS, Architecture, gguf_names, is_interleaved, row_order
+from q6k_kernels.models.architecture import FREQUENCY_FACTORS, Architecture, gguf_names
 from q6k_kernels.models.matching import EXPORT_AGAIN, HEAD, has_factors, own_parameters
 from q6k_kernels.weights.layers import PackedEmbedding, PackedLinear
 from q6k_kernels.weights.reader import Bundle
@@ -168,9 +168,9 @@ class Filler:
     def _packed(self, parameter: str) -> PackedWeight:
         name = self.names[parameter]
         weight = cast("PackedWeight", self._load(name))
-        if is_interleaved(self.architecture, name):
-            # The rows move in packed form, so no value changes.
-            order_rows(weight.tiles, row_order(weight.n, self.config.head_dim, weight.device), weight.row)
+        order = self.architecture.difference(name).rows
+        if order is not None and (rows := order(self.config, weight.n)) is not None:
+            order_rows(weight.tiles, rows.to(weight.device), weight.row)
             if weight.tiles.is_cuda:
                 launching.end_write(weight.tiles)
         return weight
@@ -178,11 +178,12 @@ class Filler:
     def _plain(self, parameter: str) -> Tensor:
         name = self.names[parameter]
         tensor = self._floats(name)
-        if self.architecture.norm_offset and name.endswith("norm.weight"):
-            tensor = tensor.float() - self.architecture.norm_offset
-        if is_interleaved(self.architecture, name):
-            tensor = tensor[row_order(len(tensor), self.config.head_dim, tensor.device)]
-        return tensor.to(self.dtype)
+        stored = self.architecture.difference(name)
+        if stored.values is not None:
+            tensor = stored.values(tensor.float())
+        if stored.rows is not None and (rows := stored.rows(self.config, len(tensor))) is not None:
+            tensor = tensor[rows.to(tensor.device)]
+        return tensor.to(torch.float32 if stored.wide else self.dtype).view(self.shapes[parameter])
 
     def _floats(self, name: str) -> Tensor:
         tensor = self._load(name)

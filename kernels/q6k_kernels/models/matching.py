@@ -1,12 +1,13 @@
 """The tensors of a bundle against the parameters of its model: names and shapes, before the model is built.
 
-All layers of a model have the same parameters, so a model of one layer tells all names. A file that names thousands
-of layers and lacks their tensors is refused before they are built.
+All layers of a kind have the same parameters, so a sample with one layer of each kind tells all names. A file that
+names thousands of layers and lacks their tensors is refused before they are built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from q6k_kernels.bundle.manifest import StoredTensor
@@ -27,7 +28,7 @@ _ANOTHER_TYPE = "Weights of this type cannot be read here: use a file of the mod
 _ANOTHER_FILE = (
     "The GGUF file that the bundle was made from has no such tensor: use one that holds the whole model."
 )
-_FIRST_LAYER = "blk.0."
+_LAYER = re.compile(r"^blk\.(\d+)\.")
 
 
 def own_parameters(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
@@ -46,15 +47,15 @@ def has_factors(bundle: Bundle, architecture: Architecture) -> bool:
 
 
 def check_tensors(
-    bundle: Bundle, architecture: Architecture, first: PreTrainedModel, layers: int
+    bundle: Bundle, architecture: Architecture, sample: PreTrainedModel, kinds: Sequence[str]
 ) -> list[StoredTensor]:
     """Check that a bundle has the tensors of a model and no others, but those of encoders and those left out.
 
     Args:
         bundle: the bundle.
         architecture: how its tensors differ from the model's parameters.
-        first: the model with its first layer only.
-        layers: layers of the whole model.
+        sample: the model with one layer of each kind.
+        kinds: the kind of each layer of the whole model.
 
     Returns:
         The tensors that the model does without.
@@ -63,9 +64,9 @@ def check_tensors(
         UnsupportedModelError: a parameter has no GGUF name.
         WeightsError: a tensor is missing, left out, raw, unexpected, or has another shape.
     """
-    wanted = _wanted(architecture, first, layers)
+    wanted = _wanted(architecture, sample, kinds)
     if has_factors(bundle, architecture):
-        config: Any = first.config
+        config: Any = sample.config
         wanted[FREQUENCY_FACTORS] = (config.head_dim // 2,)
     tensors = {tensor.name: tensor for tensor in bundle.manifest.tensors}
     if missing := [name for name in wanted if name not in tensors]:
@@ -82,19 +83,24 @@ def check_tensors(
     others = [tensor for name, tensor in tensors.items() if name not in wanted]
     if extra := [t.name for t in others if t.storage != "skipped" and not is_of_encoder(t.name)]:
         raise WeightsError(
-            f"{bundle.path} has, and {type(first).__name__} has not, {_named(extra)}",
+            f"{bundle.path} has, and {type(sample).__name__} has not, {_named(extra)}",
             "If the model is complete without, convert it again with --exclude for each such tensor.",
         )
     return others
 
 
-def _wanted(architecture: Architecture, first: PreTrainedModel, layers: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors of the whole model by GGUF name."""
-    shapes, wanted = own_parameters(first), dict[str, tuple[int, ...]]()
-    for parameter, name in gguf_names(architecture, list(shapes), 1).items():
-        of_layer = name.removeprefix(_FIRST_LAYER)
-        every = [name] if of_layer == name else [f"blk.{layer}.{of_layer}" for layer in range(layers)]
-        wanted |= dict.fromkeys(every, shapes[parameter])
+def _wanted(
+    architecture: Architecture, sample: PreTrainedModel, kinds: Sequence[str]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes in the file of the tensors of the whole model by GGUF name."""
+    shapes, wanted = own_parameters(sample), dict[str, tuple[int, ...]]()
+    sampled = list(dict.fromkeys(kinds))
+    for parameter, name in gguf_names(architecture, list(shapes), len(sampled)).items():
+        every, layer = [name], _LAYER.match(name)
+        if layer is not None:
+            kind, of_layer = sampled[int(layer[1])], name[layer.end() :]
+            every = [f"blk.{index}.{of_layer}" for index, each in enumerate(kinds) if each == kind]
+        wanted |= dict.fromkeys(every, architecture.difference(name).shape(shapes[parameter]))
     return wanted
 
 

@@ -1,0 +1,66 @@
+"""How a file stores tensors, where it differs from transformers' parameters: the order of rows, and values.
+
+Rows move in packed form, so no value changes. Functions are module-level ones, as models are pickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Order = Callable[[Any, int], "Tensor | None"]
+"""Returns, for a model's configuration and a number of rows, the file's row of each row of transformers, int64 on
+the CPU; None if the order is the same."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A kind of tensor that is stored differently.
+
+    Attributes:
+        rows: order of the rows; None if it is the same.
+        values: computes the parameter from the file's numbers, both fp32; None if they are equal.
+        wide: whether the parameter stays in fp32, whatever the model's dtype.
+        column: whether the parameter has a dimension of 1 after its first, which the file leaves out.
+    """
+
+    rows: Order | None = None
+    values: Callable[[Tensor], Tensor] | None = None
+    wide: bool = False
+    column: bool = False
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape in the file of a parameter."""
+        return (shape[0], *shape[2:]) if self.column else shape
+
+
+AS_IT_IS = Stored()
+
+
+def row_order(rows: int, head_dim: int, device: torch.device | None = None) -> Tensor:
+    """Return the GGUF row of each transformers row of q or k in a llama file, int64 (rows,).
+
+    Rotary embeddings rotate pairs of rows. llama.cpp stores the two rows of a pair side by side, transformers half
+    a head apart: row (head, half, pair) of transformers is row (head, pair, half) of GGUF.
+
+    Args:
+        rows: number of rows, a multiple of `head_dim`.
+        head_dim: rows of a head, an even number.
+        device: device of the result; the CPU by default.
+    """
+    import torch  # imported here: the size of a cache is told without it
+
+    return torch.arange(rows, device=device).view(-1, head_dim // 2, 2).transpose(1, 2).reshape(-1)
+
+
+def _interleaved(config: Any, rows: int) -> Tensor:
+    return row_order(rows, config.head_dim)
+
+
+INTERLEAVED = Stored(rows=_interleaved)
+"""The rows of q and k of a llama file."""
