@@ -2,4 +2,4 @@
 and ops.
 """
 
-__all__ = ["layers", "reader", "weight"]
+__all__ = ["experts", "layers", "reader", "weight"]
