@@ -103,6 +103,7 @@ def attention(
     position: int,
     normed: bool,
     softcap: float | None,
+    growth: bool = False,
 ) -> None:
     key_heads = 2
     cosines, sines = (random(4096, dim // 2, dtype=torch.float32, seed=each) for each in (1, 2))
@@ -116,6 +117,7 @@ def attention(
         k_norm=norm(dim, 4) if normed else None,
         cosines=cosines,
         sines=sines,
+        growth=random(4096, dtype=torch.float32, seed=6).abs() if growth else None,
     )
     k = heads.count * dim
     q = random(1, heads.count * dim, dtype=dtype)
@@ -153,6 +155,11 @@ def test_attention_of_all_shapes(dim: int, group: int) -> None:
 @pytest.mark.parametrize("position", [0, 1, 15, 16, 63, 64, 127, 128, 1000, 2043, 4095])
 def test_attention_at_all_positions(dtype: torch.dtype, position: int) -> None:
     attention(dtype, 128, 4, 4096, 0, position, True, None)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attention_of_queries_that_grow_with_their_position(softcap: float | None) -> None:
+    attention(torch.bfloat16, 128, 4, 4096, 0, 1000, False, softcap, growth=True)
 
 
 @pytest.mark.parametrize("position", [127, 128, 255, 256, 300, 1000, 4095])
@@ -220,7 +227,10 @@ def models() -> dict[str, Any]:
     pytest.importorskip("libgguf")
     from model_cases import MODELS
 
-    return {name: MODELS[name] for name in ("llama 3.1", "mistral as llama", "qwen2", "qwen3", "gemma2", "gemma3")}
+    return {
+        name: MODELS[name]
+        for name in ("llama 3.1", "mistral as llama", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3")
+    }
 
 
 @pytest.mark.parametrize("name", ["llama 3.1", "mistral as llama", "qwen2", "qwen3", "gemma2", "gemma3"])

@@ -49,6 +49,8 @@ KEYS_THAT_MATTER: list[tuple[str, str, Any]] = [
     ("llama, linear", "rope.scaling.type", "none"),
     ("mistral as llama", "attention.sliding_window", None),
     ("qwen2, tied, YaRN", "rope.scaling.original_context_length", 128),
+    ("mistral3", "attention.temperature_scale", 0.05),
+    ("mistral3", "rope.scaling.yarn_log_multiplier", None),
     ("gemma2", "attention.sliding_window", 16),
     ("gemma2", "attn_logit_softcapping", 6.0),
     ("gemma2", "final_logit_softcapping", 4.0),

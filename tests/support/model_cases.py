@@ -23,6 +23,15 @@ LLAMA3 = {
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+MISTRAL3 = YARN | {
+    "factor": 16.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 THETA = {"rope_type": "default", "rope_theta": 2e5}
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 GEMMA3_ROPES = {
@@ -99,6 +108,32 @@ MODELS = {
     "llama, linear as in 2023": Tiny("llama", "llama", {"rope_parameters": LINEAR}, {"rope.scale_linear": 4.0}),
     "mistral as llama": Tiny("llama", "mistral", {"sliding_window": 8}, {"attention.sliding_window": 8}),
     "mistral": Tiny("mistral", "mistral", {"sliding_window": None}),
+    "mistral3": Tiny(
+        "mistral3",
+        "ministral3",
+        {"rope_parameters": MISTRAL3, "num_key_value_heads": 1},
+        {
+            "rope.freq_base": 1e6,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 16.0,
+            "rope.scaling.original_context_length": 16,
+            "rope.scaling.yarn_beta_fast": 4.0,
+            "rope.scaling.yarn_beta_slow": 0.5,
+            "rope.scaling.yarn_log_multiplier": 1.0,
+            "attention.temperature_scale": 0.1,
+        },
+    ),
+    "mistral3 without growing queries": Tiny(
+        "mistral3",
+        "llama",
+        {"rope_parameters": YARN},
+        {
+            "rope.freq_base": 1e6,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 64,
+        },
+    ),
     "qwen2": Tiny(
         "qwen2",
         "qwen2",

@@ -93,7 +93,7 @@ class Tiny:
     @property
     def is_llama(self) -> bool:
         """Whether the rows of q and k are permuted."""
-        return self.architecture in ("llama", "mistral")
+        return self.architecture in ("llama", "mistral", "mistral3")
 
     def make(self) -> Any:
         """Return the model with random parameters."""

@@ -58,16 +58,17 @@ __device__ __forceinline__ float largest_of_keys(float value) {
 
 // Parameters: the token's q (all heads, DIM), k and v (key heads, DIM), 16-bit; keys and values, the cache (key heads,
 // slots, DIM), 16-bit; cosines and sines fp32 (positions, DIM / 2); q_norm, k_norm fp32 (DIM,), or null; the token's
-// position; partials fp32, heads * (DIM + 2) for each block; counters, 0, one for each row of blocks; x 16-bit
-// (all heads * DIM,), or null; codes and steps, as q6k_quantize writes them, or null; the scores' scale; softcap, 0
-// for none; the norms' epsilon; slots; window, the size of a ring of slots, or 0 if slot and position are equal; heads
-// of a block, at most HEADS; group, query heads for each key head, a multiple of `heads`.
+// position; growth fp32 (positions,), factors of the scores besides `scale`, or null; partials fp32, heads * (DIM + 2)
+// for each block; counters, 0, one for each row of blocks; x 16-bit (all heads * DIM,), or null; codes and steps, as
+// q6k_quantize writes them, or null; the scores' scale; softcap, 0 for none; the norms' epsilon; slots; window, the
+// size of a ring of slots, or 0 if slot and position are equal; heads of a block, at most HEADS; group, query heads
+// for each key head, a multiple of `heads`.
 // Grid: blocks that share keys, at most MOST_BLOCKS, x (all heads / heads). Shared memory: WARPS * WARP_BYTES.
 extern "C" __global__ void __launch_bounds__(THREADS)
     q6k_attend(const u16* q, const u16* k, const u16* v, u16* keys, u16* values, const float* cosines,
-               const float* sines, const float* q_norm, const float* k_norm, const i64* position, float* partials,
-               u32* counters, u16* x, u8* codes, float* steps, float scale, float softcap, float epsilon, int slots,
-               int window, int heads, int group) {
+               const float* sines, const float* q_norm, const float* k_norm, const i64* position, const float* growth,
+               float* partials, u32* counters, u16* x, u8* codes, float* steps, float scale, float softcap,
+               float epsilon, int slots, int window, int heads, int group) {
   extern __shared__ __align__(16) u8 shared[];
   __shared__ __align__(16) u16 queries[HEADS + 1][DIM + 8];  // and the token's key
   __shared__ __align__(16) u16 own_value[DIM];
@@ -79,6 +80,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
   // The previous step ended before this one began, so its position and its keys are in memory.
   const i64 here = *position;
+  if (growth != nullptr) scale *= growth[here];
   const int used = (int)min(here + 1, (i64)slots), own_slot = (int)(window ? here % slots : here);
   const int share = ((used + gridDim.x - 1) / gridDim.x + KEYS - 1) / KEYS * KEYS;
   const int begin = blockIdx.x * share, end = min(begin + share, used);

@@ -101,6 +101,7 @@ class Step:
         self._head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self._softcap = architecture.softcap_of_logits(config)
         self._norm = self._norm_of(inner.norm)
+        self._growth = _growth(architecture.growth_of_queries(config), cache)
         angles = {
             kind: _angles(inner.rotary_emb, (kind,) if architecture.angles_by_kind else (), cache)
             for kind in set(cache.kinds)
@@ -171,6 +172,7 @@ class Step:
             k_norm=self._norm_of(attention.k_norm) if head_norms else None,
             cosines=angles[0],
             sines=angles[1],
+            growth=self._growth,
         )
         # In transformers' Llama the norm before the feed-forward network is named `post_attention_layernorm`.
         between = layer.pre_feedforward_layernorm if after else layer.post_attention_layernorm
@@ -208,6 +210,14 @@ def _angles(rotary: Any, kind: tuple[str, ...], cache: KeyValueCache) -> tuple[T
             table.append(both[0, :, : both.shape[-1] // 2])
     cosines, sines = (torch.cat(table).contiguous() for table in tables)
     return cosines, sines
+
+
+def _growth(formula: tuple[float, int] | None, cache: KeyValueCache) -> Tensor | None:
+    """Compute the factors of queries of all positions, float32 (slots,); see `Architecture.growth_of_queries`."""
+    if formula is None:
+        return None
+    factor, positions = formula
+    return 1 + factor * torch.log1p(torch.arange(cache.slots, device=cache.device) // positions)
 
 
 def _unsupported(what: str) -> UnsupportedModelError:

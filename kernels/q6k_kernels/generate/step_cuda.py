@@ -43,7 +43,7 @@ GATES = {"silu": 0, "gelu_tanh": 1}
 """Activation -> its number in the enum `Gate` of `cuda/step.cuh`."""
 _ADD_NORM, _GATE = struct.Struct("@PPPPPPPPfi"), struct.Struct("@PPPPPii")
 _CHOOSE = struct.Struct("@PPPPPPPffi")
-_ATTEND = struct.Struct("@PPPPPPPPPPPPPPPfffiiii")
+_ATTEND = struct.Struct("@PPPPPPPPPPPPPPPPfffiiii")
 
 
 class Kernels:
@@ -143,6 +143,7 @@ class Kernels:
                 0 if heads.q_norm is None else heads.q_norm.weight.data_ptr(),
                 0 if heads.k_norm is None else heads.k_norm.weight.data_ptr(),
                 position.data_ptr(),
+                _pointer(heads.growth),
                 self._partials.data_ptr(),
                 self._counters.data_ptr(),
                 *self._outputs(out),

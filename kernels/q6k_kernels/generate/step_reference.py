@@ -62,6 +62,7 @@ class Heads:
         k_norm: norm of each key head with `weight` (dim,) and the epsilon of `q_norm`, or None.
         cosines: cosines of rotary angles, float32 (positions, dim / 2).
         sines: sines of rotary angles, float32 (positions, dim / 2).
+        growth: further factors of the scores by the position of the query, float32 (positions,), or None.
     """
 
     count: int
@@ -73,6 +74,7 @@ class Heads:
     k_norm: Norm | None
     cosines: Tensor
     sines: Tensor
+    growth: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,8 @@ class TorchOperations:
         seen = (held >= 0) & (held > position - (cached.window or slots))
         of_keys = queries.view(heads.key_heads, -1, heads.dim)
         scores = of_keys.float() @ cached.keys[0].float().transpose(1, 2) * heads.scale
+        if heads.growth is not None:
+            scores = scores * heads.growth[position]
         if heads.softcap is not None:
             scores = heads.softcap * torch.tanh(scores / heads.softcap)
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)

@@ -49,6 +49,7 @@ class Architecture:
         scaled_embedding: whether the rows of the embedding are multiplied by a constant.
         capped_scores: whether attention scores may have a soft cap, `attn_logit_softcapping`.
         capped_logits: whether logits may have a soft cap, `final_logit_softcapping`.
+        growing_queries: whether queries may be multiplied by a number that grows with their position.
         angles_by_kind: whether layers with a sliding window have their own rotary angles.
     """
 
@@ -65,6 +66,7 @@ class Architecture:
     scaled_embedding: bool = False
     capped_scores: bool = False
     capped_logits: bool = False
+    growing_queries: bool = False
     angles_by_kind: bool = False
 
     def difference(self, name: str) -> Stored:
@@ -83,6 +85,12 @@ class Architecture:
     def softcap_of_logits(self, config: PretrainedConfig) -> float | None:
         """Return the soft cap of a model's logits; None if there is none."""
         return config.final_logit_softcapping if self.capped_logits else None
+
+    def growth_of_queries(self, config: PretrainedConfig) -> tuple[float, int] | None:
+        """Return b and n if a query at position p is multiplied by 1 + b ln(1 + floor(p / n)); else None."""
+        rope: Any = config.rope_parameters if self.growing_queries else {}
+        growth = rope.get("llama_4_scaling_beta")
+        return (growth, rope["original_max_position_embeddings"]) if growth else None
 
 
 ATTACHED = "q6k_architecture"

@@ -24,6 +24,7 @@ ONLY_FUNCTIONS = "Its tensors can still be used one by one: `q6k_kernels.open_bu
 
 WINDOW = "attention.sliding_window"
 SCORE_SCALE = "attention.scale"
+TEMPERATURE, YARN_SCALE = "attention.temperature_scale", "rope.scaling.yarn_log_multiplier"
 SCORE_CAP, LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -38,7 +39,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention.shared_kv_layers": (0,),
     WINDOW: (0,),
     "attention.temperature_length": (0,),
-    "attention.temperature_scale": (0.0,),
+    TEMPERATURE: (0.0,),
     SCORE_CAP: (0.0,),
     LOGIT_CAP: (0.0,),
     "embedding_scale": (1.0,),
@@ -49,7 +50,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope.scaling.attn_factor": (1.0,),
     "rope.scaling.yarn_attn_factor": (1.0,),
     "rope.scaling.yarn_ext_factor": (1.0,),
-    "rope.scaling.yarn_log_multiplier": (0.0,),
+    YARN_SCALE: (0.0,),
 }
 """Keys that change what a model computes -> their values without effect."""
 WITHOUT_EFFECT = (
@@ -264,6 +265,12 @@ def rope(keys: Keys, key: str = "rope.freq_base") -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": keys.real(key, 1.0, 1e12, 10000.0)}
 
 
+def original_context(keys: Keys) -> int:
+    """Return the positions that a model was trained with before its rotary embeddings were scaled."""
+    whole = keys.integer(CONTEXT_LENGTH, 1, MAX_CONTEXT)
+    return keys.integer("rope.scaling.original_context_length", 1, MAX_CONTEXT, whole)
+
+
 def scaled_rope(keys: Keys) -> dict[str, Any]:
     """Return the parameters of rotary embeddings with the scaling that the metadata names: none, linear or YaRN.
 
@@ -287,9 +294,7 @@ def scaled_rope(keys: Keys) -> dict[str, Any]:
     found |= {
         "rope_type": "yarn",
         "factor": factor,
-        "original_max_position_embeddings": keys.integer(
-            "rope.scaling.original_context_length", 1, MAX_CONTEXT, keys.integer(CONTEXT_LENGTH, 1, MAX_CONTEXT)
-        ),
+        "original_max_position_embeddings": original_context(keys),
     }
     for name in ("beta_fast", "beta_slow"):
         if f"rope.scaling.yarn_{name}" in keys:

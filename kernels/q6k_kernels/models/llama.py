@@ -1,6 +1,7 @@
-"""Llama 1 to 3.x, Mistral and similar models: transformers' llama and mistral.
+"""Llama 1 to 3.x, Mistral and similar models: transformers' llama, mistral and ministral3.
 
 llama.cpp writes Mistral models as `llama`; one with a sliding window in its metadata becomes transformers' mistral.
+`mistral3` is Mistral Small 3.1, which is a llama, and Ministral 3, whose queries grow with their position.
 The rows of q and k are not in transformers' order (see `stored`); Llama 3.1 and later have `rope_freqs.weight`.
 """
 
@@ -9,7 +10,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from q6k_kernels.models.architecture import Architecture, Values, biases
-from q6k_kernels.models.hyperparameters import WINDOW, Keys, Shapes, scaled_rope
+from q6k_kernels.models.hyperparameters import (
+    TEMPERATURE,
+    WINDOW,
+    YARN_SCALE,
+    Keys,
+    Shapes,
+    original_context,
+    scaled_rope,
+)
 from q6k_kernels.models.stored import INTERLEAVED
 
 
@@ -20,6 +29,18 @@ def _describe(keys: Keys, shapes: Shapes, _: Values) -> tuple[str, Values]:
     return "llama", values | biases(shapes) | {"mlp_bias": "blk.0.ffn_up.bias" in shapes}
 
 
+def _mistral3(keys: Keys, shapes: Shapes, values: Values) -> tuple[str, Values]:
+    growth = keys.real(TEMPERATURE, 0.0, 1e3, 0.0)
+    rope = scaled_rope(keys)
+    if rope["rope_type"] == "yarn" and (scale := keys.real(YARN_SCALE, 0.0, 1e3, 0.0)):
+        rope |= {"mscale": 1.0, "mscale_all_dim": scale}
+    if not growth:
+        kind, more = _describe(keys, shapes, values)
+        return kind, more | {"rope_parameters": rope}
+    rope |= {"llama_4_scaling_beta": growth, "original_max_position_embeddings": original_context(keys)}
+    return "ministral3", {"rope_parameters": rope}
+
+
 _LLAMA = Architecture(
     "llama",
     _describe,
@@ -27,4 +48,14 @@ _LLAMA = Architecture(
     stored={f"attn_{each}.{kind}": INTERLEAVED for each in "qk" for kind in ("weight", "bias")},
     frequency_factors=True,
 )
-ROWS = (_LLAMA, replace(_LLAMA, name="mistral", tensor_names="llama"))
+ROWS = (
+    _LLAMA,
+    replace(_LLAMA, name="mistral", tensor_names="llama"),
+    replace(
+        _LLAMA,
+        name="mistral3",
+        describe=_mistral3,
+        used=frozenset({TEMPERATURE, YARN_SCALE}),
+        growing_queries=True,
+    ),
+)
