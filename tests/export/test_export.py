@@ -42,7 +42,7 @@ def test_a_weight_from_gguf_to_a_compiled_program(tmp_path: Path) -> None:
     lowering.check(tmp_path, "bf16", "cpu", torch.bfloat16, (2, 4, 8, 9, 64, 300))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen35"])
 def test_the_exportable_model_is_transformers(family: str) -> None:
     """In chunks as they come, past where rings wrap, stale memory in every slot that was not written yet."""
     model = tiny(family)

@@ -74,7 +74,16 @@ def test_the_cache_is_passed_by_the_name_that_the_model_has(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "chunk"),
-    [("llama", 1), ("mistral", WINDOW), ("mistral", 9), ("gemma2", 9), ("gemma3", 1), ("gemma3", WINDOW)],
+    [
+        ("llama", 1),
+        ("mistral", WINDOW),
+        ("mistral", 9),
+        ("gemma2", 9),
+        ("gemma3", 1),
+        ("gemma3", WINDOW),
+        ("qwen35", 1),
+        ("qwen35", 33),
+    ],
 )
 def test_a_prompt_in_chunks_is_the_prompt_at_once(family: str, chunk: int) -> None:
     ids = prompt(100)  # longer than a ring of window and slack
@@ -86,7 +95,7 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once(family: str, chunk: int) -> No
     assert list(generator.generate(20)) == list(at_once.generate(20))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen35"])
 @pytest.mark.parametrize("lag", [0, 8])
 def test_steps_too_many_leave_no_trace(family: str, lag: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mailbox.Mailbox, "lag", lag)  # as on a GPU, where tokens are read late
@@ -127,7 +136,7 @@ def test_a_cache_of_several_lengths_gives_the_same(monkeypatch: pytest.MonkeyPat
     assert (16, 1) in generator._recorder.made
 
 
-@pytest.mark.parametrize("family", ["qwen2-sliding", "gemma2"])
+@pytest.mark.parametrize("family", ["qwen2-sliding", "gemma2", "qwen35"])
 def test_the_step_is_one_graph(family: str) -> None:
     torch.compiler.reset()
     generator = Generator(tiny(family), capacity=64)

@@ -215,7 +215,7 @@ def test_short_steps_are_recorded_several_in_a_row(
 ) -> None:
     graphs: Any = Graphs(milliseconds)
     monkeypatch.setattr(recording, "torch", graphs)
-    recorder = Recorder((graphs.state,), several=several)
+    recorder = Recorder(lambda: (graphs.state,), several=several)
     assert recorder.together == 1
     single = recorder.form(graphs.step, 40, 1, graphs.within)
     assert graphs.state.value == 5  # it was run and measured, and has left no trace

@@ -22,11 +22,14 @@ def test_the_size_told_is_that_of_the_cache(tmp_path: Path, name: str, capacity:
     out, model = MODELS[name].bundle(tmp_path)
     config = model.config
     cache = KeyValueCache(config, capacity, torch.device("cpu"))
+    cache.begin_chunk(0, 1)
     for layer in range(config.num_hidden_layers):
-        token = torch.zeros(1, config.num_key_value_heads, 1, config.head_dim, dtype=torch.bfloat16)
-        if layer == 0:
-            cache.begin_chunk(0, 1)
-        cache.update(token, token, layer)
+        if cache.kinds[layer] == "linear_attention":
+            channels = model.model.layers[layer].linear_attn.conv_dim
+            cache.update_conv_state(torch.zeros(1, channels, 1, dtype=torch.bfloat16), layer)
+        else:
+            token = torch.zeros(1, config.num_key_value_heads, 1, config.head_dim, dtype=torch.bfloat16)
+            cache.update(token, token, layer)
     shapes = {tensor.name: tuple(tensor.shape) for tensor in manifest.read(out).tensors}
     assert cache_bytes(read_metadata(out), shapes, capacity) == cache.nbytes
 

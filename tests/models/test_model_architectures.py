@@ -51,6 +51,8 @@ KEYS_THAT_MATTER: list[tuple[str, str, Any]] = [
     ("qwen2, tied, YaRN", "rope.scaling.original_context_length", 128),
     ("mistral3", "attention.temperature_scale", 0.05),
     ("mistral3", "rope.scaling.yarn_log_multiplier", None),
+    ("qwen35", "rope.freq_base", 1e4),
+    ("qwen35", "rope.dimension_count", 48),
     ("gemma2", "attention.sliding_window", 16),
     ("gemma2", "attn_logit_softcapping", 6.0),
     ("gemma2", "final_logit_softcapping", 4.0),
@@ -104,7 +106,7 @@ def test_projections_of_several_packed_types_are_stacked_by_type(name: str, tmp_
     assert model.model.embed_tokens.format == "q8_0"
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral as llama", "qwen2", "qwen3, tied", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "mistral as llama", "qwen2", "qwen3, tied", "qwen35", "gemma3"])
 def test_generated_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     """With a cache, past the windows, and ids from the metadata."""
     out, reference = MODELS[name].bundle(tmp_path)

@@ -12,7 +12,9 @@ from q6k_kernels.models.architecture import attach
 from q6k_kernels.models.registry import ARCHITECTURES
 
 VOCABULARY, WINDOW, PROMPT, ANSWER = 97, 8, 21, 60
-SLIDING, FULL = "sliding_attention", "full_attention"
+SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
+STATE_SIZES = ("linear_key_head_dim", "linear_value_head_dim")
+HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": WINDOW}),
@@ -21,6 +23,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {}),
     # A soft cap that changes results, and transformers' only attention that applies it.
     "gemma2": ("Gemma2", {"sliding_window": WINDOW, "attn_logit_softcapping": 2.0, "attn_implementation": "eager"}),
+    # Two value heads for each key head, half of an attention head rotated.
+    "qwen35": (
+        "Qwen3_5Text",
+        {
+            "layer_types": [LINEAR, FULL, LINEAR],
+            **dict.fromkeys(STATE_SIZES, 8),
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "rope_parameters": HALF,
+        },
+    ),
     "gemma3": ("Gemma3Text", {"sliding_window": WINDOW, "layer_types": [SLIDING, FULL, SLIDING]}),
 }
 
@@ -35,7 +48,7 @@ def tiny(family: str) -> Any:
         bos_token_id=None, **({"query_pre_attn_scalar": 8} if "gemma" in family else {}), **more,
     )  # fmt: skip
     model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).eval()
-    attach(model, ARCHITECTURES[name.removesuffix("Text").lower()])
+    attach(model, ARCHITECTURES[name.removesuffix("Text").lower().replace("_", "")])
     return model
 
 

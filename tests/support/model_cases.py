@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiny_models import Tiny, llama3_factors
+from tiny_models import F32, Tiny, llama3_factors
+from tiny_qwen35 import QWEN35
 
 IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
 LATE = torch.arange(400, 424).expand(2, -1)  # positions where scaled frequencies change the logits
@@ -160,6 +161,23 @@ MODELS = {
     ),
     "qwen3": Tiny("qwen3", "qwen3", {"rope_parameters": THETA}, {"rope.freq_base": 2e5}),
     "qwen3, tied": Tiny("qwen3", "qwen3", {"tie_word_embeddings": True}),
+    "qwen35": QWEN35,
+    "qwen35, tied, predicting blocks, projections of other types": replace(
+        QWEN35,
+        config=QWEN35.config
+        | {
+            "tie_word_embeddings": True,
+            "num_hidden_layers": 5,
+            "linear_num_value_heads": 6,
+            "layer_types": [*["linear_attention", "full_attention"] * 2, "linear_attention"],
+        },
+        keys={
+            "attention.recurrent_layers": [True, False, True, False, True, False],
+            "full_attention_interval": None,
+        },
+        types={"*.ssm_alpha*": F32, "*.ssm_beta*": F32, "blk.2.attn_gate*": F32},
+        predicting=1,
+    ),
     "gemma2": GEMMA2,
     "gemma2, untied": replace(GEMMA2, config=GEMMA2.config | {"tie_word_embeddings": False}),
     "gemma3": GEMMA3,

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.generate.attention import implementation
 from q6k_kernels.generate.kv_cache import Masks, cache_argument
-from q6k_kernels.models.cache_layout import ALIGNMENT, FULL, SLACK, SLIDING, aligned, layer_kinds
+from q6k_kernels.models.architecture import FULL, SLIDING
+from q6k_kernels.models.cache_layout import ALIGNMENT, SLACK, aligned, layer_kinds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,6 +57,11 @@ class ExportableModel(nn.Module):
         self._cache_argument = cache_argument(model)
         config: Any = model.config.get_text_config(decoder=True)
         self.kinds = layer_kinds(config)
+        if unknown := set(self.kinds) - {FULL, SLIDING}:
+            raise UnsupportedModelError(
+                f"programs cannot hold the states of layers of kind {', '.join(unknown)}",
+                "Run the bundle itself: `q6k-convert generate`, or `q6k_kernels.load_model` from Python.",
+            )
         self.window = int(config.sliding_window) if SLIDING in self.kinds else 0
         self.capacity = aligned(capacity)
         self.ring = min(self.capacity, aligned(self.window + SLACK)) if self.window else self.capacity

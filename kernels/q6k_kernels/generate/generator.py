@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -40,6 +41,11 @@ class CapacityError(ValueError):
 
 class NotFiniteError(ModelError):
     """The model's logits are infinite or NaN."""
+
+
+def _changing(token: Tensor, cache: KeyValueCache) -> tuple[Tensor, ...]:
+    """Return the tensors that a step reads and changes."""
+    return token, cache.position, *cache.states.tensors
 
 
 class Generator:
@@ -96,18 +102,19 @@ class Generator:
         self.length = 0
         self.stop_reason: Literal["stop", "length"] | None = None
         self._token = torch.zeros(1, dtype=torch.int64, device=self.device)
-        # The chosen tokens by position; one more than the cache has, as the last token is never an input.
+        # All tokens by position; one more than the cache has, as the last token is never an input.
         self._chosen = torch.zeros(capacity + 1, dtype=torch.int64, device=self.device)
         self._seed = torch.tensor([seed], dtype=torch.int64, device=self.device)
         self._choice = TokenChoice(self.cache.position, self._token, self._chosen, self._seed, temperature)
         self._temperature = torch.tensor([temperature], device=self.device) if temperature else None
-        self._recorder = Recorder((self._token, self.cache.position), several=self.fused)
+        self._recorder = Recorder(partial(_changing, self._token, self.cache), several=self.fused)
         # The last token of an answer: not in the cache yet, so the next prefill begins with it.
         self._unseen: list[int] = []
         self._ready = False
 
     def reset(self) -> None:
         """Forget the text; keep the memory of the cache and the recorded steps."""
+        self.cache.states.forget()
         self.length, self._unseen, self._ready, self.stop_reason = 0, [], False, None
 
     @torch.no_grad()
@@ -132,11 +139,14 @@ class Generator:
             raise ValueError(f"ids: expected one or more of 0 to {size - 1}, found {found}")
         start, ids = self.length - len(self._unseen), [*self._unseen, *ids]
         self._check_room(start + len(ids))
+        start, ids = self._rewound(start, ids)
         on_device = torch.tensor(ids, dtype=torch.int64, device=self.device)[None]
+        self._chosen[start : start + len(ids)] = on_device[0]
         for at in range(0, len(ids), self._chunk):
             part = on_device[:, at : at + self._chunk]
             positions = torch.arange(start + at, start + at + part.shape[1], device=self.device)[None]
             masks = self.cache.begin_chunk(start + at, part.shape[1])
+            self.cache.states.position = start + at + part.shape[1]
             with self._our_attention():
                 logits = self._forward(part, masks, positions)
         if not bool(torch.isfinite(logits).all()):
@@ -149,6 +159,13 @@ class Generator:
         self.cache.position.fill_(self.length - 1)
         self._choose(logits)
         return logits[0]
+
+    def _rewound(self, start: int, ids: list[int]) -> tuple[int, list[int]]:
+        """Return from where on which tokens have to run: of recurrent layers some of the answer's once more."""
+        begin = self.cache.states.rewind(start)
+        ids = [*self._chosen[begin:start].tolist(), *ids] if begin < start else ids
+        self.cache.states.save(begin)
+        return begin, ids
 
     def prepare(self, tokens: int) -> None:
         """Record in advance the steps that `generate` needs for that many tokens.
@@ -189,7 +206,11 @@ class Generator:
                     # meanwhile. So the device never waits for the host, and an answer begins token by token.
                     together = self._recorder.together
                     count = together if together <= min(ahead, tokens - posted) else 1
-                    self._steps(start + posted - 1, count)()
+                    position = start + posted - 1
+                    run = self._steps(position, count)
+                    self.cache.states.save(position)
+                    self.cache.states.position = position + count
+                    run()
                     mailbox.post(start + posted, count)
                     posted += count
                 token = mailbox.read()

@@ -5,8 +5,10 @@ R slots: position p lies in slot p mod R. Keys include their position (RoPE), so
 matter; the mask selects the slots that hold a position of the window. `models.cache_layout` has the sizes: R is the
 window plus `SLACK`, so that up to as many steps can be undone.
 
-Each attention layer of a transformers model calls `update`; the masks are passed as `attention_mask`. Decode reads
-and writes tensors at fixed addresses, including the position, so it can be recorded in a CUDA graph.
+Each attention layer of a transformers model calls `update`; the masks are passed as `attention_mask`. Recurrent
+layers have states instead (see `recurrent`), which transformers' layers reach by other methods. Their names changed
+after 5.17, and both are here. Decode reads and writes tensors at fixed addresses, including the position, so it can
+be recorded in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q6k_kernels.models.cache_layout import FULL, SLIDING, aligned, layer_kinds, ring_slots
+from q6k_kernels.generate.recurrent import LayerStates, RecurrentStates
+from q6k_kernels.models.architecture import FULL, LINEAR, SLIDING
+from q6k_kernels.models.cache_layout import aligned, layer_kinds, ring_slots
 
 Masks = Tensor | dict[str, Tensor | None] | None
 
@@ -46,6 +50,7 @@ class KeyValueCache:
         capacity: the most positions that it holds.
         slots: slots of full layers, the capacity rounded up.
         position: int64 (1,), the position that the next decoding step writes.
+        states: the states of recurrent layers.
 
     Args:
         config: configuration of a transformers model.
@@ -53,7 +58,7 @@ class KeyValueCache:
         device: device of the buffers.
 
     Raises:
-        UnsupportedModelError: a layer is neither full nor sliding attention.
+        UnsupportedModelError: a layer is of none of the kinds that `cache_layout` knows.
     """
 
     def __init__(self, config: Any, capacity: int, device: torch.device) -> None:
@@ -65,15 +70,22 @@ class KeyValueCache:
         self.slots = aligned(capacity)
         self.ring = ring_slots(self.window, capacity)
         self._layers = [_LayerCache(kind, self.slots if kind == FULL else self.ring) for kind in self.kinds]
+        recurrent = [layer for layer, kind in enumerate(self.kinds) if kind == LINEAR]
+        self.states = RecurrentStates(config, recurrent, device)
         self._slots = torch.arange(self.slots, device=device)
         # The current forward pass: `_keys` slots for one token at `position`, else 0 and a chunk from `_start`.
         self._keys, self._start = 0, 0
 
     @property
     def nbytes(self) -> int:
-        """Size of all keys and values in bytes; 0 before the first token."""
+        """Size of all keys, values and states in bytes; 0 before the first token."""
         tensors = (tensor for layer in self._layers for tensor in (layer.keys, layer.values))
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return self.states.nbytes + sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    @property
+    def layers(self) -> dict[int, LayerStates]:
+        """The states of recurrent layers by index, where transformers 5.17 looks for them."""
+        return self.states.layers
 
     def begin_step(self, keys: int) -> Masks:
         """Prepare a forward pass of one token at `position`.
@@ -137,6 +149,31 @@ class KeyValueCache:
         layer.values.index_copy_(2, slot, value[:, :, length - last :])
         return seen
 
+    def update_conv_state(self, new: Tensor, layer_idx: int, *_: Any, **__: Any) -> Tensor:
+        """Store a convolution's inputs, (1, channels, length); return them after those that they follow."""
+        self.states.allocate(new.dtype)
+        return self.states.update_convolution(layer_idx, new, first=not self.has_previous_state())
+
+    def update_recurrent_state(self, new: Tensor, layer_idx: int, *_: Any, **__: Any) -> Tensor:
+        """Store the matrices of a recurrent layer, (1, value heads, key size, value size)."""
+        return self.states.update_matrices(layer_idx, new)
+
+    def has_previous_state(self, *_: Any, **__: Any) -> bool:
+        """Check whether this forward pass continues a text."""
+        return self._keys > 0 or self._start > 0
+
+    def get_conv_state(self, layer_idx: int, *_: Any, **__: Any) -> Tensor | None:
+        """Return the last inputs of a convolution, (1, channels, kernel size); None at the beginning of a text."""
+        return self.layers[layer_idx].conv_states[0] if self.has_previous_state() else None
+
+    def get_recurrent_state(self, layer_idx: int, *_: Any, **__: Any) -> Tensor | None:
+        """Return the matrices of a recurrent layer; None at the beginning of a text."""
+        return self.layers[layer_idx].recurrent_states[0] if self.has_previous_state() else None
+
+    def is_recording_past(self, *_: Any) -> bool:
+        """Tell transformers' layers that states cover no more than the last tokens."""
+        return False
+
     def buffers(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Return a layer's keys and values, (1, heads, slots, head size).
 
@@ -163,7 +200,7 @@ class KeyValueCache:
         return (held >= 0) & (held > seen_from - self.window)
 
     def _by_kind(self, full: Tensor | None, sliding: Tensor | None) -> Masks:
-        """Return one mask if all layers are of one kind, else a mask for each kind."""
+        """Return one mask if all layers are of one kind, else a mask for each kind; recurrent layers have none."""
         if len(set(self.kinds)) == 1:
             return full if self.kinds[0] == FULL else sliding
-        return {FULL: full, SLIDING: sliding}
+        return {kind: {FULL: full, SLIDING: sliding}.get(kind) for kind in self.kinds}

@@ -55,12 +55,13 @@ class Recorder:
         made: the forms, by slots that are read and number of steps.
 
     Args:
-        state: the tensors that a step reads and changes, all on one device: the token and its position.
+        state: returns the tensors that a step reads and changes, all on one device: the token, its position, and
+            states. It is asked before each recording, as states exist only after the first token.
         several: whether several steps may be recorded in a row.
     """
 
-    def __init__(self, state: tuple[Tensor, ...], *, several: bool) -> None:
-        self._state, self._device = state, state[0].device
+    def __init__(self, state: Callable[[], tuple[Tensor, ...]], *, several: bool) -> None:
+        self._state, self._device = state, state()[0].device
         self._several = several
         self._pool: Any = None
         self.together = 1
@@ -136,10 +137,11 @@ class Recorder:
 
     def _put_back(self) -> Callable[[], None]:
         """Return a function that undoes a step. The next step overwrites what it wrote into the cache."""
-        before = [each.clone() for each in self._state]
+        state = self._state()
+        before = [each.clone() for each in state]
 
         def put_back() -> None:
-            for each, value in zip(self._state, before, strict=True):
+            for each, value in zip(state, before, strict=True):
                 each.copy_(value)
 
         return put_back

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.step_reference import Cached, Heads, Norm, ProductInput, TokenChoice, capped
-from q6k_kernels.models.architecture import Activation, attached
-from q6k_kernels.models.cache_layout import SLIDING
+from q6k_kernels.models.architecture import LINEAR, SLIDING, Activation, attached
 from q6k_kernels.models.fusing import GATE_UP, QKV, Group, Stacks
 
 if TYPE_CHECKING:
@@ -96,6 +95,8 @@ class Step:
         config: Any = model.config
         self._architecture, self._epsilon = architecture, float(config.rms_norm_eps)
         self._cache, self._operations = cache, operations
+        if LINEAR in cache.kinds:
+            raise _unsupported(f"layers of kind {LINEAR}")
         inner: Any = model.model
         self._embedding: nn.Module = model.get_input_embeddings()
         self._head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]

@@ -13,19 +13,23 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from q6k_kernels.bundle.metadata import Metadata
 from q6k_kernels.errors import UnsupportedModelError
-from q6k_kernels.models.hyperparameters import ONLY_FUNCTIONS, Keys, Shapes, sizes
+from q6k_kernels.models.hyperparameters import ONLY_FUNCTIONS, PREDICTION, Keys, Shapes
+from q6k_kernels.models.sizes import sizes
 from q6k_kernels.models.stored import AS_IT_IS, Stored
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+"""The kinds of layers, by transformers' names: attention to all positions, to a window of them, and by a state."""
 FREQUENCY_FACTORS = "rope_freqs.weight"
 """Name of the tensor that divides the frequencies of rotary embeddings, float (head_dim / 2,)."""
 
 _ENCODERS = ("v.", "mm.", "a.")
 """What the names of tensors begin with that belong to encoders of images and sound, beside a model of text."""
-_OF_LAYER = re.compile(r"^blk\.\d+\.")
+_BLOCK = re.compile(r"^blk\.(\d{1,9})\.")
+_OF_LAYER, _PARAMETER_OF_LAYER = re.compile(r"^blk\.\d+\."), re.compile(r"^model\.layers\.\d+\.")
 
 Activation = Literal["silu", "gelu_tanh"]
 Values = dict[str, Any]
@@ -39,12 +43,15 @@ class Architecture:
         name: its `general.architecture` in GGUF.
         describe: maps keys, shapes and the common values to transformers' model type and its further fields.
         tensor_names: its name in the `gguf` package's maps of tensor names; by default `name`.
-        used: keys of `hyperparameters.NEUTRAL` that `describe` takes into account.
+        used: keys of `hyperparameters.NEUTRAL` that `describe` takes into account, and `ROTARY` if only a part of a
+            head is rotated.
+        renamed: parameters of a layer that the maps of the `gguf` package know by another name, and that name.
         stored: what differs in the file from transformers' parameters, by names as in `ssm_a` or `attn_q.weight`.
         frequency_factors: whether a file may have `rope_freqs.weight`.
         norm_offset: number that GGUF adds to the weights of norms; transformers adds it in the norm instead.
         norms_after: whether attention and feed-forward network have a norm after them as well as before.
         head_norms: whether each head of q and k has a norm.
+        gated_attention: whether each head of q comes with a gate of the head's output.
         activation: activation function of the gate in the feed-forward network.
         scaled_embedding: whether the rows of the embedding are multiplied by a constant.
         capped_scores: whether attention scores may have a soft cap, `attn_logit_softcapping`.
@@ -57,11 +64,13 @@ class Architecture:
     describe: Callable[[Keys, Shapes, Values], tuple[str, Values]]
     tensor_names: str = ""
     used: frozenset[str] = frozenset()
+    renamed: Mapping[str, str] = field(default_factory=dict)
     stored: Mapping[str, Stored] = field(default_factory=dict)
     frequency_factors: bool = False
     norm_offset: float = 0.0
     norms_after: bool = False
     head_norms: bool = False
+    gated_attention: bool = False
     activation: Activation = "silu"
     scaled_embedding: bool = False
     capped_scores: bool = False
@@ -113,6 +122,18 @@ def is_of_encoder(name: str) -> bool:
     return name.startswith(_ENCODERS)
 
 
+def is_beside(name: str, metadata: Metadata) -> bool:
+    """Check whether a model of text does without a tensor: one of an encoder, or of a block after the last layer.
+
+    Raises:
+        BundleError: a key is of the wrong type.
+    """
+    predicting = metadata.integer(f"{metadata.architecture}.{PREDICTION}") or 0
+    if not predicting or (block := _BLOCK.match(name)) is None:
+        return is_of_encoder(name)
+    return int(block[1]) >= (metadata.integer(f"{metadata.architecture}.block_count") or 0) - predicting
+
+
 def biases(shapes: Shapes) -> Values:
     """Return the configuration field that says whether attention has biases."""
     return {"attention_bias": "blk.0.attn_q.bias" in shapes}
@@ -127,7 +148,7 @@ def described(architecture: Architecture, metadata: Metadata, shapes: Shapes) ->
         BundleError: a key is of the wrong type.
     """
     keys = Keys(metadata, architecture.used)
-    values = sizes(keys, shapes)
+    values = sizes(keys, shapes, gated=architecture.gated_attention)
     kind, more = architecture.describe(keys, shapes, values)
     keys.check_all_read()
     return kind, values | more
@@ -179,10 +200,14 @@ def gguf_names(architecture: Architecture, parameters: list[str], layers: int) -
     names = get_tensor_name_map(MODEL_ARCH(arch), layers)
     found = dict[str, str]()
     for parameter in parameters:
-        module, _, kind = parameter.rpartition(".")
+        of_layer = _PARAMETER_OF_LAYER.sub("", parameter)
+        known = parameter.removesuffix(of_layer) + architecture.renamed.get(of_layer, of_layer)
+        module, _, kind = known.rpartition(".")
         # gguf's map has no entry for gemma2's head, as all known gemma2 models tie it.
-        name = "output" if module == "lm_head" else names.get_name(module)
-        if name is None:
+        if (name := "output" if module == "lm_head" else names.get_name(module)) is not None:
+            found[parameter] = f"{name}.{kind}"
+        elif (name := names.get_name(known)) is not None:
+            found[parameter] = name
+        else:
             raise UnsupportedModelError(f"no GGUF name is known for the parameter {parameter}", ONLY_FUNCTIONS)
-        found[parameter] = f"{name}.{kind}"
     return found

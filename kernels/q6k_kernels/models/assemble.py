@@ -9,7 +9,8 @@ their input run as one (see `fusing`); a tied head shares the embedding's memory
 
 All names and shapes are compared with the bundle's before the model is built (see `matching`). It is built on the
 meta device, where nothing takes memory. Then one tensor at a time goes from its file to its device (see `filling`).
-Encoders of images or sound, which some files hold beside a model of text, are left where they are.
+Encoders of images or sound, and blocks that predict several tokens at once, which some files hold beside a model
+of text, are left where they are.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def load_model(
         UnsupportedModelError: the architecture, or an option of it, is not supported.
         HyperparameterError: a key of the metadata is missing, impossible, or contradicts the tensors.
         WeightsError: a tensor of the model is missing, of the wrong shape, left out, or raw GGUF blocks; or one is
-            neither the model's nor an encoder's.
+            neither the model's nor one that it does without.
         BundleError: the directory is not a bundle, or breaks the rules of the format.
         ValueError: an argument has none of the values above.
         OSError: a file cannot be read.
@@ -86,7 +87,7 @@ def load_model(
     architecture = architecture_of(metadata)
     sample = _on_meta(bundle, metadata, architecture, dtype, sample=True)
     kinds = kinds_of_layers(make_config(architecture, metadata, _shapes(bundle)).to_dict())
-    for unused in check_tensors(bundle, architecture, sample, kinds):
+    for unused in check_tensors(bundle, metadata, architecture, sample, kinds):
         progress(unused.nbytes)
     model = _on_meta(bundle, metadata, architecture, dtype)
     Filler(model, bundle, architecture, device, dtype, activations, progress).fill()

@@ -1,13 +1,16 @@
-"""Slots of the cache of keys and values, and its size, from a model's hyper-parameters alone. Imports no torch."""
+"""Slots of the cache of keys and values, states of recurrent layers, and the sizes of both, from a model's
+hyper-parameters alone. Imports no torch.
+"""
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
 from q6k_kernels.bundle.metadata import Metadata
 from q6k_kernels.errors import UnsupportedModelError
-from q6k_kernels.models.architecture import described
+from q6k_kernels.models.architecture import FULL, LINEAR, SLIDING, described
 from q6k_kernels.models.hyperparameters import Shapes
 from q6k_kernels.models.registry import architecture_of
 
@@ -15,8 +18,9 @@ SLACK = 64
 """Steps that can be undone: the positions that they overwrote in a ring had left every window."""
 ALIGNMENT = 8
 """Multiple that slots are rounded up to: 16 bytes of 16-bit scores, the alignment that fast kernels want."""
-FULL, SLIDING = "full_attention", "sliding_attention"
-_ELEMENT_BYTES = 2
+STATE_COPIES = 2
+"""Earlier states of recurrent layers that are kept beside the current ones, so that steps can be undone."""
+_ELEMENT_BYTES, _STATE_BYTES = 2, 4
 
 
 def aligned(slots: int) -> int:
@@ -30,25 +34,43 @@ def ring_slots(window: int, capacity: int) -> int:
 
 
 def layer_kinds(config: Any) -> list[str]:
-    """Return the kind of each layer, `FULL` or `SLIDING`.
+    """Return the kind of each layer: `FULL`, `SLIDING` or `LINEAR`.
 
     Raises:
-        UnsupportedModelError: a layer is neither.
+        UnsupportedModelError: a layer is of another kind, or some layers have windows and some have states.
     """
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         kind = FULL if getattr(config, "sliding_window", None) is None else SLIDING
         kinds = [kind] * config.num_hidden_layers
-    if unknown := set(kinds) - {FULL, SLIDING}:
+    known = (FULL, SLIDING, LINEAR)
+    if unknown := set(kinds) - set(known):
         raise UnsupportedModelError(
-            f"the model has layers of kind {', '.join(sorted(unknown))}; known are {FULL} and {SLIDING}",
+            f"the model has layers of kind {', '.join(sorted(unknown))}; known are {', '.join(known)}",
+            "Generate with transformers' own `model.generate`.",
+        )
+    if {SLIDING, LINEAR} <= set(kinds):
+        # Undoing steps of states runs more steps again than a ring of keys can undo.
+        raise UnsupportedModelError(
+            f"the model has layers of both kinds {SLIDING} and {LINEAR}",
             "Generate with transformers' own `model.generate`.",
         )
     return list(kinds)
 
 
+def state_sizes(config: Any) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    """Return the shapes of a recurrent layer's states: of its convolution, and of its value heads."""
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    return (2 * keys + values, config.linear_conv_kernel_dim), (
+        config.linear_num_value_heads,
+        config.linear_key_head_dim,
+        config.linear_value_head_dim,
+    )
+
+
 def cache_bytes(metadata: Metadata, shapes: Shapes, capacity: int) -> int:
-    """Return the bytes of all keys and values, in 16-bit floats, of a cache for `capacity` positions.
+    """Return the bytes of a cache for `capacity` positions: keys and values in 16-bit floats, and states.
 
     Raises:
         HyperparameterError: a key is missing, out of range or not what the tensors' shapes say.
@@ -57,9 +79,13 @@ def cache_bytes(metadata: Metadata, shapes: Shapes, capacity: int) -> int:
     """
     _, values = described(architecture_of(metadata), metadata, shapes)
     config = SimpleNamespace(**values)
-    of_kind = {FULL: aligned(capacity), SLIDING: 0}
     kinds = layer_kinds(config)
+    of_position = 2 * int(config.num_key_value_heads) * int(config.head_dim) * _ELEMENT_BYTES
+    of_kind = {FULL: aligned(capacity) * of_position}
     if SLIDING in kinds:
-        of_kind[SLIDING] = ring_slots(int(config.sliding_window), capacity)
-    slots = sum(of_kind[kind] for kind in kinds)
-    return 2 * slots * int(config.num_key_value_heads) * int(config.head_dim) * _ELEMENT_BYTES
+        of_kind[SLIDING] = ring_slots(int(config.sliding_window), capacity) * of_position
+    if LINEAR in kinds:
+        convolution, state = state_sizes(config)
+        both = math.prod(convolution) * _ELEMENT_BYTES + math.prod(state) * _STATE_BYTES
+        of_kind[LINEAR] = (1 + STATE_COPIES) * both
+    return sum(of_kind[kind] for kind in kinds)

@@ -94,8 +94,8 @@ class Filler:
         rows = [self.shapes[f"{part}.weight"][0] for part in parts]
         biases = [f"{part}.bias" for part in parts]
         biased = any(bias in self.names for bias in biases)
-        formats = [format for part in parts if (format := self._format(f"{part}.weight")) is not None]
-        if len(formats) < len(parts):
+        formats = [self._format(f"{part}.weight") for part in parts]
+        if None in formats and not group.mixed:
             return False
         stacks = fusing.stacks(rows, formats)
         if len(stacks) == len(parts):
@@ -116,7 +116,9 @@ class Filler:
             return self._plain(parameter)
         return torch.zeros(rows, dtype=self.dtype, device=self.device)
 
-    def _stack(self, parts: list[str], rows: list[int], k: int, format: str) -> PackedWeight:
+    def _stack(self, parts: list[str], rows: list[int], k: int, format: str | None) -> PackedWeight | Tensor:
+        if format is None:
+            return torch.cat([self._plain(f"{part}.weight") for part in parts])
         if len(parts) == 1:
             return self._packed(f"{parts[0]}.weight")
         return fusing.join(rows, k, format, lambda index: self._packed(f"{parts[index]}.weight"), self.device)
@@ -127,7 +129,15 @@ class Filler:
             return
         bias = None if module.bias is None else self._plain(f"{name}.bias")
         weight = self._packed(f"{name}.weight")
-        self.model.set_submodule(name, PackedLinear.from_weight(weight, bias, self.activations))
+        linear = PackedLinear.from_weight(weight, bias, self.activations)
+        inputs = self._inputs(f"{name}.weight", weight.k)
+        self.model.set_submodule(name, linear if inputs is None else ReorderedInput(linear, inputs))
+
+    def _inputs(self, parameter: str, columns: int) -> Tensor | None:
+        """Return transformers' input for each input that the file has; None if their order is the same."""
+        order = self.architecture.difference(self.names[parameter]).inputs
+        inputs = None if order is None else order(self.config, columns)
+        return None if inputs is None else inputs.to(self.device)
 
     def _embedding(self, name: str, module: nn.Embedding) -> None:
         scale = float(cast("Any", module).scalar_embed_scale) if self.architecture.scaled_embedding else None
@@ -181,6 +191,8 @@ class Filler:
         stored = self.architecture.difference(name)
         if stored.values is not None:
             tensor = stored.values(tensor.float())
+        if stored.inputs is not None and (inputs := self._inputs(parameter, tensor.shape[-1])) is not None:
+            tensor = tensor[:, inputs.argsort()]
         if stored.rows is not None and (rows := stored.rows(self.config, len(tensor))) is not None:
             tensor = tensor[rows.to(tensor.device)]
         return tensor.to(torch.float32 if stored.wide else self.dtype).view(self.shapes[parameter])
@@ -231,3 +243,24 @@ class ScaledEmbedding(PackedEmbedding):
     def forward(self, indices: Tensor) -> Tensor:
         """Return the rows of indices of any shape, (..., K) in `dtype`."""
         return super().forward(indices) * self.scale
+
+
+class ReorderedInput(nn.Module):
+    """A packed layer whose file has its inputs in another order.
+
+    Args:
+        linear: the layer.
+        inputs: the input that each of its inputs is, int64 (K,).
+    """
+
+    inputs: Tensor
+
+    def __init__(self, linear: PackedLinear, inputs: Tensor) -> None:
+        super().__init__()
+        self.linear = linear
+        self.register_buffer("inputs", inputs, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the product, (..., K) -> (..., N)."""
+        y: Tensor = self.linear(x.index_select(-1, self.inputs))
+        return y

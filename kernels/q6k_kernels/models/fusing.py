@@ -1,4 +1,5 @@
-"""Linear layers that share their input, run as one: q, k and v of attention, gate and up of a feed-forward network.
+"""Linear layers that share their input, run as one: q, k and v of attention, gate and up of a feed-forward network,
+the input projections of a gated delta net.
 
 Loading stacks the rows of their weights in one packed weight, so one launch computes all their products. A launch
 reads weights of one type, for which its kernel is compiled: where types differ (in llama.cpp's mixtures v often has
@@ -35,14 +36,18 @@ class Group:
     Attributes:
         name: attribute of the fused layer.
         parts: attributes of the projections.
+        mixed: whether unpacked projections join the packed ones, each neighbours of them as one layer.
     """
 
     name: str
     parts: tuple[str, ...]
+    mixed: bool = False
 
 
 QKV = Group("qkv_proj", ("q_proj", "k_proj", "v_proj"))
 GATE_UP = Group("gate_up_proj", ("gate_proj", "up_proj"))
+IN_PROJ = Group("in_proj", ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), mixed=True)
+GROUPS = (QKV, GATE_UP, IN_PROJ)
 
 
 class Stacks(nn.Module):
@@ -52,7 +57,7 @@ class Stacks(nn.Module):
         layers: a layer for each stack, in the order of the projections.
     """
 
-    def __init__(self, layers: Sequence[PackedLinear]) -> None:
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
@@ -84,17 +89,17 @@ class Part(nn.Module):
 def groups(model: nn.Module) -> Iterator[tuple[str, nn.Module, Group]]:
     """Yield name, module and group of each module that has all projections of a group as nn.Linear."""
     for name, module in model.named_modules():
-        for group in (QKV, GATE_UP):
+        for group in GROUPS:
             if all(isinstance(getattr(module, part, None), nn.Linear) for part in group.parts):
                 yield name, module, group
 
 
-def stacks(rows: Sequence[int], formats: Sequence[str]) -> list[slice]:
+def stacks(rows: Sequence[int], formats: Sequence[str | None]) -> list[slice]:
     """Divide projections into neighbours that can be stacked: of one type, each beginning at a tile boundary.
 
     Args:
         rows: N of each weight.
-        formats: the name of each weight's type.
+        formats: the name of each weight's type; None if it is not packed.
 
     Returns:
         The stacks as slices, in order.
@@ -132,7 +137,7 @@ def fuse(
     module: nn.Module,
     group: Group,
     rows: Sequence[int],
-    weights: Sequence[PackedWeight],
+    weights: Sequence[PackedWeight | Tensor],
     biases: Sequence[Tensor | None],
     activations: Activations = "auto",
 ) -> None:
@@ -143,17 +148,27 @@ def fuse(
             `hidden_states`, and uses only its shape for anything else.
         group: the projections.
         rows: N of each projection.
-        weights: each stack's weight, (sum of rows, K).
+        weights: each stack's weight, (sum of rows, K), packed or not.
         biases: (sum of rows,) or None for each stack.
         activations: see `PackedLinear`.
     """
-    layers = [PackedLinear.from_weight(*each, activations) for each in zip(weights, biases, strict=True)]
+    layers = [_layer(*each, activations) for each in zip(weights, biases, strict=True)]
     setattr(module, group.name, layers[0] if len(layers) == 1 else Stacks(layers))
     at = 0
     for part, count in zip(group.parts, rows, strict=True):
         setattr(module, part, Part(at, at + count))
         at += count
     module.register_forward_pre_hook(_HOOKS[group.name], with_kwargs=True)
+
+
+def _layer(weight: PackedWeight | Tensor, bias: Tensor | None, activations: Activations) -> nn.Module:
+    if isinstance(weight, PackedWeight):
+        return PackedLinear.from_weight(weight, bias, activations)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
 
 
 def _multiply(product: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -172,6 +187,12 @@ def _multiply_gate_up(
     return _multiply(module.gate_up_proj, args, kwargs)  # type: ignore[arg-type]
 
 
+def _multiply_in_proj(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    return _multiply(module.in_proj, args, kwargs)  # type: ignore[arg-type]
+
+
 # Module-level functions that find the fused layer by the module they are called for: so copies and pickles of a
 # model use their own layers.
-_HOOKS = {QKV.name: _multiply_qkv, GATE_UP.name: _multiply_gate_up}
+_HOOKS = {QKV.name: _multiply_qkv, GATE_UP.name: _multiply_gate_up, IN_PROJ.name: _multiply_in_proj}

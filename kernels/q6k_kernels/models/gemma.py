@@ -6,7 +6,7 @@ llama.cpp's rules.
 
 from __future__ import annotations
 
-from q6k_kernels.models.architecture import Architecture, Values, biases
+from q6k_kernels.models.architecture import FULL, SLIDING, Architecture, Values, biases
 from q6k_kernels.models.hyperparameters import (
     LOGIT_CAP,
     SCORE_CAP,
@@ -33,8 +33,8 @@ def _gemma2(keys: Keys, shapes: Shapes, values: Values) -> tuple[str, Values]:
 def _gemma3(keys: Keys, shapes: Shapes, values: Values) -> tuple[str, Values]:
     ropes = {
         # Only global layers see the whole context, so only their positions are scaled.
-        "full_attention": scaled_rope(keys),
-        "sliding_attention": rope(keys, "rope.freq_base_swa"),
+        FULL: scaled_rope(keys),
+        SLIDING: rope(keys, "rope.freq_base_swa"),
     }
     return "gemma3_text", {
         "rope_parameters": ropes,
@@ -81,7 +81,7 @@ def _windows(keys: Keys, values: Values, period: int, window: int) -> Values:
     return {
         # transformers wants a window even if no layer slides.
         "sliding_window": window or values["max_position_embeddings"],
-        "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
+        "layer_types": [SLIDING if slide else FULL for slide in slides],
     }
 
 

@@ -1,17 +1,15 @@
 """From a bundle's metadata to the numbers of a transformers configuration, each checked.
 
-Keys are those of llama.cpp, `ARCHITECTURE.attention.head_count` and so on, with its defaults. Every size is
-compared with the shape of a tensor, so that no model is built that is larger than the bundle. A key that changes
+Keys are those of llama.cpp, `ARCHITECTURE.attention.head_count` and so on, with its defaults. A key that changes
 what a model computes in an unsupported way is refused, unless its value has no effect.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from q6k_kernels.bundle.metadata import CONTEXT_LENGTH, ENDS, Metadata, token_id_key
+from q6k_kernels.bundle.metadata import CONTEXT_LENGTH, Metadata
 from q6k_kernels.errors import HyperparameterError, UnsupportedModelError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -25,12 +23,16 @@ ONLY_FUNCTIONS = "Its tensors can still be used one by one: `q6k_kernels.open_bu
 WINDOW = "attention.sliding_window"
 SCORE_SCALE = "attention.scale"
 TEMPERATURE, YARN_SCALE = "attention.temperature_scale", "rope.scaling.yarn_log_multiplier"
+PREDICTION = "nextn_predict_layers"
+"""Blocks after the last layer that predict several tokens at once: the model computes the same without them."""
+ROTARY = "rope.dimension_count"
+SECTIONS = "rope.dimension_sections"
 SCORE_CAP, LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
-    "nextn_predict_layers": (0,),
+    PREDICTION: (0,),
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
     "attention.max_alibi_bias": (0.0,),
@@ -45,7 +47,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "embedding_scale": (1.0,),
     "logit_scale": (0.0, 1.0),
     "residual_scale": (0.0, 1.0),
-    "rope.dimension_sections": (),
+    SECTIONS: (),
     "rope.scaling.alpha": (0.0, 1.0),
     "rope.scaling.attn_factor": (1.0,),
     "rope.scaling.yarn_attn_factor": (1.0,),
@@ -75,7 +77,7 @@ class Keys:
     """
 
     def __init__(self, metadata: Metadata, used: frozenset[str] = frozenset()) -> None:
-        self.metadata = metadata
+        self.metadata, self.used = metadata, used
         self.prefix = metadata.architecture
         self._read = {*NEUTRAL, *WITHOUT_EFFECT}
         for key, values in NEUTRAL.items():
@@ -165,99 +167,6 @@ class Keys:
         if not low <= value <= high:
             raise self.wrong(key, f"expected {low} to {high}, found {value}")
         return value
-
-
-def sizes(keys: Keys, shapes: Shapes) -> dict[str, Any]:
-    """Read what all architectures have: sizes, heads, context, epsilon, ids of special tokens, tying.
-
-    Raises:
-        HyperparameterError: a key is missing, out of range or not what the tensors' shapes say.
-        UnsupportedModelError: rotary embeddings cover a part of a head only, or values and keys differ in size.
-    """
-    vocabulary, hidden = _matrix(keys, shapes, "token_embd.weight")
-    keys.expect(
-        "embedding_length", keys.integer("embedding_length", 1, 1 << 24), hidden, "token_embd.weight's rows"
-    )
-    layers = keys.integer("block_count", 1, MAX_LAYERS)
-    found = {int(match[1]) for name in shapes if (match := re.match(r"blk\.(\d{1,9})\.", name))}
-    if found != set(range(layers)):
-        raise keys.wrong("block_count", f"{layers}, but the tensors are those of {len(found)} layers")
-    feed_forward = keys.integer("feed_forward_length", 1, 1 << 24)
-    keys.expect(
-        "feed_forward_length", feed_forward, _matrix(keys, shapes, "blk.0.ffn_up.weight")[0], "ffn_up's rows"
-    )
-    heads = keys.integer("attention.head_count", 1, 1 << 16)
-    kv_heads = keys.integer("attention.head_count_kv", 1, heads, heads)
-    if heads % kv_heads:
-        raise keys.wrong("attention.head_count_kv", f"expected a divisor of {heads} heads, found {kv_heads}")
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "intermediate_size": feed_forward,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": _head_dim(keys, shapes, hidden, heads, kv_heads),
-        "max_position_embeddings": keys.integer(CONTEXT_LENGTH, 1, MAX_CONTEXT),
-        "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon", 0.0, 1.0),
-        "tie_word_embeddings": "output.weight" not in shapes,
-        **_special_tokens(keys.metadata, vocabulary),
-    }
-
-
-def _matrix(keys: Keys, shapes: Shapes, name: str) -> tuple[int, int]:
-    shape = shapes.get(name)
-    if shape is None or len(shape) != 2:
-        found = "none" if shape is None else f"one of shape {shape}"
-        raise HyperparameterError(
-            f"{keys.metadata.path.parent}: expected a tensor {name} of two dimensions, found {found}",
-            "Use a GGUF file that holds the whole model.",
-        )
-    return shape[0], shape[1]
-
-
-def _head_dim(keys: Keys, shapes: Shapes, hidden: int, heads: int, kv_heads: int) -> int:
-    rotary = keys.integer("rope.dimension_count", 1, 1 << 16, max(1, hidden // heads))
-    head_dim = keys.integer("attention.key_length", 1, 1 << 16, rotary)
-    counts = {"attn_q": ("attention.head_count", heads), "attn_k": ("attention.head_count_kv", kv_heads)}
-    for name, (key, count) in (counts | {"attn_v": counts["attn_k"]}).items():
-        rows = _matrix(keys, shapes, f"blk.0.{name}.weight")[0]
-        if rows != count * head_dim:
-            problem = f"{count} heads of {head_dim} (attention.key_length) are {count * head_dim} rows of {name}"
-            raise keys.wrong(key, f"{problem}, found {rows}")
-    for key in (
-        "attention.value_length",
-        "attention.key_length_swa",
-        "attention.value_length_swa",
-        "rope.dimension_count",
-        "rope.dimension_count_swa",
-    ):
-        if key in keys and keys.integer(key, 0, 1 << 16) != head_dim:
-            raise UnsupportedModelError(
-                f"{keys.metadata.path}: {keys.prefix}.{key} differs from the {head_dim} of a head's keys",
-                ONLY_FUNCTIONS,
-            )
-    if head_dim % 2:
-        raise keys.wrong(
-            "attention.key_length", f"expected an even number, for rotary embeddings, found {head_dim}"
-        )
-    return head_dim
-
-
-def _special_tokens(metadata: Metadata, vocabulary: int) -> dict[str, Any]:
-    """Return the ids of special tokens that the model has: BOS, padding, and all that end a text or a turn."""
-    found = dict[str, int]()
-    for name in ("bos", "padding", *ENDS):
-        if (token := metadata.integer(token_id_key(name))) is None:
-            continue
-        if 0 <= token < vocabulary:  # the tokenizer says what is taken for others
-            found[name] = token
-    ends = list(dict.fromkeys(found[name] for name in ENDS if name in found))
-    return {
-        "bos_token_id": found.get("bos"),
-        "pad_token_id": found.get("padding"),
-        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-    }
 
 
 def rope(keys: Keys, key: str = "rope.freq_base") -> dict[str, Any]:

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from q6k_kernels.bundle.manifest import StoredTensor
+from q6k_kernels.bundle.metadata import Metadata
 from q6k_kernels.bundle.storage import PLAIN_DTYPES
 from q6k_kernels.errors import WeightsError
 from q6k_kernels.formats.ggml import dequantizes
-from q6k_kernels.models.architecture import FREQUENCY_FACTORS, Architecture, gguf_names, is_of_encoder
+from q6k_kernels.models.architecture import FREQUENCY_FACTORS, Architecture, gguf_names, is_beside
 from q6k_kernels.text import listing
 from q6k_kernels.weights.reader import Bundle
 
@@ -47,12 +48,18 @@ def has_factors(bundle: Bundle, architecture: Architecture) -> bool:
 
 
 def check_tensors(
-    bundle: Bundle, architecture: Architecture, sample: PreTrainedModel, kinds: Sequence[str]
+    bundle: Bundle,
+    metadata: Metadata,
+    architecture: Architecture,
+    sample: PreTrainedModel,
+    kinds: Sequence[str],
 ) -> list[StoredTensor]:
-    """Check that a bundle has the tensors of a model and no others, but those of encoders and those left out.
+    """Check that a bundle has the tensors of a model and no others, but those that it does without
+    and those left out.
 
     Args:
         bundle: the bundle.
+        metadata: its metadata.
         architecture: how its tensors differ from the model's parameters.
         sample: the model with one layer of each kind.
         kinds: the kind of each layer of the whole model.
@@ -81,7 +88,7 @@ def check_tensors(
                 f"{bundle.path}: {name}: expected shape {shape}, found {tuple(tensor.shape)}", EXPORT_AGAIN
             )
     others = [tensor for name, tensor in tensors.items() if name not in wanted]
-    if extra := [t.name for t in others if t.storage != "skipped" and not is_of_encoder(t.name)]:
+    if extra := [t.name for t in others if t.storage != "skipped" and not is_beside(t.name, metadata)]:
         raise WeightsError(
             f"{bundle.path} has, and {type(sample).__name__} has not, {_named(extra)}",
             "If the model is complete without, convert it again with --exclude for each such tensor.",

@@ -1,6 +1,7 @@
-"""How a file stores tensors, where it differs from transformers' parameters: the order of rows, and values.
+"""How a file stores tensors, where it differs from transformers' parameters: order of rows and inputs, and values.
 
-Rows move in packed form, so no value changes. Functions are module-level ones, as models are pickled.
+Rows move in packed form, so no value changes. Inputs cannot, as weights of a group share a scale: there the
+activations move (`filling.ReorderedInput`). Functions are module-level ones, as models are pickled.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Order = Callable[[Any, int], "Tensor | None"]
-"""Returns, for a model's configuration and a number of rows, the file's row of each row of transformers, int64 on
-the CPU; None if the order is the same."""
+"""Returns, for a model's configuration and a number of rows, an index for each row, int64 on the CPU; None if the
+order is the same."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,15 @@ class Stored:
     """A kind of tensor that is stored differently.
 
     Attributes:
-        rows: order of the rows; None if it is the same.
+        rows: the file's row for each of transformers'; None if the order is the same.
+        inputs: transformers' input for each of the file's, the columns of a matrix; None if the order is the same.
         values: computes the parameter from the file's numbers, both fp32; None if they are equal.
         wide: whether the parameter stays in fp32, whatever the model's dtype.
         column: whether the parameter has a dimension of 1 after its first, which the file leaves out.
     """
 
     rows: Order | None = None
+    inputs: Order | None = None
     values: Callable[[Tensor], Tensor] | None = None
     wide: bool = False
     column: bool = False
