@@ -22,7 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from golden_cases import CASES, Case, prompt, write
+from golden_dense import DENSE
 
+ALL = CASES | DENSE
 OUT = Path(__file__).parents[2] / "tests" / "models" / "golden"
 BATCH = 16
 """Most tokens of a prompt at once: shorter than the prompts, so that each goes through the cache."""
@@ -209,13 +211,13 @@ def main() -> None:
     """Make the files of the cases that the command line names, or of all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("folder", type=Path, help="folder of libllama.so")
-    parser.add_argument("cases", nargs="*", metavar="CASE", choices=[[], *CASES], help="default: all")
+    parser.add_argument("cases", nargs="*", metavar="CASE", choices=[[], *ALL], help="default: all")
     args = parser.parse_args()
     llama = Llama(args.folder)
     OUT.mkdir(exist_ok=True)
-    for name in args.cases or CASES:
+    for name in args.cases or ALL:
         path = OUT / f"{name}.json"
-        kept = golden(llama, name, CASES[name])
+        kept = golden(llama, name, ALL[name])
         path.write_text(json.dumps(kept, separators=(",", ":")) + "\n", encoding="utf-8")
         print(f"{path.name}: {path.stat().st_size} bytes")
 

@@ -60,13 +60,17 @@ def assert_quantised(found: Any, k: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [96, 256, 2560, 4096, 5376, 8192])
-@pytest.mark.parametrize(("with_delta", "with_after"), [(False, False), (True, False), (True, True)])
-def test_sums_and_norms(dtype: torch.dtype, k: int, with_delta: bool, with_after: bool) -> None:
+@pytest.mark.parametrize(
+    ("with_delta", "with_after", "factor"),
+    [(False, False, 1.0), (True, False, 1.0), (True, False, 0.22), (True, True, 1.0)],
+)
+def test_sums_and_norms(dtype: torch.dtype, k: int, with_delta: bool, with_after: bool, factor: float) -> None:
     hidden = random(1, k, dtype=dtype, scale=3.0)
     delta = random(1, k, dtype=dtype, seed=1) if with_delta else None
     after = norm(k, 2) if with_after else None
     both = [
-        each.add_norm(hidden, delta, after, norm(k, 3), users(k)) for each in (kernels(dtype), TorchOperations())
+        each.add_norm(hidden, delta, after, norm(k, 3), users(k), factor)
+        for each in (kernels(dtype), TorchOperations())
     ]
     (total, found), (expected_total, expected) = both
     assert_close(total, expected_total)

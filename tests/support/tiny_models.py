@@ -62,6 +62,10 @@ NORMS = {
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
+PERMUTED = ("llama", "mistral", "mistral3", "internlm2", "smollm3", "arcee", "granite")
+"""Architectures whose rows of q and k the converter permutes."""
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A model to make.
@@ -73,6 +77,7 @@ class Tiny:
         keys: metadata keys without `ARCHITECTURE.`, besides those that every model has; None removes one.
         types: tensor types by patterns of GGUF names; the default is Q6_K wherever it is possible.
         freqs: values of `rope_freqs.weight`.
+        names: names of tensors, by modules of a layer, where they are others than Llama's or Gemma's.
         without: patterns of biases that the model does not have, though its class has.
     """
 
@@ -82,6 +87,7 @@ class Tiny:
     keys: dict[str, Any] = field(default_factory=dict)
     types: dict[str, Any] = field(default_factory=dict)
     freqs: list[float] | None = None
+    names: dict[str, str] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     seed: int = 0
 
@@ -93,7 +99,7 @@ class Tiny:
     @property
     def is_llama(self) -> bool:
         """Whether the rows of q and k are permuted."""
-        return self.architecture in ("llama", "mistral", "mistral3")
+        return self.architecture in PERMUTED
 
     def make(self) -> Any:
         """Return the model with random parameters."""
@@ -116,7 +122,7 @@ class Tiny:
         if module in OUTSIDE:
             return f"{OUTSIDE[module]}.{kind}"
         _, _, layer, inner = module.split(".", 3)
-        return f"blk.{layer}.{(IN_LAYERS | NORMS[self.is_gemma])[inner]}.{kind}"
+        return f"blk.{layer}.{(IN_LAYERS | NORMS[self.is_gemma] | self.names)[inner]}.{kind}"
 
     def bundle(self, directory: Path, scales: str = "exact", other: str = "bf16") -> tuple[Path, Any]:
         """Return the bundle, and the model with the weights of the bundle."""

@@ -77,11 +77,12 @@ __device__ __forceinline__ void load_weights(const float* from, float (&weights)
 //
 // Parameters, all of one row of k values, a multiple of 32, at most 4096 NORM_GROUPS: hidden; delta, or null to add
 // nothing; after, the weight of delta's own norm, or null for none; the norm's weight; sum, x, or null; codes and
-// steps, as q6k_quantize writes them, or null. Norms are root mean squares; their weights are fp32. One block. The
-// weights are loaded before the wait, because later the next product's copies keep memory busy.
+// steps, as q6k_quantize writes them, or null; factor, of delta after its norm; the norms' epsilon. Norms are root mean
+// squares; their weights are fp32. One block. The weights are loaded before the wait, because later the next product's
+// copies keep memory busy.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     q6k_add_norm(const u16* hidden, const u16* delta, const float* after, const float* weight, u16* sum, u16* x,
-                 u8* codes, float* steps, float epsilon, int k) {
+                 u8* codes, float* steps, float factor, float epsilon, int k) {
   __shared__ float parts_after[NORM_THREADS / 32], parts[NORM_THREADS / 32];
   let_dependents_start();
   const int groups = k / 16;
@@ -124,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     float own[16];
     to_floats(before[i], own);
 #pragma unroll
-    for (int j = 0; j < 16; ++j) values[i][j] += own[j];
+    for (int j = 0; j < 16; ++j) values[i][j] = fmaf(values[i][j], factor, own[j]);
     to_halves(values[i], raw);
     to_floats(raw, values[i]);
     if (sum != nullptr) store_16(sum + group * 16, raw);

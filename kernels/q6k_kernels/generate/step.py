@@ -36,7 +36,13 @@ class StepOperations(Protocol):
     def supports(self, hidden: int, between: int, heads: Heads) -> str: ...  # noqa: D102
     def reserve(self, heads: Heads) -> None: ...  # noqa: D102
     def add_norm(  # noqa: D102
-        self, hidden: Tensor, delta: Tensor | None, after: Norm | None, norm: Norm, users: list[nn.Module]
+        self,
+        hidden: Tensor,
+        delta: Tensor | None,
+        after: Norm | None,
+        norm: Norm,
+        users: list[nn.Module],
+        factor: float = 1.0,
     ) -> tuple[Tensor, ProductInput]: ...
     def gate(  # noqa: D102
         self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]
@@ -92,6 +98,8 @@ class Step:
         architecture = attached(model)
         if architecture is None:
             raise _unsupported(f"a {type(model).__name__} that load_model has not made")
+        if not architecture.stepped:
+            raise _unsupported(f"layers of {architecture.name}")
         config: Any = model.config
         self._architecture, self._epsilon = architecture, float(config.rms_norm_eps)
         self._cache, self._operations = cache, operations
@@ -101,7 +109,11 @@ class Step:
         self._embedding: nn.Module = model.get_input_embeddings()
         self._head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self._softcap = architecture.softcap_of_logits(config)
-        self._norm = self._norm_of(inner.norm)
+        multipliers = architecture.multipliers
+        self._of_embedding = config.embedding_multiplier if multipliers else 1.0
+        self._of_summands = config.residual_multiplier if multipliers else 1.0
+        # What divides the logits may as well divide the head's input.
+        self._norm = self._norm_of(inner.norm, 1 / config.logits_scaling if multipliers else 1.0)
         self._growth = _growth(architecture.growth_of_queries(config), cache)
         angles = {
             kind: _angles(inner.rotary_emb, (kind,) if architecture.angles_by_kind else (), cache)
@@ -131,22 +143,29 @@ class Step:
     def _logits(self, token: Tensor) -> Tensor:
         run = self._operations
         hidden: Tensor = self._embedding(token)
+        if self._of_embedding != 1.0:
+            hidden = hidden * self._of_embedding
         delta: Tensor | None = None
         after: Norm | None = None
         for index, layer in enumerate(self._layers):
-            hidden, x = run.add_norm(hidden, delta, after, layer.norm, layer.qkv.modules)
+            hidden, x = self._add_norm(hidden, delta, after, layer.norm, layer.qkv.modules)
             q, k, v = self._project(layer.qkv, x)
             keys, values = self._cache.buffers(index)
             window = self._cache.window if self._cache.kinds[index] == SLIDING else 0
             cached = Cached(keys, values, window)
             x = run.attend(q, k, v, layer.heads, cached, self._cache.position, [layer.output])
             delta, after = run.multiply(layer.output, x), layer.after_attention
-            hidden, x = run.add_norm(hidden, delta, after, layer.norm_between, layer.gate_up.modules)
+            hidden, x = self._add_norm(hidden, delta, after, layer.norm_between, layer.gate_up.modules)
             gate, up = self._project(layer.gate_up, x)
             x = run.gate(gate, up, self._architecture.activation, [layer.down])
             delta, after = run.multiply(layer.down, x), layer.after
-        _, x = run.add_norm(hidden, delta, after, self._norm, [self._head])
+        _, x = self._add_norm(hidden, delta, after, self._norm, [self._head])
         return run.multiply(self._head, x)
+
+    def _add_norm(
+        self, hidden: Tensor, delta: Tensor | None, after: Norm | None, norm: Norm, users: list[nn.Module]
+    ) -> tuple[Tensor, ProductInput]:
+        return self._operations.add_norm(hidden, delta, after, norm, users, self._of_summands)
 
     def _project(self, projections: _Projections, x: ProductInput) -> tuple[Tensor, ...]:
         found, widths = list[Tensor](), list(projections.widths)
@@ -163,6 +182,8 @@ class Step:
         attention, network = layer.self_attn, layer.mlp
         head_norms, after = self._architecture.head_norms, self._architecture.norms_after
         dim, key_heads = attention.head_dim, config.num_key_value_heads
+        if self._architecture.unrotated_layers and not attention.use_rope:
+            angles = torch.ones_like(angles[0]), torch.zeros_like(angles[1])
         heads = Heads(
             count=config.num_attention_heads,
             key_heads=key_heads,
@@ -189,8 +210,8 @@ class Step:
             after=self._norm_of(layer.post_feedforward_layernorm) if after else None,
         )
 
-    def _norm_of(self, module: Any) -> Norm:
-        weight = module.weight.detach().float() + self._architecture.norm_offset
+    def _norm_of(self, module: Any, factor: float = 1.0) -> Norm:
+        weight = (module.weight.detach().float() + self._architecture.norm_offset) * factor
         return Norm(weight.contiguous(), self._epsilon)
 
 

@@ -41,7 +41,7 @@ CHOOSE_THREADS, CHOOSE_VALUES, CHOOSE_BLOCKS = 128, 8, 256
 """Threads of a block, logits that a thread reads at once, and the most blocks; as in `cuda/choose.cuh`."""
 GATES = {"silu": 0, "gelu_tanh": 1}
 """Activation -> its number in the enum `Gate` of `cuda/step.cuh`."""
-_ADD_NORM, _GATE = struct.Struct("@PPPPPPPPfi"), struct.Struct("@PPPPPii")
+_ADD_NORM, _GATE = struct.Struct("@PPPPPPPPffi"), struct.Struct("@PPPPPii")
 _CHOOSE = struct.Struct("@PPPPPPPffi")
 _ATTEND = struct.Struct("@PPPPPPPPPPPPPPPPfffiiii")
 
@@ -81,7 +81,13 @@ class Kernels:
         self._counters = self._counters.new_zeros(max(len(self._counters), rows))
 
     def add_norm(
-        self, hidden: Tensor, delta: Tensor | None, after: Norm | None, norm: Norm, users: list[nn.Module]
+        self,
+        hidden: Tensor,
+        delta: Tensor | None,
+        after: Norm | None,
+        norm: Norm,
+        users: list[nn.Module],
+        factor: float = 1.0,
     ) -> tuple[Tensor, ProductInput]:
         """Launch the residual sum and its norm, see `step_reference`; `users` decide the forms of the output."""
         total = hidden if delta is None else torch.empty_like(hidden)
@@ -97,6 +103,7 @@ class Kernels:
                 norm.weight.data_ptr(),
                 0 if delta is None else total.data_ptr(),
                 *self._outputs(out),
+                factor,
                 norm.epsilon,
                 hidden.shape[-1],
             ),

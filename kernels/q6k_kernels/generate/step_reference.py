@@ -129,7 +129,13 @@ class TorchOperations:
         """Allocate the memory that `attend` needs: none."""
 
     def add_norm(
-        self, hidden: Tensor, delta: Tensor | None, after: Norm | None, norm: Norm, users: list[nn.Module]
+        self,
+        hidden: Tensor,
+        delta: Tensor | None,
+        after: Norm | None,
+        norm: Norm,
+        users: list[nn.Module],
+        factor: float = 1.0,
     ) -> tuple[Tensor, ProductInput]:
         """Compute the residual sum and its norm.
 
@@ -139,6 +145,7 @@ class TorchOperations:
             after: norm of `delta`, or None.
             norm: norm of the sum.
             users: the modules whose products read the result.
+            factor: factor of the summand, after its norm.
 
         Returns:
             The sum, (1, K), and its norm.
@@ -147,7 +154,7 @@ class TorchOperations:
         if delta is not None:
             if after is not None:
                 delta = after(delta).to(hidden.dtype)
-            hidden = hidden + delta
+            hidden = torch.add(hidden, delta, alpha=factor)
         return hidden, _plain(norm(hidden).to(hidden.dtype))
 
     def gate(self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]) -> ProductInput:

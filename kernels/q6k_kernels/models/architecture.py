@@ -56,8 +56,11 @@ class Architecture:
         scaled_embedding: whether the rows of the embedding are multiplied by a constant.
         capped_scores: whether attention scores may have a soft cap, `attn_logit_softcapping`.
         capped_logits: whether logits may have a soft cap, `final_logit_softcapping`.
+        multipliers: whether embeddings, residual summands and logits are scaled by Granite's fields.
+        unrotated_layers: whether some layers have no rotary embeddings, those without transformers' `use_rope`.
         growing_queries: whether queries may be multiplied by a number that grows with their position.
         angles_by_kind: whether layers with a sliding window have their own rotary angles.
+        stepped: whether our own decoding step (`generate.step`) computes its layers.
     """
 
     name: str
@@ -75,8 +78,11 @@ class Architecture:
     scaled_embedding: bool = False
     capped_scores: bool = False
     capped_logits: bool = False
+    multipliers: bool = False
+    unrotated_layers: bool = False
     growing_queries: bool = False
     angles_by_kind: bool = False
+    stepped: bool = True
 
     def difference(self, name: str) -> Stored:
         """Return how a tensor, given by its GGUF name, is stored differently."""

@@ -1,4 +1,4 @@
-"""Gemma 2, and the text part of Gemma 3: transformers' gemma2 and gemma3_text.
+"""Gemma 1 and 2, and the text part of Gemma 3: transformers' gemma, gemma2 and gemma3_text.
 
 GGUF stores the weights of norms with 1 added. Where a file is silent, windows, soft caps and scales follow
 llama.cpp's rules.
@@ -17,6 +17,11 @@ from q6k_kernels.models.hyperparameters import (
     rope,
     scaled_rope,
 )
+from q6k_kernels.models.windows import windows
+
+
+def _gemma(keys: Keys, shapes: Shapes, _: Values) -> tuple[str, Values]:
+    return "gemma", {"rope_parameters": scaled_rope(keys), **biases(shapes)}
 
 
 def _gemma2(keys: Keys, shapes: Shapes, values: Values) -> tuple[str, Values]:
@@ -25,7 +30,7 @@ def _gemma2(keys: Keys, shapes: Shapes, values: Values) -> tuple[str, Values]:
         "attn_logit_softcapping": _softcap(keys, SCORE_CAP, 50.0),
         "final_logit_softcapping": _softcap(keys, LOGIT_CAP, 30.0),
         "query_pre_attn_scalar": _attention_scalar(keys, values, layers_of_27b=46),
-        **_windows(keys, values, period=2, window=4096),
+        **windows(keys, values, period=2, window=4096),
         **biases(shapes),
     }
 
@@ -40,7 +45,7 @@ def _gemma3(keys: Keys, shapes: Shapes, values: Values) -> tuple[str, Values]:
         "rope_parameters": ropes,
         "final_logit_softcapping": _softcap(keys, LOGIT_CAP, 0.0),
         "query_pre_attn_scalar": _attention_scalar(keys, values, layers_of_27b=62),
-        **_windows(keys, values, period=6, window=0),
+        **windows(keys, values, period=6, window=0),
         **biases(shapes),
     }
 
@@ -63,29 +68,8 @@ def _attention_scalar(keys: Keys, values: Values, layers_of_27b: int) -> int:
     return int(values["head_dim"])
 
 
-def _windows(keys: Keys, values: Values, period: int, window: int) -> Values:
-    """Return the window and the kind of each layer: all but the last of each `period` have a window."""
-    layers = values["num_hidden_layers"]
-    window = keys.integer(WINDOW, 0, 1 << 31, window)
-    key = "attention.sliding_window_pattern"
-    stated = keys.value(key)
-    if isinstance(stated, list):
-        slides = [bool(each) for each in stated]
-        if len(slides) != layers:
-            raise keys.wrong(key, f"expected one value for each of {layers} layers, found {len(slides)}")
-    else:
-        period = keys.integer(key, 0, 1 << 16, period)
-        # In llama.cpp 0 means no period: all layers slide.
-        slides = [period == 0 or (layer + 1) % period != 0 for layer in range(layers)]
-    slides = [slide and window > 0 for slide in slides]
-    return {
-        # transformers wants a window even if no layer slides.
-        "sliding_window": window or values["max_position_embeddings"],
-        "layer_types": [SLIDING if slide else FULL for slide in slides],
-    }
-
-
 ROWS = (
+    Architecture("gemma", _gemma, norm_offset=1.0, activation="gelu_tanh", scaled_embedding=True),
     Architecture(
         "gemma2",
         _gemma2,

@@ -27,6 +27,7 @@ PREDICTION = "nextn_predict_layers"
 """Blocks after the last layer that predict several tokens at once: the model computes the same without them."""
 ROTARY = "rope.dimension_count"
 SECTIONS = "rope.dimension_sections"
+EMBEDDING_SCALE, RESIDUAL_SCALE, LOGIT_SCALE = "embedding_scale", "residual_scale", "logit_scale"
 SCORE_CAP, LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -44,9 +45,9 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     TEMPERATURE: (0.0,),
     SCORE_CAP: (0.0,),
     LOGIT_CAP: (0.0,),
-    "embedding_scale": (1.0,),
-    "logit_scale": (0.0, 1.0),
-    "residual_scale": (0.0, 1.0),
+    EMBEDDING_SCALE: (1.0,),
+    LOGIT_SCALE: (0.0, 1.0),
+    RESIDUAL_SCALE: (0.0, 1.0),
     SECTIONS: (),
     "rope.scaling.alpha": (0.0, 1.0),
     "rope.scaling.attn_factor": (1.0,),

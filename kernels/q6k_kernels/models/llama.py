@@ -19,7 +19,7 @@ from q6k_kernels.models.hyperparameters import (
     original_context,
     scaled_rope,
 )
-from q6k_kernels.models.stored import INTERLEAVED
+from q6k_kernels.models.stored import INTERLEAVED_HEADS
 
 
 def _describe(keys: Keys, shapes: Shapes, _: Values) -> tuple[str, Values]:
@@ -45,7 +45,7 @@ _LLAMA = Architecture(
     "llama",
     _describe,
     used=frozenset({WINDOW}),
-    stored={f"attn_{each}.{kind}": INTERLEAVED for each in "qk" for kind in ("weight", "bias")},
+    stored=INTERLEAVED_HEADS,
     frequency_factors=True,
 )
 ROWS = (

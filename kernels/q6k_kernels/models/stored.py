@@ -67,3 +67,5 @@ def _interleaved(config: Any, rows: int) -> Tensor:
 
 INTERLEAVED = Stored(rows=_interleaved)
 """The rows of q and k of a llama file."""
+INTERLEAVED_HEADS = {f"attn_{each}.{kind}": INTERLEAVED for each in "qk" for kind in ("weight", "bias")}
+"""`Architecture.stored` of files whose q and k are like a llama file's."""

@@ -1,0 +1,59 @@
+"""Models that are Llama but for a detail: transformers' smollm3, seed_oss, arcee, ernie4_5 and hunyuan_v1_dense.
+
+InternLM 2 and EXAONE 3 have no classes in transformers, as their layers are Llama's.
+"""
+
+from __future__ import annotations
+
+from q6k_kernels.models.architecture import Architecture, Values, biases
+from q6k_kernels.models.hyperparameters import Keys, Shapes, scaled_rope
+from q6k_kernels.models.stored import INTERLEAVED_HEADS
+
+_UNROTATED = 4
+"""Of as many layers of SmolLM3 the last has no rotary embeddings; no key says so."""
+
+
+def _llama(keys: Keys, shapes: Shapes, _: Values) -> tuple[str, Values]:
+    return "llama", {"rope_parameters": scaled_rope(keys), **biases(shapes)}
+
+
+def _smollm3(keys: Keys, shapes: Shapes, _: Values) -> tuple[str, Values]:
+    return "smollm3", {
+        "rope_parameters": scaled_rope(keys),
+        "no_rope_layer_interval": _UNROTATED,
+        "use_sliding_window": False,
+        **biases(shapes),
+    }
+
+
+def _seed_oss(keys: Keys, shapes: Shapes, _: Values) -> tuple[str, Values]:
+    return "seed_oss", {"rope_parameters": scaled_rope(keys), **biases(shapes)}
+
+
+def _arcee(keys: Keys, shapes: Shapes, _: Values) -> tuple[str, Values]:
+    return "arcee", {"rope_parameters": scaled_rope(keys), **biases(shapes)}
+
+
+def _ernie4_5(keys: Keys, shapes: Shapes, _: Values) -> tuple[str, Values]:
+    return "ernie4_5", {
+        "rope_parameters": scaled_rope(keys),
+        "use_bias": biases(shapes)["attention_bias"],
+    }
+
+
+def _hunyuan(keys: Keys, shapes: Shapes, _: Values) -> tuple[str, Values]:
+    return "hunyuan_v1_dense", {"rope_parameters": scaled_rope(keys), **biases(shapes)}
+
+
+ROWS = (
+    Architecture("internlm2", _llama, tensor_names="llama", stored=INTERLEAVED_HEADS),
+    Architecture("exaone", _llama, tensor_names="llama", frequency_factors=True),
+    Architecture("smollm3", _smollm3, stored=INTERLEAVED_HEADS, unrotated_layers=True),
+    Architecture("seed_oss", _seed_oss),
+    # Feed-forward networks without a gate.
+    Architecture("arcee", _arcee, stored=INTERLEAVED_HEADS, frequency_factors=True, stepped=False),
+    # Rotary embeddings of neighbours, in transformers too.
+    Architecture("ernie4_5", _ernie4_5, stepped=False),
+    # Norms of q and k after their rotation.
+    Architecture("hunyuan-dense", _hunyuan, stepped=False),
+)

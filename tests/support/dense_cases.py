@@ -1,0 +1,130 @@
+"""Tiny models of architectures that are a table's row: their names, keys and sizes by llama.cpp's converter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model_cases import THETA, YARN
+from tiny_models import Tiny
+
+SQUARE = {"num_attention_heads": 4, "num_key_value_heads": 2}
+"""Heads that are together as wide as the hidden size, where llama.cpp knows no other."""
+NO_HEAD_SIZE = {"attention.key_length": None, "attention.value_length": None}
+BASE = {"rope.freq_base": 2e5}
+AFTER = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A tiny model, and whether our own decoding step computes it."""
+
+    tiny: Tiny
+    fused: bool = True
+
+
+GRANITE = Tiny(
+    "granite",
+    "granite",
+    SQUARE
+    | {
+        "rope_parameters": THETA,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 6.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 3.0,
+        "attention_bias": True,
+    },
+    BASE
+    | NO_HEAD_SIZE
+    | {"attention.scale": 0.2, "embedding_scale": 6.0, "residual_scale": 0.4, "logit_scale": 3.0},
+)
+OLMO3 = Tiny(
+    "olmo2",
+    "olmo3",
+    SQUARE
+    | {
+        "num_hidden_layers": 3,
+        "sliding_window": 8,
+        "layer_types": SLIDING,
+        "rope_parameters": {
+            "full_attention": YARN,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    },
+    NO_HEAD_SIZE
+    | {
+        "attention.sliding_window": 8,
+        "attention.sliding_window_pattern": [True, False, True],
+        "rope.freq_base": 1e6,
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 64,
+    },
+    names=AFTER,
+)
+DENSE = {
+    "internlm2": Dense(Tiny("internlm2", "llama", {"rope_parameters": THETA}, BASE)),
+    "exaone": Dense(Tiny("exaone", "llama", {"rope_parameters": THETA}, BASE)),
+    "smollm3": Dense(
+        Tiny(
+            "smollm3",
+            "smollm3",
+            SQUARE | {"num_hidden_layers": 5, "rope_parameters": THETA, "tie_word_embeddings": True},
+            BASE | NO_HEAD_SIZE,
+        )
+    ),
+    "seed_oss": Dense(
+        Tiny(
+            "seed_oss",
+            "seed_oss",
+            {"rope_parameters": THETA},
+            BASE,
+            names={"post_attention_layernorm": "post_attention_norm"},
+        )
+    ),
+    "granite": Dense(GRANITE),
+    "gemma": Dense(Tiny("gemma", "gemma", names={"post_attention_layernorm": "ffn_norm"})),
+    "qwen2vl": Dense(
+        Tiny(
+            "qwen2vl",
+            "qwen2",
+            SQUARE | {"rope_parameters": THETA},
+            BASE | NO_HEAD_SIZE | {"rope.dimension_sections": [8, 12, 12, 0]},
+        )
+    ),
+    "qwen3vl": Dense(
+        Tiny(
+            "qwen3vl",
+            "qwen3",
+            {"rope_parameters": THETA},
+            BASE | {"rope.dimension_sections": [12, 10, 10, 0], "n_deepstack_layers": 3},
+        )
+    ),
+    "arcee": Dense(Tiny("arcee", "arcee", {"rope_parameters": THETA}, BASE), fused=False),
+    "ernie4_5": Dense(Tiny("ernie4_5", "ernie4_5", {"rope_parameters": THETA}, BASE), fused=False),
+    "hunyuan-dense": Dense(
+        Tiny(
+            "hunyuan-dense",
+            "hunyuan_v1_dense",
+            {"rope_parameters": THETA},
+            BASE | {"rope.scaling.type": "none", "rope.scaling.factor": 1.0},
+            names={"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"},
+        ),
+        fused=False,
+    ),
+    "olmo2": Dense(
+        Tiny("olmo2", "olmo2", SQUARE | {"rope_parameters": THETA}, BASE | NO_HEAD_SIZE, names=AFTER), fused=False
+    ),
+    "olmo3": Dense(OLMO3, fused=False),
+    "exaone4": Dense(
+        Tiny(
+            "exaone4",
+            "exaone4",
+            SQUARE | {"rope_parameters": THETA, "sliding_window": None, "layer_types": ["full_attention"] * 2},
+            BASE,
+            names=AFTER,
+        ),
+        fused=False,
+    ),
+}
