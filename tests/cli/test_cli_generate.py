@@ -32,6 +32,7 @@ from q6k_convert.run import running
 from q6k_convert.run.generate_command import MAX_PROMPT_BYTES
 from q6k_convert.text import size
 from q6k_convert.verify import device_stage
+from q6k_kernels.models.registry import ARCHITECTURES
 from tokenizer_files import sentencepiece, sentencepiece_ids, write
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -79,8 +80,7 @@ def test_text_goes_to_stdout_and_all_else_to_stderr(bundle: Path, monkeypatch: p
     done = invoke("generate", bundle, "-p", "The dog", "--max-new-tokens", "12", "--device", "cpu")
     assert done.exit_code == 0, done.stderr
     ids = [1, *sentencepiece_ids(sentencepiece(), "The dog")]
-    from q6k_kernels.models.registry import ARCHITECTURES
-from q6k_kernels.tokenizer.tokenizer import load_tokenizer
+    from q6k_kernels.tokenizer.tokenizer import load_tokenizer
 
     assert done.stdout == load_tokenizer(bundle).decode(best(ids, 12)) + "\n"
     assert f"{bundle}: float32 on the CPU" in done.stderr
