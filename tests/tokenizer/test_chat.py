@@ -15,7 +15,7 @@ pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 from q6k_kernels.errors import PackageMissingError
 from q6k_kernels.tokenizer import chat, rendering
 from q6k_kernels.tokenizer.tokenizer import load_tokenizer
-from q6k_kernels.tokenizer.vocabulary import TokenizerError
+from q6k_kernels.tokenizer.tokenizer_error import TokenizerError
 from tokenizer_files import CONTROL, sentencepiece, sentencepiece_ids, write
 
 USER = [{"role": "user", "content": "Grüße"}]

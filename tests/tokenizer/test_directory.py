@@ -15,7 +15,8 @@ from tokenizers import AddedToken, processors
 
 from q6k_kernels.tokenizer import directory
 from q6k_kernels.tokenizer.tokenizer import load_tokenizer
-from q6k_kernels.tokenizer.vocabulary import MAX_TOKENS, TokenizerError
+from q6k_kernels.tokenizer.tokenizer_error import TokenizerError
+from q6k_kernels.tokenizer.vocabulary import MAX_TOKENS
 from tokenizer_files import SAMPLES, byte_level
 
 

@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 
 import tokenizer_files as files
-from q6k_kernels.tokenizer import vocabulary
+from q6k_kernels.tokenizer import encoders, vocabulary
 from q6k_kernels.tokenizer.text_tokenizer import Tokenizer
 from q6k_kernels.tokenizer.tokenizer import load_tokenizer
-from q6k_kernels.tokenizer.vocabulary import TokenizerError
+from q6k_kernels.tokenizer.tokenizer_error import TokenizerError
 from tokenizer_files import SAMPLES, byte_level, byte_level_keys, sentencepiece, sentencepiece_ids, write
 
 LLAMA3 = (
@@ -84,6 +84,18 @@ def test_the_default_split_is_llama_cpps(tmp_path: Path) -> None:
     assert [part for part, _ in split("a.b 12345")] == ["a", ".", "b", "Ġ", "123", "45"]
 
 
+def test_tekken_splits_before_capitals_and_takes_whole_words(tmp_path: Path) -> None:
+    """Pieces and BOS as llama.cpp gives them."""
+    keys = byte_level_keys(byte_level([]), "tekken")
+    keys["ggml.tokens"], keys["ggml.token_type"] = [*keys["ggml.tokens"], "QZ"], [*keys["ggml.token_type"], 1]
+    tokenizer = loaded(tmp_path, keys)
+    split = tokenizer.vocabulary.backend.pre_tokenizer.pre_tokenize_str
+    assert [part for part, _ in split("aHTTPServer's 12 //\n x")] == [
+        "a", "HTTPServer", "'s", "Ġ", "1", "2", "Ġ//Ċ", "Ġx",
+    ]  # fmt: skip
+    assert tokenizer.encode("QZ") == [keys["ggml.bos_token_id"], len(keys["ggml.tokens"]) - 1]
+
+
 def test_bos_is_as_the_file_says_and_eos_is_never_put_behind(tmp_path: Path) -> None:
     keys = sentencepiece()
     body = sentencepiece_ids(keys, "The dog")
@@ -119,8 +131,12 @@ def test_what_makes_no_tokenizer_is_named(tmp_path: Path) -> None:
     spm, bpe = sentencepiece(), byte_level_keys(byte_level([]), "gpt-2")
     for keys, words in (
         ({}, "tokenizer.ggml.model is missing"),
-        (spm | {"ggml.model": "t5"}, "is 't5', expected 'llama' or 'gpt2'"),
-        (bpe | {"ggml.pre": "tekken"}, "tokenizer.ggml.pre is 'tekken'; known are .*, default, .*, qwen2,"),
+        (
+            spm | {"ggml.model": "t5"},
+            r"is 't5', which is not supported \(.*unigrams.*\), expected 'llama', 'gpt2' or",
+        ),
+        (spm | {"ggml.model": "x"}, "tokenizer.ggml.model is 'x', expected 'llama', 'gpt2' or 'gemma4'"),
+        (bpe | {"ggml.pre": "tekkon"}, "tokenizer.ggml.pre is 'tekkon', none of the 91 names that are known"),
         ({key: value for key, value in bpe.items() if key != "ggml.merges"}, "merges: expected .*, found none"),
         (spm | {"ggml.scores": [0.0]}, "scores: expected .*, one for each token, found 1"),
         (spm | {"ggml.token_type": [1]}, "token_type: expected .*, found 1"),
@@ -154,7 +170,7 @@ def test_what_would_cost_too_much_is_refused(tmp_path: Path, monkeypatch: pytest
         (bpe | {"ggml.merges": ["a b" * (1 << 22)] * 3}, "more than 33554432 characters in merges"),
         (bpe | {"ggml.merges": [f"a{i} b" for i in range(40_000)]}, "more than 65536 of the texts"),
         (
-            bpe | {"ggml.merges": ["a b"] * (vocabulary.MAX_MERGES + 1)},
+            bpe | {"ggml.merges": ["a b"] * (encoders.MAX_MERGES + 1)},
             "merges: expected up to 786432, found 786433",
         ),
         (bpe | {"ggml.token_type": [1] * (vocabulary.MAX_TOKENS + 1)}, "token_type: expected up to 524288, found"),
@@ -175,7 +191,7 @@ def test_what_would_cost_too_much_is_refused(tmp_path: Path, monkeypatch: pytest
 
 def test_a_token_too_long_to_be_taken_apart_costs_nothing(tmp_path: Path) -> None:
     keys = sentencepiece()
-    keys["ggml.tokens"] += ["a" * (vocabulary.MAX_TOKEN_CHARACTERS + 1)]
+    keys["ggml.tokens"] += ["a" * (encoders.MAX_TOKEN_CHARACTERS + 1)]
     keys["ggml.scores"] += [1.0]
     keys["ggml.token_type"] += [files.NORMAL]
     tokenizer = loaded(tmp_path, keys)

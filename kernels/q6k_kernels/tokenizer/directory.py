@@ -11,9 +11,9 @@ from typing import Any
 from q6k_kernels.tokenizer.pieces import byte_level_piece, byte_token, sentencepiece_piece
 from q6k_kernels.tokenizer.special import end_texts
 from q6k_kernels.tokenizer.text_tokenizer import Messages, Tokenizer
+from q6k_kernels.tokenizer.tokenizer_error import TokenizerError
 from q6k_kernels.tokenizer.vocabulary import (
     MAX_TOKENS,
-    TokenizerError,
     Vocabulary,
     check_whole,
     encoded,

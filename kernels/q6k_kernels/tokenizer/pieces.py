@@ -1,6 +1,8 @@
-"""What tokens are as bytes, in vocabularies of both kinds."""
+"""What tokens are as bytes, in vocabularies of all kinds."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from q6k_kernels.tokenizer.special import BYTE, NEVER_TEXT, USER_DEFINED
 
@@ -41,12 +43,28 @@ def byte_token(token: str) -> bytes | None:
     return None
 
 
-def piece(token: str, kind: int, *, byte_level: bool) -> bytes:
-    """Return the bytes of a token by its type and the kind of its vocabulary; none of what is never text."""
+def token_of_byte(byte: int) -> str:
+    """Return the token `<0xNN>` of a byte."""
+    return f"<0x{byte:02X}>"
+
+
+def plain_piece(token: str) -> bytes:
+    """Return the bytes of a token that is plain text."""
+    return token.encode()
+
+
+def piece(token: str, kind: int, piece_of: Callable[[str], bytes]) -> bytes:
+    """Return the bytes of a token by its type; none of what is never text.
+
+    Args:
+        token: its text in the vocabulary.
+        kind: its type.
+        piece_of: what gives the bytes of an ordinary token of this vocabulary.
+    """
     if kind in NEVER_TEXT:
         return b""
     if kind == BYTE and (byte := byte_token(token)) is not None:
         return byte
-    if byte_level:
-        return token.encode() if kind == USER_DEFINED else byte_level_piece(token)
-    return sentencepiece_piece(token)
+    if kind == USER_DEFINED and piece_of is byte_level_piece:
+        return token.encode()  # matched in a text before its bytes become characters
+    return piece_of(token)

@@ -12,7 +12,8 @@ from functools import cached_property
 
 from q6k_kernels.tokenizer import chat
 from q6k_kernels.tokenizer.finder import Finder
-from q6k_kernels.tokenizer.vocabulary import TokenizerError, Vocabulary
+from q6k_kernels.tokenizer.tokenizer_error import TokenizerError
+from q6k_kernels.tokenizer.vocabulary import Vocabulary
 
 Messages = Sequence[Mapping[str, str]]
 
