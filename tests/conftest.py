@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,20 +16,34 @@ from exported_model import ExportedModel
 from fake_cuda import FakeCuda, build
 from gguf_builder import small_model
 
+LONGEST = ("test_staging_failures",)
+"""Files that are begun first, so that no process is left with one of them when the others have finished."""
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+
+def compiled(path: str) -> bool:
+    """Tell whether a test file needs the C++ library, the example or an exported model."""
+    return Path(path).parent.name in ("cpp", "export")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each test file to one process of pytest-xdist, the longest first.
+    """Put first what takes long to build."""
+    items.sort(key=lambda item: (not compiled(str(item.path)), item.path.stem not in LONGEST))
 
-    Files that compile C++ share a process, so the library, the example and an exported model are built once.
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each test file to one process, so that what its tests share is built once; all that compile to the same.
+
+    Marks of groups would not do: pytest-xdist 3.8 writes them into a field that pytest 9.2 does not read.
     """
+    from xdist.scheduler import LoadFileScheduling
 
-    def compiled(item: pytest.Item) -> bool:
-        return item.path.parent.name in ("cpp", "export")
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "compiled" if compiled(path) else path
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("compiled" if compiled(item) else str(item.path)))
-    items.sort(key=lambda item: (not compiled(item), item.path.stem != "test_staging_failures"))
+    return Files(config, log)
 
 
 @pytest.fixture(autouse=True)
