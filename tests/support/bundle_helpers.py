@@ -215,20 +215,27 @@ def strike(at: int, number: signal.Signals, *, lines: bool) -> Callable[[], None
 
     A step is the time just before or after a call that changes the disk, so every state of the disk is seen. With
     `lines` each line of the staging and of the conversion is a step, too, because variables change between
-    lines. A process that is killed leaves only what is on the disk.
+    lines; but no line that was reached in the same way since the disk last changed, as in the rounds of a loop.
+    A process that is killed leaves only what is on the disk.
     """
     files = {locking.__file__, placing.__file__, staging.__file__, convert_module.run.__code__.co_filename}
-    steps = count()
+    steps, seen = count(), set[tuple[tuple[str, int], ...]]()
 
     def step() -> None:
         if next(steps) == at:
             print(STRUCK)
             os.kill(os.getpid(), number)
 
+    def way(frame: FrameType | None) -> Iterator[tuple[str, int]]:
+        while frame is not None and frame.f_code.co_filename in files:
+            yield frame.f_code.co_filename, frame.f_lineno
+            frame = frame.f_back
+
     def trace(frame: FrameType, event: str, _: object) -> Any:
         if frame.f_code.co_filename not in files:
             return None
-        if event == "line":
+        if event == "line" and (here := tuple(way(frame))) not in seen:
+            seen.add(here)
             step()
         return trace
 
@@ -238,18 +245,14 @@ def strike(at: int, number: signal.Signals, *, lines: bool) -> Callable[[], None
         def wrapped(*args: Any, **more: Any) -> Any:
             step()
             result = real(*args, **more)
+            seen.clear()
             step()
             return result
 
         setattr(os, name, wrapped)
 
     def patch() -> None:
-        for name in (
-            "open",
-            "pwrite",
-            "fsync",
-            *(() if lines else ("mkdir", "rename", "replace", "unlink", "rmdir")),
-        ):
+        for name in ("open", "pwrite", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir"):
             around(name)
         if lines:
             # Not before: tracing the set-up of the command line is slow and changes no file.
