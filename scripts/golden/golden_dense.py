@@ -79,7 +79,7 @@ DENSE: dict[str, Case] = {
         },
         uniform(3, ATTENTION | NETWORK, _SQUARE),
     ),
-    "gemma": Case("gemma", _ODD_KEYS, uniform(3, ATTENTION | NETWORK, _ODD), tolerance=2e-3),
+    "gemma": Case("gemma", _ODD_KEYS, uniform(3, ATTENTION | NETWORK, _ODD), gelu=True),
     "qwen2vl": Case(
         "qwen2vl",
         _SQUARE_KEYS

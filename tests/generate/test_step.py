@@ -178,6 +178,9 @@ def test_sums_and_norms(dtype: torch.dtype, with_after: bool) -> None:
     torch.testing.assert_close(total.double(), hidden.double() + added, rtol=rounding, atol=rounding)
     assert x.halves is not None
     torch.testing.assert_close(x.halves.double(), normed(total, norm), rtol=rounding, atol=rounding)
+    scaled, x = TorchOperations().add_norm(hidden, delta, after if with_after else None, None, [], 0.5)
+    assert torch.equal(scaled, total * 0.5)
+    assert x.halves is scaled
     total, _ = TorchOperations().add_norm(hidden, None, None, norm, [])
     assert torch.equal(total, hidden)
 
@@ -212,18 +215,26 @@ def test_attention(group: int, window: int, slots: int, softcap: float | None, w
     angles = torch.arange(20.0).double()[:, None] * torch.tensor([1.0, 0.5, 0.2, 0.01]).double()
     q_norm, k_norm = (Norm(random(dim, seed=seed), 1e-3) if with_norms else None for seed in (1, 2))
     cosines, sines = angles.cos().float(), angles.sin().float()
-    heads = Heads(key_heads * group, key_heads, dim, 0.7, softcap, q_norm, k_norm, cosines, sines)
+    v_norm = Norm(torch.ones(dim), 1e-3) if with_norms and softcap is None else None
+    normed_values = v_norm is not None
+    heads = Heads(
+        *(key_heads * group, key_heads, dim, 0.7, softcap, q_norm, k_norm, cosines, sines),
+        values_normed=normed_values,
+    )
     cached = Cached(*(torch.zeros(1, key_heads, slots, dim) for _ in range(2)), window)
     keys, values = list[Tensor](), list[Tensor]()
     for at in range(20):
         q, k, v = (random(1, count * dim, seed=100 * at + count) for count in (heads.count, key_heads, key_heads))
         found = TorchOperations().attend(q, k, v, heads, cached, torch.tensor([at]), []).halves
+        again = TorchOperations().attend(q, None, None, heads, cached, torch.tensor([at]), []).halves
+        assert torch.equal(found, again)  # type: ignore[arg-type] -- now with what lies in the cache
         queries, key = q.view(-1, dim), k.view(-1, dim)
         if q_norm is not None and k_norm is not None:
             queries, key = normed(queries, q_norm), normed(key, k_norm)
         queries = turned(queries, angles[at])
         keys.append(turned(key, angles[at]))
-        values.append(v.view(-1, dim).double())
+        value = v.view(-1, dim)
+        values.append(value.double() if v_norm is None else normed(value, v_norm))
         answer = []
         for head in range(heads.count):
             seen = range(max(0, at - window + 1) if window else 0, at + 1)

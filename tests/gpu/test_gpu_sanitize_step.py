@@ -71,7 +71,7 @@ def test_gates() -> None:
 
 @pytest.mark.parametrize(
     ("dim", "window", "position", "blocks"),
-    [(64, 0, 150, 32), (64, 0, 150, 1), (128, 40, 250, 32), (256, 0, 8, 32)],
+    [(64, 0, 150, 32), (64, 0, 150, 1), (128, 40, 250, 32), (256, 0, 8, 32), (512, 0, 60, 32)],
 )
 def test_attention(dim: int, window: int, position: int, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks, some without keys, or one, whose warps take turns; three query heads for each key head."""

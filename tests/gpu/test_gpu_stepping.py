@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -80,6 +80,21 @@ def test_sums_and_norms(dtype: torch.dtype, k: int, with_delta: bool, with_after
     assert_quantised(found, k)
 
 
+@pytest.mark.parametrize("k", [256, 5376])
+@pytest.mark.parametrize("normed", [True, False])
+def test_scaled_sums(k: int, normed: bool) -> None:
+    hidden, delta = (random(1, k, dtype=torch.bfloat16, seed=each) for each in (0, 1))
+    (total, found), (expected_total, expected) = (
+        each.add_norm(hidden, delta, norm(k, 2), norm(k, 3) if normed else None, users(k), 0.75)
+        for each in (kernels(torch.bfloat16), TorchOperations())
+    )
+    assert_close(total, expected_total)
+    assert found.halves is not None
+    assert expected.halves is not None
+    assert_close(found.halves, expected.halves)
+    assert_quantised(found, k)
+
+
 def kernels(dtype: torch.dtype) -> Kernels:
     return Kernels(torch.device("cuda", 0), dtype)
 
@@ -108,6 +123,7 @@ def attention(
     normed: bool,
     softcap: float | None,
     growth: bool = False,
+    values: Literal["projected", "normed", "keys", "of another layer"] = "projected",
 ) -> None:
     key_heads = 2
     cosines, sines = (random(4096, dim // 2, dtype=torch.float32, seed=each) for each in (1, 2))
@@ -122,6 +138,7 @@ def attention(
         cosines=cosines,
         sines=sines,
         growth=random(4096, dtype=torch.float32, seed=6).abs() if growth else None,
+        values_normed=values != "projected",
     )
     k = heads.count * dim
     q = random(1, heads.count * dim, dtype=dtype)
@@ -136,17 +153,21 @@ def attention(
     at = torch.tensor([position], device="cuda")
     run = kernels(dtype)
     run.reserve(heads)
+    mine, theirs = (Cached(each[0], each[1], window) for each in (cache, oracle))
+    own: tuple[Any, Any] = (key, key if values == "keys" else value)
+    if values == "of another layer":  # whose launch comes first
+        run.attend(q, *own, heads, mine, at, users(k))
     for _ in range(2):  # and what the first leaves behind must not matter to the second
-        found = run.attend(q, key, value, heads, Cached(cache[0], cache[1], window), at, users(k))
-    expected = TorchOperations().attend(q, key, value, heads, Cached(oracle[0], oracle[1], window), at, []).halves
+        found = run.attend(q, *((None, None) if values == "of another layer" else own), heads, mine, at, users(k))
+    expected = TorchOperations().attend(q, *own, heads, theirs, at, []).halves
     assert found.halves is not None
     assert expected is not None
     torch.testing.assert_close(
         found.halves.double(), expected.double(), rtol=4 * EPSILON[dtype], atol=4 * EPSILON[dtype]
     )
     assert_quantised(found, k)
-    for mine, theirs in zip(cache, oracle, strict=True):
-        assert_close(torch.nan_to_num(mine), theirs)
+    for filled, wanted in zip(cache, oracle, strict=True):
+        assert_close(torch.nan_to_num(filled), wanted)
 
 
 @pytest.mark.parametrize("dim", HEAD_DIMS)
@@ -164,6 +185,15 @@ def test_attention_at_all_positions(dtype: torch.dtype, position: int) -> None:
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_attention_of_queries_that_grow_with_their_position(softcap: float | None) -> None:
     attention(torch.bfloat16, 128, 4, 4096, 0, 1000, False, softcap, growth=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("values", ["normed", "keys", "of another layer"])
+@pytest.mark.parametrize(("dim", "group", "window"), [(64, 3, 40), (256, 2, 40), (512, 8, 0), (512, 12, 0)])
+def test_attention_with_norms_of_values(dtype: torch.dtype, values: Any, dim: int, group: int, window: int) -> None:
+    for position in (0, 39, 300):
+        slots = 104 if window else 520
+        attention(dtype, dim, group, slots, window, position, True, None, values=values)
 
 
 @pytest.mark.parametrize("position", [127, 128, 255, 256, 300, 1000, 4095])
@@ -233,11 +263,11 @@ def models() -> dict[str, Any]:
 
     return {
         name: MODELS[name]
-        for name in ("llama 3.1", "mistral as llama", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3")
+        for name in ("llama 3.1", "mistral as llama", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3", "gemma4")
     }
 
 
-@pytest.mark.parametrize("name", ["llama 3.1", "mistral as llama", "qwen2", "qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama 3.1", "mistral as llama", "qwen2", "qwen3", "gemma2", "gemma3", "gemma4"])
 @pytest.mark.parametrize("activations", ["auto", "bf16"])
 def test_whole_steps(name: str, activations: Any, tmp_path: Path) -> None:
     """Logits against those of the same step in plain torch; the graph's tokens against those of single steps."""

@@ -27,8 +27,10 @@ def test_the_size_told_is_that_of_the_cache(tmp_path: Path, name: str, capacity:
         if cache.kinds[layer] == "linear_attention":
             channels = model.model.layers[layer].linear_attn.conv_dim
             cache.update_conv_state(torch.zeros(1, channels, 1, dtype=torch.bfloat16), layer)
-        else:
-            token = torch.zeros(1, config.num_key_value_heads, 1, config.head_dim, dtype=torch.bfloat16)
+        elif cache.source[layer] == layer:
+            attention = model.model.layers[layer].self_attn
+            heads = config.num_attention_heads // attention.num_key_value_groups
+            token = torch.zeros(1, heads, 1, attention.head_dim, dtype=torch.bfloat16)
             cache.update(token, token, layer)
     shapes = {tensor.name: tuple(tensor.shape) for tensor in manifest.read(out).tensors}
     assert cache_bytes(read_metadata(out), shapes, capacity) == cache.nbytes

@@ -34,6 +34,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": HALF,
         },
     ),
+    # No weights of values in layers without a window, whose heads are larger; the first half of the angles turns.
+    "gemma4": (
+        "Gemma4Text",
+        {
+            "sliding_window": WINDOW,
+            "layer_types": [FULL, SLIDING, FULL],
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "final_logit_softcapping": 3.0,
+            "rope_parameters": {
+                SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+                FULL: {"rope_type": "proportional", "rope_theta": 1e5, "partial_rotary_factor": 0.5},
+            },
+        },
+    ),
     "gemma3": ("Gemma3Text", {"sliding_window": WINDOW, "layer_types": [SLIDING, FULL, SLIDING]}),
 }
 
@@ -45,7 +62,7 @@ def tiny(family: str) -> Any:
     config = getattr(transformers, f"{name}Config")(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, initializer_range=0.5, pad_token_id=0, eos_token_id=None,
-        bos_token_id=None, **({"query_pre_attn_scalar": 8} if "gemma" in family else {}), **more,
+        bos_token_id=None, **({"query_pre_attn_scalar": 8} if family in ("gemma2", "gemma3") else {}), **more,
     )  # fmt: skip
     model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).eval()
     attach(model, ARCHITECTURES[name.removesuffix("Text").lower().replace("_", "")])

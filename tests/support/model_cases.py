@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiny_gemma4 import GEMMA4
 from tiny_models import F32, Tiny, llama3_factors
 from tiny_qwen35 import QWEN35
 
@@ -205,6 +206,12 @@ MODELS = {
             "attention.sliding_window_pattern": [True, False, True],
             "rope.freq_base_swa": 300.0,
         },
+    ),
+    "gemma4": GEMMA4,
+    "gemma4, untied, values of their own": replace(
+        GEMMA4,
+        config=GEMMA4.config
+        | {"tie_word_embeddings": False, "attention_k_eq_v": False, "num_global_key_value_heads": None},
     ),
     "gemma3, no windows": replace(
         GEMMA3,

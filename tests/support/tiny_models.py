@@ -130,8 +130,9 @@ class Tiny:
         writer = gguf.GGUFWriter(directory / "model.gguf", self.architecture)
         for key, value in self._all_keys(model.config).items():
             _add(writer, key if key.startswith("tokenizer.") else f"{self.architecture}.{key}", value)
-        for name, parameter in model.named_parameters():
-            self._add_tensor(writer, name, parameter, scales)
+        for name, parameter in model.state_dict(keep_vars=True).items():
+            if name != "lm_head.weight" or not model.config.tie_word_embeddings:
+                self._add_tensor(writer, name, parameter, scales)
         if self.freqs is not None:
             writer.add_tensor("rope_freqs.weight", np.array(self.freqs, dtype=np.float32))
         writer.write_header_to_file()

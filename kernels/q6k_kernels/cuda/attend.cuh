@@ -56,19 +56,20 @@ __device__ __forceinline__ float largest_of_keys(float value) {
   return value;
 }
 
-// Parameters: the token's q (all heads, DIM), k and v (key heads, DIM), 16-bit; keys and values, the cache (key heads,
+// Parameters: the token's q (all heads, DIM), k and v (key heads, DIM), 16-bit, or null for k and v if an earlier
+// launch of this step has written them to the cache; keys and values, the cache (key heads,
 // slots, DIM), 16-bit; cosines and sines fp32 (positions, DIM / 2); q_norm, k_norm fp32 (DIM,), or null; the token's
 // position; growth fp32 (positions,), factors of the scores besides `scale`, or null; partials fp32, heads * (DIM + 2)
 // for each block; counters, 0, one for each row of blocks; x 16-bit (all heads * DIM,), or null; codes and steps, as
 // q6k_quantize writes them, or null; the scores' scale; softcap, 0 for none; the norms' epsilon; slots; window, the
 // size of a ring of slots, or 0 if slot and position are equal; heads of a block, at most HEADS; group, query heads
-// for each key head, a multiple of `heads`.
+// for each key head, a multiple of `heads`; whether v has a norm, without weights.
 // Grid: blocks that share keys, at most MOST_BLOCKS, x (all heads / heads). Shared memory: WARPS * WARP_BYTES.
 extern "C" __global__ void __launch_bounds__(THREADS)
     q6k_attend(const u16* q, const u16* k, const u16* v, u16* keys, u16* values, const float* cosines,
                const float* sines, const float* q_norm, const float* k_norm, const i64* position, const float* growth,
                float* partials, u32* counters, u16* x, u8* codes, float* steps, float scale, float softcap,
-               float epsilon, int slots, int window, int heads, int group) {
+               float epsilon, int slots, int window, int heads, int group, int values_normed) {
   extern __shared__ __align__(16) u8 shared[];
   __shared__ __align__(16) u16 queries[HEADS + 1][DIM + 8];  // and the token's key
   __shared__ __align__(16) u16 own_value[DIM];
@@ -115,18 +116,29 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   rotation.load(warp < heads ? q_norm : k_norm, here_cosines, here_sines);
 
   wait_for_previous_grid();
-  for (int vector = warp; vector <= heads; vector += WARPS) {
+  const bool has_keys = k != nullptr;
+  for (int vector = warp; vector < heads + has_keys; vector += WARPS) {
     const bool is_key = vector == heads;
     if (vector != warp) rotation.load(is_key ? k_norm : q_norm, here_cosines, here_sines);
     rotation.apply(is_key ? k + head * DIM : q + (row * heads + vector) * DIM, (is_key ? k_norm : q_norm) != nullptr,
                    epsilon, queries[is_key ? HEADS : vector]);
   }
   for (int at = heads * DIM + threadIdx.x; at < HEADS * DIM; at += THREADS) queries[at / DIM][at % DIM] = 0;
-  for (int d = threadIdx.x; d < DIM; d += THREADS) own_value[d] = v[head * DIM + d];
+  if (!has_keys) {
+    const i64 own = (i64)own_slot * DIM;
+    for (int d = threadIdx.x; d < DIM; d += THREADS) {
+      queries[HEADS][d] = head_keys[own + d];
+      own_value[d] = head_values[own + d];
+    }
+  } else if (!values_normed) {
+    for (int d = threadIdx.x; d < DIM; d += THREADS) own_value[d] = v[head * DIM + d];
+  } else if (warp == WARPS - 1) {  // which has the fewest vectors above
+    normed_without_weights(v + head * DIM, epsilon, own_value);
+  }
   __syncthreads();
   let_dependents_start();  // as late as this: its copies would delay the loads above
   // One of the blocks that share this key head writes.
-  if (begin <= own_slot && own_slot < end && row * heads % group == 0) {
+  if (has_keys && begin <= own_slot && own_slot < end && row * heads % group == 0) {
     for (int d = threadIdx.x; d < DIM; d += THREADS) {
       head_keys[(i64)own_slot * DIM + d] = queries[HEADS][d];
       head_values[(i64)own_slot * DIM + d] = own_value[d];

@@ -1,6 +1,6 @@
 // The parts of attention: matrix instructions on 16-bit values, and a head's norm and rotary embedding.
 //
-//   Q6K_HEAD_DIM  values of a head, a multiple of 32 up to 256
+//   Q6K_HEAD_DIM  values of a head, a multiple of 32 up to 512
 
 #ifndef Q6K_HEAD_DIM
 #define Q6K_HEAD_DIM 128
@@ -89,3 +89,16 @@ struct Rotation {
     for (int i = 0; i < DIM / 32; ++i) vector[lane + 32 * i] = to_half(values[i]);
   }
 };
+
+// A warp's: the norm without weights of a head's vector, rounded as 16-bit layers do.
+__device__ __forceinline__ void normed_without_weights(const u16* from, float epsilon, u16* vector) {
+  float values[DIM / 32], squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < DIM / 32; ++i) {
+    values[i] = half_to_float(from[(threadIdx.x & 31) + 32 * i]);
+    squares = fmaf(values[i], values[i], squares);
+  }
+  const float inverse = rsqrtf(sum_of_warp(squares) / DIM + epsilon);
+#pragma unroll
+  for (int i = 0; i < DIM / 32; ++i) vector[(threadIdx.x & 31) + 32 * i] = to_half(values[i] * inverse);
+}

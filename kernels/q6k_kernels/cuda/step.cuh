@@ -73,16 +73,17 @@ __device__ __forceinline__ void load_weights(const float* from, float (&weights)
   }
 }
 
-// sum = hidden + (norm of) delta; x = norm of sum: as 16-bit values, in 8 bits, or both.
+// sum = (hidden + (norm of) delta) * scale; x = (norm of) sum: as 16-bit values, in 8 bits, or both.
 //
 // Parameters, all of one row of k values, a multiple of 32, at most 4096 NORM_GROUPS: hidden; delta, or null to add
-// nothing; after, the weight of delta's own norm, or null for none; the norm's weight; sum, x, or null; codes and
-// steps, as q6k_quantize writes them, or null; factor, of delta after its norm; the norms' epsilon. Norms are root mean
+// nothing; after, the weight of delta's own norm, or null for none; the norm's weight, or null for none; sum, x, or
+// null; codes and steps, as q6k_quantize writes them, or null; factor, of delta after its norm; scale, of the sum, a
+// 16-bit number; the norms' epsilon. Norms are root mean
 // squares; their weights are fp32. One block. The weights are loaded before the wait, because later the next product's
 // copies keep memory busy.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     q6k_add_norm(const u16* hidden, const u16* delta, const float* after, const float* weight, u16* sum, u16* x,
-                 u8* codes, float* steps, float factor, float epsilon, int k) {
+                 u8* codes, float* steps, float factor, float scale, float epsilon, int k) {
   __shared__ float parts_after[NORM_THREADS / 32], parts[NORM_THREADS / 32];
   let_dependents_start();
   const int groups = k / 16;
@@ -91,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
   for (int i = 0; i < NORM_GROUPS; ++i) {
     const int group = threadIdx.x + i * NORM_THREADS;
     if (group >= groups) break;
-    load_weights(weight + group * 16, weights[i]);
+    if (weight != nullptr) load_weights(weight + group * 16, weights[i]);
     if (after != nullptr) load_weights(after + group * 16, weights_after[i]);
   }
   uint4 raw[2], before[NORM_GROUPS][2] = {}, added[NORM_GROUPS][2] = {};
@@ -128,15 +129,22 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     for (int j = 0; j < 16; ++j) values[i][j] = fmaf(values[i][j], factor, own[j]);
     to_halves(values[i], raw);
     to_floats(raw, values[i]);
+    if (scale != 1.0f) {
+#pragma unroll
+      for (int j = 0; j < 16; ++j) values[i][j] *= scale;
+      to_halves(values[i], raw);
+      to_floats(raw, values[i]);
+    }
     if (sum != nullptr) store_16(sum + group * 16, raw);
   }
-  const float inverse = rsqrtf(block_sum(sum_of_squares(values), parts) / (float)k + epsilon);
+  float inverse = 1.0f;
+  if (weight != nullptr) inverse = rsqrtf(block_sum(sum_of_squares(values), parts) / (float)k + epsilon);
 #pragma unroll
   for (int i = 0; i < NORM_GROUPS; ++i) {
     const int group = threadIdx.x + i * NORM_THREADS;
     if ((group & ~31) >= groups) break;  // for the whole warp
     const bool present = group < groups;
-    if (present) {
+    if (present && weight != nullptr) {
 #pragma unroll
       for (int j = 0; j < 16; ++j) values[i][j] = values[i][j] * inverse * weights[i][j];
     }

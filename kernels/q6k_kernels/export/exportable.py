@@ -71,7 +71,9 @@ class ExportableModel(nn.Module):
         for index, kind in enumerate(self.kinds):
             # More slots than are ever read: the compiler treats all of a buffer differently from a part of it.
             slots = self.capacity + ALIGNMENT if kind == FULL else self.ring
-            shape = (1, config.num_key_value_heads, slots, inner.layers[index].self_attn.head_dim)
+            attention = inner.layers[index].self_attn
+            key_heads = config.num_attention_heads // attention.num_key_value_groups
+            shape = (1, key_heads, slots, attention.head_dim)
             for name in (f"keys_{index}", f"values_{index}"):
                 self.register_buffer(name, torch.zeros(shape, dtype=model.dtype, device=model.device))
         model.config._attn_implementation = implementation("sdpa")

@@ -50,6 +50,7 @@ class KeyValueCache:
         capacity: the most positions that it holds.
         slots: slots of full layers, the capacity rounded up.
         position: int64 (1,), the position that the next decoding step writes.
+        source: the layer whose keys and values each layer uses, nearly always its own.
         states: the states of recurrent layers.
 
     Args:
@@ -69,6 +70,10 @@ class KeyValueCache:
         self.window = int(config.sliding_window) if SLIDING in self.kinds else 0
         self.slots = aligned(capacity)
         self.ring = ring_slots(self.window, capacity)
+        # The last layers may have none of their own, and use those of the last layer of their kind that has.
+        own = self.kinds[: len(self.kinds) - int(getattr(config, "num_kv_shared_layers", 0) or 0)]
+        last = {kind: layer for layer, kind in enumerate(own)}
+        self.source = [*range(len(own)), *(last[kind] for kind in self.kinds[len(own) :])]
         self._layers = [_LayerCache(kind, self.slots if kind == FULL else self.ring) for kind in self.kinds]
         recurrent = [layer for layer, kind in enumerate(self.kinds) if kind == LINEAR]
         self.states = RecurrentStates(config, recurrent, device)
@@ -180,7 +185,7 @@ class KeyValueCache:
         Raises:
             RuntimeError: no prompt has gone through the model yet.
         """
-        layer = self._layers[layer_idx]
+        layer = self._layers[self.source[layer_idx]]
         if layer.keys is None or layer.values is None:
             raise RuntimeError(f"layer {layer_idx} has no keys yet: run a prompt through the model first")
         return layer.keys, layer.values

@@ -21,11 +21,13 @@ from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.step_reference import Cached, Heads, Norm, ProductInput, TokenChoice, capped
 from q6k_kernels.models.architecture import LINEAR, SLIDING, Activation, attached
-from q6k_kernels.models.fusing import GATE_UP, QKV, Group, Stacks
+from q6k_kernels.models.fusing import GATE_UP, QK, QKV, Group, Stacks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Q = Group("q_proj", ("q_proj",))
+"""The projection of a layer that uses the keys and values of an earlier one."""
 ANGLES_AT_ONCE = 8192
 """Positions whose angles are computed at once."""
 
@@ -40,9 +42,10 @@ class StepOperations(Protocol):
         hidden: Tensor,
         delta: Tensor | None,
         after: Norm | None,
-        norm: Norm,
+        norm: Norm | None,
         users: list[nn.Module],
         factor: float = 1.0,
+        scale: float = 1.0,
     ) -> tuple[Tensor, ProductInput]: ...
     def gate(  # noqa: D102
         self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]
@@ -50,8 +53,8 @@ class StepOperations(Protocol):
     def attend(  # noqa: D102
         self,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
         heads: Heads,
         cached: Cached,
         position: Tensor,
@@ -70,6 +73,15 @@ class _Projections:
 
 
 @dataclass(frozen=True)
+class _ByToken:
+    """The end of a layer that has an embedding of its own for each token: a gate of it, and its projection."""
+
+    gate: nn.Module
+    output: nn.Module
+    after: Norm
+
+
+@dataclass(frozen=True)
 class _StepLayer:
     norm: Norm
     qkv: _Projections
@@ -78,8 +90,11 @@ class _StepLayer:
     after_attention: Norm | None
     norm_between: Norm
     gate_up: _Projections
+    between: int
     down: nn.Module
     after: Norm | None
+    by_token: _ByToken | None
+    scale: float
 
 
 class Step:
@@ -106,6 +121,7 @@ class Step:
         if LINEAR in cache.kinds:
             raise _unsupported(f"layers of kind {LINEAR}")
         inner: Any = model.model
+        self._inner = inner
         self._embedding: nn.Module = model.get_input_embeddings()
         self._head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self._softcap = architecture.softcap_of_logits(config)
@@ -123,7 +139,7 @@ class Step:
             self._layer(layer, config, angles[kind]) for layer, kind in zip(inner.layers, cache.kinds, strict=True)
         ]
         for layer in self._layers:
-            if reason := operations.supports(config.hidden_size, config.intermediate_size, layer.heads):
+            if reason := operations.supports(config.hidden_size, layer.between, layer.heads):
                 raise _unsupported(reason)
             operations.reserve(layer.heads)
 
@@ -147,9 +163,13 @@ class Step:
             hidden = hidden * self._of_embedding
         delta: Tensor | None = None
         after: Norm | None = None
+        scale = 1.0
+        of_layers = self._embeddings_of_layers(token, hidden)
         for index, layer in enumerate(self._layers):
-            hidden, x = self._add_norm(hidden, delta, after, layer.norm, layer.qkv.modules)
-            q, k, v = self._project(layer.qkv, x)
+            hidden, x = self._add_norm(hidden, delta, after, layer.norm, layer.qkv.modules, scale)
+            q, *key_and_value = self._project(layer.qkv, x)
+            # Without a projection of their own, values are keys; without any, both are those of an earlier layer.
+            k, v = (key_and_value[0], key_and_value[-1]) if key_and_value else (None, None)
             keys, values = self._cache.buffers(index)
             window = self._cache.window if self._cache.kinds[index] == SLIDING else 0
             cached = Cached(keys, values, window)
@@ -158,14 +178,34 @@ class Step:
             hidden, x = self._add_norm(hidden, delta, after, layer.norm_between, layer.gate_up.modules)
             gate, up = self._project(layer.gate_up, x)
             x = run.gate(gate, up, self._architecture.activation, [layer.down])
-            delta, after = run.multiply(layer.down, x), layer.after
-        _, x = self._add_norm(hidden, delta, after, self._norm, [self._head])
+            delta, after, scale = run.multiply(layer.down, x), layer.after, layer.scale
+            if (end := layer.by_token) is not None:
+                hidden, x = self._add_norm(hidden, delta, after, None, [end.gate])
+                x = run.gate(
+                    run.multiply(end.gate, x), of_layers[index], self._architecture.activation, [end.output]
+                )
+                delta, after = run.multiply(end.output, x), end.after
+        _, x = self._add_norm(hidden, delta, after, self._norm, [self._head], scale)
         return run.multiply(self._head, x)
 
     def _add_norm(
-        self, hidden: Tensor, delta: Tensor | None, after: Norm | None, norm: Norm, users: list[nn.Module]
+        self,
+        hidden: Tensor,
+        delta: Tensor | None,
+        after: Norm | None,
+        norm: Norm | None,
+        users: list[nn.Module],
+        scale: float = 1.0,
     ) -> tuple[Tensor, ProductInput]:
-        return self._operations.add_norm(hidden, delta, after, norm, users, self._of_summands)
+        return self._operations.add_norm(hidden, delta, after, norm, users, self._of_summands, scale)
+
+    def _embeddings_of_layers(self, token: Tensor, hidden: Tensor) -> list[Tensor]:
+        """Return each layer's embedding of the token, (1, size), if layers have them."""
+        if all(layer.by_token is None for layer in self._layers):
+            return []
+        inner = self._inner
+        found: Tensor = inner.project_per_layer_inputs(hidden[None], inner.get_per_layer_inputs(token[None]))
+        return list(found[0].transpose(0, 1))
 
     def _project(self, projections: _Projections, x: ProductInput) -> tuple[Tensor, ...]:
         found, widths = list[Tensor](), list(projections.widths)
@@ -181,34 +221,46 @@ class Step:
     def _layer(self, layer: Any, config: Any, angles: tuple[Tensor, Tensor]) -> _StepLayer:
         attention, network = layer.self_attn, layer.mlp
         head_norms, after = self._architecture.head_norms, self._architecture.norms_after
-        dim, key_heads = attention.head_dim, config.num_key_value_heads
+        dim, count = attention.head_dim, config.num_attention_heads
+        key_heads = count // attention.num_key_value_groups
+        has_keys = hasattr(attention, "k_proj")
+        group = QKV if getattr(attention, "v_proj", None) is not None else QK if has_keys else Q
         if self._architecture.unrotated_layers and not attention.use_rope:
             angles = torch.ones_like(angles[0]), torch.zeros_like(angles[1])
         heads = Heads(
-            count=config.num_attention_heads,
+            count=count,
             key_heads=key_heads,
             dim=dim,
             scale=attention.scaling,
             softcap=self._architecture.softcap_of_scores(config),
             q_norm=self._norm_of(attention.q_norm) if head_norms else None,
-            k_norm=self._norm_of(attention.k_norm) if head_norms else None,
+            k_norm=self._norm_of(attention.k_norm) if head_norms and has_keys else None,
             cosines=angles[0],
             sines=angles[1],
+            values_normed=self._architecture.value_norms,
             growth=self._growth,
         )
         # In transformers' Llama the norm before the feed-forward network is named `post_attention_layernorm`.
         between = layer.pre_feedforward_layernorm if after else layer.post_attention_layernorm
+        between_gate_and_down = network.down_proj.in_features
         return _StepLayer(
             norm=self._norm_of(layer.input_layernorm),
-            qkv=_projections(attention, QKV, [heads.count * dim, key_heads * dim, key_heads * dim]),
+            qkv=_projections(attention, group, [count * dim, key_heads * dim, key_heads * dim][: len(group.parts)]),
             heads=heads,
             output=attention.o_proj,
             after_attention=self._norm_of(layer.post_attention_layernorm) if after else None,
             norm_between=self._norm_of(between),
-            gate_up=_projections(network, GATE_UP, [config.intermediate_size] * 2),
+            gate_up=_projections(network, GATE_UP, [between_gate_and_down] * 2),
+            between=between_gate_and_down,
             down=network.down_proj,
             after=self._norm_of(layer.post_feedforward_layernorm) if after else None,
+            by_token=self._by_token(layer) if getattr(config, "hidden_size_per_layer_input", 0) else None,
+            scale=float(layer.layer_scalar) if self._architecture.scaled_layers else 1.0,
         )
+
+    def _by_token(self, layer: Any) -> _ByToken:
+        after = self._norm_of(layer.post_per_layer_input_norm)
+        return _ByToken(layer.per_layer_input_gate, layer.per_layer_projection, after)
 
     def _norm_of(self, module: Any, factor: float = 1.0) -> Norm:
         weight = (module.weight.detach().float() + self._architecture.norm_offset) * factor

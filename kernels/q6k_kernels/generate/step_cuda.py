@@ -32,18 +32,18 @@ CHOOSE_FILE, CHOOSE = "choose.cuh", "q6k_choose"
 NORM_THREADS, GATE_THREADS, ATTEND_KEYS = 256, 128, 16
 NORM_GROUPS = (1, 2)
 MOST_NORM = 16 * NORM_THREADS * NORM_GROUPS[-1]
-HEAD_DIMS = (64, 96, 128, 256)
-ATTEND_WARPS, ATTEND_STATIC = (8, 4), 8 << 10
-"""Warps of a block of attention, the first number that fits; bound of its static shared memory in bytes."""
+HEAD_DIMS = (64, 96, 128, 256, 512)
+ATTEND_WARPS = (8, 4, 2, 1)
+"""Warps of a block of attention: the first number that fits."""
 MOST_HEADS, MOST_BLOCKS = 8, 32
 """The most query heads of a block, and the most blocks that split the keys of one head."""
 CHOOSE_THREADS, CHOOSE_VALUES, CHOOSE_BLOCKS = 128, 8, 256
 """Threads of a block, logits that a thread reads at once, and the most blocks; as in `cuda/choose.cuh`."""
 GATES = {"silu": 0, "gelu_tanh": 1}
 """Activation -> its number in the enum `Gate` of `cuda/step.cuh`."""
-_ADD_NORM, _GATE = struct.Struct("@PPPPPPPPffi"), struct.Struct("@PPPPPii")
+_ADD_NORM, _GATE = struct.Struct("@PPPPPPPPfffi"), struct.Struct("@PPPPPii")
 _CHOOSE = struct.Struct("@PPPPPPPffi")
-_ATTEND = struct.Struct("@PPPPPPPPPPPPPPPPfffiiii")
+_ATTEND = struct.Struct("@PPPPPPPPPPPPPPPPfffiiiii")
 
 
 class Kernels:
@@ -85,9 +85,10 @@ class Kernels:
         hidden: Tensor,
         delta: Tensor | None,
         after: Norm | None,
-        norm: Norm,
+        norm: Norm | None,
         users: list[nn.Module],
         factor: float = 1.0,
+        scale: float = 1.0,
     ) -> tuple[Tensor, ProductInput]:
         """Launch the residual sum and its norm, see `step_reference`; `users` decide the forms of the output."""
         total = hidden if delta is None else torch.empty_like(hidden)
@@ -100,11 +101,12 @@ class Kernels:
                 hidden.data_ptr(),
                 _pointer(delta),
                 0 if after is None else after.weight.data_ptr(),
-                norm.weight.data_ptr(),
+                0 if norm is None else norm.weight.data_ptr(),
                 0 if delta is None else total.data_ptr(),
                 *self._outputs(out),
                 factor,
-                norm.epsilon,
+                1.0 if delta is None else scale,
+                next((each.epsilon for each in (norm, after) if each is not None), 0.0),
                 hidden.shape[-1],
             ),
         )
@@ -124,8 +126,8 @@ class Kernels:
     def attend(
         self,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
         heads: Heads,
         cached: Cached,
         position: Tensor,
@@ -141,8 +143,8 @@ class Kernels:
             32 * warps,
             _ATTEND.pack(
                 q.data_ptr(),
-                k.data_ptr(),
-                v.data_ptr(),
+                _pointer(k),
+                _pointer(v),
                 cached.keys.data_ptr(),
                 cached.values.data_ptr(),
                 heads.cosines.data_ptr(),
@@ -161,6 +163,7 @@ class Kernels:
                 cached.window,
                 together,
                 heads.count // heads.key_heads,
+                int(heads.values_normed),
             ),
             shared_bytes=_attend_bytes(heads.dim, warps),
         )
@@ -274,7 +277,13 @@ def _attend_variant(macros: tuple[tuple[str, int], ...], dim: int, warps: int) -
 
 
 def _attend_warps(dim: int, device: Device) -> int:
-    return next(warps for warps in ATTEND_WARPS if _attend_bytes(dim, warps) + ATTEND_STATIC <= device.shared_bytes)
+    room = device.shared_bytes - attend_static(dim)
+    return next(warps for warps in ATTEND_WARPS if _attend_bytes(dim, warps) <= room)
+
+
+def attend_static(dim: int) -> int:
+    """Return a bound of the attention kernel's static shared memory: queries, a key and a value, and 3 KiB."""
+    return (MOST_HEADS + 1) * (dim + 8) * 2 + dim * 2 + (3 << 10)
 
 
 def attend_bytes(macros: dict[str, int]) -> int:

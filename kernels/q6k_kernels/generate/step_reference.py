@@ -62,6 +62,7 @@ class Heads:
         k_norm: norm of each key head with `weight` (dim,) and the epsilon of `q_norm`, or None.
         cosines: cosines of rotary angles, float32 (positions, dim / 2).
         sines: sines of rotary angles, float32 (positions, dim / 2).
+        values_normed: whether each value head has a norm, without weights and with the epsilon of `q_norm`.
         growth: further factors of the scores by the position of the query, float32 (positions,), or None.
     """
 
@@ -74,6 +75,7 @@ class Heads:
     k_norm: Norm | None
     cosines: Tensor
     sines: Tensor
+    values_normed: bool = False
     growth: Tensor | None = None
 
 
@@ -133,9 +135,10 @@ class TorchOperations:
         hidden: Tensor,
         delta: Tensor | None,
         after: Norm | None,
-        norm: Norm,
+        norm: Norm | None,
         users: list[nn.Module],
         factor: float = 1.0,
+        scale: float = 1.0,
     ) -> tuple[Tensor, ProductInput]:
         """Compute the residual sum and its norm.
 
@@ -143,19 +146,20 @@ class TorchOperations:
             hidden: the residual stream, (1, K).
             delta: the summand, (1, K), or None.
             after: norm of `delta`, or None.
-            norm: norm of the sum.
+            norm: norm of the sum, or None.
             users: the modules whose products read the result.
             factor: factor of the summand, after its norm.
+            scale: factor of the sum, if there is a `delta`: a number of the model's dtype.
 
         Returns:
-            The sum, (1, K), and its norm.
+            The sum, (1, K), and its norm; without a norm the sum twice.
         """
         del users
         if delta is not None:
             if after is not None:
                 delta = after(delta).to(hidden.dtype)
-            hidden = torch.add(hidden, delta, alpha=factor)
-        return hidden, _plain(norm(hidden).to(hidden.dtype))
+            hidden = torch.add(hidden, delta, alpha=factor) * scale
+        return hidden, _plain(hidden if norm is None else norm(hidden).to(hidden.dtype))
 
     def gate(self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]) -> ProductInput:
         """Compute the activation function of `gate` times `up`, both (1, K)."""
@@ -167,8 +171,8 @@ class TorchOperations:
     def attend(
         self,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
         heads: Heads,
         cached: Cached,
         position: Tensor,
@@ -178,8 +182,8 @@ class TorchOperations:
 
         Args:
             q: queries before norms and rotation, (1, count * dim).
-            k: keys before norms and rotation, (1, key heads * dim).
-            v: values, (1, key heads * dim).
+            k: keys before norms and rotation, (1, key heads * dim); None if an earlier layer wrote them.
+            v: values before norms, (1, key heads * dim); None if an earlier layer wrote them.
             heads: the heads of the layer.
             cached: the layer's part of the cache.
             position: position of the token, int64 (1,).
@@ -189,16 +193,16 @@ class TorchOperations:
             (1, count * dim).
         """
         del users
-        queries, key = q.view(heads.count, heads.dim), k.view(heads.key_heads, heads.dim)
-        if heads.q_norm is not None:
-            queries = heads.q_norm(queries).to(q.dtype)
-        if heads.k_norm is not None:
-            key = heads.k_norm(key).to(k.dtype)
-        queries, key = (_rotated(each, heads, position) for each in (queries, key))
+        queries = _rotated(_normed(q.view(heads.count, heads.dim), heads.q_norm), heads, position)
         slots = cached.keys.shape[-2]
-        slot = position % slots
-        cached.keys[0].index_copy_(1, slot, key[:, None])
-        cached.values[0].index_copy_(1, slot, v.view(heads.key_heads, 1, heads.dim))
+        if k is not None and v is not None:
+            slot = position % slots
+            key, value = (each.view(heads.key_heads, heads.dim) for each in (k, v))
+            key = _rotated(_normed(key, heads.k_norm), heads, position)
+            if heads.values_normed and heads.q_norm is not None:
+                value = _normed(value, Norm(torch.ones(heads.dim, device=v.device), heads.q_norm.epsilon))
+            cached.keys[0].index_copy_(1, slot, key[:, None])
+            cached.values[0].index_copy_(1, slot, value[:, None])
         held = position - (position - torch.arange(slots, device=q.device)) % slots
         seen = (held >= 0) & (held > position - (cached.window or slots))
         of_keys = queries.view(heads.key_heads, -1, heads.dim)
@@ -239,6 +243,10 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 def _plain(x: Tensor) -> ProductInput:
     return ProductInput(x, None, x.shape[-1])
+
+
+def _normed(vectors: Tensor, norm: Norm | None) -> Tensor:
+    return vectors if norm is None else norm(vectors).to(vectors.dtype)
 
 
 def _rotated(vectors: Tensor, heads: Heads, position: Tensor) -> Tensor:

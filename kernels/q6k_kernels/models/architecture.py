@@ -7,7 +7,7 @@ Each family of models has a file here with one row for each of its architectures
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +33,8 @@ _OF_LAYER, _PARAMETER_OF_LAYER = re.compile(r"^blk\.\d+\."), re.compile(r"^model
 
 Activation = Literal["silu", "gelu_tanh"]
 Values = dict[str, Any]
+LayerKind = tuple[str, bool]
+"""The kind of a layer: transformers' name of its attention, and whether it uses another layer's keys and values."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,15 @@ class Architecture:
             head is rotated.
         renamed: parameters of a layer that the maps of the `gguf` package know by another name, and that name.
         stored: what differs in the file from transformers' parameters, by names as in `ssm_a` or `attn_q.weight`.
+        sizes: reads the sizes of a model.
         frequency_factors: whether a file may have `rope_freqs.weight`.
+        factors_of: kind of layers whose frequencies it divides; by default all.
         norm_offset: number that GGUF adds to the weights of norms; transformers adds it in the norm instead.
         norms_after: whether attention and feed-forward network have a norm after them as well as before.
         head_norms: whether each head of q and k has a norm.
         gated_attention: whether each head of q comes with a gate of the head's output.
+        value_norms: whether each head of v has a norm, one without weights.
+        scaled_layers: whether the output of each layer is multiplied by a number of the file.
         activation: activation function of the gate in the feed-forward network.
         scaled_embedding: whether the rows of the embedding are multiplied by a constant.
         capped_scores: whether attention scores may have a soft cap, `attn_logit_softcapping`.
@@ -69,11 +75,15 @@ class Architecture:
     used: frozenset[str] = frozenset()
     renamed: Mapping[str, str] = field(default_factory=dict)
     stored: Mapping[str, Stored] = field(default_factory=dict)
+    sizes: Callable[[Keys, Shapes], Values] = sizes
     frequency_factors: bool = False
+    factors_of: str = ""
     norm_offset: float = 0.0
     norms_after: bool = False
     head_norms: bool = False
     gated_attention: bool = False
+    value_norms: bool = False
+    scaled_layers: bool = False
     activation: Activation = "silu"
     scaled_embedding: bool = False
     capped_scores: bool = False
@@ -154,22 +164,29 @@ def described(architecture: Architecture, metadata: Metadata, shapes: Shapes) ->
         BundleError: a key is of the wrong type.
     """
     keys = Keys(metadata, architecture.used)
-    values = sizes(keys, shapes, gated=architecture.gated_attention)
+    values = architecture.sizes(keys, shapes)
     kind, more = architecture.describe(keys, shapes, values)
     keys.check_all_read()
     return kind, values | more
 
 
-def kinds_of_layers(values: Values) -> list[str]:
-    """Return a name of the kind of each layer; all layers of a kind have the same parameters."""
-    kinds: list[str] = values.get("layer_types") or [""] * values["num_hidden_layers"]
-    return kinds
+def kinds_of_layers(values: Values) -> list[LayerKind]:
+    """Return the kind of each layer; all layers of a kind have the same parameters."""
+    layers = values["num_hidden_layers"]
+    own = layers - (values.get("num_kv_shared_layers") or 0)
+    types = values.get("layer_types") or [""] * layers
+    return [(kind, layer >= own) for layer, kind in enumerate(types)]
+
+
+def sampled_layers(kinds: Sequence[LayerKind]) -> list[int]:
+    """Return the layers of a sample: the last of each kind, in their order."""
+    return sorted({kind: layer for layer, kind in enumerate(kinds)}.values())
 
 
 def make_config(
     architecture: Architecture, metadata: Metadata, shapes: Shapes, *, sample: bool = False
 ) -> PretrainedConfig:
-    """Make the transformers configuration of a model, or of a sample: one layer of each kind, in their first order.
+    """Make the transformers configuration of a model, or of a sample: `sampled_layers`.
 
     Raises:
         HyperparameterError: a key is missing, out of range or not what the tensors' shapes say.
@@ -180,10 +197,13 @@ def make_config(
 
     kind, values = described(architecture, metadata, shapes)
     if sample:
-        kinds = list(dict.fromkeys(kinds_of_layers(values)))
-        values["num_hidden_layers"] = len(kinds)
+        kinds = kinds_of_layers(values)
+        sampled = [kinds[layer] for layer in sampled_layers(kinds)]
+        values["num_hidden_layers"] = len(sampled)
         if "layer_types" in values:
-            values["layer_types"] = kinds
+            values["layer_types"] = [kind for kind, _ in sampled]
+        if "num_kv_shared_layers" in values:
+            values["num_kv_shared_layers"] = sum(shares for _, shares in sampled)
     try:
         return AutoConfig.for_model(kind, **values)
     except Exception as error:

@@ -79,9 +79,13 @@ def cache_bytes(metadata: Metadata, shapes: Shapes, capacity: int) -> int:
     """
     _, values = described(architecture_of(metadata), metadata, shapes)
     config = SimpleNamespace(**values)
-    kinds = layer_kinds(config)
+    # Layers that share keys and values of earlier ones are the last.
+    kinds = layer_kinds(config)[: config.num_hidden_layers - values.get("num_kv_shared_layers", 0)]
     of_position = 2 * int(config.num_key_value_heads) * int(config.head_dim) * _ELEMENT_BYTES
     of_kind = {FULL: aligned(capacity) * of_position}
+    if "global_head_dim" in values:
+        of_full = 2 * int(config.num_global_key_value_heads) * int(config.global_head_dim) * _ELEMENT_BYTES
+        of_kind[FULL] = aligned(capacity) * of_full
     if SLIDING in kinds:
         of_kind[SLIDING] = ring_slots(int(config.sliding_window), capacity) * of_position
     if LINEAR in kinds:

@@ -18,7 +18,7 @@ from q6k_kernels.formats.checks import Activations
 from q6k_kernels.formats.tiles import order_rows
 from q6k_kernels.models import fusing
 from q6k_kernels.models.architecture import FREQUENCY_FACTORS, Architecture, gguf_names
-from q6k_kernels.models.matching import EXPORT_AGAIN, HEAD, has_factors, own_parameters
+from q6k_kernels.models.matching import EXPORT_AGAIN, HEAD, divides, has_factors, own_parameters
 from q6k_kernels.weights.layers import PackedEmbedding, PackedLinear
 from q6k_kernels.weights.reader import Bundle
 from q6k_kernels.weights.weight import PackedWeight
@@ -164,6 +164,9 @@ class Filler:
     def _parameters(self, name: str, module: nn.Module) -> None:
         for kind, _ in list(module.named_parameters(recurse=False)):
             setattr(module, kind, nn.Parameter(self._plain(f"{name}.{kind}"), requires_grad=False))
+        for kind, _ in list(module.named_buffers(recurse=False)):
+            if f"{name}.{kind}" in self.names:
+                setattr(module, kind, self._plain(f"{name}.{kind}"))
 
     def _format(self, parameter: str) -> str | None:
         """Return the name of a weight's type; None if it is not packed."""
@@ -220,8 +223,8 @@ class Filler:
             if name.rpartition(".")[2] == "rotary_emb":
                 rotary = type(module)(self.config)
                 for kind, frequencies in list(rotary.named_buffers()):
-                    scaled = frequencies if factors is None else frequencies / factors
-                    setattr(rotary, kind, scaled.to(self.device))
+                    divided = factors is not None and divides(self.architecture, kind)
+                    setattr(rotary, kind, (frequencies / factors if divided else frequencies).to(self.device))
                 self.model.set_submodule(name, rotary)
 
     def _check_filled(self) -> None:

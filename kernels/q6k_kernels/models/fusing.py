@@ -36,18 +36,21 @@ class Group:
     Attributes:
         name: attribute of the fused layer.
         parts: attributes of the projections.
+        without: attribute of a projection that the module must not have, for the group of those that have none.
         mixed: whether unpacked projections join the packed ones, each neighbours of them as one layer.
     """
 
     name: str
     parts: tuple[str, ...]
+    without: str = ""
     mixed: bool = False
 
 
 QKV = Group("qkv_proj", ("q_proj", "k_proj", "v_proj"))
+QK = Group("qkv_proj", ("q_proj", "k_proj"), without="v_proj")
 GATE_UP = Group("gate_up_proj", ("gate_proj", "up_proj"))
 IN_PROJ = Group("in_proj", ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), mixed=True)
-GROUPS = (QKV, GATE_UP, IN_PROJ)
+GROUPS = (QKV, QK, GATE_UP, IN_PROJ)
 
 
 class Stacks(nn.Module):
@@ -90,7 +93,8 @@ def groups(model: nn.Module) -> Iterator[tuple[str, nn.Module, Group]]:
     """Yield name, module and group of each module that has all projections of a group as nn.Linear."""
     for name, module in model.named_modules():
         for group in GROUPS:
-            if all(isinstance(getattr(module, part, None), nn.Linear) for part in group.parts):
+            complete = all(isinstance(getattr(module, part, None), nn.Linear) for part in group.parts)
+            if complete and getattr(module, group.without, None) is None:
                 yield name, module, group
 
 

@@ -21,6 +21,10 @@ EXPORT_AGAIN = "Export the model again with a current converter (convert_hf_to_g
 ONLY_FUNCTIONS = "Its tensors can still be used one by one: `q6k_kernels.open_bundle`."
 
 WINDOW = "attention.sliding_window"
+WINDOW_PATTERN = "attention.sliding_window_pattern"
+SHARED_LAYERS = "attention.shared_kv_layers"
+"""Last layers that have no keys and values of their own."""
+EXPERTS, EXPERTS_USED = "expert_count", "expert_used_count"
 SCORE_SCALE = "attention.scale"
 TEMPERATURE, YARN_SCALE = "attention.temperature_scale", "rope.scaling.yarn_log_multiplier"
 PREDICTION = "nextn_predict_layers"
@@ -31,15 +35,15 @@ EMBEDDING_SCALE, RESIDUAL_SCALE, LOGIT_SCALE = "embedding_scale", "residual_scal
 SCORE_CAP, LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "expert_count": (0,),
-    "expert_used_count": (0,),
+    EXPERTS: (0,),
+    EXPERTS_USED: (0,),
     PREDICTION: (0,),
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
     "attention.max_alibi_bias": (0.0,),
     "attention.output_scale": (),
     SCORE_SCALE: (),
-    "attention.shared_kv_layers": (0,),
+    SHARED_LAYERS: (0,),
     WINDOW: (0,),
     "attention.temperature_length": (0,),
     TEMPERATURE: (0.0,),
@@ -115,19 +119,41 @@ class Keys:
         """
         self._read.add(key)
         full = f"{self.prefix}.{key}"
-        value = (
-            self._same(key, count)
-            if (count := self.metadata.length(full)) is not None
-            else self.metadata.integer(full)
-        )
+        value = self._same(key) if self.metadata.length(full) is not None else self.metadata.integer(full)
         return int(self._bounded(key, value, low, high, default))
 
-    def _same(self, key: str, count: int) -> int:
-        """Return the number that an array has for every layer."""
+    def of_layers(self, key: str, low: int, high: int, default: int | None = None) -> list[int]:
+        """Return a whole number for each layer, which may differ, with the other errors of `integer`."""
+        layers = self.integer("block_count", 1, MAX_LAYERS)
+        if self.metadata.length(f"{self.prefix}.{key}") is None:
+            return [self.integer(key, low, high, default)] * layers
+        self._read.add(key)
+        return [int(self._bounded(key, value, low, high, None)) for value in self._listed(key)]
+
+    def flags_of_layers(self, key: str) -> list[bool] | None:
+        """Return true or false for each layer; None if the key is absent.
+
+        Raises:
+            HyperparameterError: the key is no array, or one of another length.
+        """
+        layers = self.integer("block_count", 1, MAX_LAYERS)
+        value = self.value(key)
+        if value is not None and (not isinstance(value, list) or len(value) != layers):
+            found = len(value) if isinstance(value, list) else str(value)[:80]
+            raise self.wrong(key, f"expected one value for each of {layers} layers, found {found}")
+        return None if value is None else [bool(each) for each in value]
+
+    def _listed(self, key: str) -> list[int]:
+        """Return the numbers of an array, one for each layer."""
         layers = self.integer("block_count", 1, MAX_LAYERS) if key != "block_count" else 0
+        count = self.metadata.length(f"{self.prefix}.{key}")
         if count != layers:
             raise self.wrong(key, f"expected one number, or one for each of {layers} layers, found {count}")
-        values = self.metadata.integers(f"{self.prefix}.{key}") or [0]
+        return self.metadata.integers(f"{self.prefix}.{key}") or [0]
+
+    def _same(self, key: str) -> int:
+        """Return the number that an array has for every layer."""
+        values = self._listed(key)
         if len(set(values)) > 1:
             raise UnsupportedModelError(
                 f"{self.metadata.path}: {self.prefix}.{key} differs between layers: {min(values)} to {max(values)}",

@@ -15,7 +15,14 @@ from q6k_kernels.bundle.metadata import Metadata
 from q6k_kernels.bundle.storage import PLAIN_DTYPES
 from q6k_kernels.errors import WeightsError
 from q6k_kernels.formats.ggml import dequantizes
-from q6k_kernels.models.architecture import FREQUENCY_FACTORS, Architecture, gguf_names, is_beside
+from q6k_kernels.models.architecture import (
+    FREQUENCY_FACTORS,
+    Architecture,
+    LayerKind,
+    gguf_names,
+    is_beside,
+    sampled_layers,
+)
 from q6k_kernels.text import listing
 from q6k_kernels.weights.reader import Bundle
 
@@ -33,11 +40,14 @@ _LAYER = re.compile(r"^blk\.(\d+)\.")
 
 
 def own_parameters(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a model's parameters, without a head that shares the embedding's."""
+    """Return the shapes of a model's parameters, without a head that shares the embedding's.
+
+    A number that a model keeps as a buffer counts as a parameter if transformers' own files have it.
+    """
     config: Any = model.config
     return {
         name: tuple(parameter.shape)
-        for name, parameter in model.named_parameters()
+        for name, parameter in model.state_dict(keep_vars=True).items()
         if not (config.tie_word_embeddings and name == f"{HEAD}.weight")
     }
 
@@ -52,7 +62,7 @@ def check_tensors(
     metadata: Metadata,
     architecture: Architecture,
     sample: PreTrainedModel,
-    kinds: Sequence[str],
+    kinds: Sequence[LayerKind],
 ) -> list[StoredTensor]:
     """Check that a bundle has the tensors of a model and no others, but those that it does without
     and those left out.
@@ -73,8 +83,7 @@ def check_tensors(
     """
     wanted = _wanted(architecture, sample, kinds)
     if has_factors(bundle, architecture):
-        config: Any = sample.config
-        wanted[FREQUENCY_FACTORS] = (config.head_dim // 2,)
+        wanted[FREQUENCY_FACTORS] = _frequencies(architecture, sample)
     tensors = {tensor.name: tensor for tensor in bundle.manifest.tensors}
     if missing := [name for name in wanted if name not in tensors]:
         raise WeightsError(f"{bundle.path} lacks {_named(missing)}", _ANOTHER_FILE)
@@ -96,12 +105,23 @@ def check_tensors(
     return others
 
 
+def divides(architecture: Architecture, frequencies: str) -> bool:
+    """Check whether `rope_freqs.weight` divides frequencies, given by the name of their buffer."""
+    return frequencies.startswith(architecture.factors_of)
+
+
+def _frequencies(architecture: Architecture, sample: PreTrainedModel) -> tuple[int, ...]:
+    """Return the shape of the frequencies that `rope_freqs.weight` divides."""
+    inner: Any = sample.model
+    return next(tuple(each.shape) for name, each in inner.rotary_emb.named_buffers() if divides(architecture, name))
+
+
 def _wanted(
-    architecture: Architecture, sample: PreTrainedModel, kinds: Sequence[str]
+    architecture: Architecture, sample: PreTrainedModel, kinds: Sequence[LayerKind]
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes in the file of the tensors of the whole model by GGUF name."""
     shapes, wanted = own_parameters(sample), dict[str, tuple[int, ...]]()
-    sampled = list(dict.fromkeys(kinds))
+    sampled = [kinds[layer] for layer in sampled_layers(kinds)]
     for parameter, name in gguf_names(architecture, list(shapes), len(sampled)).items():
         every, layer = [name], _LAYER.match(name)
         if layer is not None:

@@ -11,6 +11,7 @@ once, is left out.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from q6k_kernels.models.architecture import FULL, LINEAR, Architecture, Values
@@ -23,6 +24,7 @@ from q6k_kernels.models.hyperparameters import (
     Shapes,
     scaled_rope,
 )
+from q6k_kernels.models.sizes import sizes
 from q6k_kernels.models.stored import AS_IT_IS, Stored
 
 if TYPE_CHECKING:
@@ -138,6 +140,7 @@ ROWS = (
         },
         norm_offset=1.0,
         head_norms=True,
+        sizes=partial(sizes, gated=True),
         gated_attention=True,
     ),
 )

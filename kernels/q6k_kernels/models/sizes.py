@@ -22,7 +22,7 @@ from q6k_kernels.models.hyperparameters import (
 
 
 def sizes(keys: Keys, shapes: Shapes, *, gated: bool = False) -> dict[str, Any]:
-    """Read what all architectures have: sizes, heads, context, epsilon, ids of special tokens, tying.
+    """Read what most architectures have: `common_sizes`, and heads and networks that are alike in all layers.
 
     Args:
         keys: the keys.
@@ -33,7 +33,30 @@ def sizes(keys: Keys, shapes: Shapes, *, gated: bool = False) -> dict[str, Any]:
         HyperparameterError: a key is missing, out of range or not what the tensors' shapes say.
         UnsupportedModelError: rotary embeddings cover a part of a head only, or values and keys differ in size.
     """
-    vocabulary, hidden = _matrix(keys, shapes, "token_embd.weight")
+    values = common_sizes(keys, shapes)
+    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    feed_forward = keys.integer("feed_forward_length", 1, 1 << 24)
+    keys.expect(
+        "feed_forward_length", feed_forward, matrix(keys, shapes, "blk.0.ffn_up.weight")[0], "ffn_up's rows"
+    )
+    kv_heads = keys.integer("attention.head_count_kv", 1, heads, heads)
+    if heads % kv_heads:
+        raise keys.wrong("attention.head_count_kv", f"expected a divisor of {heads} heads, found {kv_heads}")
+    return {
+        **values,
+        "intermediate_size": feed_forward,
+        "num_key_value_heads": kv_heads,
+        "head_dim": _head_dim(keys, shapes, hidden, heads, kv_heads, gated=gated),
+    }
+
+
+def common_sizes(keys: Keys, shapes: Shapes) -> dict[str, Any]:
+    """Read what all architectures have: layers, heads of q, context, epsilon, ids of special tokens, tying.
+
+    Raises:
+        HyperparameterError: a key is missing, out of range or not what the tensors' shapes say.
+    """
+    vocabulary, hidden = matrix(keys, shapes, "token_embd.weight")
     keys.expect(
         "embedding_length", keys.integer("embedding_length", 1, 1 << 24), hidden, "token_embd.weight's rows"
     )
@@ -41,22 +64,11 @@ def sizes(keys: Keys, shapes: Shapes, *, gated: bool = False) -> dict[str, Any]:
     found = {int(match[1]) for name in shapes if (match := re.match(r"blk\.(\d{1,9})\.", name))}
     if found != set(range(blocks)):
         raise keys.wrong("block_count", f"{blocks}, but the tensors are those of {len(found)} layers")
-    feed_forward = keys.integer("feed_forward_length", 1, 1 << 24)
-    keys.expect(
-        "feed_forward_length", feed_forward, _matrix(keys, shapes, "blk.0.ffn_up.weight")[0], "ffn_up's rows"
-    )
-    heads = keys.integer("attention.head_count", 1, 1 << 16)
-    kv_heads = keys.integer("attention.head_count_kv", 1, heads, heads)
-    if heads % kv_heads:
-        raise keys.wrong("attention.head_count_kv", f"expected a divisor of {heads} heads, found {kv_heads}")
     return {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
-        "intermediate_size": feed_forward,
         "num_hidden_layers": blocks - keys.integer(PREDICTION, 0, blocks - 1, 0),
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": _head_dim(keys, shapes, hidden, heads, kv_heads, gated=gated),
+        "num_attention_heads": keys.integer("attention.head_count", 1, 1 << 16),
         "max_position_embeddings": keys.integer(CONTEXT_LENGTH, 1, MAX_CONTEXT),
         "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon", 0.0, 1.0),
         "tie_word_embeddings": "output.weight" not in shapes,
@@ -64,7 +76,12 @@ def sizes(keys: Keys, shapes: Shapes, *, gated: bool = False) -> dict[str, Any]:
     }
 
 
-def _matrix(keys: Keys, shapes: Shapes, name: str) -> tuple[int, int]:
+def matrix(keys: Keys, shapes: Shapes, name: str) -> tuple[int, int]:
+    """Return the rows and columns of a tensor.
+
+    Raises:
+        HyperparameterError: there is no such tensor, or not one of two dimensions.
+    """
     shape = shapes.get(name)
     if shape is None or len(shape) != 2:
         found = "none" if shape is None else f"one of shape {shape}"
@@ -88,7 +105,7 @@ def _head_dim(keys: Keys, shapes: Shapes, hidden: int, heads: int, kv_heads: int
         "attn_v": ("attention.head_count_kv", kv_heads),
     }
     for name, (key, count) in counts.items():
-        rows = _matrix(keys, shapes, f"{block}{name}.weight")[0]
+        rows = matrix(keys, shapes, f"{block}{name}.weight")[0]
         if rows != count * head_dim:
             problem = f"{count} heads of {head_dim} (attention.key_length) are {count * head_dim} rows of {name}"
             raise keys.wrong(key, f"{problem}, found {rows}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from q6k_kernels.models.architecture import FULL, SLIDING, Values
-from q6k_kernels.models.hyperparameters import WINDOW, Keys
+from q6k_kernels.models.hyperparameters import WINDOW, WINDOW_PATTERN, Keys
 
 
 def windows(keys: Keys, values: Values, period: int, window: int) -> Values:
@@ -17,14 +17,10 @@ def windows(keys: Keys, values: Values, period: int, window: int) -> Values:
     """
     layers = values["num_hidden_layers"]
     window = keys.integer(WINDOW, 0, 1 << 31, window)
-    key = "attention.sliding_window_pattern"
-    stated = keys.value(key)
-    if isinstance(stated, list):
-        slides = [bool(each) for each in stated]
-        if len(slides) != layers:
-            raise keys.wrong(key, f"expected one value for each of {layers} layers, found {len(slides)}")
+    if isinstance(keys.value(WINDOW_PATTERN), list):
+        slides = keys.flags_of_layers(WINDOW_PATTERN) or []
     else:
-        period = keys.integer(key, 0, 1 << 16, period)
+        period = keys.integer(WINDOW_PATTERN, 0, 1 << 16, period)
         # In llama.cpp 0 means no period: all layers slide.
         slides = [period == 0 or (layer + 1) % period != 0 for layer in range(layers)]
     slides = [slide and window > 0 for slide in slides]
