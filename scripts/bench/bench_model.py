@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Measure the speed of a whole model; print a table with targets and peers, and write JSON.
 
-    python scripts/bench/bench_model.py [--shape llama-8b|gemma-27b] [--mix q4_k_m|q5_k_m|q6_k|q8_0]
+    python scripts/bench/bench_model.py [--shape llama-8b|gemma-27b|gemma4-31b] [--mix q4_k_m|q5_k_m|q6_k|q8_0]
         [--scales bf16|exact] [--layers N] [--keep DIR] [--json FILE] [--profile FILE]
     python scripts/bench/bench_model.py --device cpu --shape tiny --contexts 8 --prompts 16 --tokens 4
 
-1. Write a GGUF of the shape of Llama 3.1 8B or Gemma 3 27B, random weights of the types that llama.cpp chooses for
-   the mix, and convert it with q6k-convert.
+1. Write a GGUF of the shape of Llama 3.1 8B, Gemma 3 27B or Gemma 4 31B, random weights of the types that llama.cpp
+   chooses for the mix, and convert it with q6k-convert.
 2. Measure the bandwidth of a kernel that only reads.
 3. Load the bundle twice from the page cache; the second time counts, with all kernels compiled.
 4. Decode `--tokens` tokens after each of `--contexts`: the likeliest token each time, no stop token, read by the

@@ -36,7 +36,7 @@ def load_the_classes() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        for kind in ("llama", "gemma3_text"):
+        for kind in ("llama", "gemma3_text", "gemma4_text"):
             config = AutoConfig.for_model(kind, hidden_size=16, num_hidden_layers=1, num_attention_heads=1)
             AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
 

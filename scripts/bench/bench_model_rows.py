@@ -104,7 +104,8 @@ def prefill_row(shape: Shape, tokens: int, packed: int, ms: list[float], gpu_ms:
     body = sum(n * k for n, k in shape.linears.values()) - head
     # Pairs of positions, half of all or those in the window, for scores and for products with values.
     windows = [min(tokens, window or tokens) for window in shape.windows]
-    attention = sum(4 * tokens * window - 2 * window**2 for window in windows) * shape.heads * shape.head_dim
+    pairs = (4 * tokens * window - 2 * window**2 for window in windows)
+    attention = shape.heads * sum(each * size for each, (_, size) in zip(pairs, shape.key_heads, strict=True))
     read = packed + round(shape.kv_bytes(tokens))
     # The head sees one token.
     flops = 2 * (tokens * body + head) + attention

@@ -35,7 +35,7 @@ MIXES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of the architecture llama, or of gemma3: its head tied to its embedding, windows in most layers.
+    """A model of the architecture llama, or of gemma3 or gemma4: head and embedding tied, windows in most layers.
 
     Attributes:
         name: name of the shape.
@@ -43,7 +43,8 @@ class Shape:
         heads, kv_heads: numbers of attention heads, each `head_dim` wide.
         context: largest number of positions.
         theta: base of the rotary embeddings.
-        window: positions that most layers of gemma3 see, or 0 for llama.
+        window: positions that most layers of gemma3 and gemma4 see, or 0 for llama.
+        wide: number and size of the key heads in layers of gemma4 without a window, whose keys are values too.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Shape:
     context: int = 8192
     theta: float = 500_000.0
     window: int = 0
+    wide: tuple[int, int] | None = None
 
     def with_layers(self, layers: int) -> Shape:
         """Return the same shape with another number of layers."""
@@ -65,23 +67,38 @@ class Shape:
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Return the shapes (N, K) of all weights that a token is multiplied with, by GGUF name."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        layer = {
-            "attn_q": (q, self.hidden),
-            "attn_k": (kv, self.hidden),
-            "attn_v": (kv, self.hidden),
-            "attn_output": (self.hidden, q),
-            "ffn_gate": (self.feed_forward, self.hidden),
-            "ffn_up": (self.feed_forward, self.hidden),
-            "ffn_down": (self.hidden, self.feed_forward),
-        }
-        found = {f"blk.{i}.{name}.weight": shape for i in range(self.layers) for name, shape in layer.items()}
+        found = dict[str, tuple[int, int]]()
+        for layer, (kv_heads, size) in enumerate(self.key_heads):
+            q, kv = self.heads * size, kv_heads * size
+            of_layer = {
+                "attn_q": (q, self.hidden),
+                "attn_k": (kv, self.hidden),
+                "attn_v": (kv, self.hidden),
+                "attn_output": (self.hidden, q),
+                "ffn_gate": (self.feed_forward, self.hidden),
+                "ffn_up": (self.feed_forward, self.hidden),
+                "ffn_down": (self.hidden, self.feed_forward),
+            }
+            if self.wide and self.windows[layer] is None:
+                del of_layer["attn_v"]
+            found |= {f"blk.{layer}.{name}.weight": shape for name, shape in of_layer.items()}
         return found | {self.head: (self.vocabulary, self.hidden)}
 
     @property
+    def key_heads(self) -> list[tuple[int, int]]:
+        """Number and size of the key heads of each layer."""
+        usual = self.kv_heads, self.head_dim
+        return [self.wide if self.wide and window is None else usual for window in self.windows]
+
+    @property
     def gemma(self) -> bool:
-        """Whether the architecture is gemma3."""
+        """Whether the architecture is gemma3 or gemma4."""
         return self.window > 0
+
+    @property
+    def architecture(self) -> str:
+        """Name of the architecture in GGUF."""
+        return "gemma4" if self.wide else "gemma3" if self.gemma else "llama"
 
     @property
     def head(self) -> str:
@@ -91,22 +108,24 @@ class Shape:
     @property
     def norms(self) -> dict[str, int]:
         """Widths of the norm weights, by GGUF name."""
-        layer = {"attn_norm": self.hidden, "ffn_norm": self.hidden}
-        if self.gemma:
-            layer |= {"post_attention_norm": self.hidden, "post_ffw_norm": self.hidden}
-            layer |= {"attn_q_norm": self.head_dim, "attn_k_norm": self.head_dim}
-        found = {f"blk.{i}.{name}.weight": width for i in range(self.layers) for name, width in layer.items()}
-        return found | {"output_norm.weight": self.hidden}
+        found = {"output_norm.weight": self.hidden}
+        for layer, (_, size) in enumerate(self.key_heads):
+            of_layer = {"attn_norm": self.hidden, "ffn_norm": self.hidden}
+            if self.gemma:
+                of_layer |= {"post_attention_norm": self.hidden, "post_ffw_norm": self.hidden}
+                of_layer |= {"attn_q_norm": size, "attn_k_norm": size}
+            found |= {f"blk.{layer}.{name}.weight": width for name, width in of_layer.items()}
+        return found
 
     @property
     def windows(self) -> list[int | None]:
-        """Positions that each layer sees, or None for all: every sixth layer of gemma3 sees all."""
+        """Positions that each layer sees, or None for all: every sixth layer of a gemma sees all."""
         return [self.window if self.gemma and (i + 1) % 6 else None for i in range(self.layers)]
 
     def kv_bytes(self, positions: float) -> float:
         """Return the bytes of the keys and values that a token after so many positions needs, 16 bits a number."""
-        seen = sum(positions if window is None else min(positions, window) for window in self.windows)
-        return 2 * seen * self.kv_heads * self.head_dim * 2
+        seen = (positions if window is None else min(positions, window) for window in self.windows)
+        return sum(2 * each * heads * size * 2 for each, (heads, size) in zip(seen, self.key_heads, strict=True))
 
 
 SHAPES = {
@@ -114,11 +133,15 @@ SHAPES = {
     for shape in (
         Shape("llama-8b", 32, 4096, 14336, 32, 8, 128, 128256),
         Shape("gemma-27b", 62, 5376, 21504, 32, 16, 128, 262144, 131072, 1_000_000.0, window=1024),
+        Shape(
+            *("gemma4-31b", 60, 5376, 21504, 32, 16, 256, 262144, 262144, 1_000_000.0), window=1024, wide=(4, 512)
+        ),
         Shape("tiny", 2, 256, 512, 4, 2, 64, 512),
         Shape("tiny-gemma", 7, 256, 512, 4, 2, 64, 512, 1024, 1_000_000.0, window=16),
+        Shape("tiny-gemma4", 6, 256, 512, 4, 2, 64, 512, 1024, 1_000_000.0, window=16, wide=(1, 128)),
     )
 }
-"""Shapes by name: Llama 3.1 8B, Gemma 3 27B, and a tiny one of each for a quick look."""
+"""Shapes by name: Llama 3.1 8B, Gemma 3 27B, Gemma 4 31B, and a tiny one of each for a quick look."""
 
 
 def type_of(mix: str, name: str, layers: int, head: str = "output.weight") -> Type:
@@ -155,7 +178,10 @@ def write_model(path: Path, shape: Shape, threads: int, mix: str = "q6_k") -> No
     part = path.with_name(f"{path.name}.part")
     matrices = {"token_embd.weight": (shape.vocabulary, shape.hidden), **shape.linears}
     vectors = {name: np.ones(width, dtype=np.float32) for name, width in shape.norms.items()}
-    if not shape.gemma:
+    if shape.wide:
+        vectors["rope_freqs.weight"] = rotated_quarter(shape.wide[1])
+        vectors |= {f"blk.{i}.layer_output_scale.weight": np.ones(1, np.float32) for i in range(shape.layers)}
+    elif not shape.gemma:
         vectors["rope_freqs.weight"] = frequency_factors(shape)
     writer = _described(part, shape)
     sizes, types = list[int](), [type_of(mix, name, shape.layers, shape.head) for name in matrices]
@@ -238,23 +264,41 @@ def frequency_factors(shape: Shape) -> npt.NDArray[np.float32]:
     return factors
 
 
+def rotated_quarter(head_dim: int) -> npt.NDArray[np.float32]:
+    """Return the factors of frequencies of which all but the first quarter do not rotate, (head_dim / 2,)."""
+    pairs = np.arange(head_dim // 2)
+    return np.where(pairs < head_dim // 8, 1.0, 1e30).astype(np.float32)
+
+
 def _described(path: Path, shape: Shape) -> gguf.GGUFWriter:
-    writer = gguf.GGUFWriter(path, "gemma3" if shape.gemma else "llama")
+    writer = gguf.GGUFWriter(path, shape.architecture)
     writer.add_name(f"{shape.name}, {shape.layers} layers, random weights")
     writer.add_context_length(shape.context)
     writer.add_embedding_length(shape.hidden)
     writer.add_block_count(shape.layers)
     writer.add_feed_forward_length(shape.feed_forward)
     writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.kv_heads)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
+    size = shape.wide[1] if shape.wide else shape.head_dim
+    writer.add_key_length(size)
+    writer.add_value_length(size)
     writer.add_rope_freq_base(shape.theta)
-    if shape.gemma:
+    if shape.wide:
+        writer.add_head_count_kv([heads for heads, _ in shape.key_heads])
+        writer.add_key_length_swa(shape.head_dim)
+        writer.add_value_length_swa(shape.head_dim)
+        writer.add_rope_dimension_count(size)
+        writer.add_rope_dimension_count_swa(shape.head_dim)
+        writer.add_rope_freq_base_swa(10_000.0)
+        writer.add_sliding_window(shape.window)
+        writer.add_sliding_window_pattern([window is not None for window in shape.windows])
+        writer.add_final_logit_softcapping(30.0)
+    else:
+        writer.add_head_count_kv(shape.kv_heads)
+    if shape.architecture == "gemma3":
         writer.add_sliding_window(shape.window)
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(8.0)
-    else:
+    elif not shape.gemma:
         writer.add_rope_dimension_count(shape.head_dim)
     writer.add_layer_norm_rms_eps(1e-6 if shape.gemma else 1e-5)
     writer.add_vocab_size(shape.vocabulary)

@@ -76,6 +76,15 @@ def test_gemma_has_the_published_sizes_and_reads_windows_and_all_positions() -> 
     assert row["flops"] == dense + 4 * 32 * 128 * pairs
 
 
+def test_gemma4_has_the_published_sizes() -> None:
+    shape = SHAPES["gemma4-31b"]
+    weights = sum(n * k for n, k in shape.linears.values()) + sum(shape.norms.values()) + shape.layers
+    assert round(weights / 1e9, 1) == 30.7  # as published, of the text part
+    assert shape.kv_bytes(2048) == 2 * 2 * (50 * 1024 * 16 * 256 + 10 * 2048 * 4 * 512)
+    factors = synthetic_model.rotated_quarter(512)
+    assert (factors[:64].tolist(), factors[64:].tolist()) == ([1.0] * 64, [float(np.float32(1e30))] * 192)
+
+
 def test_only_whole_models_have_targets() -> None:
     assert [each.words for each in rows_of.targets_of(GEMMA, "q4_k_m")][2:] == ["185 tokens/s", "8,500 tokens/s"]
     assert rows_of.targets_of(GEMMA.with_layers(6), "q4_k_m") == ()
@@ -83,7 +92,7 @@ def test_only_whole_models_have_targets() -> None:
     assert {(each["shape"], each["mix"]) for each in FIGURES} == set(rows_of.TARGETS)
 
 
-@pytest.mark.parametrize(("shape", "mix"), [("tiny", "q4_k_m"), ("tiny-gemma", "q5_k_m"), ("tiny-gemma", "q8_0")])
+@pytest.mark.parametrize(("shape", "mix"), [("tiny", "q4_k_m"), ("tiny-gemma", "q5_k_m"), ("tiny-gemma4", "q8_0")])
 def test_the_command_measures_every_mix(
     shape: str, mix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
