@@ -26,6 +26,19 @@ Weights = dict[str, NDArray[np.float32]]
 ATTENTION = {"attn_norm": "h", "attn_q": "qh", "attn_k": "kh", "attn_v": "kh", "attn_output": "hq"}
 NETWORK = {"ffn_norm": "h", "ffn_gate": "fh", "ffn_up": "fh", "ffn_down": "hf"}
 HEAD_NORMS = {"attn_q_norm": "d", "attn_k_norm": "d"}
+NETWORK_AFTER = {"attn_norm": "h", "post_attention_norm": "h"} | {
+    name: letters for name, letters in NETWORK.items() if name != "ffn_norm"
+}
+DELTA_NET = {
+    "attn_qkv": "ch",
+    "attn_gate": "ih",
+    "ssm_alpha": "nh",
+    "ssm_beta": "nh",
+    "ssm_conv1d": "cw",
+    "ssm_norm": "s",
+    "ssm_out": "hi",
+}
+GATED_ATTENTION = {"attn_q": "gh", "attn_k": "kh", "attn_v": "kh", "attn_output": "hq"} | HEAD_NORMS
 NORMS_AFTER = {"post_attention_norm": "h", "post_ffw_norm": "h"}
 OUTSIDE = {"token_embd": "vh", "output_norm": "h"}
 """Names of tensors -> a letter for each dimension, rows first; `shapes` gives the letters their sizes."""
@@ -89,6 +102,20 @@ def shapes(of: Mapping[str, str], sizes: Mapping[str, int], before: str = "", ki
     return {f"{before}{name}.{kind}": tuple(sizes[letter] for letter in letters) for name, letters in of.items()}
 
 
+def delta_nets(layers: int, interval: int, sizes: Mapping[str, int]) -> Shapes:
+    """Return the shapes of a model of gated delta nets, with attention in the last layer of each interval."""
+    found = shapes(OUTSIDE, sizes)
+    for layer in range(layers):
+        before = f"blk.{layer}."
+        found |= shapes(NETWORK_AFTER, sizes, before)
+        if (layer + 1) % interval:
+            found |= shapes(DELTA_NET, sizes, before) | shapes({"ssm_dt": "n"}, sizes, before, "bias")
+            found[f"{before}ssm_a"] = (sizes["n"],)
+        else:
+            found |= shapes(GATED_ATTENTION, sizes, before)
+    return found
+
+
 def uniform(layers: int, of_layer: Mapping[str, str], sizes: Mapping[str, int]) -> Shapes:
     """Return the shapes of a model whose layers are alike."""
     found = shapes(OUTSIDE, sizes)
@@ -124,21 +151,28 @@ def sized(
 
 
 def weights(name: str, case: Case) -> Weights:
-    """Return the weights of a case, fp32 by tensor: matrices around 0, all others around 1 or, biases, around 0."""
+    """Return the weights of a case, fp32 by tensor: matrices around 0, all others around 1, or as `_around` says."""
     return {
         tensor: np.array(case.values[tensor], dtype=np.float32)
         if tensor in case.values
-        else _random(f"{name}/{case.seed}/{tensor}", shape, biased=tensor.endswith(".bias"))
+        else _random(f"{name}/{case.seed}/{tensor}", shape, around=_around(tensor))
         for tensor, shape in case.tensors.items()
     }
 
 
-def _random(seed: str, shape: tuple[int, ...], *, biased: bool) -> NDArray[np.float32]:
+def _around(tensor: str) -> float:
+    """Return the mean of a vector's numbers: biases are around 0, decays of states negative."""
+    if tensor.endswith(".ssm_a"):
+        return -0.75
+    return 0.0 if tensor.endswith(".bias") else 1.0
+
+
+def _random(seed: str, shape: tuple[int, ...], around: float) -> NDArray[np.float32]:
     data = hashlib.shake_256(seed.encode()).digest(math.prod(shape))
     numbers = np.frombuffer(data, dtype=np.int8).reshape(shape).astype(np.float32)
     if len(shape) == 1:
-        around: NDArray[np.float32] = numbers / np.float32(256) + np.float32(not biased)
-        return around
+        vector: NDArray[np.float32] = numbers / np.float32(256) + np.float32(around)
+        return vector
     return numbers * np.float32(GAIN / (_BYTE_SPREAD * math.sqrt(shape[-1])))
 
 
@@ -215,6 +249,21 @@ _GEMMA4_KEYS = (
     }
 )
 _GEMMA4_FACTORS = [1.0] * 5 + [1e30] * 15
+_NETS = _ODD | {"g": 192, "c": 160, "i": 96, "n": 6, "s": 16, "w": 4}
+"""Also: two key heads and six value heads of 16, a convolution over four tokens."""
+_NETS_KEYS = _ODD_KEYS | {
+    "block_count": 4,
+    "attention.layer_norm_rms_epsilon": 1e-6,
+    "rope.dimension_count": 8,
+    "rope.dimension_sections": [2, 1, 1, 0],
+    "rope.freq_base": 10000000.0,
+    "full_attention_interval": 4,
+    "ssm.conv_kernel": 4,
+    "ssm.state_size": 16,
+    "ssm.group_count": 2,
+    "ssm.time_step_rank": 6,
+    "ssm.inner_size": 96,
+}
 
 CASES: dict[str, Case] = {
     "llama": Case(
@@ -237,6 +286,12 @@ CASES: dict[str, Case] = {
         "qwen3",
         _ODD_KEYS | {"rope.freq_base": 1000000.0},
         uniform(3, ATTENTION | NETWORK | HEAD_NORMS, _ODD) | shapes({"output": "vh"}, _ODD),
+    ),
+    "qwen35": Case(
+        "qwen35",
+        _NETS_KEYS,
+        delta_nets(4, 4, _NETS) | shapes({"output": "vh"}, _NETS),
+        prompt=75,
     ),
     "gemma2": Case(
         "gemma2",
