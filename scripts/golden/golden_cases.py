@@ -151,7 +151,7 @@ def sized(
 
 
 def weights(name: str, case: Case) -> Weights:
-    """Return the weights of a case, fp32 by tensor: matrices around 0, all others around 1, or as `_around` says."""
+    """Return the weights of a case, fp32 by tensor: matrices around 0, all others as `_around` says."""
     return {
         tensor: np.array(case.values[tensor], dtype=np.float32)
         if tensor in case.values

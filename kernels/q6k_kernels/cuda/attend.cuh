@@ -49,6 +49,17 @@ __device__ __forceinline__ void copy_or_clear_16(u32 to_shared, const void* from
                : "memory");
 }
 
+// Two outputs times the logistic function of their gates, which lie side by side; rounded as 16-bit layers do.
+__device__ __forceinline__ u32 gated_pair(u32 pair, const u16* gates) {
+  float factors[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float factor = __fdividef(1.0f, 1.0f + __expf(-half_to_float(gates[i])));
+    factors[i] = half_to_float(i ? pair >> 16 : pair & 0xFFFFu) * half_to_float(to_half(factor));
+  }
+  return pack_halves(factors[0], factors[1]);
+}
+
 // Reduces over lanes with the same t, which have the keys of one head.
 __device__ __forceinline__ float largest_of_keys(float value) {
 #pragma unroll
@@ -57,19 +68,21 @@ __device__ __forceinline__ float largest_of_keys(float value) {
 }
 
 // Parameters: the token's q (all heads, DIM), k and v (key heads, DIM), 16-bit, or null for k and v if an earlier
-// launch of this step has written them to the cache; keys and values, the cache (key heads,
-// slots, DIM), 16-bit; cosines and sines fp32 (positions, DIM / 2); q_norm, k_norm fp32 (DIM,), or null; the token's
+// launch of this step has written them to the cache; keys and values, the cache (key heads, slots, DIM), 16-bit;
+// cosines and sines fp32 (positions, rotated / 2); q_norm, k_norm fp32 (DIM,), or null; the token's
 // position; growth fp32 (positions,), factors of the scores besides `scale`, or null; partials fp32, heads * (DIM + 2)
 // for each block; counters, 0, one for each row of blocks; x 16-bit (all heads * DIM,), or null; codes and steps, as
 // q6k_quantize writes them, or null; the scores' scale; softcap, 0 for none; the norms' epsilon; slots; window, the
 // size of a ring of slots, or 0 if slot and position are equal; heads of a block, at most HEADS; group, query heads
-// for each key head, a multiple of `heads`; whether v has a norm, without weights.
+// for each key head, a multiple of `heads`; whether v has a norm, without weights; rotated, the first values of a
+// head, which rotate, even; gated, whether q is (all heads, query and gate, DIM).
 // Grid: blocks that share keys, at most MOST_BLOCKS, x (all heads / heads). Shared memory: WARPS * WARP_BYTES.
 extern "C" __global__ void __launch_bounds__(THREADS)
     q6k_attend(const u16* q, const u16* k, const u16* v, u16* keys, u16* values, const float* cosines,
                const float* sines, const float* q_norm, const float* k_norm, const i64* position, const float* growth,
                float* partials, u32* counters, u16* x, u8* codes, float* steps, float scale, float softcap,
-               float epsilon, int slots, int window, int heads, int group, int values_normed) {
+               float epsilon, int slots, int window, int heads, int group, int values_normed, int rotated,
+               int gated) {
   extern __shared__ __align__(16) u8 shared[];
   __shared__ __align__(16) u16 queries[HEADS + 1][DIM + 8];  // and the token's key
   __shared__ __align__(16) u16 own_value[DIM];
@@ -78,6 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   __shared__ bool last;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int row = blockIdx.y, head = row * heads / group;  // of keys
+  const int query_size = gated ? 2 * DIM : DIM;            // with its gate
 
   // The previous step ended before this one began, so its position and its keys are in memory.
   const i64 here = *position;
@@ -110,18 +124,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   int first = begin + warp * KEYS;
   load(head_keys, keys_at, first);
   load(head_values, values_at, first);
-  const float* const here_cosines = cosines + here * (DIM / 2);
-  const float* const here_sines = sines + here * (DIM / 2);
+  const float* const here_cosines = cosines + here * (rotated / 2);
+  const float* const here_sines = sines + here * (rotated / 2);
   Rotation rotation;
-  rotation.load(warp < heads ? q_norm : k_norm, here_cosines, here_sines);
+  rotation.load(warp < heads ? q_norm : k_norm, here_cosines, here_sines, rotated);
 
   wait_for_previous_grid();
   const bool has_keys = k != nullptr;
   for (int vector = warp; vector < heads + has_keys; vector += WARPS) {
     const bool is_key = vector == heads;
-    if (vector != warp) rotation.load(is_key ? k_norm : q_norm, here_cosines, here_sines);
-    rotation.apply(is_key ? k + head * DIM : q + (row * heads + vector) * DIM, (is_key ? k_norm : q_norm) != nullptr,
-                   epsilon, queries[is_key ? HEADS : vector]);
+    if (vector != warp) rotation.load(is_key ? k_norm : q_norm, here_cosines, here_sines, rotated);
+    rotation.apply(is_key ? k + head * DIM : q + (row * heads + vector) * query_size,
+                   (is_key ? k_norm : q_norm) != nullptr, epsilon, rotated, queries[is_key ? HEADS : vector]);
   }
   for (int at = heads * DIM + threadIdx.x; at < HEADS * DIM; at += THREADS) queries[at / DIM][at % DIM] = 0;
   if (!has_keys) {
@@ -282,7 +296,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       total[0] = fmaf(parts[i][0], of_block, total[0]);
       total[1] = fmaf(parts[i][1], of_block, total[1]);
     }
-    const u32 pair = pack_halves(total[0], total[1]);
+    u32 pair = pack_halves(total[0], total[1]);
+    if (gated) pair = gated_pair(pair, q + (i64)(row * heads + own_head) * query_size + DIM + own % DIM);
     const bool present = out + 2 * lane < outputs;
     reinterpret_cast<u32*>(staged[warp])[lane] = pair;
     const int at = row * outputs + out;

@@ -50,19 +50,20 @@ __device__ __forceinline__ float sum_of_warp(float value) {
 struct Rotation {
   float cosines[DIM / 32], sines[DIM / 32], weights[DIM / 32];
 
-  // `weight` of the norm, or null; cosines and sines of half the vector.
-  __device__ __forceinline__ void load(const float* weight, const float* of_cosines, const float* of_sines) {
+  // `weight` of the norm, or null; cosines and sines of half of the first `rotated` values. The others stay.
+  __device__ __forceinline__ void load(const float* weight, const float* of_cosines, const float* of_sines,
+                                       int rotated) {
 #pragma unroll
     for (int i = 0; i < DIM / 32; ++i) {
-      const int d = (threadIdx.x & 31) + 32 * i, angle = d < DIM / 2 ? d : d - DIM / 2;
-      cosines[i] = of_cosines[angle];
-      sines[i] = of_sines[angle];
+      const int d = (threadIdx.x & 31) + 32 * i, angle = d < rotated / 2 ? d : d - rotated / 2;
+      cosines[i] = d < rotated ? of_cosines[angle] : 1.0f;
+      sines[i] = d < rotated ? of_sines[angle] : 0.0f;
       weights[i] = weight == nullptr ? 1.0f : weight[d];
     }
   }
 
   // A warp's: the norm, if there is one, then the rotation; rounded after each, as 16-bit layers do.
-  __device__ __forceinline__ void apply(const u16* from, bool normed, float epsilon, u16* vector) const {
+  __device__ __forceinline__ void apply(const u16* from, bool normed, float epsilon, int rotated, u16* vector) const {
     const int lane = threadIdx.x & 31;
     float values[DIM / 32], squares = 0.0f;
 #pragma unroll
@@ -81,7 +82,8 @@ struct Rotation {
 #pragma unroll
     for (int i = 0; i < DIM / 32; ++i) {
       const int d = lane + 32 * i;
-      const float other = half_to_float(d < DIM / 2 ? vector[d + DIM / 2] ^ 0x8000u : vector[d - DIM / 2]);
+      const int half = rotated / 2;
+      const float other = half_to_float(d < half ? vector[d + half] ^ 0x8000u : vector[d - half]);
       values[i] = fmaf(values[i], cosines[i], other * sines[i]);
     }
     __syncwarp();

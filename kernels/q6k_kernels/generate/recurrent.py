@@ -77,6 +77,16 @@ class RecurrentStates:
         copies = [*(copy.tensors for copy in self._copies), *self._free]
         return sum(tensor.nbytes for tensors in (self.tensors, *copies) for tensor in tensors)
 
+    def of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return a layer's last inputs of the convolution and its matrices.
+
+        Raises:
+            RuntimeError: no prompt has gone through the model yet.
+        """
+        if not (tensors := self.layers[layer].tensors):
+            raise RuntimeError(f"layer {layer} has no state yet: run a prompt through the model first")
+        return tensors[0], tensors[1]
+
     def allocate(self, dtype: torch.dtype) -> None:
         """Allocate all states and copies, if there are none yet; `dtype` is the model's."""
         if self._shapes is None or self.tensors:

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from q6k_kernels.errors import UnsupportedModelError
+from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.step_reference import Cached, Heads, Norm, ProductInput, TokenChoice, capped
 from q6k_kernels.models.architecture import LINEAR, SLIDING, Activation, attached
-from q6k_kernels.models.fusing import GATE_UP, QK, QKV, Group, Stacks
+from q6k_kernels.models.filling import ReorderedInput
+from q6k_kernels.models.fusing import GATE_UP, IN_PROJ, QK, QKV, Group, Stacks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,8 +37,8 @@ ANGLES_AT_ONCE = 8192
 class StepOperations(Protocol):
     """The operations of a step: `step_reference.TorchOperations` specifies them, `step_cuda.Kernels` is fast."""
 
-    def supports(self, hidden: int, between: int, heads: Heads) -> str: ...  # noqa: D102
-    def reserve(self, heads: Heads) -> None: ...  # noqa: D102
+    def supports(self, hidden: int, between: int, heads: Heads | DeltaHeads) -> str: ...  # noqa: D102
+    def reserve(self, heads: Heads | DeltaHeads) -> None: ...  # noqa: D102
     def add_norm(  # noqa: D102
         self,
         hidden: Tensor,
@@ -58,6 +60,16 @@ class StepOperations(Protocol):
         heads: Heads,
         cached: Cached,
         position: Tensor,
+        users: list[nn.Module],
+    ) -> ProductInput: ...
+    def delta(  # noqa: D102
+        self,
+        mixed: Tensor,
+        z: Tensor,
+        b: Tensor,
+        a: Tensor,
+        heads: DeltaHeads,
+        states: tuple[Tensor, Tensor],
         users: list[nn.Module],
     ) -> ProductInput: ...
     def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor: ...  # noqa: D102
@@ -84,8 +96,8 @@ class _ByToken:
 @dataclass(frozen=True)
 class _StepLayer:
     norm: Norm
-    qkv: _Projections
-    heads: Heads
+    inputs: _Projections
+    heads: Heads | DeltaHeads
     output: nn.Module
     after_attention: Norm | None
     norm_between: Norm
@@ -118,8 +130,6 @@ class Step:
         config: Any = model.config
         self._architecture, self._epsilon = architecture, float(config.rms_norm_eps)
         self._cache, self._operations = cache, operations
-        if LINEAR in cache.kinds:
-            raise _unsupported(f"layers of kind {LINEAR}")
         inner: Any = model.model
         self._inner = inner
         self._embedding: nn.Module = model.get_input_embeddings()
@@ -133,10 +143,11 @@ class Step:
         self._growth = _growth(architecture.growth_of_queries(config), cache)
         angles = {
             kind: _angles(inner.rotary_emb, (kind,) if architecture.angles_by_kind else (), cache)
-            for kind in set(cache.kinds)
+            for kind in set(cache.kinds) - {LINEAR}
         }
         self._layers = [
-            self._layer(layer, config, angles[kind]) for layer, kind in zip(inner.layers, cache.kinds, strict=True)
+            self._layer(layer, config, angles.get(kind))
+            for layer, kind in zip(inner.layers, cache.kinds, strict=True)
         ]
         for layer in self._layers:
             if reason := operations.supports(config.hidden_size, layer.between, layer.heads):
@@ -166,14 +177,8 @@ class Step:
         scale = 1.0
         of_layers = self._embeddings_of_layers(token, hidden)
         for index, layer in enumerate(self._layers):
-            hidden, x = self._add_norm(hidden, delta, after, layer.norm, layer.qkv.modules, scale)
-            q, *key_and_value = self._project(layer.qkv, x)
-            # Without a projection of their own, values are keys; without any, both are those of an earlier layer.
-            k, v = (key_and_value[0], key_and_value[-1]) if key_and_value else (None, None)
-            keys, values = self._cache.buffers(index)
-            window = self._cache.window if self._cache.kinds[index] == SLIDING else 0
-            cached = Cached(keys, values, window)
-            x = run.attend(q, k, v, layer.heads, cached, self._cache.position, [layer.output])
+            hidden, x = self._add_norm(hidden, delta, after, layer.norm, layer.inputs.modules, scale)
+            x = self._mixed(index, layer, self._project(layer.inputs, x))
             delta, after = run.multiply(layer.output, x), layer.after_attention
             hidden, x = self._add_norm(hidden, delta, after, layer.norm_between, layer.gate_up.modules)
             gate, up = self._project(layer.gate_up, x)
@@ -207,6 +212,20 @@ class Step:
         found: Tensor = inner.project_per_layer_inputs(hidden[None], inner.get_per_layer_inputs(token[None]))
         return list(found[0].transpose(0, 1))
 
+    def _mixed(self, index: int, layer: _StepLayer, products: tuple[Tensor, ...]) -> ProductInput:
+        """Mix a token with those before it: by attention to their keys, or by a state."""
+        heads, users = layer.heads, [layer.output]
+        if isinstance(heads, DeltaHeads):
+            mixed, z, b, a = products
+            return self._operations.delta(mixed, z, b, a, heads, self._cache.states.of(index), users)
+        q, *key_and_value = products
+        # Without a projection of their own, values are keys; without any, both are those of an earlier layer.
+        k, v = (key_and_value[0], key_and_value[-1]) if key_and_value else (None, None)
+        keys, values = self._cache.buffers(index)
+        window = self._cache.window if self._cache.kinds[index] == SLIDING else 0
+        cached = Cached(keys, values, window)
+        return self._operations.attend(q, k, v, heads, cached, self._cache.position, users)
+
     def _project(self, projections: _Projections, x: ProductInput) -> tuple[Tensor, ...]:
         found, widths = list[Tensor](), list(projections.widths)
         for module in projections.modules:
@@ -218,9 +237,33 @@ class Step:
                 at += width
         return tuple(found)
 
-    def _layer(self, layer: Any, config: Any, angles: tuple[Tensor, Tensor]) -> _StepLayer:
-        attention, network = layer.self_attn, layer.mlp
-        head_norms, after = self._architecture.head_norms, self._architecture.norms_after
+    def _layer(self, layer: Any, config: Any, angles: tuple[Tensor, Tensor] | None) -> _StepLayer:
+        network, after = layer.mlp, self._architecture.norms_after
+        inputs, heads, output = (
+            _delta_net(layer.linear_attn) if angles is None else self._attention(layer.self_attn, config, angles)
+        )
+        # In transformers' Llama the norm before the feed-forward network is named `post_attention_layernorm`.
+        between = layer.pre_feedforward_layernorm if after else layer.post_attention_layernorm
+        between_gate_and_down = network.down_proj.in_features
+        return _StepLayer(
+            norm=self._norm_of(layer.input_layernorm),
+            inputs=inputs,
+            heads=heads,
+            output=output,
+            after_attention=self._norm_of(layer.post_attention_layernorm) if after else None,
+            norm_between=self._norm_of(between),
+            gate_up=_projections(network, GATE_UP, [between_gate_and_down] * 2),
+            between=between_gate_and_down,
+            down=network.down_proj,
+            after=self._norm_of(layer.post_feedforward_layernorm) if after else None,
+            by_token=self._by_token(layer) if getattr(config, "hidden_size_per_layer_input", 0) else None,
+            scale=float(layer.layer_scalar) if self._architecture.scaled_layers else 1.0,
+        )
+
+    def _attention(
+        self, attention: Any, config: Any, angles: tuple[Tensor, Tensor]
+    ) -> tuple[_Projections, Heads, nn.Module]:
+        head_norms, gated = self._architecture.head_norms, self._architecture.gated_attention
         dim, count = attention.head_dim, config.num_attention_heads
         key_heads = count // attention.num_key_value_groups
         has_keys = hasattr(attention, "k_proj")
@@ -239,24 +282,10 @@ class Step:
             sines=angles[1],
             values_normed=self._architecture.value_norms,
             growth=self._growth,
+            gated=gated,
         )
-        # In transformers' Llama the norm before the feed-forward network is named `post_attention_layernorm`.
-        between = layer.pre_feedforward_layernorm if after else layer.post_attention_layernorm
-        between_gate_and_down = network.down_proj.in_features
-        return _StepLayer(
-            norm=self._norm_of(layer.input_layernorm),
-            qkv=_projections(attention, group, [count * dim, key_heads * dim, key_heads * dim][: len(group.parts)]),
-            heads=heads,
-            output=attention.o_proj,
-            after_attention=self._norm_of(layer.post_attention_layernorm) if after else None,
-            norm_between=self._norm_of(between),
-            gate_up=_projections(network, GATE_UP, [between_gate_and_down] * 2),
-            between=between_gate_and_down,
-            down=network.down_proj,
-            after=self._norm_of(layer.post_feedforward_layernorm) if after else None,
-            by_token=self._by_token(layer) if getattr(config, "hidden_size_per_layer_input", 0) else None,
-            scale=float(layer.layer_scalar) if self._architecture.scaled_layers else 1.0,
-        )
+        widths = [count * dim * (1 + gated), key_heads * dim, key_heads * dim][: len(group.parts)]
+        return _projections(attention, group, widths), heads, attention.o_proj
 
     def _by_token(self, layer: Any) -> _ByToken:
         after = self._norm_of(layer.post_per_layer_input_norm)
@@ -265,6 +294,23 @@ class Step:
     def _norm_of(self, module: Any, factor: float = 1.0) -> Norm:
         weight = (module.weight.detach().float() + self._architecture.norm_offset) * factor
         return Norm(weight.contiguous(), self._epsilon)
+
+
+def _delta_net(net: Any) -> tuple[_Projections, DeltaHeads, nn.Module]:
+    heads = DeltaHeads(
+        key_heads=net.num_k_heads,
+        value_heads=net.num_v_heads,
+        key_dim=net.head_k_dim,
+        value_dim=net.head_v_dim,
+        convolution=net.conv1d.weight.detach().squeeze(1).float().contiguous(),
+        decays=-net.A_log.detach().float().exp(),
+        biases=net.dt_bias.detach().float().contiguous(),
+        norm=net.norm.weight.detach().float().contiguous(),
+        epsilon=float(net.norm.variance_epsilon),
+        tiled=isinstance(net.out_proj, ReorderedInput),
+    )
+    widths = [net.conv_dim, net.value_dim, net.num_v_heads, net.num_v_heads]
+    return _projections(net, IN_PROJ, widths), heads, net.out_proj.linear if heads.tiled else net.out_proj
 
 
 def _projections(module: Any, group: Group, widths: list[int]) -> _Projections:

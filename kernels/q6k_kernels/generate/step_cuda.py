@@ -18,6 +18,8 @@ from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda.device import Device, Variant
 from q6k_kernels.formats.ggml import SUPER_BLOCK
 from q6k_kernels.formats.types import weight_type
+from q6k_kernels.generate import delta_cuda
+from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.step_reference import Cached, Heads, Norm, ProductInput, TokenChoice
 from q6k_kernels.jit import loader
 from q6k_kernels.models.architecture import Activation
@@ -43,7 +45,7 @@ GATES = {"silu": 0, "gelu_tanh": 1}
 """Activation -> its number in the enum `Gate` of `cuda/step.cuh`."""
 _ADD_NORM, _GATE = struct.Struct("@PPPPPPPPfffi"), struct.Struct("@PPPPPii")
 _CHOOSE = struct.Struct("@PPPPPPPffi")
-_ATTEND = struct.Struct("@PPPPPPPPPPPPPPPPfffiiiii")
+_ATTEND = struct.Struct("@PPPPPPPPPPPPPPPPfffiiiiiii")
 
 
 class Kernels:
@@ -63,18 +65,23 @@ class Kernels:
         self._bests = torch.empty(CHOOSE_BLOCKS, dtype=torch.int64, device=device)
         self._counted = torch.zeros(1, dtype=torch.int32, device=device)
 
-    def supports(self, hidden: int, between: int, heads: Heads) -> str:
+    def supports(self, hidden: int, between: int, heads: Heads | DeltaHeads) -> str:
         """Return why the kernels do not support a model's sizes; "" if they do."""
         if hidden > MOST_NORM or hidden % 32:
             return f"a hidden size of {hidden}: expected a multiple of 32 up to {MOST_NORM}"
         if between % 32:
             return f"an intermediate size of {between}: expected a multiple of 32"
+        if isinstance(heads, DeltaHeads):
+            return delta_cuda.unsupported(heads)
         if heads.dim not in HEAD_DIMS:
             return f"heads of {heads.dim} values: expected {', '.join(map(str, HEAD_DIMS))}"
         return ""
 
-    def reserve(self, heads: Heads) -> None:
-        """Allocate the memory that `attend` needs; call it for each kind of layer before a step is recorded."""
+    def reserve(self, heads: Heads | DeltaHeads) -> None:
+        """Allocate the memory that `attend` and `delta` need; call it for each layer before a step is recorded."""
+        if isinstance(heads, DeltaHeads):
+            self._counters = self._counters.new_zeros(max(len(self._counters), heads.key_heads))
+            return
         rows, blocks, together = self._grid(heads)
         floats = rows * blocks * together * (heads.dim + 2)
         self._partials = self._partials.new_empty(max(len(self._partials), floats))
@@ -164,9 +171,27 @@ class Kernels:
                 together,
                 heads.count // heads.key_heads,
                 int(heads.values_normed),
+                2 * heads.cosines.shape[1],
+                int(heads.gated),
             ),
             shared_bytes=_attend_bytes(heads.dim, warps),
         )
+        return out
+
+    def delta(
+        self,
+        mixed: Tensor,
+        z: Tensor,
+        b: Tensor,
+        a: Tensor,
+        heads: DeltaHeads,
+        states: tuple[Tensor, Tensor],
+        users: list[nn.Module],
+    ) -> ProductInput:
+        """Launch a gated delta net, see `delta`."""
+        out = self._activations(heads.value_heads * heads.value_dim, users)
+        given = delta_cuda.arguments(mixed, z, b, a, heads, states, self._counters, self._outputs(out))
+        self._launch(delta_cuda.variant(self._macros), (heads.value_heads, 1, 1), delta_cuda.THREADS, given)
         return out
 
     def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor:
@@ -305,7 +330,7 @@ def variants(device: Device) -> list[Variant]:
     found = list[Variant]()
     for fp16 in (False, True):
         macros = (("Q6K_FP16", int(fp16)), *_ONE_TOKEN)
-        found += [(STEP, GATE, macros), (CHOOSE_FILE, CHOOSE, macros[:2])]
+        found += [(STEP, GATE, macros), (CHOOSE_FILE, CHOOSE, macros[:2]), delta_cuda.variant(macros)]
         found += [_norm_variant(macros, 16 * NORM_THREADS * groups) for groups in NORM_GROUPS]
         found += [_attend_variant(macros, dim, _attend_warps(dim, device)) for dim in HEAD_DIMS]
     return found

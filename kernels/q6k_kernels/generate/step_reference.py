@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from q6k_kernels.generate import sampling
+from q6k_kernels.generate.delta import DeltaHeads, delta_net
 from q6k_kernels.models.architecture import Activation
 
 if TYPE_CHECKING:
@@ -60,10 +61,12 @@ class Heads:
         softcap: soft cap of the scores, or None.
         q_norm: norm of each query head with `weight` (dim,), or None.
         k_norm: norm of each key head with `weight` (dim,) and the epsilon of `q_norm`, or None.
-        cosines: cosines of rotary angles, float32 (positions, dim / 2).
-        sines: sines of rotary angles, float32 (positions, dim / 2).
+        cosines: cosines of rotary angles, float32 (positions, half the rotated values of a head): the first ones,
+            all of them or fewer.
+        sines: sines of rotary angles, as `cosines`.
         values_normed: whether each value head has a norm, without weights and with the epsilon of `q_norm`.
         growth: further factors of the scores by the position of the query, float32 (positions,), or None.
+        gated: whether each query is followed by a gate, whose logistic function multiplies the head's output.
     """
 
     count: int
@@ -77,6 +80,7 @@ class Heads:
     sines: Tensor
     values_normed: bool = False
     growth: Tensor | None = None
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class TokenChoice:
 class TorchOperations:
     """The operations of a step in plain torch."""
 
-    def supports(self, hidden: int, between: int, heads: Heads) -> str:
+    def supports(self, hidden: int, between: int, heads: Heads | DeltaHeads) -> str:
         """Return why the operations do not support a model's sizes; "" if they do.
 
         Args:
@@ -127,8 +131,8 @@ class TorchOperations:
         del hidden, between, heads
         return ""
 
-    def reserve(self, heads: Heads) -> None:
-        """Allocate the memory that `attend` needs: none."""
+    def reserve(self, heads: Heads | DeltaHeads) -> None:
+        """Allocate the memory that `attend` or `delta` needs: none."""
 
     def add_norm(
         self,
@@ -181,7 +185,7 @@ class TorchOperations:
         """Write a token's key and value to the cache, and attend to the cache.
 
         Args:
-            q: queries before norms and rotation, (1, count * dim).
+            q: queries before norms and rotation, (1, count * dim), or with gates (1, count * 2 * dim).
             k: keys before norms and rotation, (1, key heads * dim); None if an earlier layer wrote them.
             v: values before norms, (1, key heads * dim); None if an earlier layer wrote them.
             heads: the heads of the layer.
@@ -193,7 +197,8 @@ class TorchOperations:
             (1, count * dim).
         """
         del users
-        queries = _rotated(_normed(q.view(heads.count, heads.dim), heads.q_norm), heads, position)
+        queries, *gate = q.view(heads.count, -1, heads.dim).unbind(1)
+        queries = _rotated(_normed(queries, heads.q_norm), heads, position)
         slots = cached.keys.shape[-2]
         if k is not None and v is not None:
             slot = position % slots
@@ -212,7 +217,22 @@ class TorchOperations:
         if heads.softcap is not None:
             scores = heads.softcap * torch.tanh(scores / heads.softcap)
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        return _plain((weights @ cached.values[0].float()).to(q.dtype).view(1, -1))
+        out = (weights @ cached.values[0].float()).to(q.dtype).view(heads.count, heads.dim)
+        return _plain((out * gate[0].sigmoid() if heads.gated else out).view(1, -1))
+
+    def delta(
+        self,
+        mixed: Tensor,
+        z: Tensor,
+        b: Tensor,
+        a: Tensor,
+        heads: DeltaHeads,
+        states: tuple[Tensor, Tensor],
+        users: list[nn.Module],
+    ) -> ProductInput:
+        """Compute a gated delta net, see `delta.delta_net`; the products of `users` read the result."""
+        del users
+        return _plain(delta_net(mixed, z, b, a, heads, states))
 
     def choose(self, logits: Tensor, softcap: float | None, choice: TokenChoice) -> None:
         """Choose the next token, see `sampling`, and write it to the tensors of `choice`.
@@ -250,7 +270,9 @@ def _normed(vectors: Tensor, norm: Norm | None) -> Tensor:
 
 
 def _rotated(vectors: Tensor, heads: Heads, position: Tensor) -> Tensor:
-    """Rotate the halves of each head, (heads, dim), by the angles of a position, int64 (1,)."""
+    """Rotate the halves of what rotates of each head, (heads, dim), by the angles of a position, int64 (1,)."""
     cosines, sines = (table[position].repeat(1, 2) for table in (heads.cosines, heads.sines))
-    one, other = vectors.float().chunk(2, dim=-1)
-    return (vectors.float() * cosines + torch.cat([-other, one], dim=-1) * sines).to(vectors.dtype)
+    turning, fixed = vectors.tensor_split([cosines.shape[-1]], dim=-1)
+    one, other = turning.float().chunk(2, dim=-1)
+    turned = turning.float() * cosines + torch.cat([-other, one], dim=-1) * sines
+    return torch.cat([turned.to(vectors.dtype), fixed], dim=-1)

@@ -23,6 +23,7 @@ FOUNDATIONS = {
     "quantize_rows.cuh": ("quantize.cuh",),
     "step.cuh": ("quantize.cuh",),
     "attend.cuh": ("quantize.cuh", "heads.cuh"),
+    "delta.cuh": ("quantize.cuh",),
     "gemm_wgmma.cuh": ("tile.cuh", "halves.cuh", "wgmma.cuh"),
     "gemm_mma.cuh": ("tile.cuh", "halves.cuh"),
     "rows.cuh": ("tile.cuh",),
