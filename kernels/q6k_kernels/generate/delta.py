@@ -71,7 +71,7 @@ def delta_net(
     convolved = (inputs[0].float() * heads.convolution).sum(-1).to(dtype)
     activated = silu(convolved).float()
     keys = heads.key_heads * heads.key_dim
-    q, k, v = activated.split([keys, keys, heads.value_heads * heads.value_dim])
+    q, k, v = torch.split(activated, [keys, keys, heads.value_heads * heads.value_dim])
     sharing = heads.value_heads // heads.key_heads
     q, k = (_unit(each.view(heads.key_heads, -1)).repeat_interleave(sharing, dim=0) for each in (q, k))
     v = v.view(heads.value_heads, -1)
@@ -86,7 +86,8 @@ def delta_net(
     out = (heads.norm.to(dtype) * out).float() * silu(z.view(heads.value_heads, -1).float())
     if heads.tiled:
         out = out.view(heads.key_heads, sharing, -1).transpose(0, 1)
-    return out.to(dtype).reshape(1, -1)
+    y: Tensor = out.to(dtype).reshape(1, -1)
+    return y
 
 
 def _unit(vectors: Tensor) -> Tensor:

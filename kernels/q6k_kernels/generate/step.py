@@ -22,8 +22,7 @@ from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.step_reference import Cached, Heads, Norm, ProductInput, TokenChoice, capped
 from q6k_kernels.models.architecture import LINEAR, SLIDING, Activation, attached
-from q6k_kernels.models.filling import ReorderedInput
-from q6k_kernels.models.fusing import GATE_UP, IN_PROJ, QK, QKV, Group, Stacks
+from q6k_kernels.models.fusing import GATE_UP, IN_PROJ, QK, QKV, Group, ReorderedInput, Stacks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -131,7 +131,7 @@ class Filler:
         weight = self._packed(f"{name}.weight")
         linear = PackedLinear.from_weight(weight, bias, self.activations)
         inputs = self._inputs(f"{name}.weight", weight.k)
-        self.model.set_submodule(name, linear if inputs is None else ReorderedInput(linear, inputs))
+        self.model.set_submodule(name, linear if inputs is None else fusing.ReorderedInput(linear, inputs))
 
     def _inputs(self, parameter: str, columns: int) -> Tensor | None:
         """Return transformers' input for each input that the file has; None if their order is the same."""
@@ -246,24 +246,3 @@ class ScaledEmbedding(PackedEmbedding):
     def forward(self, indices: Tensor) -> Tensor:
         """Return the rows of indices of any shape, (..., K) in `dtype`."""
         return super().forward(indices) * self.scale
-
-
-class ReorderedInput(nn.Module):
-    """A packed layer whose file has its inputs in another order.
-
-    Args:
-        linear: the layer.
-        inputs: the input that each of its inputs is, int64 (K,).
-    """
-
-    inputs: Tensor
-
-    def __init__(self, linear: PackedLinear, inputs: Tensor) -> None:
-        super().__init__()
-        self.linear = linear
-        self.register_buffer("inputs", inputs, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the product, (..., K) -> (..., N)."""
-        y: Tensor = self.linear(x.index_select(-1, self.inputs))
-        return y

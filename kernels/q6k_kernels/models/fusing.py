@@ -9,6 +9,8 @@ projections the module has `Part`s, each of which returns a view of its columns 
 
     attention(x)  ->  y = qkv_proj(x) and attention(y), in which q_proj(y) = y[..., :q], k_proj(y) = y[..., q:q+k]
 
+A file may have a layer's inputs in another order than transformers (`ReorderedInput`).
+
 Nothing is kept between calls and nothing depends on data, so modules can be compiled and captured in CUDA graphs.
 """
 
@@ -87,6 +89,27 @@ class Part(nn.Module):
     def extra_repr(self) -> str:
         """Return the columns, for the module's printed form."""
         return f"{self.begin}:{self.end}"
+
+
+class ReorderedInput(nn.Module):
+    """A packed layer whose file has its inputs in another order.
+
+    Args:
+        linear: the layer.
+        inputs: the input that each of its inputs is, int64 (K,).
+    """
+
+    inputs: Tensor
+
+    def __init__(self, linear: PackedLinear, inputs: Tensor) -> None:
+        super().__init__()
+        self.linear = linear
+        self.register_buffer("inputs", inputs, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the product, (..., K) -> (..., N)."""
+        y: Tensor = self.linear(x.index_select(-1, self.inputs))
+        return y
 
 
 def groups(model: nn.Module) -> Iterator[tuple[str, nn.Module, Group]]:

@@ -1,7 +1,7 @@
 """How a file stores tensors, where it differs from transformers' parameters: order of rows and inputs, and values.
 
 Rows move in packed form, so no value changes. Inputs cannot, as weights of a group share a scale: there the
-activations move (`filling.ReorderedInput`). Functions are module-level ones, as models are pickled.
+activations move (`fusing.ReorderedInput`). Functions are module-level ones, as models are pickled.
 """
 
 from __future__ import annotations
