@@ -17,7 +17,7 @@ from families import ANSWER, FAMILIES, WINDOW, expected, prompt, tiny
 from model_cases import MODELS, largest_difference
 from q6k_kernels import PackedLinear, load_model
 from q6k_kernels.errors import UnsupportedModelError
-from q6k_kernels.generate import step as stepping
+from q6k_kernels.generate import step_layers as stepping
 from q6k_kernels.generate.generator import Generator
 from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.sampling import gumbel_noise

@@ -1,0 +1,196 @@
+"""The layers of a decoding step, from transformers' modules: their norms, projections and heads.
+
+Each is what a module computes, with the choices of the model's architecture (`models.architecture`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from q6k_kernels.generate.delta import DeltaHeads
+from q6k_kernels.generate.kv_cache import KeyValueCache
+from q6k_kernels.generate.step_reference import Heads, Norm
+from q6k_kernels.models.architecture import LINEAR, Architecture
+from q6k_kernels.models.fusing import GATE_UP, IN_PROJ, QK, QKV, Group, ReorderedInput, Stacks
+
+Q = Group("q_proj", ("q_proj",))
+"""The projection of a layer that uses the keys and values of an earlier one."""
+ANGLES_AT_ONCE = 8192
+"""Positions whose angles are computed at once."""
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Projections that share their input: modules for one or more of them, and the columns of each."""
+
+    modules: list[nn.Module]
+    widths: list[int]
+
+
+@dataclass(frozen=True)
+class ByToken:
+    """The end of a layer that has an embedding of its own for each token: a gate of it, and its projection."""
+
+    gate: nn.Module
+    output: nn.Module
+    after: Norm
+
+
+@dataclass(frozen=True)
+class StepLayer:
+    """A layer: what mixes a token with those before it, and the feed-forward network.
+
+    Attributes:
+        norm: norm before the mixing.
+        inputs: projections of what is mixed.
+        heads: attention's heads, or those of a gated delta net.
+        output: projection of what was mixed.
+        after_attention: norm after it, or None.
+        norm_between: norm before the network.
+        gate_up: projections of the network's gate and of what it gates.
+        between: width between those and `down`.
+        down: projection of the gated.
+        after: norm after the network, or None.
+        by_token: the end of a layer with embeddings of its own, or None.
+        scale: factor of the layer's result.
+    """
+
+    norm: Norm
+    inputs: Projections
+    heads: Heads | DeltaHeads
+    output: nn.Module
+    after_attention: Norm | None
+    norm_between: Norm
+    gate_up: Projections
+    between: int
+    down: nn.Module
+    after: Norm | None
+    by_token: ByToken | None
+    scale: float
+
+
+class Layers:
+    """Makes the layers of one model.
+
+    Args:
+        architecture: the model's architecture.
+        config: its configuration.
+        inner: transformers' model without its head.
+        cache: the model's cache.
+    """
+
+    def __init__(self, architecture: Architecture, config: Any, inner: Any, cache: KeyValueCache) -> None:
+        self._architecture, self._config, self._epsilon = architecture, config, float(config.rms_norm_eps)
+        self._growth = _growth(architecture.growth_of_queries(config), cache)
+        self._angles = {
+            kind: _angles(inner.rotary_emb, (kind,) if architecture.angles_by_kind else (), cache)
+            for kind in set(cache.kinds) - {LINEAR}
+        }
+
+    def layer(self, layer: Any, kind: str) -> StepLayer:
+        """Return a layer of transformers of a kind."""
+        config, angles = self._config, self._angles.get(kind)
+        network, after = layer.mlp, self._architecture.norms_after
+        inputs, heads, output = (
+            _delta_net(layer.linear_attn) if angles is None else self._attention(layer.self_attn, angles)
+        )
+        # In transformers' Llama the norm before the feed-forward network is named `post_attention_layernorm`.
+        between = layer.pre_feedforward_layernorm if after else layer.post_attention_layernorm
+        between_gate_and_down = network.down_proj.in_features
+        return StepLayer(
+            norm=self.norm(layer.input_layernorm),
+            inputs=inputs,
+            heads=heads,
+            output=output,
+            after_attention=self.norm(layer.post_attention_layernorm) if after else None,
+            norm_between=self.norm(between),
+            gate_up=_projections(network, GATE_UP, [between_gate_and_down] * 2),
+            between=between_gate_and_down,
+            down=network.down_proj,
+            after=self.norm(layer.post_feedforward_layernorm) if after else None,
+            by_token=self._by_token(layer) if getattr(config, "hidden_size_per_layer_input", 0) else None,
+            scale=float(layer.layer_scalar) if self._architecture.scaled_layers else 1.0,
+        )
+
+    def _attention(self, attention: Any, angles: tuple[Tensor, Tensor]) -> tuple[Projections, Heads, nn.Module]:
+        config, head_norms = self._config, self._architecture.head_norms
+        gated = self._architecture.gated_attention
+        dim, count = attention.head_dim, config.num_attention_heads
+        key_heads = count // attention.num_key_value_groups
+        has_keys = hasattr(attention, "k_proj")
+        group = QKV if getattr(attention, "v_proj", None) is not None else QK if has_keys else Q
+        if self._architecture.unrotated_layers and not attention.use_rope:
+            angles = torch.ones_like(angles[0]), torch.zeros_like(angles[1])
+        heads = Heads(
+            count=count,
+            key_heads=key_heads,
+            dim=dim,
+            scale=attention.scaling,
+            softcap=self._architecture.softcap_of_scores(config),
+            q_norm=self.norm(attention.q_norm) if head_norms else None,
+            k_norm=self.norm(attention.k_norm) if head_norms and has_keys else None,
+            cosines=angles[0],
+            sines=angles[1],
+            values_normed=self._architecture.value_norms,
+            growth=self._growth,
+            gated=gated,
+        )
+        widths = [count * dim * (1 + gated), key_heads * dim, key_heads * dim][: len(group.parts)]
+        return _projections(attention, group, widths), heads, attention.o_proj
+
+    def _by_token(self, layer: Any) -> ByToken:
+        after = self.norm(layer.post_per_layer_input_norm)
+        return ByToken(layer.per_layer_input_gate, layer.per_layer_projection, after)
+
+    def norm(self, module: Any, factor: float = 1.0) -> Norm:
+        """Return a norm of transformers, its weights multiplied by a factor."""
+        weight = (module.weight.detach().float() + self._architecture.norm_offset) * factor
+        return Norm(weight.contiguous(), self._epsilon)
+
+
+def _delta_net(net: Any) -> tuple[Projections, DeltaHeads, nn.Module]:
+    heads = DeltaHeads(
+        key_heads=net.num_k_heads,
+        value_heads=net.num_v_heads,
+        key_dim=net.head_k_dim,
+        value_dim=net.head_v_dim,
+        convolution=net.conv1d.weight.detach().squeeze(1).float().contiguous(),
+        decays=-net.A_log.detach().float().exp(),
+        biases=net.dt_bias.detach().float().contiguous(),
+        norm=net.norm.weight.detach().float().contiguous(),
+        epsilon=float(net.norm.variance_epsilon),
+        tiled=isinstance(net.out_proj, ReorderedInput),
+    )
+    widths = [net.conv_dim, net.value_dim, net.num_v_heads, net.num_v_heads]
+    return _projections(net, IN_PROJ, widths), heads, net.out_proj.linear if heads.tiled else net.out_proj
+
+
+def _projections(module: Any, group: Group, widths: list[int]) -> Projections:
+    joined = getattr(module, group.name, None)
+    if joined is None:
+        return Projections([getattr(module, part) for part in group.parts], widths)
+    return Projections(list(joined.layers) if isinstance(joined, Stacks) else [joined], widths)
+
+
+def _angles(rotary: Any, kind: tuple[str, ...], cache: KeyValueCache) -> tuple[Tensor, Tensor]:
+    """Compute the cosines and sines of the rotary angles of all positions, float32 (slots, dim / 2)."""
+    tables: tuple[list[Tensor], list[Tensor]] = [], []
+    dtype_of = torch.empty(0, device=cache.device)
+    for begin in range(0, cache.slots, ANGLES_AT_ONCE):
+        positions = torch.arange(begin, min(begin + ANGLES_AT_ONCE, cache.slots), device=cache.device)
+        for table, both in zip(tables, rotary(dtype_of, positions[None], *kind), strict=True):
+            table.append(both[0, :, : both.shape[-1] // 2])
+    cosines, sines = (torch.cat(table).contiguous() for table in tables)
+    return cosines, sines
+
+
+def _growth(formula: tuple[float, int] | None, cache: KeyValueCache) -> Tensor | None:
+    """Compute the factors of queries of all positions, float32 (slots,); see `Architecture.growth_of_queries`."""
+    if formula is None:
+        return None
+    factor, positions = formula
+    return 1 + factor * torch.log1p(torch.arange(cache.slots, device=cache.device) // positions)
