@@ -25,7 +25,7 @@ from tokenizer_files import (
 ENDS = [
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
-    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "[e~[",
 ]  # fmt: skip
 
 
@@ -73,6 +73,35 @@ def test_what_separates_parts_of_an_answer_does_not_end_it(tmp_path: Path) -> No
         keys["ggml.eos_token_id"] = 258
         keys = with_tokens(keys, CONTROL, *beside, *([text] if text not in keys["ggml.tokens"] else []))
         assert keys["ggml.tokens"].index(text) not in loaded(tmp_path, keys).stop_ids
+
+
+def test_parts_of_an_answer_are_shown_and_no_text_becomes_one(tmp_path: Path) -> None:
+    parts = ["<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>"]
+    keys = with_tokens(sentencepiece(), CONTROL, *parts, "<|return|>", "<|call|>")
+    tokenizer = loaded(tmp_path, keys)
+    for text in parts:
+        own = keys["ggml.tokens"].index(text)
+        assert tokenizer.decode([own]) == text
+        assert own not in {*tokenizer.encode(text), *tokenizer.stop_ids}
+    assert tokenizer.decode([keys["ggml.tokens"].index("<|return|>")]) == ""
+
+
+def test_marks_around_a_gap_are_found_by_text_where_the_file_names_none(tmp_path: Path) -> None:
+    keys = with_tokens(
+        sentencepiece(), USER_DEFINED, "<fim_prefix>", "<|fim_suffix|>", "<fim_middle>", "<|file_sep|>"
+    )
+    first = keys["ggml.tokens"].index("<fim_prefix>")
+    tokenizer = loaded(tmp_path, keys)
+    assert not {first, first + 1, first + 2, first + 3} & {
+        *tokenizer.encode("<fim_prefix><fim_middle><|file_sep|>")
+    }
+    assert tokenizer.stop_ids == {2, 259, first + 3}
+    # One that the file names keeps its type, and the key of older files counts more.
+    for named in ({"ggml.fim_mid_token_id": first}, {"ggml.fim_mid_token_id": 1, "ggml.middle_token_id": first}):
+        tokenizer = loaded(tmp_path, keys | named)
+        assert first + 2 in tokenizer.encode("<fim_middle>")
+        assert tokenizer.vocabulary.names["fim_mid"] == first
+        assert first not in tokenizer.encode("<fim_prefix>")
 
 
 @pytest.mark.parametrize(("key", "default"), [("bos", 1), ("eos", 2), ("unknown", 0), ("padding", None)])

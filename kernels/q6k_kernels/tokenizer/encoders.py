@@ -104,7 +104,7 @@ def encoder_of_merges(
         vocab=vocabulary, merges=merges, ignore_merges=split.whole, byte_fallback=split.plain, **_cache(split)
     )
     backend = Tokenizer(model)
-    if split.spaces:
+    if split.plain:
         backend.normalizer = normalizers.Replace(" ", SPACE)
     steps: list[Any] = [pre_tokenizers.Split(Regex(step), "isolated") for step in split.steps]
     if not split.plain:

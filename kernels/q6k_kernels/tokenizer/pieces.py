@@ -18,6 +18,12 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTES = _byte_alphabet()
+_CHARACTERS = {byte: character for character, byte in _BYTES.items()}
+
+
+def byte_level_token(text: str) -> str:
+    """Return a text as byte-level vocabularies write it: a character for each byte."""
+    return "".join(_CHARACTERS[byte] for byte in text.encode())
 
 
 def byte_level_piece(token: str) -> bytes:
@@ -46,11 +52,6 @@ def byte_token(token: str) -> bytes | None:
 def token_of_byte(byte: int) -> str:
     """Return the token `<0xNN>` of a byte."""
     return f"<0x{byte:02X}>"
-
-
-def plain_piece(token: str) -> bytes:
-    """Return the bytes of a token that is plain text."""
-    return token.encode()
 
 
 def piece(token: str, kind: int, piece_of: Callable[[str], bytes]) -> bytes:

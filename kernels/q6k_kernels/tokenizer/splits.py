@@ -22,8 +22,8 @@ class Split:
         bos: whether every text begins with BOS where the file does not say.
         always_bos: whether it does so whatever the file says.
         default_bos: whether a file that names no BOS has that of its kind.
-        plain: whether tokens are plain text, and bytes without one are `<0xNN>`; else each byte is a character.
-        spaces: whether "▁" stands for a space in tokens.
+        plain: whether tokens are plain text, with "▁" for a space and `<0xNN>` for a byte; else each byte of a text
+            is a character.
     """
 
     steps: tuple[str, ...]
@@ -32,7 +32,6 @@ class Split:
     always_bos: bool = False
     default_bos: bool = True
     plain: bool = False
-    spaces: bool = False
 
 
 _SUFFIX = "'(?:[sS]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])"
@@ -68,8 +67,9 @@ _QWEN35 = _general(_one_of(_SUFFIX, _MARKED_WORD), _DIGIT, r" ?[^\s\p{L}\p{M}\p{
 _PATHS = rf"{_OTHER}[\r\n/]*"
 _TEKKEN = _general(_cased(_UPPER, _LOWER), _DIGIT, _PATHS)
 _GPT4O = _general(_cased(_UPPER, _LOWER, f"(?:{_SUFFIX})?"), _DIGITS, _PATHS)
+# Runs of spaces are cut, so the rest of a run is not searched for an end of a line again, which it cannot have.
 _JAIS2 = _one_of(
-    _SUFFIX, _WORD, _DIGITS, rf"{_OTHER}[\r\n]*", _LINES,
+    _SUFFIX, _WORD, _DIGITS, rf"{_OTHER}[\r\n]*", rf"(?<![^\S\r\n]){_LINES}",
     *(rf"\s{{{count}}}(?!\S)" for count in ("512", "256", "128", "64", "32", "16", "8", "4", "1,2")), r"\s",
 )  # fmt: skip
 _EXAONE_MOE = _general(
@@ -180,9 +180,8 @@ _ROWS: tuple[tuple[str, Split], ...] = (
     ("poro-chat bloom gpt3-finnish", Split((_NO_STOPS,))),
     ("viking", Split((_NO_STOPS, _DIGIT))),
     ("chameleon", Split(_CHAMELEON, bos=True)),
-    ("gemma4 granite-embed-multi-311m", Split((_RUNS_OF_LINES,), always_bos=True, plain=True, spaces=True)),
-    ("sarvam-moe", Split((_RUNS_OF_LINES,), plain=True, spaces=True)),
-    ("whitespace", Split((r"\S+",), plain=True)),
+    ("gemma4 granite-embed-multi-311m", Split((_RUNS_OF_LINES,), always_bos=True, plain=True)),
+    ("sarvam-moe", Split((_RUNS_OF_LINES,), plain=True)),
 )
 
 
@@ -190,7 +189,12 @@ def _by_name(rows: Iterable[tuple[str, Split]]) -> dict[str, Split]:
     return {name: split for names, split in rows for name in names.split()}
 
 
-SENTENCEPIECE = Split((), bos=True, plain=True, spaces=True)
+SENTENCEPIECE = Split((), bos=True, plain=True)
 """Texts are not split, and spaces are "▁": vocabularies with scores."""
 SPLITS: Mapping[str, Split] = _by_name(_ROWS)
 """`tokenizer.ggml.pre` -> its rule."""
+
+UNSUPPORTED_SPLITS: Mapping[str, str] = {
+    "whitespace": "words between spaces, of models that embed texts and write none",
+}
+"""`tokenizer.ggml.pre` -> what it is, and why it is not read."""

@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer
 from q6k_kernels.bundle.metadata import Metadata
 from q6k_kernels.tokenizer.encoders import MAX_MERGES, encoder_of_merges, encoder_of_scores
 from q6k_kernels.tokenizer.kinds import KINDS, UNSUPPORTED, Kind
-from q6k_kernels.tokenizer.pieces import byte_level_piece, piece, plain_piece, sentencepiece_piece
+from q6k_kernels.tokenizer.pieces import byte_level_piece, piece, sentencepiece_piece
 from q6k_kernels.tokenizer.special import (
     CONTROL,
     NEVER_TEXT,
@@ -34,7 +34,7 @@ from q6k_kernels.tokenizer.special import (
     stop_ids,
     swallowing,
 )
-from q6k_kernels.tokenizer.splits import SPLITS, Split
+from q6k_kernels.tokenizer.splits import SPLITS, UNSUPPORTED_SPLITS, Split
 from q6k_kernels.tokenizer.tokenizer_error import GIVE_A_DIRECTORY, TokenizerError, vocabulary_error
 
 MAX_TEXT = 1 << 22
@@ -168,7 +168,7 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
     add_bos = _add_bos(metadata, split)
     if add_bos and "bos" not in names:
         raise vocabulary_error(metadata, "bos_token_id", "missing, but every text is to have BOS")
-    piece_of = sentencepiece_piece if split.spaces else plain_piece if split.plain else byte_level_piece
+    piece_of = sentencepiece_piece if split.plain else byte_level_piece
     visible = shown(ids)
     pieces = [
         token.encode() if i in visible else piece(token, types[i], piece_of) for i, token in enumerate(tokens)
@@ -203,10 +203,9 @@ def _split(metadata: Metadata, kind: Kind, notes: list[str]) -> Split:
         notes.append("tokenizer.ggml.pre is missing: 'default' is taken, as by llama.cpp; answers may be worse")
         name = "default"
     if name not in SPLITS:
-        raise TokenizerError(
-            f"{metadata.path}: tokenizer.ggml.pre is {name[:80]!r}, none of the {len(SPLITS)} names that are known",
-            GIVE_A_DIRECTORY,
-        )
+        reason = UNSUPPORTED_SPLITS.get(name)
+        why = f"which is not supported ({reason})" if reason else f"none of the {len(SPLITS)} names that are known"
+        raise TokenizerError(f"{metadata.path}: tokenizer.ggml.pre is {name[:80]!r}, {why}", GIVE_A_DIRECTORY)
     return SPLITS[name]
 
 
