@@ -23,14 +23,15 @@ from numpy.typing import NDArray
 
 from golden_cases import CASES, Case, prompt, write
 from golden_dense import DENSE
+from golden_gemma4 import GEMMA4
 
-ALL = CASES | DENSE
+ALL = CASES | DENSE | GEMMA4
 OUT = Path(__file__).parents[2] / "tests" / "models" / "golden"
 BATCH = 16
 """Most tokens of a prompt at once: shorter than the prompts, so that each goes through the cache."""
 DIGITS = 6
 F32, NO_FLASH_ATTENTION, ERROR = 0, 0, 4
-CLEAR = 20.0
+CLEAR = 10.0
 """How many tolerances apart the two likeliest tokens must be at least, so that rounding cannot swap them."""
 
 LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)

@@ -60,6 +60,10 @@ KEYS_THAT_MATTER: list[tuple[str, str, Any]] = [
     ("gemma3", "rope.scaling.factor", 4.0),
     ("gemma3", "rope.freq_base", 1e6),
     ("gemma3, untied, capped", "rope.freq_base_swa", 10000.0),
+    ("gemma4", "attention.sliding_window", 16),
+    ("gemma4", "rope.freq_base", 1e6),
+    ("gemma4", "rope.freq_base_swa", 1e5),
+    ("gemma4", "final_logit_softcapping", 4.0),
     ("gemma3, untied, capped", "attention.scale", 0.125),
     ("gemma3, untied, capped", "attention.sliding_window_pattern", 1),
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiny_gemma4 import GEMMA4
+from tiny_gemma4 import GEMMA4, GEMMA4_EXPERTS, GEMMA4_SHARED
 from tiny_models import F32, Tiny, llama3_factors
 from tiny_qwen35 import QWEN35
 
@@ -208,6 +208,9 @@ MODELS = {
         },
     ),
     "gemma4": GEMMA4,
+    "gemma4, experts": GEMMA4_EXPERTS,
+    "gemma4, experts, gate and up apart": replace(GEMMA4_EXPERTS, apart=True),
+    "gemma4, shared keys": GEMMA4_SHARED,
     "gemma4, untied, values of their own": replace(
         GEMMA4,
         config=GEMMA4.config

@@ -88,6 +88,8 @@ class Step:
             raise _unsupported(f"layers of {architecture.name}")
         config: Any = model.config
         self._architecture, self._cache, self._operations = architecture, cache, operations
+        if getattr(config, "enable_moe_block", False):
+            raise _unsupported("mixtures of experts")
         inner: Any = model.model
         self._inner = inner
         make = Layers(architecture, config, inner, cache)

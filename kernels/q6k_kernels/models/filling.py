@@ -16,7 +16,7 @@ from q6k_kernels.cuda import device as launching
 from q6k_kernels.errors import WeightsError
 from q6k_kernels.formats.checks import Activations
 from q6k_kernels.formats.tiles import order_rows
-from q6k_kernels.models import fusing
+from q6k_kernels.models import fusing, mixtures
 from q6k_kernels.models.architecture import FREQUENCY_FACTORS, Architecture, gguf_names
 from q6k_kernels.models.matching import EXPORT_AGAIN, HEAD, divides, has_factors, own_parameters
 from q6k_kernels.weights.layers import PackedEmbedding, PackedLinear
@@ -60,7 +60,7 @@ class Filler:
         self.is_tied: bool = self.config.tie_word_embeddings
         self.shapes = own_parameters(model)
         self.names = gguf_names(architecture, list(self.shapes), self.config.num_hidden_layers)
-        self.unread = set(self.names.values())
+        self.unread = {part for name in self.names.values() for part in mixtures.stored_parts(name, bundle)}
         if has_factors(bundle, architecture):
             self.unread.add(FREQUENCY_FACTORS)
 
@@ -82,6 +82,8 @@ class Filler:
                 self._embedding(name, module)
             elif isinstance(module, nn.Linear) and not (self.is_tied and name == HEAD):
                 self._linear(name, module)
+            elif mixtures.is_mixture(module):
+                self._experts(name, module)
             elif name != HEAD:
                 self._parameters(name, module)
         if self.is_tied:
@@ -138,6 +140,12 @@ class Filler:
         order = self.architecture.difference(self.names[parameter]).inputs
         inputs = None if order is None else order(self.config, columns)
         return None if inputs is None else inputs.to(self.device)
+
+    def _experts(self, name: str, module: nn.Module) -> None:
+        gate_up, down = (self.names[f"{name}.{part}"] for part in (mixtures.GATE_UP, mixtures.DOWN))
+        parts = mixtures.stored_parts(gate_up, self.bundle)
+        own = (self.architecture.activation, self.activations, self.dtype)
+        self.model.set_submodule(name, mixtures.filled(module, self._load, parts, down, *own))
 
     def _embedding(self, name: str, module: nn.Embedding) -> None:
         scale = float(cast("Any", module).scalar_embed_scale) if self.architecture.scaled_embedding else None

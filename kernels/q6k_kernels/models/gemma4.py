@@ -12,6 +12,8 @@ from __future__ import annotations
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.models.architecture import FREQUENCY_FACTORS, FULL, SLIDING, Architecture, Values
 from q6k_kernels.models.hyperparameters import (
+    EXPERTS,
+    EXPERTS_USED,
     LOGIT_CAP,
     ONLY_FUNCTIONS,
     ROTARY,
@@ -23,6 +25,7 @@ from q6k_kernels.models.hyperparameters import (
     rope,
 )
 from q6k_kernels.models.sizes import common_sizes, matrix
+from q6k_kernels.models.stored import Stored
 
 _PER_LAYER = "embedding_length_per_layer_input"
 _SUFFIXES = {SLIDING: "_swa", FULL: ""}
@@ -51,6 +54,7 @@ def _sizes(keys: Keys, shapes: Shapes) -> Values:
     return {
         **values,
         **_networks(keys, shapes, len(own)),
+        **_mixture(keys, shapes),
         "layer_types": kinds,
         "num_kv_shared_layers": shared,
     }
@@ -89,6 +93,20 @@ def _networks(keys: Keys, shapes: Shapes, own: int) -> Values:
     return {"intermediate_size": widths[0], "use_double_wide_mlp": wide}
 
 
+def _mixture(keys: Keys, shapes: Shapes) -> Values:
+    """Return the sizes of the mixture of experts that stands beside each network, if there is one."""
+    experts = keys.integer(EXPERTS, 0, 1 << 16, 0)
+    if not experts:
+        return {"enable_moe_block": False}
+    keys.expect(EXPERTS, experts, matrix(keys, shapes, "blk.0.ffn_gate_inp.weight")[0], "rows of ffn_gate_inp")
+    return {
+        "enable_moe_block": True,
+        "num_experts": experts,
+        "top_k_experts": keys.integer(EXPERTS_USED, 1, experts),
+        "moe_intermediate_size": keys.integer("expert_feed_forward_length", 1, 1 << 24),
+    }
+
+
 def _gemma4(keys: Keys, shapes: Shapes, values: Values) -> tuple[str, Values]:
     if FREQUENCY_FACTORS not in shapes:
         raise keys.wrong(ROTARY, f"a part of each head rotates, and no tensor {FREQUENCY_FACTORS} says which")
@@ -114,8 +132,18 @@ ROWS = (
     Architecture(
         "gemma4",
         _gemma4,
-        used=frozenset({WINDOW, LOGIT_CAP, SHARED_LAYERS}),
-        renamed={"layer_scalar": "layer_scalar.weight"},
+        used=frozenset({WINDOW, LOGIT_CAP, SHARED_LAYERS, EXPERTS, EXPERTS_USED}),
+        renamed={
+            "layer_scalar": "layer_scalar.weight",
+            "router.scale": "router.proj.scale",
+            "router.per_expert_scale": "experts.down_proj.scale",
+            "experts.gate_up_proj": "experts.gate_up_proj.weight",
+            "experts.down_proj": "experts.down_proj.weight",
+        },
+        stored={
+            "per_layer_token_embd.weight": Stored(layered=1),
+            "per_layer_model_proj.weight": Stored(layered=0),
+        },
         sizes=_sizes,
         frequency_factors=True,
         factors_of=FULL,

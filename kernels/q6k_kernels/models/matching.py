@@ -7,7 +7,7 @@ names thousands of layers and lacks their tensors is refused before they are bui
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from q6k_kernels.bundle.manifest import StoredTensor
@@ -23,6 +23,7 @@ from q6k_kernels.models.architecture import (
     is_beside,
     sampled_layers,
 )
+from q6k_kernels.models.mixtures import stored_parts
 from q6k_kernels.text import listing
 from q6k_kernels.weights.reader import Bundle
 
@@ -85,6 +86,7 @@ def check_tensors(
     if has_factors(bundle, architecture):
         wanted[FREQUENCY_FACTORS] = _frequencies(architecture, sample)
     tensors = {tensor.name: tensor for tensor in bundle.manifest.tensors}
+    wanted = _as_stored(wanted, tensors)
     if missing := [name for name in wanted if name not in tensors]:
         raise WeightsError(f"{bundle.path} lacks {_named(missing)}", _ANOTHER_FILE)
     for name, shape in wanted.items():
@@ -127,8 +129,20 @@ def _wanted(
         if layer is not None:
             kind, of_layer = sampled[int(layer[1])], name[layer.end() :]
             every = [f"blk.{index}.{of_layer}" for index, each in enumerate(kinds) if each == kind]
-        wanted |= dict.fromkeys(every, architecture.difference(name).shape(shapes[parameter]))
+        stored = architecture.difference(name)
+        whole = stored.of_model(shapes[parameter], len(sampled), len(kinds))
+        wanted |= dict.fromkeys(every, stored.shape(whole))
     return wanted
+
+
+def _as_stored(wanted: dict[str, tuple[int, ...]], present: Container[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that a file has for those of a model, by name."""
+    found = dict[str, tuple[int, ...]]()
+    for name, shape in wanted.items():
+        parts = stored_parts(name, present)
+        own = shape if parts == [name] else (shape[0], shape[1] // len(parts), *shape[2:])
+        found |= dict.fromkeys(parts, own)
+    return found
 
 
 def _named(names: Iterable[str]) -> str:
