@@ -178,7 +178,7 @@ def test_sums_and_norms(dtype: torch.dtype, with_after: bool) -> None:
     torch.testing.assert_close(total.double(), hidden.double() + added, rtol=rounding, atol=rounding)
     assert x.halves is not None
     torch.testing.assert_close(x.halves.double(), normed(total, norm), rtol=rounding, atol=rounding)
-    scaled, x = TorchOperations().add_norm(hidden, delta, after if with_after else None, None, [], 0.5)
+    scaled, x = TorchOperations().add_norm(hidden, delta, after if with_after else None, None, [], scale=0.5)
     assert torch.equal(scaled, total * 0.5)
     assert x.halves is scaled
     total, _ = TorchOperations().add_norm(hidden, None, None, norm, [])

@@ -85,7 +85,7 @@ def test_sums_and_norms(dtype: torch.dtype, k: int, with_delta: bool, with_after
 def test_scaled_sums(k: int, normed: bool) -> None:
     hidden, delta = (random(1, k, dtype=torch.bfloat16, seed=each) for each in (0, 1))
     (total, found), (expected_total, expected) = (
-        each.add_norm(hidden, delta, norm(k, 2), norm(k, 3) if normed else None, users(k), 0.75)
+        each.add_norm(hidden, delta, norm(k, 2), norm(k, 3) if normed else None, users(k), scale=0.75)
         for each in (kernels(torch.bfloat16), TorchOperations())
     )
     assert_close(total, expected_total)
