@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from cpp_library import DECODE, H200, MMA, PRODUCTS, WGMMA, Functions, Product
+from cpp_library import DECODE, H200, MMA, PRODUCTS, WGMMA, Functions, Product, named_cubin
 from fake_cuda import FakeCuda
 from q6k_kernels.cpp import variants
 from q6k_kernels.cuda import decode, decode_plan, expand, gemm_mma, gemm_wgmma
@@ -156,12 +156,8 @@ def asked(fake: FakeCuda) -> list[str]:
 @pytest.fixture(autouse=True)
 def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make Python compile nothing: the recording driver needs only a kernel's name."""
-    monkeypatch.setattr(loader, "compiled", lambda *_: Compiled(named_cubin(), ""))
-
-
-def named_cubin() -> bytes:
     kernels = (decode.KERNEL, decode.QUANTIZE, gemm_wgmma.KERNEL, gemm_mma.KERNEL, gemm_mma.REDUCE)
-    return b"\x7fELF" + b"".join(b".text.%s\0" % name.encode() for name in kernels).ljust(4096, b"\0")
+    monkeypatch.setattr(loader, "compiled", lambda *_: Compiled(named_cubin(kernels), ""))
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
