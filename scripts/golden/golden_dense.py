@@ -21,6 +21,12 @@ _YARN = {
     "rope.scaling.factor": 16.0,
     "rope.scaling.original_context_length": 16,
 }
+_GLM = {name: letters for name, letters in (ATTENTION | NETWORK | NORMS_AFTER).items() if name != "ffn_gate"}
+_GLM |= {"ffn_up": "uh"}
+_NO_NORM = {name: letters for name, letters in NETWORK.items() if name != "ffn_norm"}
+_RMS = "attention.layer_norm_rms_epsilon"
+_LAYER_NORM = {name: value for name, value in _SQUARE_KEYS.items() if name != _RMS}
+_LAYER_NORM |= {"attention.layer_norm_epsilon": 1e-5}
 _FOUR_LAYERS = {"block_count": 4}
 
 
@@ -29,7 +35,38 @@ def _biases(layers: int, rows: dict[str, int]) -> Shapes:
     return {f"blk.{layer}.{name}.bias": (size,) for layer in range(layers) for name, size in rows.items()}
 
 
+_JOINED = {"attn_norm": "h", "attn_qkv": "jh", "attn_output": "hh"}
+_JOINED |= {"ffn_norm": "h", "ffn_up": "uh", "ffn_down": "hf"}
+_PHI = _SQUARE | {"j": 96, "u": 192}
+_NO_HEAD_SIZE = ("attention.key_length", "attention.value_length")
+_PHI_KEYS = {name: value for name, value in _SQUARE_KEYS.items() if name not in _NO_HEAD_SIZE}
+_PHI_SHORT, _PHI_LONG = [1.0, 1.1, 1.25, 1.5, 2.0, 3.0], [1.0, 1.5, 2.0, 4.0, 8.0, 16.0]
+
+
+def _phi4_mini(original: int, attention: float) -> Case:
+    """Return a model whose contexts are long, by llama.cpp, if they have room for more than `original` tokens."""
+    return Case(
+        "phi3",
+        _PHI_KEYS
+        | {
+            "rope.dimension_count": 12,
+            "rope.scaling.original_context_length": original,
+            "rope.scaling.attn_factor": attention,
+            "attention.sliding_window": 0,
+        },
+        uniform(3, _JOINED, _PHI) | {"rope_factors_short.weight": (6,), "rope_factors_long.weight": (6,)},
+        values={"rope_factors_short.weight": _PHI_SHORT, "rope_factors_long.weight": _PHI_LONG},
+    )
+
+
 DENSE: dict[str, Case] = {
+    "phi3": Case(
+        "phi3",
+        _PHI_KEYS | {"rope.dimension_count": 16},
+        uniform(3, _JOINED, _PHI) | shapes({"output": "vh"}, _PHI),
+    ),
+    "phi4-mini": _phi4_mini(original=256, attention=1.06),
+    "phi4-mini-long": _phi4_mini(original=32, attention=1.3),
     "mistral3": Case(
         "mistral3",
         _ODD_KEYS
@@ -95,6 +132,28 @@ DENSE: dict[str, Case] = {
         "qwen3vl",
         _ODD_KEYS | {"rope.freq_base": 5000000.0, "rope.dimension_sections": [4, 4, 4, 0], "n_deepstack_layers": 3},
         uniform(3, ATTENTION | NETWORK | HEAD_NORMS, _ODD) | _ODD_HEAD,
+    ),
+    "glm4": Case(
+        "glm4",
+        _SQUARE_KEYS | {"rope.dimension_count": 8},
+        uniform(3, _GLM, _PHI)
+        | _biases(3, {"attn_q": 64, "attn_k": 16, "attn_v": 16})
+        | shapes({"output": "vh"}, _PHI),
+    ),
+    "cohere2": Case(
+        "cohere2",
+        _LAYER_NORM
+        | _FOUR_LAYERS
+        | {
+            "rope.dimension_count": 16,
+            "rope.scaling.type": "none",
+            "attention.sliding_window": 8,
+            "logit_scale": 0.25,
+        },
+        uniform(4, ATTENTION | _NO_NORM, _SQUARE),
+    ),
+    "command-r": Case(
+        "command-r", _LAYER_NORM | {"logit_scale": 0.0625}, uniform(3, ATTENTION | _NO_NORM, _SQUARE)
     ),
     "arcee": Case(
         "arcee",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dense_cases import DENSE, GRANITE, OLMO3
+from dense_cases import COHERE2, DENSE, GRANITE, OLMO3, PHI4_MINI
 from model_cases import largest_difference, logits
 from q6k_kernels import load_model, open_bundle
 from q6k_kernels.bundle.metadata import read_metadata
@@ -66,7 +66,11 @@ def test_logits_and_tokens_are_those_of_transformers(name: str, tmp_path: Path) 
         (GRANITE, "embedding_scale", 5.0),
         (GRANITE, "residual_scale", None),
         (GRANITE, "logit_scale", 2.0),
+        (PHI4_MINI, "rope.scaling.attn_factor", None),
         (OLMO3, "attention.sliding_window", 4),
+        (COHERE2, "logit_scale", 0.5),
+        (COHERE2, "attention.layer_norm_epsilon", 1e-2),
+        (COHERE2, "attention.sliding_window_pattern", 2),
         (OLMO3, "attention.sliding_window_pattern", [True, True, False]),
         (OLMO3, "rope.scaling.factor", 2.0),
     ],

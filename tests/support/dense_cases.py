@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from model_cases import THETA, YARN
@@ -10,6 +11,7 @@ from tiny_models import Tiny
 SQUARE = {"num_attention_heads": 4, "num_key_value_heads": 2}
 """Heads that are together as wide as the hidden size, where llama.cpp knows no other."""
 NO_HEAD_SIZE = {"attention.key_length": None, "attention.value_length": None}
+LAYER_NORM = {"attention.layer_norm_rms_epsilon": None, "attention.layer_norm_epsilon": 1e-5}
 BASE = {"rope.freq_base": 2e5}
 AFTER = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -63,7 +65,55 @@ OLMO3 = Tiny(
     },
     names=AFTER,
 )
+JOINED = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
+SHORT, LONG = [1.0 + pair / 24 for pair in range(24)], [1.0 + pair / 6 for pair in range(24)]
+PHI4_MINI = Tiny(
+    "phi3",
+    "phi3",
+    SQUARE
+    | {
+        "tie_word_embeddings": True,
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 2e5,
+            "partial_rotary_factor": 0.75,
+            "short_factor": SHORT,
+            "long_factor": LONG,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    BASE
+    | NO_HEAD_SIZE
+    | {
+        "rope.dimension_count": 48,
+        "rope.scaling.original_context_length": 64,
+        "rope.scaling.attn_factor": math.sqrt(1 + math.log(512 / 64) / math.log(64)),
+        "attention.sliding_window": 0,
+    },
+    factors={"rope_factors_short.weight": SHORT, "rope_factors_long.weight": LONG},
+    names=JOINED,
+)
+COHERE2 = Tiny(
+    "cohere2",
+    "cohere2",
+    SQUARE | {"rope_parameters": THETA, "logit_scale": 0.25, "num_hidden_layers": 4, "sliding_window": 8},
+    BASE
+    | NO_HEAD_SIZE
+    | LAYER_NORM
+    | {"attention.sliding_window": 8, "rope.dimension_count": 64, "rope.scaling.type": "none", "logit_scale": 0.25},
+)
 DENSE = {
+    "phi3": Dense(
+        Tiny(
+            "phi3",
+            "phi3",
+            SQUARE | {"rope_parameters": THETA, "sliding_window": 8},
+            BASE | NO_HEAD_SIZE | {"attention.sliding_window": 8, "rope.dimension_count": 64},
+            names=JOINED,
+        )
+    ),
+    "phi4-mini": Dense(PHI4_MINI),
     "internlm2": Dense(Tiny("internlm2", "llama", {"rope_parameters": THETA}, BASE)),
     "exaone": Dense(Tiny("exaone", "llama", {"rope_parameters": THETA}, BASE)),
     "smollm3": Dense(
@@ -102,7 +152,31 @@ DENSE = {
         )
     ),
     "arcee": Dense(Tiny("arcee", "arcee", {"rope_parameters": THETA}, BASE), fused=False),
-    "ernie4_5": Dense(Tiny("ernie4_5", "ernie4_5", {"rope_parameters": THETA}, BASE), fused=False),
+    "ernie4_5": Dense(Tiny("ernie4_5", "ernie4_5", {"rope_parameters": THETA}, BASE)),
+    "glm4": Dense(
+        Tiny(
+            "glm4",
+            "glm4",
+            {"rope_parameters": THETA | {"partial_rotary_factor": 0.5}},
+            BASE | {"rope.dimension_count": 32},
+            names={
+                "mlp.gate_up_proj": "ffn_up",
+                "post_self_attn_layernorm": "post_attention_norm",
+                "post_mlp_layernorm": "post_ffw_norm",
+            },
+        ),
+        fused=False,
+    ),
+    "cohere": Dense(
+        Tiny(
+            "command-r",
+            "cohere",
+            SQUARE | {"rope_parameters": THETA, "logit_scale": 0.25},
+            BASE | NO_HEAD_SIZE | LAYER_NORM | {"rope.scaling.type": "none", "logit_scale": 0.25},
+        ),
+        fused=False,
+    ),
+    "cohere2": Dense(COHERE2, fused=False),
     "hunyuan-dense": Dense(
         Tiny(
             "hunyuan-dense",

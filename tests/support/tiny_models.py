@@ -77,6 +77,7 @@ class Tiny:
         keys: metadata keys without `ARCHITECTURE.`, besides those that every model has; None removes one.
         types: tensor types by patterns of GGUF names; the default is Q6_K wherever it is possible.
         freqs: values of `rope_freqs.weight`.
+        factors: values of further tensors, by name.
         names: names of tensors, by modules of a layer, where they are others than Llama's or Gemma's.
         without: patterns of biases that the model does not have, though its class has.
     """
@@ -87,6 +88,7 @@ class Tiny:
     keys: dict[str, Any] = field(default_factory=dict)
     types: dict[str, Any] = field(default_factory=dict)
     freqs: list[float] | None = None
+    factors: dict[str, list[float]] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     seed: int = 0
@@ -135,6 +137,8 @@ class Tiny:
                 self._add_tensor(writer, name, parameter, scales)
         if self.freqs is not None:
             writer.add_tensor("rope_freqs.weight", np.array(self.freqs, dtype=np.float32))
+        for name, values in self.factors.items():
+            writer.add_tensor(name, np.array(values, dtype=np.float32))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -151,7 +155,7 @@ class Tiny:
             "feed_forward_length": config.intermediate_size,
             "attention.head_count": config.num_attention_heads,
             "attention.head_count_kv": config.num_key_value_heads,
-            "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+            "attention.layer_norm_rms_epsilon": float(getattr(config, "rms_norm_eps", 0.0)),
             "tokenizer.ggml.bos_token_id": config.bos_token_id,
             "tokenizer.ggml.eos_token_id": config.eos_token_id,
             "tokenizer.ggml.padding_token_id": config.pad_token_id,

@@ -23,6 +23,7 @@ from q6k_kernels.generate.attention import implementation
 from q6k_kernels.generate.kv_cache import Masks, cache_argument
 from q6k_kernels.models.architecture import FULL, SLIDING
 from q6k_kernels.models.cache_layout import ALIGNMENT, SLACK, aligned, layer_kinds
+from q6k_kernels.models.rotary import rotaries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,6 +78,8 @@ class ExportableModel(nn.Module):
             for name in (f"keys_{index}", f"values_{index}"):
                 self.register_buffer(name, torch.zeros(shape, dtype=model.dtype, device=model.device))
         model.config._attn_implementation = implementation("sdpa")
+        for rotary in rotaries(model):
+            rotary.capacity = self.capacity
 
     @property
     def state(self) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from q6k_kernels.generate.recording import Recorder, bucket
 from q6k_kernels.generate.sampling import choose, settled
 from q6k_kernels.generate.step import Step, StepOperations
 from q6k_kernels.generate.step_reference import TokenChoice, TorchOperations
+from q6k_kernels.models.rotary import plan_for, rotaries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +93,9 @@ class Generator:
         self.device = model.device
         self._on_gpu = self.device.type == "cuda"
         self.cache = KeyValueCache(model.config.get_text_config(decoder=True), capacity, self.device)
-        self._fused_step = self._make_step(model, fused)
+        self._rotaries = rotaries(model)
+        with plan_for(self._rotaries, capacity):
+            self._fused_step = self._make_step(model, fused)
         self.fused = self._fused_step is not None
         self._attention = implementation("plain")
         self._model = model
@@ -297,7 +300,8 @@ class Generator:
         before = config._attn_implementation
         config._attn_implementation = self._attention
         try:
-            yield
+            with plan_for(self._rotaries, self.capacity):
+                yield
         finally:
             config._attn_implementation = before
 

@@ -121,8 +121,10 @@ class Layers:
         gated = self._architecture.gated_attention
         dim, count = attention.head_dim, config.num_attention_heads
         key_heads = count // attention.num_key_value_groups
-        has_keys = hasattr(attention, "k_proj")
-        group = QKV if getattr(attention, "v_proj", None) is not None else QK if has_keys else Q
+        joined = not hasattr(attention, "q_proj")  # in the file already
+        has_keys = joined or hasattr(attention, "k_proj")
+        has_values = joined or getattr(attention, "v_proj", None) is not None
+        group = QKV if has_values else QK if has_keys else Q
         if self._architecture.unrotated_layers and not attention.use_rope:
             angles = torch.ones_like(angles[0]), torch.zeros_like(angles[1])
         heads = Heads(

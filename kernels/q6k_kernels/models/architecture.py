@@ -51,6 +51,7 @@ class Architecture:
         stored: what differs in the file from transformers' parameters, by names as in `ssm_a` or `attn_q.weight`.
         sizes: reads the sizes of a model.
         frequency_factors: whether a file may have `rope_freqs.weight`.
+        own_rotary: whether rotary embeddings are `rotary.HeadRotary`, and a file may have factors for it.
         factors_of: kind of layers whose frequencies it divides; by default all.
         norm_offset: number that GGUF adds to the weights of norms; transformers adds it in the norm instead.
         norms_after: whether attention and feed-forward network have a norm after them as well as before.
@@ -77,6 +78,7 @@ class Architecture:
     stored: Mapping[str, Stored] = field(default_factory=dict)
     sizes: Callable[[Keys, Shapes], Values] = sizes
     frequency_factors: bool = False
+    own_rotary: bool = False
     factors_of: str = ""
     norm_offset: float = 0.0
     norms_after: bool = False

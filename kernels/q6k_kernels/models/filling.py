@@ -18,7 +18,8 @@ from q6k_kernels.formats.checks import Activations
 from q6k_kernels.formats.tiles import order_rows
 from q6k_kernels.models import fusing, mixtures
 from q6k_kernels.models.architecture import FREQUENCY_FACTORS, Architecture, gguf_names
-from q6k_kernels.models.matching import EXPORT_AGAIN, HEAD, divides, has_factors, own_parameters
+from q6k_kernels.models.matching import EXPORT_AGAIN, HEAD, divides, has_factors, own_parameters, rotary_factors
+from q6k_kernels.models.rotary import HeadRotary
 from q6k_kernels.weights.layers import PackedEmbedding, PackedLinear
 from q6k_kernels.weights.reader import Bundle
 from q6k_kernels.weights.weight import PackedWeight
@@ -63,6 +64,7 @@ class Filler:
         self.unread = {part for name in self.names.values() for part in mixtures.stored_parts(name, bundle)}
         if has_factors(bundle, architecture):
             self.unread.add(FREQUENCY_FACTORS)
+        self.unread |= set(rotary_factors(bundle, architecture, model))
 
     def fill(self) -> None:
         """Load all weights, and compute the rotary frequencies, which no file has.
@@ -219,21 +221,27 @@ class Filler:
 
     def _rotary(self) -> None:
         """Compute the rotary frequencies: on the CPU in fp32, so that all devices have the same ones."""
-        factors = None
-        if FREQUENCY_FACTORS in self.unread:
-            factors = self._floats(FREQUENCY_FACTORS).float().cpu()
-            if not bool((factors.isfinite() & (factors > 0)).all()):
-                raise WeightsError(
-                    f"{self.bundle.path}: {FREQUENCY_FACTORS}: expected positive numbers, found others",
-                    EXPORT_AGAIN,
-                )
+        factors = self._divisors(FREQUENCY_FACTORS) if FREQUENCY_FACTORS in self.unread else None
         for name, module in list(self.model.named_modules()):
-            if name.rpartition(".")[2] == "rotary_emb":
+            if name.rpartition(".")[2] == "rotary_emb" and self.architecture.own_rotary:
+                self.model.set_submodule(name, self._own_rotary().to(self.device))
+            elif name.rpartition(".")[2] == "rotary_emb":
                 rotary = type(module)(self.config)
                 for kind, frequencies in list(rotary.named_buffers()):
                     divided = factors is not None and divides(self.architecture, kind)
                     setattr(rotary, kind, (frequencies / factors if divided else frequencies).to(self.device))
                 self.model.set_submodule(name, rotary)
+
+    def _own_rotary(self) -> HeadRotary:
+        factors = [self._divisors(name) for name in rotary_factors(self.bundle, self.architecture, self.model)]
+        return HeadRotary(self.config, (factors[0], factors[1]) if factors else None)
+
+    def _divisors(self, name: str) -> Tensor:
+        """Return numbers that divide frequencies, fp32 on the CPU."""
+        factors = self._floats(name).float().cpu()
+        if not bool((factors.isfinite() & (factors > 0)).all()):
+            raise WeightsError(f"{self.bundle.path}: {name}: expected positive numbers, found others", EXPORT_AGAIN)
+        return factors
 
     def _check_filled(self) -> None:
         tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())

@@ -6,6 +6,7 @@ what a model computes in an unsupported way is refused, unless its value has no 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ SHARED_LAYERS = "attention.shared_kv_layers"
 EXPERTS, EXPERTS_USED = "expert_count", "expert_used_count"
 SCORE_SCALE = "attention.scale"
 TEMPERATURE, YARN_SCALE = "attention.temperature_scale", "rope.scaling.yarn_log_multiplier"
+ATTENTION_FACTOR = "rope.scaling.attn_factor"
 PREDICTION = "nextn_predict_layers"
 """Blocks after the last layer that predict several tokens at once: the model computes the same without them."""
 ROTARY = "rope.dimension_count"
@@ -54,7 +56,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     RESIDUAL_SCALE: (0.0, 1.0),
     SECTIONS: (),
     "rope.scaling.alpha": (0.0, 1.0),
-    "rope.scaling.attn_factor": (1.0,),
+    ATTENTION_FACTOR: (1.0,),
     "rope.scaling.yarn_attn_factor": (1.0,),
     "rope.scaling.yarn_ext_factor": (1.0,),
     YARN_SCALE: (0.0,),
@@ -205,6 +207,15 @@ def original_context(keys: Keys) -> int:
     """Return the positions that a model was trained with before its rotary embeddings were scaled."""
     whole = keys.integer(CONTEXT_LENGTH, 1, MAX_CONTEXT)
     return keys.integer("rope.scaling.original_context_length", 1, MAX_CONTEXT, whole)
+
+
+def rotated_part(keys: Keys, head_dim: int) -> float:
+    """Return the part of a head that rotates; transformers rounds its product with the head's size down."""
+    count = keys.integer(ROTARY, 2, head_dim, head_dim)
+    if count % 2:
+        raise keys.wrong(ROTARY, f"expected an even number, found {count}")
+    part = count / head_dim
+    return part if int(head_dim * part) == count else math.nextafter(part, 1.0)
 
 
 def scaled_rope(keys: Keys) -> dict[str, Any]:

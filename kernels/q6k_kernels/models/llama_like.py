@@ -1,6 +1,6 @@
-"""Models that are Llama but for a detail: transformers' smollm3, seed_oss, arcee, ernie4_5 and hunyuan_v1_dense.
+"""Models that are Llama but for a detail: transformers' smollm3, seed_oss, arcee and hunyuan_v1_dense.
 
-InternLM 2 and EXAONE 3 have no classes in transformers, as their layers are Llama's.
+The layers of InternLM 2, EXAONE 3 and dense ERNIE 4.5 are Llama's.
 """
 
 from __future__ import annotations
@@ -34,13 +34,6 @@ def _arcee(keys: Keys, shapes: Shapes, _: Values) -> tuple[str, Values]:
     return "arcee", {"rope_parameters": scaled_rope(keys), **biases(shapes)}
 
 
-def _ernie4_5(keys: Keys, shapes: Shapes, _: Values) -> tuple[str, Values]:
-    return "ernie4_5", {
-        "rope_parameters": scaled_rope(keys),
-        "use_bias": biases(shapes)["attention_bias"],
-    }
-
-
 def _hunyuan(keys: Keys, shapes: Shapes, _: Values) -> tuple[str, Values]:
     return "hunyuan_v1_dense", {"rope_parameters": scaled_rope(keys), **biases(shapes)}
 
@@ -48,12 +41,12 @@ def _hunyuan(keys: Keys, shapes: Shapes, _: Values) -> tuple[str, Values]:
 ROWS = (
     Architecture("internlm2", _llama, tensor_names="llama", stored=INTERLEAVED_HEADS),
     Architecture("exaone", _llama, tensor_names="llama", frequency_factors=True),
+    # In transformers' ernie4_5 neighbours rotate, which is all that differs.
+    Architecture("ernie4_5", _llama, tensor_names="llama", stored=INTERLEAVED_HEADS),
     Architecture("smollm3", _smollm3, stored=INTERLEAVED_HEADS, unrotated_layers=True),
     Architecture("seed_oss", _seed_oss),
     # Feed-forward networks without a gate.
     Architecture("arcee", _arcee, stored=INTERLEAVED_HEADS, frequency_factors=True, stepped=False),
-    # Rotary embeddings of neighbours, in transformers too.
-    Architecture("ernie4_5", _ernie4_5, stepped=False),
     # Norms of q and k after their rotation.
     Architecture("hunyuan-dense", _hunyuan, stepped=False),
 )

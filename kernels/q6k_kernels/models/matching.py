@@ -24,6 +24,7 @@ from q6k_kernels.models.architecture import (
     sampled_layers,
 )
 from q6k_kernels.models.mixtures import stored_parts
+from q6k_kernels.models.rotary import FACTORS_LONG, FACTORS_SHORT, rotated
 from q6k_kernels.text import listing
 from q6k_kernels.weights.reader import Bundle
 
@@ -58,6 +59,16 @@ def has_factors(bundle: Bundle, architecture: Architecture) -> bool:
     return architecture.frequency_factors and FREQUENCY_FACTORS in bundle
 
 
+def rotary_factors(
+    bundle: Bundle, architecture: Architecture, model: PreTrainedModel
+) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the tensors that `rotary.HeadRotary` needs; both or none are in a file."""
+    names = (FACTORS_SHORT, FACTORS_LONG)
+    if not architecture.own_rotary or not any(name in bundle for name in names):
+        return {}
+    return dict.fromkeys(names, (rotated(model.config) // 2,))
+
+
 def check_tensors(
     bundle: Bundle,
     metadata: Metadata,
@@ -85,6 +96,7 @@ def check_tensors(
     wanted = _wanted(architecture, sample, kinds)
     if has_factors(bundle, architecture):
         wanted[FREQUENCY_FACTORS] = _frequencies(architecture, sample)
+    wanted |= rotary_factors(bundle, architecture, sample)
     tensors = {tensor.name: tensor for tensor in bundle.manifest.tensors}
     wanted = _as_stored(wanted, tensors)
     if missing := [name for name in wanted if name not in tensors]:

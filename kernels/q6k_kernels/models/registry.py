@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from q6k_kernels.bundle.metadata import Metadata
 from q6k_kernels.errors import UnsupportedModelError
-from q6k_kernels.models import gemma, gemma4, granite, llama, llama_like, olmo, qwen, qwen35
+from q6k_kernels.models import (
+    cohere,
+    gemma,
+    gemma4,
+    glm,
+    granite,
+    llama,
+    llama_like,
+    olmo,
+    phi,
+    qwen,
+    qwen35,
+)
 from q6k_kernels.models.architecture import Architecture
 from q6k_kernels.models.hyperparameters import ONLY_FUNCTIONS
 
 ARCHITECTURES: dict[str, Architecture] = {
     row.name: row
-    for family in (llama, llama_like, granite, olmo, qwen, qwen35, gemma, gemma4)
+    for family in (llama, llama_like, granite, olmo, phi, glm, cohere, qwen, qwen35, gemma, gemma4)
     for row in family.ROWS
 }
 """The rows by `general.architecture`."""

@@ -20,25 +20,37 @@ from q6k_kernels.models.hyperparameters import (
     Shapes,
 )
 
+RMS_EPSILON = "attention.layer_norm_rms_epsilon"
 
-def sizes(keys: Keys, shapes: Shapes, *, gated: bool = False) -> dict[str, Any]:
+
+def sizes(
+    keys: Keys,
+    shapes: Shapes,
+    *,
+    gated: bool = False,
+    joined_heads: bool = False,
+    joined_up: bool = False,
+    epsilon: str = RMS_EPSILON,
+) -> dict[str, Any]:
     """Read what most architectures have: `common_sizes`, and heads and networks that are alike in all layers.
 
     Args:
         keys: the keys.
         shapes: shapes of the tensors.
         gated: whether `attn_q` also has as many rows for a gate of attention's output.
+        joined_heads: whether `attn_qkv` has the rows of q, k and v.
+        joined_up: whether `ffn_up` also has the gate's rows.
+        epsilon: key of the norms' epsilon.
 
     Raises:
         HyperparameterError: a key is missing, out of range or not what the tensors' shapes say.
         UnsupportedModelError: rotary embeddings cover a part of a head only, or values and keys differ in size.
     """
-    values = common_sizes(keys, shapes)
+    values = common_sizes(keys, shapes, epsilon)
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
     feed_forward = keys.integer("feed_forward_length", 1, 1 << 24)
-    keys.expect(
-        "feed_forward_length", feed_forward, matrix(keys, shapes, "blk.0.ffn_up.weight")[0], "ffn_up's rows"
-    )
+    rows = matrix(keys, shapes, "blk.0.ffn_up.weight")[0]
+    keys.expect("feed_forward_length", feed_forward * (1 + joined_up), rows, "ffn_up's rows")
     kv_heads = keys.integer("attention.head_count_kv", 1, heads, heads)
     if heads % kv_heads:
         raise keys.wrong("attention.head_count_kv", f"expected a divisor of {heads} heads, found {kv_heads}")
@@ -46,11 +58,11 @@ def sizes(keys: Keys, shapes: Shapes, *, gated: bool = False) -> dict[str, Any]:
         **values,
         "intermediate_size": feed_forward,
         "num_key_value_heads": kv_heads,
-        "head_dim": _head_dim(keys, shapes, hidden, heads, kv_heads, gated=gated),
+        "head_dim": _head_dim(keys, shapes, hidden, heads, kv_heads, gated=gated, joined=joined_heads),
     }
 
 
-def common_sizes(keys: Keys, shapes: Shapes) -> dict[str, Any]:
+def common_sizes(keys: Keys, shapes: Shapes, epsilon: str = RMS_EPSILON) -> dict[str, Any]:
     """Read what all architectures have: layers, heads of q, context, epsilon, ids of special tokens, tying.
 
     Raises:
@@ -70,7 +82,7 @@ def common_sizes(keys: Keys, shapes: Shapes) -> dict[str, Any]:
         "num_hidden_layers": blocks - keys.integer(PREDICTION, 0, blocks - 1, 0),
         "num_attention_heads": keys.integer("attention.head_count", 1, 1 << 16),
         "max_position_embeddings": keys.integer(CONTEXT_LENGTH, 1, MAX_CONTEXT),
-        "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon", 0.0, 1.0),
+        "rms_norm_eps": keys.real(epsilon, 0.0, 1.0),
         "tie_word_embeddings": "output.weight" not in shapes,
         **_special_tokens(keys.metadata, vocabulary),
     }
@@ -92,18 +104,25 @@ def matrix(keys: Keys, shapes: Shapes, name: str) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def _head_dim(keys: Keys, shapes: Shapes, hidden: int, heads: int, kv_heads: int, *, gated: bool) -> int:
-    rotary = keys.integer(ROTARY, 1, 1 << 16, max(1, hidden // heads))
-    head_dim = keys.integer("attention.key_length", 1, 1 << 16, rotary)
+def _head_dim(
+    keys: Keys, shapes: Shapes, hidden: int, heads: int, kv_heads: int, *, gated: bool, joined: bool
+) -> int:
+    whole = max(1, hidden // heads)
+    rotary = keys.integer(ROTARY, 1, 1 << 16, whole)
+    head_dim = keys.integer("attention.key_length", 1, 1 << 16, whole if ROTARY in keys.used else rotary)
     # Layers without attention have none of these tensors.
     block = next(
         (name.removesuffix("attn_q.weight") for name in shapes if name.endswith(".attn_q.weight")), "blk.0."
     )
-    counts = {
-        "attn_q": ("attention.head_count", heads * (1 + gated)),
-        "attn_k": ("attention.head_count_kv", kv_heads),
-        "attn_v": ("attention.head_count_kv", kv_heads),
-    }
+    counts = (
+        {"attn_qkv": ("attention.head_count", heads + 2 * kv_heads)}
+        if joined
+        else {
+            "attn_q": ("attention.head_count", heads * (1 + gated)),
+            "attn_k": ("attention.head_count_kv", kv_heads),
+            "attn_v": ("attention.head_count_kv", kv_heads),
+        }
+    )
     for name, (key, count) in counts.items():
         rows = matrix(keys, shapes, f"{block}{name}.weight")[0]
         if rows != count * head_dim:
