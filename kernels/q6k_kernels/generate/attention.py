@@ -3,10 +3,10 @@
     plain  decodes with two products and a softmax in fp32
     sdpa   decodes with torch's scaled_dot_product_attention, which exported programs call as one operation
 
-Prefill always uses SDPA. In decode, query heads that share keys become rows of one query, so that the keys are read
-once. The number of valid keys is known only on the device, so a mask states it. With a mask SDPA has no kernel that
-splits the keys, while the products of `plain` use more of the GPU. SDPA has no soft cap of scores (Gemma 2), so
-those go through the two products in prefill too.
+Prefill uses SDPA. In decode, query heads that share keys become rows of one query, so that the keys are read once.
+The number of valid keys is known only on the device, so a mask states it. With a mask SDPA has no kernel that splits
+the keys, while the products of `plain` use more of the GPU. SDPA has no soft cap of scores (Gemma 2), so those go
+through the two products in prefill too; so do, in `plain`, heads that are too large for SDPA's fast kernels.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+WIDEST = 256
+"""Size of the largest heads that SDPA has fast kernels for. Beyond, it multiplies in fp32, without tensor cores."""
+SCORES_AT_ONCE = 1 << 26
+"""Scores that a prompt's attention keeps at a time, in fp32: 256 MB."""
 
 
 def implementation(attention: Literal["plain", "sdpa"]) -> str:
@@ -80,9 +85,43 @@ def _plain(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
+    if query.shape[2] > 1 and query.shape[3] > WIDEST and softcap is None:
+        return _in_parts(query, key, value, attention_mask, scaling), None
     if query.shape[2] > 1:
         return _sdpa(module, query, key, value, attention_mask, scaling, softcap)
     return _products(query, key, value, attention_mask, scaling, softcap), None
+
+
+def _in_parts(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    """Attend by two products for some queries at a time, with scores in fp32; see `_sdpa`."""
+    heads, length, size = query.shape[1:]
+    key_heads, keys = key.shape[1:3]
+    together = query.reshape(key_heads, heads // key_heads, length, size)
+    out = query.new_empty(1, length, heads, size)
+    count = max(1, SCORES_AT_ONCE // (heads * keys))
+    for begin in range(0, length, count):
+        end = min(begin + count, length)
+        if attention_mask is None:  # causal, with as many keys as queries
+            seen = torch.ones(end - begin, end, dtype=torch.bool, device=query.device).tril(begin)
+        else:
+            seen = attention_mask[0, 0, begin:end]
+        last = seen.shape[1]
+        rows = together[:, :, begin:end].reshape(key_heads, -1, size)
+        scores = _product_in_fp32(rows, key[0, :, :last].transpose(1, 2))
+        scores = scores.mul_(size**-0.5 if scaling is None else scaling).view(heads, end - begin, last)
+        weights = scores.masked_fill_(~seen, -torch.inf).softmax(dim=-1).to(value.dtype)
+        part = weights.view(key_heads, -1, last) @ value[0, :, :last]
+        out[0, begin:end] = part.view(heads, end - begin, size).transpose(0, 1)
+    return out
+
+
+def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply batches of matrices, with a result in fp32."""
+    if a.is_cuda and a.dtype is not torch.float32:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def _products(
