@@ -6,7 +6,7 @@
 Prefill uses SDPA. In decode, query heads that share keys become rows of one query, so that the keys are read once.
 The number of valid keys is known only on the device, so a mask states it. With a mask SDPA has no kernel that
 splits the keys, while the products of `plain` use more of the GPU. SDPA has no soft cap of scores (Gemma 2), so
-those go through the two products in prefill too; so do, in `plain`, heads that are too large for SDPA's fast kernels.
+those go through the two products in prefill too; so do, in `plain`, heads too large for SDPA's fast kernels.
 """
 
 from __future__ import annotations
