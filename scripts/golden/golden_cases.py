@@ -26,8 +26,16 @@ Weights = dict[str, NDArray[np.float32]]
 ATTENTION = {"attn_norm": "h", "attn_q": "qh", "attn_k": "kh", "attn_v": "kh", "attn_output": "hq"}
 NETWORK = {"ffn_norm": "h", "ffn_gate": "fh", "ffn_up": "fh", "ffn_down": "hf"}
 HEAD_NORMS = {"attn_q_norm": "d", "attn_k_norm": "d"}
-NETWORK_AFTER = {"attn_norm": "h", "post_attention_norm": "h"} | {
-    name: letters for name, letters in NETWORK.items() if name != "ffn_norm"
+PLAIN_NETWORK = {name: letters for name, letters in NETWORK.items() if name != "ffn_norm"}
+SHARED_AND_ROUTED = {
+    "ffn_gate_inp": "eh",
+    "ffn_gate_exps": "emh",
+    "ffn_up_exps": "emh",
+    "ffn_down_exps": "ehm",
+    "ffn_gate_inp_shexp": "h",
+    "ffn_gate_shexp": "fh",
+    "ffn_up_shexp": "fh",
+    "ffn_down_shexp": "hf",
 }
 DELTA_NET = {
     "attn_qkv": "ch",
@@ -102,12 +110,14 @@ def shapes(of: Mapping[str, str], sizes: Mapping[str, int], before: str = "", ki
     return {f"{before}{name}.{kind}": tuple(sizes[letter] for letter in letters) for name, letters in of.items()}
 
 
-def delta_nets(layers: int, interval: int, sizes: Mapping[str, int]) -> Shapes:
+def delta_nets(
+    layers: int, interval: int, sizes: Mapping[str, int], network: Mapping[str, str] = PLAIN_NETWORK
+) -> Shapes:
     """Return the shapes of a model of gated delta nets, with attention in the last layer of each interval."""
     found = shapes(OUTSIDE, sizes)
     for layer in range(layers):
         before = f"blk.{layer}."
-        found |= shapes(NETWORK_AFTER, sizes, before)
+        found |= shapes({"attn_norm": "h", "post_attention_norm": "h", **network}, sizes, before)
         if (layer + 1) % interval:
             found |= shapes(DELTA_NET, sizes, before) | shapes({"ssm_dt": "n"}, sizes, before, "bias")
             found[f"{before}ssm_a"] = (sizes["n"],)
@@ -156,7 +166,7 @@ def _around(tensor: str) -> float:
     """Return the mean of a vector's numbers: biases are around 0, decays of states negative."""
     if tensor.endswith(".ssm_a"):
         return -0.75
-    return 0.0 if tensor.endswith(".bias") else 1.0
+    return 0.0 if tensor.endswith((".bias", ".ffn_gate_inp_shexp.weight")) else 1.0
 
 
 def _random(seed: str, shape: tuple[int, ...], around: float) -> NDArray[np.float32]:
@@ -260,6 +270,18 @@ CASES: dict[str, Case] = {
         "qwen35",
         _NETS_KEYS,
         delta_nets(4, 4, _NETS) | shapes({"output": "vh"}, _NETS),
+        prompt=75,
+    ),
+    "qwen35moe": Case(
+        "qwen35moe",
+        {key: value for key, value in _NETS_KEYS.items() if key != "feed_forward_length"}
+        | {
+            "expert_count": 6,
+            "expert_used_count": 2,
+            "expert_feed_forward_length": 48,
+            "expert_shared_feed_forward_length": 80,
+        },
+        delta_nets(4, 4, _NETS | {"e": 6, "m": 48}, SHARED_AND_ROUTED),
         prompt=75,
     ),
     "gemma2": Case(

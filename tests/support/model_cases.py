@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tiny_gemma4 import GEMMA4, GEMMA4_EXPERTS, GEMMA4_SHARED
 from tiny_models import F32, Tiny, llama3_factors
-from tiny_qwen35 import QWEN35
+from tiny_qwen35 import QWEN35, QWEN35_MOE
 
 IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
 LATE = torch.arange(400, 424).expand(2, -1)  # positions where scaled frequencies change the logits
@@ -163,6 +163,7 @@ MODELS = {
     "qwen3": Tiny("qwen3", "qwen3", {"rope_parameters": THETA}, {"rope.freq_base": 2e5}),
     "qwen3, tied": Tiny("qwen3", "qwen3", {"tie_word_embeddings": True}),
     "qwen35": QWEN35,
+    "qwen35moe": QWEN35_MOE,
     "qwen35, tied, predicting blocks, projections of other types": replace(
         QWEN35,
         config=QWEN35.config

@@ -7,13 +7,14 @@ nothing with the code under test: value heads change places, norms get 1 added, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tiny_models import F16, F32, IN_LAYERS, OUTSIDE, PACKED, Tiny, quantised, read_back
+from tiny_models import F16, F32, IN_LAYERS, OUTSIDE, PACKED, Q6_K, Tiny, quantised, read_back
 
 DELTA_NET = {
     "linear_attn.in_proj_qkv.weight": "attn_qkv.weight",
@@ -125,10 +126,6 @@ class TinyQwen35(Tiny):
             self._add_prediction(writer)
 
     def _type(self, name: str, values: Tensor) -> Any:
-        from fnmatch import fnmatch
-
-        from tiny_models import Q6_K
-
         chosen = next((kind for pattern, kind in self.types.items() if fnmatch(name, pattern)), None)
         if chosen is not None:
             return chosen
@@ -167,4 +164,70 @@ class TinyQwen35(Tiny):
         return grouped
 
 
+MIXTURE = {
+    "mlp.gate.weight": "ffn_gate_inp.weight",
+    "mlp.experts.gate_up_proj": "ffn_gate_up_exps.weight",
+    "mlp.experts.down_proj": "ffn_down_exps.weight",
+    "mlp.shared_expert.gate_proj.weight": "ffn_gate_shexp.weight",
+    "mlp.shared_expert.up_proj.weight": "ffn_up_shexp.weight",
+    "mlp.shared_expert.down_proj.weight": "ffn_down_shexp.weight",
+    "mlp.shared_expert_gate.weight": "ffn_gate_inp_shexp.weight",
+}
+
+
+@dataclass(frozen=True)
+class TinyQwen35Moe(TinyQwen35):
+    """A model with routed experts and a shared one, which has a gate of its own; see `Tiny`."""
+
+    architecture: str = "qwen35moe"
+    kind: str = "qwen3_5_moe_text"
+
+    def make(self) -> Any:
+        """Return the model with random parameters."""
+        model = super().make()
+        for name, parameter in model.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                parameter *= 4  # so that rounding chooses no other expert
+        return model
+
+    def gguf_name(self, parameter: str) -> str:
+        """Return the GGUF name of a parameter of transformers."""
+        inner = parameter.split(".", 3)[-1]
+        if inner in MIXTURE:
+            return f"blk.{parameter.split('.')[2]}.{MIXTURE[inner]}"
+        return super().gguf_name(parameter)
+
+    def _all_keys(self, config: Any) -> dict[str, Any]:
+        config.intermediate_size = None
+        return super()._all_keys(config) | {
+            "expert_count": config.num_experts,
+            "expert_used_count": config.num_experts_per_tok,
+            "expert_feed_forward_length": config.moe_intermediate_size,
+            "expert_shared_feed_forward_length": config.shared_expert_intermediate_size,
+        }
+
+    def _add_tensor(self, writer: Any, parameter: str, values: Tensor, scales: str) -> None:
+        name = self.gguf_name(parameter)
+        if values.ndim < 3 or "conv1d" in name:
+            super()._add_tensor(writer, parameter, values, scales)
+            return
+        data = quantised(values.reshape(-1, values.shape[-1]).numpy(), Q6_K)
+        values.copy_(read_back(data, Q6_K, scales).view(values.shape))
+        data = data.reshape(*values.shape[:2], -1)
+        parts = np.split(data, 2, axis=1) if "gate_up" in name else [data]
+        names = [name.replace("gate_up", each) for each in ("gate", "up")] if "gate_up" in name else [name]
+        for each, part in zip(names, parts, strict=True):
+            writer.add_tensor(each, np.ascontiguousarray(part), raw_dtype=Q6_K)
+
+
 QWEN35 = TinyQwen35(config=SIZES)
+QWEN35_MOE = TinyQwen35Moe(
+    config=SIZES
+    | {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 256,
+        "shared_expert_intermediate_size": 512,
+    },
+    types={"*.ffn_gate_inp.weight": F32, "*.ffn_gate_inp_shexp.weight": F32},
+)

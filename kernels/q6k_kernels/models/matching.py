@@ -106,7 +106,8 @@ def check_tensors(
         if tensor.storage in ("raw", "skipped"):
             what = "stored as raw GGUF blocks" if tensor.storage == "raw" else "left out of the bundle"
             raise WeightsError(f"{bundle.path}: {name} ({tensor.type}) is {what}", _to_load(tensor))
-        if tuple(tensor.shape) != shape:
+        # Files leave out some dimensions of 1.
+        if [size for size in tensor.shape if size != 1] != [size for size in shape if size != 1]:
             raise WeightsError(
                 f"{bundle.path}: {name}: expected shape {shape}, found {tuple(tensor.shape)}", EXPORT_AGAIN
             )
@@ -143,7 +144,7 @@ def _wanted(
             every = [f"blk.{index}.{of_layer}" for index, each in enumerate(kinds) if each == kind]
         stored = architecture.difference(name)
         whole = stored.of_model(shapes[parameter], len(sampled), len(kinds))
-        wanted |= dict.fromkeys(every, stored.shape(whole))
+        wanted |= dict.fromkeys(every, whole)
     return wanted
 
 

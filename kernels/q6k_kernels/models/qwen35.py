@@ -1,8 +1,9 @@
-"""Qwen 3.5 and 3.6: transformers' qwen3_5_text. Most layers are gated delta nets, a form of linear attention.
+"""Qwen 3.5 and 3.6: transformers' qwen3_5_text, and with experts qwen3_5_moe_text.
 
-Such a layer has no keys and values but a matrix of fixed size for each value head, its state. GGUF has the value
-heads in another order: transformers' head (k, v), the v-th of those that share key head k, is GGUF's (v, k). Rows
-of the layer's projections move when they are loaded. The output projection's inputs cannot, so its activations do.
+Most layers are gated delta nets, a form of linear attention: instead of keys and values they have a matrix of fixed
+size for each value head, its state. GGUF has the value heads in another order: transformers' head (k, v), the v-th
+of those that share key head k, is GGUF's (v, k). Rows of the layer's projections move when they are loaded. The
+output projection's inputs cannot, so its activations do.
 
 GGUF stores the weights of norms with 1 added, but for the delta net's own, and −exp(A_log) in place of A_log. Its
 convolution has a row of weights for each channel. A block after the last layer, for predicting several tokens at
@@ -11,11 +12,14 @@ once, is left out.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from q6k_kernels.models.architecture import FULL, LINEAR, Architecture, Values
 from q6k_kernels.models.hyperparameters import (
+    EXPERTS,
+    EXPERTS_USED,
     MAX_LAYERS,
     PREDICTION,
     ROTARY,
@@ -24,7 +28,7 @@ from q6k_kernels.models.hyperparameters import (
     Shapes,
     scaled_rope,
 )
-from q6k_kernels.models.sizes import sizes
+from q6k_kernels.models.sizes import common_sizes, head_sizes, matrix, mixture_sizes, sizes
 from q6k_kernels.models.stored import AS_IT_IS, Stored
 
 if TYPE_CHECKING:
@@ -39,6 +43,24 @@ def _qwen35(keys: Keys, shapes: Shapes, values: Values) -> tuple[str, Values]:
         "rope_parameters": _rope(keys, values["head_dim"]),
         "layer_types": _kinds(keys, values["num_hidden_layers"]),
         **_delta_nets(keys),
+    }
+
+
+def _mixture(keys: Keys, shapes: Shapes, values: Values) -> tuple[str, Values]:
+    _, more = _qwen35(keys, shapes, values)
+    return "qwen3_5_moe_text", more
+
+
+def _sizes_of_mixture(keys: Keys, shapes: Shapes) -> Values:
+    values = common_sizes(keys, shapes)
+    shared = matrix(keys, shapes, "blk.0.ffn_up_shexp.weight")[0]
+    stated = keys.integer("expert_shared_feed_forward_length", 1, 1 << 24, shared)
+    keys.expect("expert_shared_feed_forward_length", stated, shared, "ffn_up_shexp's rows")
+    return {
+        **values,
+        **head_sizes(keys, shapes, values, gated=True),
+        **mixture_sizes(keys, shapes),
+        "shared_expert_intermediate_size": shared,
     }
 
 
@@ -121,26 +143,39 @@ def _logarithm(values: Tensor) -> Tensor:
     return (-values).log()
 
 
+_DENSE = Architecture(
+    "qwen35",
+    _qwen35,
+    used=frozenset({PREDICTION, ROTARY, SECTIONS}),
+    renamed={"linear_attn.dt_bias": "linear_attn.dt_proj.bias"},
+    stored={
+        "attn_qkv.weight": Stored(rows=_mixed_rows),
+        "attn_gate.weight": Stored(rows=_value_rows),
+        "ssm_alpha.weight": Stored(rows=_value_rows),
+        "ssm_beta.weight": Stored(rows=_value_rows),
+        "ssm_a": Stored(rows=_value_rows, values=_logarithm, wide=True),
+        "ssm_dt.bias": Stored(rows=_value_rows, wide=True),
+        "ssm_conv1d.weight": Stored(rows=_mixed_rows),
+        "ssm_norm.weight": AS_IT_IS,
+        "ssm_out.weight": Stored(inputs=value_inputs),
+    },
+    norm_offset=1.0,
+    head_norms=True,
+    sizes=partial(sizes, gated=True),
+    gated_attention=True,
+)
 ROWS = (
-    Architecture(
-        "qwen35",
-        _qwen35,
-        used=frozenset({PREDICTION, ROTARY, SECTIONS}),
-        renamed={"linear_attn.dt_bias": "linear_attn.dt_proj.bias"},
-        stored={
-            "attn_qkv.weight": Stored(rows=_mixed_rows),
-            "attn_gate.weight": Stored(rows=_value_rows),
-            "ssm_alpha.weight": Stored(rows=_value_rows),
-            "ssm_beta.weight": Stored(rows=_value_rows),
-            "ssm_a": Stored(rows=_value_rows, values=_logarithm, wide=True),
-            "ssm_dt.bias": Stored(rows=_value_rows, wide=True),
-            "ssm_conv1d.weight": Stored(rows=_mixed_rows, column=True),
-            "ssm_norm.weight": AS_IT_IS,
-            "ssm_out.weight": Stored(inputs=value_inputs),
+    _DENSE,
+    replace(
+        _DENSE,
+        name="qwen35moe",
+        describe=_mixture,
+        used=_DENSE.used | {EXPERTS, EXPERTS_USED},
+        renamed={
+            **_DENSE.renamed,
+            "mlp.experts.gate_up_proj": "mlp.experts.gate_up_proj.weight",
+            "mlp.experts.down_proj": "mlp.experts.down_proj.weight",
         },
-        norm_offset=1.0,
-        head_norms=True,
-        sizes=partial(sizes, gated=True),
-        gated_attention=True,
+        sizes=_sizes_of_mixture,
     ),
 )

@@ -11,6 +11,8 @@ from typing import Any
 from q6k_kernels.bundle.metadata import CONTEXT_LENGTH, ENDS, Metadata, token_id_key
 from q6k_kernels.errors import HyperparameterError, UnsupportedModelError
 from q6k_kernels.models.hyperparameters import (
+    EXPERTS,
+    EXPERTS_USED,
     MAX_CONTEXT,
     MAX_LAYERS,
     ONLY_FUNCTIONS,
@@ -47,18 +49,43 @@ def sizes(
         UnsupportedModelError: rotary embeddings cover a part of a head only, or values and keys differ in size.
     """
     values = common_sizes(keys, shapes, epsilon)
-    heads, hidden = values["num_attention_heads"], values["hidden_size"]
     feed_forward = keys.integer("feed_forward_length", 1, 1 << 24)
     rows = matrix(keys, shapes, "blk.0.ffn_up.weight")[0]
     keys.expect("feed_forward_length", feed_forward * (1 + joined_up), rows, "ffn_up's rows")
+    heads = head_sizes(keys, shapes, values, gated=gated, joined=joined_heads)
+    return {**values, "intermediate_size": feed_forward, **heads}
+
+
+def head_sizes(
+    keys: Keys, shapes: Shapes, values: dict[str, Any], *, gated: bool = False, joined: bool = False
+) -> dict[str, Any]:
+    """Read number and size of heads of keys and values, alike in all layers, with the errors of `sizes`.
+
+    Args:
+        keys: the keys.
+        shapes: shapes of the tensors.
+        values: what `common_sizes` returned.
+        gated: see `sizes`.
+        joined: `joined_heads` of `sizes`.
+    """
+    heads, hidden = values["num_attention_heads"], values["hidden_size"]
     kv_heads = keys.integer("attention.head_count_kv", 1, heads, heads)
     if heads % kv_heads:
         raise keys.wrong("attention.head_count_kv", f"expected a divisor of {heads} heads, found {kv_heads}")
     return {
-        **values,
-        "intermediate_size": feed_forward,
         "num_key_value_heads": kv_heads,
-        "head_dim": _head_dim(keys, shapes, hidden, heads, kv_heads, gated=gated, joined=joined_heads),
+        "head_dim": _head_dim(keys, shapes, hidden, heads, kv_heads, gated=gated, joined=joined),
+    }
+
+
+def mixture_sizes(keys: Keys, shapes: Shapes) -> dict[str, Any]:
+    """Read the number and size of routed experts that are alike in all layers, with the errors of `sizes`."""
+    experts = keys.integer(EXPERTS, 1, 1 << 16)
+    keys.expect(EXPERTS, experts, matrix(keys, shapes, "blk.0.ffn_gate_inp.weight")[0], "rows of ffn_gate_inp")
+    return {
+        "num_experts": experts,
+        "num_experts_per_tok": keys.integer(EXPERTS_USED, 1, experts),
+        "moe_intermediate_size": keys.integer("expert_feed_forward_length", 1, 1 << 24),
     }
 
 

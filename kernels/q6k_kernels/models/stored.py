@@ -29,7 +29,6 @@ class Stored:
         values: computes the parameter from the file's numbers, both fp32; None if they are equal.
         wide: whether the parameter stays in fp32, whatever the model's dtype.
         layered: the dimension that has a part for each layer of the model; None if there is none.
-        column: whether the parameter has a dimension of 1 after its first, which the file leaves out.
     """
 
     rows: Order | None = None
@@ -37,15 +36,10 @@ class Stored:
     values: Callable[[Tensor], Tensor] | None = None
     wide: bool = False
     layered: int | None = None
-    column: bool = False
 
     def of_model(self, shape: tuple[int, ...], sampled: int, layers: int) -> tuple[int, ...]:
         """Return the shape of a parameter of a model of so many layers, given that of a sample of it."""
         return tuple(size // sampled * layers if at == self.layered else size for at, size in enumerate(shape))
-
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape in the file of a parameter."""
-        return (shape[0], *shape[2:]) if self.column else shape
 
 
 AS_IT_IS = Stored()
