@@ -1,7 +1,8 @@
-"""Gated delta nets and gated attention on a GPU, against the same in plain torch; then whole models of Qwen 3.5."""
+"""Gated delta nets, gated attention and mixtures on a GPU, against plain torch; then whole models of Qwen 3.5."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,18 @@ pytest.importorskip("transformers")
 
 from torch import Tensor, nn
 
-from q6k_kernels import PackedLinear, load_model
+import any_type
+from q6k_kernels import PackedLinear, PackedWeight, load_model
 from q6k_kernels.cuda import decode
 from q6k_kernels.cuda import device as launching
+from q6k_kernels.formats import tiles as layout
+from q6k_kernels.formats.types import weight_type
 from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.generator import Generator
+from q6k_kernels.generate.mixture import Mixture
 from q6k_kernels.generate.step_cuda import Kernels
-from q6k_kernels.generate.step_reference import Cached, Heads, Norm, TorchOperations
+from q6k_kernels.generate.step_reference import Cached, Heads, Norm, ProductInput, TorchOperations
+from q6k_kernels.weights.experts import PackedExperts
 
 pytestmark = pytest.mark.gpu
 
@@ -101,12 +107,33 @@ def test_gated_attention_that_rotates_a_part(dtype: torch.dtype, rotated: int, g
     assert torch.equal(found.codes, decode._quantize(found.halves, 1, launching.device(0)))
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Sizes that the kernels support: heads of 128 of the delta nets."""
-    from tiny_qwen35 import SIZES, TinyQwen35
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "top", "hidden", "between"), [(256, 8, 2048, 512), (37, 5, 2304, 256)])
+def test_mixtures_of_experts(dtype: torch.dtype, count: int, top: int, hidden: int, between: int) -> None:
+    def stack(n: int, k: int) -> PackedWeight:
+        row = weight_type("q4_0")
+        tiles = [layout.pack(any_type.planes(row, n, k), row).cuda() for _ in range(2)]
+        return PackedWeight(torch.stack([tiles[each % 2] for each in range(count)]), (count, n, k), row.name)
 
-    sizes = SIZES | {
+    experts = PackedExperts([stack(2 * between, hidden)], stack(hidden, between), "silu")
+    mixture = Mixture(random(count + 1, hidden, dtype=dtype, scale=0.1), experts, count, top)
+    run = Kernels(torch.device("cuda", 0), dtype)
+    assert run.supports_mixture(mixture) == ""
+    x, shared = random(1, hidden, dtype=dtype), random(1, hidden, dtype=dtype, seed=1)
+    with torch.no_grad():
+        found, expected = (
+            each.mix(ProductInput(x, None, hidden), mixture, shared) for each in (run, TorchOperations())
+        )
+    assert float((found - expected).abs().max()) < 0.02 * float(expected.std())
+
+
+@pytest.fixture(scope="module", params=["dense", "mixture"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Sizes that the kernels support: heads of 128 of the delta nets."""
+    from tiny_qwen35 import QWEN35, QWEN35_MOE
+
+    tiny = QWEN35 if request.param == "dense" else QWEN35_MOE
+    sizes = tiny.config | {
         "linear_key_head_dim": DIM,
         "linear_value_head_dim": DIM,
         "linear_num_value_heads": 4,
@@ -114,7 +141,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
     }
-    out, _ = TinyQwen35(config=sizes).bundle(tmp_path_factory.mktemp("qwen35"))
+    out, _ = replace(tiny, config=sizes).bundle(tmp_path_factory.mktemp("qwen35"))
     return load_model(Path(out), device="cuda")
 
 

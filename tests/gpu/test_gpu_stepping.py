@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from q6k_kernels import PackedLinear, load_model
 from q6k_kernels.cuda import decode
 from q6k_kernels.cuda import device as launching
-from q6k_kernels.generate import step_cuda
+from q6k_kernels.generate import attend_cuda
+from q6k_kernels.generate.attend_cuda import HEAD_DIMS
 from q6k_kernels.generate.generator import Generator
 from q6k_kernels.generate.step import Step
-from q6k_kernels.generate.step_cuda import HEAD_DIMS, Kernels
+from q6k_kernels.generate.step_cuda import Kernels
 from q6k_kernels.generate.step_reference import Cached, Heads, Norm, TokenChoice, TorchOperations
 
 pytestmark = pytest.mark.gpu
@@ -199,7 +200,7 @@ def test_attention_with_norms_of_values(dtype: torch.dtype, values: Any, dim: in
 @pytest.mark.parametrize("position", [127, 128, 255, 256, 300, 1000, 4095])
 @pytest.mark.parametrize("blocks", [1, 2, 5])
 def test_attention_where_warps_take_turns(position: int, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_cuda, "MOST_BLOCKS", blocks)
+    monkeypatch.setattr(attend_cuda, "MOST_BLOCKS", blocks)
     attention(torch.bfloat16, 128, 4, 4096, 0, position, True, None)
 
 
@@ -211,7 +212,7 @@ def test_attention_in_a_window(position: int, softcap: float | None) -> None:
 
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 def test_attention_where_a_block_has_less_shared_memory(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_cuda, "ATTEND_WARPS", (4,))
+    monkeypatch.setattr(attend_cuda, "ATTEND_WARPS", (4,))
     for group in (4, 8):  # the vectors of eight heads take a warp three turns
         attention(torch.bfloat16, dim, group, 520, 0, 300, True, None)
 

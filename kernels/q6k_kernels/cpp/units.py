@@ -33,7 +33,7 @@ MACROS: dict[str, tuple[str, ...]] = {
     "pack.cuh": CODE_MACROS,
 }
 """The macros of each file in the order in which `src/` gives their values; `check` compares `variants` with it."""
-OF_STEPS = ("step.cuh", "attend.cuh", "delta.cuh", "choose.cuh")
+OF_STEPS = ("step.cuh", "attend.cuh", "delta.cuh", "mixture.cuh", "choose.cuh")
 """Files with kernels of decoding steps, which are no part of the ops: `step_kernels` launches them from Python."""
 FILES = tuple(MACROS)
 """In the order of `File` in `src/kernels.h`."""

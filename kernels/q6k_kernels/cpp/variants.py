@@ -7,7 +7,7 @@ from itertools import product
 from q6k_kernels.cuda import decode, decode_plan, gemm_mma, gemm_wgmma, rows
 from q6k_kernels.cuda.device import Device, Variant
 from q6k_kernels.formats.types import CODE_MACROS, WEIGHT_TYPES, WeightType
-from q6k_kernels.generate import step_cuda
+from q6k_kernels.generate import attend_cuda, step_cuda
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 """Compute capabilities that tests compile kernels for; every other one from 8.0 on resembles one of them."""
@@ -69,8 +69,8 @@ def shared_bytes(arch: int) -> dict[Variant, int]:
     found = dict[Variant, int]()
     for variant in all_variants(arch):
         _, kernel, defines = variant
-        if kernel == step_cuda.ATTEND:
-            found[variant] = step_cuda.attend_bytes(dict(defines))
+        if kernel == attend_cuda.ATTEND:
+            found[variant] = attend_cuda.attend_bytes(dict(defines))
         elif kernel not in (decode.KERNEL, gemm_wgmma.KERNEL, gemm_mma.KERNEL):
             found[variant] = 0
         elif (key := _key(kernel, dict(defines))) in largest:

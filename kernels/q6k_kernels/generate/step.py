@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.kv_cache import KeyValueCache
+from q6k_kernels.generate.mixture import Mixture
 from q6k_kernels.generate.step_layers import Layers, Projections, StepLayer
 from q6k_kernels.generate.step_reference import Cached, Heads, Norm, ProductInput, TokenChoice, capped
 from q6k_kernels.models.architecture import SLIDING, Activation, attached
@@ -64,6 +65,8 @@ class StepOperations(Protocol):
         states: tuple[Tensor, Tensor],
         users: list[nn.Module],
     ) -> ProductInput: ...
+    def supports_mixture(self, mixture: Mixture) -> str: ...  # noqa: D102
+    def mix(self, x: ProductInput, mixture: Mixture, shared: Tensor) -> Tensor: ...  # noqa: D102
     def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor: ...  # noqa: D102
     def choose(self, logits: Tensor, softcap: float | None, choice: TokenChoice) -> None: ...  # noqa: D102
 
@@ -105,6 +108,8 @@ class Step:
         for layer in self._layers:
             if reason := operations.supports(config.hidden_size, layer.between, layer.heads):
                 raise _unsupported(reason)
+            if layer.mixture is not None and (reason := operations.supports_mixture(layer.mixture)):
+                raise _unsupported(reason)
             operations.reserve(layer.heads)
 
     def advance(self, choice: TokenChoice) -> None:
@@ -133,10 +138,13 @@ class Step:
             hidden, x = self._add_norm(hidden, delta, after, layer.norm, layer.inputs.modules, scale)
             x = self._mixed(index, layer, self._project(layer.inputs, x))
             delta, after = run.multiply(layer.output, x), layer.after_attention
-            hidden, x = self._add_norm(hidden, delta, after, layer.norm_between, layer.gate_up.modules)
-            gate, up = self._project(layer.gate_up, x)
+            users = [*layer.gate_up.modules, *([layer.mixture.experts] if layer.mixture is not None else [])]
+            hidden, normed = self._add_norm(hidden, delta, after, layer.norm_between, users)
+            gate, up = self._project(layer.gate_up, normed)
             x = run.gate(gate, up, self._architecture.activation, [layer.down])
             delta, after, scale = run.multiply(layer.down, x), layer.after, layer.scale
+            if layer.mixture is not None:
+                delta = run.mix(normed, layer.mixture, delta)
             if (end := layer.by_token) is not None:
                 hidden, x = self._add_norm(hidden, delta, after, None, [end.gate])
                 x = run.gate(

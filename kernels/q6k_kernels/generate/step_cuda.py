@@ -1,4 +1,5 @@
-"""The operations of a decoding step on a GPU: launches of `cuda/step.cuh`, `cuda/attend.cuh` and `cuda/choose.cuh`.
+"""The operations of a decoding step on a GPU: launches of `cuda/step.cuh` and `cuda/choose.cuh`, and of the kernels
+for attention (`attend_cuda`), gated delta nets (`delta_cuda`) and mixtures of experts (`mixture_cuda`).
 
 `step_reference` specifies the operations, in plain torch. Here the activations for packed weights pass between
 launches in 8 bits: the kernel that computes them also quantises them.
@@ -18,8 +19,9 @@ from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda.device import Device, Variant
 from q6k_kernels.formats.ggml import SUPER_BLOCK
 from q6k_kernels.formats.types import weight_type
-from q6k_kernels.generate import delta_cuda
+from q6k_kernels.generate import attend_cuda, delta_cuda, mixture_cuda
 from q6k_kernels.generate.delta import DeltaHeads
+from q6k_kernels.generate.mixture import Mixture
 from q6k_kernels.generate.step_reference import Cached, Heads, Norm, ProductInput, TokenChoice
 from q6k_kernels.jit import loader
 from q6k_kernels.models.architecture import Activation
@@ -29,23 +31,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 STEP, ADD_NORM, GATE = "step.cuh", "q6k_add_norm", "q6k_gate"
-ATTEND_FILE, ATTEND = "attend.cuh", "q6k_attend"
 CHOOSE_FILE, CHOOSE = "choose.cuh", "q6k_choose"
-NORM_THREADS, GATE_THREADS, ATTEND_KEYS = 256, 128, 16
+NORM_THREADS, GATE_THREADS = 256, 128
 NORM_GROUPS = (1, 2)
 MOST_NORM = 16 * NORM_THREADS * NORM_GROUPS[-1]
-HEAD_DIMS = (64, 96, 128, 256, 512)
-ATTEND_WARPS = (8, 4, 2, 1)
-"""Warps of a block of attention: the first number that fits."""
-MOST_HEADS, MOST_BLOCKS = 8, 32
-"""The most query heads of a block, and the most blocks that split the keys of one head."""
 CHOOSE_THREADS, CHOOSE_VALUES, CHOOSE_BLOCKS = 128, 8, 256
 """Threads of a block, logits that a thread reads at once, and the most blocks; as in `cuda/choose.cuh`."""
 GATES = {"silu": 0, "gelu_tanh": 1}
 """Activation -> its number in the enum `Gate` of `cuda/step.cuh`."""
 _ADD_NORM, _GATE = struct.Struct("@PPPPPPPPfffi"), struct.Struct("@PPPPPii")
 _CHOOSE = struct.Struct("@PPPPPPPffi")
-_ATTEND = struct.Struct("@PPPPPPPPPPPPPPPPfffiiiiiii")
 
 
 class Kernels:
@@ -73,8 +68,8 @@ class Kernels:
             return f"an intermediate size of {between}: expected a multiple of 32"
         if isinstance(heads, DeltaHeads):
             return delta_cuda.unsupported(heads)
-        if heads.dim not in HEAD_DIMS:
-            return f"heads of {heads.dim} values: expected {', '.join(map(str, HEAD_DIMS))}"
+        if heads.dim not in attend_cuda.HEAD_DIMS:
+            return f"heads of {heads.dim} values: expected {', '.join(map(str, attend_cuda.HEAD_DIMS))}"
         return ""
 
     def reserve(self, heads: Heads | DeltaHeads) -> None:
@@ -142,39 +137,16 @@ class Kernels:
     ) -> ProductInput:
         """Launch rotation, cache write and attention, see `step_reference`."""
         out = self._activations(heads.count * heads.dim, users)
-        rows, blocks, together = self._grid(heads)
-        warps = _attend_warps(heads.dim, self._device)
+        rows, blocks, _ = self._grid(heads)
+        warps = attend_cuda.warps_of(heads.dim, self._device)
+        shared = (self._partials, self._counters)
+        given = attend_cuda.arguments(q, k, v, heads, cached, position, shared, self._outputs(out))
         self._launch(
-            _attend_variant(self._macros, heads.dim, warps),
+            attend_cuda.variant(self._macros, heads.dim, warps),
             (blocks, rows, 1),
             32 * warps,
-            _ATTEND.pack(
-                q.data_ptr(),
-                _pointer(k),
-                _pointer(v),
-                cached.keys.data_ptr(),
-                cached.values.data_ptr(),
-                heads.cosines.data_ptr(),
-                heads.sines.data_ptr(),
-                0 if heads.q_norm is None else heads.q_norm.weight.data_ptr(),
-                0 if heads.k_norm is None else heads.k_norm.weight.data_ptr(),
-                position.data_ptr(),
-                _pointer(heads.growth),
-                self._partials.data_ptr(),
-                self._counters.data_ptr(),
-                *self._outputs(out),
-                heads.scale,
-                heads.softcap or 0.0,
-                0.0 if heads.q_norm is None else heads.q_norm.epsilon,
-                cached.keys.shape[-2],
-                cached.window,
-                together,
-                heads.count // heads.key_heads,
-                int(heads.values_normed),
-                2 * heads.cosines.shape[1],
-                int(heads.gated),
-            ),
-            shared_bytes=_attend_bytes(heads.dim, warps),
+            given,
+            shared_bytes=attend_cuda.bytes_of(heads.dim, warps),
         )
         return out
 
@@ -193,6 +165,15 @@ class Kernels:
         given = delta_cuda.arguments(mixed, z, b, a, heads, states, self._counters, self._outputs(out))
         self._launch(delta_cuda.variant(self._macros), (heads.value_heads, 1, 1), delta_cuda.THREADS, given)
         return out
+
+    def supports_mixture(self, mixture: Mixture) -> str:
+        """Return why the kernels do not support a mixture of experts; "" if they do."""
+        return mixture_cuda.unsupported(mixture)
+
+    def mix(self, x: ProductInput, mixture: Mixture, shared: Tensor) -> Tensor:
+        """Launch a mixture of experts, see `mixture`."""
+        assert x.halves is not None  # noqa: S101 -- the experts are among its users
+        return mixture_cuda.mixed(self._launch, self._macros[:1], x.halves, mixture, shared, self._counted)
 
     def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor:
         """Compute a product, (1, N)."""
@@ -264,10 +245,7 @@ class Kernels:
 
     def _grid(self, heads: Heads) -> tuple[int, int, int]:
         """Return the rows of the grid, the blocks of a row, which split its keys, and the query heads of a row."""
-        group = heads.count // heads.key_heads
-        together = max(count for count in range(1, MOST_HEADS + 1) if group % count == 0)
-        rows = heads.count // together
-        return rows, max(1, min(MOST_BLOCKS, self._device.multiprocessors // rows)), together
+        return attend_cuda.grid(heads, self._device)
 
     def _launch(
         self,
@@ -296,31 +274,6 @@ def _norm_variant(macros: tuple[tuple[str, int], ...], k: int) -> Variant:
     return STEP, ADD_NORM, (*macros, ("Q6K_NORM_GROUPS", groups))
 
 
-@cache
-def _attend_variant(macros: tuple[tuple[str, int], ...], dim: int, warps: int) -> Variant:
-    return ATTEND_FILE, ATTEND, (*macros, ("Q6K_HEAD_DIM", dim), ("Q6K_WARPS", warps))
-
-
-def _attend_warps(dim: int, device: Device) -> int:
-    room = device.shared_bytes - attend_static(dim)
-    return next(warps for warps in ATTEND_WARPS if _attend_bytes(dim, warps) <= room)
-
-
-def attend_static(dim: int) -> int:
-    """Return a bound of the attention kernel's static shared memory: queries, a key and a value, and 3 KiB."""
-    return (MOST_HEADS + 1) * (dim + 8) * 2 + dim * 2 + (3 << 10)
-
-
-def attend_bytes(macros: dict[str, int]) -> int:
-    """Return the dynamic shared memory of the attention kernel with these macros, in bytes of a block."""
-    return _attend_bytes(macros["Q6K_HEAD_DIM"], macros["Q6K_WARPS"])
-
-
-def _attend_bytes(dim: int, warps: int) -> int:
-    """Return the size of a block's keys and values in shared memory, in bytes."""
-    return 2 * warps * ATTEND_KEYS * (2 * dim + 16)
-
-
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -331,6 +284,7 @@ def variants(device: Device) -> list[Variant]:
     for fp16 in (False, True):
         macros = (("Q6K_FP16", int(fp16)), *_ONE_TOKEN)
         found += [(STEP, GATE, macros), (CHOOSE_FILE, CHOOSE, macros[:2]), delta_cuda.variant(macros)]
+        found += mixture_cuda.variants(macros[:1])
         found += [_norm_variant(macros, 16 * NORM_THREADS * groups) for groups in NORM_GROUPS]
-        found += [_attend_variant(macros, dim, _attend_warps(dim, device)) for dim in HEAD_DIMS]
+        found += attend_cuda.variants(macros, device)
     return found

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.kv_cache import KeyValueCache
+from q6k_kernels.generate.mixture import Mixture, mixture_of
 from q6k_kernels.generate.step_reference import Heads, Norm
 from q6k_kernels.models.architecture import LINEAR, Architecture
 from q6k_kernels.models.fusing import GATE_UP, IN_PROJ, QK, QKV, Group, ReorderedInput, Stacks
@@ -57,6 +58,7 @@ class StepLayer:
         after: norm after the network, or None.
         by_token: the end of a layer with embeddings of its own, or None.
         scale: factor of the layer's result.
+        mixture: experts beside the network, which is then the expert that all tokens share; or None.
     """
 
     norm: Norm
@@ -71,6 +73,7 @@ class StepLayer:
     after: Norm | None
     by_token: ByToken | None
     scale: float
+    mixture: Mixture | None
 
 
 class Layers:
@@ -94,7 +97,7 @@ class Layers:
     def layer(self, layer: Any, kind: str) -> StepLayer:
         """Return a layer of transformers of a kind."""
         config, angles = self._config, self._angles.get(kind)
-        network, after = layer.mlp, self._architecture.norms_after
+        network, after = getattr(layer.mlp, "shared_expert", layer.mlp), self._architecture.norms_after
         inputs, heads, output = (
             _delta_net(layer.linear_attn) if angles is None else self._attention(layer.self_attn, angles)
         )
@@ -114,6 +117,7 @@ class Layers:
             after=self.norm(layer.post_feedforward_layernorm) if after else None,
             by_token=self._by_token(layer) if getattr(config, "hidden_size_per_layer_input", 0) else None,
             scale=float(layer.layer_scalar) if self._architecture.scaled_layers else 1.0,
+            mixture=None if network is layer.mlp else mixture_of(layer.mlp),
         )
 
     def _attention(self, attention: Any, angles: tuple[Tensor, Tensor]) -> tuple[Projections, Heads, nn.Module]:

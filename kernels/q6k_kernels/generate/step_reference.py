@@ -15,6 +15,7 @@ from torch.nn.functional import gelu, silu
 
 from q6k_kernels.generate import sampling
 from q6k_kernels.generate.delta import DeltaHeads, delta_net
+from q6k_kernels.generate.mixture import Mixture, mixed
 from q6k_kernels.models.architecture import Activation
 
 if TYPE_CHECKING:
@@ -233,6 +234,16 @@ class TorchOperations:
         """Compute a gated delta net, see `delta.delta_net`; the products of `users` read the result."""
         del users
         return _plain(delta_net(mixed, z, b, a, heads, states))
+
+    def supports_mixture(self, mixture: Mixture) -> str:
+        """Return why the operations do not support a mixture of experts; "" if they do."""
+        del mixture
+        return ""
+
+    def mix(self, x: ProductInput, mixture: Mixture, shared: Tensor) -> Tensor:
+        """Compute a mixture of experts, see `mixture.mixed`; `x` has 16-bit values."""
+        assert x.halves is not None  # noqa: S101 -- the experts are among its users
+        return mixed(x.halves, mixture, shared)
 
     def choose(self, logits: Tensor, softcap: float | None, choice: TokenChoice) -> None:
         """Choose the next token, see `sampling`, and write it to the tensors of `choice`.

@@ -140,6 +140,7 @@ static inline void ld_global_cg_u64(T& value, const T* from) {
   static_assert(sizeof(T) == 8, "64 bits");
   value = *from;
 }
+static inline void ld_global_cg_f32(float& value, const float* from) { value = *from; }
 // Blocks run one after another.
 static inline void atom_acq_rel_gpu_global_add_u32(uint32_t& before, uint32_t* at, uint32_t by) {
   before = *at;

@@ -1,0 +1,105 @@
+"""The launch of attention in a decoding step on a GPU, `cuda/attend.cuh`; `step_reference` specifies it."""
+
+from __future__ import annotations
+
+import struct
+from functools import cache
+
+from torch import Tensor
+
+from q6k_kernels.cuda.device import Device, Variant
+from q6k_kernels.generate.step_reference import Cached, Heads
+
+ATTEND_FILE, ATTEND, ATTEND_KEYS = "attend.cuh", "q6k_attend", 16
+HEAD_DIMS = (64, 96, 128, 256, 512)
+ATTEND_WARPS = (8, 4, 2, 1)
+"""Warps of a block of attention: the first number that fits."""
+MOST_HEADS, MOST_BLOCKS = 8, 32
+"""The most query heads of a block, and the most blocks that split the keys of one head."""
+_ATTEND = struct.Struct("@PPPPPPPPPPPPPPPPfffiiiiiii")
+
+
+def grid(heads: Heads, device: Device) -> tuple[int, int, int]:
+    """Return the rows of the grid, the blocks of a row, which split its keys, and the query heads of a row."""
+    group = heads.count // heads.key_heads
+    together = max(count for count in range(1, MOST_HEADS + 1) if group % count == 0)
+    rows = heads.count // together
+    return rows, max(1, min(MOST_BLOCKS, device.multiprocessors // rows)), together
+
+
+def arguments(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    heads: Heads,
+    cached: Cached,
+    position: Tensor,
+    shared: tuple[Tensor, Tensor],
+    outputs: tuple[int, int, int],
+) -> bytes:
+    """Return the kernel's arguments.
+
+    Args:
+        q: queries, see `TorchOperations.attend`, as are the next ones.
+        k: keys.
+        v: values.
+        heads: the heads of the layer.
+        cached: its part of the cache.
+        position: position of the token.
+        shared: what blocks share: partial sums, float32, and counters, int32, 0.
+        outputs: addresses of the 16-bit values, codes and scales; 0 for what is absent.
+    """
+    group = heads.count // heads.key_heads
+    together = max(count for count in range(1, MOST_HEADS + 1) if group % count == 0)
+    return _ATTEND.pack(
+        *map(_pointer, (q, k, v, cached.keys, cached.values, heads.cosines, heads.sines)),
+        *(0 if norm is None else norm.weight.data_ptr() for norm in (heads.q_norm, heads.k_norm)),
+        *map(_pointer, (position, heads.growth, *shared)),
+        *outputs,
+        heads.scale,
+        heads.softcap or 0.0,
+        0.0 if heads.q_norm is None else heads.q_norm.epsilon,
+        cached.keys.shape[-2],
+        cached.window,
+        together,
+        group,
+        int(heads.values_normed),
+        2 * heads.cosines.shape[1],
+        int(heads.gated),
+    )
+
+
+@cache
+def variant(macros: tuple[tuple[str, int], ...], dim: int, warps: int) -> Variant:
+    """Return the kernel for the macros of a step, a size of heads and a number of warps."""
+    return ATTEND_FILE, ATTEND, (*macros, ("Q6K_HEAD_DIM", dim), ("Q6K_WARPS", warps))
+
+
+def warps_of(dim: int, device: Device) -> int:
+    """Return the warps of a block for a size of heads."""
+    room = device.shared_bytes - attend_static(dim)
+    return next(warps for warps in ATTEND_WARPS if bytes_of(dim, warps) <= room)
+
+
+def attend_static(dim: int) -> int:
+    """Return a bound of the attention kernel's static shared memory: queries, a key and a value, and 3 KiB."""
+    return (MOST_HEADS + 1) * (dim + 8) * 2 + dim * 2 + (3 << 10)
+
+
+def attend_bytes(macros: dict[str, int]) -> int:
+    """Return the dynamic shared memory of the attention kernel with these macros, in bytes of a block."""
+    return bytes_of(macros["Q6K_HEAD_DIM"], macros["Q6K_WARPS"])
+
+
+def bytes_of(dim: int, warps: int) -> int:
+    """Return the size of a block's keys and values in shared memory, in bytes."""
+    return 2 * warps * ATTEND_KEYS * (2 * dim + 16)
+
+
+def variants(macros: tuple[tuple[str, int], ...], device: Device) -> list[Variant]:
+    """Return all kernels with the macros of a step that a GPU may load."""
+    return [variant(macros, dim, warps_of(dim, device)) for dim in HEAD_DIMS]
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

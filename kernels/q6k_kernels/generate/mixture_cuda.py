@@ -1,0 +1,93 @@
+"""The launches of a mixture of experts on a GPU, `cuda/mixture.cuh`, around the products with experts.
+
+`mixture` specifies what they compute.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from q6k_kernels.cuda.device import Variant
+from q6k_kernels.generate.mixture import Mixture
+from q6k_kernels.weights.experts import PackedExperts
+
+MIXTURE_FILE, ROUTE, GATE, ADD = "mixture.cuh", "q6k_route", "q6k_gate_experts", "q6k_add_experts"
+ROUTE_WARPS, SPREAD_THREADS, MOST_EXPERTS, MOST_TOP = 4, 128, 512, 32
+"""Warps and threads of blocks, the most experts and the most that are chosen, as in the kernels."""
+_ROUTE, _GATE, _ADD = struct.Struct("@PPPPPPiii"), struct.Struct("@PPPii"), struct.Struct("@PPPPii")
+
+Launch = Callable[[Variant, tuple[int, int, int], int, bytes], None]
+"""Launches a kernel: variant, grid, threads, arguments."""
+
+
+def unsupported(mixture: Mixture) -> str:
+    """Return why the kernels do not support a mixture; "" if they do."""
+    if mixture.count > MOST_EXPERTS or mixture.top > MOST_TOP:
+        most = f"expected up to {MOST_EXPERTS} and {MOST_TOP}"
+        return f"{mixture.count} experts of which {mixture.top} are chosen: {most}"
+    experts = mixture.experts
+    if not isinstance(experts, PackedExperts):
+        return "experts that are not packed"
+    if experts.activation != "silu" or experts.between % 8:
+        return f"experts with {experts.activation} and {experts.between} values: expected silu and a multiple of 8"
+    return ""
+
+
+def mixed(
+    launch: Launch,
+    macros: tuple[tuple[str, int], ...],
+    x: Tensor,
+    mixture: Mixture,
+    shared: Tensor,
+    counter: Tensor,
+) -> Tensor:
+    """Launch a mixture for one token, see `mixture.mixed`.
+
+    Args:
+        launch: launches a kernel.
+        macros: those of the dtype.
+        x: the input, (1, K).
+        mixture: the mixture.
+        shared: the output of the shared expert, (1, K).
+        counter: int32, 0.
+    """
+    experts, top, k = mixture.experts, mixture.top, x.shape[1]
+    assert isinstance(experts, PackedExperts)  # noqa: S101 -- as `unsupported` has checked
+    logits = torch.empty(mixture.count + 1, device=x.device)
+    factors = torch.empty(top + 1, device=x.device)
+    chosen = torch.empty(1, top, dtype=torch.int32, device=x.device)
+    pointers = (tensor.data_ptr() for tensor in (x, mixture.router, logits, counter, chosen, factors))
+    launch(
+        (MIXTURE_FILE, ROUTE, macros),
+        (-(-(mixture.count + 1) // ROUTE_WARPS), 1, 1),
+        32 * ROUTE_WARPS,
+        _ROUTE.pack(*pointers, mixture.count, top, k),
+    )
+    both, between = [stack(x, chosen)[0] for stack in experts.gate_up], experts.between
+    gate, up = both if len(both) == 2 else both[0].split(between, -1)
+    gated = torch.empty(1, top, between, dtype=x.dtype, device=x.device)
+    launch(
+        (MIXTURE_FILE, GATE, macros),
+        (-(-between // (8 * SPREAD_THREADS)), top, 1),
+        SPREAD_THREADS,
+        _GATE.pack(gate.data_ptr(), up.data_ptr(), gated.data_ptr(), gate.stride(0), between),
+    )
+    outputs: Tensor = experts.down(gated, chosen)
+    total = torch.empty_like(x)
+    pointers = (tensor.data_ptr() for tensor in (outputs, factors, shared, total))
+    launch(
+        (MIXTURE_FILE, ADD, macros),
+        (-(-k // (8 * SPREAD_THREADS)), 1, 1),
+        SPREAD_THREADS,
+        _ADD.pack(*pointers, top, k),
+    )
+    return total
+
+
+def variants(macros: tuple[tuple[str, int], ...]) -> list[Variant]:
+    """Return the kernels with the macros of a dtype."""
+    return [(MIXTURE_FILE, kernel, macros) for kernel in (ROUTE, GATE, ADD)]
