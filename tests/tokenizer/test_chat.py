@@ -84,6 +84,42 @@ def test_filters_and_names_are_those_of_transformers() -> None:
     assert "\\u00fc" in theirs[0]
 
 
+def test_what_templates_of_today_use_renders_alike() -> None:
+    """Macros, namespaces, neighbours in loops, slices, tests of types, methods of texts, whitespace control."""
+    utils = pytest.importorskip("transformers.utils.chat_template_utils", reason="transformers is not installed")
+    template = (
+        "{%- macro turn(role, text='') -%}\n    <|turn>{{ role }}\n{{ text | trim }}<turn|>\n{% endmacro -%}\n"
+        "{#- a comment -#}\n"
+        "{%- set seen = namespace(last=none, system='') -%}\n"
+        "{%- if messages[0].role in ['system', 'developer'] and messages[0].content is string -%}\n"
+        "  {%- set seen.system = messages[0]['content'] -%}{%- set loop_messages = messages[1:] -%}\n"
+        "{%- else -%}{%- set loop_messages = messages -%}{%- endif %}\n"
+        "{{ (bos_token | default('')) ~ turn('system', seen.system) if seen.system else bos_token }}\n"
+        "  {% for m in loop_messages[::-1] | reverse %}\n"
+        "{%- if m is not mapping or m.content is iterable and m.content is not string %}{% break %}{% endif %}"
+        "{%- set text = m.content.split('</think>')[-1].lstrip('\\n') "
+        "if '</think>' in m.content else m.content %}\n"
+        "{{ turn(m.role | replace('assistant', 'model') | upper, text) }}"
+        "{% if loop.previtem is defined and loop.previtem.role == m.role %}again{% endif %}\n"
+        "{% for key, value in m | dictsort %}{{ key }}={{ value[:2] | tojson }}"
+        "{{ ', ' if not loop.last }}{% endfor %}"
+        "\t{% if m.get('tool_calls') is none or m.tool_calls is undefined %}-{% endif %}\n"
+        "  {% endfor %}\n"
+        "{{- strftime_now('%Y') | length }}{{ '%05.1f' | format(2.25) }}"
+        "{{ {'a': [1, none, true]} | tojson(indent=2) }}\n"
+        "{%- if add_generation_prompt and enable_thinking is not defined -%}\n<|turn>model\n{% endif %}\n\n"
+    )
+    answer = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nJa"}
+    system = {"role": "system", "content": " be\n"}
+    for messages in (USER, [system, *USER], [*USER, answer, *USER, *USER]):
+        theirs, _ = utils.render_jinja_template(
+            [messages], chat_template=template, add_generation_prompt=True, bos_token="<s>"
+        )
+        task = {"template": template, "conversations": [messages], "variables": {"bos_token": "<s>"}, "most": 9999}
+        assert rendering.render_task(task) == {"texts": theirs}
+        assert theirs[0].endswith("<|turn>model\n")
+
+
 def test_the_process_knows_nothing_of_its_parent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "json.py").write_text("raise SystemExit(3)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -123,9 +159,9 @@ def test_jinja_has_to_be_a_release_whose_sandbox_holds(monkeypatch: pytest.Monke
 
 def test_the_program_itself_answers_with_a_text_or_an_error() -> None:
     """In this process, where coverage sees it."""
-    task = {"template": "{% generation %}{{ messages[0].content | tojson }}{% endgeneration %}", "messages": USER}
-    task |= {"variables": {}, "most": 100}
-    assert rendering.render_task(task) == {"text": '"Grüße"'}
+    task = {"template": "{% generation %}{{ messages[0].content | tojson }}{% endgeneration %}"}
+    task |= {"conversations": [USER, [{"role": "user", "content": "b"}]], "variables": {}, "most": 100}
+    assert rendering.render_task(task) == {"texts": ['"Grüße"', '"b"']}
     assert "longer than 2 characters" in rendering.render_task(task | {"most": 2})["error"]
     refused = rendering.render_task(task | {"template": "{{ raise_exception(strftime_now('%Y')) }}"})
     assert refused["error"].startswith("TemplateError: 2")
@@ -144,6 +180,16 @@ def test_a_system_message_is_never_lost(tmp_path: Path, template: str) -> None:
     assert tokenizer.encode_chat([{"role": "system", "content": " "}, *USER])
 
 
+def test_a_template_sees_the_system_message_as_it_is(tmp_path: Path) -> None:
+    """Templates cut switches like this off, and then blanks."""
+    template = (
+        "{% set s = messages[0].content %}{{ s.replace('/no_think', '').rstrip() ~ '.' ~ s.endswith('think') }}"
+    )
+    tokenizer = load_tokenizer(write(tmp_path / "m", sentencepiece() | {"chat_template": template}))
+    ids = tokenizer.encode_chat([{"role": "system", "content": "be brief /no_think"}, *USER])
+    assert tokenizer.decode(ids) == " be brief.True"
+
+
 def test_many_control_tokens_cost_no_time(tmp_path: Path) -> None:
     keys = sentencepiece() | {"chat_template": PLAIN}
     more = [f"<|{'x' * (i % 7)}reserved_{i}|>" for i in range(40_000)]
@@ -152,9 +198,9 @@ def test_many_control_tokens_cost_no_time(tmp_path: Path) -> None:
     keys["ggml.token_type"] += [CONTROL] * len(more)
     tokenizer = load_tokenizer(write(tmp_path / "m", keys))
     text = "<|reserved " * 100_000 + more[-1]
-    start = time.perf_counter()
+    start = time.process_time()
     ids = tokenizer.encode_chat([{"role": "user", "content": text}])
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert not {*ids} & {*range(len(keys["ggml.tokens"]) - len(more), len(keys["ggml.tokens"]))}
     assert tokenizer.decode(ids).count("<|reserved ") == 100_000
 

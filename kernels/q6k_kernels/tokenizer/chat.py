@@ -34,22 +34,33 @@ class TemplateError(ValueError):
 def render(template: str, messages: Sequence[Mapping[str, str]], variables: Mapping[str, str]) -> str:
     """Render the messages as one text that ends where the model's answer begins.
 
+    Arguments and errors are those of `render_each`.
+    """
+    return render_each(template, [messages], variables)[0]
+
+
+def render_each(
+    template: str, conversations: Sequence[Sequence[Mapping[str, str]]], variables: Mapping[str, str]
+) -> list[str]:
+    """Render each conversation as one text that ends where the model's answer begins.
+
     Args:
         template: the Jinja text, at most `MAX_TEMPLATE` characters.
-        messages: each with `role` and `content`, together at most `MAX_TEXT` characters.
+        conversations: messages, each with `role` and `content`, at most `MAX_TEXT` characters a conversation.
         variables: further names for the template: `bos_token`, `eos_token` and others.
 
     Raises:
-        TemplateError: rendering fails, or the text is longer than `MAX_TEXT` characters.
+        TemplateError: rendering fails, or a text is longer than `MAX_TEXT` characters.
         PackageMissingError: Jinja is missing or too old.
     """
     if len(template) > MAX_TEMPLATE:
         raise TemplateError(f"the chat template has {len(template)} characters, more than the limit {MAX_TEMPLATE}")
-    if (found := sum(len(value) for message in messages for value in message.values())) > MAX_TEXT:
-        raise TemplateError(f"the messages have {found} characters, more than the limit {MAX_TEXT}")
+    for messages in conversations:
+        if (found := sum(len(value) for message in messages for value in message.values())) > MAX_TEXT:
+            raise TemplateError(f"the messages have {found} characters, more than the limit {MAX_TEXT}")
     task = {
         "template": template,
-        "messages": list(messages),
+        "conversations": [list(messages) for messages in conversations],
         "variables": dict(variables),
         "paths": _paths(),
         "most": MAX_TEXT,
@@ -73,7 +84,7 @@ def render(template: str, messages: Sequence[Mapping[str, str]], variables: Mapp
         raise TemplateError(f"the chat template took more than {limits}, and was stopped")
     if "error" in answer:
         raise TemplateError(f"the chat template failed: {answer['error']}")
-    return str(answer["text"])
+    return [str(text) for text in answer["texts"]]
 
 
 def _paths() -> list[str]:

@@ -1,4 +1,4 @@
-"""The program that renders one chat template: a task as JSON on stdin, the text or an error as JSON on stdout.
+"""The program that renders one chat template: a task as JSON on stdin, texts or an error as JSON on stdout.
 
 `chat` runs it in a process of its own, isolated from the user's Python paths and with an empty environment. It
 imports nothing of this package.
@@ -12,28 +12,33 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 
-def render_task(task: dict[str, Any]) -> dict[str, str]:
-    """Render a template in Jinja's sandbox, and return {"text": ...} or {"error": ...}.
+def render_task(task: dict[str, Any]) -> dict[str, Any]:
+    """Render a template in Jinja's sandbox, and return {"texts": [...]} or {"error": ...}.
 
     Args:
-        task: "template", "messages", "variables", and "most", the limit on the text's characters.
+        task: "template", "conversations" (lists of messages), "variables", and "most", the limit on a text's
+            characters.
     """
     environment = _environment()
+    # Templates ask for tools and documents with `is not none`, as transformers always passes both.
+    names = {"tools": None, "documents": None, "add_generation_prompt": True, **task["variables"]}
     try:
-        pieces, length = list[str](), 0
         template = environment.from_string(task["template"])
-        # Templates ask for tools and documents with `is not none`, as transformers always passes both.
-        names = {"tools": None, "documents": None, "add_generation_prompt": True, **task["variables"]}
-        for piece in template.generate(messages=task["messages"], **names):
-            length += len(piece)
-            if length > task["most"]:
-                raise ValueError(f"its text is longer than {task['most']} characters")
-            pieces.append(piece)
-        text = "".join(pieces)
-        text.encode()  # refuses half a surrogate pair, which only an escape in a template can write
+        return {"texts": [_rendered(template, each, names, task["most"]) for each in task["conversations"]]}
     except Exception as error:  # whatever a template does wrong
         return {"error": f"{type(error).__name__}: {str(error)[:1000]}"}
-    return {"text": text}
+
+
+def _rendered(template: Any, messages: list[dict[str, str]], names: dict[str, Any], most: int) -> str:
+    pieces, length = list[str](), 0
+    for piece in template.generate(messages=messages, **names):
+        length += len(piece)
+        if length > most:
+            raise ValueError(f"its text is longer than {most} characters")
+        pieces.append(piece)
+    text = "".join(pieces)
+    text.encode()  # refuses half a surrogate pair, which only an escape in a template can write
+    return text
 
 
 def _environment() -> Any:

@@ -18,6 +18,8 @@ from q6k_kernels.tokenizer.vocabulary import Vocabulary
 Messages = Sequence[Mapping[str, str]]
 
 _BLANKS = " \t\n\v\f\r"
+_NAMED = ("bos", "eos", "unk", "pad")
+"""Special tokens that templates know by name."""
 # Noncharacters, which Unicode reserves for internal use; they mark places in messages.
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
@@ -110,8 +112,9 @@ class Tokenizer:
                 "Leave out --chat, or give a tokenizer that has one (--tokenizer DIR).",
             )
         names, control = self.vocabulary.names, {i: token for token, i in self.vocabulary.control.items()}
-        variables = {f"{name}_token": control[i] for name, i in names.items() if i in control}
-        # A mark behind a system message shows whether the template drops it, as some do without a word.
+        variables = {f"{name}_token": control[names[name]] for name in _NAMED if names.get(name) in control}
+        # A second rendering, with a mark behind each system message, shows whether the template drops one, as some
+        # do without a word. In the text that counts a mark would be in the way of what templates do with a message.
         mark = self._unused_marks(messages)[1]
         marked, systems = list[Mapping[str, str]](), 0
         for message in messages:
@@ -120,17 +123,19 @@ class Tokenizer:
                 systems += 1
             marked.append(message)
         try:
-            rendered = chat.render(self.chat_template, marked, variables)
+            rendered, *shown = chat.render_each(
+                self.chat_template, [messages, marked] if systems else [messages], variables
+            )
         except chat.TemplateError as error:
             raise TokenizerError(
                 str(error), "Leave out --system if the model knows no such role, or give another template."
             ) from error
-        if rendered.count(mark) < systems:
+        if any(text.count(mark) < systems for text in shown):
             raise TokenizerError(
                 "the chat template drops the system message",
                 "Leave out --system, and put its text into the prompt.",
             )
-        return rendered.replace(mark, "")
+        return rendered
 
     def _unused_marks(self, messages: Messages) -> list[str]:
         used = {character for message in messages for value in message.values() for character in value}
