@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from golden_cases import CASES, Case, prompt, write
 from golden_dense import DENSE
 from golden_gemma4 import GEMMA4
+from golden_mixtures import MIXTURES
 
-ALL = CASES | DENSE | GEMMA4
+ALL = CASES | DENSE | GEMMA4 | MIXTURES
 OUT = Path(__file__).parents[2] / "tests" / "models" / "golden"
 BATCH = 16
 """Most tokens of a prompt at once: shorter than the prompts, so that each goes through the cache."""

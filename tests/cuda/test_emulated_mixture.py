@@ -47,18 +47,19 @@ def stack(n: int, k: int) -> PackedWeight:
 
 @pytest.mark.parametrize("joined", [True, False])
 def test_experts_are_chosen_and_added_as_in_torch(gpu: Memory, joined: bool) -> None:
+    """With an expert that all tokens share where gate and up are joined, without one where they are apart."""
     dtype = torch.bfloat16
     parts = [stack(2 * BETWEEN, K)] if joined else [stack(BETWEEN, K), stack(BETWEEN, K)]
     experts = PackedExperts(parts, stack(K, BETWEEN), "silu")
-    router = (random(COUNT + 1, K) / 20).to(dtype)
+    router = (random(COUNT + joined, K) / 20).to(dtype)
     router[7] = router[11]  # of equal ones the first is chosen
     mixture = Mixture(router, experts, COUNT, TOP)
     kernels = Kernels(torch.device("cpu", 0), dtype)
     assert kernels.supports_mixture(mixture) == ""
     for seed in range(3):
         x, shared = random(1, K, seed=seed).to(dtype), random(1, K, seed=seed + 9).to(dtype)
-        given = ProductInput(x, None, K)
-        found, expected = (each.mix(given, mixture, shared) for each in (kernels, TorchOperations()))
+        given, beside = ProductInput(x, None, K), shared if joined else None
+        found, expected = (each.mix(given, mixture, beside) for each in (kernels, TorchOperations()))
         spread = float(expected.float().std())
         assert float((found.float() - expected.float()).abs().max()) < 0.02 * spread
         assert not kernels._counted.any()

@@ -15,13 +15,14 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from golden_cases import CASES, Case, checksum, prompt, weights, write
 from golden_dense import DENSE
 from golden_gemma4 import GEMMA4
+from golden_mixtures import MIXTURES
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
 from q6k_kernels import load_model
 from q6k_kernels.generate.generator import Generator
 from q6k_kernels.models.registry import ARCHITECTURES
 
-ALL = CASES | DENSE | GEMMA4
+ALL = CASES | DENSE | GEMMA4 | MIXTURES
 GOLDEN = Path(__file__).with_name("golden")
 CHUNK = 16  # shorter than the prompts
 

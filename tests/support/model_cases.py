@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tiny_gemma4 import GEMMA4, GEMMA4_EXPERTS, GEMMA4_SHARED
+from tiny_mixtures import QWEN3MOE
 from tiny_models import F32, Tiny, llama3_factors
 from tiny_qwen35 import QWEN35, QWEN35_MOE
 
@@ -162,6 +163,12 @@ MODELS = {
     ),
     "qwen3": Tiny("qwen3", "qwen3", {"rope_parameters": THETA}, {"rope.freq_base": 2e5}),
     "qwen3, tied": Tiny("qwen3", "qwen3", {"tie_word_embeddings": True}),
+    "qwen3moe": QWEN3MOE,
+    "qwen3moe, tied, width by the chosen": replace(
+        QWEN3MOE,
+        config=QWEN3MOE.config | {"tie_word_embeddings": True, "intermediate_size": 768},
+        keys={"expert_feed_forward_length": None},
+    ),
     "qwen35": QWEN35,
     "qwen35moe": QWEN35_MOE,
     "qwen35, tied, predicting blocks, projections of other types": replace(

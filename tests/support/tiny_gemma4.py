@@ -6,10 +6,9 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from tiny_models import F32, IN_LAYERS, NORMS, OUTSIDE, Q6_K, Tiny, quantised, read_back
+from tiny_models import F32, IN_LAYERS, NORMS, OUTSIDE, Tiny, add_stack
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 HALVES = ("gate_exps.weight", "up_exps.weight")
@@ -82,16 +81,10 @@ class TinyGemma4(Tiny):
         if values.ndim < 3:
             super()._add_tensor(writer, parameter, values, scales)
             return
-        rows = values.reshape(-1, values.shape[-1]).numpy()
-        data = quantised(rows, Q6_K)
-        values.copy_(read_back(data, Q6_K, scales).view(values.shape))
-        data = data.reshape(*values.shape[:2], -1)
-        parts = {self.gguf_name(parameter): data}
+        names = [self.gguf_name(parameter)]
         if self.apart and parameter.endswith("gate_up_proj"):
-            both = [f"{self.gguf_name(parameter).removesuffix('gate_up_exps.weight')}{part}" for part in HALVES]
-            parts = dict(zip(both, np.split(data, 2, axis=1), strict=True))
-        for name, part in parts.items():
-            writer.add_tensor(name, np.ascontiguousarray(part), raw_dtype=Q6_K)
+            names = [f"{names[0].removesuffix('gate_up_exps.weight')}{part}" for part in HALVES]
+        add_stack(writer, names, values, scales)
 
     def _all_keys(self, config: Any) -> dict[str, Any]:
         config = deepcopy(config)

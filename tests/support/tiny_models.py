@@ -186,6 +186,19 @@ class Tiny:
         writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=kind)
 
 
+def add_stack(writer: Any, names: list[str], stack: Tensor, scales: str, kind: Any = Q6_K) -> None:
+    """Add the weights of experts (E, N, K) to a file, in equal parts along N if there are several names.
+
+    The weights become those that the bundle will hold.
+    """
+    rows = stack.reshape(-1, stack.shape[-1]).numpy()
+    data = quantised(rows, kind)
+    stack.copy_(read_back(data, kind, scales).view(stack.shape))
+    parts = np.split(data.reshape(*stack.shape[:2], -1), len(names), axis=1)
+    for name, part in zip(names, parts, strict=True):
+        writer.add_tensor(name, np.ascontiguousarray(part), raw_dtype=kind)
+
+
 def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
     """Permute rows like the converter's `permute`: alternate the rows of the two halves of each head."""
     return rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

@@ -83,17 +83,18 @@ __device__ __forceinline__ void choose_experts(const float* logits, int count, i
   if (lane < top) experts[lane] = chosen, factors[lane] = rounded(share / all);
 }
 
-// Parameters: the token x 16-bit (k,); weights 16-bit (count + 1, k): the router's, then the gate's of the shared expert;
-// logits fp32 (count + 1,), for what blocks pass to each other; counter, 0; experts (top,); factors fp32 (top + 1,):
-// the experts', then the shared one's; count, at most MOST_EXPERTS; top, at most 32; k, a multiple of 8.
+// Parameters: the token x 16-bit (k,); weights 16-bit (rows, k): the router's, then the gate's of the shared expert, if
+// there is one; logits fp32 (rows,), for what blocks pass to each other; counter, 0; experts (top,); factors fp32
+// (top + 1,): the experts', then the shared one's; rows; count of experts, at most MOST_EXPERTS; top, at most 32; k, a
+// multiple of 8.
 // Grid: ROUTE_WARPS rows of weights a block.
 extern "C" __global__ void __launch_bounds__(ROUTE_WARPS * 32)
-    q6k_route(const u16* x, const u16* weights, float* logits, u32* counter, int* experts, float* factors, int count,
-              int top, int k) {
+    q6k_route(const u16* x, const u16* weights, float* logits, u32* counter, int* experts, float* factors, int rows,
+              int count, int top, int k) {
   __shared__ bool last;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = blockIdx.x * ROUTE_WARPS + warp;
   const int pieces = k / 8;
-  const uint4* const of_row = reinterpret_cast<const uint4*>(weights + (i64)min(row, count) * k);
+  const uint4* const of_row = reinterpret_cast<const uint4*>(weights + (i64)min(row, rows - 1) * k);
   const uint4* const of_x = reinterpret_cast<const uint4*>(x);
   uint4 ahead[AT_ONCE] = {};
 #pragma unroll
@@ -109,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(ROUTE_WARPS * 32)
   }
   for (int at = lane + 32 * AT_ONCE; at < pieces; at += 32) sum = product(of_row[at], of_x[at], sum);
   sum = sum_of_warp(sum);
-  if (lane == 0 && row <= count) logits[row] = rounded(sum);
+  if (lane == 0 && row < rows) logits[row] = rounded(sum);
   __syncthreads();
   if (threadIdx.x == 0) {
     u32 before;
@@ -120,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(ROUTE_WARPS * 32)
   __syncthreads();
   if (!last || warp > 0) return;
   choose_experts(logits, count, top, experts, factors);
-  if (lane == 0) factors[top] = rounded(logistic(load_of_others(logits + count)));
+  if (lane == 0 && rows > count) factors[top] = rounded(logistic(load_of_others(logits + count)));
 }
 
 // Parameters: gate and up 16-bit, rows of `between` that are `stride` apart; out 16-bit (rows, between), the sigmoid
@@ -141,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(SPREAD_THREADS)
 }
 
 // Parameters: outputs of experts 16-bit (top, k); factors, as q6k_route writes them; output of the shared expert 16-bit
-// (k,); sum 16-bit (k,); k, a multiple of 8. Rounded as 16-bit layers do. Grid: 8 values a thread.
+// (k,), or null; sum 16-bit (k,); k, a multiple of 8. Rounded as 16-bit layers do. Grid: 8 values a thread.
 extern "C" __global__ void __launch_bounds__(SPREAD_THREADS)
     q6k_add_experts(const u16* outputs, const float* factors, const u16* shared, u16* sum, int top, int k) {
   let_dependents_start();
@@ -155,9 +156,11 @@ extern "C" __global__ void __launch_bounds__(SPREAD_THREADS)
 #pragma unroll
     for (int i = 0; i < 8; ++i) sums[i] = fmaf(values[i], factor, sums[i]);
   }
-  to_floats(*reinterpret_cast<const uint4*>(shared + at), values);
-  const float factor = factors[top];
+  if (shared != nullptr) {
+    to_floats(*reinterpret_cast<const uint4*>(shared + at), values);
+    const float factor = factors[top];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) sums[i] = rounded(sums[i]) + rounded(values[i] * factor);
+    for (int i = 0; i < 8; ++i) sums[i] = rounded(sums[i]) + rounded(values[i] * factor);
+  }
   *reinterpret_cast<uint4*>(sum + at) = to_halves(sums);
 }

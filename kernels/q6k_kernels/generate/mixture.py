@@ -1,7 +1,7 @@
 """A mixture of experts in a decoding step: its modules, and its computation in plain torch.
 
-A router chooses a few experts for each token; the sum of their outputs, each with a factor, is added to that of an
-expert that all tokens share, which has a gate of its own.
+A router chooses a few experts for each token; the result is the sum of their outputs, each with a factor. Some
+models add the output of an expert that all tokens share, which has a gate of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Mixture:
     """The parts of a mixture beside the shared expert.
 
     Attributes:
-        router: weights of the router and of the shared expert's gate, (experts + 1, K) in the model's dtype.
+        router: weights of the router, (experts, K) in the model's dtype; of the shared expert's gate in a last row.
         experts: the experts, called like `weights.PackedExperts`.
         count: number of experts.
         top: number of experts that are chosen.
@@ -31,18 +31,20 @@ class Mixture:
 
 
 def mixture_of(network: Any) -> Mixture:
-    """Return the mixture of a network of transformers that has a router, experts, and a shared expert's gate."""
-    router = torch.cat([network.gate.weight.detach(), network.shared_expert_gate.weight.detach()])
-    return Mixture(router.contiguous(), network.experts, len(router) - 1, network.gate.top_k)
+    """Return the mixture of a network of transformers: a router, experts, perhaps a shared expert's gate."""
+    router, count = network.gate.weight.detach(), len(network.gate.weight)
+    if (shared := getattr(network, "shared_expert_gate", None)) is not None:
+        router = torch.cat([router, shared.weight.detach()])
+    return Mixture(router.contiguous(), network.experts, count, network.gate.top_k)
 
 
-def mixed(x: Tensor, mixture: Mixture, shared: Tensor) -> Tensor:
+def mixed(x: Tensor, mixture: Mixture, shared: Tensor | None) -> Tensor:
     """Compute a mixture for one token.
 
     Args:
         x: its input, (1, K).
         mixture: the mixture.
-        shared: the output of the shared expert, (1, K).
+        shared: the output of the shared expert, (1, K), or None.
 
     Returns:
         (1, K).
@@ -51,4 +53,4 @@ def mixed(x: Tensor, mixture: Mixture, shared: Tensor) -> Tensor:
     values, chosen = logits[: mixture.count].float().softmax(-1).topk(mixture.top)
     factors = (values / values.sum()).to(x.dtype)
     routed: Tensor = mixture.experts(x, chosen[None], factors[None])
-    return routed + logits[mixture.count :].sigmoid() * shared
+    return routed if shared is None else routed + logits[mixture.count :].sigmoid() * shared

@@ -18,7 +18,7 @@ from q6k_kernels.weights.experts import PackedExperts
 MIXTURE_FILE, ROUTE, GATE, ADD = "mixture.cuh", "q6k_route", "q6k_gate_experts", "q6k_add_experts"
 ROUTE_WARPS, SPREAD_THREADS, MOST_EXPERTS, MOST_TOP = 4, 128, 512, 32
 """Warps and threads of blocks, the most experts and the most that are chosen, as in the kernels."""
-_ROUTE, _GATE, _ADD = struct.Struct("@PPPPPPiii"), struct.Struct("@PPPii"), struct.Struct("@PPPPii")
+_ROUTE, _GATE, _ADD = struct.Struct("@PPPPPPiiii"), struct.Struct("@PPPii"), struct.Struct("@PPPPii")
 
 Launch = Callable[[Variant, tuple[int, int, int], int, bytes], None]
 """Launches a kernel: variant, grid, threads, arguments."""
@@ -42,7 +42,7 @@ def mixed(
     macros: tuple[tuple[str, int], ...],
     x: Tensor,
     mixture: Mixture,
-    shared: Tensor,
+    shared: Tensor | None,
     counter: Tensor,
 ) -> Tensor:
     """Launch a mixture for one token, see `mixture.mixed`.
@@ -52,20 +52,21 @@ def mixed(
         macros: those of the dtype.
         x: the input, (1, K).
         mixture: the mixture.
-        shared: the output of the shared expert, (1, K).
+        shared: the output of the shared expert, (1, K), or None.
         counter: int32, 0.
     """
     experts, top, k = mixture.experts, mixture.top, x.shape[1]
     assert isinstance(experts, PackedExperts)  # noqa: S101 -- as `unsupported` has checked
-    logits = torch.empty(mixture.count + 1, device=x.device)
+    rows = len(mixture.router)
+    logits = torch.empty(rows, device=x.device)
     factors = torch.empty(top + 1, device=x.device)
     chosen = torch.empty(1, top, dtype=torch.int32, device=x.device)
     pointers = (tensor.data_ptr() for tensor in (x, mixture.router, logits, counter, chosen, factors))
     launch(
         (MIXTURE_FILE, ROUTE, macros),
-        (-(-(mixture.count + 1) // ROUTE_WARPS), 1, 1),
+        (-(-rows // ROUTE_WARPS), 1, 1),
         32 * ROUTE_WARPS,
-        _ROUTE.pack(*pointers, mixture.count, top, k),
+        _ROUTE.pack(*pointers, rows, mixture.count, top, k),
     )
     both, between = [stack(x, chosen)[0] for stack in experts.gate_up], experts.between
     gate, up = both if len(both) == 2 else both[0].split(between, -1)
@@ -78,7 +79,7 @@ def mixed(
     )
     outputs: Tensor = experts.down(gated, chosen)
     total = torch.empty_like(x)
-    pointers = (tensor.data_ptr() for tensor in (outputs, factors, shared, total))
+    pointers = (0 if each is None else each.data_ptr() for each in (outputs, factors, shared, total))
     launch(
         (MIXTURE_FILE, ADD, macros),
         (-(-k // (8 * SPREAD_THREADS)), 1, 1),

@@ -66,7 +66,7 @@ class StepOperations(Protocol):
         users: list[nn.Module],
     ) -> ProductInput: ...
     def supports_mixture(self, mixture: Mixture) -> str: ...  # noqa: D102
-    def mix(self, x: ProductInput, mixture: Mixture, shared: Tensor) -> Tensor: ...  # noqa: D102
+    def mix(self, x: ProductInput, mixture: Mixture, shared: Tensor | None) -> Tensor: ...  # noqa: D102
     def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor: ...  # noqa: D102
     def choose(self, logits: Tensor, softcap: float | None, choice: TokenChoice) -> None: ...  # noqa: D102
 
@@ -140,11 +140,7 @@ class Step:
             delta, after = run.multiply(layer.output, x), layer.after_attention
             users = [*layer.gate_up.modules, *([layer.mixture.experts] if layer.mixture is not None else [])]
             hidden, normed = self._add_norm(hidden, delta, after, layer.norm_between, users)
-            gate, up = self._project(layer.gate_up, normed)
-            x = run.gate(gate, up, self._architecture.activation, [layer.down])
-            delta, after, scale = run.multiply(layer.down, x), layer.after, layer.scale
-            if layer.mixture is not None:
-                delta = run.mix(normed, layer.mixture, delta)
+            delta, after, scale = self._network(layer, normed), layer.after, layer.scale
             if (end := layer.by_token) is not None:
                 hidden, x = self._add_norm(hidden, delta, after, None, [end.gate])
                 x = run.gate(
@@ -153,6 +149,18 @@ class Step:
                 delta, after = run.multiply(end.output, x), end.after
         _, x = self._add_norm(hidden, delta, after, self._norm, [self._head], scale)
         return run.multiply(self._head, x)
+
+    def _network(self, layer: StepLayer, x: ProductInput) -> Tensor:
+        """Compute a layer's network, its mixture of experts, or both."""
+        run, out = self._operations, None
+        if layer.down is not None:
+            gate, up = self._project(layer.gate_up, x)
+            gated = run.gate(gate, up, self._architecture.activation, [layer.down])
+            out = run.multiply(layer.down, gated)
+        if layer.mixture is not None:
+            out = run.mix(x, layer.mixture, out)
+        assert out is not None  # noqa: S101 -- every layer has one of the two
+        return out
 
     def _add_norm(
         self,

@@ -170,7 +170,7 @@ class Kernels:
         """Return why the kernels do not support a mixture of experts; "" if they do."""
         return mixture_cuda.unsupported(mixture)
 
-    def mix(self, x: ProductInput, mixture: Mixture, shared: Tensor) -> Tensor:
+    def mix(self, x: ProductInput, mixture: Mixture, shared: Tensor | None) -> Tensor:
         """Launch a mixture of experts, see `mixture`."""
         assert x.halves is not None  # noqa: S101 -- the experts are among its users
         return mixture_cuda.mixed(self._launch, self._macros[:1], x.halves, mixture, shared, self._counted)

@@ -54,11 +54,11 @@ class StepLayer:
         norm_between: norm before the network.
         gate_up: projections of the network's gate and of what it gates.
         between: width between those and `down`.
-        down: projection of the gated.
+        down: projection of the gated; None if the layer has no network but a mixture.
         after: norm after the network, or None.
         by_token: the end of a layer with embeddings of its own, or None.
         scale: factor of the layer's result.
-        mixture: experts beside the network, which is then the expert that all tokens share; or None.
+        mixture: experts, or None; a network beside them is the expert that all tokens share.
     """
 
     norm: Norm
@@ -69,7 +69,7 @@ class StepLayer:
     norm_between: Norm
     gate_up: Projections
     between: int
-    down: nn.Module
+    down: nn.Module | None
     after: Norm | None
     by_token: ByToken | None
     scale: float
@@ -97,13 +97,14 @@ class Layers:
     def layer(self, layer: Any, kind: str) -> StepLayer:
         """Return a layer of transformers of a kind."""
         config, angles = self._config, self._angles.get(kind)
-        network, after = getattr(layer.mlp, "shared_expert", layer.mlp), self._architecture.norms_after
+        mixes, after = hasattr(layer.mlp, "experts"), self._architecture.norms_after
+        network = getattr(layer.mlp, "shared_expert", None) if mixes else layer.mlp
         inputs, heads, output = (
             _delta_net(layer.linear_attn) if angles is None else self._attention(layer.self_attn, angles)
         )
         # In transformers' Llama the norm before the feed-forward network is named `post_attention_layernorm`.
         between = layer.pre_feedforward_layernorm if after else layer.post_attention_layernorm
-        between_gate_and_down = network.down_proj.in_features
+        width = 0 if network is None else network.down_proj.in_features
         return StepLayer(
             norm=self.norm(layer.input_layernorm),
             inputs=inputs,
@@ -111,13 +112,13 @@ class Layers:
             output=output,
             after_attention=self.norm(layer.post_attention_layernorm) if after else None,
             norm_between=self.norm(between),
-            gate_up=_projections(network, GATE_UP, [between_gate_and_down] * 2),
-            between=between_gate_and_down,
-            down=network.down_proj,
+            gate_up=Projections([], []) if network is None else _projections(network, GATE_UP, [width] * 2),
+            between=width,
+            down=None if network is None else network.down_proj,
             after=self.norm(layer.post_feedforward_layernorm) if after else None,
             by_token=self._by_token(layer) if getattr(config, "hidden_size_per_layer_input", 0) else None,
             scale=float(layer.layer_scalar) if self._architecture.scaled_layers else 1.0,
-            mixture=None if network is layer.mlp else mixture_of(layer.mlp),
+            mixture=mixture_of(layer.mlp) if mixes else None,
         )
 
     def _attention(self, attention: Any, angles: tuple[Tensor, Tensor]) -> tuple[Projections, Heads, nn.Module]:

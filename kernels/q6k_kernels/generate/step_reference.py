@@ -240,7 +240,7 @@ class TorchOperations:
         del mixture
         return ""
 
-    def mix(self, x: ProductInput, mixture: Mixture, shared: Tensor) -> Tensor:
+    def mix(self, x: ProductInput, mixture: Mixture, shared: Tensor | None) -> Tensor:
         """Compute a mixture of experts, see `mixture.mixed`; `x` has 16-bit values."""
         assert x.halves is not None  # noqa: S101 -- the experts are among its users
         return mixed(x.halves, mixture, shared)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.models.architecture import FREQUENCY_FACTORS, FULL, SLIDING, Architecture, Values
 from q6k_kernels.models.hyperparameters import (
+    EXPERT_WIDTH,
     EXPERTS,
     EXPERTS_USED,
     LOGIT_CAP,
@@ -103,7 +104,7 @@ def _mixture(keys: Keys, shapes: Shapes) -> Values:
         "enable_moe_block": True,
         "num_experts": experts,
         "top_k_experts": keys.integer(EXPERTS_USED, 1, experts),
-        "moe_intermediate_size": keys.integer("expert_feed_forward_length", 1, 1 << 24),
+        "moe_intermediate_size": keys.integer(EXPERT_WIDTH, 1, 1 << 24),
     }
 
 

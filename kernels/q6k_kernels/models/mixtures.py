@@ -17,13 +17,20 @@ from q6k_kernels.weights.weight import PackedWeight
 _JOINED, _PARTS = "ffn_gate_up_exps", ("ffn_gate_exps", "ffn_up_exps")
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 """Names of transformers' parameters."""
+SEPARATE = {
+    "mlp.experts.gate_up_proj": "mlp.experts.gate_proj.weight",
+    "mlp.experts.down_proj": "mlp.experts.down_proj.weight",
+}
+"""`Architecture.renamed` of models of which the `gguf` package knows gate and up apart only."""
 
 
 def stored_parts(name: str, present: Container[str]) -> list[str]:
-    """Return the names of the tensors that a file has for one: the same, or those of gate and up."""
-    if _JOINED not in name or name in present:
+    """Return the names of the tensors that a file has for one: gate and up are in one stack or in two."""
+    known = next((each for each in (_JOINED, _PARTS[0]) if each in name), None)
+    if known is None:
         return [name]
-    return [name.replace(_JOINED, part) for part in _PARTS]
+    joined = name.replace(known, _JOINED)
+    return [joined] if joined in present else [name.replace(known, part) for part in _PARTS]
 
 
 def is_mixture(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from q6k_kernels.models import (
     olmo,
     phi,
     qwen,
+    qwen3moe,
     qwen35,
 )
 from q6k_kernels.models.architecture import Architecture
@@ -22,7 +23,7 @@ from q6k_kernels.models.hyperparameters import ONLY_FUNCTIONS
 
 ARCHITECTURES: dict[str, Architecture] = {
     row.name: row
-    for family in (llama, llama_like, granite, olmo, phi, glm, cohere, qwen, qwen35, gemma, gemma4)
+    for family in (llama, llama_like, granite, olmo, phi, glm, cohere, qwen, qwen3moe, qwen35, gemma, gemma4)
     for row in family.ROWS
 }
 """The rows by `general.architecture`."""

@@ -11,6 +11,7 @@ from typing import Any
 from q6k_kernels.bundle.metadata import CONTEXT_LENGTH, ENDS, Metadata, token_id_key
 from q6k_kernels.errors import HyperparameterError, UnsupportedModelError
 from q6k_kernels.models.hyperparameters import (
+    EXPERT_WIDTH,
     EXPERTS,
     EXPERTS_USED,
     MAX_CONTEXT,
@@ -78,15 +79,21 @@ def head_sizes(
     }
 
 
-def mixture_sizes(keys: Keys, shapes: Shapes) -> dict[str, Any]:
-    """Read the number and size of routed experts that are alike in all layers, with the errors of `sizes`."""
+def mixture_sizes(keys: Keys, shapes: Shapes, together: int | None = None) -> dict[str, Any]:
+    """Read the number and size of routed experts that are alike in all layers, with the errors of `sizes`.
+
+    Args:
+        keys: the keys.
+        shapes: shapes of the tensors.
+        together: width of all experts that a token chooses, for files that do not say that of one.
+    """
     experts = keys.integer(EXPERTS, 1, 1 << 16)
     keys.expect(EXPERTS, experts, matrix(keys, shapes, "blk.0.ffn_gate_inp.weight")[0], "rows of ffn_gate_inp")
-    return {
-        "num_experts": experts,
-        "num_experts_per_tok": keys.integer(EXPERTS_USED, 1, experts),
-        "moe_intermediate_size": keys.integer("expert_feed_forward_length", 1, 1 << 24),
-    }
+    used = keys.integer(EXPERTS_USED, 1, experts)
+    between = keys.integer(EXPERT_WIDTH, 1, 1 << 24, together and max(1, together // used))
+    if (down := shapes.get("blk.0.ffn_down_exps.weight")) is not None:
+        keys.expect(EXPERT_WIDTH, between, down[-1], "columns of ffn_down_exps")
+    return {"num_experts": experts, "num_experts_per_tok": used, "moe_intermediate_size": between}
 
 
 def common_sizes(keys: Keys, shapes: Shapes, epsilon: str = RMS_EPSILON) -> dict[str, Any]:
