@@ -96,6 +96,40 @@ def test_tekken_splits_before_capitals_and_takes_whole_words(tmp_path: Path) -> 
     assert tokenizer.encode("QZ") == [keys["ggml.bos_token_id"], len(keys["ggml.tokens"]) - 1]
 
 
+GEMMA4_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+GEMMA4 = {
+    "ab ab  abc\n\n a b": ["ab", "▁ab", "▁", "▁ab", "c", "\n\n", "▁a", "▁", "b"],
+    "é ü\t🦙": ["é", "▁", "<0xC3>", "<0xBC>", "<0x09>", "<0xF0>", "<0x9F>", "<0xA6>", "<0x99>"],
+    "\n\n\nx": ["\n\n", "\n", "x"],
+    "</s>xy<think>a": ["<", "/", "s", ">", "x", "y", "<think>", "a"],
+    "<turn|>": ["<", *(f"<0x{byte:02X}>" for byte in b"turn|"), ">"],
+    " ▁": ["▁▁"],
+}
+"""Texts and their tokens, from llama.cpp."""
+
+
+def test_gemma_4_merges_plain_text_along_lines(tmp_path: Path) -> None:
+    own = [*"▁abc\nés/<>xy", "▁▁", "ab", "▁a", "▁ab", "\n\n", "</s>"]
+    tokens = ["<pad>", "<eos>", "<bos>", "<turn|>", "<|tool_response>", "<think>", *GEMMA4_BYTES, *own]
+    types = [*[files.CONTROL] * 3, files.NORMAL, *[files.USER_DEFINED] * 2, *[files.BYTE] * 256, *[1] * len(own)]
+    keys = {
+        "ggml.model": "gemma4",
+        "ggml.tokens": tokens,
+        "ggml.token_type": types,
+        "ggml.merges": ["a b", "▁ ab", "▁ ▁", "\n \n", "▁ a"],
+        "ggml.bos_token_id": 2,
+        "ggml.add_bos_token": False,  # as files say, wrongly
+    }
+    tokenizer = loaded(tmp_path, keys)
+    for text, expected in GEMMA4.items():
+        ids = tokenizer.encode(text)
+        assert [tokens[token] for token in ids] == ["<bos>", *expected], text
+        assert tokenizer.decode(ids) == text.replace("▁", " ")
+    # </s> is an ordinary token here, and no id is taken where the file names none.
+    assert tokenizer.stop_ids == {1, 3, 4}
+    assert tokenizer.vocabulary.names == {"bos": 2}
+
+
 def test_bos_is_as_the_file_says_and_eos_is_never_put_behind(tmp_path: Path) -> None:
     keys = sentencepiece()
     body = sentencepiece_ids(keys, "The dog")
