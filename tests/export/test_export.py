@@ -19,10 +19,11 @@ from exported_model import ExportedModel
 from families import FAMILIES, VOCABULARY, tiny
 from q6k_convert.cli.main import app
 from q6k_kernels import PackedLinear, load_model
-from q6k_kernels.errors import ExportFailedError, ProgramError
+from q6k_kernels.errors import ExportFailedError, ProgramError, UnsupportedModelError
 from q6k_kernels.export import exporting, program_file
 from q6k_kernels.export.exportable import ExportableModel
 from q6k_kernels.export.program import Program
+from tiny_gemma4 import GEMMA4_EXPERTS, GEMMA4_SHARED, TinyGemma4
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH")
 
@@ -35,6 +36,15 @@ def _no_gradients() -> Iterator[None]:
 
 def text(length: int, vocabulary: int = VOCABULARY) -> list[int]:
     return torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("tiny_model", "problem"), [(GEMMA4_EXPERTS, "have no mixtures"), (GEMMA4_SHARED, "values of others")]
+)
+def test_models_that_programs_cannot_hold_are_named(tiny_model: TinyGemma4, problem: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=problem) as caught:
+        ExportableModel(tiny_model.make(), capacity=8)
+    assert "q6k-convert generate" in str(caught.value)
 
 
 @needs_compiler

@@ -62,7 +62,7 @@ def stepped(model: Any, ids: list[int], prefilled: int) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        *((name, 8) for name in MODELS if "gemma4, experts" not in name),
+        *((name, 8) for name in MODELS),
         *((name, PAST) for name in ("mistral as llama", "gemma3, untied, capped")),
     ],
 )

@@ -45,8 +45,8 @@ __device__ __forceinline__ float load_of_others(const float* from) {  // bypasse
 
 // Copies 16 bytes, or zeros.
 __device__ __forceinline__ void copy_or_clear_16(u32 to_shared, const void* from, bool copy) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "r"(copy ? 16 : 0)
-               : "memory");
+  const int bytes = copy ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "r"(bytes) : "memory");
 }
 
 // Two outputs times the logistic function of their gates, which lie side by side; rounded as 16-bit layers do.

@@ -157,17 +157,20 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 // x = gate's activation * up: as 16-bit values, in 8 bits, or both.
 //
 // Parameters, all of one row of k values: gate, up; x, or null; codes and steps, as q6k_quantize writes them, or
-// null; kind, a Gate. A thread for each 16.
+// null; kind, a Gate; k. `gate` and `up` are in rows of `width` values, a multiple of 16, `stride` apart. A thread for
+// each 16.
 extern "C" __global__ void __launch_bounds__(GATE_THREADS)
-    q6k_gate(const u16* gate, const u16* up, u16* x, u8* codes, float* steps, int kind, int k) {
+    q6k_gate(const u16* gate, const u16* up, u16* x, u8* codes, float* steps, int kind, int k, int width,
+             int stride) {
   let_dependents_start();
   const int groups = k / 16, group = blockIdx.x * GATE_THREADS + threadIdx.x;
   const bool present = group < groups;
   uint4 raw[2] = {}, raw_up[2] = {};
   wait_for_previous_grid();
   if (present) {
-    load_16(gate + group * 16, raw);
-    load_16(up + group * 16, raw_up);
+    const int at = group * 16 / width * stride + group * 16 % width;
+    load_16(gate + at, raw);
+    load_16(up + at, raw_up);
   }
   float values[16], factors[16];
   to_floats(raw, values);
@@ -182,4 +185,26 @@ extern "C" __global__ void __launch_bounds__(GATE_THREADS)
   to_halves(values, raw);
   if (x != nullptr && present) store_16(x + group * 16, raw);
   if (codes != nullptr) quantize_into(Quantized::all(codes, steps, k), raw, 0, group, present);
+}
+
+// x = sum of rows, each times its weight.
+//
+// Parameters: rows 16-bit (top, k); weights fp32 (top,); x 16-bit (k,); k, a multiple of 16. A thread for each 16.
+extern "C" __global__ void __launch_bounds__(GATE_THREADS)
+    q6k_combine(const u16* rows, const float* weights, u16* x, int top, int k) {
+  let_dependents_start();
+  const int group = blockIdx.x * GATE_THREADS + threadIdx.x;
+  wait_for_previous_grid();
+  if (group >= k / 16) return;
+  float sums[16] = {}, values[16];
+  uint4 raw[2];
+  for (int row = 0; row < top; ++row) {
+    const float weight = weights[row];
+    load_16(rows + (i64)row * k + group * 16, raw);
+    to_floats(raw, values);
+#pragma unroll
+    for (int j = 0; j < 16; ++j) sums[j] = fmaf(values[j], weight, sums[j]);
+  }
+  to_halves(sums, raw);
+  store_16(x + group * 16, raw);
 }

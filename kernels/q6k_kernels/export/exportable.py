@@ -23,7 +23,9 @@ from q6k_kernels.generate.attention import implementation
 from q6k_kernels.generate.kv_cache import Masks, cache_argument
 from q6k_kernels.models.architecture import FULL, SLIDING
 from q6k_kernels.models.cache_layout import ALIGNMENT, SLACK, aligned, layer_kinds
+from q6k_kernels.models.mixtures import is_mixture
 from q6k_kernels.models.rotary import rotaries
+from q6k_kernels.weights.experts import PackedExperts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +49,7 @@ class ExportableModel(nn.Module):
 
     Raises:
         ValueError: the capacity is too small.
-        UnsupportedModelError: a layer is neither full nor sliding attention.
+        UnsupportedModelError: a layer is neither full nor sliding attention, has experts, or uses another's keys.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
@@ -59,10 +61,11 @@ class ExportableModel(nn.Module):
         config: Any = model.config.get_text_config(decoder=True)
         self.kinds = layer_kinds(config)
         if unknown := set(self.kinds) - {FULL, SLIDING}:
-            raise UnsupportedModelError(
-                f"programs cannot hold the states of layers of kind {', '.join(unknown)}",
-                "Run the bundle itself: `q6k-convert generate`, or `q6k_kernels.load_model` from Python.",
-            )
+            raise _unsupported(f"cannot hold the states of layers of kind {', '.join(unknown)}")
+        if any(isinstance(module, PackedExperts) or is_mixture(module) for module in model.modules()):
+            raise _unsupported("have no mixtures of experts")
+        if getattr(config, "num_kv_shared_layers", 0):
+            raise _unsupported("have no layers that use the keys and values of others")
         self.window = int(config.sliding_window) if SLIDING in self.kinds else 0
         self.capacity = aligned(capacity)
         self.ring = min(self.capacity, aligned(self.window + SLACK)) if self.window else self.capacity
@@ -121,6 +124,13 @@ class ExportableModel(nn.Module):
             masks[SLIDING] = torch.cat([old, new], dim=1)[None, None]
         # One mask if all layers are of one kind, else a mask for each kind.
         return masks if len(set(self.kinds)) > 1 else masks[self.kinds[0]]
+
+
+def _unsupported(problem: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"programs {problem}",
+        "Run the bundle itself: `q6k-convert generate`, or `q6k_kernels.load_model` from Python.",
+    )
 
 
 class _Cache:

@@ -19,7 +19,7 @@ from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.mixture import Mixture
-from q6k_kernels.generate.step_layers import Layers, Projections, StepLayer
+from q6k_kernels.generate.step_layers import Layers, Projections, Routed, StepLayer
 from q6k_kernels.generate.step_reference import Cached, Heads, Norm, ProductInput, TokenChoice, capped
 from q6k_kernels.models.architecture import SLIDING, Activation, attached
 
@@ -45,6 +45,13 @@ class StepOperations(Protocol):
     def gate(  # noqa: D102
         self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]
     ) -> ProductInput: ...
+    def supports_experts(self, module: nn.Module, experts: int, top: int) -> str: ...  # noqa: D102
+    def route(  # noqa: D102
+        self, logits: Tensor, scales: Tensor | None, top: int
+    ) -> tuple[Tensor, Tensor]: ...
+    def experts(  # noqa: D102
+        self, module: nn.Module, x: ProductInput, chosen: Tensor, weights: Tensor
+    ) -> Tensor: ...
     def attend(  # noqa: D102
         self,
         q: Tensor,
@@ -91,8 +98,6 @@ class Step:
             raise _unsupported(f"layers of {architecture.name}")
         config: Any = model.config
         self._architecture, self._cache, self._operations = architecture, cache, operations
-        if getattr(config, "enable_moe_block", False):
-            raise _unsupported("mixtures of experts")
         inner: Any = model.model
         self._inner = inner
         make = Layers(architecture, config, inner, cache)
@@ -110,6 +115,10 @@ class Step:
                 raise _unsupported(reason)
             if layer.mixture is not None and (reason := operations.supports_mixture(layer.mixture)):
                 raise _unsupported(reason)
+            if (routed := layer.routed) is not None:
+                given = routed.experts, len(routed.scales), routed.top
+                if reason := operations.supports_experts(*given):
+                    raise _unsupported(reason)
             operations.reserve(layer.heads)
 
     def advance(self, choice: TokenChoice) -> None:
@@ -141,6 +150,8 @@ class Step:
             users = [*layer.gate_up.modules, *([layer.mixture.experts] if layer.mixture is not None else [])]
             hidden, normed = self._add_norm(hidden, delta, after, layer.norm_between, users)
             delta, after, scale = self._network(layer, normed), layer.after, layer.scale
+            if layer.routed is not None:
+                delta = self._with_experts(layer.routed, hidden, delta)
             if (end := layer.by_token) is not None:
                 hidden, x = self._add_norm(hidden, delta, after, None, [end.gate])
                 x = run.gate(
@@ -172,6 +183,18 @@ class Step:
         scale: float = 1.0,
     ) -> tuple[Tensor, ProductInput]:
         return self._operations.add_norm(hidden, delta, after, norm, users, self._of_summands, scale)
+
+    def _with_experts(self, routed: Routed, hidden: Tensor, network: Tensor) -> Tensor:
+        """Return the sum of the normed results of a network and of the experts beside it, (1, K)."""
+        run, experts = self._operations, routed.experts
+        _, x = run.add_norm(hidden, None, None, routed.router_norm, [routed.router])
+        chosen, weights = run.route(run.multiply(routed.router, x), routed.scales, routed.top)
+        _, x = run.add_norm(hidden, None, None, routed.norm, [experts])
+        of_experts = run.experts(experts, x, chosen, weights)
+        _, normed = run.add_norm(network, None, None, routed.after_network, [experts])
+        assert normed.halves is not None  # noqa: S101 -- experts read them
+        total, _ = run.add_norm(normed.halves, of_experts, routed.after, None, [experts])
+        return total
 
     def _embeddings_of_layers(self, token: Tensor, hidden: Tensor) -> list[Tensor]:
         """Return each layer's embedding of the token, (1, size), if layers have them."""

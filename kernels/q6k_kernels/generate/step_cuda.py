@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -19,12 +19,13 @@ from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda.device import Device, Variant
 from q6k_kernels.formats.ggml import SUPER_BLOCK
 from q6k_kernels.formats.types import weight_type
-from q6k_kernels.generate import attend_cuda, delta_cuda, mixture_cuda
+from q6k_kernels.generate import attend_cuda, delta_cuda, mixture_cuda, routed_cuda
 from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.mixture import Mixture
 from q6k_kernels.generate.step_reference import Cached, Heads, Norm, ProductInput, TokenChoice
 from q6k_kernels.jit import loader
 from q6k_kernels.models.architecture import Activation
+from q6k_kernels.weights.experts import PackedExperts
 from q6k_kernels.weights.layers import PackedLinear
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ CHOOSE_THREADS, CHOOSE_VALUES, CHOOSE_BLOCKS = 128, 8, 256
 """Threads of a block, logits that a thread reads at once, and the most blocks; as in `cuda/choose.cuh`."""
 GATES = {"silu": 0, "gelu_tanh": 1}
 """Activation -> its number in the enum `Gate` of `cuda/step.cuh`."""
-_ADD_NORM, _GATE = struct.Struct("@PPPPPPPPfffi"), struct.Struct("@PPPPPii")
+_ADD_NORM, _GATE = struct.Struct("@PPPPPPPPfffi"), struct.Struct("@PPPPPiiii")
 _CHOOSE = struct.Struct("@PPPPPPPffi")
 
 
@@ -71,6 +72,10 @@ class Kernels:
         if heads.dim not in attend_cuda.HEAD_DIMS:
             return f"heads of {heads.dim} values: expected {', '.join(map(str, attend_cuda.HEAD_DIMS))}"
         return ""
+
+    def supports_experts(self, module: nn.Module, experts: int, top: int) -> str:
+        """Return why the kernels do not support a mixture of experts; "" if they do."""
+        return routed_cuda.unsupported(module, experts, top, tuple(GATES))
 
     def reserve(self, heads: Heads | DeltaHeads) -> None:
         """Allocate the memory that `attend` and `delta` need; call it for each layer before a step is recorded."""
@@ -116,14 +121,31 @@ class Kernels:
 
     def gate(self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]) -> ProductInput:
         """Launch the activation function of `gate` times `up`, see `step_reference`."""
-        out = self._activations(gate.shape[-1], users)
+        out, given = self._activations(gate.numel(), users), (gate.data_ptr(), up.data_ptr())
         self._launch(
             (STEP, GATE, self._macros),
-            (-(-gate.shape[-1] // (16 * GATE_THREADS)), 1, 1),
+            (-(-gate.numel() // (16 * GATE_THREADS)), 1, 1),
             GATE_THREADS,
-            _GATE.pack(gate.data_ptr(), up.data_ptr(), *self._outputs(out), GATES[activation], gate.shape[-1]),
+            _GATE.pack(
+                *given, *self._outputs(out), GATES[activation], gate.numel(), gate.shape[-1], gate.stride(-2)
+            ),
         )
         return out
+
+    def route(self, logits: Tensor, scales: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
+        """Launch the choice of experts, see `step_reference`."""
+        return routed_cuda.route(self._launch, self._macros, logits, scales, top)
+
+    def experts(self, module: nn.Module, x: ProductInput, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Launch the products of experts, see `step_reference`, and what is between and after them."""
+        assert isinstance(module, PackedExperts)  # noqa: S101 -- as `supports_experts` has checked
+        assert x.halves is not None  # noqa: S101 -- `_activations` provides them
+        both = [stack(x.halves, chosen)[0] for stack in module.gate_up]
+        gate, up = both if len(both) == 2 else both[0].split(module.between, -1)
+        between = self.gate(gate, up, cast("Activation", module.activation), [module]).halves
+        assert between is not None  # noqa: S101 -- as above
+        rows = module.down(between.view(1, -1, module.between), chosen)
+        return routed_cuda.combine(self._launch, self._macros, rows, weights)
 
     def attend(
         self,
@@ -284,7 +306,7 @@ def variants(device: Device) -> list[Variant]:
     for fp16 in (False, True):
         macros = (("Q6K_FP16", int(fp16)), *_ONE_TOKEN)
         found += [(STEP, GATE, macros), (CHOOSE_FILE, CHOOSE, macros[:2]), delta_cuda.variant(macros)]
-        found += mixture_cuda.variants(macros[:1])
+        found += [*mixture_cuda.variants(macros[:1]), *routed_cuda.variants(macros)]
         found += [_norm_variant(macros, 16 * NORM_THREADS * groups) for groups in NORM_GROUPS]
         found += attend_cuda.variants(macros, device)
     return found

@@ -42,6 +42,31 @@ class ByToken:
 
 
 @dataclass(frozen=True)
+class Routed:
+    """A mixture of experts beside a layer's network: both see the same sum, and their normed results are added.
+
+    Attributes:
+        router_norm: norm of what the router sees.
+        router: projection to a logit for each expert.
+        scales: factors of the experts' weights, float32.
+        top: experts of a token.
+        norm: norm of what the experts see.
+        experts: the module of experts.
+        after_network: norm of the network's result.
+        after: norm of the experts' result.
+    """
+
+    router_norm: Norm
+    router: nn.Module
+    scales: Tensor
+    top: int
+    norm: Norm
+    experts: nn.Module
+    after_network: Norm
+    after: Norm
+
+
+@dataclass(frozen=True)
 class StepLayer:
     """A layer: what mixes a token with those before it, and the feed-forward network.
 
@@ -55,6 +80,7 @@ class StepLayer:
         gate_up: projections of the network's gate and of what it gates.
         between: width between those and `down`.
         down: projection of the gated; None if the layer has no network but a mixture.
+        routed: experts beside the network, with norms of their own, or None.
         after: norm after the network, or None.
         by_token: the end of a layer with embeddings of its own, or None.
         scale: factor of the layer's result.
@@ -70,6 +96,7 @@ class StepLayer:
     gate_up: Projections
     between: int
     down: nn.Module | None
+    routed: Routed | None
     after: Norm | None
     by_token: ByToken | None
     scale: float
@@ -115,6 +142,7 @@ class Layers:
             gate_up=Projections([], []) if network is None else _projections(network, GATE_UP, [width] * 2),
             between=width,
             down=None if network is None else network.down_proj,
+            routed=self._routed(layer) if getattr(config, "enable_moe_block", False) else None,
             after=self.norm(layer.post_feedforward_layernorm) if after else None,
             by_token=self._by_token(layer) if getattr(config, "hidden_size_per_layer_input", 0) else None,
             scale=float(layer.layer_scalar) if self._architecture.scaled_layers else 1.0,
@@ -148,6 +176,20 @@ class Layers:
         )
         widths = [count * dim * (1 + gated), key_heads * dim, key_heads * dim][: len(group.parts)]
         return _projections(attention, group, widths), heads, attention.o_proj
+
+    def _routed(self, layer: Any) -> Routed:
+        router = layer.router
+        scale = router.scale.detach().float() * router.scalar_root_size
+        return Routed(
+            router_norm=Norm(scale.contiguous(), self._epsilon),
+            router=router.proj,
+            scales=router.per_expert_scale.detach().float().contiguous(),
+            top=self._config.top_k_experts,
+            norm=self.norm(layer.pre_feedforward_layernorm_2),
+            experts=layer.experts,
+            after_network=self.norm(layer.post_feedforward_layernorm_1),
+            after=self.norm(layer.post_feedforward_layernorm_2),
+        )
 
     def _by_token(self, layer: Any) -> ByToken:
         after = self.norm(layer.post_per_layer_input_norm)

@@ -132,6 +132,11 @@ class TorchOperations:
         del hidden, between, heads
         return ""
 
+    def supports_experts(self, module: nn.Module, experts: int, top: int) -> str:
+        """Return why the operations do not support a mixture of experts; "" if they do."""
+        del module, experts, top
+        return ""
+
     def reserve(self, heads: Heads | DeltaHeads) -> None:
         """Allocate the memory that `attend` or `delta` needs: none."""
 
@@ -167,11 +172,31 @@ class TorchOperations:
         return hidden, _plain(hidden if norm is None else norm(hidden).to(hidden.dtype))
 
     def gate(self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]) -> ProductInput:
-        """Compute the activation function of `gate` times `up`, both (1, K)."""
+        """Compute the activation function of `gate` times `up`, both (rows, columns) of rows that may lie apart."""
         del users
         x = gate.float()
         activated = silu(x) if activation == "silu" else gelu(x, approximate="tanh")
-        return _plain((activated * up.float()).to(gate.dtype))
+        return _plain((activated * up.float()).to(gate.dtype).view(1, -1))
+
+    def route(self, logits: Tensor, scales: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
+        """Choose a token's experts.
+
+        Args:
+            logits: (1, experts).
+            scales: factors of the weights, float32 (experts,), or None.
+            top: number of experts to choose.
+
+        Returns:
+            The experts of the largest logits, integers (1, top), and the softmax over them, float32 (1, top).
+        """
+        best, chosen = logits.float().topk(top)
+        weights = best.softmax(-1)
+        return chosen, weights if scales is None else weights * scales[chosen]
+
+    def experts(self, module: nn.Module, x: ProductInput, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Compute the weighted sum of the chosen experts' outputs, (1, K)."""
+        y: Tensor = module(x.halves, chosen, weights)
+        return y
 
     def attend(
         self,

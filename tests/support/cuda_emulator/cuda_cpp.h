@@ -99,3 +99,7 @@ static inline T __shfl_down_sync(uint32_t mask, T value, int by, int width = 32)
   return emulated_shuffle("__shfl_down_sync", mask, value,
                           [=](int lane) { return (lane & (width - 1)) + by < width ? lane + by : lane; });
 }
+
+#define __expf expf  // which the C library has declared another way
+static inline float __fdividef(float a, float b) { return a / b; }
+static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }

@@ -110,6 +110,11 @@ static inline void cp_async_cg_shared_global(uint32_t to, const void* from, int 
     emulator::current->copies.push_back({at, from, bytes, false});
   }
 }
+static inline void cp_async_cg_shared_global(uint32_t to, const void* from, int bytes, int present) {
+  static const uint8_t zeros[16] = {};
+  if (present && present != bytes) emulator::fail("an asynchronous copy of a part");
+  cp_async_cg_shared_global(to, present ? from : zeros, bytes);
+}
 // How long lines are kept is not told here: a policy is only a number to be handed on.
 static inline void createpolicy_fractional_L2_evict_first_b64(unsigned long long& policy, double) { policy = 1; }
 static inline void cp_async_cg_shared_global_L2_cache_hint(uint32_t to, const void* from, int bytes,
@@ -141,6 +146,10 @@ static inline void ld_global_cg_u64(T& value, const T* from) {
   value = *from;
 }
 static inline void ld_global_cg_f32(float& value, const float* from) { value = *from; }
+static inline void ld_global_cg_v2_f32(float& one, float& two, const float* from) {
+  if ((uintptr_t)from % 8) emulator::fail("misaligned load of two");
+  one = from[0], two = from[1];
+}
 // Blocks run one after another.
 static inline void atom_acq_rel_gpu_global_add_u32(uint32_t& before, uint32_t* at, uint32_t by) {
   before = *at;
@@ -185,6 +194,40 @@ static inline void ldmatrix_sync_aligned_m8n8_x4_shared_b16(uint32_t& a, uint32_
   });
   a = operand.result[0], b = operand.result[1], c = operand.result[2], d = operand.result[3];
 }
+
+// As above, but of the transposed matrices.
+static inline void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d,
+                                                                  uint32_t address) {
+  struct Operand { uint32_t address, result[4]; } operand{address, {}};
+  emulator::together("ldmatrix.trans", operand, [](Operand** all) {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        uint16_t pair[2];
+        for (int i = 0; i < 2; ++i) {
+          const uint8_t* row = emulator::from_shared_address(all[8 * matrix + lane % 4 * 2 + i]->address, 16);
+          memcpy(&pair[i], row + lane / 4 * 2, 2);
+        }
+        all[lane]->result[matrix] = pair[0] | (uint32_t)pair[1] << 16;
+      }
+    }
+  });
+  a = operand.result[0], b = operand.result[1], c = operand.result[2], d = operand.result[3];
+}
+static inline void movmatrix_sync_aligned_m8n8_trans_b16(uint32_t& d, uint32_t a) {
+  struct Operand { uint32_t value, result; } operand{a, 0};
+  emulator::together("movmatrix.trans", operand, [](Operand** all) {
+    for (int lane = 0; lane < 32; ++lane) {
+      all[lane]->result = 0;
+      for (int i = 0; i < 2; ++i) {  // element (row, column) comes from (column, row)
+        const int row = lane % 4 * 2 + i, column = lane / 4;
+        const uint32_t pair = all[row * 4 + column / 2]->value;
+        all[lane]->result |= (pair >> 16 * (column % 2) & 0xFFFF) << 16 * i;
+      }
+    }
+  });
+  d = operand.result;
+}
+static inline void ex2_approx_ftz_f32(float& d, float a) { d = exp2f(a); }
 
 // Matrix units cut off what does not fit in fp32 instead of rounding it: the worst that is allowed.
 static inline float toward_zero(double value) {

@@ -1,0 +1,75 @@
+"""The kernel of attention, emulated, against the same in plain torch: head sizes, norms, values that are keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import cuda_emulator
+
+torch = pytest.importorskip("torch")
+
+from torch import Tensor, nn
+
+from cuda_emulator.memory import emulate
+from q6k_kernels.cpp.variants import device_like
+from q6k_kernels.generate.step_cuda import Kernels
+from q6k_kernels.generate.step_reference import Cached, Heads, Norm, TorchOperations
+
+pytestmark = cuda_emulator.requires_compiler
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[torch.dtype], Kernels]]:
+    memory = emulate(monkeypatch, device_like(90))
+    yield lambda dtype: Kernels(torch.device("cpu", 0), dtype)
+    memory.check()
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+@pytest.mark.parametrize(
+    ("dim", "group", "window", "values"),
+    [
+        (64, 3, 0, "projected"),
+        (64, 2, 24, "normed"),
+        (512, 8, 0, "keys"),
+        (512, 2, 24, "of another layer"),
+    ],
+)
+def test_attention(make: Callable[[torch.dtype], Kernels], dim: int, group: int, window: int, values: str) -> None:
+    """At a position in the first block, and where a ring has wrapped or a second block has keys."""
+    dtype, key_heads, slots = torch.bfloat16, 2, 40
+    norms = [Norm(1 + random(dim, seed=seed) / 4, 1e-5) for seed in (1, 2)]
+    angles = 3 * random(64, dim // 2, seed=3)
+    normed: Any = [None, None] if values == "projected" else norms
+    heads = Heads(
+        *(key_heads * group, key_heads, dim, dim**-0.5, None, *normed, angles.cos(), angles.sin()),
+        values_normed=values != "projected",
+    )
+    run, users = make(dtype), [nn.Identity()]
+    run.reserve(heads)
+    q, k, v = (
+        random(1, count * dim, seed=each).to(dtype)
+        for each, count in enumerate((heads.count, key_heads, key_heads))
+    )
+    own = (k, k if values == "keys" else v)
+    for position in (5, 39 if not window else 60):
+        cache = [random(1, key_heads, slots, dim, seed=each).to(dtype) for each in (5, 6)]
+        mine, theirs = (Cached(*(each.clone() for each in cache), window) for _ in range(2))
+        at = torch.tensor([position])
+        if values == "of another layer":  # whose launch comes first
+            run.attend(q, *own, heads, mine, at, users)
+        given = (None, None) if values == "of another layer" else own
+        found = run.attend(q, *given, heads, mine, at, users).halves
+        expected = TorchOperations().attend(q, *own, heads, theirs, at, []).halves
+        assert found is not None
+        assert expected is not None
+        torch.testing.assert_close(found.double(), expected.double(), rtol=2e-2, atol=2e-2)
+        for one, other in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+            torch.testing.assert_close(one.double(), other.double(), rtol=1e-2, atol=1e-2)
+    assert not run._counters.any()
