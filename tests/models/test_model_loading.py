@@ -28,6 +28,7 @@ from q6k_kernels.models.registry import architecture_of
 from q6k_kernels.models.stored import row_order
 from q6k_kernels.weights.reader import Bundle, Loader
 from tiny_models import F16, Q3_K, SIZES, Tiny, permuted
+from tiny_qwen35 import QWEN35
 
 IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
 LLAMA = Tiny("llama", "llama")
@@ -252,3 +253,11 @@ def test_a_device_is_given_in_the_same_way_everywhere() -> None:
         parameters = list(inspect.signature(function).parameters.values())
         assert (parameters[place].name, parameters[place].default) == ("device", "cpu")
         assert parameters[place].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+def test_numbers_that_stay_wide_do_not_pass_for_the_models_dtype(tmp_path: Path) -> None:
+    """transformers takes the dtype of a model's first parameter that is floating-point."""
+    out, _ = QWEN35.bundle(tmp_path)
+    model: Any = load_model(out, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert model.model.layers[0].linear_attn.A_log.dtype == torch.float32

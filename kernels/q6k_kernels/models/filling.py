@@ -172,9 +172,17 @@ class Filler:
             self.model.get_submodule(HEAD).weight = embedding.weight
 
     def _parameters(self, name: str, module: nn.Module) -> None:
+        buffers = [kind for kind, _ in module.named_buffers(recurse=False)]
         for kind, _ in list(module.named_parameters(recurse=False)):
-            setattr(module, kind, nn.Parameter(self._plain(f"{name}.{kind}"), requires_grad=False))
-        for kind, _ in list(module.named_buffers(recurse=False)):
+            parameter = f"{name}.{kind}"
+            values = self._plain(parameter)
+            if self.architecture.difference(self.names[parameter]).wide:
+                # As a parameter it could pass for one of the model's dtype, which is that of its first.
+                delattr(module, kind)
+                module.register_buffer(kind, values)
+            else:
+                setattr(module, kind, nn.Parameter(values, requires_grad=False))
+        for kind in buffers:
             if f"{name}.{kind}" in self.names:
                 setattr(module, kind, self._plain(f"{name}.{kind}"))
 
