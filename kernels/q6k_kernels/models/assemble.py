@@ -27,6 +27,7 @@ from q6k_kernels.bundle.metadata import Metadata, read_metadata
 from q6k_kernels.errors import PackageMissingError, UnsupportedModelError
 from q6k_kernels.formats.checks import Activations, check_activations, check_dtype
 from q6k_kernels.models.architecture import Architecture, attach, gguf_names, kinds_of_layers, make_config
+from q6k_kernels.models.delta_net import GatedDeltaNet
 from q6k_kernels.models.filling import Filler
 from q6k_kernels.models.hyperparameters import Shapes
 from q6k_kernels.models.matching import check_tensors
@@ -122,6 +123,9 @@ def _on_meta(
     attention = {"attn_implementation": "eager"} if architecture.softcap_of_scores(config) else {}
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)  # type: ignore[no-untyped-call]
+    for name, module in list(model.named_modules()):
+        if name.endswith(".linear_attn"):
+            model.set_submodule(name, GatedDeltaNet(module))
     _fit_biases(model, architecture, shapes)
     attach(model, architecture)
     model.__dict__["save_pretrained"] = _refuse_to_save
