@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Measure the speed of a whole model; print a table with targets and peers, and write JSON.
 
-    python scripts/bench/bench_model.py [--shape llama-8b|gemma-27b|gemma4-31b] [--mix q4_k_m|q5_k_m|q6_k|q8_0]
-        [--scales bf16|exact] [--layers N] [--keep DIR] [--json FILE] [--profile FILE]
+    python scripts/bench/bench_model.py [--shape llama-8b|gemma-27b|gemma4-31b|gemma4-26b-a4b]
+        [--mix q4_k_m|q5_k_m|q6_k|q8_0] [--scales bf16|exact] [--layers N] [--keep DIR]
+        [--json FILE] [--profile FILE]
     python scripts/bench/bench_model.py --device cpu --shape tiny --contexts 8 --prompts 16 --tokens 4
 
-1. Write a GGUF of the shape of Llama 3.1 8B, Gemma 3 27B or Gemma 4 31B, random weights of the types that llama.cpp
-   chooses for the mix, and convert it with q6k-convert.
+1. Write a GGUF of the shape of Llama 3.1 8B, Gemma 3 27B, Gemma 4 31B or 26B-A4B, random weights of the types that
+   llama.cpp chooses for the mix, and convert it with q6k-convert.
 2. Measure the bandwidth of a kernel that only reads.
 3. Load the bundle twice from the page cache; the second time counts, with all kernels compiled.
 4. Decode `--tokens` tokens after each of `--contexts`: the likeliest token each time, no stop token, read by the
@@ -48,7 +49,8 @@ from q6k_convert.convert.plan import Options
 from q6k_kernels import load_model
 from q6k_kernels.formats.checks import Activations
 from q6k_kernels.generate.generator import Generator
-from synthetic_model import MIXES, SHAPES, Shape, write_model
+from synthetic_model import MIXES, write_model
+from synthetic_shapes import SHAPES, Shape
 
 PEER_FIGURES = Path(__file__).with_name("peer_figures.json")
 PROFILED_TOKENS = 32
@@ -97,7 +99,7 @@ class Bench:
         needed = max(*(n + self._args.tokens + 1 for n in self._args.contexts), *self._args.prompts)
         capacity = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
         generator = Generator(model, capacity=capacity, fused=self._args.fused)
-        packed = needed_bytes(model)
+        packed = needed_bytes(model, self._shape.experts[1] if self._shape.experts else 0)
         print(f"{rows_of.LEGEND}\n{rows_of.HEADING}")
         for context in self._args.contexts:
             self._decode(generator, context, packed)

@@ -11,8 +11,10 @@ from torch import nn
 
 from bench_model_rows import Row
 from q6k_kernels import PackedEmbedding, PackedLinear
+from q6k_kernels.weights.experts import PackedStack
 
 READ_PIECE = 64 << 20
+_PACKED = PackedLinear | PackedEmbedding | PackedStack
 
 
 def machine(device: torch.device) -> Row:
@@ -53,7 +55,7 @@ def read_all(bundle: Path) -> int:
 
 def packed_bytes(model: nn.Module) -> int:
     """Return the bytes of all packed weights, counting shared ones once."""
-    layers = [module for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
+    layers = [module for module in model.modules() if isinstance(module, _PACKED)]
     return sum({layer.tiles.data_ptr(): layer.tiles.nbytes for layer in layers}.values())
 
 
@@ -62,8 +64,15 @@ def held_bytes(model: nn.Module) -> int:
     return sum({each.data_ptr(): each.nbytes for each in (*model.parameters(), *model.buffers())}.values())
 
 
-def needed_bytes(model: nn.Module) -> int:
-    """Return the bytes of packed weights that a token needs: all linear layers, and its row of the embedding."""
+def needed_bytes(model: nn.Module, top: int = 0) -> int:
+    """Return the bytes of packed weights that a token needs: linear layers, its experts, its row of the embedding.
+
+    Args:
+        model: the model.
+        top: experts of a token.
+    """
+    stacks = [module for module in model.modules() if isinstance(module, PackedStack)]
+    experts = sum(each.tiles.nbytes // each.count * top for each in stacks)
     linear = sum(module.tiles.nbytes for module in model.modules() if isinstance(module, PackedLinear))
     embeddings = [module for module in model.modules() if isinstance(module, PackedEmbedding)]
-    return linear + sum(each.tiles.nbytes // each.num_embeddings for each in embeddings)
+    return experts + linear + sum(each.tiles.nbytes // each.num_embeddings for each in embeddings)

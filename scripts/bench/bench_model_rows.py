@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from synthetic_model import SHAPES, Shape
+from synthetic_shapes import SHAPES, Shape
 
 Row = dict[str, Any]
 
@@ -101,7 +101,7 @@ def prefill_row(shape: Shape, tokens: int, packed: int, ms: list[float], gpu_ms:
     row = _row("prefill", f"prefill {tokens}", ms, gpu_ms, tokens)
     row |= {"ms": _median(ms), "fastest_ms": min(ms)}
     head = shape.vocabulary * shape.hidden
-    body = sum(n * k for n, k in shape.linears.values()) - head
+    body = shape.multiplied - head
     # Pairs of positions, half of all or those in the window, for scores and for products with values.
     windows = [min(tokens, window or tokens) for window in shape.windows]
     pairs = (4 * tokens * window - 2 * window**2 for window in windows)

@@ -8,9 +8,9 @@ repeat as late as possible.
 
 from __future__ import annotations
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from q6k_kernels.formats.blocks import STEPS
+from synthetic_shapes import Shape
 
 PATTERN_BLOCKS = 65521
 STANDARD_DEVIATION = 0.02
@@ -31,117 +32,8 @@ MIXES = {
     "q8_0": (Type.Q8_0, Type.Q8_0),
 }
 """Mixes of types by name: that of most weights, and that of those with more bits; see `type_of`."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model of the architecture llama, or of gemma3 or gemma4: head and embedding tied, windows in most layers.
-
-    Attributes:
-        name: name of the shape.
-        hidden, feed_forward: widths, multiples of 256.
-        heads, kv_heads: numbers of attention heads, each `head_dim` wide.
-        context: largest number of positions.
-        theta: base of the rotary embeddings.
-        window: positions that most layers of gemma3 and gemma4 see, or 0 for llama.
-        wide: number and size of the key heads in layers of gemma4 without a window, whose keys are values too.
-    """
-
-    name: str
-    layers: int
-    hidden: int
-    feed_forward: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    context: int = 8192
-    theta: float = 500_000.0
-    window: int = 0
-    wide: tuple[int, int] | None = None
-
-    def with_layers(self, layers: int) -> Shape:
-        """Return the same shape with another number of layers."""
-        return replace(self, layers=layers)
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Return the shapes (N, K) of all weights that a token is multiplied with, by GGUF name."""
-        found = dict[str, tuple[int, int]]()
-        for layer, (kv_heads, size) in enumerate(self.key_heads):
-            q, kv = self.heads * size, kv_heads * size
-            of_layer = {
-                "attn_q": (q, self.hidden),
-                "attn_k": (kv, self.hidden),
-                "attn_v": (kv, self.hidden),
-                "attn_output": (self.hidden, q),
-                "ffn_gate": (self.feed_forward, self.hidden),
-                "ffn_up": (self.feed_forward, self.hidden),
-                "ffn_down": (self.hidden, self.feed_forward),
-            }
-            if self.wide and self.windows[layer] is None:
-                del of_layer["attn_v"]
-            found |= {f"blk.{layer}.{name}.weight": shape for name, shape in of_layer.items()}
-        return found | {self.head: (self.vocabulary, self.hidden)}
-
-    @property
-    def key_heads(self) -> list[tuple[int, int]]:
-        """Number and size of the key heads of each layer."""
-        usual = self.kv_heads, self.head_dim
-        return [self.wide if self.wide and window is None else usual for window in self.windows]
-
-    @property
-    def gemma(self) -> bool:
-        """Whether the architecture is gemma3 or gemma4."""
-        return self.window > 0
-
-    @property
-    def architecture(self) -> str:
-        """Name of the architecture in GGUF."""
-        return "gemma4" if self.wide else "gemma3" if self.gemma else "llama"
-
-    @property
-    def head(self) -> str:
-        """GGUF name of the head's weight."""
-        return "token_embd.weight" if self.gemma else "output.weight"
-
-    @property
-    def norms(self) -> dict[str, int]:
-        """Widths of the norm weights, by GGUF name."""
-        found = {"output_norm.weight": self.hidden}
-        for layer, (_, size) in enumerate(self.key_heads):
-            of_layer = {"attn_norm": self.hidden, "ffn_norm": self.hidden}
-            if self.gemma:
-                of_layer |= {"post_attention_norm": self.hidden, "post_ffw_norm": self.hidden}
-                of_layer |= {"attn_q_norm": size, "attn_k_norm": size}
-            found |= {f"blk.{layer}.{name}.weight": width for name, width in of_layer.items()}
-        return found
-
-    @property
-    def windows(self) -> list[int | None]:
-        """Positions that each layer sees, or None for all: every sixth layer of a gemma sees all."""
-        return [self.window if self.gemma and (i + 1) % 6 else None for i in range(self.layers)]
-
-    def kv_bytes(self, positions: float) -> float:
-        """Return the bytes of the keys and values that a token after so many positions needs, 16 bits a number."""
-        seen = (positions if window is None else min(positions, window) for window in self.windows)
-        return sum(2 * each * heads * size * 2 for each, (heads, size) in zip(seen, self.key_heads, strict=True))
-
-
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape("llama-8b", 32, 4096, 14336, 32, 8, 128, 128256),
-        Shape("gemma-27b", 62, 5376, 21504, 32, 16, 128, 262144, 131072, 1_000_000.0, window=1024),
-        Shape(
-            *("gemma4-31b", 60, 5376, 21504, 32, 16, 256, 262144, 262144, 1_000_000.0), window=1024, wide=(4, 512)
-        ),
-        Shape("tiny", 2, 256, 512, 4, 2, 64, 512),
-        Shape("tiny-gemma", 7, 256, 512, 4, 2, 64, 512, 1024, 1_000_000.0, window=16),
-        Shape("tiny-gemma4", 6, 256, 512, 4, 2, 64, 512, 1024, 1_000_000.0, window=16, wide=(1, 128)),
-    )
-}
-"""Shapes by name: Llama 3.1 8B, Gemma 3 27B, Gemma 4 31B, and a tiny one of each for a quick look."""
+NARROW = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
+"""Type -> the one that llama.cpp takes in its place for rows that are no multiple of 256."""
 
 
 def type_of(mix: str, name: str, layers: int, head: str = "output.weight") -> Type:
@@ -159,7 +51,7 @@ def type_of(mix: str, name: str, layers: int, head: str = "output.weight") -> Ty
     usual, more = MIXES[mix]
     if name == head:
         return more
-    if not name.endswith(("attn_v.weight", "ffn_down.weight")):
+    if not name.endswith(("attn_v.weight", "ffn_down.weight", "ffn_down_exps.weight")):
         return usual
     layer, eighth = int(name.split(".")[1]), layers // 8
     ends = layer < eighth or layer >= 7 * layers // 8
@@ -176,20 +68,25 @@ def write_model(path: Path, shape: Shape, threads: int, mix: str = "q6_k") -> No
         mix: types of the weights, a name in `MIXES`.
     """
     part = path.with_name(f"{path.name}.part")
-    matrices = {"token_embd.weight": (shape.vocabulary, shape.hidden), **shape.linears}
+    matrices: dict[str, tuple[int, ...]] = {"token_embd.weight": (shape.vocabulary, shape.hidden)}
+    matrices |= {**shape.linears, **shape.stacks}
     vectors = {name: np.ones(width, dtype=np.float32) for name, width in shape.norms.items()}
     if shape.wide:
         vectors["rope_freqs.weight"] = rotated_quarter(shape.wide[1])
         vectors |= {f"blk.{i}.layer_output_scale.weight": np.ones(1, np.float32) for i in range(shape.layers)}
     elif not shape.gemma:
         vectors["rope_freqs.weight"] = frequency_factors(shape)
+    if shape.experts:
+        vectors |= routers(shape)
     writer = _described(part, shape)
-    sizes, types = list[int](), [type_of(mix, name, shape.layers, shape.head) for name in matrices]
-    for (name, (n, k)), kind in zip(matrices.items(), types, strict=True):
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        row_bytes = k // block * size
-        writer.add_tensor_info(name, (n, row_bytes), np.dtype(np.uint8), n * row_bytes, raw_dtype=kind)
-        sizes.append(n * row_bytes)
+    sizes, types = list[int](), list[Type]()
+    for name, (*rows, k) in matrices.items():
+        kind = type_of(mix, name, shape.layers, shape.head)
+        types.append(NARROW.get(kind, kind) if k % 256 else kind)
+        block, size = gguf.GGML_QUANT_SIZES[types[-1]]
+        sizes.append(math.prod(rows) * k // block * size)
+        stored = (*rows, k // block * size)
+        writer.add_tensor_info(name, stored, np.dtype(np.uint8), sizes[-1], raw_dtype=types[-1])
     for name, values in vectors.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes, raw_dtype=Type.F32)
         sizes.append(values.nbytes)
@@ -270,6 +167,19 @@ def rotated_quarter(head_dim: int) -> npt.NDArray[np.float32]:
     return np.where(pairs < head_dim // 8, 1.0, 1e30).astype(np.float32)
 
 
+def routers(shape: Shape) -> dict[str, npt.NDArray[np.float32]]:
+    """Return the weights of routers, random so that all experts are chosen, and their scales, by GGUF name."""
+    assert shape.experts is not None  # noqa: S101 -- the caller has checked it
+    random, count = np.random.default_rng(2), shape.experts[0]
+    found = dict[str, npt.NDArray[np.float32]]()
+    for layer in range(shape.layers):
+        weights = random.normal(size=(count, shape.hidden)).astype(np.float32)
+        found[f"blk.{layer}.ffn_gate_inp.weight"] = weights
+        found[f"blk.{layer}.ffn_gate_inp.scale"] = np.ones(shape.hidden, np.float32)
+        found[f"blk.{layer}.ffn_down_exps.scale"] = np.ones(count, np.float32)
+    return found
+
+
 def _described(path: Path, shape: Shape) -> gguf.GGUFWriter:
     writer = gguf.GGUFWriter(path, shape.architecture)
     writer.add_name(f"{shape.name}, {shape.layers} layers, random weights")
@@ -292,6 +202,11 @@ def _described(path: Path, shape: Shape) -> gguf.GGUFWriter:
         writer.add_sliding_window(shape.window)
         writer.add_sliding_window_pattern([window is not None for window in shape.windows])
         writer.add_final_logit_softcapping(30.0)
+        if shape.experts:
+            count, top, width = shape.experts
+            writer.add_expert_count(count)
+            writer.add_expert_used_count(top)
+            writer.add_expert_feed_forward_length(width)
     else:
         writer.add_head_count_kv(shape.kv_heads)
     if shape.architecture == "gemma3":

@@ -25,6 +25,7 @@ from q6k_kernels.generate.step_reference import Cached, Heads, Norm, TokenChoice
 
 pytestmark = pytest.mark.gpu
 
+GEMMA4 = ("gemma4", "gemma4, experts", "gemma4, experts, gate and up apart", "gemma4, shared keys")
 DTYPES = [torch.bfloat16, torch.float16]
 EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Half a unit in the last place, of 1."""
@@ -264,11 +265,11 @@ def models() -> dict[str, Any]:
 
     return {
         name: MODELS[name]
-        for name in ("llama 3.1", "mistral as llama", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3", "gemma4")
+        for name in ("llama 3.1", "mistral as llama", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3", *GEMMA4)
     }
 
 
-@pytest.mark.parametrize("name", ["llama 3.1", "mistral as llama", "qwen2", "qwen3", "gemma2", "gemma3", "gemma4"])
+@pytest.mark.parametrize("name", ["llama 3.1", "mistral as llama", "qwen2", "qwen3", "gemma2", "gemma3", *GEMMA4])
 @pytest.mark.parametrize("activations", ["auto", "bf16"])
 def test_whole_steps(name: str, activations: Any, tmp_path: Path) -> None:
     """Logits against those of the same step in plain torch; the graph's tokens against those of single steps."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import bench_model_rows as rows_of
 import profile_kernels
 import synthetic_model
 from profile_kernels import Kernel, shares
-from synthetic_model import SHAPES
+from synthetic_shapes import SHAPES
 
 TINY, LLAMA, GEMMA = SHAPES["tiny"], SHAPES["llama-8b"], SHAPES["gemma-27b"]
 FIGURES = json.loads((SCRIPTS / "bench" / "peer_figures.json").read_text())["whole_model"]
@@ -81,6 +82,10 @@ def test_gemma4_has_the_published_sizes() -> None:
     weights = sum(n * k for n, k in shape.linears.values()) + sum(shape.norms.values()) + shape.layers
     assert round(weights / 1e9, 1) == 30.7  # as published, of the text part
     assert shape.kv_bytes(2048) == 2 * 2 * (50 * 1024 * 16 * 256 + 10 * 2048 * 4 * 512)
+    mixture = SHAPES["gemma4-26b-a4b"]
+    stacked = sum(math.prod(each) for each in mixture.stacks.values())
+    dense = mixture.multiplied - stacked * 8 // 128
+    assert [round(each / 1e9, 1) for each in (dense + stacked, mixture.multiplied)] == [25.2, 3.8]  # as published
     factors = synthetic_model.rotated_quarter(512)
     assert (factors[:64].tolist(), factors[64:].tolist()) == ([1.0] * 64, [float(np.float32(1e30))] * 192)
 
@@ -92,7 +97,9 @@ def test_only_whole_models_have_targets() -> None:
     assert {(each["shape"], each["mix"]) for each in FIGURES} == set(rows_of.TARGETS)
 
 
-@pytest.mark.parametrize(("shape", "mix"), [("tiny", "q4_k_m"), ("tiny-gemma", "q5_k_m"), ("tiny-gemma4", "q8_0")])
+@pytest.mark.parametrize(
+    ("shape", "mix"), [("tiny", "q4_k_m"), ("tiny-gemma", "q5_k_m"), ("tiny-gemma4-experts", "q8_0")]
+)
 def test_the_command_measures_every_mix(
     shape: str, mix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
