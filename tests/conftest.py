@@ -16,8 +16,8 @@ from exported_model import ExportedModel
 from fake_cuda import FakeCuda, build
 from gguf_builder import small_model
 
-LONGEST = ("test_staging_failures",)
-"""Files that are begun first, so that no process is left with one of them when the others have finished."""
+LONGEST = ("test_staging_failures", "test_cli_generate", "test_ci", "test_real_model")
+"""Files that are begun early, so that no process is left with one of them when the others have finished."""
 
 
 def compiled(path: str) -> bool:

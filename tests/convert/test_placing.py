@@ -34,6 +34,11 @@ Patch = pytest.MonkeyPatch
 
 
 @pytest.fixture
+def tmp_path(memory: Path) -> Path:
+    return memory
+
+
+@pytest.fixture
 def model(tmp_path: Path) -> Path:
     return two_tensors().write(tmp_path / "model.gguf")
 

@@ -6,10 +6,9 @@ import ctypes
 import errno
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -43,14 +42,8 @@ def nothing() -> None:
 
 
 @pytest.fixture
-def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """In memory where it can be: hundreds of runs, each waiting for a disk to sync, take minutes."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    with TemporaryDirectory(dir=memory) as directory:
-        yield Path(directory)
+def tmp_path(memory: Path) -> Path:
+    return memory
 
 
 @pytest.fixture

@@ -62,7 +62,9 @@ def packed(folder: Path, scales: str, device: str) -> tuple[PackedWeight, np.nda
     return weight, exact
 
 
-def check(folder: Path, scales: str, device: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+def check(
+    folder: Path, scales: str, device: str, dtype: torch.dtype, sizes: tuple[int, ...], *, decode: bool = True
+) -> None:
     """Export and compile the two modules, run them, and compare with the product of the original weight.
 
     Args:
@@ -71,6 +73,7 @@ def check(folder: Path, scales: str, device: str, dtype: torch.dtype, sizes: tup
         device: "cpu" or "cuda".
         dtype: dtype of activations.
         sizes: values of M for the second module, on both sides of every M at which the kernel changes.
+        decode: with the first module, too.
     """
     weight, exact = packed(folder, scales, device)
     random = torch.Generator().manual_seed(7)
@@ -88,8 +91,8 @@ def check(folder: Path, scales: str, device: str, dtype: torch.dtype, sizes: tup
         error = np.linalg.norm(found.cpu().double().numpy() - expected) / np.linalg.norm(expected)
         assert error < 0.01, f"{error} at M = {m}"
 
-    decode, keyword = Decode(weight).eval(), Keyword(weight, bias).eval()
-    for module, shapes, tried in ((decode, None, (4,)), (keyword, (any_rows,), sizes)):
+    layer, keyword = Decode(weight).eval(), Keyword(weight, bias).eval()
+    for module, shapes, tried in ((layer, None, (4,)), (keyword, (any_rows,), sizes))[0 if decode else 1 :]:
         path = folder / f"{type(module).__name__}.pt2"
         program = exporting.export_module(module, (rows.clone(),), path, dynamic_shapes=shapes)
         assert exporting.packed_operations(program) == [OPERATION]

@@ -3,6 +3,7 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -31,6 +32,8 @@ Program::Program(Package package, c10::Device device)
   prefill_ = load("prefill");
   decode_ = load("decode");
 }
+
+Program::~Program() = default;
 
 void Program::add_state() {
   int64_t total = 0;

@@ -1,13 +1,17 @@
 // An exported model with one text, run in the same way as in export/program.py.
 #pragma once
 #include <c10/core/Device.h>
-#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "package.h"
+
+// Its header takes long to compile.
+namespace torch::inductor {
+class AOTIModelPackageLoader;
+}
 
 namespace q6k {
 
@@ -16,6 +20,7 @@ class Program {
   // Weights are copied to the device, once for all names they have; on the CPU the file's own memory is used. Throws a
   // Failure of Exit::PACKAGE if its two compiled programs do not go with its text.
   Program(Package package, c10::Device device);
+  ~Program();
 
   const Info& info() const { return info_; }
 
