@@ -27,6 +27,8 @@ _NO_NORM = {name: letters for name, letters in NETWORK.items() if name != "ffn_n
 _RMS = "attention.layer_norm_rms_epsilon"
 _LAYER_NORM = {name: value for name, value in _SQUARE_KEYS.items() if name != _RMS}
 _LAYER_NORM |= {"attention.layer_norm_epsilon": 1e-5}
+_OSS = ATTENTION | {"post_attention_norm": "h", "attn_sinks": "n", "ffn_gate_inp": "eh"}
+_OSS |= {"ffn_gate_exps": "efh", "ffn_up_exps": "efh", "ffn_down_exps": "ehf"}
 _FOUR_LAYERS = {"block_count": 4}
 
 
@@ -154,6 +156,25 @@ DENSE: dict[str, Case] = {
     ),
     "command-r": Case(
         "command-r", _LAYER_NORM | {"logit_scale": 0.0625}, uniform(3, ATTENTION | _NO_NORM, _SQUARE)
+    ),
+    "gpt-oss": Case(
+        "gpt-oss",
+        _ODD_KEYS
+        | {
+            "rope.freq_base": 150000.0,
+            "attention.sliding_window": 8,
+            "expert_count": 4,
+            "expert_used_count": 2,
+            "expert_feed_forward_length": 80,
+        },
+        uniform(3, _OSS, _ODD | {"e": 4, "n": 4})
+        | _biases(3, {"attn_q": 96, "attn_k": 24, "attn_v": 24, "attn_output": 64, "ffn_gate_inp": 4})
+        | {
+            f"blk.{layer}.ffn_{name}_exps.bias": (4, rows)
+            for layer in range(3)
+            for name, rows in (("gate", 80), ("up", 80), ("down", 64))
+        }
+        | _ODD_HEAD,
     ),
     "arcee": Case(
         "arcee",

@@ -39,3 +39,8 @@ def test_the_size_told_is_that_of_the_cache(tmp_path: Path, name: str, capacity:
 def test_telling_it_needs_no_torch() -> None:
     script = "import sys, q6k_kernels.models.cache_layout; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_size_is_told_without_torch() -> None:
+    program = "import q6k_kernels.models.cache_layout, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

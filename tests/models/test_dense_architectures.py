@@ -17,6 +17,7 @@ from q6k_kernels.bundle.metadata import read_metadata
 from q6k_kernels.errors import HyperparameterError, UnsupportedModelError
 from q6k_kernels.generate.generator import Generator
 from q6k_kernels.models.cache_layout import cache_bytes
+from tiny_gpt_oss import GPT_OSS
 from tiny_models import Tiny
 
 CPU_BYTES = 2
@@ -53,7 +54,8 @@ def test_logits_and_tokens_are_those_of_transformers(name: str, tmp_path: Path) 
             assert int(generator.cache.position) == at
             if generator._fused_step is not None:
                 assert largest_difference(generator._fused_step(generator._token)[0], expected[at]) < 5e-5
-            generator.step(generator.cache.slots)
+            with generator._our_attention():
+                generator.step(generator.cache.slots)
             assert int(generator._token) == int(expected[at].argmax())
     shapes = {tensor.name: tuple(tensor.shape) for tensor in open_bundle(out).manifest.tensors}
     assert cache_bytes(read_metadata(out), shapes, 32) * CPU_BYTES == generator.cache.nbytes
@@ -68,6 +70,8 @@ def test_logits_and_tokens_are_those_of_transformers(name: str, tmp_path: Path) 
         (GRANITE, "logit_scale", 2.0),
         (PHI4_MINI, "rope.scaling.attn_factor", None),
         (OLMO3, "attention.sliding_window", 4),
+        (GPT_OSS, "expert_used_count", 3),
+        (GPT_OSS, "rope.scaling.factor", 2.0),
         (COHERE2, "logit_scale", 0.5),
         (COHERE2, "attention.layer_norm_epsilon", 1e-2),
         (COHERE2, "attention.sliding_window_pattern", 2),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model_cases import THETA, YARN
-from tiny_models import Tiny
+from tiny_gpt_oss import GPT_OSS, ROUTER
+from tiny_models import Q3_K, Tiny
 
 SQUARE = {"num_attention_heads": 4, "num_key_value_heads": 2}
 """Heads that are together as wide as the hidden size, where llama.cpp knows no other."""
@@ -150,6 +151,13 @@ DENSE = {
             {"rope_parameters": THETA},
             BASE | {"rope.dimension_sections": [12, 10, 10, 0], "n_deepstack_layers": 3},
         )
+    ),
+    "gpt-oss": Dense(GPT_OSS, fused=False),
+    "gpt-oss, some experts not packed": Dense(
+        replace(
+            GPT_OSS, types=ROUTER | {"blk.1.ffn_up_exps.weight": Q3_K}, config=GPT_OSS.config | {"hidden_size": 256}
+        ),
+        fused=False,
     ),
     "arcee": Dense(Tiny("arcee", "arcee", {"rope_parameters": THETA}, BASE), fused=False),
     "ernie4_5": Dense(Tiny("ernie4_5", "ernie4_5", {"rope_parameters": THETA}, BASE)),

@@ -42,6 +42,7 @@ def _sdpa(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend by SDPA.
@@ -54,12 +55,13 @@ def _sdpa(
         attention_mask: (1, 1, Q, K); None for causal attention.
         scaling: factor of the scores; None for D ** -0.5.
         softcap: soft cap of the scores, or None.
+        s_aux: each head's sink, a score of no key that takes its part of the weights, (H,), or None.
 
     Returns:
         (1, Q, H, D), and None in place of the attention weights.
     """
-    if softcap is not None:
-        return _products(query, key, value, attention_mask, scaling, softcap), None
+    if softcap is not None or s_aux is not None:
+        return _products(query, key, value, attention_mask, scaling, softcap, s_aux), None
     heads, length = query.shape[1:3]
     repeats = heads // key.shape[1]
     if length == 1:
@@ -83,17 +85,23 @@ def _plain(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    if query.shape[2] > 1 and query.shape[3] > WIDEST and softcap is None:
-        return _in_parts(query, key, value, attention_mask, scaling), None
+    if query.shape[2] > 1 and (query.shape[3] > WIDEST or s_aux is not None) and softcap is None:
+        return _in_parts(query, key, value, attention_mask, scaling, s_aux), None
     if query.shape[2] > 1:
-        return _sdpa(module, query, key, value, attention_mask, scaling, softcap)
-    return _products(query, key, value, attention_mask, scaling, softcap), None
+        return _sdpa(module, query, key, value, attention_mask, scaling, softcap, s_aux)
+    return _products(query, key, value, attention_mask, scaling, softcap, s_aux), None
 
 
 def _in_parts(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attend by two products for some queries at a time, with scores in fp32; see `_sdpa`."""
     heads, length, size = query.shape[1:]
@@ -111,7 +119,8 @@ def _in_parts(
         rows = together[:, :, begin:end].reshape(key_heads, -1, size)
         scores = _product_in_fp32(rows, key[0, :, :last].transpose(1, 2))
         scores = scores.mul_(size**-0.5 if scaling is None else scaling).view(heads, end - begin, last)
-        weights = scores.masked_fill_(~seen, -torch.inf).softmax(dim=-1).to(value.dtype)
+        of_heads = None if sinks is None else sinks.view(-1, 1, 1)
+        weights = _weights(scores.masked_fill_(~seen, -torch.inf), of_heads).to(value.dtype)
         part = weights.view(key_heads, -1, last) @ value[0, :, :last]
         out[0, begin:end] = part.view(heads, end - begin, size).transpose(0, 1)
     return out
@@ -131,6 +140,7 @@ def _products(
     attention_mask: Tensor | None,
     scaling: float | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     heads, length, size = query.shape[1:]
     key_heads = key.shape[1]
@@ -144,8 +154,17 @@ def _products(
     scores = scores.view(1, key_heads, heads // key_heads, length, -1)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask[:, :, None], -torch.inf)
-    weights = scores.softmax(dim=-1).to(value.dtype).view(1, key_heads, rows.shape[2], -1)
+    of_heads = None if sinks is None else sinks.view(1, key_heads, -1, 1, 1)
+    weights = _weights(scores, of_heads).to(value.dtype).view(1, key_heads, rows.shape[2], -1)
     return (weights @ value).view(1, heads, length, -1).transpose(1, 2).contiguous()
+
+
+def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return the softmax of scores, (…, Q, K) in fp32, beside sinks that can be expanded to (…, Q, 1)."""
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    both = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], dim=-1)
+    return both.softmax(dim=-1)[..., :-1]
 
 
 def _rows(query: Tensor, repeats: int) -> Tensor:

@@ -19,7 +19,7 @@ from q6k_kernels.models.stored import AS_IT_IS, Stored
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 """The kinds of layers, by transformers' names: attention to all positions, to a window of them, and by a state."""
@@ -67,6 +67,7 @@ class Architecture:
         unrotated_layers: whether some layers have no rotary embeddings, those without transformers' `use_rope`.
         growing_queries: whether queries may be multiplied by a number that grows with their position.
         angles_by_kind: whether layers with a sliding window have their own rotary angles.
+        adapt: changes modules of transformers' model before it is filled.
         stepped: whether our own decoding step (`generate.step`) computes its layers.
     """
 
@@ -94,6 +95,7 @@ class Architecture:
     unrotated_layers: bool = False
     growing_queries: bool = False
     angles_by_kind: bool = False
+    adapt: Callable[[PreTrainedModel], None] | None = None
     stepped: bool = True
 
     def difference(self, name: str) -> Stored:

@@ -123,6 +123,8 @@ def _on_meta(
     attention = {"attn_implementation": "eager"} if architecture.softcap_of_scores(config) else {}
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)  # type: ignore[no-untyped-call]
+        if architecture.adapt is not None:
+            architecture.adapt(model)
     for name, module in list(model.named_modules()):
         if name.endswith(".linear_attn"):
             model.set_submodule(name, GatedDeltaNet(module))

@@ -84,6 +84,8 @@ class Filler:
                 self._embedding(name, module)
             elif isinstance(module, nn.Linear) and not (self.is_tied and name == HEAD):
                 self._linear(name, module)
+            elif isinstance(module, mixtures.ClampedExperts):
+                self._clamped_experts(name, module)
             elif mixtures.is_mixture(module):
                 self._experts(name, module)
             elif name != HEAD:
@@ -148,6 +150,24 @@ class Filler:
         parts = mixtures.stored_parts(gate_up, self.bundle)
         own = (self.architecture.activation, self.activations, self.dtype)
         self.model.set_submodule(name, mixtures.filled(module, self._load, parts, down, *own))
+
+    def _clamped_experts(self, name: str, module: mixtures.ClampedExperts) -> None:
+        stacks, biases = (
+            [
+                part
+                for each in (mixtures.GATE_UP, mixtures.DOWN)
+                for part in mixtures.stored_parts(self.names[f"{name}.{each}{kind}"], self.bundle)
+            ]
+            for kind in ("", "_bias")
+        )
+        filled = mixtures.filled_clamped(
+            module,
+            [self._load(each) for each in stacks],
+            [self._floats(each).to(self.dtype) for each in biases],
+            self.activations,
+            self.dtype,
+        )
+        self.model.set_submodule(name, filled)
 
     def _embedding(self, name: str, module: nn.Embedding) -> None:
         scale = float(cast("Any", module).scalar_embed_scale) if self.architecture.scaled_embedding else None

@@ -10,8 +10,8 @@ from typing import Any
 
 from q6k_kernels.models.architecture import Architecture, Values, biases
 from q6k_kernels.models.hyperparameters import EXPERTS, EXPERTS_USED, Keys, Shapes, scaled_rope
-from q6k_kernels.models.mixtures import SEPARATE
 from q6k_kernels.models.sizes import common_sizes, head_sizes, mixture_sizes
+from q6k_kernels.models.stored import SEPARATE
 
 
 def _sizes(keys: Keys, shapes: Shapes) -> dict[str, Any]:

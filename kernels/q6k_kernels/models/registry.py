@@ -9,6 +9,7 @@ from q6k_kernels.models import (
     gemma,
     gemma4,
     glm,
+    gpt_oss,
     granite,
     llama,
     llama_like,
@@ -23,7 +24,21 @@ from q6k_kernels.models.hyperparameters import ONLY_FUNCTIONS
 
 ARCHITECTURES: dict[str, Architecture] = {
     row.name: row
-    for family in (llama, llama_like, granite, olmo, phi, glm, cohere, qwen, qwen3moe, qwen35, gemma, gemma4)
+    for family in (
+        llama,
+        llama_like,
+        granite,
+        olmo,
+        phi,
+        glm,
+        cohere,
+        gpt_oss,
+        qwen,
+        qwen3moe,
+        qwen35,
+        gemma,
+        gemma4,
+    )
     for row in family.ROWS
 }
 """The rows by `general.architecture`."""

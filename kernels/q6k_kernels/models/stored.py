@@ -69,3 +69,8 @@ INTERLEAVED = Stored(rows=_interleaved)
 """The rows of q and k of a llama file."""
 INTERLEAVED_HEADS = {f"attn_{each}.{kind}": INTERLEAVED for each in "qk" for kind in ("weight", "bias")}
 """`Architecture.stored` of files whose q and k are like a llama file's."""
+SEPARATE = {
+    "mlp.experts.gate_up_proj": "mlp.experts.gate_proj.weight",
+    "mlp.experts.down_proj": "mlp.experts.down_proj.weight",
+}
+"""`Architecture.renamed` of models of which the `gguf` package knows gate and up apart only."""
