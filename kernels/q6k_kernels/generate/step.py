@@ -200,8 +200,9 @@ class Step:
         """Return each layer's embedding of the token, (1, size), if layers have them."""
         if all(layer.by_token is None for layer in self._layers):
             return []
-        inner = self._inner
-        found: Tensor = inner.project_per_layer_inputs(hidden[None], inner.get_per_layer_inputs(token[None]))
+        inner, embedded = self._inner, hidden[None]
+        # transformers 5.17 wants both arguments, and needs one.
+        found: Tensor = inner.project_per_layer_inputs(embedded, inner.get_per_layer_inputs(token[None], embedded))
         return list(found[0].transpose(0, 1))
 
     def _mixed(self, index: int, layer: StepLayer, products: tuple[Tensor, ...]) -> ProductInput:
