@@ -15,6 +15,9 @@ def main() -> None:
         # `nohup` and a shell's background jobs set some of these signals to be ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda *_: os._exit(130))
+    # Threads of torch that wait for others would take the processor from them where other programs run beside this
+    # one. OpenMP reads this when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from q6k_convert.cli.main import main as run
     from q6k_convert.cli.reporting import stdout_lost
     from q6k_convert.errors import ExitCode

@@ -43,6 +43,21 @@ def test_the_version_is_printed() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"q6k-convert {__version__}\n", "")
 
 
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_waiting_threads_leave_the_processor_to_others(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user says otherwise, and before torch, which reads it when it is imported."""
+    code = (
+        "import os, sys; from q6k_convert import __main__; sys.argv = ['q6k-convert', '--version']\n"
+        "try: __main__.main()\n"
+        "finally: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    )
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{given or 'PASSIVE'} False"
+
+
 def test_help_lists_every_option_its_default_and_the_exit_codes() -> None:
     top, convert, inspect = invoke("--help"), invoke("convert", "--help"), invoke("inspect", "-h")
     for result in (top, convert, inspect):
