@@ -129,8 +129,8 @@ class Memory:
                 patch.setattr(module, "stream", lambda on: STREAM)
             patch.setattr(launching, "device", lambda index: device)
             patch.setattr(gemm_wgmma, "_tickets", itertools.count(TICKET))
-            gemm_wgmma._tile_map.cache_clear()
-            gemm_wgmma._x_map.cache_clear()
+            gemm_wgmma.tile_map.cache_clear()
+            gemm_wgmma.x_map.cache_clear()
             arguments = self.x, self.tiles, self.bias, self.product.n, self.product.row, self.y
             if self.product.kind == MMA:
                 gemm_mma.linear(*arguments)

@@ -129,7 +129,7 @@ def test_a_thread_that_has_not_used_cuda_yet(m: int) -> None:
     """Its output's memory is cached, so that torch has no need to make a context its own, either."""
     w, x = weight("genuine", 250, 1024, "q6_k"), inputs(m, 1024, BF16)
     right = linear(x, w)
-    for cached in (gemm_wgmma._tile_map, gemm_wgmma._x_map):
+    for cached in (gemm_wgmma.tile_map, gemm_wgmma.x_map):
         cached.cache_clear()
     found = list[Any]()
 

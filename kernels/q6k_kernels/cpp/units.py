@@ -33,8 +33,12 @@ MACROS: dict[str, tuple[str, ...]] = {
     "pack.cuh": CODE_MACROS,
 }
 """The macros of each file in the order in which `src/` gives their values; `check` compares `variants` with it."""
-OF_STEPS = ("step.cuh", "attend.cuh", "delta.cuh", "mixture.cuh", "choose.cuh")
-"""Files with kernels of decoding steps, which are no part of the ops: `step_kernels` launches them from Python."""
+OF_PYTHON = (
+    *("step.cuh", "attend.cuh", "delta.cuh", "mixture.cuh", "choose.cuh"),
+    *("experts_decode.cuh", "experts_sort.cuh", "experts_wgmma.cuh", "experts_mma.cuh"),
+)
+"""Files with kernels that Python launches alone: those of decoding steps, which are no part of the ops, and of
+experts, since models that have some are not exported."""
 FILES = tuple(MACROS)
 """In the order of `File` in `src/kernels.h`."""
 
@@ -67,7 +71,7 @@ def of_library(
     found = {
         unit: kernels
         for unit, kernels in plan(architectures).items()
-        if unit[1] not in OF_STEPS and format_macros(unit) in wanted and re.search(only, name_of(unit))
+        if unit[1] not in OF_PYTHON and format_macros(unit) in wanted and re.search(only, name_of(unit))
     }
     for unit in found:
         check(unit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
-from q6k_kernels.cuda import decode, decode_plan, gemm_mma, gemm_wgmma, rows
+from q6k_kernels.cuda import decode, decode_plan, experts_decode, experts_gemm, gemm_mma, gemm_wgmma, rows
 from q6k_kernels.cuda.device import Device, Variant
 from q6k_kernels.formats.types import CODE_MACROS, WEIGHT_TYPES, WeightType
 from q6k_kernels.generate import attend_cuda, step_cuda
@@ -17,6 +17,11 @@ _SHAPES = tuple(product((1024, 4096, 16384, 65536, 262144), (1024, 4096, 8192, 1
 """Common shapes of weights, (N, K), whose plans `shared_bytes` examines."""
 _TOKENS = (*range(1, decode_plan.MOST_TOKENS + 1), 16, 32, 64)
 """Rows of activations that `shared_bytes` examines, for each size of every kernel."""
+_SIZED = (
+    *(decode.KERNEL, gemm_wgmma.KERNEL, gemm_mma.KERNEL),
+    *(experts_decode.KERNEL, experts_gemm.WGMMA, experts_gemm.MMA),
+)
+"""Kernels whose shared memory depends on their macros or on sizes."""
 _Key = tuple[str, tuple[int, ...], tuple[int, ...]]
 """A kernel that a plan may choose: its name, the values of its weight type's macros, and its own values."""
 
@@ -52,6 +57,8 @@ def all_variants(arch: int) -> list[Variant]:
         *decode.variants(device),
         *(gemm_wgmma.variants(device) or gemm_mma.variants(arch)),
         *rows.variants(arch),
+        *experts_decode.variants(),
+        *experts_gemm.variants(device),
         *step_cuda.variants(device),
     ]
 
@@ -71,7 +78,7 @@ def shared_bytes(arch: int) -> dict[Variant, int]:
         _, kernel, defines = variant
         if kernel == attend_cuda.ATTEND:
             found[variant] = attend_cuda.attend_bytes(dict(defines))
-        elif kernel not in (decode.KERNEL, gemm_wgmma.KERNEL, gemm_mma.KERNEL):
+        elif kernel not in _SIZED:
             found[variant] = 0
         elif (key := _key(kernel, dict(defines))) in largest:
             found[variant] = largest[key]
@@ -100,4 +107,15 @@ def _of_plans(device: Device) -> dict[_Key, int]:
         for config in gemm_wgmma.CONFIGS:
             own = config.tokens, config.consumers, config.stages(row), config.x_stages, config.occupancy
             meet(gemm_wgmma.KERNEL, row, own, config.shared_bytes(row))
+            own = (
+                config.tokens,
+                config.consumers,
+                experts_gemm.stages(config, row),
+                config.x_stages,
+                config.occupancy,
+            )
+            meet(experts_gemm.WGMMA, row, own, experts_gemm.shared_bytes(config, row))
+        for tokens in experts_gemm.MMA_TOKENS:
+            own_mma = tokens, 1, gemm_mma.slots_of(device.arch)
+            meet(experts_gemm.MMA, row, own_mma, experts_gemm.mma_bytes(row, device.arch))
     return largest

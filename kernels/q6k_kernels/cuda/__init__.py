@@ -3,4 +3,16 @@
 Imports formats and jit; knows no model.
 """
 
-__all__ = ["decode", "decode_plan", "device", "dispatch", "expand", "gemm_mma", "gemm_wgmma", "rows"]
+__all__ = [
+    "decode",
+    "decode_plan",
+    "device",
+    "dispatch",
+    "expand",
+    "experts_decode",
+    "experts_dispatch",
+    "experts_gemm",
+    "gemm_mma",
+    "gemm_wgmma",
+    "rows",
+]

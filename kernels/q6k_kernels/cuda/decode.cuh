@@ -7,9 +7,7 @@
 // mma.m16n8k16 or k32 multiplies one group of 16 rows with up to 8 tokens, so that M = 8 costs about what M = 1 does.
 //
 //   Q6K_TOKENS, Q6K_FUSED   see quantize.cuh, which comes before this file
-//   Q6K_WARPS    warps of a block
-//   Q6K_STAGES   tiles of a warp's ring
-//   Q6K_OCCUPANCY  blocks that must fit on a multiprocessor
+//   Q6K_WARPS, Q6K_STAGES, Q6K_OCCUPANCY   see warps.cuh, which comes before it, too
 //   Q6K_SPLIT    1: the blocks of a cluster share a range of row tiles and split K; their sums meet in distributed
 //                shared memory (sm_90 and later)
 //
@@ -21,15 +19,6 @@
 // its minimum, one addition of d_a times that for each 32 weights a warp sums (K/32 at most), one for each warp of each
 // block of a cluster, the bias.
 
-#ifndef Q6K_WARPS
-#define Q6K_WARPS 8
-#endif
-#ifndef Q6K_STAGES
-#define Q6K_STAGES 3
-#endif
-#ifndef Q6K_OCCUPANCY
-#define Q6K_OCCUPANCY 2
-#endif
 #ifndef Q6K_SPLIT
 #define Q6K_SPLIT 0
 #endif
@@ -41,11 +30,7 @@
 #define Q6K_LIMITS __launch_bounds__(THREADS, Q6K_OCCUPANCY)
 #endif
 
-constexpr int WARPS = Q6K_WARPS;
-constexpr int STAGES = Q6K_STAGES;
 constexpr bool SPLIT = Q6K_SPLIT;
-constexpr int THREADS = WARPS * 32;
-constexpr int RING_BYTES = WARPS * STAGES * TILE_BYTES;
 
 // ---- clusters ----------------------------------------------------------------------------------------------
 
@@ -71,8 +56,6 @@ __device__ __forceinline__ void synchronize_cluster() {
 #endif
 }
 
-__device__ __forceinline__ float load_float(u32 address) { return __uint_as_float(load_shared_4(address)); }
-
 __device__ __forceinline__ float load_of_rank(u32 address, int rank) {
 #if Q6K_SPLIT
   float value;
@@ -85,34 +68,11 @@ __device__ __forceinline__ float load_of_rank(u32 address, int rank) {
 #endif
 }
 
-// ---- sums over warps ---------------------------------------------------------------------------------------
-
-// Start of a part of `total`; hosts ensure that the product is below 2^31.
-__device__ __forceinline__ int share(int total, int part, int parts) { return (u32)(total * part) / (u32)parts; }
-
 // The warp that has tile `tile` of the `total` that a block's warps share.
 __device__ __forceinline__ int first_warp(int total, int tile) {
   int w = (u32)(tile * WARPS) / (u32)total;
   while (share(total, w + 1, WARPS) <= tile) ++w;
   return w;
-}
-
-// Adds the values of warps w, w + 1, ... for one output, up to the warp whose tiles begin at `end` or after. Each
-// warp's value lies `pitch` bytes after the previous one. Four loads are in flight at a time.
-__device__ __forceinline__ float sum_of_warps(u32 values, int pitch, int total, int w, int end) {
-  float sum = 0.0f;
-  for (; w < WARPS && share(total, w, WARPS) < end; w += 4) {
-    float parts[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int begin = share(total, w + i, WARPS);
-      const bool some = w + i < WARPS && begin < end && begin < share(total, w + i + 1, WARPS);
-      parts[i] = some ? load_float(values + (w + i) * pitch) : 0.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum += parts[i];
-  }
-  return sum;
 }
 
 // ---- the kernel --------------------------------------------------------------------------------------------

@@ -95,13 +95,13 @@ def plan(m: int, n: int, k: int, row: WeightType, device: Device) -> MmaPlan:
 
 
 def _plan(config: tuple[int, int], splits: int, m: int, n: int, row: WeightType, device: Device) -> MmaPlan:
-    (tokens, parts), slots = config, _slots(device.arch)
+    (tokens, parts), slots = config, slots_of(device.arch)
     blocks = -(-m // tokens) * -(-n // (TILE_ROWS * WARPS // parts))
     shared = 2 * STAGE_BYTES + WARPS * slots * row.tile_bytes
     return MmaPlan(tokens, parts, splits, slots, (blocks, splits, 1), shared)
 
 
-def _slots(arch: int) -> int:
+def slots_of(arch: int) -> int:
     """Return the tiles that each warp has room for, such that two blocks fit on a multiprocessor."""
     return 1 if arch in SMALL_SHARED else 2
 
@@ -167,7 +167,7 @@ def _variant(config: tuple[int, int], slots: int, row: WeightType, fp16: bool) -
 def variants(arch: int) -> list[Variant]:
     """Return every variant that `linear` may load on a GPU of that compute capability, 90 for 9.0."""
     found = [
-        _variant(config, _slots(arch), row, fp16)
+        _variant(config, slots_of(arch), row, fp16)
         for config, row, fp16 in product(CONFIGS, WEIGHT_TYPES.values(), (False, True))
     ]
     return [(FILE, kernel, macros) for _, _, macros in found for kernel in (KERNEL, REDUCE)]

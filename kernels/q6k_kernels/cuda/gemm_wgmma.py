@@ -66,14 +66,15 @@ class Config:
 
     def stages(self, row: WeightType) -> int:
         """Return the depth of the ring of tiles of a weight type: `tile_stages`, or less so that all blocks fit."""
-        room = SHARED_BYTES // self.occupancy - 1024 - self._shared_bytes(row, 0)
-        return min(self.tile_stages, room // (self._shared_bytes(row, 1) - self._shared_bytes(row, 0)))
+        room = SHARED_BYTES // self.occupancy - 1024 - self.bytes_with(row, 0)
+        return min(self.tile_stages, room // (self.bytes_with(row, 1) - self.bytes_with(row, 0)))
 
     def shared_bytes(self, row: WeightType) -> int:
         """Return the bytes of shared memory of a block."""
-        return self._shared_bytes(row, self.stages(row))
+        return self.bytes_with(row, self.stages(row))
 
-    def _shared_bytes(self, row: WeightType, stages: int) -> int:
+    def bytes_with(self, row: WeightType, stages: int) -> int:
+        """Return the bytes of shared memory of a block whose ring of tiles has `stages` super-blocks."""
         rings = self.x_stages * self.tokens * 128 + stages * self.rows // TILE_ROWS * row.tile_bytes
         return rings + self.consumers * 4 * 512 + (self.x_stages + stages) * 16
 
@@ -221,8 +222,8 @@ def linear(
         k,
         y.stride(0),
         launch.whole,
-        _tile_map(device.index, tiles.data_ptr(), *tiles.shape[:2], row, launch.config.rows),
-        _x_map(device.index, x.data_ptr(), fp16, m, k, x.stride(0) * 2, launch.config.tokens),
+        tile_map(device.index, tiles.data_ptr(), *tiles.shape[:2], row, launch.config.rows),
+        x_map(device.index, x.data_ptr(), fp16, m, k, x.stride(0) * 2, launch.config.tokens),
     )
     kernel.launch(
         (launch.blocks, 1, 1),
@@ -250,7 +251,8 @@ def tile_pieces(row: WeightType) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _tile_map(device: int, pointer: int, row_tiles: int, blocks: int, row: WeightType, rows: int) -> bytes:
+def tile_map(device: int, pointer: int, row_tiles: int, blocks: int, row: WeightType, rows: int) -> bytes:
+    """Return the map by which tiles, `row_tiles` x `blocks` of them, are copied: `rows` rows at a time."""
     pieces = tile_pieces(row)
     width = row.tile_bytes // pieces
     with driver.current(driver.primary_context(device)):
@@ -264,7 +266,8 @@ def _tile_map(device: int, pointer: int, row_tiles: int, blocks: int, row: Weigh
 
 
 @lru_cache(maxsize=256)
-def _x_map(device: int, pointer: int, fp16: bool, m: int, k: int, stride: int, tokens: int) -> bytes:
+def x_map(device: int, pointer: int, fp16: bool, m: int, k: int, stride: int, tokens: int) -> bytes:
+    """Return the map by which x (m, k), rows `stride` bytes apart, is copied: 64 columns of `tokens` rows each."""
     dtype: Literal["bf16", "fp16"] = "fp16" if fp16 else "bf16"
     with driver.current(driver.primary_context(device)):
         return tensor_map.encode(

@@ -9,11 +9,14 @@ import struct
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from q6k_kernels.cuda import device as launching
+from q6k_kernels.cuda import experts_decode
 from q6k_kernels.cuda.device import Variant
+from q6k_kernels.formats.types import weight_type
 from q6k_kernels.generate.mixture import Mixture
-from q6k_kernels.weights.experts import PackedExperts
+from q6k_kernels.weights.experts import PackedExperts, PackedStack
 
 MIXTURE_FILE, ROUTE, GATE, ADD = "mixture.cuh", "q6k_route", "q6k_gate_experts", "q6k_add_experts"
 ROUTE_WARPS, SPREAD_THREADS, MOST_EXPERTS, MOST_TOP = 4, 128, 512, 32
@@ -68,8 +71,8 @@ def mixed(
         32 * ROUTE_WARPS,
         _ROUTE.pack(*pointers, rows, mixture.count, top, k),
     )
-    both, between = [stack(x, chosen)[0] for stack in experts.gate_up], experts.between
-    gate, up = both if len(both) == 2 else both[0].split(between, -1)
+    both, between = [_products(stack, x, chosen, early=False)[0] for stack in experts.gate_up], experts.between
+    gate, up = both if len(both) == 2 else both[0].chunk(2, -1)
     gated = torch.empty(1, top, between, dtype=x.dtype, device=x.device)
     launch(
         (MIXTURE_FILE, GATE, macros),
@@ -77,7 +80,7 @@ def mixed(
         SPREAD_THREADS,
         _GATE.pack(gate.data_ptr(), up.data_ptr(), gated.data_ptr(), gate.stride(0), between),
     )
-    outputs: Tensor = experts.down(gated, chosen)
+    outputs = _products(experts.down, gated, chosen, early=True)
     total = torch.empty_like(x)
     pointers = (0 if each is None else each.data_ptr() for each in (outputs, factors, shared, total))
     launch(
@@ -87,6 +90,26 @@ def mixed(
         _ADD.pack(*pointers, top, k),
     )
     return total
+
+
+def _products(stack: nn.Module, x: Tensor, chosen: Tensor, *, early: bool) -> Tensor:
+    """Multiply rows with the weights of the chosen experts: (1, top, N).
+
+    Args:
+        stack: a stack of the experts.
+        x: (1, K) or (1, top, K), contiguous.
+        chosen: int32 (1, top).
+        early: whether `chosen` was written some launches ago, so that weights may be loaded at once.
+    """
+    assert isinstance(stack, PackedStack)  # noqa: S101 -- as those of all packed experts
+    n, k, row = stack.out_features, stack.in_features, weight_type(stack.format)
+    device = launching.device(x.device.index)
+    if stack.activations == "bf16" or stack.bias is not None or not experts_decode.fits(n, k, row, device):
+        other: Tensor = stack(x, chosen)
+        return other
+    y = torch.empty(1, chosen.shape[1], n, dtype=x.dtype, device=x.device)
+    experts_decode.multiply(x.view(-1, k), stack.tiles, chosen, None, n, row, y, device, early=early)
+    return y
 
 
 def variants(macros: tuple[tuple[str, int], ...]) -> list[Variant]:

@@ -19,13 +19,16 @@ SOURCES = Path(__file__).parents[1] / "cuda"
 PREAMBLE = "common.cuh"
 """File that is compiled in front of every other."""
 FOUNDATIONS = {
-    "decode.cuh": ("quantize.cuh", "tile.cuh", "decode_tile.cuh"),
+    "decode.cuh": ("quantize.cuh", "tile.cuh", "decode_tile.cuh", "warps.cuh"),
+    "experts_decode.cuh": ("quantize.cuh", "tile.cuh", "decode_tile.cuh", "warps.cuh"),
+    "experts_wgmma.cuh": ("tile.cuh", "halves.cuh", "wgmma.cuh", "wgmma_block.cuh", "experts_work.cuh"),
     "quantize_rows.cuh": ("quantize.cuh",),
     "step.cuh": ("quantize.cuh",),
     "attend.cuh": ("quantize.cuh", "heads.cuh"),
     "delta.cuh": ("quantize.cuh",),
-    "gemm_wgmma.cuh": ("tile.cuh", "halves.cuh", "wgmma.cuh"),
-    "gemm_mma.cuh": ("tile.cuh", "halves.cuh"),
+    "gemm_wgmma.cuh": ("tile.cuh", "halves.cuh", "wgmma.cuh", "wgmma_block.cuh"),
+    "gemm_mma.cuh": ("tile.cuh", "halves.cuh", "mma_block.cuh"),
+    "experts_mma.cuh": ("tile.cuh", "halves.cuh", "mma_block.cuh", "experts_work.cuh"),
     "rows.cuh": ("tile.cuh",),
 }
 """Further files that some build on, compiled between the two."""

@@ -15,6 +15,8 @@ exported.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -91,6 +93,21 @@ def _experts_cpu(
     return y.view(*experts.shape, n)
 
 
+@cache
+def _kernels() -> ModuleType:
+    from q6k_kernels.cuda import experts_dispatch
+
+    return experts_dispatch
+
+
+def _experts_cuda(
+    x: Tensor, tiles: Tensor, experts: Tensor, bias: Tensor | None, n: int, format: str, activations: str
+) -> Tensor:
+    _check(x, tiles, experts, bias, n, format, activations, HALVES)
+    y: Tensor = _kernels().experts(x, tiles, experts, bias, n, weight_type(format), activations)
+    return y
+
+
 def _experts_fake(
     x: Tensor, tiles: Tensor, experts: Tensor, bias: Tensor | None, n: int, format: str, activations: str
 ) -> Tensor:
@@ -105,6 +122,7 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.impl("experts", _experts_cpu, "CPU")
+_LIBRARY.impl("experts", _experts_cuda, "CUDA")
 torch.library.register_fake("q6k::experts", _experts_fake, lib=_LIBRARY)
 
 experts: Callable[[Tensor, Tensor, Tensor, Tensor | None, int, str, str], Tensor] = torch.ops.q6k.experts.default

@@ -103,3 +103,4 @@ static inline T __shfl_down_sync(uint32_t mask, T value, int by, int width = 32)
 #define __expf expf  // which the C library has declared another way
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+static inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
