@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Measure the speed of a whole model; print a table with targets and peers, and write JSON.
 
-    python scripts/bench/bench_model.py [--shape llama-8b|gemma-27b|gemma4-31b|gemma4-26b-a4b]
+    python scripts/bench/bench_model.py [--shape SHAPE]
         [--mix q4_k_m|q5_k_m|q6_k|q8_0] [--scales bf16|exact] [--layers N] [--keep DIR]
         [--json FILE] [--profile FILE]
     python scripts/bench/bench_model.py --device cpu --shape tiny --contexts 8 --prompts 16 --tokens 4
 
-1. Write a GGUF of the shape of Llama 3.1 8B, Gemma 3 27B, Gemma 4 31B or 26B-A4B, random weights of the types that
+1. Write a GGUF of a shape as of Llama 3.1 8B, Gemma 4 31B or Qwen3.6-35B-A3B, random weights of the types that
    llama.cpp chooses for the mix, and convert it with q6k-convert.
 2. Measure the bandwidth of a kernel that only reads.
 3. Load the bundle twice from the page cache; the second time counts, with all kernels compiled.
@@ -50,7 +50,8 @@ from q6k_kernels import load_model
 from q6k_kernels.formats.checks import Activations
 from q6k_kernels.generate.generator import Generator
 from synthetic_model import MIXES, write_model
-from synthetic_shapes import SHAPES, Shape
+from synthetic_qwen import SHAPES
+from synthetic_shapes import Shape
 
 PEER_FIGURES = Path(__file__).with_name("peer_figures.json")
 PROFILED_TOKENS = 32

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from synthetic_shapes import SHAPES, Shape
+from synthetic_qwen import SHAPES
+from synthetic_shapes import Shape
 
 Row = dict[str, Any]
 
@@ -103,7 +104,7 @@ def prefill_row(shape: Shape, tokens: int, packed: int, ms: list[float], gpu_ms:
     head = shape.vocabulary * shape.hidden
     body = shape.multiplied - head
     # Pairs of positions, half of all or those in the window, for scores and for products with values.
-    windows = [min(tokens, window or tokens) for window in shape.windows]
+    windows = [tokens if window is None else min(tokens, window) for window in shape.windows]
     pairs = (4 * tokens * window - 2 * window**2 for window in windows)
     attention = shape.heads * sum(each * size for each, (_, size) in zip(pairs, shape.key_heads, strict=True))
     read = packed + round(shape.kv_bytes(tokens))

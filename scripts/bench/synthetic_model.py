@@ -39,8 +39,8 @@ NARROW = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 def type_of(mix: str, name: str, layers: int, head: str = "output.weight") -> Type:
     """Return the type of a weight, as llama.cpp chooses it.
 
-    The head has more bits, and so have `attn_v` and `ffn_down` in the first and last eighth of the layers and in
-    every third one between. The embedding is like most weights unless it is the head, too.
+    The head has more bits, and so have `attn_v`, `attn_qkv` and all `ffn_down` in the first and last eighth of the
+    layers and in every third one between. The embedding is like most weights unless it is the head, too.
 
     Args:
         mix: a name in `MIXES`.
@@ -51,7 +51,7 @@ def type_of(mix: str, name: str, layers: int, head: str = "output.weight") -> Ty
     usual, more = MIXES[mix]
     if name == head:
         return more
-    if not name.endswith(("attn_v.weight", "ffn_down.weight", "ffn_down_exps.weight")):
+    if not any(part in name for part in ("attn_v.", "attn_qkv.", "ffn_down")):
         return usual
     layer, eighth = int(name.split(".")[1]), layers // 8
     ends = layer < eighth or layer >= 7 * layers // 8
@@ -74,10 +74,11 @@ def write_model(path: Path, shape: Shape, threads: int, mix: str = "q6_k") -> No
     if shape.wide:
         vectors["rope_freqs.weight"] = rotated_quarter(shape.wide[1])
         vectors |= {f"blk.{i}.layer_output_scale.weight": np.ones(1, np.float32) for i in range(shape.layers)}
-    elif not shape.gemma:
+    elif shape.architecture == "llama":
         vectors["rope_freqs.weight"] = frequency_factors(shape)
-    if shape.experts:
+    if shape.architecture == "gemma4" and shape.experts:
         vectors |= routers(shape)
+    vectors |= shape.vectors
     writer = _described(part, shape)
     sizes, types = list[int](), list[Type]()
     for name, (*rows, k) in matrices.items():
@@ -186,7 +187,8 @@ def _described(path: Path, shape: Shape) -> gguf.GGUFWriter:
     writer.add_context_length(shape.context)
     writer.add_embedding_length(shape.hidden)
     writer.add_block_count(shape.layers)
-    writer.add_feed_forward_length(shape.feed_forward)
+    if shape.architecture != "qwen35moe":
+        writer.add_feed_forward_length(shape.feed_forward)
     writer.add_head_count(shape.heads)
     size = shape.wide[1] if shape.wide else shape.head_dim
     writer.add_key_length(size)
@@ -202,19 +204,20 @@ def _described(path: Path, shape: Shape) -> gguf.GGUFWriter:
         writer.add_sliding_window(shape.window)
         writer.add_sliding_window_pattern([window is not None for window in shape.windows])
         writer.add_final_logit_softcapping(30.0)
-        if shape.experts:
-            count, top, width = shape.experts
-            writer.add_expert_count(count)
-            writer.add_expert_used_count(top)
-            writer.add_expert_feed_forward_length(width)
     else:
         writer.add_head_count_kv(shape.kv_heads)
+    if shape.experts:
+        count, top, width = shape.experts
+        writer.add_expert_count(count)
+        writer.add_expert_used_count(top)
+        writer.add_expert_feed_forward_length(width)
     if shape.architecture == "gemma3":
         writer.add_sliding_window(shape.window)
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(8.0)
     elif not shape.gemma:
-        writer.add_rope_dimension_count(shape.head_dim)
+        writer.add_rope_dimension_count(shape.rotated)
+    shape.describe(writer)
     writer.add_layer_norm_rms_eps(1e-6 if shape.gemma else 1e-5)
     writer.add_vocab_size(shape.vocabulary)
     return writer

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+Vectors = dict[str, npt.NDArray[np.float32]]
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -116,6 +122,19 @@ class Shape:
     def windows(self) -> list[int | None]:
         """Positions that each layer sees, or None for all: every sixth layer of a gemma sees all."""
         return [self.window if self.gemma and (i + 1) % 6 else None for i in range(self.layers)]
+
+    @property
+    def vectors(self) -> Vectors:
+        """Numbers that only this architecture has, and that are not packed, by GGUF name: none."""
+        return {}
+
+    @property
+    def rotated(self) -> int:
+        """Values of a head that rotate."""
+        return self.head_dim
+
+    def describe(self, writer: gguf.GGUFWriter) -> None:
+        """Write the keys that only this architecture has: none."""
 
     def kv_bytes(self, positions: float) -> float:
         """Return the bytes of the keys and values that a token after so many positions needs, 16 bits a number."""

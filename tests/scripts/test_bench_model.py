@@ -16,7 +16,9 @@ pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 
-from q6k_kernels import open_bundle
+from q6k_convert.convert.pipeline import convert
+from q6k_kernels import load_model, open_bundle
+from q6k_kernels.generate.generator import Generator
 from q6k_kernels.gguf.model import open_gguf
 from tiny_models import llama3_factors
 
@@ -27,6 +29,7 @@ import bench_model_rows as rows_of
 import profile_kernels
 import synthetic_model
 from profile_kernels import Kernel, shares
+from synthetic_qwen import SHAPES as QWENS
 from synthetic_shapes import SHAPES
 
 TINY, LLAMA, GEMMA = SHAPES["tiny"], SHAPES["llama-8b"], SHAPES["gemma-27b"]
@@ -75,6 +78,28 @@ def test_gemma_has_the_published_sizes_and_reads_windows_and_all_positions() -> 
     dense = 2 * (2048 * sum(n * k for name, (n, k) in GEMMA.linears.items() if name != GEMMA.head) + 262144 * 5376)
     pairs = 10 * 2048**2 / 2 + 52 * (1024**2 / 2 + 1024**2)
     assert row["flops"] == dense + 4 * 32 * 128 * pairs
+
+
+def test_qwens_have_the_published_sizes() -> None:
+    """Without vision and prediction: of the mixture a token needs 3 billion."""
+    dense, mixture = (QWENS[name] for name in ("qwen35-27b", "qwen36-35b-a3b"))
+    weights = {
+        shape.name: sum(math.prod(each) for each in (*shape.linears.values(), *shape.stacks.values()))
+        for shape in (dense, mixture)
+    }
+    assert round((weights["qwen35-27b"] + dense.vocabulary * dense.hidden) / 1e9, 1) == 26.9
+    assert round((weights["qwen36-35b-a3b"] + mixture.vocabulary * mixture.hidden) / 1e9, 1) == 34.6
+    assert round(mixture.multiplied / 1e9, 1) == 2.9
+    assert dense.kv_bytes(0) == 2 * 4 * 48 * 48 * 128 * 128
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen", "tiny-qwen-moe"])
+def test_a_written_qwen_runs(name: str, tmp_path: Path) -> None:
+    synthetic_model.write_model(tmp_path / "m.gguf", QWENS[name], threads=2, mix="q4_k_m")
+    convert(tmp_path / "m.gguf", tmp_path / "out")
+    generator = Generator(load_model(tmp_path / "out"), capacity=24, fused=True)
+    generator.prefill(list(range(1, 14)))
+    assert len(list(generator.generate(4))) == 4
 
 
 def test_gemma4_has_the_published_sizes() -> None:
