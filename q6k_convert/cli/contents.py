@@ -151,12 +151,17 @@ def _gpu_memory(
     metadata: Metadata, tensors: dict[str, tuple[tuple[int, ...], str | None]], context: int | None = None
 ) -> Row:
     """Return bytes of weights and of the cache of keys and values; of the latter None and why, if it is unknown."""
-    from q6k_kernels.models.architecture import is_of_encoder
+    from q6k_kernels.models.architecture import is_beside, is_of_encoder
     from q6k_kernels.models.cache_layout import cache_bytes
 
-    tensors = {name: tensor for name, tensor in tensors.items() if not is_of_encoder(name)}
+    try:
+        beside = [name for name in tensors if is_beside(name, metadata)]
+    except BundleError:  # of a key, which the problem below names
+        beside = [name for name in tensors if is_of_encoder(name)]
+    loaded = tensors.keys() - set(beside)
     result: Row = {
-        "weights_bytes": sum(_resident(shape, format) for shape, format in tensors.values()),
+        "weights_bytes": sum(_resident(*tensors[name]) for name in loaded),
+        "tensors_beside": len(beside),
         "context": None,
         "cache_bytes": None,
         "cache_problem": None,

@@ -144,11 +144,16 @@ def runnable(model: Row) -> str:
 def memory(gpu: Row) -> str:
     """Return the GPU memory of weights, and of keys and values at a context length."""
     weights, cache = gpu["weights_bytes"], gpu["cache_bytes"]
+    beside = gpu["tensors_beside"]
+    without = (
+        f"; without {text.plural(beside, 'tensor')} of encoders or for predicting several tokens" if beside else ""
+    )
     if cache is None:
-        return f"{text.size(weights)} of weights; that of keys and values is not known: {gpu['cache_problem']}"
+        known = f"{text.size(weights)} of weights{without}"
+        return f"{known}; that of keys and values is not known: {gpu['cache_problem']}"
     return (
         f"{text.size(weights)} of weights and {text.size(cache)} of keys and values for a context of "
-        f"{gpu['context']:,} tokens, {text.size(weights + cache)} together"
+        f"{gpu['context']:,} tokens, {text.size(weights + cache)} together{without}"
     )
 
 

@@ -337,7 +337,7 @@ def test_gpu_memory_is_that_of_whole_tiles_and_of_the_cache(tmp_path: Path) -> N
     assert gpu_line("inspect", tmp_path / "out") == expected(3000, 3000)
     assert gpu_line("inspect", tmp_path / "out", "--context", "1001") == expected(1001, 1008)
     document = json.loads(run_cli("inspect", tmp_path / "out", "--context", "8", "--json").stdout)
-    gpu = {"weights_bytes": weights, "context": 8, "cache_bytes": 8192, "cache_problem": None}
+    gpu = {"weights_bytes": weights, "tensors_beside": 0, "context": 8, "cache_bytes": 8192, "cache_problem": None}
     assert document["gpu"] == gpu
 
 
