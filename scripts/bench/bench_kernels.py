@@ -11,7 +11,8 @@
    type, dequantising before each cuBLAS product. Every output is compared with the dense product: a row fails if
    their relative L2 distance exceeds 0.02.
 3. Embedding rows, dequantising and packing, as a share of the copy's bandwidth.
-4. The machine's rate in a bf16 product of 8192 x 8192 x 8192.
+4. `q6k::experts` on the stacks of mixtures, 8 experts a row, beside a dense grouped product in bf16.
+5. The machine's rate in a bf16 product of 8192 x 8192 x 8192.
 
 Heavy computation heats the GPU, and its clock stays low for a while. So up to 8 rows of all shapes are timed
 first, then step 3, then 16 to 64 rows, then more. In each of these phases cuBLAS follows the operation. Before
@@ -40,6 +41,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
+import bench_kernels_experts as experts
 import bench_kernels_rows as rows_of
 import kernel_timing as timing
 from bench_kernels_rows import FFN, HEAD, HEADING, PHASES, Row, Shape
@@ -64,7 +66,7 @@ class Bench:
         self._quick, self._only, self._modes, self._formats = quick, only, modes, formats
         self._peers = json.loads(PEER_FIGURES.read_text(encoding="utf-8"))["linear"]
         self._kept_bytes = 0
-        self.report: Row = {"machine": machine(), "ceilings": {}, "linear": [], "operations": []}
+        self.report: Row = {"machine": machine(), "ceilings": {}, "linear": [], "operations": [], "experts": []}
 
     def run(self) -> None:
         """Run all phases, printing each row when it is measured."""
@@ -79,6 +81,7 @@ class Bench:
             if phase == "decode":
                 self._operations()
                 self.save()
+        self._experts()
         self.report["ceilings"]["matmul_8192_tflops"] = round(timing.matmul_tflops(8192))
         print(f"\nmatmul_8192_tflops: {self.report['ceilings']['matmul_8192_tflops']}")
         self.report["seconds"] = round(time.perf_counter() - started, 1)
@@ -183,6 +186,18 @@ class Bench:
                     self.report["operations"].append(row)
                     print(rows_of.operation_line(row), flush=True)
                     torch.cuda.empty_cache()
+
+    def _experts(self) -> None:
+        print("\nExperts x N x K, 8 of them a row: bytes of the experts that are met")
+        for row in experts.rows(self._only):
+            try:
+                experts.measure(row, self.report["ceilings"]["read_gb_per_s"])
+            except Exception as error:
+                row["failed"] = _failure(error)
+            experts.judge(row)
+            self.report["experts"].append(row)
+            print(experts.line(row), flush=True)
+            torch.cuda.empty_cache()
 
     def _operation(self, row: Row, format: str) -> None:
         n, k = row["n"], row["k"]
@@ -292,7 +307,9 @@ def main() -> None:
     if args.plot:
         draw(bench.report, peers, args.plot)
     print(rows_of.summary(bench.report))
-    if any("failed" in row for row in (*bench.report["linear"], *bench.report["operations"])):
+    if any(
+        "failed" in row for row in (*bench.report["linear"], *bench.report["operations"], *bench.report["experts"])
+    ):
         sys.exit(1)
 
 

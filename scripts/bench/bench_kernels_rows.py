@@ -152,9 +152,10 @@ def judge(row: Row) -> None:
 
 
 def label(row: Row) -> str:
-    """Return the label that --only matches: `21504x5376 M=1 q4_k`, `gather 262144x5376 q8_0`."""
+    """Return the label that --only matches: `21504x5376 M=1 q4_k`, `experts 128x704x2816 M=8 q4_k`."""
     what = f"M={row['m']}" if "m" in row else ""
-    return " ".join(filter(None, (row.get("operation"), f"{row['n']}x{row['k']}", what, row["format"])))
+    shape = "x".join(str(row[key]) for key in ("count", "n", "k") if key in row)
+    return " ".join(filter(None, (row.get("operation"), shape, what, row["format"])))
 
 
 def verdict(row: Row) -> str:
@@ -178,7 +179,7 @@ def operation_line(row: Row) -> str:
 
 def summary(report: Row) -> str:
     """Return how many targets are met, and every row that misses one or failed."""
-    rows = [*report["linear"], *report["operations"]]
+    rows = [*report["linear"], *report["operations"], *report["experts"]]
     judged = [target for row in rows for target in row["targets"]]
     parts = [f"\n{sum(t['met'] for t in judged)} of {len(judged)} targets met; {report['seconds']:.0f} s"]
     for row in rows:
@@ -195,6 +196,7 @@ def _reached(row: Row) -> str:
         "read_share": "{:.0%} of read",
         "times_m1": "{} times its M=1",
         "times_cublas": "{} x cuBLAS",
+        "times_dense": "{} x dense",
         "scratch_mb": "{} MB",
         "copy_share": "{:.0%} of copy",
     }

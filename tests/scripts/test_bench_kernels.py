@@ -16,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import bench_kernels
+import bench_kernels_experts as experts
 import bench_kernels_rows as rows_of
 import kernel_timing
 from q6k_kernels.formats.types import WEIGHT_TYPES
@@ -40,6 +41,19 @@ def test_targets(figures: dict[str, Any], verdicts: dict[str, bool]) -> None:
     figures["format"] = "q6_k"
     rows_of.judge(figures)
     assert {t["target"]: t["met"] for t in figures["targets"]} == verdicts
+
+
+@pytest.mark.parametrize(
+    ("m", "figures", "verdicts"),
+    [(1, {"read_share": 0.7}, [True]), (1, {"failed": "it"}, [False]), (8, {"read_share": 0.1}, []),
+     (512, {"dense_us": 79.0, "times_dense": 0.79}, [False])],
+)  # fmt: skip
+def test_targets_of_experts(m: int, figures: dict[str, Any], verdicts: list[bool]) -> None:
+    (row,) = experts.rows(re.compile(f"^experts 128x704x2816 M={m} "))
+    row |= figures
+    experts.judge(row)
+    assert [target["met"] for target in row["targets"]] == verdicts
+    assert "128x704x2816" in experts.line(row)
 
 
 def test_the_picture_beside_the_report_is_the_one_it_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +135,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     monkeypatch.setattr(bench_kernels, "machine", lambda: {"gpu": "none"})
     monkeypatch.setattr(bench_kernels, "_input", lambda m, k: torch.ones(m, k).bfloat16())
     monkeypatch.setattr(bench_kernels.Bench, "_operations", lambda self: log.append("operations"))
+    monkeypatch.setattr(bench_kernels.Bench, "_experts", lambda self: log.append("experts"))
     monkeypatch.setattr(rows_of, "SHAPES", SMALL)
     monkeypatch.setattr(rows_of, "BATCHED", SMALL[1:])
     for module in (rows_of, bench_kernels):
@@ -146,7 +161,7 @@ def test_a_run_reports_every_row(bench: Any, tmp_path: Path, capsys: pytest.Capt
     assert report["ceilings"] == {"read_gb_per_s": 4000, "copy_gb_per_s": 3900, "matmul_8192_tflops": 700}
     assert sum(line.endswith(" MB") and "x" in line for line in capsys.readouterr().out.splitlines()) == 8
     # A hot GPU keeps its clock low: what computes most is timed last.
-    first = [bench.log.index(each) for each in ("read", "linear auto 1 settled", "operations", "matmul")]
+    first = [bench.log.index(each) for each in ("read", "linear auto 1 settled", "operations", "experts", "matmul")]
     assert first == sorted(first)
     assert bench.log.index("operations") < bench.log.index("linear auto 16 settled")
 
