@@ -231,7 +231,9 @@ def _angles(rotary: Any, kind: tuple[str, ...], cache: KeyValueCache) -> tuple[T
     dtype_of = torch.empty(0, device=cache.device)
     for begin in range(0, cache.slots, ANGLES_AT_ONCE):
         positions = torch.arange(begin, min(begin + ANGLES_AT_ONCE, cache.slots), device=cache.device)
-        for table, both in zip(tables, rotary(dtype_of, positions[None], *kind), strict=True):
+        # Positions in time, height and width, where transformers tells them apart: equal in a text.
+        given = positions.expand(3, 1, -1) if hasattr(rotary, "mrope_section") else positions[None]
+        for table, both in zip(tables, rotary(dtype_of, given, *kind), strict=True):
             table.append(both[0, :, : both.shape[-1] // 2])
     cosines, sines = (torch.cat(table).contiguous() for table in tables)
     return cosines, sines
