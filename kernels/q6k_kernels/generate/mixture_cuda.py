@@ -71,7 +71,7 @@ def mixed(
         32 * ROUTE_WARPS,
         _ROUTE.pack(*pointers, rows, mixture.count, top, k),
     )
-    both, between = [_products(stack, x, chosen, early=False)[0] for stack in experts.gate_up], experts.between
+    both, between = [products(stack, x, chosen, early=False)[0] for stack in experts.gate_up], experts.between
     gate, up = both if len(both) == 2 else both[0].chunk(2, -1)
     gated = torch.empty(1, top, between, dtype=x.dtype, device=x.device)
     launch(
@@ -80,7 +80,7 @@ def mixed(
         SPREAD_THREADS,
         _GATE.pack(gate.data_ptr(), up.data_ptr(), gated.data_ptr(), gate.stride(0), between),
     )
-    outputs = _products(experts.down, gated, chosen, early=True)
+    outputs = products(experts.down, gated, chosen, early=True)
     total = torch.empty_like(x)
     pointers = (0 if each is None else each.data_ptr() for each in (outputs, factors, shared, total))
     launch(
@@ -92,7 +92,7 @@ def mixed(
     return total
 
 
-def _products(stack: nn.Module, x: Tensor, chosen: Tensor, *, early: bool) -> Tensor:
+def products(stack: nn.Module, x: Tensor, chosen: Tensor, *, early: bool) -> Tensor:
     """Multiply rows with the weights of the chosen experts: (1, top, N).
 
     Args:

@@ -140,11 +140,11 @@ class Kernels:
         """Launch the products of experts, see `step_reference`, and what is between and after them."""
         assert isinstance(module, PackedExperts)  # noqa: S101 -- as `supports_experts` has checked
         assert x.halves is not None  # noqa: S101 -- `_activations` provides them
-        both = [stack(x.halves, chosen)[0] for stack in module.gate_up]
-        gate, up = both if len(both) == 2 else both[0].split(module.between, -1)
+        both = [mixture_cuda.products(stack, x.halves, chosen, early=False)[0] for stack in module.gate_up]
+        gate, up = both if len(both) == 2 else both[0].chunk(2, -1)
         between = self.gate(gate, up, cast("Activation", module.activation), [module]).halves
         assert between is not None  # noqa: S101 -- as above
-        rows = module.down(between.view(1, -1, module.between), chosen)
+        rows = mixture_cuda.products(module.down, between.view(1, -1, module.between), chosen, early=True)
         return routed_cuda.combine(self._launch, self._macros, rows, weights)
 
     def attend(

@@ -158,9 +158,10 @@ class PackedExperts(nn.Module):
             top_k_weights: float (M, top).
 
         Returns:
-            (M, hidden) of the dtype of `hidden_states`; the sum is in fp32.
+            (M, hidden) of the dtype of `hidden_states`, to which weights are rounded, too; the sum is in fp32.
         """
         both = [stack(hidden_states, top_k_index) for stack in self.gate_up]
         gate, up = both if len(both) == 2 else both[0].split(self.between, -1)
         out = self.down(GATES[self.activation](gate, up), top_k_index)
-        return torch.einsum("mth,mt->mh", out.float(), top_k_weights.float()).to(hidden_states.dtype)
+        # As batches: a copy of all outputs in fp32 would take gigabytes for long prompts.
+        return torch.bmm(top_k_weights.to(out.dtype).unsqueeze(1), out).squeeze(1)
