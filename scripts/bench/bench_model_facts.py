@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +40,8 @@ def load_the_classes() -> None:
 
     with torch.device("meta"):
         for kind in ("llama", "gemma3_text", "gemma4_text"):
-            config = AutoConfig.for_model(kind, hidden_size=16, num_hidden_layers=1, num_attention_heads=1)
+            sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+            config = AutoConfig.for_model(kind, **sizes, layer_types=["full_attention"])
             AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
 
 

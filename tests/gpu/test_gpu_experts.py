@@ -96,4 +96,5 @@ def test_an_expert_that_does_not_exist_stops_the_kernel(m: int, bad: int) -> Non
         [sys.executable, "-c", WRONG, str(m), str(bad)], capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
-    assert "CUDA error" in done.stderr or "AcceleratorError" in done.stderr
+    reported = "CUDA error", "AcceleratorError", "A kernel launched earlier failed"
+    assert any(each in done.stderr for each in reported)

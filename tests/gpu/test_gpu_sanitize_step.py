@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn
 
 from q6k_kernels import PackedLinear
-from q6k_kernels.generate import step_cuda
+from q6k_kernels.generate import attend_cuda
 from q6k_kernels.generate.step_cuda import Kernels
 from q6k_kernels.generate.step_reference import Cached, Heads, Norm, TokenChoice, TorchOperations
 
@@ -75,7 +75,7 @@ def test_gates() -> None:
 )
 def test_attention(dim: int, window: int, position: int, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks, some without keys, or one, whose warps take turns; three query heads for each key head."""
-    monkeypatch.setattr(step_cuda, "MOST_BLOCKS", blocks)
+    monkeypatch.setattr(attend_cuda, "MOST_BLOCKS", blocks)
     angles = [random(300, dim // 2, dtype=torch.float32, seed=each) for each in (0, 1)]
     norm = Norm(random(dim, dtype=torch.float32, seed=2), 1e-5)
     heads = Heads(12, 4, dim, dim**-0.5, 5.0 if window else None, norm, norm, *angles)

@@ -272,24 +272,32 @@ def models() -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["llama 3.1", "mistral as llama", "qwen2", "qwen3", "gemma2", "gemma3", *GEMMA4])
 @pytest.mark.parametrize("activations", ["auto", "bf16"])
 def test_whole_steps(name: str, activations: Any, tmp_path: Path) -> None:
-    """Logits against those of the same step in plain torch; the graph's tokens against those of single steps."""
+    """Logits against those of the same step in plain torch; the graph's tokens against those of single steps.
+
+    A rounding apart can be a step of 8 bits apart. So with those, results may differ by as much as the 8 bits
+    themselves change them, which is far more where scores are not scaled down (Gemma 4).
+    """
     out, _ = models()[name].bundle(tmp_path)
-    model = load_model(out, device="cuda", dtype=torch.float16, activations=activations)
+    model, unquantised = (
+        load_model(out, device="cuda", dtype=torch.float16, activations=each) for each in (activations, "bf16")
+    )
     prompt = torch.randint(3, 96, (21,), generator=torch.Generator().manual_seed(0)).tolist()
     generator = Generator(model, capacity=150)
     assert generator.fused
     generator.prefill(prompt)
-    reference = Step(model, generator.cache, TorchOperations())
-    tokens = [int(generator._token)]
+    reference, exact = (Step(each, generator.cache, TorchOperations()) for each in (model, unquantised))
+    tokens, apart, noise = [int(generator._token)], [0.0], [0.12]
     for _ in range(100):
         step = generator._fused_step
         assert step is not None
+        right = exact(generator._token)
         expected = reference(generator._token)
         logits = step(generator._token)  # last, so that the cache has its keys
-        # A rounding apart can be a step of 8 bits apart.
-        assert float((logits - expected).abs().max() / expected.std()) < 0.12
+        noise.append(float((expected - right).abs().max() / right.std()))
+        apart.append(float((logits - expected).abs().max() / expected.std()))
         generator._choose(logits)  # in torch
         tokens.append(int(generator._token))
+    assert max(apart) < max(noise)
     generator.reset()
     generator.prefill(prompt)
     assert list(generator.generate(101)) == tokens
