@@ -71,12 +71,13 @@ class TinyGptOss(Tiny):
         writer.add_tensor(name, blocks.reshape(*stack.shape[:2], -1), raw_dtype=kind)
 
     def _all_keys(self, config: Any) -> dict[str, Any]:
-        return super()._all_keys(config) | {
+        own = {
             "attention.sliding_window": config.sliding_window,
             "expert_count": config.num_local_experts,
             "expert_used_count": config.num_experts_per_tok,
             "expert_feed_forward_length": config.intermediate_size,
         }
+        return own | super()._all_keys(config)  # those of a test replace the model's
 
 
 ROUTER = {"*ffn_gate_inp.weight": F32}
