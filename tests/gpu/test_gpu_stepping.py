@@ -274,8 +274,8 @@ def models() -> dict[str, Any]:
 def test_whole_steps(name: str, activations: Any, tmp_path: Path) -> None:
     """Logits against those of the same step in plain torch; the graph's tokens against those of single steps.
 
-    A rounding apart can be a step of 8 bits apart. So with those, results may differ by as much as the 8 bits
-    themselves change them, which is far more where scores are not scaled down (Gemma 4).
+    A rounding apart can be a step of 8 bits apart. With 8 bits both results are off by what those change, and by up
+    to twice as much from each other: far more where scores are not scaled down (Gemma 4).
     """
     out, _ = models()[name].bundle(tmp_path)
     model, unquantised = (
@@ -286,7 +286,7 @@ def test_whole_steps(name: str, activations: Any, tmp_path: Path) -> None:
     assert generator.fused
     generator.prefill(prompt)
     reference, exact = (Step(each, generator.cache, TorchOperations()) for each in (model, unquantised))
-    tokens, apart, noise = [int(generator._token)], [0.0], [0.12]
+    tokens, apart, noise = [int(generator._token)], [0.0], [0.06]
     for _ in range(100):
         step = generator._fused_step
         assert step is not None
@@ -297,7 +297,7 @@ def test_whole_steps(name: str, activations: Any, tmp_path: Path) -> None:
         apart.append(float((logits - expected).abs().max() / expected.std()))
         generator._choose(logits)  # in torch
         tokens.append(int(generator._token))
-    assert max(apart) < max(noise)
+    assert max(apart) < 2 * max(noise)
     generator.reset()
     generator.prefill(prompt)
     assert list(generator.generate(101)) == tokens
