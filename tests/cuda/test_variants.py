@@ -132,13 +132,15 @@ def test_choices_are_those_that_were_measured(
 
 
 def test_the_few_that_a_check_compiles_have_every_weight_type_and_every_value() -> None:
-    every = units.plan([80, 90])
+    every = units.plan([80, 89, 90])
     few = units.cover(every)
     assert few.items() <= every.items()
     assert len(few) < len(every) / 3
 
     def values(some: Iterable[units.Unit]) -> set[object]:
+        """With whole weight types on the oldest architecture and on Hopper."""
         own = {(arch, file, each) for arch, file, defines in some for each in defines}
-        return own | {(arch, file, units.format_macros((arch, file, defines))) for arch, file, defines in some}
+        types = {(arch, file, units.format_macros((arch, file, each))) for arch, file, each in some if arch != 89}
+        return own | types
 
     assert values(few) == values(every)

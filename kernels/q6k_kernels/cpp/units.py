@@ -39,6 +39,7 @@ OF_PYTHON = (
 )
 """Files with kernels that Python launches alone: those of decoding steps, which are no part of the ops, and of
 experts, since models that have some are not exported."""
+HOPPER = 90
 FILES = tuple(MACROS)
 """In the order of `File` in `src/kernels.h`."""
 
@@ -84,13 +85,16 @@ def format_macros(unit: Unit) -> Defines:
 
 
 def cover(wanted: Mapping[Unit, Sequence[str]]) -> dict[Unit, list[str]]:
-    """Return few of the units, such that each architecture and file has every weight type and every macro's value.
+    """Return few of the units, such that each architecture and file has every macro's value.
 
+    The oldest architecture and Hopper, which has kernels of its own, also have every weight type of each file. The
+    others, whose kernels are the oldest one's, have each value of a weight type's macros.
     Greedy: the unit with the most that is missing comes next.
     """
+    thorough = {min(arch for arch, _, _ in wanted), HOPPER}
 
     def items(unit: Unit) -> set[tuple[Any, ...]]:
-        return {format_macros(unit), *(each for each in unit[2] if each[0] not in CODE_MACROS)}
+        return {*unit[2], *([format_macros(unit)] if unit[0] in thorough else [])}
 
     chosen: dict[Unit, list[str]] = {}
     for _, units in groupby(sorted(wanted), key=lambda unit: unit[:2]):
