@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from exported_model import ExportedModel
+from exported_model import SUPPRESSED, ExportedModel
 from fake_cuda import FakeCuda, build
 from gguf_builder import small_model
 
@@ -120,7 +120,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> ExportedModel:
     from q6k_convert.cli.main import app
 
     folder = tmp_path_factory.mktemp("exported")
-    bundle, _ = replace(GEMMA2, config=GEMMA2.config | {"num_hidden_layers": 2}).bundle(folder, scales="bf16")
+    keys = GEMMA2.keys | {"tokenizer.ggml.suppress_tokens": SUPPRESSED}
+    config = GEMMA2.config | {"num_hidden_layers": 2}
+    bundle, _ = replace(GEMMA2, config=config, keys=keys).bundle(folder, scales="bf16")
     package = folder / "package" / "model.pt2"
     package.parent.mkdir()
     options = ["--device", "cpu", "--capacity", "128", "--json", "--quiet"]

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from cpp_example import IN_PYTHON, NAME, TORCH, build_example, called, generated
 from cpp_library import library
-from exported_model import ExportedModel
+from exported_model import SUPPRESSED, ExportedModel
 
 VERSION = torch.__version__.partition("+")[0]
 TEXTS = [(1, 12), (2, 3), (72, 5), (73, 20), (100, 29)]
@@ -84,7 +84,8 @@ def test_tokens_are_those_of_python_and_of_transformers(example: Path, attentive
         answer = [*ids]
         with torch.no_grad():
             for _ in range(count):
-                answer.append(int(model(torch.tensor([answer])).logits[0, -1].argmax()))
+                logits = model(torch.tensor([answer])).logits[0, -1]
+                answer.append(int(logits.index_fill(0, torch.tensor(SUPPRESSED), -torch.inf).argmax()))
         assert list(map(int, expected.split())) == answer[len(ids) :]
     assert len(set(" ".join(of_python).split())) > 20
 

@@ -33,12 +33,17 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[torch.dtype], Ke
 
 
 def chosen(
-    run: Kernels | TorchOperations, logits: Tensor, temperature: float, softcap: float | None, at: int
+    run: Kernels | TorchOperations,
+    logits: Tensor,
+    temperature: float,
+    softcap: float | None,
+    at: int,
+    suppressed: Tensor | None = None,
 ) -> int:
     """The token, which must have come to all places where it belongs, and nothing elsewhere."""
     position, token, seed = (torch.tensor([each]) for each in (at, -1, 3 * at))
     tokens = torch.full((64,), -1)
-    run.choose(logits, softcap, TokenChoice(position, token, tokens, seed, temperature))
+    run.choose(logits, softcap, TokenChoice(position, token, tokens, seed, temperature, suppressed))
     expected = torch.full((64,), -1)
     expected[at + 1] = token
     assert torch.equal(tokens, expected)
@@ -71,6 +76,26 @@ def test_choices_are_those_in_torch(
         expected = chosen(TorchOperations(), logits, temperature, softcap, at)
         assert chosen(run, logits, temperature, softcap, at) == expected
     assert launches(run)[-1] == (-(-vocabulary // BLOCK), 1, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [2, 9, 5003])
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_suppressed_tokens_are_never_chosen(
+    make: Callable[[torch.dtype], Kernels], dtype: torch.dtype, vocabulary: int, temperature: float
+) -> None:
+    """One after the other, each that was chosen before, until one is left or twenty have gone."""
+    run, logits = make(dtype), torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(1)).to(dtype)
+    suppressed, gone = torch.zeros(-(-vocabulary // 8) * 8, dtype=torch.bool), list[int]()
+    while len(gone) < min(vocabulary - 1, 20):
+        best = chosen(run, logits, temperature, 3.0, 7, suppressed)
+        assert chosen(TorchOperations(), logits, temperature, 3.0, 7, suppressed) == best
+        assert best not in gone
+        suppressed[best] = True
+        gone.append(best)
+    if not temperature:
+        values = logits[0].tolist()
+        assert gone == sorted(range(vocabulary), key=lambda token: (-values[token], token))[: len(gone)]
 
 
 def test_the_best_is_found_wherever_it_is(make: Callable[[torch.dtype], Kernels]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from itertools import pairwise
@@ -168,6 +169,22 @@ def test_a_temperature_too_low_to_divide_by_takes_the_likeliest() -> None:
         assert list(generator.generate(12)) == expected("llama")[:12]
     logits = torch.tensor([[3e30, 1.0, -3e30, 3.1e30]])
     assert int(choose(logits, torch.tensor([3]), torch.tensor([7]), torch.tensor([LOWEST]))) == 3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_suppressed_tokens_are_not_in_an_answer(fused: bool) -> None:
+    """The likeliest are those of transformers' own `generate`; drawn tokens are others, too."""
+    model = copy.deepcopy(tiny("llama"))
+    model.generation_config.suppress_tokens = suppressed = sorted({*expected("llama")[:12]})
+    answers = []
+    for temperature in (0.0, 1.5):
+        generator = Generator(model, capacity=80, temperature=temperature, fused=fused)
+        generator.prefill(prompt())
+        answers.append(list(generator.generate(40)))
+        assert not {*answers[-1]} & {*suppressed}
+    ids = torch.tensor([prompt()])
+    found = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=-1)
+    assert answers[0] == found[0, ids.shape[1] :].tolist()
 
 
 def test_choices_follow_the_softmax() -> None:

@@ -159,6 +159,17 @@ def test_ids_of_special_tokens_that_the_model_does_not_have_are_left_out(token: 
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
 
 
+def test_tokens_that_are_never_chosen_are_those_that_the_model_has(tmp_path: Path) -> None:
+    key = "tokenizer.ggml.suppress_tokens"
+    for at, (named, expected) in enumerate((([95, 3, 96, -1, 3], [3, 95]), ([96], None))):
+        (tmp_path / str(at)).mkdir()
+        config = load_model(with_keys(LLAMA, tmp_path / str(at), **{key: named})).generation_config
+        assert config.suppress_tokens == expected
+    (tmp_path / "x").mkdir()
+    with pytest.raises(BundleError, match=r"suppress_tokens: expected an array of whole numbers, found STRING"):
+        load_model(with_keys(LLAMA, tmp_path / "x", **{key: "many"}))
+
+
 @pytest.mark.parametrize(
     ("tiny", "key", "value", "problem"),
     [

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+SUPPRESSED = [13, 71]
+"""Tokens that the model must not choose, and would."""
+
 
 @dataclass(frozen=True)
 class ExportedModel:

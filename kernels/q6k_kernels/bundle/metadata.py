@@ -66,6 +66,10 @@ ENDS = ("eos", "eot", "eom")
 """Special tokens that end a text or a turn, by the names that `token_id_key` takes."""
 
 
+SUPPRESSED = "tokenizer.ggml.suppress_tokens"
+"""Key of the ids of tokens that must never be chosen, an array."""
+
+
 def token_id_key(name: str) -> str:
     """Return the key of a special token's id: "bos", "eos", "eot", "eom", "unknown" or "padding"."""
     return f"tokenizer.ggml.{name}_token_id"

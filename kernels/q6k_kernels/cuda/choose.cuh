@@ -46,12 +46,18 @@ __device__ __forceinline__ u64 best_of(u64 most) {  // best of a warp's first LA
   return most;
 }
 
+// Two 16-bit values, those whose flag is 1 replaced by what is no number. The flags are bytes, 0 or 1.
+__device__ __forceinline__ u32 suppress(u32 pair, u32 flags) {
+  return pair | ((flags & 1u) | (flags & 0x100u) << 8) * (NO_NUMBERS & 0xFFFFu);
+}
+
 // Parameters: logits 16-bit (vocabulary,), aligned to 16 bytes; position of the last token; token, the next one, also
-// written to chosen[position + 1]; bests (MOST_BLOCKS,); counter, 0 between launches; seed; softcap of logits, 0 for
-// none; temperature, 0 for no noise. Grid: at most MOST_BLOCKS.
+// written to chosen[position + 1]; bests (MOST_BLOCKS,); counter, 0 between launches; seed; suppressed, a byte for each
+// token and more up to a multiple of 8, 1 for those that must not be chosen, or null; softcap of logits, 0 for none;
+// temperature, 0 for no noise. Grid: at most MOST_BLOCKS.
 extern "C" __global__ void __launch_bounds__(THREADS)
     q6k_choose(const u16* logits, i64* position, i64* token, i64* chosen, u64* bests, u32* counter, const i64* seed,
-               float softcap, float temperature, int vocabulary) {
+               const u8* suppressed, float softcap, float temperature, int vocabulary) {
   __shared__ u64 of_warps[WARPS];
   const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, size = (u32)vocabulary;
   let_dependents_start();
@@ -72,6 +78,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (first + 2 * i + 1 < size) pairs[i] = (pairs[i] & 0xFFFFu) | (u32)logits[first + 2 * i + 1] << 16;
       }
       raw = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+    if (suppressed != nullptr) {
+      const uint2 flags = *(const uint2*)(suppressed + first);
+      raw = make_uint4(suppress(raw.x, flags.x), suppress(raw.y, flags.x >> 16), suppress(raw.z, flags.y),
+                       suppress(raw.w, flags.y >> 16));
     }
     if (temperature > 0.0f) {
       const u32 key = mixed(mixed((u32)*seed + 0x9E3779B9u) ^ (u32)following);

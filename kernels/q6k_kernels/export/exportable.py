@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 LONGEST_CHUNK = 2048
 SHORTEST_CAPACITY = 8
+LOWEST = torch.finfo(torch.float32).min
+"""Logit of what must not be chosen: a number, so that logits can be subtracted."""
 
 
 class ExportableModel(nn.Module):
@@ -71,6 +73,9 @@ class ExportableModel(nn.Module):
         self.ring = min(self.capacity, aligned(self.window + SLACK)) if self.window else self.capacity
         self.chunk = min(self.ring, LONGEST_CHUNK)
         self.vocabulary = int(model.get_output_embeddings().out_features)  # type: ignore[no-untyped-call]
+        named: list[int] | None = model.generation_config.suppress_tokens
+        # No buffer, which would be a part of the cache.
+        self._suppressed = torch.tensor(named, device=model.device) if named else None
         inner: Any = model.model
         for index, kind in enumerate(self.kinds):
             # More slots than are ever read: the compiler treats all of a buffer differently from a part of it.
@@ -98,7 +103,7 @@ class ExportableModel(nn.Module):
             slots: 0, 1, 2 and so on, int64 (S,). S is at least 2 and the first position, and at most `capacity`.
 
         Returns:
-            Logits of the token after them, float32 (1, V).
+            Logits of the token after them, float32 (1, V); `LOWEST` for those that must not be chosen.
         """
         out = self.model(
             input_ids=tokens,
@@ -109,6 +114,8 @@ class ExportableModel(nn.Module):
             **{self._cache_argument: _Cache(self, positions, slots.shape[0])},
         )
         logits: Tensor = out.logits[:, -1].float()
+        if self._suppressed is not None:
+            logits = logits.index_fill(1, self._suppressed, LOWEST)
         return logits
 
     def _masks(self, positions: Tensor, slots: Tensor) -> Masks:

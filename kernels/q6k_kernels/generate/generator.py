@@ -27,7 +27,7 @@ from q6k_kernels.generate.attention import implementation
 from q6k_kernels.generate.kv_cache import KeyValueCache, cache_argument
 from q6k_kernels.generate.mailbox import GpuMailbox, Mailbox
 from q6k_kernels.generate.recording import Recorder, bucket
-from q6k_kernels.generate.sampling import choose, settled
+from q6k_kernels.generate.sampling import choose, settled, suppression
 from q6k_kernels.generate.step import Step, StepOperations
 from q6k_kernels.generate.step_reference import TokenChoice, TorchOperations
 from q6k_kernels.models.rotary import plan_for, rotaries
@@ -108,7 +108,10 @@ class Generator:
         # All tokens by position; one more than the cache has, as the last token is never an input.
         self._chosen = torch.zeros(capacity + 1, dtype=torch.int64, device=self.device)
         self._seed = torch.tensor([seed], dtype=torch.int64, device=self.device)
-        self._choice = TokenChoice(self.cache.position, self._token, self._chosen, self._seed, temperature)
+        self._suppressed = suppression(model)
+        self._choice = TokenChoice(
+            self.cache.position, self._token, self._chosen, self._seed, temperature, self._suppressed
+        )
         self._temperature = torch.tensor([temperature], device=self.device) if temperature else None
         self._recorder = Recorder(partial(_changing, self._token, self.cache), several=self.fused)
         # The last token of an answer: not in the cache yet, so the next prefill begins with it.
@@ -280,7 +283,7 @@ class Generator:
     def _choose(self, logits: Tensor) -> None:
         """Choose the token after the cache's position, and advance the position to it."""
         following = self.cache.position + 1
-        token = choose(logits, following, self._seed, self._temperature)
+        token = choose(logits, following, self._seed, self._temperature, self._suppressed)
         self._chosen.index_copy_(0, following, token)
         self._token.copy_(token)
         self.cache.position.copy_(following)

@@ -2,14 +2,20 @@
 
 Random choices use Gumbel noise: the maximum of logit / temperature + noise is a draw from the softmax. The noise is
 a function of seed, position and token only, so it is the same in eager mode, compiled and in a CUDA graph.
+
+A model's `generation_config.suppress_tokens` are never chosen: image tokens, say, which no text may contain.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _LOW = 0xFFFFFFFF
 LOWEST = 2.0**-20
@@ -23,7 +29,20 @@ def settled(temperature: float) -> float:
     return temperature if temperature >= LOWEST else 0.0
 
 
-def choose(logits: Tensor, position: Tensor, seed: Tensor, temperature: Tensor | None) -> Tensor:
+def suppression(model: PreTrainedModel) -> Tensor | None:
+    """Return which tokens a model must not choose, bool (V up to a multiple of 8,); None if it may choose all."""
+    config: Any = model.generation_config
+    if not config.suppress_tokens:
+        return None
+    size: int = model.config.get_text_config(decoder=True).vocab_size
+    found = torch.zeros(-(-size // 8) * 8, dtype=torch.bool, device=model.device)
+    found[config.suppress_tokens] = True
+    return found
+
+
+def choose(
+    logits: Tensor, position: Tensor, seed: Tensor, temperature: Tensor | None, suppressed: Tensor | None = None
+) -> Tensor:
     """Choose the next token.
 
     Args:
@@ -31,11 +50,14 @@ def choose(logits: Tensor, position: Tensor, seed: Tensor, temperature: Tensor |
         position: int64 (1,), position of the token to be chosen.
         seed: int64 (1,), 0 to 2^32 - 1.
         temperature: float32 (1,), above 0; None for the best token.
+        suppressed: tokens that must not be chosen, see `suppression`; some must be left.
 
     Returns:
         int64 (1,).
     """
     tokens = torch.arange(logits.shape[-1], device=logits.device)
+    if suppressed is not None:
+        logits = logits.masked_fill(suppressed[: logits.shape[-1]], -math.inf)
     if temperature is not None:
         logits = logits / temperature + gumbel_noise(tokens, position, seed)
     # `argmax` as reductions of many rows, which use the whole GPU; one long row would not. If a logit is NaN, no

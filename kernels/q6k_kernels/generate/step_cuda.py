@@ -41,7 +41,7 @@ CHOOSE_THREADS, CHOOSE_VALUES, CHOOSE_BLOCKS = 128, 8, 256
 GATES = {"silu": 0, "gelu_tanh": 1}
 """Activation -> its number in the enum `Gate` of `cuda/step.cuh`."""
 _ADD_NORM, _GATE = struct.Struct("@PPPPPPPPfffi"), struct.Struct("@PPPPPiiii")
-_CHOOSE = struct.Struct("@PPPPPPPffi")
+_CHOOSE = struct.Struct("@PPPPPPPPffi")
 
 
 class Kernels:
@@ -235,6 +235,7 @@ class Kernels:
                 self._bests.data_ptr(),
                 self._counted.data_ptr(),
                 choice.seed.data_ptr(),
+                _pointer(choice.suppressed),
                 softcap or 0.0,
                 choice.temperature,
                 vocabulary,

@@ -109,6 +109,7 @@ class TokenChoice:
         chosen: the tokens by position, int64 (positions,).
         seed: seed of random choices, int64 (1,).
         temperature: 0 for the best token.
+        suppressed: tokens that must not be chosen, see `sampling.suppression`, or None.
     """
 
     position: Tensor
@@ -116,6 +117,7 @@ class TokenChoice:
     chosen: Tensor
     seed: Tensor
     temperature: float
+    suppressed: Tensor | None = None
 
 
 class TorchOperations:
@@ -280,7 +282,7 @@ class TorchOperations:
         """
         temperature = torch.tensor([choice.temperature], device=logits.device) if choice.temperature else None
         following = choice.position + 1
-        token = sampling.choose(capped(logits, softcap), following, choice.seed, temperature)
+        token = sampling.choose(capped(logits, softcap), following, choice.seed, temperature, choice.suppressed)
         choice.chosen.index_copy_(0, following, token)
         choice.token.copy_(token)
         choice.position.copy_(following)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ from q6k_kernels.models.filling import Filler
 from q6k_kernels.models.hyperparameters import Shapes
 from q6k_kernels.models.matching import check_tensors
 from q6k_kernels.models.registry import architecture_of
+from q6k_kernels.models.sizes import suppressed_tokens
 from q6k_kernels.weights.reader import Bundle, open_bundle
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def load_model(
 
     Returns:
         A transformers model for causal language modelling, in eval mode, without gradients. Its
-        `generation_config` has the ids that the GGUF names: BOS, padding, and the ends of a text or a turn.
+        `generation_config` has the ids that the GGUF names: BOS, padding, the ends of a text or a turn, and those
+        that must never be chosen.
         `architecture.attached` returns the `Architecture` that it was built from. Its `save_pretrained` raises
         UnsupportedModelError: transformers could not load what it writes.
 
@@ -130,6 +132,8 @@ def _on_meta(
             model.set_submodule(name, GatedDeltaNet(module))
     _fit_biases(model, architecture, shapes)
     attach(model, architecture)
+    suppressed = suppressed_tokens(metadata, config.vocab_size)
+    cast("Any", model.generation_config).suppress_tokens = suppressed or None
     model.__dict__["save_pretrained"] = _refuse_to_save
     return model
 

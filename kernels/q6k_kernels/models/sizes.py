@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from q6k_kernels.bundle.metadata import CONTEXT_LENGTH, ENDS, Metadata, token_id_key
+from q6k_kernels.bundle.metadata import CONTEXT_LENGTH, ENDS, SUPPRESSED, Metadata, token_id_key
 from q6k_kernels.errors import HyperparameterError, UnsupportedModelError
 from q6k_kernels.models.hyperparameters import (
     EXPERT_WIDTH,
@@ -195,3 +195,13 @@ def _special_tokens(metadata: Metadata, vocabulary: int) -> dict[str, Any]:
         "pad_token_id": found.get("padding"),
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
     }
+
+
+def suppressed_tokens(metadata: Metadata, vocabulary: int) -> list[int]:
+    """Return the ids of the model's tokens that must never be chosen, each once.
+
+    Raises:
+        BundleError: the key is no array of whole numbers, or of too many.
+    """
+    named = metadata.integers(SUPPRESSED) or []
+    return sorted({token for token in named if 0 <= token < vocabulary})
