@@ -146,15 +146,14 @@ class Generator:
         start, ids = self.length - len(self._unseen), [*self._unseen, *ids]
         self._check_room(start + len(ids))
         start, ids = self._rewound(start, ids)
-        on_device = torch.tensor(ids, dtype=torch.int64, device=self.device)[None]
-        self._chosen[start : start + len(ids)] = on_device[0]
+        on_device = torch.tensor(ids, dtype=torch.int64, device=self.device)
+        self._chosen[start : start + len(ids)] = on_device
+        logits: Tensor | None = None
         for at in range(0, len(ids), self._chunk):
-            part = on_device[:, at : at + self._chunk]
-            positions = torch.arange(start + at, start + at + part.shape[1], device=self.device)[None]
-            masks = self.cache.begin_chunk(start + at, part.shape[1])
-            self.cache.states.position = start + at + part.shape[1]
-            with self._our_attention():
-                logits = self._forward(part, masks, positions)
+            part = on_device[at : at + self._chunk]
+            self.cache.states.position = start + at + len(part)
+            logits = self._chunk_of(part, start + at, last=at + len(part) == len(ids))
+        assert logits is not None  # noqa: S101 -- those of the last chunk
         if not bool(torch.isfinite(logits).all()):
             raise NotFiniteError(
                 f"the model's logits are infinite or not numbers in {self._model.dtype}",
@@ -165,6 +164,15 @@ class Generator:
         self.cache.position.fill_(self.length - 1)
         self._choose(logits)
         return logits[0]
+
+    def _chunk_of(self, tokens: Tensor, start: int, *, last: bool) -> Tensor | None:
+        """Process a chunk of the prompt, int64 (M,); return the logits after the last one, float32 (1, V)."""
+        if self._fused_step is not None:
+            return self._fused_step.chunk(tokens, start, last=last)
+        masks = self.cache.begin_chunk(start, len(tokens))
+        positions = torch.arange(start, start + len(tokens), device=self.device)
+        with self._our_attention():
+            return self._forward(tokens[None], masks, positions[None])
 
     def _rewound(self, start: int, ids: list[int]) -> tuple[int, list[int]]:
         """Return from where on which tokens have to run: of recurrent layers some of the answer's once more."""

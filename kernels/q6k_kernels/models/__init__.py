@@ -2,4 +2,4 @@
 Imports `weights` and everything below.
 """
 
-__all__ = ["architecture", "assemble", "cache_layout", "fusing", "mixtures", "registry", "rotary"]
+__all__ = ["architecture", "assemble", "cache_layout", "delta_net", "fusing", "mixtures", "registry", "rotary"]

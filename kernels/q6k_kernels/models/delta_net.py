@@ -59,7 +59,7 @@ class GatedDeltaNet(nn.Module):
             inputs = cache_params.update_conv_state(
                 inputs.transpose(1, 2), net.layer_idx, conv_kernel_size=net.conv_kernel_size
             ).transpose(1, 2)
-        mixed = silu(_convolved(inputs, net.conv1d.weight, length))
+        mixed = silu(convolved(inputs, net.conv1d.weight, length))
         q, k, v = torch.split(mixed, [net.key_dim, net.key_dim, net.value_dim], -1)
         decay = -net.A_log.float().exp() * softplus(a.float() + net.dt_bias)
         out, state = delta_rule(
@@ -77,7 +77,7 @@ class GatedDeltaNet(nn.Module):
         return result
 
 
-def _convolved(inputs: Tensor, weight: Tensor, length: int) -> Tensor:
+def convolved(inputs: Tensor, weight: Tensor, length: int) -> Tensor:
     """Convolve the last `length` tokens of (B, T, channels) with those before them; weight (channels, 1, n)."""
     taps = weight[:, 0].float().T
     inputs = pad(inputs, (0, 0, max(0, length + len(taps) - 1 - inputs.shape[1]), 0))[
