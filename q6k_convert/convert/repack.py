@@ -16,8 +16,8 @@ from q6k_kernels.formats.blocks import ScaleNumber, block_bytes
 from q6k_kernels.formats.ggml import TYPE_SIZES, GGMLType
 from q6k_kernels.formats.types import DTYPE_BYTES, WeightType
 
-PATHS = {"portable": 0, "avx2": 1}
-"""Code paths of the compiled repacker, by name."""
+PATHS = {"portable": 0, "avx2": 1, "neon": 2}
+"""Code paths of the compiled repacker, by name. A processor has the portable one and at most one other."""
 
 _EXTENSION = "q6k_convert.convert._repack"
 

@@ -106,11 +106,8 @@ def rate(work: Callable[[], object], nbytes: int) -> float:
 
 def bench_repacking() -> list[Row]:
     """Measure one piece of blocks of every weight type by one thread, as the conversion takes them."""
-    available = repack.PATHS[repack.best_path()]
-    return [
-        _repacking(row, [name for name, code in repack.PATHS.items() if code <= available])
-        for row in WEIGHT_TYPES.values()
-    ]
+    available = list(dict.fromkeys(("portable", repack.best_path())))
+    return [_repacking(row, available) for row in WEIGHT_TYPES.values()]
 
 
 def _repacking(row: WeightType, paths: list[str]) -> Row:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import tomllib
 from functools import cache
+from pathlib import Path
 
 import gguf
 import libgguf
@@ -29,14 +33,21 @@ from q6k_kernels.formats.blocks import STEPS, ScaleNumber, block_bytes, decode
 from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType, row_of
 
 Bytes = npt.NDArray[np.uint8]
-PATHS = [name for name, code in repack.PATHS.items() if code <= repack.PATHS[best_path()]]
+PATHS = list(dict.fromkeys(("portable", best_path())))
 ROWS = list(WEIGHT_TYPES.values())
 IDS = list(WEIGHT_TYPES)
 Q6_K_ROWS = [row_of("Q6_K", "bf16"), row_of("Q6_K", "exact")]
+NATIVE = ("Q2_K", "Q3_K")
+"""Types that become bf16."""
 DATA = ("normal", "heavy-tailed", "constant", "zero", "tiny", "huge", "edges", "random")
 
 blocks_of = cache(ggml_blocks.every_kind)
 """GGML type -> blocks (rows, bytes) by the names in DATA."""
+
+
+def all_blocks(ggml: str) -> Bytes:
+    """Blocks (n, bytes of one) of every kind of data."""
+    return np.concatenate([blocks_of(ggml)[data].reshape(-1, ggml_blocks.SIZES[ggml][1]) for data in DATA])
 
 
 def repacked(blocks: Bytes, row: WeightType, path: str | None = None) -> dict[str, Bytes]:
@@ -102,6 +113,52 @@ def test_random_bytes_are_packed_as_defined(path: str, row: WeightType, raw: byt
     assert {role: array.tobytes() for role, array in repacked(blocks, row, path).items()} == defined(blocks, row)
 
 
+# On processors that are emulated
+
+ROOT = Path(__file__).parents[2]
+EMULATED = {"aarch64": ("aarch64-linux-gnu-gcc", "qemu-aarch64"), "x86_64": ("x86_64-linux-gnu-gcc", "qemu-x86_64")}
+
+
+@pytest.fixture(scope="session")
+def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Build the repacker for a processor, as the package does, and return the command that runs it."""
+    compiler, emulator = EMULATED[request.param]
+    if shutil.which(compiler) is None or shutil.which(emulator) is None:
+        pytest.skip(f"{compiler} and {emulator} are not both on PATH")
+    (extension,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    program = tmp_path_factory.mktemp(request.param) / "repack_main"
+    sources = [*(ROOT / name for name in extension["sources"]), ROOT / "tests" / "support" / "repack_main.c"]
+    flags = [*extension["extra-compile-args"], "-static", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([compiler, *flags, "-o", program, *sources], check=True)
+    return [emulator, str(program)]
+
+
+@pytest.mark.parametrize("emulated", ["aarch64"], indirect=True)
+@pytest.mark.parametrize("path", ["portable", "neon"])
+def test_arm_packs_the_same(path: str, emulated: list[str]) -> None:
+    def run(name: str, blocks: Bytes, size: int, sizes: list[int]) -> bytes:
+        command = [*emulated, name, str(repack.PATHS[path]), str(size), *map(str, sizes)]
+        return subprocess.run(command, input=blocks.tobytes(), capture_output=True, check=True).stdout
+
+    assert subprocess.run(emulated, capture_output=True, check=True).stdout == b"%d\n" % repack.PATHS["neon"]
+    for row in ROWS:
+        blocks = all_blocks(row.ggml)
+        found = run(row.name, blocks, block_bytes(row), list(array_bytes(row).values()))
+        assert found == b"".join(defined(blocks, row).values()), row.name
+    for ggml in NATIVE:
+        blocks = all_blocks(ggml)
+        expected = planes.round_to_bf16(ggml_blocks.dequantised(blocks, ggml)).tobytes()
+        assert run(ggml, blocks, blocks.shape[1], [512]) == expected, ggml
+
+
+@pytest.mark.parametrize("emulated", ["x86_64"], indirect=True)
+@pytest.mark.parametrize(("processor", "path"), [("Nehalem", "portable"), ("Haswell", "avx2")])
+def test_a_path_is_chosen_by_the_processor(processor: str, path: str, emulated: list[str]) -> None:
+    emulator, program = emulated
+    found = subprocess.run([emulator, "-cpu", processor, program], capture_output=True, check=True).stdout
+    assert found == b"%d\n" % repack.PATHS[path]
+
+
 def test_wrong_buffers_are_refused() -> None:
     row, blocks = Q6_K_ROWS[0], ggml_blocks.random_blocks("Q6_K", 2)
     good = {role: np.empty(2 * each, dtype=np.uint8) for role, each in array_bytes(row).items()}
@@ -149,8 +206,6 @@ def test_a_path_the_machine_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # Types that become bf16
-
-NATIVE = ("Q2_K", "Q3_K")
 
 
 @pytest.mark.parametrize("path", PATHS)

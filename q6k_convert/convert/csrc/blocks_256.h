@@ -92,9 +92,9 @@ static void iq4_xs_portable(const uint8_t *blocks, int64_t n, uint8_t *const *ar
     blocks_iq4_xs(blocks, n, arrays, join_portable);
 }
 
-#ifdef HAVE_AVX2
+#ifdef ON_AVX2
 /* The top bits of 32 bytes are four plane bytes, once even bytes stand before odd ones in each eight. */
-AVX2 INLINE void fifth_bits_avx2(const uint8_t *qh, uint8_t *plane)
+FAST INLINE void fifth_bits_fast(const uint8_t *qh, uint8_t *plane)
 {
     const __m256i even_then_odd = _mm256_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15,
                                                    0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
@@ -102,19 +102,39 @@ AVX2 INLINE void fifth_bits_avx2(const uint8_t *qh, uint8_t *plane)
     for (int g = 7; g >= 0; g--, x = _mm256_slli_epi16(x, 1))
         store_u32(plane + 4 * g, (uint32_t)_mm256_movemask_epi8(x));
 }
+#endif
 
-AVX2 static void q4_k_avx2(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
+#ifdef ON_NEON
+/* fifth_bits_portable on two words at a time; then byte g of all four words are the plane bytes of group g. */
+INLINE void fifth_bits_fast(const uint8_t *qh, uint8_t *plane)
 {
-    blocks_k(blocks, n, arrays, NULL, join_avx2);
+    uint8x16_t words[2];
+    for (int i = 0; i < 2; i++) {
+        uint64x2_t x = vreinterpretq_u64_u8(vld1q_u8(qh + 16 * i));
+        SWAP_NEON(x, 0x00AA00AA00AA00AAull, 7);
+        SWAP_NEON(x, 0x0000CCCC0000CCCCull, 14);
+        SWAP_NEON(x, 0x00000000F0F0F0F0ull, 28);
+        SWAP_NEON(x, 0x2222222222222222ull, 1);
+        SWAP_NEON(x, 0x0C0C0C0C0C0C0C0Cull, 2);
+        words[i] = vreinterpretq_u8_u64(x);
+    }
+    store_across(words[0], words[1], plane);
+}
+#endif
+
+#ifdef FAST
+FAST static void q4_k_fast(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
+{
+    blocks_k(blocks, n, arrays, NULL, join_fast);
 }
 
-AVX2 static void q5_k_avx2(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
+FAST static void q5_k_fast(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
 {
-    blocks_k(blocks, n, arrays, fifth_bits_avx2, join_avx2);
+    blocks_k(blocks, n, arrays, fifth_bits_fast, join_fast);
 }
 
-AVX2 static void iq4_xs_avx2(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
+FAST static void iq4_xs_fast(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
 {
-    blocks_iq4_xs(blocks, n, arrays, join_avx2);
+    blocks_iq4_xs(blocks, n, arrays, join_fast);
 }
 #endif

@@ -60,29 +60,29 @@ static void exponent_portable(const uint8_t *blocks, int64_t n, uint8_t *const *
     blocks_32(blocks, n, arrays, 1, 0, 0, join_portable);
 }
 
-#ifdef HAVE_AVX2
-AVX2 static void half_avx2(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
+#ifdef FAST
+FAST static void half_fast(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
 {
-    blocks_32(blocks, n, arrays, 2, 0, 0, join_avx2);
+    blocks_32(blocks, n, arrays, 2, 0, 0, join_fast);
 }
 
-AVX2 static void half_min_avx2(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
+FAST static void half_min_fast(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
 {
-    blocks_32(blocks, n, arrays, 2, 1, 0, join_avx2);
+    blocks_32(blocks, n, arrays, 2, 1, 0, join_fast);
 }
 
-AVX2 static void half_fifth_avx2(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
+FAST static void half_fifth_fast(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
 {
-    blocks_32(blocks, n, arrays, 2, 0, 1, join_avx2);
+    blocks_32(blocks, n, arrays, 2, 0, 1, join_fast);
 }
 
-AVX2 static void half_min_fifth_avx2(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
+FAST static void half_min_fifth_fast(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
 {
-    blocks_32(blocks, n, arrays, 2, 1, 1, join_avx2);
+    blocks_32(blocks, n, arrays, 2, 1, 1, join_fast);
 }
 
-AVX2 static void exponent_avx2(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
+FAST static void exponent_fast(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
 {
-    blocks_32(blocks, n, arrays, 1, 0, 0, join_avx2);
+    blocks_32(blocks, n, arrays, 1, 0, 0, join_fast);
 }
 #endif

@@ -79,8 +79,8 @@ static void q3_k_portable(const uint8_t *blocks, int64_t n, uint8_t *const *arra
     blocks_q3_k(blocks, n, arrays[0], look_up_portable);
 }
 
-#ifdef HAVE_AVX2
-AVX2 INLINE void look_up_avx2(const uint8_t *codes, const uint8_t *table, uint8_t *out)
+#ifdef ON_AVX2
+FAST INLINE void look_up_fast(const uint8_t *codes, const uint8_t *table, uint8_t *out)
 {
     const __m128i bytes = _mm_loadu_si128((const __m128i *)table), at = _mm_loadu_si128((const __m128i *)codes);
     const __m128i even = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
@@ -89,14 +89,25 @@ AVX2 INLINE void look_up_avx2(const uint8_t *codes, const uint8_t *table, uint8_
     _mm_storeu_si128((__m128i *)out, _mm_unpacklo_epi8(low, high));
     _mm_storeu_si128((__m128i *)(out + 16), _mm_unpackhi_epi8(low, high));
 }
+#endif
 
-AVX2 static void q2_k_avx2(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
+#ifdef ON_NEON
+INLINE void look_up_fast(const uint8_t *codes, const uint8_t *table, uint8_t *out)
 {
-    blocks_q2_k(blocks, n, arrays[0], look_up_avx2);
+    const uint8x16_t bytes = vld1q_u8(table), at = vld1q_u8(codes);
+    const uint8x16_t low = vuzp1q_u8(bytes, bytes), high = vuzp2q_u8(bytes, bytes);
+    vst2q_u8(out, (uint8x16x2_t){{vqtbl1q_u8(low, at), vqtbl1q_u8(high, at)}});
+}
+#endif
+
+#ifdef FAST
+FAST static void q2_k_fast(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
+{
+    blocks_q2_k(blocks, n, arrays[0], look_up_fast);
 }
 
-AVX2 static void q3_k_avx2(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
+FAST static void q3_k_fast(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
 {
-    blocks_q3_k(blocks, n, arrays[0], look_up_avx2);
+    blocks_q3_k(blocks, n, arrays[0], look_up_fast);
 }
 #endif

@@ -84,9 +84,9 @@ static void q6_k_exact_portable(const uint8_t *blocks, int64_t n, uint8_t *const
     blocks_q6_k(blocks, n, arrays, join_portable, pairs_portable, NULL);
 }
 
-#ifdef HAVE_AVX2
+#ifdef ON_AVX2
 /* pairs_portable on all eight words of 32 qh bytes, between the byte gathers before and after. */
-AVX2 INLINE void pairs_avx2(const uint8_t *qh, uint8_t *plane)
+FAST INLINE void pairs_fast(const uint8_t *qh, uint8_t *plane)
 {
     const __m256i even_then_odd = _mm256_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15,
                                                    0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
@@ -106,7 +106,7 @@ AVX2 INLINE void pairs_avx2(const uint8_t *qh, uint8_t *plane)
     _mm256_storeu_si256((__m256i *)plane, _mm256_shuffle_epi8(x, pair_words));
 }
 
-AVX2 INLINE void products_avx2(const uint8_t *block, uint8_t *scale)
+FAST INLINE void products_fast(const uint8_t *block, uint8_t *scale)
 {
     const __m256 d = _mm256_set1_ps(_cvtsh_ss(load_u16(block + Q6_K_D_AT)));
     const __m128i subscales = _mm_loadu_si128((const __m128i *)(block + Q6_K_SCALES_AT));
@@ -118,14 +118,34 @@ AVX2 INLINE void products_avx2(const uint8_t *block, uint8_t *scale)
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded[0], rounded[1]), 0xD8);
     _mm256_storeu_si256((__m256i *)scale, packed);
 }
+#endif
 
-AVX2 static void q6_k_avx2(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
+#ifdef ON_NEON
+/* pairs_portable on two words at a time; then bytes 2*chunk and 2*chunk+1 of all four words are that chunk's. */
+INLINE void pairs_fast(const uint8_t *qh, uint8_t *plane)
 {
-    blocks_q6_k(blocks, n, arrays, join_avx2, pairs_avx2, products_avx2);
+    uint8x16_t words[2];
+    for (int i = 0; i < 2; i++) {
+        uint64x2_t x = vreinterpretq_u64_u8(vld1q_u8(qh + 16 * i));
+        SWAP_NEON(x, 0x0000CCCC0000CCCCull, 14);
+        SWAP_NEON(x, 0x00000000F0F0F0F0ull, 28);
+        words[i] = vreinterpretq_u8_u64(x);
+    }
+    store_across(words[0], words[1], plane);
 }
 
-AVX2 static void q6_k_exact_avx2(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
+/* Compilers turn it into vectors. */
+INLINE void products_fast(const uint8_t *block, uint8_t *scale) { products_portable(block, scale); }
+#endif
+
+#ifdef FAST
+FAST static void q6_k_fast(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
 {
-    blocks_q6_k(blocks, n, arrays, join_avx2, pairs_avx2, NULL);
+    blocks_q6_k(blocks, n, arrays, join_fast, pairs_fast, products_fast);
+}
+
+FAST static void q6_k_exact_fast(const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
+{
+    blocks_q6_k(blocks, n, arrays, join_fast, pairs_fast, NULL);
 }
 #endif

@@ -12,20 +12,20 @@
 #include "dequantize.h"
 #include "q6_k.h"
 
-enum { PATH_PORTABLE, PATH_AVX2, PATHS };
+/* The numbers are those of PATHS in repack.py. A build has one path beside the portable one, or none. */
+enum { PATH_PORTABLE, PATH_AVX2, PATH_NEON };
 
-#ifdef HAVE_AVX2
-#define ON_BOTH(function) { function##_portable, function##_avx2 }
-#define THE_SAME(function) { function, function }
+#ifdef FAST
+#define ON_BOTH(function) function##_portable, function##_fast
 #else
-#define ON_BOTH(function) { function##_portable }
-#define THE_SAME(function) { function }
+#define ON_BOTH(function) function##_portable, NULL
 #endif
+#define THE_SAME(function) function, function
 
 /* Names of rows in q6k_kernels/formats/types.py, and of GGML types that become one array of bf16. */
 static const struct {
     const char *name;
-    Encode *encode[PATHS];
+    Encode *portable, *fast;
 } TYPES[] = {
     {"q6_k", ON_BOTH(q6_k)},
     {"q6_k_exact", ON_BOTH(q6_k_exact)},
@@ -46,10 +46,13 @@ static const struct {
 /* Return the fastest path that this processor supports. */
 int q6k_best_path(void)
 {
-#ifdef HAVE_AVX2
+#ifdef ON_AVX2
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"))
         return PATH_AVX2;
+#endif
+#ifdef ON_NEON
+    return PATH_NEON;
 #endif
     return PATH_PORTABLE;
 }
@@ -61,12 +64,12 @@ int q6k_best_path(void)
  */
 int q6k_encode(const char *type, int path, const uint8_t *blocks, int64_t n, uint8_t *const *arrays)
 {
-    if (path < 0 || path > q6k_best_path())
+    if (path != PATH_PORTABLE && path != q6k_best_path())
         return -2;
     for (size_t i = 0; i < sizeof TYPES / sizeof *TYPES; i++)
         if (strcmp(TYPES[i].name, type) == 0) {
             if (n > 0)
-                TYPES[i].encode[path](blocks, n, arrays);
+                (path == PATH_PORTABLE ? TYPES[i].portable : TYPES[i].fast)(blocks, n, arrays);
             return 0;
         }
     return -1;

@@ -1,6 +1,6 @@
 /*
  * What the block readers share: loads and stores, fp16 and bf16, and the two shuffles of the code planes,
- * on 64-bit words and on AVX2 registers. Byte 0 of a word is its lowest.
+ * on 64-bit words and on AVX2 or NEON registers. Byte 0 of a word is its lowest.
  */
 #ifndef Q6K_WORDS_H
 #define Q6K_WORDS_H
@@ -19,10 +19,18 @@
 #define INLINE static inline
 #endif
 
+/*
+ * FAST marks the functions of the build's second path: AVX2, which the processor is asked for at run time, or NEON,
+ * which every 64-bit Arm has. Without it there is the portable path alone.
+ */
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define HAVE_AVX2 1
+#define ON_AVX2 1
 #include <immintrin.h>
-#define AVX2 __attribute__((target("avx2,f16c")))
+#define FAST __attribute__((target("avx2,f16c")))
+#elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+#define ON_NEON 1
+#include <arm_neon.h>
+#define FAST
 #endif
 
 /* Encode n blocks into a type's arrays, which are in the order of its row in q6k_kernels/formats/types.py. */
@@ -120,9 +128,9 @@ INLINE uint64_t even_bits_first(uint64_t x)
     return x ^ t ^ t << 2;
 }
 
-#ifdef HAVE_AVX2
+#ifdef ON_AVX2
 /* round_to_bf16 of eight numbers, each into the low half of 32 bits. */
-AVX2 INLINE __m256i bf16_bits_avx2(__m256 f)
+FAST INLINE __m256i bf16_bits_avx2(__m256 f)
 {
     const __m256i bits = _mm256_castps_si256(f);
     const __m256i lowest_kept = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -131,7 +139,7 @@ AVX2 INLINE __m256i bf16_bits_avx2(__m256 f)
     return _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7FC0), nan);
 }
 
-AVX2 INLINE void join_avx2(const uint8_t *qs, uint8_t *ql, int bytes)
+FAST INLINE void join_fast(const uint8_t *qs, uint8_t *ql, int bytes)
 {
     if (bytes == 16) {
         const __m128i mask = _mm_set1_epi8(15), weights = _mm_set1_epi16(0x1001);
@@ -150,6 +158,43 @@ AVX2 INLINE void join_avx2(const uint8_t *qs, uint8_t *ql, int bytes)
         const __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xD8);
         _mm_storeu_si128((__m128i *)(ql + i / 2), _mm256_castsi256_si128(both));
         _mm_storeu_si128((__m128i *)(ql + bytes / 2 + i / 2), _mm256_extracti128_si256(both, 1));
+    }
+}
+#endif
+
+#ifdef ON_NEON
+/* Swap the bits of `mask` in each 64-bit word with those n above them. */
+#define SWAP_NEON(x, mask, n)                                                               \
+    do {                                                                                    \
+        const uint64x2_t t = vandq_u64(veorq_u64(x, vshrq_n_u64(x, n)), vdupq_n_u64(mask)); \
+        x = veorq_u64(x, veorq_u64(t, vshlq_n_u64(t, n)));                                  \
+    } while (0)
+
+/* Bytes 0 of four words, then bytes 1, and so on. */
+INLINE void store_across(const uint8x16_t first, const uint8x16_t second, uint8_t *out)
+{
+    static const uint8_t across[32] = {0, 8,  16, 24, 1, 9,  17, 25, 2, 10, 18, 26, 3, 11, 19, 27,
+                                       4, 12, 20, 28, 5, 13, 21, 29, 6, 14, 22, 30, 7, 15, 23, 31};
+    const uint8x16x2_t words = {{first, second}};
+    vst1q_u8(out, vqtbl2q_u8(words, vld1q_u8(across)));
+    vst1q_u8(out + 16, vqtbl2q_u8(words, vld1q_u8(across + 16)));
+}
+
+/* A shifted insertion keeps the other nibble of its first operand. */
+INLINE void join_fast(const uint8_t *qs, uint8_t *ql, int bytes)
+{
+    if (bytes == 16) {
+        const uint8x8_t first = vld1_u8(qs), second = vld1_u8(qs + 8);
+        const uint8x8_t even = vuzp1_u8(first, second), odd = vuzp2_u8(first, second);
+        vst1_u8(ql, vsli_n_u8(even, odd, 4));
+        vst1_u8(ql + 8, vsri_n_u8(odd, even, 4));
+        return;
+    }
+    for (int i = 0; i < bytes; i += 32) {
+        const uint8x16_t first = vld1q_u8(qs + i), second = vld1q_u8(qs + i + 16);
+        const uint8x16_t even = vuzp1q_u8(first, second), odd = vuzp2q_u8(first, second);
+        vst1q_u8(ql + i / 2, vsliq_n_u8(even, odd, 4));
+        vst1q_u8(ql + bytes / 2 + i / 2, vsriq_n_u8(odd, even, 4));
     }
 }
 #endif
