@@ -17,7 +17,7 @@ ORDER = [
         f"q6k_kernels.{room}"
         for room in (
             *("errors", "text", "formats", "gguf", "jit", "bundle", "cuda", "ops", "tokenizer"),
-            *("weights", "models", "generate", "export", "cpp"),
+            *("weights", "models", "generate", "export", "cpp", "plugin"),
         )
     ),
     "q6k_kernels",

@@ -1,12 +1,15 @@
 """The q6k-planar bundle: its bit layout, its file format, and what runs it.
 
-Importing this package imports no torch; the names below do when they are first used.
+Importing this package imports no torch; the names below do when they are first used. Once it is imported,
+transformers' `from_pretrained` opens bundles (see `plugin`).
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from q6k_kernels import plugin
 
 if TYPE_CHECKING:
     from q6k_kernels.models.assemble import load_model
@@ -45,6 +48,9 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value  # so that the next access finds it
     return value
+
+
+plugin.watch()
 
 
 def __dir__() -> list[str]:

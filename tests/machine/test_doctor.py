@@ -189,7 +189,7 @@ def test_the_remedies_name_what_works(machine: SimpleNamespace) -> None:
 
 
 def test_the_oldest_transformers_is_the_one_that_models_need() -> None:
-    from q6k_kernels.models.assemble import OLDEST_TRANSFORMERS
+    from q6k_kernels.models.skeleton import OLDEST_TRANSFORMERS
 
     assert doctor.OLDEST_TRANSFORMERS == OLDEST_TRANSFORMERS
 

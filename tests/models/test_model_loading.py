@@ -22,7 +22,7 @@ from q6k_kernels.bundle.metadata import read_metadata
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.formats.tiles import order_rows
 from q6k_kernels.formats.types import row_of
-from q6k_kernels.models import assemble as model_room
+from q6k_kernels.models import skeleton as skeletons
 from q6k_kernels.models.fusing import Part, Stacks
 from q6k_kernels.models.registry import architecture_of
 from q6k_kernels.models.stored import row_order
@@ -190,7 +190,7 @@ def test_nothing_is_allocated_before_weights_are_read(tied: Path) -> None:
 
     metadata = read_metadata(tied)
     with Watch():
-        model = model_room._on_meta(open_bundle(tied), metadata, architecture_of(metadata), torch.bfloat16)
+        model = skeletons.skeleton(open_bundle(tied), metadata, architecture_of(metadata), torch.bfloat16)
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     assert Watch.largest < 1024
 

@@ -2,4 +2,14 @@
 Imports `weights` and everything below.
 """
 
-__all__ = ["architecture", "assemble", "cache_layout", "delta_net", "fusing", "mixtures", "registry", "rotary"]
+__all__ = [
+    "architecture",
+    "assemble",
+    "cache_layout",
+    "delta_net",
+    "fusing",
+    "mixtures",
+    "quantizer",
+    "registry",
+    "rotary",
+]

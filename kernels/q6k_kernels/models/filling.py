@@ -21,7 +21,7 @@ from q6k_kernels.models.architecture import FREQUENCY_FACTORS, Architecture, ggu
 from q6k_kernels.models.matching import EXPORT_AGAIN, HEAD, divides, has_factors, own_parameters, rotary_factors
 from q6k_kernels.models.rotary import HeadRotary
 from q6k_kernels.weights.layers import PackedEmbedding, PackedLinear
-from q6k_kernels.weights.reader import Bundle
+from q6k_kernels.weights.reader import Bundle, Loader
 from q6k_kernels.weights.weight import PackedWeight
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Filler:
         model: a model on the meta device.
         bundle: the source of its weights.
         architecture: how the bundle's tensors differ from the model's parameters.
-        device: device of the filled model.
+        devices: returns the device of a module, given its name.
         dtype: dtype of weights that are not packed.
         activations: mode of the packed linear layers.
         progress: called with the stored bytes of each tensor once it is loaded.
@@ -49,14 +49,16 @@ class Filler:
         model: PreTrainedModel,
         bundle: Bundle,
         architecture: Architecture,
-        device: torch.device,
+        devices: Callable[[str], torch.device],
         dtype: torch.dtype,
         activations: Activations,
         progress: Callable[[int], None],
     ) -> None:
         self.model, self.bundle, self.architecture = model, bundle, architecture
-        self.device, self.dtype, self.activations = device, dtype, activations
-        self.load, self.progress = bundle.loader(device), progress
+        self.devices, self.dtype, self.activations = devices, dtype, activations
+        self.progress = progress
+        self._loaders = dict[torch.device, Loader]()
+        self._go_to("")
         self.config: Any = model.config
         self.is_tied: bool = self.config.tie_word_embeddings
         self.shapes = own_parameters(model)
@@ -65,6 +67,13 @@ class Filler:
         if has_factors(bundle, architecture):
             self.unread.add(FREQUENCY_FACTORS)
         self.unread |= set(rotary_factors(bundle, architecture, model))
+
+    def _go_to(self, module: str) -> None:
+        """Let what follows be loaded to the device of a module."""
+        self.device = self.devices(module)
+        if self.device not in self._loaders:
+            self._loaders[self.device] = self.bundle.loader(self.device)
+        self.load = self._loaders[self.device]
 
     def fill(self) -> None:
         """Load all weights, and compute the rotary frequencies, which no file has.
@@ -76,10 +85,12 @@ class Filler:
         """
         modules = dict(self.model.named_modules())
         for name, module, group in list(fusing.groups(self.model)):
+            self._go_to(name)
             if self._fuse(name, module, group):
                 for part in group.parts:
                     del modules[f"{name}.{part}"]
         for name, module in modules.items():
+            self._go_to(name)
             if isinstance(module, nn.Embedding):
                 self._embedding(name, module)
             elif isinstance(module, nn.Linear) and not (self.is_tied and name == HEAD):
@@ -186,10 +197,14 @@ class Filler:
 
     def _tie(self) -> None:
         embedding: Any = self.model.get_input_embeddings()
+        device = self.devices(HEAD)
         if isinstance(embedding, PackedEmbedding):
-            self.model.set_submodule(HEAD, PackedLinear.from_weight(embedding.weight, None, self.activations))
+            weight = embedding.weight.to(device)  # the same weight on the same device
+            self.model.set_submodule(HEAD, PackedLinear.from_weight(weight, None, self.activations))
         else:
-            self.model.get_submodule(HEAD).weight = embedding.weight
+            weight = embedding.weight
+            shared = weight if weight.device == device else nn.Parameter(weight.to(device), requires_grad=False)
+            self.model.get_submodule(HEAD).weight = shared
 
     def _parameters(self, name: str, module: nn.Module) -> None:
         buffers = [kind for kind, _ in module.named_buffers(recurse=False)]
@@ -251,6 +266,7 @@ class Filler:
         """Compute the rotary frequencies: on the CPU in fp32, so that all devices have the same ones."""
         factors = self._divisors(FREQUENCY_FACTORS) if FREQUENCY_FACTORS in self.unread else None
         for name, module in list(self.model.named_modules()):
+            self._go_to(name)
             if name.rpartition(".")[2] == "rotary_emb" and self.architecture.own_rotary:
                 self.model.set_submodule(name, self._own_rotary().to(self.device))
             elif name.rpartition(".")[2] == "rotary_emb":

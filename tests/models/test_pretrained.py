@@ -1,0 +1,174 @@
+"""Bundles that transformers' own `from_pretrained` opens: the same model as `load_model`'s, or an error."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import model_cases
+from model_cases import IDS, largest_difference, logits
+from q6k_convert.convert.pipeline import convert
+from q6k_convert.convert.plan import Options
+from q6k_kernels import PackedEmbedding, PackedLinear, load_model, open_bundle, plugin
+from q6k_kernels.bundle.manifest import FORMAT, BundleError
+from q6k_kernels.bundle.metadata import read_metadata
+from q6k_kernels.errors import UnsupportedModelError, WeightsError
+from q6k_kernels.models.companions import CONFIG, config_json
+from q6k_kernels.models.quantizer import PlanarConfig
+from q6k_kernels.models.skeleton import shapes_of
+from tiny_gemma4 import GEMMA4
+from tiny_models import Tiny
+from tiny_qwen35 import QWEN35
+
+MODELS: dict[str, Any] = {
+    **{name: model_cases.MODELS[name] for name in ("llama 3.1", "gemma2", "qwen2")},
+    "qwen3.5": QWEN35,
+    "gemma4": GEMMA4,
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    """Each model's bundle with `config.json`, and transformers' model of its weights."""
+    found = {}
+    for at, (name, tiny) in enumerate(MODELS.items()):
+        found[name] = tiny.bundle(tmp_path_factory.mktemp(f"model{at}"))
+        write_config(found[name][0])
+    return found
+
+
+def write_config(bundle: Path) -> None:
+    content = config_json(read_metadata(bundle), shapes_of(open_bundle(bundle)))
+    (bundle / CONFIG).write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def llama(made: dict[str, tuple[Path, Any]]) -> Path:
+    return made["llama 3.1"][0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_bundle_opens_as_the_model_that_it_holds(name: str, made: dict[str, tuple[Path, Any]]) -> None:
+    bundle, reference = made[name]
+    model, info = AutoModelForCausalLM.from_pretrained(bundle, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(logits(model), logits(load_model(bundle, activations="auto")))
+    assert largest_difference(logits(model), logits(reference)) < 0.05
+    stored = {t.name for t in open_bundle(bundle).manifest.tensors if t.storage == "planar"}
+    packed = [each for each in model.modules() if isinstance(each, PackedLinear | PackedEmbedding)]
+    assert stored
+    assert packed
+    assert not model.training
+    assert not [name for name, each in model.named_parameters() if each.requires_grad or each.is_meta]
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+
+
+def test_the_dtype_is_that_of_the_configuration_unless_one_is_given(llama: Path) -> None:
+    assert AutoModelForCausalLM.from_pretrained(llama).dtype is torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float16)
+    assert logits(model).dtype is torch.float16
+    with pytest.raises(ValueError, match="float64"):
+        AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64)
+
+
+def test_a_tied_head_stays_tied(made: dict[str, tuple[Path, Any]]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(made["gemma2"][0])
+    before = logits(model)
+    model.tie_weights()
+    assert model.lm_head.tiles is model.model.embed_tokens.tiles
+    assert torch.equal(logits(model), before)
+
+
+def test_activations_are_chosen_in_the_configuration(llama: Path) -> None:
+    config = AutoConfig.from_pretrained(llama)
+    config.quantization_config["activations"] = "bf16"
+    model = AutoModelForCausalLM.from_pretrained(llama, config=config)
+    assert {each.activations for each in model.modules() if isinstance(each, PackedLinear)} == {"bf16"}
+    config.quantization_config["activations"] = "int4"
+    with pytest.raises(ValueError, match="int4"):
+        AutoModelForCausalLM.from_pretrained(llama, config=config)
+
+
+def test_another_configuration_than_the_bundles_is_an_error(llama: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"rms_norm_eps: the bundle's llama has 9.99\d+e-07, found 0.5"):
+        AutoModelForCausalLM.from_pretrained(llama, rms_norm_eps=0.5)
+
+
+def test_what_is_missing_is_an_error_and_never_random(llama: Path, tmp_path: Path) -> None:
+    convert(llama.parent / "model.gguf", tmp_path / "less", Options(exclude=("blk.1.ffn_up*",)))
+    shutil.copy(llama / CONFIG, tmp_path / "less")
+    with pytest.raises(WeightsError, match=r"blk\.1\.ffn_up\.weight \(Q6_K\) is left out of the bundle"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "less")
+    (tmp_path / "less" / "bundle.json").unlink()
+    with pytest.raises(BundleError, match="is not a bundle"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "less")
+
+
+def test_no_other_model_is_packed_while_it_is_loaded(tmp_path: Path) -> None:
+    Tiny("llama", "llama").make().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="no model in another format can be loaded into it"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=PlanarConfig())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2},
+        {"do_sample": True, "temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.95},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "num_return_sequences": 2, "do_sample": True},
+        {"cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+)
+def test_the_model_generates_as_transformers_model_of_the_same_weights(
+    made: dict[str, tuple[Path, Any]], options: dict[str, Any]
+) -> None:
+    bundle, reference = made["gemma2"]
+    config = AutoConfig.from_pretrained(bundle)
+    config.quantization_config["activations"] = "bf16"  # rounded to 8 bits, some tokens are others
+    model = AutoModelForCausalLM.from_pretrained(bundle, dtype=torch.float32, config=config)
+    model.generation_config.eos_token_id = reference.generation_config.eos_token_id
+    answers = []
+    for each in (model, reference):
+        torch.manual_seed(0)
+        answers.append(each.generate(IDS[:1], max_new_tokens=6, **options))
+    assert torch.equal(*answers)
+
+
+def test_a_model_of_a_bundle_assists_another(llama: Path) -> None:
+    model, assistant = (AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32) for _ in range(2))
+    alone = model.generate(IDS[:1], max_new_tokens=8, do_sample=False)
+    helped = model.generate(IDS[:1], max_new_tokens=8, do_sample=False, assistant_model=assistant)
+    assert torch.equal(alone, helped)
+
+
+def test_importing_the_package_imports_neither_torch_nor_transformers() -> None:
+    """The quantiser is registered once transformers' registry is there."""
+    program = """
+import sys
+import q6k_kernels
+assert not {"torch", "transformers"} & set(sys.modules)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+assert "q6k-planar" in AUTO_QUANTIZER_MAPPING and "q6k-planar" in AUTO_QUANTIZATION_CONFIG_MAPPING
+assert "q6k_kernels.weights" not in sys.modules
+assert not [each for each in sys.meta_path if "q6k" in type(each).__module__]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_a_registry_that_is_there_already_gets_the_quantiser_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.quantizers import auto
+
+    for mapping in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+        monkeypatch.delitem(mapping, FORMAT)
+    monkeypatch.delitem(sys.modules, "q6k_kernels.models.quantizer")
+    plugin.watch()
+    assert FORMAT in auto.AUTO_QUANTIZER_MAPPING
