@@ -15,6 +15,8 @@ from torch import Tensor
 from cuda_emulator.memory import emulate
 from q6k_kernels.cpp.variants import device_like
 from q6k_kernels.generate import step_cuda
+from q6k_kernels.generate.filters import Filters
+from q6k_kernels.generate.likelihoods import Likelihoods
 from q6k_kernels.generate.step_cuda import CHOOSE_BLOCKS, Kernels
 from q6k_kernels.generate.step_reference import TokenChoice, TorchOperations
 
@@ -146,3 +148,21 @@ def test_threads_may_run_in_any_order(make: Callable[[torch.dtype], Kernels]) ->
                 assert chosen(run, logits, temperature, None, 9) == expected
     finally:
         kernel.order = 0
+
+
+@pytest.mark.parametrize("filters", [None, Filters(top_k=9, repeat_penalty=1.5)])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_filters_and_likelihoods_are_those_in_torch(
+    make: Callable[[torch.dtype], Kernels], filters: Filters | None, softcap: float | None
+) -> None:
+    """With filters the choice is that in torch; without them likelihoods are noted behind the kernel."""
+    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(2)).bfloat16()
+    results = []
+    for run in (make(torch.bfloat16), TorchOperations()):
+        noted, tokens = Likelihoods(8, 2, torch.device("cpu")), torch.tensor([3, 9, 7, 0, 0, 0, 0, 0])
+        state = torch.tensor([2]), torch.tensor([7]), tokens, torch.tensor([1])
+        run.choose(logits, softcap, TokenChoice(*state, 0.9, None, filters, noted))
+        assert int(state[0]) == 3
+        results.append(noted.read(3, [int(state[1])]))
+    assert results[0] == results[1]
+    assert results[0][0].logprob < 0

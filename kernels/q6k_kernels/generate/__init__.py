@@ -2,4 +2,4 @@
 Imports `models` and everything below.
 """
 
-__all__ = ["attend_cuda", "attention", "generator", "kv_cache", "step_cuda"]
+__all__ = ["attend_cuda", "attention", "filters", "generator", "kv_cache", "likelihoods", "step_cuda"]

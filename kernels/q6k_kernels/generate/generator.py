@@ -22,18 +22,25 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from q6k_kernels.errors import ModelError, UnsupportedModelError
+from q6k_kernels.errors import ModelError
 from q6k_kernels.generate.attention import implementation
+from q6k_kernels.generate.filters import Filters
 from q6k_kernels.generate.kv_cache import KeyValueCache, cache_argument
+from q6k_kernels.generate.likelihoods import Likelihoods
 from q6k_kernels.generate.mailbox import GpuMailbox, Mailbox
 from q6k_kernels.generate.recording import Recorder, bucket
-from q6k_kernels.generate.sampling import choose, settled, suppression
-from q6k_kernels.generate.step import Step, StepOperations
+from q6k_kernels.generate.sampling import settled, suppression
 from q6k_kernels.generate.step_reference import TokenChoice, TorchOperations
+from q6k_kernels.generate.stepping import step_for
 from q6k_kernels.models.rotary import plan_for, rotaries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+TAIL = 16
+"""Tokens at the end of a text that the next one may lack: templates end with the beginning of an answer, which a
+later turn may write in another way."""
 
 
 class CapacityError(ValueError):
@@ -58,12 +65,16 @@ class Generator:
         stop_reason: why the last `generate` ended: "stop" (a stop token) or "length"; None before it ends.
         cache: the cache of keys and values.
         fused: whether decoding steps are our own.
+        likelihoods: how likely the model finds the tokens that it chose, if they are noted.
+        reused: tokens of the last prompt that were in the cache already, see `resume`.
 
     Args:
         model: a causal language model of transformers, in eval mode, whole on one device.
         capacity: 1 or more.
         temperature: 0 takes the best token, as does less than 2^-20; above, tokens are drawn by their probability.
         seed: seed of the draws, 0 to 2^32 - 1; the same seed gives the same tokens.
+        filters: what else decides which tokens are drawn; None for nothing.
+        logprobs: of so many likeliest tokens, and of the chosen one, note how likely they are; None: of none.
         fused: whether decoding steps are our own, see `step`, or the forward pass of transformers' model. They are
             our own by default on a GPU, for models from `load_model` with kernels for their dtype and sizes.
         chunk: the most tokens of a prompt in one forward pass.
@@ -81,6 +92,8 @@ class Generator:
         capacity: int,
         temperature: float = 0.0,
         seed: int = 0,
+        filters: Filters | None = None,
+        logprobs: int | None = None,
         fused: bool | None = None,
         chunk: int = 2048,
     ) -> None:
@@ -95,24 +108,32 @@ class Generator:
         self.cache = KeyValueCache(model.config.get_text_config(decoder=True), capacity, self.device)
         self._rotaries = rotaries(model)
         with plan_for(self._rotaries, capacity):
-            self._fused_step = self._make_step(model, fused)
+            self._fused_step = step_for(model, self.cache, self.device, fused)
         self.fused = self._fused_step is not None
         self._attention = implementation("plain")
         self._model = model
         self._cache_argument = cache_argument(model)
         self._chunk = chunk
         self.capacity = capacity
-        self.length = 0
+        self.length = self.reused = 0
         self.stop_reason: Literal["stop", "length"] | None = None
         self._token = torch.zeros(1, dtype=torch.int64, device=self.device)
         # All tokens by position; one more than the cache has, as the last token is never an input.
         self._chosen = torch.zeros(capacity + 1, dtype=torch.int64, device=self.device)
-        self._seed = torch.tensor([seed], dtype=torch.int64, device=self.device)
-        self._suppressed = suppression(model)
+        self.likelihoods: Likelihoods | None = None
+        if logprobs is not None:
+            size = model.config.get_text_config(decoder=True).vocab_size
+            self.likelihoods = Likelihoods(capacity + 1, min(logprobs, size), self.device)
         self._choice = TokenChoice(
-            self.cache.position, self._token, self._chosen, self._seed, temperature, self._suppressed
+            position=self.cache.position,
+            token=self._token,
+            chosen=self._chosen,
+            seed=torch.tensor([seed], dtype=torch.int64, device=self.device),
+            temperature=temperature,
+            suppressed=suppression(model),
+            filters=filters if filters is not None and filters.matter(temperature) else None,
+            likelihoods=self.likelihoods,
         )
-        self._temperature = torch.tensor([temperature], device=self.device) if temperature else None
         self._recorder = Recorder(partial(_changing, self._token, self.cache), several=self.fused)
         # The last token of an answer: not in the cache yet, so the next prefill begins with it.
         self._unseen: list[int] = []
@@ -120,10 +141,9 @@ class Generator:
 
     def reset(self) -> None:
         """Forget the text; keep the memory of the cache and the recorded steps."""
-        self.cache.states.forget()
-        self.length, self._unseen, self._ready, self.stop_reason = 0, [], False, None
+        self.cache.forget()
+        self.length, self.reused, self._unseen, self._ready, self.stop_reason = 0, 0, [], False, None
 
-    @torch.no_grad()
     def prefill(self, ids: Sequence[int]) -> Tensor:
         """Process the next tokens of the text, and choose the token after them.
 
@@ -138,48 +158,55 @@ class Generator:
             ValueError: no ids, or one outside the vocabulary.
             NotFiniteError: the logits are infinite or NaN.
         """
-        embedding: Any = self._model.get_input_embeddings()
-        size = embedding.num_embeddings
-        if not ids or min(ids) < 0 or max(ids) >= size:
-            found = f"{min(ids)} to {max(ids)}" if ids else "none"
-            raise ValueError(f"ids: expected one or more of 0 to {size - 1}, found {found}")
-        start, ids = self.length - len(self._unseen), [*self._unseen, *ids]
+        self._check_ids(ids)
+        self.reused = self.length - len(self._unseen)
+        return self._read(self.reused, [*self._unseen, *ids], lasting=False)
+
+    def resume(self, ids: Sequence[int]) -> Tensor:
+        """Make these tokens the whole text, and choose the token after them; arguments and errors as of `prefill`.
+
+        What they begin with like the text so far stays in the cache and is not processed again, where layers with
+        windows or states can still go back to it.
+        """
+        self._check_ids(ids)
+        before = self._chosen[: self.length - len(self._unseen)].tolist()
+        # The last token has to run, for its logits.
+        same = next((i for i, pair in enumerate(zip(before, ids[:-1], strict=False)) if pair[0] != pair[1]), None)
+        self.reused = min(len(before), len(ids) - 1) if same is None else same
+        if not self.cache.holds_before(self.reused):
+            self.reused = 0
+        return self._read(self.reused, list(ids[self.reused :]), lasting=True)
+
+    @torch.no_grad()
+    def _read(self, start: int, ids: list[int], *, lasting: bool) -> Tensor:
+        """Process tokens from a position on, see `prefill`; if `lasting`, a later text can go back near the end."""
         self._check_room(start + len(ids))
-        start, ids = self._rewound(start, ids)
-        on_device = torch.tensor(ids, dtype=torch.int64, device=self.device)
-        self._chosen[start : start + len(ids)] = on_device
-        logits: Tensor | None = None
-        for at in range(0, len(ids), self._chunk):
-            part = on_device[at : at + self._chunk]
-            self.cache.states.position = start + at + len(part)
-            logits = self._chunk_of(part, start + at, last=at + len(part) == len(ids))
-        assert logits is not None  # noqa: S101 -- those of the last chunk
+        begin = self.cache.states.rewind(start)
+        self.reused = min(self.reused, begin)
+        ids = [*self._chosen[begin:start].tolist(), *ids] if begin < start else ids
+        self.cache.states.save(begin)
+        on_device = torch.tensor(ids, dtype=torch.int64, device=self.device)[None]
+        self._chosen[begin : begin + len(ids)] = on_device[0]
+        early = max(0, len(ids) - TAIL) if lasting and self.cache.states.layers else 0
+        for at in sorted({*range(0, early, self._chunk), *range(early, len(ids), self._chunk)}):
+            part = on_device[:, at : min(at + self._chunk, early if at < early else len(ids))]
+            if at and at == early:
+                self.cache.states.save(begin + at, lasting=True)
+            positions = torch.arange(begin + at, begin + at + part.shape[1], device=self.device)[None]
+            masks = self.cache.begin_chunk(begin + at, part.shape[1])
+            self.cache.started(begin + at + part.shape[1])
+            with self._our_attention():
+                logits = self._forward(part, masks, positions)
         if not bool(torch.isfinite(logits).all()):
             raise NotFiniteError(
                 f"the model's logits are infinite or not numbers in {self._model.dtype}",
                 "Take bfloat16 or float32 if this is float16, which is too narrow for some models; else verify the "
                 "bundle.",
             )
-        self.length, self._unseen, self._ready, self.stop_reason = start + len(ids), [], True, None
+        self.length, self._unseen, self._ready, self.stop_reason = begin + len(ids), [], True, None
         self.cache.position.fill_(self.length - 1)
         self._choose(logits)
         return logits[0]
-
-    def _chunk_of(self, tokens: Tensor, start: int, *, last: bool) -> Tensor | None:
-        """Process a chunk of the prompt, int64 (M,); return the logits after the last one, float32 (1, V)."""
-        if self._fused_step is not None and not self._on_gpu:
-            return self._fused_step.chunk(tokens, start, last=last)
-        masks = self.cache.begin_chunk(start, len(tokens))
-        positions = torch.arange(start, start + len(tokens), device=self.device)
-        with self._our_attention():
-            return self._forward(tokens[None], masks, positions[None])
-
-    def _rewound(self, start: int, ids: list[int]) -> tuple[int, list[int]]:
-        """Return from where on which tokens have to run: of recurrent layers some of the answer's once more."""
-        begin = self.cache.states.rewind(start)
-        ids = [*self._chosen[begin:start].tolist(), *ids] if begin < start else ids
-        self.cache.states.save(begin)
-        return begin, ids
 
     def prepare(self, tokens: int) -> None:
         """Record in advance the steps that `generate` needs for that many tokens.
@@ -223,7 +250,7 @@ class Generator:
                     position = start + posted - 1
                     run = self._steps(position, count)
                     self.cache.states.save(position)
-                    self.cache.states.position = position + count
+                    self.cache.started(position + count)
                     run()
                     mailbox.post(start + posted, count)
                     posted += count
@@ -254,27 +281,6 @@ class Generator:
         logits = self._forward(self._token[None], masks, self.cache.position[None])
         self._choose(logits)
 
-    def _make_step(self, model: PreTrainedModel, fused: bool | None) -> Step | None:
-        narrow = model.dtype in (torch.bfloat16, torch.float16)
-        if not (self._on_gpu and narrow if fused is None else fused):
-            return None
-        operations: StepOperations = TorchOperations()
-        if self._on_gpu:
-            if not narrow:
-                raise UnsupportedModelError(
-                    f"no fused decoding step on a GPU for {model.dtype}: there are bfloat16 and float16",
-                    "Generate with fused=False.",
-                )
-            from q6k_kernels.generate.step_cuda import Kernels
-
-            operations = Kernels(self.device, model.dtype)
-        try:
-            return Step(model, self.cache, operations)
-        except UnsupportedModelError:
-            if fused:
-                raise
-            return None
-
     def _forward(self, ids: Tensor, masks: object, positions: Tensor) -> Tensor:
         """Return the logits after the last token, float32 (1, V)."""
         out = self._model(
@@ -290,11 +296,7 @@ class Generator:
 
     def _choose(self, logits: Tensor) -> None:
         """Choose the token after the cache's position, and advance the position to it."""
-        following = self.cache.position + 1
-        token = choose(logits, following, self._seed, self._temperature, self._suppressed)
-        self._chosen.index_copy_(0, following, token)
-        self._token.copy_(token)
-        self.cache.position.copy_(following)
+        TorchOperations().choose(logits, None, self._choice)
 
     def _bucket(self, position: int) -> int:
         """Return the number of slots that a step at this position reads."""
@@ -315,6 +317,13 @@ class Generator:
                 yield
         finally:
             config._attn_implementation = before
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        embedding: Any = self._model.get_input_embeddings()
+        size = embedding.num_embeddings
+        if not ids or min(ids) < 0 or max(ids) >= size:
+            found = f"{min(ids)} to {max(ids)}" if ids else "none"
+            raise ValueError(f"ids: expected one or more of 0 to {size - 1}, found {found}")
 
     def _check_room(self, length: int) -> None:
         if length > self.capacity:

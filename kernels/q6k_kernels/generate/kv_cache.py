@@ -52,6 +52,7 @@ class KeyValueCache:
         position: int64 (1,), the position that the next decoding step writes.
         source: the layer whose keys and values each layer uses, nearly always its own.
         states: the states of recurrent layers.
+        written: the end of all positions that were ever written for this text, also by steps that ran in vain.
 
     Args:
         config: configuration of a transformers model.
@@ -66,6 +67,7 @@ class KeyValueCache:
         self.capacity = capacity
         self.device = device
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.written = 0
         self.kinds = layer_kinds(config)
         self.window = int(config.sliding_window) if SLIDING in self.kinds else 0
         self.slots = aligned(capacity)
@@ -91,6 +93,20 @@ class KeyValueCache:
     def layers(self) -> dict[int, LayerStates]:
         """The states of recurrent layers by index, where transformers 5.17 looks for them."""
         return self.states.layers
+
+    def started(self, end: int) -> None:
+        """Note that a forward pass or step has been started that writes the positions up to `end`."""
+        self.states.position, self.written = end, max(self.written, end)
+
+    def forget(self) -> None:
+        """Forget the text; keep the memory."""
+        self.states.forget()
+        self.written = 0
+
+    def holds_before(self, position: int) -> bool:
+        """Check whether rings still hold all that a token at this position sees: later ones may have gone round."""
+        far = self.written - position
+        return not self.window or self.ring >= self.slots or far <= self.ring - self.window
 
     def begin_step(self, keys: int) -> Masks:
         """Prepare a forward pass of one token at `position`.
@@ -128,9 +144,9 @@ class KeyValueCache:
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values, (1, heads, length, head size); return those that its mask covers."""
         layer = self._layers[layer_idx]
-        self.allocate(layer_idx, key.shape[1], key.shape[3], key.dtype)
-        assert layer.keys is not None  # noqa: S101 -- allocated
-        assert layer.values is not None  # noqa: S101 -- allocated
+        if layer.keys is None or layer.values is None:
+            layer.keys = key.new_zeros((*key.shape[:2], layer.slots, key.shape[3]))
+            layer.values = value.new_zeros((*value.shape[:2], layer.slots, value.shape[3]))
         if self._keys:
             slot = self.position if layer.kind == FULL else self.position % layer.slots
             layer.keys.index_copy_(2, slot, key)
@@ -178,13 +194,6 @@ class KeyValueCache:
     def is_recording_past(self, *_: Any) -> bool:
         """Tell transformers' layers that states cover no more than the last tokens."""
         return False
-
-    def allocate(self, layer_idx: int, heads: int, size: int, dtype: torch.dtype) -> None:
-        """Allocate the keys and values that a layer uses, unless they exist: heads of `size` values."""
-        layer = self._layers[self.source[layer_idx]]
-        if layer.keys is None:
-            shape = 1, heads, layer.slots, size
-            layer.keys, layer.values = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
 
     def buffers(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Return a layer's keys and values, (1, heads, slots, head size).

@@ -3,7 +3,8 @@
 A layer's states are the last inputs of its convolution and a matrix for each value head. Every token replaces them,
 so unlike keys and values they cannot be undone. Yet steps run in vain: a stop token is seen only a few steps late.
 So every `SLACK` positions the states are copied, and the two latest copies are kept. At most `SLACK` steps run in
-vain, so the older copy at least is of the text that goes on; the tokens from there run again.
+vain, so the older copy at least is of the text that goes on; the tokens from there run again. One more copy, from
+near the end of the last prompt, lasts until the next one: a chat's next turn may write the answer in another way.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class LayerStates:
 class _Copy:
     position: int
     tensors: list[Tensor] = field(repr=False)
+    lasting: bool = False
 
 
 class RecurrentStates:
@@ -97,22 +99,27 @@ class RecurrentStates:
             layer.recurrent_states[0] = torch.zeros(1, *state, dtype=torch.float32, device=self._device)
         self._free = [[torch.zeros_like(each) for each in self.tensors] for _ in range(STATE_COPIES)]
 
-    def clear(self) -> None:
-        """Make the states those before the first token."""
-        if self.tensors:
-            torch._foreach_zero_(self.tensors)
+    def save(self, position: int, *, lasting: bool = False) -> None:
+        """Copy the states, which are those before the token at `position`, unless the latest copy is recent.
 
-    def save(self, position: int) -> None:
-        """Copy the states, which are those before the token at `position`, unless the latest copy is recent."""
+        Args:
+            position: position of the next token.
+            lasting: whether to copy them in any case, and to keep the copy until the next lasting one.
+        """
         # Copies of later positions are of a text that did not go on.
         self._release([copy for copy in self._copies if copy.position > position])
-        if not position or not self.tensors or (self._copies and position - self._copies[-1].position < SLACK):
+        if not position or not self.tensors:
             return
-        if not self._free:
-            self._release(self._copies[:1])
-        tensors = self._free.pop()
-        torch._foreach_copy_(tensors, self.tensors)
-        self._copies.append(_Copy(position, tensors))
+        for copy in self._copies if lasting else ():
+            copy.lasting = False
+        latest = self._copies[-1] if self._copies else None
+        if latest is None or position - latest.position >= (1 if lasting else SLACK):
+            if not self._free:
+                self._release([copy for copy in self._copies if not copy.lasting][:1])
+            latest = _Copy(position, self._free.pop())
+            torch._foreach_copy_(latest.tensors, self.tensors)
+            self._copies.append(latest)
+        latest.lasting |= lasting
 
     def rewind(self, position: int) -> int:
         """Go back to the states before the token at `position` or earlier; return where the text has to go on."""

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from q6k_kernels.generate.filters import Filters
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -41,7 +43,13 @@ def suppression(model: PreTrainedModel) -> Tensor | None:
 
 
 def choose(
-    logits: Tensor, position: Tensor, seed: Tensor, temperature: Tensor | None, suppressed: Tensor | None = None
+    logits: Tensor,
+    position: Tensor,
+    seed: Tensor,
+    temperature: Tensor | None,
+    suppressed: Tensor | None = None,
+    filters: Filters | None = None,
+    text: Tensor | None = None,
 ) -> Tensor:
     """Choose the next token.
 
@@ -51,6 +59,8 @@ def choose(
         seed: int64 (1,), 0 to 2^32 - 1.
         temperature: float32 (1,), above 0; None for the best token.
         suppressed: tokens that must not be chosen, see `suppression`; some must be left.
+        filters: what else decides, or None.
+        text: the tokens by position, int64 (positions,); filters that penalise need it.
 
     Returns:
         int64 (1,).
@@ -58,8 +68,13 @@ def choose(
     tokens = torch.arange(logits.shape[-1], device=logits.device)
     if suppressed is not None:
         logits = logits.masked_fill(suppressed[: logits.shape[-1]], -math.inf)
+    if filters is not None and filters.penalises and text is not None:
+        logits = filters.penalised(logits, text, position)
     if temperature is not None:
-        logits = logits / temperature + gumbel_noise(tokens, position, seed)
+        scores = logits / temperature
+        if filters is not None and filters.cuts:
+            scores = filters.kept(scores)
+        logits = scores + gumbel_noise(tokens, position, seed)
     # `argmax` as reductions of many rows, which use the whole GPU; one long row would not. If a logit is NaN, no
     # token equals the maximum: then the last token is chosen, so that the next step stays within bounds.
     rows = math.gcd(logits.shape[-1], ROWS)

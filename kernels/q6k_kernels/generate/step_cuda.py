@@ -8,7 +8,6 @@ launches in 8 bits: the kernel that computes them also quantises them.
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, cast
 
@@ -22,9 +21,16 @@ from q6k_kernels.formats.ggml import SUPER_BLOCK
 from q6k_kernels.formats.types import weight_type
 from q6k_kernels.generate import attend_cuda, delta_cuda, mixture_cuda, routed_cuda
 from q6k_kernels.generate.delta import DeltaHeads
-from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.mixture import Mixture
-from q6k_kernels.generate.step_reference import ProductInput, TokenChoice
+from q6k_kernels.generate.step_reference import (
+    Cached,
+    Heads,
+    Norm,
+    ProductInput,
+    TokenChoice,
+    TorchOperations,
+    capped,
+)
 from q6k_kernels.jit import loader
 from q6k_kernels.models.architecture import Activation
 from q6k_kernels.weights.experts import PackedExperts
@@ -122,7 +128,7 @@ class Kernels:
         return total, out
 
     def gate(self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]) -> ProductInput:
-        """Launch the activation function of `gate` times `up`, see `step_reference`: rows are a token's experts."""
+        """Launch the activation function of `gate` times `up`, see `step_reference`."""
         out, given = self._activations(gate.numel(), users), (gate.data_ptr(), up.data_ptr())
         self._launch(
             (STEP, GATE, self._macros),
@@ -132,7 +138,7 @@ class Kernels:
                 *given, *self._outputs(out), GATES[activation], gate.numel(), gate.shape[-1], gate.stride(-2)
             ),
         )
-        return replace(out, halves=None if out.halves is None else out.halves.view(gate.shape))
+        return out
 
     def route(self, logits: Tensor, scales: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
         """Launch the choice of experts, see `step_reference`."""
@@ -222,7 +228,10 @@ class Kernels:
         return y
 
     def choose(self, logits: Tensor, softcap: float | None, choice: TokenChoice) -> None:
-        """Launch the choice of the next token, see `step_reference`."""
+        """Launch the choice of the next token, see `step_reference`; with filters it is that in torch."""
+        if choice.filters is not None:
+            TorchOperations().choose(logits, softcap, choice)
+            return
         vocabulary = logits.shape[-1]
         blocks = -(-vocabulary // (CHOOSE_THREADS * CHOOSE_VALUES))
         self._launch(
@@ -243,6 +252,8 @@ class Kernels:
                 vocabulary,
             ),
         )
+        if choice.likelihoods is not None:
+            choice.likelihoods.note(capped(logits, softcap), choice.token, choice.position)
 
     def _takes_codes(self, module: nn.Module) -> bool:
         if not isinstance(module, PackedLinear) or module.activations == "bf16":

@@ -18,9 +18,10 @@ SLACK = 64
 """Steps that can be undone: the positions that they overwrote in a ring had left every window."""
 ALIGNMENT = 8
 """Multiple that slots are rounded up to: 16 bytes of 16-bit scores, the alignment that fast kernels want."""
-STATE_COPIES = 2
-"""Earlier states of recurrent layers that are kept beside the current ones, so that steps can be undone."""
-_ELEMENT_BYTES, _STATE_BYTES = 2, 4
+STATE_COPIES = 3
+"""Earlier states of recurrent layers that are kept beside the current ones: two so that steps can be undone, and
+one from near the end of the last prompt."""
+_STATE_BYTES = 4
 
 
 def aligned(slots: int) -> int:
@@ -69,8 +70,8 @@ def state_sizes(config: Any) -> tuple[tuple[int, int], tuple[int, int, int]]:
     )
 
 
-def cache_bytes(metadata: Metadata, shapes: Shapes, capacity: int) -> int:
-    """Return the bytes of a cache for `capacity` positions: keys and values in 16-bit floats, and states.
+def cache_bytes(metadata: Metadata, shapes: Shapes, capacity: int, element_bytes: int = 2) -> int:
+    """Return the bytes of a cache for `capacity` positions: keys and values, by default of 16 bits, and states.
 
     Raises:
         HyperparameterError: a key is missing, out of range or not what the tensors' shapes say.
@@ -81,15 +82,15 @@ def cache_bytes(metadata: Metadata, shapes: Shapes, capacity: int) -> int:
     config = SimpleNamespace(**values)
     # Layers that share keys and values of earlier ones are the last.
     kinds = layer_kinds(config)[: config.num_hidden_layers - values.get("num_kv_shared_layers", 0)]
-    of_position = 2 * int(config.num_key_value_heads) * int(config.head_dim) * _ELEMENT_BYTES
+    of_position = 2 * int(config.num_key_value_heads) * int(config.head_dim) * element_bytes
     of_kind = {FULL: aligned(capacity) * of_position}
     if "global_head_dim" in values:
-        of_full = 2 * int(config.num_global_key_value_heads) * int(config.global_head_dim) * _ELEMENT_BYTES
+        of_full = 2 * int(config.num_global_key_value_heads) * int(config.global_head_dim) * element_bytes
         of_kind[FULL] = aligned(capacity) * of_full
     if SLIDING in kinds:
         of_kind[SLIDING] = ring_slots(int(config.sliding_window), capacity) * of_position
     if LINEAR in kinds:
         convolution, state = state_sizes(config)
-        both = math.prod(convolution) * _ELEMENT_BYTES + math.prod(state) * _STATE_BYTES
+        both = math.prod(convolution) * element_bytes + math.prod(state) * _STATE_BYTES
         of_kind[LINEAR] = (1 + STATE_COPIES) * both
     return sum(of_kind[kind] for kind in kinds)

@@ -1,0 +1,117 @@
+"""What tokens are left to draw from.
+
+The order is that of transformers: penalty, temperature, then the likeliest `top_k`, of these the likeliest that
+have `top_p` together, of these all that have `min_p` of the best. llama.cpp divides by the temperature last.
+
+Each filter is a lowest score, so tokens of the same score stay or go together, and the result does not depend on
+how a sort orders them. Probabilities are summed as whole numbers, whose sum is the same in any order. All
+shapes are fixed and nothing waits for the device, so a CUDA graph can record it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_ONE = 2.0**40
+"""Whole number that stands for the likeliest token's weight. The sum of 2^20 such fits 64 bits."""
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Settings that change which tokens can be drawn; by default none.
+
+    Attributes:
+        top_k: draw from so many likeliest tokens; 0 for all.
+        top_p: draw from the likeliest tokens that together have this share of the probability, 0 to 1.
+        min_p: draw from tokens that are at least this share as likely as the likeliest, 0 to 1.
+        repeat_penalty: divide the positive logits of tokens that the text has, and multiply the negative ones, by
+            this number above 0.
+        repeat_last: penalise only tokens among so many last ones; None for the whole text.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    repeat_last: int | None = None
+
+    def __post_init__(self) -> None:
+        penalty, last = self.repeat_penalty, self.repeat_last
+        shares = 0 <= self.top_p <= 1 and 0 <= self.min_p <= 1
+        if self.top_k < 0 or not shares or not 0 < penalty < math.inf or (last is not None and last < 0):
+            raise ValueError(
+                f"expected top_k and repeat_last of 0 or more, top_p and min_p of 0 to 1 and a penalty above 0; "
+                f"found {self}"
+            )
+
+    @property
+    def penalises(self) -> bool:
+        """Whether tokens of the text become less likely, or more."""
+        return self.repeat_penalty != 1.0 and self.repeat_last != 0
+
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    def matter(self, temperature: float) -> bool:
+        """Check whether the settings change any choice; without a temperature, no cut does."""
+        return self.penalises or (self.cuts and temperature > 0)
+
+    def penalised(self, logits: Tensor, text: Tensor, position: Tensor) -> Tensor:
+        """Return the logits after the penalty.
+
+        Args:
+            logits: float32 (1, V).
+            text: the tokens by position, int64 (positions,).
+            position: int64 (1,), position of the token to be chosen.
+        """
+        size, at = logits.shape[-1], torch.arange(len(text), device=text.device)
+        counted = at < position
+        if self.repeat_last is not None:
+            counted &= at >= position - self.repeat_last
+        seen = torch.zeros(size + 1, dtype=torch.bool, device=text.device)
+        # What does not count goes to a place behind the vocabulary.
+        seen.scatter_(0, torch.where(counted, text, size).clamp(max=size), True)
+        penalty = torch.full((1,), self.repeat_penalty, device=logits.device)
+        return torch.where(seen[:size], torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+    def kept(self, scores: Tensor) -> Tensor:
+        """Return the scores with -inf for tokens that cannot be drawn.
+
+        Args:
+            scores: logits divided by the temperature, float32 (1, V).
+        """
+        best = scores.amax(dim=-1, keepdim=True)
+        lowest = torch.full_like(best, -math.inf)
+        if self.top_k or self.top_p < 1:
+            ordered = self._ordered(scores)
+            if self.top_k:
+                lowest = ordered[:, -1:]
+            if self.top_p < 1:
+                total = torch.where(scores >= lowest, _weights(scores, best), 0).sum(dim=-1, keepdim=True)
+                weights = _weights(ordered, best)
+                before = weights.cumsum(dim=-1) - weights
+                count = (before.double() < self.top_p * total.double()).sum(dim=-1, keepdim=True)
+                lowest = ordered.gather(1, (count - 1).clamp(min=0))
+        if self.min_p:
+            lowest = torch.maximum(lowest, best + math.log(self.min_p))
+        return torch.where(scores >= lowest, scores, -math.inf)
+
+    def _ordered(self, scores: Tensor) -> Tensor:
+        """Return the scores from the highest on, as many as can matter."""
+        if 0 < self.top_k < scores.shape[-1]:
+            return scores.topk(self.top_k, dim=-1).values
+        return scores.sort(dim=-1, descending=True).values
+
+
+def _weights(scores: Tensor, best: Tensor) -> Tensor:
+    """Return probabilities as whole numbers, int64, of which `_ONE` is that of the best."""
+    return (torch.exp(scores - best).double() * _ONE).long()

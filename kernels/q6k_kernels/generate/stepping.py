@@ -1,0 +1,48 @@
+"""The choice between our own decoding step and the forward pass of transformers' model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from q6k_kernels.errors import UnsupportedModelError
+from q6k_kernels.generate.kv_cache import KeyValueCache
+from q6k_kernels.generate.step import Step, StepOperations
+from q6k_kernels.generate.step_reference import TorchOperations
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def step_for(model: PreTrainedModel, cache: KeyValueCache, device: torch.device, fused: bool | None) -> Step | None:
+    """Return our own step for a model; None where transformers' forward pass is to be used.
+
+    Args:
+        model: the model.
+        cache: its cache.
+        device: where it is.
+        fused: whether the step has to be ours; None: on a GPU, if there are kernels for it.
+
+    Raises:
+        UnsupportedModelError: it has to be ours, and cannot.
+    """
+    on_gpu, narrow = device.type == "cuda", model.dtype in (torch.bfloat16, torch.float16)
+    if not (on_gpu and narrow if fused is None else fused):
+        return None
+    operations: StepOperations = TorchOperations()
+    if on_gpu:
+        if not narrow:
+            raise UnsupportedModelError(
+                f"no fused decoding step on a GPU for {model.dtype}: there are bfloat16 and float16",
+                "Generate with fused=False.",
+            )
+        from q6k_kernels.generate.step_cuda import Kernels
+
+        operations = Kernels(device, model.dtype)
+    try:
+        return Step(model, cache, operations)
+    except UnsupportedModelError:
+        if fused:
+            raise
+        return None
