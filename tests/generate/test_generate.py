@@ -84,11 +84,13 @@ def test_the_cache_is_passed_by_the_name_that_the_model_has(name: str) -> None:
         ("gemma3", WINDOW),
         ("qwen35", 1),
         ("qwen35", 33),
+        ("gemma4", 33),
     ],
 )
-def test_a_prompt_in_chunks_is_the_prompt_at_once(family: str, chunk: int) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_prompt_in_chunks_is_the_prompt_at_once(family: str, chunk: int, fused: bool) -> None:
     ids = prompt(100)  # longer than a ring of window and slack
-    generator = Generator(tiny(family), capacity=120, chunk=chunk)
+    generator = Generator(tiny(family), capacity=120, chunk=chunk, fused=fused)
     whole = tiny(family)(torch.tensor([ids])).logits[0, -1]
     torch.testing.assert_close(generator.prefill(ids), whole, atol=3e-5, rtol=0)
     at_once = Generator(tiny(family), capacity=120)

@@ -222,9 +222,10 @@ def test_attention(group: int, window: int, slots: int, softcap: float | None, w
         values_normed=normed_values,
     )
     cached = Cached(*(torch.zeros(1, key_heads, slots, dim) for _ in range(2)), window)
-    keys, values = list[Tensor](), list[Tensor]()
+    keys, values, given, answers = list[Tensor](), list[Tensor](), list[tuple[Tensor, ...]](), list[Tensor]()
     for at in range(20):
         q, k, v = (random(1, count * dim, seed=100 * at + count) for count in (heads.count, key_heads, key_heads))
+        given.append((q, k, v))
         found = TorchOperations().attend(q, k, v, heads, cached, torch.tensor([at]), []).halves
         again = TorchOperations().attend(q, None, None, heads, cached, torch.tensor([at]), []).halves
         assert torch.equal(found, again)  # type: ignore[arg-type] -- now with what lies in the cache
@@ -243,7 +244,19 @@ def test_attention(group: int, window: int, slots: int, softcap: float | None, w
             answer.append(sum(w * values[p][head // group] for w, p in zip(weights, seen, strict=True)))
             answer[-1] = answer[-1] / weights.sum()
         assert found is not None
-        torch.testing.assert_close(found.double(), torch.cat(answer)[None], rtol=2e-5, atol=2e-5)  # type: ignore[arg-type]
+        answers.append(torch.cat(answer))  # type: ignore[arg-type]
+        torch.testing.assert_close(found.double(), answers[-1][None], rtol=2e-5, atol=2e-5)
+    # And in chunks, of which some are longer than a ring.
+    for size in (7, 20):
+        parts = Cached(*(torch.zeros(1, key_heads, slots, dim) for _ in range(2)), window)
+        for begin in range(0, 20, size):
+            q, k, v = (torch.cat(each) for each in zip(*given[begin : begin + size], strict=True))
+            at_once = replace(parts, start=begin), torch.arange(begin, begin + len(q))
+            found = TorchOperations().attend(q, k, v, heads, *at_once, []).halves
+            expected_rows = torch.stack(answers[begin : begin + size])
+            torch.testing.assert_close(found.double(), expected_rows, rtol=2e-5, atol=2e-5)  # type: ignore[union-attr]
+        torch.testing.assert_close(parts.keys, cached.keys)
+        torch.testing.assert_close(parts.values, cached.values)
 
 
 def chosen(logits: Tensor, temperature: float = 0.0, softcap: float | None = None) -> int:

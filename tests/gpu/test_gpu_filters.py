@@ -1,4 +1,4 @@
-"""Filters, penalties and likelihoods in recorded steps: tokens as of single steps, and as of the choice on the CPU."""
+"""Filters, penalties and likelihoods in recorded steps: tokens as of single steps, and as chosen on the CPU."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from functools import cache
 from torch import Tensor
 
 from q6k_kernels.cuda.device import Device, Variant
-from q6k_kernels.generate.step_reference import Cached, Heads
+from q6k_kernels.generate.heads import Cached, Heads
 
 ATTEND_FILE, ATTEND, ATTEND_KEYS = "attend.cuh", "q6k_attend", 16
 HEAD_DIMS = (64, 96, 128, 256, 512)

@@ -11,12 +11,16 @@ those go through the two products in prefill too; so do, in `plain`, heads too l
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WIDEST = 256
 """Size of the largest heads that SDPA has fast kernels for. Beyond, it multiplies in fp32, without tensor cores."""
@@ -32,6 +36,18 @@ def implementation(attention: Literal["plain", "sdpa"]) -> str:
     forms: dict[str, Callable[..., tuple[Tensor, None]]] = {"sdpa": _sdpa, "plain": _plain}
     AttentionInterface.register(name, forms[attention])
     return name
+
+
+@contextmanager
+def lent(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Give a model an implementation inside the context only, since the model belongs to the caller."""
+    config = model.config
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def _sdpa(

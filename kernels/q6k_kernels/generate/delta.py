@@ -1,4 +1,4 @@
-"""A gated delta net of a decoding step: its sizes and numbers, and its computation in plain torch.
+"""A gated delta net of a step or a chunk: its sizes and numbers, and its computation in plain torch.
 
 A value head's state S is a matrix (key size, value size). With a token's q, k and v, after a convolution over the
 last tokens, a decay d and a rate r it becomes
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-L2_EPSILON = 1e-6
+from q6k_kernels.models.delta_net import convolved, delta_rule
 
 
 @dataclass(frozen=True)
@@ -51,44 +51,35 @@ class DeltaHeads:
 def delta_net(
     mixed: Tensor, z: Tensor, b: Tensor, a: Tensor, heads: DeltaHeads, states: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """Compute a token's outputs and update the states in place.
+    """Compute outputs of tokens and update the states in place.
 
     Args:
-        mixed: q, k and v before the convolution, (1, channels).
-        z: gates of the outputs, (1, value heads * value_dim).
-        b: rates before their sigmoid, (1, value heads).
-        a: logarithms of decays before bias and softplus, (1, value heads).
+        mixed: q, k and v before the convolution, (M, channels).
+        z: gates of the outputs, (M, value heads * value_dim).
+        b: rates before their sigmoid, (M, value heads).
+        a: logarithms of decays before bias and softplus, (M, value heads).
         heads: the heads of the layer.
         states: the layer's last inputs of the convolution, (1, channels, tokens), and its matrices, float32 (1,
             value heads, key_dim, value_dim).
 
     Returns:
-        (1, value heads * value_dim).
+        (M, value heads * value_dim).
     """
-    dtype = mixed.dtype
+    dtype, length = mixed.dtype, len(mixed)
     inputs, matrices = states
-    inputs.copy_(torch.cat([inputs[:, :, 1:], mixed[:, :, None]], dim=2))
-    convolved = (inputs[0].float() * heads.convolution).sum(-1).to(dtype)
-    activated = silu(convolved).float()
+    seen = torch.cat([inputs[0], mixed.T], dim=1)
+    inputs[0].copy_(seen[:, -inputs.shape[-1] :])
+    activated = silu(convolved(seen.T[None], heads.convolution[:, None], length))
     keys = heads.key_heads * heads.key_dim
-    q, k, v = torch.split(activated, [keys, keys, heads.value_heads * heads.value_dim])
-    sharing = heads.value_heads // heads.key_heads
-    q, k = (_unit(each.view(heads.key_heads, -1)).repeat_interleave(sharing, dim=0) for each in (q, k))
-    v = v.view(heads.value_heads, -1)
-    decay = (heads.decays * softplus(a[0].float() + heads.biases)).exp()
-    rate = b[0].sigmoid().float()
-    matrix = matrices[0] * decay[:, None, None]
-    change = (v - (matrix * k[:, :, None]).sum(1)) * rate[:, None]
-    matrix = matrix + k[:, :, None] * change[:, None]
-    matrices[0].copy_(matrix)
-    out = (matrix * (q * heads.key_dim**-0.5)[:, :, None]).sum(1).to(dtype).float()
+    parts = torch.split(activated, [keys, keys, heads.value_heads * heads.value_dim], -1)
+    counts = (heads.key_heads, heads.key_heads, heads.value_heads)
+    q, k, v = (part.view(1, length, count, -1) for part, count in zip(parts, counts, strict=True))
+    decay = heads.decays * softplus(a.float() + heads.biases)
+    out, matrix = delta_rule(q, k, v, decay[None], b.sigmoid()[None], matrices)
+    matrices.copy_(matrix)
+    out = out[0].to(dtype).float()
     out = (out * torch.rsqrt(out.square().mean(-1, keepdim=True) + heads.epsilon)).to(dtype)
-    out = (heads.norm.to(dtype) * out).float() * silu(z.view(heads.value_heads, -1).float())
+    out = (heads.norm.to(dtype) * out).float() * silu(z.view(length, heads.value_heads, -1).float())
     if heads.tiled:
-        out = out.view(heads.key_heads, sharing, -1).transpose(0, 1)
-    y: Tensor = out.to(dtype).reshape(1, -1)
-    return y
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    return vectors * torch.rsqrt(vectors.square().sum(-1, keepdim=True) + L2_EPSILON)
+        out = out.view(length, heads.key_heads, -1, heads.value_dim).transpose(1, 2)
+    return out.to(dtype).reshape(length, -1)

@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from q6k_kernels.errors import ModelError
-from q6k_kernels.generate.attention import implementation
+from q6k_kernels.generate.attention import implementation, lent
 from q6k_kernels.generate.filters import Filters
 from q6k_kernels.generate.kv_cache import KeyValueCache, cache_argument
 from q6k_kernels.generate.likelihoods import Likelihoods
@@ -171,8 +172,7 @@ class Generator:
         self._check_ids(ids)
         before = self._chosen[: self.length - len(self._unseen)].tolist()
         # The last token has to run, for its logits.
-        same = next((i for i, pair in enumerate(zip(before, ids[:-1], strict=False)) if pair[0] != pair[1]), None)
-        self.reused = min(len(before), len(ids) - 1) if same is None else same
+        self.reused = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, ids[:-1], strict=False)))
         if not self.cache.holds_before(self.reused):
             self.reused = 0
         return self._read(self.reused, list(ids[self.reused :]), lasting=True)
@@ -185,18 +185,17 @@ class Generator:
         self.reused = min(self.reused, begin)
         ids = [*self._chosen[begin:start].tolist(), *ids] if begin < start else ids
         self.cache.states.save(begin)
-        on_device = torch.tensor(ids, dtype=torch.int64, device=self.device)[None]
-        self._chosen[begin : begin + len(ids)] = on_device[0]
+        on_device = torch.tensor(ids, dtype=torch.int64, device=self.device)
+        self._chosen[begin : begin + len(ids)] = on_device
         early = max(0, len(ids) - TAIL) if lasting and self.cache.states.layers else 0
+        logits: Tensor | None = None
         for at in sorted({*range(0, early, self._chunk), *range(early, len(ids), self._chunk)}):
-            part = on_device[:, at : min(at + self._chunk, early if at < early else len(ids))]
+            part = on_device[at : min(at + self._chunk, early if at < early else len(ids))]
             if at and at == early:
                 self.cache.states.save(begin + at, lasting=True)
-            positions = torch.arange(begin + at, begin + at + part.shape[1], device=self.device)[None]
-            masks = self.cache.begin_chunk(begin + at, part.shape[1])
-            self.cache.started(begin + at + part.shape[1])
-            with self._our_attention():
-                logits = self._forward(part, masks, positions)
+            self.cache.started(begin + at + len(part))
+            logits = self._chunk_of(part, begin + at, last=at + len(part) == len(ids))
+        assert logits is not None  # noqa: S101 -- those of the last chunk
         if not bool(torch.isfinite(logits).all()):
             raise NotFiniteError(
                 f"the model's logits are infinite or not numbers in {self._model.dtype}",
@@ -207,6 +206,15 @@ class Generator:
         self.cache.position.fill_(self.length - 1)
         self._choose(logits)
         return logits[0]
+
+    def _chunk_of(self, tokens: Tensor, start: int, *, last: bool) -> Tensor | None:
+        """Process a chunk of the prompt, int64 (M,); return the logits after the last one, float32 (1, V)."""
+        if self._fused_step is not None and not self._on_gpu:
+            return self._fused_step.chunk(tokens, start, last=last)
+        masks = self.cache.begin_chunk(start, len(tokens))
+        positions = torch.arange(start, start + len(tokens), device=self.device)
+        with self._our_attention():
+            return self._forward(tokens[None], masks, positions[None])
 
     def prepare(self, tokens: int) -> None:
         """Record in advance the steps that `generate` needs for that many tokens.
@@ -309,14 +317,8 @@ class Generator:
     @contextmanager
     def _our_attention(self) -> Iterator[None]:
         """Give the model our attention inside the context only, since it belongs to the caller."""
-        config = self._model.config
-        before = config._attn_implementation
-        config._attn_implementation = self._attention
-        try:
-            with plan_for(self._rotaries, self.capacity):
-                yield
-        finally:
-            config._attn_implementation = before
+        with lent(self._model, self._attention), plan_for(self._rotaries, self.capacity):
+            yield
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         embedding: Any = self._model.get_input_embeddings()

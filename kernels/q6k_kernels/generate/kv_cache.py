@@ -144,9 +144,9 @@ class KeyValueCache:
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values, (1, heads, length, head size); return those that its mask covers."""
         layer = self._layers[layer_idx]
-        if layer.keys is None or layer.values is None:
-            layer.keys = key.new_zeros((*key.shape[:2], layer.slots, key.shape[3]))
-            layer.values = value.new_zeros((*value.shape[:2], layer.slots, value.shape[3]))
+        self.allocate(layer_idx, key.shape[1], key.shape[3], key.dtype)
+        assert layer.keys is not None  # noqa: S101 -- allocated
+        assert layer.values is not None  # noqa: S101 -- allocated
         if self._keys:
             slot = self.position if layer.kind == FULL else self.position % layer.slots
             layer.keys.index_copy_(2, slot, key)
@@ -194,6 +194,13 @@ class KeyValueCache:
     def is_recording_past(self, *_: Any) -> bool:
         """Tell transformers' layers that states cover no more than the last tokens."""
         return False
+
+    def allocate(self, layer_idx: int, heads: int, size: int, dtype: torch.dtype) -> None:
+        """Allocate the keys and values that a layer uses, unless they exist: heads of `size` values."""
+        layer = self._layers[self.source[layer_idx]]
+        if layer.keys is None:
+            shape = 1, heads, layer.slots, size
+            layer.keys, layer.values = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
 
     def buffers(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Return a layer's keys and values, (1, heads, slots, head size).

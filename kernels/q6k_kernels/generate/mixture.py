@@ -1,4 +1,4 @@
-"""A mixture of experts in a decoding step: its modules, and its computation in plain torch.
+"""A mixture of experts in a step or a chunk: its modules, and its computation in plain torch.
 
 A router chooses a few experts for each token; the result is the sum of their outputs, each with a factor. Some
 models add the output of an expert that all tokens share, which has a gate of its own.
@@ -39,18 +39,18 @@ def mixture_of(network: Any) -> Mixture:
 
 
 def mixed(x: Tensor, mixture: Mixture, shared: Tensor | None) -> Tensor:
-    """Compute a mixture for one token.
+    """Compute a mixture.
 
     Args:
-        x: its input, (1, K).
+        x: its input, (M, K).
         mixture: the mixture.
-        shared: the output of the shared expert, (1, K), or None.
+        shared: the output of the shared expert, (M, K), or None.
 
     Returns:
-        (1, K).
+        (M, K).
     """
-    logits = (x @ mixture.router.T)[0]
-    values, chosen = logits[: mixture.count].float().softmax(-1).topk(mixture.top)
-    factors = (values / values.sum()).to(x.dtype)
-    routed: Tensor = mixture.experts(x, chosen[None], factors[None])
-    return routed if shared is None else routed + logits[mixture.count :].sigmoid() * shared
+    logits = x @ mixture.router.T
+    values, chosen = logits[:, : mixture.count].float().softmax(-1).topk(mixture.top)
+    factors = (values / values.sum(-1, keepdim=True)).to(x.dtype)
+    routed: Tensor = mixture.experts(x, chosen, factors)
+    return routed if shared is None else routed + logits[:, mixture.count :].sigmoid() * shared

@@ -99,6 +99,11 @@ class RecurrentStates:
             layer.recurrent_states[0] = torch.zeros(1, *state, dtype=torch.float32, device=self._device)
         self._free = [[torch.zeros_like(each) for each in self.tensors] for _ in range(STATE_COPIES)]
 
+    def clear(self) -> None:
+        """Make the states those before the first token."""
+        if self.tensors:
+            torch._foreach_zero_(self.tensors)
+
     def save(self, position: int, *, lasting: bool = False) -> None:
         """Copy the states, which are those before the token at `position`, unless the latest copy is recent.
 

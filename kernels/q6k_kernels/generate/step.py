@@ -1,15 +1,18 @@
-"""A decoding step of a whole model in few launches: products, and between them norms, attention and gates.
+"""A pass through a whole model in few launches: products, and between them norms, attention and gates.
 
     step = Step(model, cache, operations)
+    logits = step.chunk(tokens, start, last=True)
     step.advance(choice)
 
-transformers' modules hold the weights (`step_layers`). Their computation for one token is written here again.
-Residual sum, norm and quantisation are one launch; rotation, cache and attention are another. The length of the
-text is only a number on the device, so one CUDA graph serves every length.
+transformers' modules hold the weights (`step_layers`). Their computation is written here again, once for one token
+and for many: a decoding step and a chunk of a prompt are the same list of operations, with kernels of their own.
+Residual sum, norm and quantisation are one launch; rotation, cache and attention are another. In a step the length
+of the text is only a number on the device, so one CUDA graph serves every length.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -17,10 +20,11 @@ from torch import Tensor, nn
 
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.generate.delta import DeltaHeads
+from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.mixture import Mixture
 from q6k_kernels.generate.step_layers import Layers, Projections, Routed, StepLayer
-from q6k_kernels.generate.step_reference import Cached, Heads, Norm, ProductInput, TokenChoice, capped
+from q6k_kernels.generate.step_reference import ProductInput, TokenChoice, capped
 from q6k_kernels.models.architecture import SLIDING, Activation, attached
 
 if TYPE_CHECKING:
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class StepOperations(Protocol):
-    """The operations of a step: `step_reference.TorchOperations` specifies them, `step_cuda.Kernels` is fast."""
+    """The operations of a pass: `step_reference.TorchOperations` specifies them, `step_cuda.Kernels` is fast."""
 
     def supports(self, hidden: int, between: int, heads: Heads | DeltaHeads) -> str: ...  # noqa: D102
     def reserve(self, heads: Heads | DeltaHeads) -> None: ...  # noqa: D102
@@ -78,26 +82,57 @@ class StepOperations(Protocol):
     def choose(self, logits: Tensor, softcap: float | None, choice: TokenChoice) -> None: ...  # noqa: D102
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """What one pass processes.
+
+    Attributes:
+        run: its operations.
+        tokens: int64 (M,).
+        position: positions of the tokens, int64 (M,).
+        start: position of the first token of a chunk; None in a step.
+    """
+
+    run: StepOperations
+    tokens: Tensor
+    position: Tensor
+    start: int | None = None
+
+    @property
+    def end(self) -> _Pass:
+        """The pass of the last token alone."""
+        start = None if self.start is None else self.start + len(self.tokens) - 1
+        return _Pass(self.run, self.tokens[-1:], self.position[-1:], start)
+
+
 class Step:
-    """The decoding step of a model.
+    """The decoding step of a model, and its chunks of prompts.
 
     Args:
         model: a model from `load_model`.
-        cache: the model's cache. Its buffers must exist when the step is called, so run a prompt first.
-        operations: the operations to run.
+        cache: the model's cache. A chunk makes its buffers, so run a prompt before a step.
+        operations: the operations of a step.
+        of_chunks: those of a chunk, by default the same.
 
     Raises:
         UnsupportedModelError: the model is not from `load_model`, or the operations do not support its sizes.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: KeyValueCache, operations: StepOperations) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: KeyValueCache,
+        operations: StepOperations,
+        of_chunks: StepOperations | None = None,
+    ) -> None:
         architecture = attached(model)
         if architecture is None:
             raise _unsupported(f"a {type(model).__name__} that load_model has not made")
         if not architecture.stepped:
             raise _unsupported(f"layers of {architecture.name}")
         config: Any = model.config
-        self._architecture, self._cache, self._operations = architecture, cache, operations
+        self._architecture, self._cache, self._dtype = architecture, cache, model.dtype
+        self._operations, self._of_chunks = operations, of_chunks or operations
         inner: Any = model.model
         self._inner = inner
         make = Layers(architecture, config, inner, cache)
@@ -110,6 +145,8 @@ class Step:
         # What divides the logits may as well divide the head's input.
         self._norm = make.norm(inner.norm, 1 / config.logits_scaling if multipliers else 1.0)
         self._layers = [make.layer(*each) for each in zip(inner.layers, cache.kinds, strict=True)]
+        self._last_stored = max(cache.source)
+        """The last layer that writes to the cache."""
         for layer in self._layers:
             if reason := operations.supports(config.hidden_size, layer.between, layer.heads):
                 raise _unsupported(reason)
@@ -127,45 +164,79 @@ class Step:
         Args:
             choice: where to find the last token and put the next; its position must be the cache's tensor.
         """
-        self._operations.choose(self._logits(choice.token), self._softcap, choice)
+        logits = self._logits(_Pass(self._operations, choice.token, self._cache.position))
+        self._operations.choose(logits, self._softcap, choice)
 
     def __call__(self, token: Tensor) -> Tensor:
         """Return the logits, float32 (1, V), that follow a token, int64 (1,), at the cache's position."""
-        return capped(self._logits(token), self._softcap)
+        return capped(self._logits(_Pass(self._operations, token, self._cache.position)), self._softcap)
+
+    def chunk(self, tokens: Tensor, start: int, *, last: bool) -> Tensor | None:
+        """Process a chunk of a prompt.
+
+        Args:
+            tokens: int64 (M,).
+            start: position of the first of them.
+            last: whether no more chunks follow.
+
+        Returns:
+            Logits, float32 (1, V), that follow the last token, of the last chunk.
+        """
+        states = self._cache.states
+        states.allocate(self._dtype)
+        if not start:
+            states.clear()
+        position = torch.arange(start, start + len(tokens), device=tokens.device)
+        given = _Pass(self._of_chunks, tokens, position, start)
+        if last:
+            return capped(self._logits(given), self._softcap)
+        self._hidden(given, stored_only=True)
+        return None
 
     @torch.no_grad()
-    def _logits(self, token: Tensor) -> Tensor:
-        run = self._operations
-        hidden: Tensor = self._embedding(token)
+    def _logits(self, given: _Pass) -> Tensor:
+        x = self._hidden(given)
+        return given.run.multiply(self._head, x)
+
+    @torch.no_grad()
+    def _hidden(self, given: _Pass, *, stored_only: bool = False) -> ProductInput:
+        """Return what the head multiplies, of the last token; with `stored_only` end once the cache has all."""
+        hidden: Tensor = self._embedding(given.tokens)
         if self._of_embedding != 1.0:
             hidden = hidden * self._of_embedding
         delta: Tensor | None = None
         after: Norm | None = None
         scale = 1.0
-        of_layers = self._embeddings_of_layers(token, hidden)
+        of_layers = self._embeddings_of_layers(given.tokens, hidden)
         for index, layer in enumerate(self._layers):
-            hidden, x = self._add_norm(hidden, delta, after, layer.norm, layer.inputs.modules, scale)
-            x = self._mixed(index, layer, self._project(layer.inputs, x))
+            run = given.run
+            hidden, x = self._add_norm(given, hidden, delta, after, layer.norm, layer.inputs.modules, scale)
+            x = self._mixed(given, index, layer, self._project(given, layer.inputs, x))
+            if index == self._last_stored and given.start is not None:
+                if stored_only:
+                    return x
+                # No token will see the others again, only what is stored of them.
+                given, hidden, x = given.end, hidden[-1:], x.end
+                of_layers = [each[-1:] for each in of_layers]
             delta, after = run.multiply(layer.output, x), layer.after_attention
             users = [*layer.gate_up.modules, *([layer.mixture.experts] if layer.mixture is not None else [])]
-            hidden, normed = self._add_norm(hidden, delta, after, layer.norm_between, users)
-            delta, after, scale = self._network(layer, normed), layer.after, layer.scale
+            hidden, normed = self._add_norm(given, hidden, delta, after, layer.norm_between, users)
+            delta, after, scale = self._network(given, layer, normed), layer.after, layer.scale
             if layer.routed is not None:
-                delta = self._with_experts(layer.routed, hidden, delta)
+                delta = self._with_experts(given, layer.routed, hidden, delta)
             if (end := layer.by_token) is not None:
-                hidden, x = self._add_norm(hidden, delta, after, None, [end.gate])
+                hidden, x = self._add_norm(given, hidden, delta, after, None, [end.gate])
                 x = run.gate(
                     run.multiply(end.gate, x), of_layers[index], self._architecture.activation, [end.output]
                 )
                 delta, after = run.multiply(end.output, x), end.after
-        _, x = self._add_norm(hidden, delta, after, self._norm, [self._head], scale)
-        return run.multiply(self._head, x)
+        return self._add_norm(given, hidden, delta, after, self._norm, [self._head], scale)[1]
 
-    def _network(self, layer: StepLayer, x: ProductInput) -> Tensor:
+    def _network(self, given: _Pass, layer: StepLayer, x: ProductInput) -> Tensor:
         """Compute a layer's network, its mixture of experts, or both."""
-        run, out = self._operations, None
+        run, out = given.run, None
         if layer.down is not None:
-            gate, up = self._project(layer.gate_up, x)
+            gate, up = self._project(given, layer.gate_up, x)
             gated = run.gate(gate, up, self._architecture.activation, [layer.down])
             out = run.multiply(layer.down, gated)
         if layer.mixture is not None:
@@ -175,6 +246,7 @@ class Step:
 
     def _add_norm(
         self,
+        given: _Pass,
         hidden: Tensor,
         delta: Tensor | None,
         after: Norm | None,
@@ -182,11 +254,11 @@ class Step:
         users: list[nn.Module],
         scale: float = 1.0,
     ) -> tuple[Tensor, ProductInput]:
-        return self._operations.add_norm(hidden, delta, after, norm, users, self._of_summands, scale)
+        return given.run.add_norm(hidden, delta, after, norm, users, self._of_summands, scale)
 
-    def _with_experts(self, routed: Routed, hidden: Tensor, network: Tensor) -> Tensor:
-        """Return the sum of the normed results of a network and of the experts beside it, (1, K)."""
-        run, experts = self._operations, routed.experts
+    def _with_experts(self, given: _Pass, routed: Routed, hidden: Tensor, network: Tensor) -> Tensor:
+        """Return the sum of the normed results of a network and of the experts beside it, (M, K)."""
+        run, experts = given.run, routed.experts
         _, x = run.add_norm(hidden, None, None, routed.router_norm, [routed.router])
         chosen, weights = run.route(run.multiply(routed.router, x), routed.scales, routed.top)
         _, x = run.add_norm(hidden, None, None, routed.norm, [experts])
@@ -196,33 +268,35 @@ class Step:
         total, _ = run.add_norm(normed.halves, of_experts, routed.after, None, [experts])
         return total
 
-    def _embeddings_of_layers(self, token: Tensor, hidden: Tensor) -> list[Tensor]:
-        """Return each layer's embedding of the token, (1, size), if layers have them."""
+    def _embeddings_of_layers(self, tokens: Tensor, hidden: Tensor) -> list[Tensor]:
+        """Return each layer's embeddings of the tokens, (M, size), if layers have them."""
         if all(layer.by_token is None for layer in self._layers):
             return []
         inner, embedded = self._inner, hidden[None]
         # transformers 5.17 wants both arguments, and needs one.
-        found: Tensor = inner.project_per_layer_inputs(embedded, inner.get_per_layer_inputs(token[None], embedded))
+        found: Tensor = inner.project_per_layer_inputs(embedded, inner.get_per_layer_inputs(tokens[None], embedded))
         return list(found[0].transpose(0, 1))
 
-    def _mixed(self, index: int, layer: StepLayer, products: tuple[Tensor, ...]) -> ProductInput:
-        """Mix a token with those before it: by attention to their keys, or by a state."""
+    def _mixed(self, given: _Pass, index: int, layer: StepLayer, products: tuple[Tensor, ...]) -> ProductInput:
+        """Mix tokens with those before them: by attention to their keys, or by a state."""
         heads, users = layer.heads, [layer.output]
         if isinstance(heads, DeltaHeads):
             mixed, z, b, a = products
-            return self._operations.delta(mixed, z, b, a, heads, self._cache.states.of(index), users)
+            return given.run.delta(mixed, z, b, a, heads, self._cache.states.of(index), users)
         q, *key_and_value = products
         # Without a projection of their own, values are keys; without any, both are those of an earlier layer.
         k, v = (key_and_value[0], key_and_value[-1]) if key_and_value else (None, None)
+        if given.start is not None:
+            self._cache.allocate(index, heads.key_heads, heads.dim, self._dtype)
         keys, values = self._cache.buffers(index)
         window = self._cache.window if self._cache.kinds[index] == SLIDING else 0
-        cached = Cached(keys, values, window)
-        return self._operations.attend(q, k, v, heads, cached, self._cache.position, users)
+        cached = Cached(keys, values, window, given.start)
+        return given.run.attend(q, k, v, heads, cached, given.position, users)
 
-    def _project(self, projections: Projections, x: ProductInput) -> tuple[Tensor, ...]:
+    def _project(self, given: _Pass, projections: Projections, x: ProductInput) -> tuple[Tensor, ...]:
         found, widths = list[Tensor](), list(projections.widths)
         for module in projections.modules:
-            product = self._operations.multiply(module, x)
+            product = given.run.multiply(module, x)
             at = 0
             while at < product.shape[1]:
                 width = widths.pop(0)

@@ -8,6 +8,7 @@ launches in 8 bits: the kernel that computes them also quantises them.
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, cast
 
@@ -21,16 +22,9 @@ from q6k_kernels.formats.ggml import SUPER_BLOCK
 from q6k_kernels.formats.types import weight_type
 from q6k_kernels.generate import attend_cuda, delta_cuda, mixture_cuda, routed_cuda
 from q6k_kernels.generate.delta import DeltaHeads
+from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.mixture import Mixture
-from q6k_kernels.generate.step_reference import (
-    Cached,
-    Heads,
-    Norm,
-    ProductInput,
-    TokenChoice,
-    TorchOperations,
-    capped,
-)
+from q6k_kernels.generate.step_reference import ProductInput, TokenChoice, TorchOperations, capped
 from q6k_kernels.jit import loader
 from q6k_kernels.models.architecture import Activation
 from q6k_kernels.weights.experts import PackedExperts
@@ -128,7 +122,7 @@ class Kernels:
         return total, out
 
     def gate(self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]) -> ProductInput:
-        """Launch the activation function of `gate` times `up`, see `step_reference`."""
+        """Launch the activation function of `gate` times `up`, see `step_reference`: rows are a token's experts."""
         out, given = self._activations(gate.numel(), users), (gate.data_ptr(), up.data_ptr())
         self._launch(
             (STEP, GATE, self._macros),
@@ -138,7 +132,7 @@ class Kernels:
                 *given, *self._outputs(out), GATES[activation], gate.numel(), gate.shape[-1], gate.stride(-2)
             ),
         )
-        return out
+        return replace(out, halves=None if out.halves is None else out.halves.view(gate.shape))
 
     def route(self, logits: Tensor, scales: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
         """Launch the choice of experts, see `step_reference`."""

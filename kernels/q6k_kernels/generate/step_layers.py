@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from q6k_kernels.generate.delta import DeltaHeads
+from q6k_kernels.generate.heads import Heads, Norm
 from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.mixture import Mixture, mixture_of
-from q6k_kernels.generate.step_reference import Heads, Norm
 from q6k_kernels.models.architecture import LINEAR, Architecture
 from q6k_kernels.models.fusing import GATE_UP, IN_PROJ, QK, QKV, Group, ReorderedInput, Stacks
 

@@ -1,7 +1,7 @@
-"""The operations of a decoding step in plain torch: for the CPU, and as the reference in tests of the kernels.
+"""The operations of a pass in plain torch: for the CPU, and as the reference in tests of the kernels.
 
-A step processes one token. All activations are (1, K) in the model's dtype. Computations are in fp32 and round
-where a layer of transformers rounds.
+A pass processes M tokens: a decoding step one, a chunk of a prompt many. All activations are (M, K) in the model's
+dtype. Computations are in fp32 and round where a layer of transformers rounds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn.functional import gelu, silu
 from q6k_kernels.generate import sampling
 from q6k_kernels.generate.delta import DeltaHeads, delta_net
 from q6k_kernels.generate.filters import Filters
+from q6k_kernels.generate.heads import Cached, Heads, Norm, attended
 from q6k_kernels.generate.likelihoods import Likelihoods
 from q6k_kernels.generate.mixture import Mixture, mixed
 from q6k_kernels.models.architecture import Activation
@@ -29,8 +30,8 @@ class ProductInput:
     """The input of products, in one or two forms.
 
     Attributes:
-        halves: the activations in the model's dtype, (1, K); None if no product reads them.
-        codes: the activations in 8 bits, see `decode.linear_of_codes`; None if no product reads them.
+        halves: the activations in the model's dtype, (M, K); None if no product reads them.
+        codes: the activations of one token in 8 bits, see `decode.linear_of_codes`; None if no product reads them.
         k: K.
     """
 
@@ -38,67 +39,10 @@ class ProductInput:
     codes: Tensor | None
     k: int
 
-
-@dataclass(frozen=True)
-class Norm:
-    """A root mean square norm with its `epsilon` and its whole factor `weight`, float32 (K,)."""
-
-    weight: Tensor
-    epsilon: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the norm of (..., K) in fp32."""
-        x = x.float()
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon) * self.weight
-
-
-@dataclass(frozen=True)
-class Heads:
-    """The attention heads of a layer.
-
-    Attributes:
-        count: number of query heads.
-        key_heads: number of heads of keys and values, a divisor of `count`.
-        dim: size of a head.
-        scale: factor of the scores.
-        softcap: soft cap of the scores, or None.
-        q_norm: norm of each query head with `weight` (dim,), or None.
-        k_norm: norm of each key head with `weight` (dim,) and the epsilon of `q_norm`, or None.
-        cosines: cosines of rotary angles, float32 (positions, half the rotated values of a head): the first ones,
-            all of them or fewer.
-        sines: sines of rotary angles, as `cosines`.
-        values_normed: whether each value head has a norm, without weights and with the epsilon of `q_norm`.
-        growth: further factors of the scores by the position of the query, float32 (positions,), or None.
-        gated: whether each query is followed by a gate, whose logistic function multiplies the head's output.
-    """
-
-    count: int
-    key_heads: int
-    dim: int
-    scale: float
-    softcap: float | None
-    q_norm: Norm | None
-    k_norm: Norm | None
-    cosines: Tensor
-    sines: Tensor
-    values_normed: bool = False
-    growth: Tensor | None = None
-    gated: bool = False
-
-
-@dataclass(frozen=True)
-class Cached:
-    """A layer's part of the cache.
-
-    Attributes:
-        keys: (1, key heads, slots, dim) in the model's dtype, contiguous.
-        values: (1, key heads, slots, dim) in the model's dtype, contiguous.
-        window: size of the sliding window, whose slots are a ring; 0 for full attention, a slot for each position.
-    """
-
-    keys: Tensor
-    values: Tensor
-    window: int
+    @property
+    def end(self) -> ProductInput:
+        """The last token's, of a chunk."""
+        return ProductInput(None if self.halves is None else self.halves[-1:], None, self.k)
 
 
 @dataclass(frozen=True)
@@ -127,7 +71,7 @@ class TokenChoice:
 
 
 class TorchOperations:
-    """The operations of a step in plain torch."""
+    """The operations of steps and chunks in plain torch."""
 
     def supports(self, hidden: int, between: int, heads: Heads | DeltaHeads) -> str:
         """Return why the operations do not support a model's sizes; "" if they do.
@@ -161,8 +105,8 @@ class TorchOperations:
         """Compute the residual sum and its norm.
 
         Args:
-            hidden: the residual stream, (1, K).
-            delta: the summand, (1, K), or None.
+            hidden: the residual stream, (M, K).
+            delta: the summand, (M, K), or None.
             after: norm of `delta`, or None.
             norm: norm of the sum, or None.
             users: the modules whose products read the result.
@@ -170,7 +114,7 @@ class TorchOperations:
             scale: factor of the sum, if there is a `delta`: a number of the model's dtype.
 
         Returns:
-            The sum, (1, K), and its norm; without a norm the sum twice.
+            The sum, (M, K), and its norm; without a norm the sum twice.
         """
         del users
         if delta is not None:
@@ -180,29 +124,29 @@ class TorchOperations:
         return hidden, _plain(hidden if norm is None else norm(hidden).to(hidden.dtype))
 
     def gate(self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]) -> ProductInput:
-        """Compute the activation function of `gate` times `up`, both (rows, columns) of rows that may lie apart."""
+        """Compute the activation function of `gate` times `up`, both (M, K) of rows that may lie apart."""
         del users
         x = gate.float()
         activated = silu(x) if activation == "silu" else gelu(x, approximate="tanh")
-        return _plain((activated * up.float()).to(gate.dtype).view(1, -1))
+        return _plain((activated * up.float()).to(gate.dtype))
 
     def route(self, logits: Tensor, scales: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
-        """Choose a token's experts.
+        """Choose each token's experts.
 
         Args:
-            logits: (1, experts).
+            logits: (M, experts).
             scales: factors of the weights, float32 (experts,), or None.
             top: number of experts to choose.
 
         Returns:
-            The experts of the largest logits, integers (1, top), and the softmax over them, float32 (1, top).
+            The experts of the largest logits, integers (M, top), and the softmax over them, float32 (M, top).
         """
         best, chosen = logits.float().topk(top)
         weights = best.softmax(-1)
         return chosen, weights if scales is None else weights * scales[chosen]
 
     def experts(self, module: nn.Module, x: ProductInput, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Compute the weighted sum of the chosen experts' outputs, (1, K)."""
+        """Compute the weighted sum of the chosen experts' outputs, (M, K)."""
         y: Tensor = module(x.halves, chosen, weights)
         return y
 
@@ -216,43 +160,9 @@ class TorchOperations:
         position: Tensor,
         users: list[nn.Module],
     ) -> ProductInput:
-        """Write a token's key and value to the cache, and attend to the cache.
-
-        Args:
-            q: queries before norms and rotation, (1, count * dim), or with gates (1, count * 2 * dim).
-            k: keys before norms and rotation, (1, key heads * dim); None if an earlier layer wrote them.
-            v: values before norms, (1, key heads * dim); None if an earlier layer wrote them.
-            heads: the heads of the layer.
-            cached: the layer's part of the cache.
-            position: position of the token, int64 (1,).
-            users: the modules whose products read the result.
-
-        Returns:
-            (1, count * dim).
-        """
+        """Write keys and values to the cache, and attend to the cache, see `heads.attended`."""
         del users
-        queries, *gate = q.view(heads.count, -1, heads.dim).unbind(1)
-        queries = _rotated(_normed(queries, heads.q_norm), heads, position)
-        slots = cached.keys.shape[-2]
-        if k is not None and v is not None:
-            slot = position % slots
-            key, value = (each.view(heads.key_heads, heads.dim) for each in (k, v))
-            key = _rotated(_normed(key, heads.k_norm), heads, position)
-            if heads.values_normed and heads.q_norm is not None:
-                value = _normed(value, Norm(torch.ones(heads.dim, device=v.device), heads.q_norm.epsilon))
-            cached.keys[0].index_copy_(1, slot, key[:, None])
-            cached.values[0].index_copy_(1, slot, value[:, None])
-        held = position - (position - torch.arange(slots, device=q.device)) % slots
-        seen = (held >= 0) & (held > position - (cached.window or slots))
-        of_keys = queries.view(heads.key_heads, -1, heads.dim)
-        scores = of_keys.float() @ cached.keys[0].float().transpose(1, 2) * heads.scale
-        if heads.growth is not None:
-            scores = scores * heads.growth[position]
-        if heads.softcap is not None:
-            scores = heads.softcap * torch.tanh(scores / heads.softcap)
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        out = (weights @ cached.values[0].float()).to(q.dtype).view(heads.count, heads.dim)
-        return _plain((out * gate[0].sigmoid() if heads.gated else out).view(1, -1))
+        return _plain(attended(q, k, v, heads, cached, position))
 
     def delta(
         self,
@@ -299,7 +209,7 @@ class TorchOperations:
             choice.likelihoods.note(logits, token, following)
 
     def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor:
-        """Compute a product, (1, N)."""
+        """Compute a product, (M, N)."""
         y: Tensor = module(activations.halves)
         return y
 
@@ -312,16 +222,3 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 def _plain(x: Tensor) -> ProductInput:
     return ProductInput(x, None, x.shape[-1])
-
-
-def _normed(vectors: Tensor, norm: Norm | None) -> Tensor:
-    return vectors if norm is None else norm(vectors).to(vectors.dtype)
-
-
-def _rotated(vectors: Tensor, heads: Heads, position: Tensor) -> Tensor:
-    """Rotate the halves of what rotates of each head, (heads, dim), by the angles of a position, int64 (1,)."""
-    cosines, sines = (table[position].repeat(1, 2) for table in (heads.cosines, heads.sines))
-    turning, fixed = vectors.tensor_split([cosines.shape[-1]], dim=-1)
-    one, other = turning.float().chunk(2, dim=-1)
-    turned = turning.float() * cosines + torch.cat([-other, one], dim=-1) * sines
-    return torch.cat([turned.to(vectors.dtype), fixed], dim=-1)

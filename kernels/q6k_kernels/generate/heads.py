@@ -1,0 +1,157 @@
+"""The attention heads of a pass: their sizes and numbers, and their computation in plain torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from q6k_kernels.generate.attention import SCORES_AT_ONCE
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A root mean square norm with its `epsilon` and its whole factor `weight`, float32 (K,)."""
+
+    weight: Tensor
+    epsilon: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the norm of (..., K) in fp32."""
+        x = x.float()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon) * self.weight
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The attention heads of a layer.
+
+    Attributes:
+        count: number of query heads.
+        key_heads: number of heads of keys and values, a divisor of `count`.
+        dim: size of a head.
+        scale: factor of the scores.
+        softcap: soft cap of the scores, or None.
+        q_norm: norm of each query head with `weight` (dim,), or None.
+        k_norm: norm of each key head with `weight` (dim,) and the epsilon of `q_norm`, or None.
+        cosines: cosines of rotary angles, float32 (positions, half the rotated values of a head): the first ones,
+            all of them or fewer.
+        sines: sines of rotary angles, as `cosines`.
+        values_normed: whether each value head has a norm, without weights and with the epsilon of `q_norm`.
+        growth: further factors of the scores by the position of the query, float32 (positions,), or None.
+        gated: whether each query is followed by a gate, whose logistic function multiplies the head's output.
+    """
+
+    count: int
+    key_heads: int
+    dim: int
+    scale: float
+    softcap: float | None
+    q_norm: Norm | None
+    k_norm: Norm | None
+    cosines: Tensor
+    sines: Tensor
+    values_normed: bool = False
+    growth: Tensor | None = None
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class Cached:
+    """A layer's part of the cache.
+
+    Attributes:
+        keys: (1, key heads, slots, dim) in the model's dtype, contiguous.
+        values: (1, key heads, slots, dim) in the model's dtype, contiguous.
+        window: size of the sliding window, whose slots are a ring; 0 for full attention, a slot for each position.
+        start: position of the first token of a chunk; None in a step, whose position only the device knows.
+    """
+
+    keys: Tensor
+    values: Tensor
+    window: int
+    start: int | None = None
+
+
+def attended(
+    q: Tensor, k: Tensor | None, v: Tensor | None, heads: Heads, cached: Cached, position: Tensor
+) -> Tensor:
+    """Write keys and values to the cache, and attend to the cache.
+
+    Args:
+        q: queries before norms and rotation, (M, count * dim), or with gates (M, count * 2 * dim).
+        k: keys before norms and rotation, (M, key heads * dim); None if an earlier layer wrote them, and then
+            with one token only, as a ring may hold no more than the last token sees.
+        v: values before norms, (M, key heads * dim); None if an earlier layer wrote them.
+        heads: the heads of the layer.
+        cached: the layer's part of the cache.
+        position: positions of the tokens, int64 (M,), each one more than the last.
+
+    Returns:
+        (M, count * dim).
+    """
+    queries, *gate = q.view(len(q), heads.count, -1, heads.dim).unbind(2)
+    queries = _rotated(_normed(queries, heads.q_norm), heads, position)
+    new = None
+    if k is not None and v is not None:
+        key, value = (each.view(len(q), heads.key_heads, heads.dim) for each in (k, v))
+        key = _rotated(_normed(key, heads.k_norm), heads, position)
+        if heads.values_normed and heads.q_norm is not None:
+            value = _normed(value, Norm(torch.ones(heads.dim, device=v.device), heads.q_norm.epsilon))
+        new = key.transpose(0, 1), value.transpose(0, 1)
+    keys, values, held = _stored(cached, new, position)
+    window = cached.window or cached.keys.shape[-2]
+    count = max(1, SCORES_AT_ONCE // (heads.count * len(held)))
+    outs = []
+    for part, at in zip(torch.split(queries, count), torch.split(position, count), strict=True):
+        seen = (held >= 0) & (held <= at[:, None]) & (held > at[:, None] - window)
+        of_keys = part.view(len(at), heads.key_heads, -1, heads.dim).permute(1, 2, 0, 3)
+        scores = of_keys.float() @ keys.float()[:, None].transpose(2, 3) * heads.scale
+        if heads.growth is not None:
+            scores = scores * heads.growth[at][:, None]
+        if heads.softcap is not None:
+            scores = heads.softcap * torch.tanh(scores / heads.softcap)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        outs.append((weights @ values.float()[:, None]).to(q.dtype).permute(2, 0, 1, 3).flatten(1, 2))
+    out = torch.cat(outs)
+    return (out * gate[0].sigmoid() if heads.gated else out).flatten(1)
+
+
+def _normed(vectors: Tensor, norm: Norm | None) -> Tensor:
+    return vectors if norm is None else norm(vectors).to(vectors.dtype)
+
+
+def _stored(cached: Cached, new: tuple[Tensor, Tensor] | None, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Write keys and values of tokens, (heads, M, dim), to the cache.
+
+    Returns:
+        Keys and values that the tokens may see, (heads, K, dim), and their positions, (K,), negative for none.
+    """
+    both, slots = (cached.keys[0], cached.values[0]), cached.keys.shape[-2]
+    slot, around, length = position % slots, torch.arange(slots, device=position.device), len(position)
+    newest = position[-1:]
+    # Joined before writing: new tokens overwrite slots that the first of them still see.
+    joins = new is not None and cached.window > 0 and length > 1
+    if joins:
+        newest = position[:1] - 1
+    seen, held = both, newest - (newest - around) % slots
+    if joins and new is not None:
+        seen = torch.cat([both[0], new[0]], 1), torch.cat([both[1], new[1]], 1)
+        held = torch.cat([held, position])
+    elif cached.start is not None and not cached.window:
+        end = cached.start + length
+        seen, held = (both[0][:, :end], both[1][:, :end]), held[:end]
+    if new is not None:
+        for each, written in zip(both, new, strict=True):
+            each.index_copy_(1, slot[-slots:], written[:, -slots:])
+    return *seen, held
+
+
+def _rotated(vectors: Tensor, heads: Heads, position: Tensor) -> Tensor:
+    """Rotate the halves of what rotates of each head, (M, heads, dim), by the angles of positions, int64 (M,)."""
+    cosines, sines = (table[position].repeat(1, 2)[:, None] for table in (heads.cosines, heads.sines))
+    turning, fixed = vectors.tensor_split([cosines.shape[-1]], dim=-1)
+    one, other = turning.float().chunk(2, dim=-1)
+    turned = turning.float() * cosines + torch.cat([-other, one], dim=-1) * sines
+    return torch.cat([turned.to(vectors.dtype), fixed], dim=-1)
