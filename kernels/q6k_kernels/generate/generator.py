@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import takewhile
+from operator import eq
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -172,7 +173,7 @@ class Generator:
         self._check_ids(ids)
         before = self._chosen[: self.length - len(self._unseen)].tolist()
         # The last token has to run, for its logits.
-        self.reused = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, ids[:-1], strict=False)))
+        self.reused = sum(1 for _ in takewhile(bool, map(eq, before, ids[:-1])))
         if not self.cache.holds_before(self.reused):
             self.reused = 0
         return self._read(self.reused, list(ids[self.reused :]), lasting=True)
