@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from cuda_emulator.memory import emulate
 from q6k_kernels.cpp.variants import device_like
 from q6k_kernels.generate import routed_cuda
+from q6k_kernels.generate.heads import Norm
 from q6k_kernels.generate.step_cuda import Kernels
-from q6k_kernels.generate.step_reference import Norm, TorchOperations
+from q6k_kernels.generate.step_reference import TorchOperations
 
 pytestmark = cuda_emulator.requires_compiler
 

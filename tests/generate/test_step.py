@@ -19,10 +19,11 @@ from q6k_kernels import PackedLinear, load_model
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.generate import step_layers as stepping
 from q6k_kernels.generate.generator import Generator
+from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.sampling import gumbel_noise
 from q6k_kernels.generate.step import Step
-from q6k_kernels.generate.step_reference import Cached, Heads, Norm, TokenChoice, TorchOperations
+from q6k_kernels.generate.step_reference import TokenChoice, TorchOperations
 from q6k_kernels.generate.stepping import step_for
 from q6k_kernels.models.cache_layout import SLACK
 from tiny_models import F16, Q3_K
@@ -162,14 +163,17 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def normed(x: Tensor, norm: Norm) -> Tensor:
     x = x.double()
+    if norm.centred:
+        x = x - x.sum(-1, keepdim=True) / x.shape[-1]
     return x / (x.square().sum(-1, keepdim=True) / x.shape[-1] + norm.epsilon).sqrt() * norm.weight.double()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_after", [False, True])
-def test_sums_and_norms(dtype: torch.dtype, with_after: bool) -> None:
-    hidden, delta = random(1, 96).to(dtype), (3 * random(1, 96, seed=1)).to(dtype)
-    norm, after = Norm(random(96, seed=2), 0.1), Norm(random(96, seed=3), 0.2)
+@pytest.mark.parametrize("centred", [False, True])
+def test_sums_and_norms(dtype: torch.dtype, with_after: bool, centred: bool) -> None:
+    hidden, delta = (1 + random(1, 96)).to(dtype), (3 * random(1, 96, seed=1)).to(dtype)
+    norm, after = Norm(random(96, seed=2), 0.1, centred), Norm(random(96, seed=3), 0.2, centred)
     rounding = torch.finfo(dtype).eps
     total, x = TorchOperations().add_norm(hidden, delta, after if with_after else None, norm, [])
     added = normed(delta, after).to(dtype).double() if with_after else delta.double()
@@ -186,22 +190,27 @@ def test_sums_and_norms(dtype: torch.dtype, with_after: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu_squared"])
 def test_gates(dtype: torch.dtype, activation: Any) -> None:
     gate, up = (4 * random(1, 640)).to(dtype), random(1, 640, seed=1).to(dtype)
     x = gate.double()
     inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
-    share = 1 / (1 + (-x).exp()) if activation == "silu" else (1 + inner.tanh()) / 2
-    found = TorchOperations().gate(gate, up, activation, []).halves
-    assert found is not None
-    rounding = 2 * torch.finfo(dtype).eps
-    torch.testing.assert_close(found.double(), x * share * up.double(), rtol=rounding, atol=rounding)
+    share = {"silu": 1 / (1 + (-x).exp()), "gelu_tanh": (1 + inner.tanh()) / 2, "relu_squared": x * (x > 0)}
+    for factor in (up, None):
+        found = TorchOperations().gate(gate, factor, activation, []).halves
+        assert found is not None
+        rounding = 2 * torch.finfo(dtype).eps
+        expected = x * share[activation] * (1 if factor is None else factor.double())
+        torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=rounding)
 
 
-def turned(vectors: Tensor, angles: Tensor) -> Tensor:
-    """Complex numbers, whose parts are the halves of each vector, turned by an angle each."""
-    one, other = vectors.double().chunk(2, dim=-1)
+def turned(vectors: Tensor, angles: Tensor, *, neighbours: bool = False) -> Tensor:
+    """Complex numbers, whose parts are the halves of each vector, or neighbours, turned by an angle each."""
+    pairs = vectors.double()
+    one, other = (pairs[..., ::2], pairs[..., 1::2]) if neighbours else pairs.chunk(2, dim=-1)
     result = torch.complex(one, other) * torch.polar(torch.ones_like(angles), angles)
+    if neighbours:
+        return torch.view_as_real(result).flatten(-2)
     return torch.cat([result.real, result.imag], dim=-1)
 
 
@@ -257,6 +266,34 @@ def test_attention(group: int, window: int, slots: int, softcap: float | None, w
             torch.testing.assert_close(found.double(), expected_rows, rtol=2e-5, atol=2e-5)  # type: ignore[union-attr]
         torch.testing.assert_close(parts.keys, cached.keys)
         torch.testing.assert_close(parts.values, cached.values)
+
+
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize("part", ["head", "projection", "rotated head"])
+def test_heads_are_normed_and_rotated(neighbours: bool, part: Any) -> None:
+    """Of one token, whose key is in the cache, and whose value is the answer; of each head six of eight rotate."""
+    dim, key_heads, count = 8, 2, 6
+    angles = torch.tensor([[0.3, 1.0, 2.0]]).double()
+    widths = [count * dim, key_heads * dim] if part == "projection" else [dim, dim]
+    q_norm, k_norm = (Norm(random(width, seed=7), 1e-3) for width in widths)
+    heads = Heads(
+        *(count, key_heads, dim, 1.0, None, q_norm, k_norm, angles.cos().float(), angles.sin().float()),
+        normed=part,
+        neighbours=neighbours,
+    )
+    cached = Cached(*(torch.zeros(1, key_heads, 4, dim) for _ in range(2)), 0)
+    q, k, v = (random(1, each * dim, seed=each) for each in (count, key_heads, key_heads))
+    found = TorchOperations().attend(q, k, v, heads, cached, torch.tensor([0]), []).halves
+    assert torch.equal(found, v.view(key_heads, dim).repeat_interleave(count // key_heads, 0).view(1, -1))  # type: ignore[arg-type]
+
+    def rotated(vectors: Tensor) -> Tensor:
+        return torch.cat([turned(vectors[:, :6], angles, neighbours=neighbours), vectors[:, 6:].double()], -1)
+
+    if part == "rotated head":
+        expected = normed(rotated(k.view(-1, dim)), k_norm)
+    else:
+        expected = rotated(normed(k if part == "projection" else k.view(-1, dim), k_norm).view(-1, dim))
+    torch.testing.assert_close(cached.keys[0, :, 0].double(), expected, rtol=2e-5, atol=2e-5)
 
 
 def chosen(logits: Tensor, temperature: float = 0.0, softcap: float | None = None) -> int:

@@ -15,8 +15,9 @@ from q6k_kernels.cpp import variants as all_of
 from q6k_kernels.cuda import device
 from q6k_kernels.generate import step_cuda
 from q6k_kernels.generate.attend_cuda import HEAD_DIMS, MOST_BLOCKS, MOST_HEADS, attend_static
+from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.step_cuda import MOST_NORM, Kernels
-from q6k_kernels.generate.step_reference import Cached, Heads, Norm, TokenChoice
+from q6k_kernels.generate.step_reference import TokenChoice
 
 CPU = torch.device("cpu", 0)
 

@@ -21,9 +21,10 @@ from q6k_kernels.formats import tiles as layout
 from q6k_kernels.formats.types import weight_type
 from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.generator import Generator
+from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.mixture import Mixture
 from q6k_kernels.generate.step_cuda import Kernels
-from q6k_kernels.generate.step_reference import Cached, Heads, Norm, ProductInput, TorchOperations
+from q6k_kernels.generate.step_reference import ProductInput, TorchOperations
 from q6k_kernels.weights.experts import PackedExperts
 
 pytestmark = pytest.mark.gpu

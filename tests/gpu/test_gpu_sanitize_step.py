@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from q6k_kernels import PackedLinear
 from q6k_kernels.generate import attend_cuda
+from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.step_cuda import Kernels
-from q6k_kernels.generate.step_reference import Cached, Heads, Norm, TokenChoice, TorchOperations
+from q6k_kernels.generate.step_reference import TokenChoice, TorchOperations
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitize]
 

@@ -19,9 +19,10 @@ from q6k_kernels.cuda import device as launching
 from q6k_kernels.generate import attend_cuda
 from q6k_kernels.generate.attend_cuda import HEAD_DIMS
 from q6k_kernels.generate.generator import Generator
+from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.step import Step
 from q6k_kernels.generate.step_cuda import Kernels
-from q6k_kernels.generate.step_reference import Cached, Heads, Norm, TokenChoice, TorchOperations
+from q6k_kernels.generate.step_reference import TokenChoice, TorchOperations
 
 pytestmark = pytest.mark.gpu
 

@@ -159,7 +159,7 @@ DENSE = {
         ),
         fused=False,
     ),
-    "arcee": Dense(Tiny("arcee", "arcee", {"rope_parameters": THETA}, BASE), fused=False),
+    "arcee": Dense(Tiny("arcee", "arcee", {"rope_parameters": THETA}, BASE)),
     "ernie4_5": Dense(Tiny("ernie4_5", "ernie4_5", {"rope_parameters": THETA}, BASE)),
     "glm4": Dense(
         Tiny(
@@ -173,7 +173,6 @@ DENSE = {
                 "post_mlp_layernorm": "post_ffw_norm",
             },
         ),
-        fused=False,
     ),
     "cohere": Dense(
         Tiny(
@@ -182,9 +181,8 @@ DENSE = {
             SQUARE | {"rope_parameters": THETA, "logit_scale": 0.25},
             BASE | NO_HEAD_SIZE | LAYER_NORM | {"rope.scaling.type": "none", "logit_scale": 0.25},
         ),
-        fused=False,
     ),
-    "cohere2": Dense(COHERE2, fused=False),
+    "cohere2": Dense(COHERE2),
     "hunyuan-dense": Dense(
         Tiny(
             "hunyuan-dense",
@@ -193,12 +191,11 @@ DENSE = {
             BASE | {"rope.scaling.type": "none", "rope.scaling.factor": 1.0},
             names={"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"},
         ),
-        fused=False,
     ),
     "olmo2": Dense(
-        Tiny("olmo2", "olmo2", SQUARE | {"rope_parameters": THETA}, BASE | NO_HEAD_SIZE, names=AFTER), fused=False
+        Tiny("olmo2", "olmo2", SQUARE | {"rope_parameters": THETA}, BASE | NO_HEAD_SIZE, names=AFTER),
     ),
-    "olmo3": Dense(OLMO3, fused=False),
+    "olmo3": Dense(OLMO3),
     "exaone4": Dense(
         Tiny(
             "exaone4",
@@ -207,6 +204,5 @@ DENSE = {
             BASE,
             names=AFTER,
         ),
-        fused=False,
     ),
 }

@@ -14,7 +14,7 @@ constexpr int NORM_THREADS = 256;
 constexpr int NORM_GROUPS = Q6K_NORM_GROUPS;
 constexpr int GATE_THREADS = 128;
 
-enum Gate { SILU = 0, GELU_TANH = 1 };
+enum Gate { SILU = 0, GELU_TANH = 1, RELU_SQUARED = 2 };
 
 __device__ __forceinline__ void load_16(const u16* from, uint4 (&raw)[2]) {
   raw[0] = reinterpret_cast<const uint4*>(from)[0];
@@ -55,14 +55,32 @@ __device__ __forceinline__ float block_sum(float value, float* parts) {
   return sum;
 }
 
-__device__ __forceinline__ float sum_of_squares(const float (&values)[NORM_GROUPS][16]) {
+// What the values of a row of k are multiplied with in its norm, before the weights. With `centred` their mean is
+// subtracted from them first; those past k stay zeros.
+__device__ __forceinline__ float inverse_root(float (&values)[NORM_GROUPS][16], bool centred, float epsilon, int k,
+                                              float (&parts)[2][NORM_THREADS / 32]) {
   float sum = 0.0f;
+  if (centred) {
+#pragma unroll
+    for (int i = 0; i < NORM_GROUPS; ++i) {
+#pragma unroll
+      for (int j = 0; j < 16; ++j) sum += values[i][j];
+    }
+    const float mean = block_sum(sum, parts[0]) / (float)k;
+#pragma unroll
+    for (int i = 0; i < NORM_GROUPS; ++i) {
+      if (threadIdx.x + i * NORM_THREADS >= k / 16) break;
+#pragma unroll
+      for (int j = 0; j < 16; ++j) values[i][j] -= mean;
+    }
+    sum = 0.0f;
+  }
 #pragma unroll
   for (int i = 0; i < NORM_GROUPS; ++i) {
 #pragma unroll
     for (int j = 0; j < 16; ++j) sum = fmaf(values[i][j], values[i][j], sum);
   }
-  return sum;
+  return rsqrtf(block_sum(sum, parts[1]) / (float)k + epsilon);
 }
 
 __device__ __forceinline__ void load_weights(const float* from, float (&weights)[16]) {
@@ -78,13 +96,13 @@ __device__ __forceinline__ void load_weights(const float* from, float (&weights)
 // Parameters, all of one row of k values, a multiple of 32, at most 4096 NORM_GROUPS: hidden; delta, or null to add
 // nothing; after, the weight of delta's own norm, or null for none; the norm's weight, or null for none; sum, x, or
 // null; codes and steps, as q6k_quantize writes them, or null; factor, of delta after its norm; scale, of the sum, a
-// 16-bit number; the norms' epsilon. Norms are root mean
-// squares; their weights are fp32. One block. The weights are loaded before the wait, because later the next product's
-// copies keep memory busy.
+// 16-bit number; the norms' epsilon; centred, whether norms subtract the mean before. Norms are
+// root mean squares; their weights are fp32. One block. The weights are loaded before the wait, because later the next
+// product's copies keep memory busy.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     q6k_add_norm(const u16* hidden, const u16* delta, const float* after, const float* weight, u16* sum, u16* x,
-                 u8* codes, float* steps, float factor, float scale, float epsilon, int k) {
-  __shared__ float parts_after[NORM_THREADS / 32], parts[NORM_THREADS / 32];
+                 u8* codes, float* steps, float factor, float scale, float epsilon, int centred, int k) {
+  __shared__ float parts_after[2][NORM_THREADS / 32], parts[2][NORM_THREADS / 32];
   let_dependents_start();
   const int groups = k / 16;
   float weights_after[NORM_GROUPS][16], weights[NORM_GROUPS][16];
@@ -108,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 #pragma unroll
   for (int i = 0; i < NORM_GROUPS; ++i) to_floats(added[i], values[i]);
   if (after != nullptr) {
-    const float inverse = rsqrtf(block_sum(sum_of_squares(values), parts_after) / (float)k + epsilon);
+    const float inverse = inverse_root(values, centred, epsilon, k, parts_after);
 #pragma unroll
     for (int i = 0; i < NORM_GROUPS; ++i) {
       const int group = threadIdx.x + i * NORM_THREADS;
@@ -138,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     if (sum != nullptr) store_16(sum + group * 16, raw);
   }
   float inverse = 1.0f;
-  if (weight != nullptr) inverse = rsqrtf(block_sum(sum_of_squares(values), parts) / (float)k + epsilon);
+  if (weight != nullptr) inverse = inverse_root(values, centred, epsilon, k, parts);
 #pragma unroll
   for (int i = 0; i < NORM_GROUPS; ++i) {
     const int group = threadIdx.x + i * NORM_THREADS;
@@ -156,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 
 // x = gate's activation * up: as 16-bit values, in 8 bits, or both.
 //
-// Parameters, all of one row of k values: gate, up; x, or null; codes and steps, as q6k_quantize writes them, or
+// Parameters, all of one row of k values: gate; up, or null for the activation alone; x, or null; codes and steps, as q6k_quantize writes them, or
 // null; kind, a Gate; k. `gate` and `up` are in rows of `width` values, a multiple of 16, `stride` apart. A thread for
 // each 16.
 extern "C" __global__ void __launch_bounds__(GATE_THREADS)
@@ -170,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(GATE_THREADS)
   if (present) {
     const int at = group * 16 / width * stride + group * 16 % width;
     load_16(gate + at, raw);
-    load_16(up + at, raw_up);
+    if (up != nullptr) load_16(up + at, raw_up);
   }
   float values[16], factors[16];
   to_floats(raw, values);
@@ -180,7 +198,8 @@ extern "C" __global__ void __launch_bounds__(GATE_THREADS)
     const float v = values[j];
     // gelu's tanh(u) is 1 - 2 / (1 + e^2u), so 0.5 (1 + tanh(u)) is the logistic function of 2u.
     const float u = kind == GELU_TANH ? 1.5957691216057308f * fmaf(0.044715f * v * v, v, v) : v;
-    values[j] = __fdividef(v, 1.0f + __expf(-u)) * factors[j];
+    const float activated = kind == RELU_SQUARED ? (v < 0.0f ? 0.0f : v * v) : __fdividef(v, 1.0f + __expf(-u));
+    values[j] = up == nullptr ? activated : activated * factors[j];
   }
   to_halves(values, raw);
   if (x != nullptr && present) store_16(x + group * 16, raw);

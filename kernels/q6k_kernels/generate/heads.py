@@ -8,18 +8,28 @@ import torch
 from torch import Tensor
 
 from q6k_kernels.generate.attention import SCORES_AT_ONCE
+from q6k_kernels.models.layer import NormedPart
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A root mean square norm with its `epsilon` and its whole factor `weight`, float32 (K,)."""
+    """A root mean square norm.
+
+    Attributes:
+        weight: its whole factor, float32 (K,).
+        epsilon: the number that is added to the mean of squares.
+        centred: whether the mean is subtracted before.
+    """
 
     weight: Tensor
     epsilon: float
+    centred: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the norm of (..., K) in fp32."""
         x = x.float()
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon) * self.weight
 
 
@@ -33,14 +43,16 @@ class Heads:
         dim: size of a head.
         scale: factor of the scores.
         softcap: soft cap of the scores, or None.
-        q_norm: norm of each query head with `weight` (dim,), or None.
-        k_norm: norm of each key head with `weight` (dim,) and the epsilon of `q_norm`, or None.
+        q_norm: norm of queries with `weight` (dim,), or (count * dim,) if it is of the whole projection; or None.
+        k_norm: norm of keys, as `q_norm`, with the epsilon of that; or None.
         cosines: cosines of rotary angles, float32 (positions, half the rotated values of a head): the first ones,
             all of them or fewer.
         sines: sines of rotary angles, as `cosines`.
         values_normed: whether each value head has a norm, without weights and with the epsilon of `q_norm`.
         growth: further factors of the scores by the position of the query, float32 (positions,), or None.
         gated: whether each query is followed by a gate, whose logistic function multiplies the head's output.
+        normed: what `q_norm` and `k_norm` are norms of.
+        neighbours: whether neighbours rotate, rather than the halves of what rotates.
     """
 
     count: int
@@ -55,6 +67,8 @@ class Heads:
     values_normed: bool = False
     growth: Tensor | None = None
     gated: bool = False
+    normed: NormedPart = "head"
+    neighbours: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,11 +106,11 @@ def attended(
         (M, count * dim).
     """
     queries, *gate = q.view(len(q), heads.count, -1, heads.dim).unbind(2)
-    queries = _rotated(_normed(queries, heads.q_norm), heads, position)
+    queries = _turned(queries, heads.q_norm, heads, position)
     new = None
     if k is not None and v is not None:
         key, value = (each.view(len(q), heads.key_heads, heads.dim) for each in (k, v))
-        key = _rotated(_normed(key, heads.k_norm), heads, position)
+        key = _turned(key, heads.k_norm, heads, position)
         if heads.values_normed and heads.q_norm is not None:
             value = _normed(value, Norm(torch.ones(heads.dim, device=v.device), heads.q_norm.epsilon))
         new = key.transpose(0, 1), value.transpose(0, 1)
@@ -116,6 +130,14 @@ def attended(
         outs.append((weights @ values.float()[:, None]).to(q.dtype).permute(2, 0, 1, 3).flatten(1, 2))
     out = torch.cat(outs)
     return (out * gate[0].sigmoid() if heads.gated else out).flatten(1)
+
+
+def _turned(vectors: Tensor, norm: Norm | None, heads: Heads, position: Tensor) -> Tensor:
+    """Return queries or keys, (M, heads, dim), with their norm and rotated, of positions, int64 (M,)."""
+    if heads.normed == "rotated head":
+        return _normed(_rotated(vectors, heads, position), norm)
+    whole = vectors.flatten(1) if heads.normed == "projection" else vectors
+    return _rotated(_normed(whole, norm).view_as(vectors), heads, position)
 
 
 def _normed(vectors: Tensor, norm: Norm | None) -> Tensor:
@@ -149,9 +171,11 @@ def _stored(cached: Cached, new: tuple[Tensor, Tensor] | None, position: Tensor)
 
 
 def _rotated(vectors: Tensor, heads: Heads, position: Tensor) -> Tensor:
-    """Rotate the halves of what rotates of each head, (M, heads, dim), by the angles of positions, int64 (M,)."""
-    cosines, sines = (table[position].repeat(1, 2)[:, None] for table in (heads.cosines, heads.sines))
-    turning, fixed = vectors.tensor_split([cosines.shape[-1]], dim=-1)
-    one, other = turning.float().chunk(2, dim=-1)
-    turned = turning.float() * cosines + torch.cat([-other, one], dim=-1) * sines
-    return torch.cat([turned.to(vectors.dtype), fixed], dim=-1)
+    """Rotate the pairs of what rotates of each head, (M, heads, dim), by the angles of positions, int64 (M,)."""
+    cosines, sines = (table[position][:, None] for table in (heads.cosines, heads.sines))
+    turning, fixed = vectors.float().tensor_split([2 * cosines.shape[-1]], dim=-1)
+    pairs = (-1, 2) if heads.neighbours else (2, -1)
+    of_pair = pairs.index(2) - 2
+    one, other = turning.reshape(*turning.shape[:-1], *pairs).unbind(of_pair)
+    turned = torch.stack([one * cosines - other * sines, other * cosines + one * sines], of_pair)
+    return torch.cat([turned.flatten(-2), fixed], dim=-1).to(vectors.dtype)

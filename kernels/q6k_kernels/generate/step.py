@@ -25,7 +25,8 @@ from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.mixture import Mixture
 from q6k_kernels.generate.step_layers import Layers, Projections, Routed, StepLayer
 from q6k_kernels.generate.step_reference import ProductInput, TokenChoice, capped
-from q6k_kernels.models.architecture import SLIDING, Activation, attached
+from q6k_kernels.models.architecture import SLIDING, attached
+from q6k_kernels.models.layer import Activation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +48,7 @@ class StepOperations(Protocol):
         scale: float = 1.0,
     ) -> tuple[Tensor, ProductInput]: ...
     def gate(  # noqa: D102
-        self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]
+        self, gate: Tensor, up: Tensor | None, activation: Activation, users: list[nn.Module]
     ) -> ProductInput: ...
     def supports_experts(self, module: nn.Module, experts: int, top: int) -> str: ...  # noqa: D102
     def route(  # noqa: D102
@@ -142,8 +143,8 @@ class Step:
         multipliers = architecture.multipliers
         self._of_embedding = config.embedding_multiplier if multipliers else 1.0
         self._of_summands = config.residual_multiplier if multipliers else 1.0
-        # What divides the logits may as well divide the head's input.
-        self._norm = make.norm(inner.norm, 1 / config.logits_scaling if multipliers else 1.0)
+        # A factor of the logits may as well be one of the head's input.
+        self._norm = make.norm(inner.norm, architecture.factor_of_logits(config))
         self._layers = [make.layer(*each) for each in zip(inner.layers, cache.kinds, strict=True)]
         self._last_stored = max(cache.source)
         """The last layer that writes to the cache."""
@@ -209,19 +210,21 @@ class Step:
         scale = 1.0
         of_layers = self._embeddings_of_layers(given.tokens, hidden)
         for index, layer in enumerate(self._layers):
-            run = given.run
-            hidden, x = self._add_norm(given, hidden, delta, after, layer.norm, layer.inputs.modules, scale)
-            x = self._mixed(given, index, layer, self._project(given, layer.inputs, x))
+            run, users = given.run, layer.of_network
+            beside, behind = (users, []) if layer.parallel else ([], users)
+            seeing = [*layer.inputs.modules, *beside]
+            hidden, first = self._add_norm(given, hidden, delta, after, layer.norm, seeing, scale)
+            x = self._mixed(given, index, layer, self._project(given, layer.inputs, first))
             if index == self._last_stored and given.start is not None:
                 if stored_only:
                     return x
                 # No token will see the others again, only what is stored of them.
-                given, hidden, x = given.end, hidden[-1:], x.end
+                given, hidden, first, x = given.end, hidden[-1:], first.end, x.end
                 of_layers = [each[-1:] for each in of_layers]
             delta, after = run.multiply(layer.output, x), layer.after_attention
-            users = [*layer.gate_up.modules, *([layer.mixture.experts] if layer.mixture is not None else [])]
-            hidden, normed = self._add_norm(given, hidden, delta, after, layer.norm_between, users)
-            delta, after, scale = self._network(given, layer, normed), layer.after, layer.scale
+            hidden, second = self._add_norm(given, hidden, delta, after, layer.norm_between, behind)
+            delta = self._network(given, layer, first if layer.parallel else second)
+            after, scale = layer.after, layer.scale
             if layer.routed is not None:
                 delta = self._with_experts(given, layer.routed, hidden, delta)
             if (end := layer.by_token) is not None:
@@ -236,8 +239,8 @@ class Step:
         """Compute a layer's network, its mixture of experts, or both."""
         run, out = given.run, None
         if layer.down is not None:
-            gate, up = self._project(given, layer.gate_up, x)
-            gated = run.gate(gate, up, self._architecture.activation, [layer.down])
+            gate, *up = self._project(given, layer.gate_up, x)
+            gated = run.gate(gate, up[0] if up else None, self._architecture.activation, [layer.down])
             out = run.multiply(layer.down, gated)
         if layer.mixture is not None:
             out = run.mix(x, layer.mixture, out)

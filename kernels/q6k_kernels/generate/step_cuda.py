@@ -26,7 +26,7 @@ from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.mixture import Mixture
 from q6k_kernels.generate.step_reference import ProductInput, TokenChoice, TorchOperations, capped
 from q6k_kernels.jit import loader
-from q6k_kernels.models.architecture import Activation
+from q6k_kernels.models.layer import Activation
 from q6k_kernels.weights.experts import PackedExperts
 from q6k_kernels.weights.layers import PackedLinear
 
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 STEP, ADD_NORM, GATE = "step.cuh", "q6k_add_norm", "q6k_gate"
 CHOOSE_FILE, CHOOSE = "choose.cuh", "q6k_choose"
 NORM_THREADS, GATE_THREADS = 256, 128
-NORM_GROUPS = (1, 2)
+NORM_GROUPS = (1, 2, 3)
 MOST_NORM = 16 * NORM_THREADS * NORM_GROUPS[-1]
 CHOOSE_THREADS, CHOOSE_VALUES, CHOOSE_BLOCKS = 128, 8, 256
 """Threads of a block, logits that a thread reads at once, and the most blocks; as in `cuda/choose.cuh`."""
-GATES = {"silu": 0, "gelu_tanh": 1}
+GATES = {"silu": 0, "gelu_tanh": 1, "relu_squared": 2}
 """Activation -> its number in the enum `Gate` of `cuda/step.cuh`."""
-_ADD_NORM, _GATE = struct.Struct("@PPPPPPPPfffi"), struct.Struct("@PPPPPiiii")
+_ADD_NORM, _GATE = struct.Struct("@PPPPPPPPfffii"), struct.Struct("@PPPPPiiii")
 _CHOOSE = struct.Struct("@PPPPPPPPffi")
 
 
@@ -73,6 +73,8 @@ class Kernels:
             return delta_cuda.unsupported(heads)
         if heads.dim not in attend_cuda.HEAD_DIMS:
             return f"heads of {heads.dim} values: expected {', '.join(map(str, attend_cuda.HEAD_DIMS))}"
+        if heads.neighbours or heads.normed != "head":
+            return "heads of which neighbours rotate, or with other norms than those of a head before it rotates"
         return ""
 
     def supports_experts(self, module: nn.Module, experts: int, top: int) -> str:
@@ -116,14 +118,15 @@ class Kernels:
                 factor,
                 1.0 if delta is None else scale,
                 next((each.epsilon for each in (norm, after) if each is not None), 0.0),
+                int(any(each is not None and each.centred for each in (norm, after))),
                 hidden.shape[-1],
             ),
         )
         return total, out
 
-    def gate(self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]) -> ProductInput:
+    def gate(self, gate: Tensor, up: Tensor | None, activation: Activation, users: list[nn.Module]) -> ProductInput:
         """Launch the activation function of `gate` times `up`, see `step_reference`: rows are a token's experts."""
-        out, given = self._activations(gate.numel(), users), (gate.data_ptr(), up.data_ptr())
+        out, given = self._activations(gate.numel(), users), (gate.data_ptr(), _pointer(up))
         self._launch(
             (STEP, GATE, self._macros),
             (-(-gate.numel() // (16 * GATE_THREADS)), 1, 1),

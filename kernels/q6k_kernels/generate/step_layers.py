@@ -17,9 +17,10 @@ from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.mixture import Mixture, mixture_of
 from q6k_kernels.models.architecture import LINEAR, Architecture
 from q6k_kernels.models.fusing import GATE_UP, IN_PROJ, QK, QKV, Group, ReorderedInput, Stacks
+from q6k_kernels.models.layer import Angles
 
-Q = Group("q_proj", ("q_proj",))
-"""The projection of a layer that uses the keys and values of an earlier one."""
+Q, UP = Group("q_proj", ("q_proj",)), Group("up_proj", ("up_proj",))
+"""The projections of a layer that uses the keys and values of an earlier one, and of a network without a gate."""
 ANGLES_AT_ONCE = 8192
 """Positions whose angles are computed at once."""
 
@@ -71,13 +72,13 @@ class StepLayer:
     """A layer: what mixes a token with those before it, and the feed-forward network.
 
     Attributes:
-        norm: norm before the mixing.
+        norm: norm before the mixing, or None.
         inputs: projections of what is mixed.
         heads: attention's heads, or those of a gated delta net.
         output: projection of what was mixed.
         after_attention: norm after it, or None.
-        norm_between: norm before the network.
-        gate_up: projections of the network's gate and of what it gates.
+        norm_between: norm before the network, or None.
+        gate_up: projections of the network's gate and of what it gates; one if it has no gate.
         between: width between those and `down`.
         down: projection of the gated; None if the layer has no network but a mixture.
         routed: experts beside the network, with norms of their own, or None.
@@ -85,14 +86,15 @@ class StepLayer:
         by_token: the end of a layer with embeddings of its own, or None.
         scale: factor of the layer's result.
         mixture: experts, or None; a network beside them is the expert that all tokens share.
+        parallel: whether the network sees what the mixing sees, rather than its result.
     """
 
-    norm: Norm
+    norm: Norm | None
     inputs: Projections
     heads: Heads | DeltaHeads
     output: nn.Module
     after_attention: Norm | None
-    norm_between: Norm
+    norm_between: Norm | None
     gate_up: Projections
     between: int
     down: nn.Module | None
@@ -101,6 +103,12 @@ class StepLayer:
     by_token: ByToken | None
     scale: float
     mixture: Mixture | None
+    parallel: bool
+
+    @property
+    def of_network(self) -> list[nn.Module]:
+        """The modules that see the network's input."""
+        return [*self.gate_up.modules, *([] if self.mixture is None else [self.mixture.experts])]
 
 
 class Layers:
@@ -114,51 +122,56 @@ class Layers:
     """
 
     def __init__(self, architecture: Architecture, config: Any, inner: Any, cache: KeyValueCache) -> None:
-        self._architecture, self._config, self._epsilon = architecture, config, float(config.rms_norm_eps)
+        self._architecture, self._config = architecture, config
+        self._epsilon = float(config.layer_norm_eps if architecture.norms.centred else config.rms_norm_eps)
         self._growth = _growth(architecture.growth_of_queries(config), cache)
+        rotary, form = inner.rotary_emb, architecture.rotation.angles
+        # Kinds of layers may each have their own angles.
         self._angles = {
-            kind: _angles(inner.rotary_emb, (kind,) if architecture.angles_by_kind else (), cache)
+            kind: _angles(rotary, (kind,) if kind in config.rope_parameters else (), form, cache)
             for kind in set(cache.kinds) - {LINEAR}
         }
 
     def layer(self, layer: Any, kind: str) -> StepLayer:
         """Return a layer of transformers of a kind."""
-        config, angles = self._config, self._angles.get(kind)
-        mixes, after = hasattr(layer.mlp, "experts"), self._architecture.norms_after
+        config, angles, norms = self._config, self._angles.get(kind), self._architecture.norms
+        mixes = hasattr(layer.mlp, "experts")
         network = getattr(layer.mlp, "shared_expert", None) if mixes else layer.mlp
         inputs, heads, output = (
             _delta_net(layer.linear_attn) if angles is None else self._attention(layer.self_attn, angles)
         )
-        # In transformers' Llama the norm before the feed-forward network is named `post_attention_layernorm`.
-        between = layer.pre_feedforward_layernorm if after else layer.post_attention_layernorm
         width = 0 if network is None else network.down_proj.in_features
+        group = GATE_UP if self._architecture.gated_network else UP
         return StepLayer(
-            norm=self.norm(layer.input_layernorm),
+            norm=self._named(layer, norms.before),
             inputs=inputs,
             heads=heads,
             output=output,
-            after_attention=self.norm(layer.post_attention_layernorm) if after else None,
-            norm_between=self.norm(between),
-            gate_up=Projections([], []) if network is None else _projections(network, GATE_UP, [width] * 2),
+            after_attention=self._named(layer, norms.after_attention),
+            norm_between=self._named(layer, norms.between),
+            gate_up=(
+                Projections([], []) if network is None else _projections(network, group, [width] * len(group.parts))
+            ),
             between=width,
             down=None if network is None else network.down_proj,
             routed=self._routed(layer) if getattr(config, "enable_moe_block", False) else None,
-            after=self.norm(layer.post_feedforward_layernorm) if after else None,
+            after=self._named(layer, norms.after),
             by_token=self._by_token(layer) if getattr(config, "hidden_size_per_layer_input", 0) else None,
             scale=float(layer.layer_scalar) if self._architecture.scaled_layers else 1.0,
             mixture=mixture_of(layer.mlp) if mixes else None,
+            parallel=norms.parallel,
         )
 
     def _attention(self, attention: Any, angles: tuple[Tensor, Tensor]) -> tuple[Projections, Heads, nn.Module]:
-        config, head_norms = self._config, self._architecture.head_norms
-        gated = self._architecture.gated_attention
+        config, norms = self._config, self._architecture.head_norms
+        gated, rotation = self._architecture.gated_attention, self._architecture.rotation
         dim, count = attention.head_dim, config.num_attention_heads
         key_heads = count // attention.num_key_value_groups
         joined = not hasattr(attention, "q_proj")  # in the file already
         has_keys = joined or hasattr(attention, "k_proj")
         has_values = joined or getattr(attention, "v_proj", None) is not None
         group = QKV if has_values else QK if has_keys else Q
-        if self._architecture.unrotated_layers and not attention.use_rope:
+        if not rotation.rotates(attention):
             angles = torch.ones_like(angles[0]), torch.zeros_like(angles[1])
         heads = Heads(
             count=count,
@@ -166,13 +179,15 @@ class Layers:
             dim=dim,
             scale=attention.scaling,
             softcap=self._architecture.softcap_of_scores(config),
-            q_norm=self.norm(attention.q_norm) if head_norms else None,
-            k_norm=self.norm(attention.k_norm) if head_norms and has_keys else None,
+            q_norm=None if norms is None else self._named(attention, norms.q),
+            k_norm=None if norms is None or not has_keys else self._named(attention, norms.k),
             cosines=angles[0],
             sines=angles[1],
             values_normed=self._architecture.value_norms,
             growth=self._growth,
             gated=gated,
+            normed="head" if norms is None else norms.part,
+            neighbours=rotation.neighbours,
         )
         widths = [count * dim * (1 + gated), key_heads * dim, key_heads * dim][: len(group.parts)]
         return _projections(attention, group, widths), heads, attention.o_proj
@@ -198,7 +213,10 @@ class Layers:
     def norm(self, module: Any, factor: float = 1.0) -> Norm:
         """Return a norm of transformers, its weights multiplied by a factor."""
         weight = (module.weight.detach().float() + self._architecture.norm_offset) * factor
-        return Norm(weight.contiguous(), self._epsilon)
+        return Norm(weight.contiguous(), self._epsilon, self._architecture.norms.centred)
+
+    def _named(self, module: Any, name: str) -> Norm | None:
+        return self.norm(getattr(module, name)) if name else None
 
 
 def _delta_net(net: Any) -> tuple[Projections, DeltaHeads, nn.Module]:
@@ -225,8 +243,8 @@ def _projections(module: Any, group: Group, widths: list[int]) -> Projections:
     return Projections(list(joined.layers) if isinstance(joined, Stacks) else [joined], widths)
 
 
-def _angles(rotary: Any, kind: tuple[str, ...], cache: KeyValueCache) -> tuple[Tensor, Tensor]:
-    """Compute the cosines and sines of the rotary angles of all positions, float32 (slots, dim / 2)."""
+def _angles(rotary: Any, kind: tuple[str, ...], form: Angles, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
+    """Compute the cosines and sines of the rotary angles of all positions, float32 (slots, pairs of a head)."""
     tables: tuple[list[Tensor], list[Tensor]] = [], []
     dtype_of = torch.empty(0, device=cache.device)
     for begin in range(0, cache.slots, ANGLES_AT_ONCE):
@@ -234,7 +252,8 @@ def _angles(rotary: Any, kind: tuple[str, ...], cache: KeyValueCache) -> tuple[T
         # Positions in time, height and width, where transformers tells them apart: equal in a text.
         given = positions.expand(3, 1, -1) if hasattr(rotary, "mrope_section") else positions[None]
         for table, both in zip(tables, rotary(dtype_of, given, *kind), strict=True):
-            table.append(both[0, :, : both.shape[-1] // 2])
+            angles = both[0]
+            table.append({"halves": angles.chunk(2, -1)[0], "neighbours": angles[:, ::2], "once": angles}[form])
     cosines, sines = (torch.cat(table).contiguous() for table in tables)
     return cosines, sines
 

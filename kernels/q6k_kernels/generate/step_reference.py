@@ -6,12 +6,14 @@ dtype. Computations are in fp32 and round where a layer of transformers rounds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, relu, silu
 
 from q6k_kernels.generate import sampling
 from q6k_kernels.generate.delta import DeltaHeads, delta_net
@@ -19,10 +21,18 @@ from q6k_kernels.generate.filters import Filters
 from q6k_kernels.generate.heads import Cached, Heads, Norm, attended
 from q6k_kernels.generate.likelihoods import Likelihoods
 from q6k_kernels.generate.mixture import Mixture, mixed
-from q6k_kernels.models.architecture import Activation
+from q6k_kernels.models.layer import Activation
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu_tanh": partial(gelu, approximate="tanh"),
+    "relu_squared": lambda x: relu(x).square(),
+}
+"""Activation functions by name."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +133,15 @@ class TorchOperations:
             hidden = torch.add(hidden, delta, alpha=factor) * scale
         return hidden, _plain(hidden if norm is None else norm(hidden).to(hidden.dtype))
 
-    def gate(self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]) -> ProductInput:
-        """Compute the activation function of `gate` times `up`, both (M, K) of rows that may lie apart."""
+    def gate(self, gate: Tensor, up: Tensor | None, activation: Activation, users: list[nn.Module]) -> ProductInput:
+        """Compute the activation function of `gate` times `up`, both (M, K) of rows that may lie apart.
+
+        Without `up` the result is the activation function of `gate`.
+        """
         del users
-        x = gate.float()
-        activated = silu(x) if activation == "silu" else gelu(x, approximate="tanh")
-        return _plain((activated * up.float()).to(gate.dtype))
+        activated = ACTIVATIONS[activation](gate.float())
+        gated = activated if up is None else activated * up.float()
+        return _plain(gated.to(gate.dtype))
 
     def route(self, logits: Tensor, scales: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
         """Choose each token's experts.

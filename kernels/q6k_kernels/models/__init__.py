@@ -8,6 +8,7 @@ __all__ = [
     "cache_layout",
     "delta_net",
     "fusing",
+    "layer",
     "mixtures",
     "quantizer",
     "registry",

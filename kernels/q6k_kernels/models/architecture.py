@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from q6k_kernels.bundle.metadata import Metadata
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.models.hyperparameters import ONLY_FUNCTIONS, PREDICTION, Keys, Shapes
+from q6k_kernels.models.layer import HALVES_ROTATE, NORMS_BEFORE, Activation, HeadNorms, LayerNorms, Rotation
 from q6k_kernels.models.sizes import sizes
 from q6k_kernels.models.stored import AS_IT_IS, Stored
 
@@ -31,7 +32,6 @@ _ENCODERS = ("v.", "mm.", "a.")
 _BLOCK = re.compile(r"^blk\.(\d{1,9})\.")
 _OF_LAYER, _PARAMETER_OF_LAYER = re.compile(r"^blk\.\d+\."), re.compile(r"^model\.layers\.\d+\.")
 
-Activation = Literal["silu", "gelu_tanh"]
 Values = dict[str, Any]
 LayerKind = tuple[str, bool]
 """The kind of a layer: transformers' name of its attention, and whether it uses another layer's keys and values."""
@@ -54,19 +54,20 @@ class Architecture:
         own_rotary: whether rotary embeddings are `rotary.HeadRotary`, and a file may have factors for it.
         factors_of: kind of layers whose frequencies it divides; by default all.
         norm_offset: number that GGUF adds to the weights of norms; transformers adds it in the norm instead.
-        norms_after: whether attention and feed-forward network have a norm after them as well as before.
-        head_norms: whether each head of q and k has a norm.
+        norms: the norms of a layer.
+        head_norms: the norms of q and k, or None.
         gated_attention: whether each head of q comes with a gate of the head's output.
         value_norms: whether each head of v has a norm, one without weights.
         scaled_layers: whether the output of each layer is multiplied by a number of the file.
-        activation: activation function of the gate in the feed-forward network.
+        activation: activation function of the gate in the feed-forward network, or of a network without a gate.
+        gated_network: whether the feed-forward network has a gate.
         scaled_embedding: whether the rows of the embedding are multiplied by a constant.
         capped_scores: whether attention scores may have a soft cap, `attn_logit_softcapping`.
         capped_logits: whether logits may have a soft cap, `final_logit_softcapping`.
         multipliers: whether embeddings, residual summands and logits are scaled by Granite's fields.
-        unrotated_layers: whether some layers have no rotary embeddings, those without transformers' `use_rope`.
+        scaled_logits: whether logits are multiplied by `logit_scale`.
+        rotation: how heads rotate.
         growing_queries: whether queries may be multiplied by a number that grows with their position.
-        angles_by_kind: whether layers with a sliding window have their own rotary angles.
         adapt: changes modules of transformers' model before it is filled.
         stepped: whether our own decoding step (`generate.step`) computes its layers.
     """
@@ -82,19 +83,20 @@ class Architecture:
     own_rotary: bool = False
     factors_of: str = ""
     norm_offset: float = 0.0
-    norms_after: bool = False
-    head_norms: bool = False
+    norms: LayerNorms = NORMS_BEFORE
+    head_norms: HeadNorms | None = None
     gated_attention: bool = False
     value_norms: bool = False
     scaled_layers: bool = False
     activation: Activation = "silu"
+    gated_network: bool = True
     scaled_embedding: bool = False
     capped_scores: bool = False
     capped_logits: bool = False
     multipliers: bool = False
-    unrotated_layers: bool = False
+    scaled_logits: bool = False
+    rotation: Rotation = HALVES_ROTATE
     growing_queries: bool = False
-    angles_by_kind: bool = False
     adapt: Callable[[PreTrainedModel], None] | None = None
     stepped: bool = True
 
@@ -114,6 +116,12 @@ class Architecture:
     def softcap_of_logits(self, config: PretrainedConfig) -> float | None:
         """Return the soft cap of a model's logits; None if there is none."""
         return config.final_logit_softcapping if self.capped_logits else None
+
+    def factor_of_logits(self, config: PretrainedConfig) -> float:
+        """Return the factor of a model's logits."""
+        if self.multipliers:
+            return 1 / float(config.logits_scaling)
+        return float(config.logit_scale) if self.scaled_logits else 1.0
 
     def growth_of_queries(self, config: PretrainedConfig) -> tuple[float, int] | None:
         """Return b and n if a query at position p is multiplied by 1 + b ln(1 + floor(p / n)); else None."""

@@ -6,10 +6,13 @@ too; in cohere2 only in layers with a window. Logits have a factor.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from q6k_kernels.models.architecture import Architecture, Values, biases
 from q6k_kernels.models.hyperparameters import LOGIT_SCALE, WINDOW, Keys, Shapes, scaled_rope
+from q6k_kernels.models.layer import LayerNorms, Rotation
 from q6k_kernels.models.sizes import sizes
 from q6k_kernels.models.windows import windows
 
@@ -35,8 +38,26 @@ def _cohere2(keys: Keys, shapes: Shapes, values: Values) -> tuple[str, Values]:
     }
 
 
-_SIZES = partial(sizes, epsilon="attention.layer_norm_epsilon")
+def _has_window(attention: Any) -> bool:
+    return attention.sliding_window is not None
+
+
+_COHERE = Architecture(
+    "command-r",
+    _cohere,
+    sizes=partial(sizes, epsilon="attention.layer_norm_epsilon"),
+    used=frozenset({LOGIT_SCALE}),
+    norms=LayerNorms(between="", parallel=True, centred=True),
+    scaled_logits=True,
+    rotation=Rotation(neighbours=True, angles="neighbours"),
+)
 ROWS = (
-    Architecture("command-r", _cohere, sizes=_SIZES, used=frozenset({LOGIT_SCALE}), stepped=False),
-    Architecture("cohere2", _cohere2, sizes=_SIZES, used=frozenset({LOGIT_SCALE, WINDOW}), stepped=False),
+    _COHERE,
+    replace(
+        _COHERE,
+        name="cohere2",
+        describe=_cohere2,
+        used=frozenset({LOGIT_SCALE, WINDOW}),
+        rotation=replace(_COHERE.rotation, rotates=_has_window),
+    ),
 )

@@ -17,6 +17,7 @@ from q6k_kernels.models.hyperparameters import (
     rope,
     scaled_rope,
 )
+from q6k_kernels.models.layer import NORMS_AROUND, HeadNorms
 from q6k_kernels.models.windows import windows
 
 
@@ -75,7 +76,7 @@ ROWS = (
         _gemma2,
         used=frozenset({WINDOW, SCORE_SCALE, SCORE_CAP, LOGIT_CAP}),
         norm_offset=1.0,
-        norms_after=True,
+        norms=NORMS_AROUND,
         activation="gelu_tanh",
         scaled_embedding=True,
         capped_scores=True,
@@ -86,11 +87,10 @@ ROWS = (
         _gemma3,
         used=frozenset({WINDOW, SCORE_SCALE, LOGIT_CAP}),
         norm_offset=1.0,
-        norms_after=True,
-        head_norms=True,
+        norms=NORMS_AROUND,
+        head_norms=HeadNorms(),
         activation="gelu_tanh",
         scaled_embedding=True,
         capped_logits=True,
-        angles_by_kind=True,
     ),
 )

@@ -25,6 +25,7 @@ from q6k_kernels.models.hyperparameters import (
     Shapes,
     rope,
 )
+from q6k_kernels.models.layer import NORMS_AROUND, HeadNorms
 from q6k_kernels.models.sizes import common_sizes, matrix
 from q6k_kernels.models.stored import Stored
 
@@ -148,13 +149,12 @@ ROWS = (
         sizes=_sizes,
         frequency_factors=True,
         factors_of=FULL,
-        norms_after=True,
-        head_norms=True,
+        norms=NORMS_AROUND,
+        head_norms=HeadNorms(),
         value_norms=True,
         scaled_layers=True,
         activation="gelu_tanh",
         scaled_embedding=True,
         capped_logits=True,
-        angles_by_kind=True,
     ),
 )

@@ -1,4 +1,7 @@
-"""GLM 4 of April 2025: transformers' glm4, with norms before and after each part, and gate and up in one tensor."""
+"""GLM 4 of April 2025: transformers' glm4, with norms before and after each part, and gate and up in one tensor.
+
+Neighbours rotate, in transformers too.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from functools import partial
 
 from q6k_kernels.models.architecture import Architecture, Values, biases
 from q6k_kernels.models.hyperparameters import ROTARY, Keys, Shapes, rotated_part, scaled_rope
+from q6k_kernels.models.layer import LayerNorms, Rotation
 from q6k_kernels.models.sizes import sizes
 
 
@@ -15,6 +19,12 @@ def _glm4(keys: Keys, shapes: Shapes, values: Values) -> tuple[str, Values]:
 
 
 ROWS = (
-    # Neighbours rotate, in transformers too, so there is no step of ours.
-    Architecture("glm4", _glm4, sizes=partial(sizes, joined_up=True), used=frozenset({ROTARY}), stepped=False),
+    Architecture(
+        "glm4",
+        _glm4,
+        sizes=partial(sizes, joined_up=True),
+        used=frozenset({ROTARY}),
+        norms=LayerNorms(after_attention="post_self_attn_layernorm", after="post_mlp_layernorm"),
+        rotation=Rotation(neighbours=True),
+    ),
 )

@@ -5,8 +5,11 @@ The layers of InternLM 2, EXAONE 3 and dense ERNIE 4.5 are Llama's.
 
 from __future__ import annotations
 
+from typing import Any
+
 from q6k_kernels.models.architecture import Architecture, Values, biases
 from q6k_kernels.models.hyperparameters import Keys, Shapes, scaled_rope
+from q6k_kernels.models.layer import HeadNorms, Rotation
 from q6k_kernels.models.stored import INTERLEAVED_HEADS
 
 _UNROTATED = 4
@@ -26,6 +29,10 @@ def _smollm3(keys: Keys, shapes: Shapes, _: Values) -> tuple[str, Values]:
     }
 
 
+def _uses_rope(attention: Any) -> bool:
+    return bool(attention.use_rope)
+
+
 def _seed_oss(keys: Keys, shapes: Shapes, _: Values) -> tuple[str, Values]:
     return "seed_oss", {"rope_parameters": scaled_rope(keys), **biases(shapes)}
 
@@ -43,10 +50,19 @@ ROWS = (
     Architecture("exaone", _llama, tensor_names="llama", frequency_factors=True),
     # In transformers' ernie4_5 neighbours rotate, which is all that differs.
     Architecture("ernie4_5", _llama, tensor_names="llama", stored=INTERLEAVED_HEADS),
-    Architecture("smollm3", _smollm3, stored=INTERLEAVED_HEADS, unrotated_layers=True),
+    Architecture("smollm3", _smollm3, stored=INTERLEAVED_HEADS, rotation=Rotation(rotates=_uses_rope)),
     Architecture("seed_oss", _seed_oss),
-    # Feed-forward networks without a gate.
-    Architecture("arcee", _arcee, stored=INTERLEAVED_HEADS, frequency_factors=True, stepped=False),
-    # Norms of q and k after their rotation.
-    Architecture("hunyuan-dense", _hunyuan, stepped=False),
+    Architecture(
+        "arcee",
+        _arcee,
+        stored=INTERLEAVED_HEADS,
+        frequency_factors=True,
+        activation="relu_squared",
+        gated_network=False,
+    ),
+    Architecture(
+        "hunyuan-dense",
+        _hunyuan,
+        head_norms=HeadNorms(q="query_layernorm", k="key_layernorm", part="rotated head"),
+    ),
 )

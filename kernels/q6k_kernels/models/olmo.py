@@ -5,8 +5,11 @@ GGUF calls both OLMo olmo2; OLMo 3 has sliding windows. Its norms of q and k are
 
 from __future__ import annotations
 
+from typing import Any
+
 from q6k_kernels.models.architecture import FULL, SLIDING, Architecture, Values, biases
 from q6k_kernels.models.hyperparameters import WINDOW, Keys, Shapes, rope, scaled_rope
+from q6k_kernels.models.layer import NORMS_AFTER, HeadNorms, Rotation
 from q6k_kernels.models.windows import windows
 
 _LAYERS_OF_32B = 64
@@ -35,7 +38,25 @@ def _exaone4(keys: Keys, _: Shapes, values: Values) -> tuple[str, Values]:
     return "exaone4", {"rope_parameters": scaled_rope(keys), **slides}
 
 
+def _rotates(attention: Any) -> bool:
+    return attention.sliding_window is None or attention.is_sliding
+
+
 ROWS = (
-    Architecture("olmo2", _olmo2, used=frozenset({WINDOW}), stepped=False),
-    Architecture("exaone4", _exaone4, used=frozenset({WINDOW}), frequency_factors=True, stepped=False),
+    Architecture(
+        "olmo2",
+        _olmo2,
+        used=frozenset({WINDOW}),
+        norms=NORMS_AFTER,
+        head_norms=HeadNorms(part="projection"),
+    ),
+    Architecture(
+        "exaone4",
+        _exaone4,
+        used=frozenset({WINDOW}),
+        frequency_factors=True,
+        norms=NORMS_AFTER,
+        head_norms=HeadNorms(),
+        rotation=Rotation(rotates=_rotates),
+    ),
 )

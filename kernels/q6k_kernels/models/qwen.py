@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from q6k_kernels.models.architecture import Architecture, Values, biases
 from q6k_kernels.models.hyperparameters import SECTIONS, Keys, Shapes, scaled_rope
+from q6k_kernels.models.layer import HeadNorms
 
 
 def _check_sections(keys: Keys) -> None:
@@ -38,6 +39,6 @@ _SECTIONS = frozenset({SECTIONS})
 ROWS = (
     Architecture("qwen2", _qwen2),
     Architecture("qwen2vl", _qwen2vl, used=_SECTIONS),
-    Architecture("qwen3", _qwen3, head_norms=True),
-    Architecture("qwen3vl", _qwen3vl, used=_SECTIONS, head_norms=True),
+    Architecture("qwen3", _qwen3, head_norms=HeadNorms()),
+    Architecture("qwen3vl", _qwen3vl, used=_SECTIONS, head_norms=HeadNorms()),
 )

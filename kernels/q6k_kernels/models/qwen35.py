@@ -28,6 +28,7 @@ from q6k_kernels.models.hyperparameters import (
     Shapes,
     scaled_rope,
 )
+from q6k_kernels.models.layer import HeadNorms
 from q6k_kernels.models.sizes import common_sizes, head_sizes, matrix, mixture_sizes, sizes
 from q6k_kernels.models.stored import AS_IT_IS, Stored
 
@@ -160,7 +161,7 @@ _DENSE = Architecture(
         "ssm_out.weight": Stored(inputs=value_inputs),
     },
     norm_offset=1.0,
-    head_norms=True,
+    head_norms=HeadNorms(),
     sizes=partial(sizes, gated=True),
     gated_attention=True,
 )

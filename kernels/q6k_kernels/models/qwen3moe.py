@@ -10,6 +10,7 @@ from typing import Any
 
 from q6k_kernels.models.architecture import Architecture, Values, biases
 from q6k_kernels.models.hyperparameters import EXPERTS, EXPERTS_USED, Keys, Shapes, scaled_rope
+from q6k_kernels.models.layer import HeadNorms
 from q6k_kernels.models.sizes import common_sizes, head_sizes, mixture_sizes
 from q6k_kernels.models.stored import SEPARATE
 
@@ -37,6 +38,6 @@ ROWS = (
         used=frozenset({EXPERTS, EXPERTS_USED}),
         renamed=SEPARATE,
         sizes=_sizes,
-        head_norms=True,
+        head_norms=HeadNorms(),
     ),
 )

@@ -1,0 +1,70 @@
+"""A step's kernels of norms and gates on the emulated GPU, against the same in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import cuda_emulator
+
+torch = pytest.importorskip("torch")
+
+from torch import Tensor, nn
+
+from cuda_emulator.memory import emulate
+from q6k_kernels.cpp.variants import device_like
+from q6k_kernels.generate.heads import Norm
+from q6k_kernels.generate.step_cuda import Kernels
+from q6k_kernels.generate.step_reference import TorchOperations
+from q6k_kernels.models.layer import Activation
+
+pytestmark = cuda_emulator.requires_compiler
+USERS: list[nn.Module] = [nn.Identity()]
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[torch.dtype], Kernels]]:
+    memory = emulate(monkeypatch, device_like(90))
+    yield lambda dtype: Kernels(torch.device("cpu", 0), dtype)
+    memory.check()
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def assert_close(found: Tensor | None, expected: Tensor | None) -> None:
+    """Two roundings apart at most."""
+    assert found is not None
+    assert expected is not None
+    torch.testing.assert_close(found.double(), expected.double(), rtol=2.0**-7, atol=2.0**-11)
+
+
+@pytest.mark.parametrize("k", [96, 12288])
+@pytest.mark.parametrize("centred", [False, True])
+def test_sums_and_norms(make: Callable[[torch.dtype], Kernels], k: int, centred: bool) -> None:
+    """Of values whose mean is not 0, in rows that do not fill a warp and in the longest."""
+    hidden, delta = 3 + random(1, k).bfloat16(), random(1, k, seed=1).bfloat16()
+    norms = [Norm(1 + random(k, seed=seed) / 4, 0.1, centred) for seed in (2, 3)]
+    run = make(torch.bfloat16)
+    for given in ((hidden, delta, *norms), (hidden, delta, None, norms[1]), (hidden, delta, norms[0], None)):
+        (total, found), (expected_total, expected) = (
+            each.add_norm(*given, USERS) for each in (run, TorchOperations())
+        )
+        assert_close(total, expected_total)
+        assert_close(found.halves, expected.halves)
+    # Of no use to a product, the sum is all there is.
+    total, nothing = run.add_norm(hidden, delta, None, None, [])
+    assert_close(total, hidden + delta)
+    assert (nothing.halves, nothing.codes) == (None, None)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu_squared"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_gates(make: Callable[[torch.dtype], Kernels], activation: Activation, gated: bool) -> None:
+    gate, up = 4 * random(1, 96), random(1, 96, seed=1) if gated else None
+    gate[0, :4] = torch.tensor([0.0, -80.0, 80.0, -11.0])
+    given = gate.bfloat16(), None if up is None else up.bfloat16(), activation
+    found, expected = (each.gate(*given, USERS).halves for each in (make(torch.bfloat16), TorchOperations()))
+    assert_close(found, expected)
