@@ -74,3 +74,38 @@ def test_attention(make: Callable[[torch.dtype], Kernels], dim: int, group: int,
         for one, other in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
             torch.testing.assert_close(one.double(), other.double(), rtol=1e-2, atol=1e-2)
     assert not run._counters.any()
+
+
+@pytest.mark.parametrize("part", ["head", "projection", "rotated head"])
+@pytest.mark.parametrize(
+    ("neighbours", "rotated", "sinks"), [(True, 64, False), (True, 32, True), (False, 32, True)]
+)
+def test_heads_of_other_forms(
+    make: Callable[[torch.dtype], Kernels], part: Any, neighbours: bool, rotated: int, sinks: bool
+) -> None:
+    """Norms of whole projections and of rotated heads, neighbours that rotate, parts of heads, and sinks."""
+    dtype, dim, key_heads, group, slots = torch.bfloat16, 64, 2, 3, 24
+    widths = (key_heads * group, key_heads) if part == "projection" else (1, 1)
+    norms = [Norm(1 + random(width * dim, seed=seed) / 4, 1e-5) for seed, width in enumerate(widths)]
+    angles = 3 * random(64, rotated // 2, seed=3)
+    heads = Heads(
+        *(key_heads * group, key_heads, dim, dim**-0.5, None, *norms, angles.cos(), angles.sin()),
+        normed=part,
+        neighbours=neighbours,
+        sinks=2 * random(key_heads * group, seed=4) if sinks else None,
+    )
+    run = make(dtype)
+    run.reserve(heads)
+    q, k, v = (
+        (3 * random(1, count * dim, seed=each)).to(dtype)
+        for each, count in enumerate((heads.count, key_heads, key_heads))
+    )
+    cache = [random(1, key_heads, slots, dim, seed=each).to(dtype) for each in (5, 6)]
+    mine, theirs = (Cached(*(each.clone() for each in cache), 0) for _ in range(2))
+    at = torch.tensor([20])
+    found = run.attend(q, k, v, heads, mine, at, [nn.Identity()]).halves
+    expected = TorchOperations().attend(q, k, v, heads, theirs, at, []).halves
+    assert found is not None
+    assert expected is not None
+    torch.testing.assert_close(found.double(), expected.double(), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(mine.keys.double(), theirs.keys.double(), rtol=1e-2, atol=1e-2)

@@ -23,9 +23,11 @@ from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.step import Step
 from q6k_kernels.generate.step_cuda import Kernels
 from q6k_kernels.generate.step_reference import TokenChoice, TorchOperations
+from q6k_kernels.models.layer import NormedPart
 
 pytestmark = pytest.mark.gpu
 
+DENSE = ("arcee", "cohere", "cohere2", "exaone4", "glm4", "hunyuan-dense", "olmo2", "olmo3")
 GEMMA4 = ("gemma4", "gemma4, experts", "gemma4, experts, gate and up apart", "gemma4, shared keys")
 DTYPES = [torch.bfloat16, torch.float16]
 EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -37,8 +39,8 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -
     return (numbers * scale).to("cuda", dtype)
 
 
-def norm(k: int, seed: int) -> Norm:
-    return Norm(1 + random(k, dtype=torch.float32, seed=seed, scale=0.2), 1e-5)
+def norm(k: int, seed: int, *, centred: bool = False) -> Norm:
+    return Norm(1 + random(k, dtype=torch.float32, seed=seed, scale=0.2), 1e-5, centred)
 
 
 def users(k: int) -> list[nn.Module]:
@@ -62,17 +64,25 @@ def assert_quantised(found: Any, k: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k", [96, 256, 2560, 4096, 5376, 8192])
+@pytest.mark.parametrize("k", [96, 256, 2560, 4096, 5376, 8192, 12288])
 @pytest.mark.parametrize(
-    ("with_delta", "with_after", "factor"),
-    [(False, False, 1.0), (True, False, 1.0), (True, False, 0.22), (True, True, 1.0)],
+    ("with_delta", "with_after", "factor", "centred"),
+    [
+        (False, False, 1.0, False),
+        (True, False, 1.0, True),
+        (True, False, 0.22, False),
+        (True, True, 1.0, False),
+        (True, True, 1.0, True),
+    ],
 )
-def test_sums_and_norms(dtype: torch.dtype, k: int, with_delta: bool, with_after: bool, factor: float) -> None:
-    hidden = random(1, k, dtype=dtype, scale=3.0)
+def test_sums_and_norms(
+    dtype: torch.dtype, k: int, with_delta: bool, with_after: bool, factor: float, centred: bool
+) -> None:
+    hidden = 1 + random(1, k, dtype=dtype, scale=3.0)
     delta = random(1, k, dtype=dtype, seed=1) if with_delta else None
-    after = norm(k, 2) if with_after else None
+    after = norm(k, 2, centred=centred) if with_after else None
     both = [
-        each.add_norm(hidden, delta, after, norm(k, 3), users(k), factor)
+        each.add_norm(hidden, delta, after, norm(k, 3, centred=centred), users(k), factor)
         for each in (kernels(dtype), TorchOperations())
     ]
     (total, found), (expected_total, expected) = both
@@ -104,9 +114,11 @@ def kernels(dtype: torch.dtype) -> Kernels:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [96, 256, 14336, 21504])
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_gates(dtype: torch.dtype, k: int, activation: Any) -> None:
-    gate, up = random(1, k, dtype=dtype, scale=4.0), random(1, k, dtype=dtype, seed=1)
+@pytest.mark.parametrize(
+    ("activation", "gated"), [("silu", True), ("gelu_tanh", True), ("relu_squared", True), ("relu_squared", False)]
+)
+def test_gates(dtype: torch.dtype, k: int, activation: Any, gated: bool) -> None:
+    gate, up = random(1, k, dtype=dtype, scale=4.0), random(1, k, dtype=dtype, seed=1) if gated else None
     gate[0, :4] = torch.tensor([0.0, -80.0, 80.0, -11.0])
     found = kernels(dtype).gate(gate, up, activation, users(k))
     expected = TorchOperations().gate(gate, up, activation, []).halves
@@ -127,21 +139,29 @@ def attention(
     softcap: float | None,
     growth: bool = False,
     values: Literal["projected", "normed", "keys", "of another layer"] = "projected",
+    part: NormedPart = "head",
+    neighbours: bool = False,
+    rotated: int | None = None,
+    sinks: bool = False,
 ) -> None:
     key_heads = 2
-    cosines, sines = (random(4096, dim // 2, dtype=torch.float32, seed=each) for each in (1, 2))
+    cosines, sines = (random(4096, (rotated or dim) // 2, dtype=torch.float32, seed=each) for each in (1, 2))
+    of_q, of_k = (key_heads * group * dim, key_heads * dim) if part == "projection" else (dim, dim)
     heads = Heads(
         count=key_heads * group,
         key_heads=key_heads,
         dim=dim,
         scale=dim**-0.5,
         softcap=softcap,
-        q_norm=norm(dim, 3) if normed else None,
-        k_norm=norm(dim, 4) if normed else None,
+        q_norm=norm(of_q, 3) if normed else None,
+        k_norm=norm(of_k, 4) if normed else None,
         cosines=cosines,
         sines=sines,
         growth=random(4096, dtype=torch.float32, seed=6).abs() if growth else None,
         values_normed=values != "projected",
+        normed=part,
+        neighbours=neighbours,
+        sinks=random(key_heads * group, dtype=torch.float32, seed=9) if sinks else None,
     )
     k = heads.count * dim
     q = random(1, heads.count * dim, dtype=dtype)
@@ -197,6 +217,20 @@ def test_attention_with_norms_of_values(dtype: torch.dtype, values: Any, dim: in
     for position in (0, 39, 300):
         slots = 104 if window else 520
         attention(dtype, dim, group, slots, window, position, True, None, values=values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("part", ["head", "projection", "rotated head"])
+@pytest.mark.parametrize(
+    ("dim", "group", "neighbours", "rotated", "sinks"),
+    [(64, 8, False, 64, True), (128, 1, True, 128, False), (128, 5, True, 64, True), (96, 12, False, 64, True)],
+)
+def test_attention_of_heads_of_other_forms(
+    dtype: torch.dtype, part: NormedPart, dim: int, group: int, neighbours: bool, rotated: int, sinks: bool
+) -> None:
+    for position, window in ((0, 0), (300, 0), (300, 40)):
+        given = dtype, dim, group, 104 if window else 520, window, position, True, None
+        attention(*given, part=part, neighbours=neighbours, rotated=rotated, sinks=sinks)
 
 
 @pytest.mark.parametrize("position", [127, 128, 255, 256, 300, 1000, 4095])
@@ -262,15 +296,16 @@ def test_choices(dtype: torch.dtype, vocabulary: int, temperature: float, softca
 
 def models() -> dict[str, Any]:
     pytest.importorskip("libgguf")
+    import dense_cases
     from model_cases import MODELS
 
-    return {
-        name: MODELS[name]
-        for name in ("llama 3.1", "mistral as llama", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3", *GEMMA4)
-    }
+    names = ("llama 3.1", "mistral as llama", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3", *GEMMA4)
+    return {name: MODELS[name] for name in names} | {name: dense_cases.DENSE[name].tiny for name in DENSE}
 
 
-@pytest.mark.parametrize("name", ["llama 3.1", "mistral as llama", "qwen2", "qwen3", "gemma2", "gemma3", *GEMMA4])
+@pytest.mark.parametrize(
+    "name", ["llama 3.1", "mistral as llama", "qwen2", "qwen3", "gemma2", "gemma3", *DENSE, *GEMMA4]
+)
 @pytest.mark.parametrize("activations", ["auto", "bf16"])
 def test_whole_steps(name: str, activations: Any, tmp_path: Path) -> None:
     """Logits against those of the same step in plain torch; the graph's tokens against those of single steps.

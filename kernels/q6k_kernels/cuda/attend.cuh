@@ -69,24 +69,25 @@ __device__ __forceinline__ float largest_of_keys(float value) {
 
 // Parameters: the token's q (all heads, DIM), k and v (key heads, DIM), 16-bit, or null for k and v if an earlier
 // launch of this step has written them to the cache; keys and values, the cache (key heads, slots, DIM), 16-bit;
-// cosines and sines fp32 (positions, rotated / 2); q_norm, k_norm fp32 (DIM,), or null; the token's
-// position; growth fp32 (positions,), factors of the scores besides `scale`, or null; partials fp32, heads * (DIM + 2)
-// for each block; counters, 0, one for each row of blocks; x 16-bit (all heads * DIM,), or null; codes and steps, as
+// cosines and sines fp32 (positions, rotated / 2); q_norm, k_norm fp32 (DIM,), of a projection (all or key heads,
+// DIM), or null; the token's position; growth fp32 (positions,), factors of the scores besides `scale`, or null; sinks
+// fp32 (all heads,), scores of no key that take a part of the weights, or null; partials fp32, heads * (DIM + 2) for
+// each block; counters, 0, one for each row of blocks; x 16-bit (all heads * DIM,), or null; codes and steps, as
 // q6k_quantize writes them, or null; the scores' scale; softcap, 0 for none; the norms' epsilon; slots; window, the
 // size of a ring of slots, or 0 if slot and position are equal; heads of a block, at most HEADS; group, query heads
-// for each key head, a multiple of `heads`; whether v has a norm, without weights; rotated, the first values of a
-// head, which rotate, even; gated, whether q is (all heads, query and gate, DIM).
+// for each key head, a multiple of `heads`; whether v has a norm, without weights; gated, whether q is
+// (all heads, query and gate, DIM); normed, rotated and neighbours, see HeadForm.
 // Grid: blocks that share keys, at most MOST_BLOCKS, x (all heads / heads). Shared memory: WARPS * WARP_BYTES.
 extern "C" __global__ void __launch_bounds__(THREADS)
     q6k_attend(const u16* q, const u16* k, const u16* v, u16* keys, u16* values, const float* cosines,
                const float* sines, const float* q_norm, const float* k_norm, const i64* position, const float* growth,
-               float* partials, u32* counters, u16* x, u8* codes, float* steps, float scale, float softcap,
-               float epsilon, int slots, int window, int heads, int group, int values_normed, int rotated,
-               int gated) {
+               const float* sinks, float* partials, u32* counters, u16* x, u8* codes, float* steps, float scale,
+               float softcap, float epsilon, int slots, int window, int heads, int group, int values_normed, int gated,
+               int normed, int rotated, int neighbours) {
   extern __shared__ __align__(16) u8 shared[];
   __shared__ __align__(16) u16 queries[HEADS + 1][DIM + 8];  // and the token's key
   __shared__ __align__(16) u16 own_value[DIM];
-  __shared__ float maxima[WARPS][HEADS], weights[WARPS][HEADS];
+  __shared__ float maxima[WARPS][HEADS], weights[WARPS][HEADS], squares[2][WARPS];
   __shared__ __align__(16) u16 staged[WARPS][64];
   __shared__ bool last;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -126,16 +127,29 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   load(head_values, values_at, first);
   const float* const here_cosines = cosines + here * (rotated / 2);
   const float* const here_sines = sines + here * (rotated / 2);
+  const HeadForm form = {normed, rotated, neighbours, epsilon};
+  auto norm_of = [&](int vector) {
+    const float* const weight = vector < heads ? q_norm : k_norm;
+    if (weight == nullptr || normed != PROJECTION) return weight;
+    return weight + (vector < heads ? row * heads + vector : head) * DIM;
+  };
   Rotation rotation;
-  rotation.load(warp < heads ? q_norm : k_norm, here_cosines, here_sines, rotated);
+  rotation.load(norm_of(warp), here_cosines, here_sines, form);
 
   wait_for_previous_grid();
   const bool has_keys = k != nullptr;
+  float of_queries = OWN, of_keys = OWN;
+  if (normed == PROJECTION) {
+    const int all = heads * (int)gridDim.y;
+    of_queries = inverse_of(q, all, query_size, epsilon, squares[0]);
+    if (has_keys) of_keys = inverse_of(k, all / group, DIM, epsilon, squares[1]);
+  }
   for (int vector = warp; vector < heads + has_keys; vector += WARPS) {
     const bool is_key = vector == heads;
-    if (vector != warp) rotation.load(is_key ? k_norm : q_norm, here_cosines, here_sines, rotated);
-    rotation.apply(is_key ? k + head * DIM : q + (row * heads + vector) * query_size,
-                   (is_key ? k_norm : q_norm) != nullptr, epsilon, rotated, queries[is_key ? HEADS : vector]);
+    if (vector != warp) rotation.load(norm_of(vector), here_cosines, here_sines, form);
+    rotation.apply(is_key ? k + head * DIM : q + (row * heads + vector) * query_size, form,
+                   (is_key ? k_norm : q_norm) != nullptr, is_key ? of_keys : of_queries,
+                   queries[is_key ? HEADS : vector]);
   }
   for (int at = heads * DIM + threadIdx.x; at < HEADS * DIM; at += THREADS) queries[at / DIM][at % DIM] = 0;
   if (!has_keys) {
@@ -285,8 +299,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       for (int apart = 16; apart; apart >>= 1) {
         largest_of_all = fmaxf(largest_of_all, __shfl_xor_sync(0xFFFFFFFFu, largest_of_all, apart));
       }
+      const float sink = sinks == nullptr ? minus_infinity() : sinks[row * heads + two[j]] * LOG2_E;
+      largest_of_all = fmaxf(largest_of_all, sink);
       fade[j] = weight_of(most[j], largest_of_all);
-      fade[j] /= sum_of_warp(all[j] * fade[j]);
+      fade[j] /= sum_of_warp(all[j] * fade[j]) + weight_of(sink, largest_of_all);
     }
 #pragma unroll
     for (int i = 0; i < MOST_BLOCKS; ++i) {

@@ -46,51 +46,92 @@ __device__ __forceinline__ float sum_of_warp(float value) {
   return value;
 }
 
+// What a norm is of: a head, all heads of a projection together, or a head that has rotated.
+enum Normed { HEAD = 0, PROJECTION = 1, ROTATED_HEAD = 2 };
+
+// How heads are normed and rotate: the first `rotated` values, of which neighbours are pairs, or the halves.
+struct HeadForm {
+  int normed, rotated, neighbours;
+  float epsilon;
+};
+
+constexpr float OWN = -1.0f;  // in place of a projection's inverse: that of the head is computed
+
 // What a lane knows of a head's vector, values lane, lane + 32 and so on, before it is there.
 struct Rotation {
   float cosines[DIM / 32], sines[DIM / 32], weights[DIM / 32];
 
-  // `weight` of the norm, or null; cosines and sines of half of the first `rotated` values. The others stay.
+  // `weight` of the norm, or null; cosines and sines of the pairs of what rotates. The other values stay.
   __device__ __forceinline__ void load(const float* weight, const float* of_cosines, const float* of_sines,
-                                       int rotated) {
+                                       const HeadForm& form) {
+    const int half = form.rotated / 2;
 #pragma unroll
     for (int i = 0; i < DIM / 32; ++i) {
-      const int d = (threadIdx.x & 31) + 32 * i, angle = d < rotated / 2 ? d : d - rotated / 2;
-      cosines[i] = d < rotated ? of_cosines[angle] : 1.0f;
-      sines[i] = d < rotated ? of_sines[angle] : 0.0f;
+      const int d = (threadIdx.x & 31) + 32 * i, angle = form.neighbours ? d / 2 : d < half ? d : d - half;
+      cosines[i] = d < form.rotated ? of_cosines[angle] : 1.0f;
+      sines[i] = d < form.rotated ? of_sines[angle] : 0.0f;
       weights[i] = weight == nullptr ? 1.0f : weight[d];
     }
   }
 
-  // A warp's: the norm, if there is one, then the rotation; rounded after each, as 16-bit layers do.
-  __device__ __forceinline__ void apply(const u16* from, bool normed, float epsilon, int rotated, u16* vector) const {
-    const int lane = threadIdx.x & 31;
-    float values[DIM / 32], squares = 0.0f;
+  // A warp's: the norm, rounded as 16-bit layers do. `inverse` is the projection's, or OWN.
+  __device__ __forceinline__ void norm(float (&values)[DIM / 32], float epsilon, float inverse) const {
+    if (inverse == OWN) {
+      float squares = 0.0f;
 #pragma unroll
-    for (int i = 0; i < DIM / 32; ++i) {
-      values[i] = half_to_float(from[lane + 32 * i]);
-      squares = fmaf(values[i], values[i], squares);
+      for (int i = 0; i < DIM / 32; ++i) squares = fmaf(values[i], values[i], squares);
+      inverse = rsqrtf(sum_of_warp(squares) / DIM + epsilon);
     }
-    if (normed) {
-      const float inverse = rsqrtf(sum_of_warp(squares) / DIM + epsilon);
 #pragma unroll
-      for (int i = 0; i < DIM / 32; ++i) values[i] = half_to_float(to_half(values[i] * inverse * weights[i]));
-    }
+    for (int i = 0; i < DIM / 32; ++i) values[i] = half_to_float(to_half(values[i] * inverse * weights[i]));
+  }
+
+  // A warp's: the norm, if there is one, and the rotation; rounded after each.
+  __device__ __forceinline__ void apply(const u16* from, const HeadForm& form, bool normed, float inverse,
+                                        u16* vector) const {
+    const int lane = threadIdx.x & 31, half = form.rotated / 2;
+    float values[DIM / 32];
+#pragma unroll
+    for (int i = 0; i < DIM / 32; ++i) values[i] = half_to_float(from[lane + 32 * i]);
+    if (normed && form.normed != ROTATED_HEAD) norm(values, form.epsilon, inverse);
 #pragma unroll
     for (int i = 0; i < DIM / 32; ++i) vector[lane + 32 * i] = to_half(values[i]);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < DIM / 32; ++i) {
-      const int d = lane + 32 * i;
-      const int half = rotated / 2;
-      const float other = half_to_float(d < half ? vector[d + half] ^ 0x8000u : vector[d - half]);
-      values[i] = fmaf(values[i], cosines[i], other * sines[i]);
+      const int d = lane + 32 * i, other = form.neighbours ? d ^ 1 : d < half ? d + half : d - half;
+      const float partner = half_to_float(other > d ? vector[other] ^ 0x8000u : vector[other]);
+      values[i] = half_to_float(to_half(fmaf(values[i], cosines[i], partner * sines[i])));
     }
+    if (normed && form.normed == ROTATED_HEAD) norm(values, form.epsilon, OWN);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < DIM / 32; ++i) vector[lane + 32 * i] = to_half(values[i]);
   }
 };
+
+// Of all threads of a block: what the norm of a projection multiplies its values with, before the weights; heads'
+// vectors begin `size` apart. `parts` is for this sum alone.
+template <int WARPS>
+__device__ __forceinline__ float inverse_of(const u16* from, int heads, int size, float epsilon,
+                                            float (&parts)[WARPS]) {
+  float squares = 0.0f;
+  for (int at = threadIdx.x * 8; at < heads * DIM; at += WARPS * 32 * 8) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(from + at / DIM * size + at % DIM);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float low = half_to_float(word_of(raw, j) & 0xFFFFu), high = half_to_float(word_of(raw, j) >> 16);
+      squares = fmaf(low, low, fmaf(high, high, squares));
+    }
+  }
+  squares = sum_of_warp(squares);
+  if ((threadIdx.x & 31) == 0) parts[threadIdx.x >> 5] = squares;
+  __syncthreads();
+  float all = 0.0f;
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) all += parts[w];
+  return rsqrtf(all / (float)(heads * DIM) + epsilon);
+}
 
 // A warp's: the norm without weights of a head's vector, rounded as 16-bit layers do.
 __device__ __forceinline__ void normed_without_weights(const u16* from, float epsilon, u16* vector) {

@@ -16,7 +16,9 @@ ATTEND_WARPS = (8, 4, 2, 1)
 """Warps of a block of attention: the first number that fits."""
 MOST_HEADS, MOST_BLOCKS = 8, 32
 """The most query heads of a block, and the most blocks that split the keys of one head."""
-_ATTEND = struct.Struct("@PPPPPPPPPPPPPPPPfffiiiiiii")
+NORMED = {"head": 0, "projection": 1, "rotated head": 2}
+"""What has a norm -> its number in the enum `Normed` of `cuda/heads.cuh`."""
+_ATTEND = struct.Struct("@PPPPPPPPPPPPPPPPPfffiiiiiiiii")
 
 
 def grid(heads: Heads, device: Device) -> tuple[int, int, int]:
@@ -54,7 +56,7 @@ def arguments(
     return _ATTEND.pack(
         *map(_pointer, (q, k, v, cached.keys, cached.values, heads.cosines, heads.sines)),
         *(0 if norm is None else norm.weight.data_ptr() for norm in (heads.q_norm, heads.k_norm)),
-        *map(_pointer, (position, heads.growth, *shared)),
+        *map(_pointer, (position, heads.growth, heads.sinks, *shared)),
         *outputs,
         heads.scale,
         heads.softcap or 0.0,
@@ -64,8 +66,10 @@ def arguments(
         together,
         group,
         int(heads.values_normed),
-        2 * heads.cosines.shape[1],
         int(heads.gated),
+        NORMED[heads.normed],
+        2 * heads.cosines.shape[1],
+        int(heads.neighbours),
     )
 
 

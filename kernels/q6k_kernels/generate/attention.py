@@ -136,7 +136,7 @@ def _in_parts(
         scores = _product_in_fp32(rows, key[0, :, :last].transpose(1, 2))
         scores = scores.mul_(size**-0.5 if scaling is None else scaling).view(heads, end - begin, last)
         of_heads = None if sinks is None else sinks.view(-1, 1, 1)
-        weights = _weights(scores.masked_fill_(~seen, -torch.inf), of_heads).to(value.dtype)
+        weights = softmax_beside(scores.masked_fill_(~seen, -torch.inf), of_heads).to(value.dtype)
         part = weights.view(key_heads, -1, last) @ value[0, :, :last]
         out[0, begin:end] = part.view(heads, end - begin, size).transpose(0, 1)
     return out
@@ -171,11 +171,11 @@ def _products(
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask[:, :, None], -torch.inf)
     of_heads = None if sinks is None else sinks.view(1, key_heads, -1, 1, 1)
-    weights = _weights(scores, of_heads).to(value.dtype).view(1, key_heads, rows.shape[2], -1)
+    weights = softmax_beside(scores, of_heads).to(value.dtype).view(1, key_heads, rows.shape[2], -1)
     return (weights @ value).view(1, heads, length, -1).transpose(1, 2).contiguous()
 
 
-def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
+def softmax_beside(scores: Tensor, sinks: Tensor | None) -> Tensor:
     """Return the softmax of scores, (…, Q, K) in fp32, beside sinks that can be expanded to (…, Q, 1)."""
     if sinks is None:
         return scores.softmax(dim=-1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from q6k_kernels.generate.attention import SCORES_AT_ONCE
+from q6k_kernels.generate.attention import SCORES_AT_ONCE, softmax_beside
 from q6k_kernels.models.layer import NormedPart
 
 
@@ -53,6 +53,7 @@ class Heads:
         gated: whether each query is followed by a gate, whose logistic function multiplies the head's output.
         normed: what `q_norm` and `k_norm` are norms of.
         neighbours: whether neighbours rotate, rather than the halves of what rotates.
+        sinks: scores of no key, by query head, that take a part of the weights, float32 (count,), or None.
     """
 
     count: int
@@ -69,6 +70,7 @@ class Heads:
     gated: bool = False
     normed: NormedPart = "head"
     neighbours: bool = False
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def attended(
             scores = scores * heads.growth[at][:, None]
         if heads.softcap is not None:
             scores = heads.softcap * torch.tanh(scores / heads.softcap)
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        sinks = None if heads.sinks is None else heads.sinks.view(heads.key_heads, -1, 1, 1)
+        weights = softmax_beside(scores.masked_fill(~seen, -torch.inf), sinks)
         outs.append((weights @ values.float()[:, None]).to(q.dtype).permute(2, 0, 1, 3).flatten(1, 2))
     out = torch.cat(outs)
     return (out * gate[0].sigmoid() if heads.gated else out).flatten(1)

@@ -73,8 +73,6 @@ class Kernels:
             return delta_cuda.unsupported(heads)
         if heads.dim not in attend_cuda.HEAD_DIMS:
             return f"heads of {heads.dim} values: expected {', '.join(map(str, attend_cuda.HEAD_DIMS))}"
-        if heads.neighbours or heads.normed != "head":
-            return "heads of which neighbours rotate, or with other norms than those of a head before it rotates"
         return ""
 
     def supports_experts(self, module: nn.Module, experts: int, top: int) -> str:
