@@ -1,5 +1,14 @@
-"""Text generation: prefill and decode, the decoding step in plain torch and in CUDA, cache, recording, sampling.
+"""Text generation: prefill and decode, steps and chunks in plain torch and in CUDA, cache, recording, sampling.
 Imports `models` and everything below.
 """
 
-__all__ = ["attend_cuda", "attention", "filters", "generator", "kv_cache", "likelihoods", "step_cuda"]
+__all__ = [
+    "attend_cuda",
+    "attention",
+    "chunk_cuda",
+    "filters",
+    "generator",
+    "kv_cache",
+    "likelihoods",
+    "step_cuda",
+]

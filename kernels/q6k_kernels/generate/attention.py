@@ -133,7 +133,7 @@ def _in_parts(
             seen = attention_mask[0, 0, begin:end]
         last = seen.shape[1]
         rows = together[:, :, begin:end].reshape(key_heads, -1, size)
-        scores = _product_in_fp32(rows, key[0, :, :last].transpose(1, 2))
+        scores = product_in_fp32(rows, key[0, :, :last].transpose(1, 2))
         scores = scores.mul_(size**-0.5 if scaling is None else scaling).view(heads, end - begin, last)
         of_heads = None if sinks is None else sinks.view(-1, 1, 1)
         weights = softmax_beside(scores.masked_fill_(~seen, -torch.inf), of_heads).to(value.dtype)
@@ -142,7 +142,7 @@ def _in_parts(
     return out
 
 
-def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
+def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
     """Multiply batches of matrices, with a result in fp32."""
     if a.is_cuda and a.dtype is not torch.float32:
         return torch.bmm(a, b, out_dtype=torch.float32)

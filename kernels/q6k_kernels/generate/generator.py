@@ -210,7 +210,7 @@ class Generator:
 
     def _chunk_of(self, tokens: Tensor, start: int, *, last: bool) -> Tensor | None:
         """Process a chunk of the prompt, int64 (M,); return the logits after the last one, float32 (1, V)."""
-        if self._fused_step is not None and not self._on_gpu:
+        if self._fused_step is not None:
             return self._fused_step.chunk(tokens, start, last=last)
         masks = self.cache.begin_chunk(start, len(tokens))
         positions = torch.arange(start, start + len(tokens), device=self.device)

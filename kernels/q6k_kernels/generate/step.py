@@ -1,6 +1,6 @@
 """A pass through a whole model in few launches: products, and between them norms, attention and gates.
 
-    step = Step(model, cache, operations)
+    step = Step(model, cache, operations, of_chunks)
     logits = step.chunk(tokens, start, last=True)
     step.advance(choice)
 

@@ -1,4 +1,4 @@
-"""The choice between our own decoding step and the forward pass of transformers' model."""
+"""The choice between our own steps and chunks and the forward pass of transformers' model."""
 
 from __future__ import annotations
 
@@ -31,17 +31,20 @@ def step_for(model: PreTrainedModel, cache: KeyValueCache, device: torch.device,
     if not (on_gpu and narrow if fused is None else fused):
         return None
     operations: StepOperations = TorchOperations()
+    of_chunks = operations
     if on_gpu:
         if not narrow:
             raise UnsupportedModelError(
                 f"no fused decoding step on a GPU for {model.dtype}: there are bfloat16 and float16",
                 "Generate with fused=False.",
             )
+        from q6k_kernels.generate.chunk_cuda import ChunkKernels
         from q6k_kernels.generate.step_cuda import Kernels
 
-        operations = Kernels(device, model.dtype)
+        operations = kernels = Kernels(device, model.dtype)
+        of_chunks = ChunkKernels(device, model.dtype, kernels)
     try:
-        return Step(model, cache, operations)
+        return Step(model, cache, operations, of_chunks)
     except UnsupportedModelError:
         if fused:
             raise

@@ -25,6 +25,7 @@ FOUNDATIONS = {
     "quantize_rows.cuh": ("quantize.cuh",),
     "step.cuh": ("quantize.cuh",),
     "attend.cuh": ("quantize.cuh", "heads.cuh"),
+    "chunk.cuh": ("eights.cuh",),
     "delta.cuh": ("quantize.cuh",),
     "gemm_wgmma.cuh": ("tile.cuh", "halves.cuh", "wgmma.cuh", "wgmma_block.cuh"),
     "gemm_mma.cuh": ("tile.cuh", "halves.cuh", "mma_block.cuh"),

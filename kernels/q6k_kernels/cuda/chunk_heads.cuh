@@ -1,0 +1,153 @@
+// Heads of a chunk of a prompt, before attention: norms, rotary embedding, and the place of keys and values in memory.
+//
+//   Q6K_HEAD_DIM  values of a head, a multiple of 32 up to 512
+
+#ifndef Q6K_HEAD_DIM
+#define Q6K_HEAD_DIM 128
+#endif
+
+constexpr int DIM = Q6K_HEAD_DIM;
+constexpr int WARPS = 8;
+constexpr int TOGETHER = 2;               // vectors that a warp loads at once
+constexpr int PARTS = (DIM + 127) / 128;  // a lane has 4 values of each 128
+
+__device__ __forceinline__ void to_floats(uint2 raw, float (&values)[4]) {
+  values[0] = half_to_float(raw.x & 0xFFFFu), values[1] = half_to_float(raw.x >> 16);
+  values[2] = half_to_float(raw.y & 0xFFFFu), values[3] = half_to_float(raw.y >> 16);
+}
+
+__device__ __forceinline__ uint2 to_halves(const float (&values)[4]) {
+  return make_uint2(pack_halves(values[0], values[1]), pack_halves(values[2], values[3]));
+}
+
+__device__ __forceinline__ void load_4(const float* from, float (&values)[4]) {
+  const float4 four = *reinterpret_cast<const float4*>(from);
+  values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
+}
+
+// Where vectors go: that of a head and a row to head / group * of_group + slot * of_row + head % group * DIM. The slot is
+// start + row, in a ring of `slots` that modulo `slots`; rows before `first_row` go nowhere.
+struct Place {
+  u16* to;
+  i64 of_group, of_row;
+  int group, first_row, start, slots;
+
+  __device__ __forceinline__ void store(int head, int row, int d, uint2 four) const {
+    if (to == nullptr || row < first_row) return;
+    const i64 at = slots ? (start + row) % slots : start + row;
+    *reinterpret_cast<uint2*>(to + head / group * of_group + at * of_row + head % group * DIM + d) = four;
+  }
+};
+
+// Parameters: q, k and v of the rows, 16-bit (count or key heads, DIM), rows `q_stride`, `k_stride` and `v_stride` apart,
+// k and v null if there are none; queries, 16-bit, in which a row is `of_row` and a head of keys with its queries
+// `of_group` values from the next; keys and values, the cache (key heads, slots, DIM), a ring; more_keys and
+// more_values, (key heads, more_slots, DIM), to which all keys and values also go, from slot more_first on, or null;
+// cosines and sines fp32 (positions, rotated / 2); q_norm, k_norm fp32 (DIM,), or null; growth fp32 (positions,),
+// factors of queries, or null; the norms' epsilon; start, the position of the first row; count; key heads; slots;
+// more_slots; more_first; whether v has a norm, without weights; rotated, the first values of a head, which rotate, a
+// multiple of 8; query_size, DIM, or more if something follows each query. Grid: rows x (WARPS * TOGETHER) vectors.
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+    q6k_place_heads(const u16* q, const u16* k, const u16* v, i64 q_stride, i64 k_stride, i64 v_stride, u16* queries,
+                    i64 of_row, i64 of_group, u16* keys, u16* values, u16* more_keys, u16* more_values,
+                    const float* cosines, const float* sines, const float* q_norm, const float* k_norm,
+                    const float* growth, float epsilon, int start, int count, int key_heads, int slots, int more_slots,
+                    int more_first, int values_normed, int rotated, int query_size) {
+  __shared__ __align__(16) u16 exchanged[WARPS][DIM];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = blockIdx.x, half = rotated / 2;
+  const int first = (blockIdx.y * WARPS + warp) * TOGETHER, all = count + (k != nullptr ? 2 * key_heads : 0);
+  const i64 angles = (i64)(start + row) * half;
+  let_dependents_start();
+  float turn[PARTS][4] = {}, lean[PARTS][4] = {};
+#pragma unroll
+  for (int i = 0; i < PARTS; ++i) {
+    const int d = 4 * lane + 128 * i;
+    if (d >= rotated) break;
+    load_4(cosines + angles + (d < half ? d : d - half), turn[i]);
+    load_4(sines + angles + (d < half ? d : d - half), lean[i]);
+  }
+  const float grown = growth == nullptr ? 1.0f : growth[start + row];
+  wait_for_previous_grid();
+  uint2 raw[TOGETHER][PARTS] = {};
+#pragma unroll
+  for (int n = 0; n < TOGETHER; ++n) {
+    const int vector = first + n, key = vector - count;
+    if (vector >= all) break;
+    const u16* const from = key < 0           ? q + row * q_stride + (i64)vector * query_size
+                            : key < key_heads ? k + row * k_stride + key * DIM
+                                              : v + row * v_stride + (key - key_heads) * DIM;
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) {
+      const int d = 4 * lane + 128 * i;
+      if (d < DIM) raw[n][i] = *reinterpret_cast<const uint2*>(from + d);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < TOGETHER; ++n) {
+    const int vector = first + n, key = vector - count;
+    if (vector >= all) break;
+    const bool is_query = key < 0, is_value = key >= key_heads;
+    const float* const weight = is_query ? q_norm : is_value ? nullptr : k_norm;
+    if (is_value ? values_normed : weight != nullptr) {
+      float squares = 0.0f, found[4], factors[4];
+#pragma unroll
+      for (int i = 0; i < PARTS; ++i) {
+        to_floats(raw[n][i], found);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) squares = fmaf(found[j], found[j], squares);
+      }
+#pragma unroll
+      for (int apart = 16; apart; apart >>= 1) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, apart);
+      const float inverse = rsqrtf(squares / DIM + epsilon);
+#pragma unroll
+      for (int i = 0; i < PARTS; ++i) {
+        const int d = 4 * lane + 128 * i;
+        to_floats(raw[n][i], found);
+        if (weight != nullptr && d < DIM) load_4(weight + d, factors);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) found[j] = found[j] * inverse * (weight == nullptr ? 1.0f : factors[j]);
+        raw[n][i] = to_halves(found);
+      }
+    }
+    if (!is_value) {
+#pragma unroll
+      for (int i = 0; i < PARTS; ++i) {
+        const int d = 4 * lane + 128 * i;
+        if (d < DIM) *reinterpret_cast<uint2*>(exchanged[warp] + d) = raw[n][i];
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < PARTS; ++i) {
+        const int d = 4 * lane + 128 * i;
+        float found[4], other[4] = {};
+        to_floats(raw[n][i], found);
+        if (d < rotated) {
+          to_floats(*reinterpret_cast<const uint2*>(exchanged[warp] + (d < half ? d + half : d - half)), other);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            found[j] = fmaf(found[j], turn[i][j], (d < half ? -other[j] : other[j]) * lean[i][j]);
+          }
+        }
+        if (is_query) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) found[j] *= grown;
+        }
+        raw[n][i] = to_halves(found);
+      }
+      __syncwarp();
+    }
+    const int rows = gridDim.x, head = is_query ? vector : is_value ? key - key_heads : key;
+    const i64 of_head = (i64)slots * DIM;
+    const Place place =
+        is_query ? Place{queries, of_group, of_row, count / key_heads, 0, 0, 0}
+                 : Place{is_value ? values : keys, of_head, DIM, 1, rows - slots, start, slots};
+    const Place more = {is_value ? more_values : more_keys, (i64)more_slots * DIM, DIM, 1, 0, more_first, 0};
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) {
+      const int d = 4 * lane + 128 * i;
+      if (d >= DIM) break;
+      place.store(head, row, d, raw[n][i]);
+      if (!is_query) more.store(head, row, d, raw[n][i]);
+    }
+  }
+}

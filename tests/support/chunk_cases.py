@@ -1,0 +1,73 @@
+"""Heads of chunks of a prompt: kernels against the same in plain torch, chunk after chunk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q6k_kernels.generate.heads import Cached, Heads, Norm
+from q6k_kernels.generate.step_reference import TorchOperations
+
+CASES: list[tuple[int, int, int, int, dict[str, Any]]] = [
+    (64, 3, 0, 64, {}),
+    (96, 1, 24, 96, {"softcap": 2.0}),
+    (128, 2, 0, 64, {"gated": True}),
+    (256, 2, 24, 256, {"norms": True, "values_normed": True}),
+    (512, 2, 0, 512, {"norms": True, "values_normed": True, "grows": True}),
+]
+"""Size of a head, queries that share keys, window, values that rotate, and what else there is."""
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def heads_in_chunks(
+    run: Any,
+    dtype: torch.dtype,
+    device: str,
+    dim: int,
+    group: int,
+    window: int,
+    rotated: int,
+    more: dict[str, Any],
+    scale: int = 1,
+) -> None:
+    """Compare chunks after each other: the second wraps a ring, the third is longer than one.
+
+    Args:
+        run: the kernels' operations.
+        dtype: dtype of activations.
+        device: where they run.
+        dim, group, window, rotated, more: see `CASES`.
+        scale: factor of windows, slots and chunks.
+    """
+    key_heads, window = 2, window * scale
+    slots, positions = scale * (40 if window else 96), 96 * scale
+    norms = [Norm(1 + random(dim, seed=seed).to(device) / 4, 1e-5) if "norms" in more else None for seed in (1, 2)]
+    angles = 3 * random(positions, rotated // 2, seed=3).to(device)
+    heads = Heads(
+        *(key_heads * group, key_heads, dim, dim**-0.5, more.get("softcap"), *norms, angles.cos(), angles.sin()),
+        values_normed=more.get("values_normed", False),
+        growth=1 + random(positions).abs().to(device) if "grows" in more else None,
+        gated=more.get("gated", False),
+    )
+    start, shape = 0, (1, key_heads, slots, dim)
+    mine, theirs = (
+        Cached(*(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"), window) for _ in range(2)
+    )
+    for rows in (21 * scale, 24 * scale + 3, 47 * scale):
+        sizes = [heads.count * dim * (1 + heads.gated), key_heads * dim, key_heads * dim]
+        product = random(rows, sum(sizes), seed=rows).to(device, dtype).split(sizes, -1)
+        position = torch.arange(start, start + rows, device=device)
+        found, expected = (
+            each.attend(*product, heads, replace(cached, start=start), position, []).halves
+            for each, cached in ((run, mine), (TorchOperations(), theirs))
+        )
+        torch.testing.assert_close(found.double(), expected.double(), rtol=2e-2, atol=2e-2)
+        for one, other in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+            torch.testing.assert_close(one.double(), other.double(), rtol=1e-2, atol=1e-2)
+        start += rows
