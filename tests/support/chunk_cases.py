@@ -17,6 +17,8 @@ CASES: list[tuple[int, int, int, int, dict[str, Any]]] = [
     (128, 2, 0, 64, {"gated": True}),
     (256, 2, 24, 256, {"norms": True, "values_normed": True}),
     (512, 2, 0, 512, {"norms": True, "values_normed": True, "grows": True}),
+    (64, 2, 0, 32, {"neighbours": True, "norms": True, "normed": "projection"}),
+    (128, 1, 24, 128, {"sinks": True, "norms": True, "normed": "rotated head"}),
 ]
 """Size of a head, queries that share keys, window, values that rotate, and what else there is."""
 
@@ -47,13 +49,28 @@ def heads_in_chunks(
     """
     key_heads, window = 2, window * scale
     slots, positions = scale * (40 if window else 96), 96 * scale
-    norms = [Norm(1 + random(dim, seed=seed).to(device) / 4, 1e-5) if "norms" in more else None for seed in (1, 2)]
+    widths = [
+        dim * (count if more.get("normed") == "projection" else 1) for count in (key_heads * group, key_heads)
+    ]
+    norms = [Norm(1 + random(k).to(device) / 4, 1e-5) if "norms" in more else None for k in widths]
     angles = 3 * random(positions, rotated // 2, seed=3).to(device)
     heads = Heads(
-        *(key_heads * group, key_heads, dim, dim**-0.5, more.get("softcap"), *norms, angles.cos(), angles.sin()),
+        *(
+            key_heads * group,
+            key_heads,
+            dim,
+            0.5 * dim**-0.5,
+            more.get("softcap"),
+            *norms,
+            angles.cos(),
+            angles.sin(),
+        ),
         values_normed=more.get("values_normed", False),
         growth=1 + random(positions).abs().to(device) if "grows" in more else None,
         gated=more.get("gated", False),
+        normed=more.get("normed", "head"),
+        neighbours=more.get("neighbours", False),
+        sinks=2 * random(key_heads * group).to(device) if "sinks" in more else None,
     )
     start, shape = 0, (1, key_heads, slots, dim)
     mine, theirs = (

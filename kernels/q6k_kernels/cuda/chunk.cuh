@@ -12,18 +12,18 @@ constexpr int NORM_THREADS = 256;
 constexpr int GATE_THREADS = 128;
 constexpr int SOFTMAX_THREADS = 256;
 
-enum Gate { SILU = 0, GELU_TANH = 1, LOGISTIC = 2 };
+enum Gate { SILU = 0, GELU_TANH = 1, RELU_SQUARED = 2, LOGISTIC = 3 };
 
 // sum = (hidden + factor * (norm of) delta) * scale; x = (norm of) sum.
 //
 // Parameters, all of rows of k values, a multiple of 8, at most 2048 NORM_PARTS: hidden; delta, or null to add nothing;
 // after, the weight of delta's own norm, or null for none; the norm's weight, or null for none; sum and x, or null;
-// factor; scale, a 16-bit number; the norms' epsilon. Norms are root mean squares; their weights are fp32. Rounded
-// where q6k_add_norm rounds. A block a row.
+// factor; scale, a 16-bit number; the norms' epsilon; k; whether norms subtract the mean first. Norms are root mean
+// squares; their weights are fp32. Rounded where q6k_add_norm rounds. A block a row.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     q6k_add_norm_rows(const u16* hidden, const u16* delta, const float* after, const float* weight, u16* sum, u16* x,
-                      float factor, float scale, float epsilon, int k) {
-  __shared__ float parts_after[NORM_THREADS / 32], parts[NORM_THREADS / 32];
+                      float factor, float scale, float epsilon, int k, int centred) {
+  __shared__ float parts_after[NORM_THREADS / 32], parts[NORM_THREADS / 32], of_means[2][NORM_THREADS / 32];
   let_dependents_start();
   const i64 begin = (i64)blockIdx.x * k;
   uint4 raw[NORM_PARTS];  // in 16 bits until they are needed: there are few registers
@@ -45,7 +45,23 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     }
     return found;
   };
+  auto centre = [&](float* of_mean) {
+    float found = 0.0f;
+#pragma unroll
+    for (int i = 0; i < NORM_PARTS; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) found += values[i][j];
+    }
+    const float mean = sum_of_block<NORM_THREADS>(found, of_mean) / (float)k;
+#pragma unroll
+    for (int i = 0; i < NORM_PARTS; ++i) {
+      if (at(i) >= k) break;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) values[i][j] -= mean;
+    }
+  };
   if (after != nullptr) {
+    if (centred) centre(of_means[0]);
     const float inverse = rsqrtf(sum_of_block<NORM_THREADS>(squares(), parts_after) / (float)k + epsilon);
 #pragma unroll
     for (int i = 0; i < NORM_PARTS; ++i) {
@@ -67,6 +83,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     if (sum != nullptr) store_8(sum + begin + at(i), values[i]);
   }
   float inverse = 1.0f;
+  if (weight != nullptr && centred) centre(of_means[1]);
   if (weight != nullptr) inverse = rsqrtf(sum_of_block<NORM_THREADS>(squares(), parts) / (float)k + epsilon);
   if (x == nullptr) return;
 #pragma unroll
@@ -81,9 +98,9 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
   }
 }
 
-// x = gate's activation * up.
+// x = gate's activation * up, or without up the activation alone.
 //
-// Parameters: gate and up, 16-bit, rows `gate_stride` and `up_stride` apart; x 16-bit, rows of k values; kind, a Gate,
+// Parameters: gate and up, 16-bit, up perhaps null, rows `gate_stride` and `up_stride` apart; x 16-bit, rows of k values; kind, a Gate,
 // of which LOGISTIC is rounded before the product, as 16-bit layers do; k. A row of gates is in pieces of `piece`
 // values that are `apart`. All sizes are multiples of 8. Grid: rows x 8 values a thread.
 extern "C" __global__ void __launch_bounds__(GATE_THREADS)
@@ -93,16 +110,18 @@ extern "C" __global__ void __launch_bounds__(GATE_THREADS)
   const int at = (blockIdx.y * GATE_THREADS + threadIdx.x) * 8;
   wait_for_previous_grid();
   if (at >= k) return;
-  float values[8], factors[8];
+  float values[8], factors[8] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
   load_8(gate + blockIdx.x * gate_stride + at / piece * apart + at % piece, values);
-  load_8(up + blockIdx.x * up_stride + at, factors);
+  if (up != nullptr) load_8(up + blockIdx.x * up_stride + at, factors);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const float v = values[j];
     // gelu's tanh(u) is 1 - 2 / (1 + e^2u), so 0.5 (1 + tanh(u)) is the logistic function of 2u.
     const float u = kind == GELU_TANH ? 1.5957691216057308f * fmaf(0.044715f * v * v, v, v) : v;
     const float share = __fdividef(1.0f, 1.0f + __expf(-u));
-    values[j] = (kind == LOGISTIC ? rounded(share) : v * share) * factors[j];
+    const float activated = kind == RELU_SQUARED ? (v < 0.0f ? 0.0f : v * v) : v * share;
+    values[j] = kind == LOGISTIC ? rounded(share) : activated;
+    values[j] *= factors[j];
   }
   store_8(x + (i64)blockIdx.x * k + at, values);
 }
@@ -115,11 +134,11 @@ __device__ __forceinline__ float decayed(float score, float largest) {
 
 // weights = softmax of scores * scale over the keys that a query sees; 0 for the others.
 //
-// Parameters: scores fp32 (heads of keys, queries, keys); weights 16-bit, likewise; scale; softcap of what is scaled, 0
-// for none; keys, a multiple of 8; first, the position of the first key; start, that of the first query; group, queries
+// Parameters: scores fp32 (heads of keys, queries, keys); weights 16-bit, likewise; sinks, scores of no key that take a
+// part of the weights, fp32 (heads of keys, group), or null; scale; softcap of what is scaled, 0 for none; keys, a multiple of 8; first, the position of the first key; start, that of the first query; group, queries
 // of one position; window, 0 for none. Grid: queries x heads of keys.
 extern "C" __global__ void __launch_bounds__(SOFTMAX_THREADS)
-    q6k_softmax_rows(const float* scores, u16* weights, float scale, float softcap, int keys, int first, int start,
+    q6k_softmax_rows(const float* scores, u16* weights, const float* sinks, float scale, float softcap, int keys, int first, int start,
                      int group, int window) {
   __shared__ float maxima[SOFTMAX_THREADS / 32], sums[SOFTMAX_THREADS / 32];
   let_dependents_start();
@@ -162,6 +181,11 @@ extern "C" __global__ void __launch_bounds__(SOFTMAX_THREADS)
   sum = 0.0f;
 #pragma unroll
   for (int w = 0; w < SOFTMAX_THREADS / 32; ++w) sum = fmaf(sums[w], decayed(maxima[w], most), sum);
+  if (sinks != nullptr) {
+    const float sink = sinks[blockIdx.y * group + blockIdx.x % group], with_sink = fmaxf(most, sink);
+    sum = sum * decayed(most, with_sink) + decayed(sink, with_sink);
+    most = with_sink;
+  }
   const float inverse = 1.0f / sum;
   for (int at = threadIdx.x * 4; at < keys; at += SOFTMAX_THREADS * 4) {
     uint2 pairs = make_uint2(0, 0);

@@ -20,9 +20,39 @@ __device__ __forceinline__ uint2 to_halves(const float (&values)[4]) {
   return make_uint2(pack_halves(values[0], values[1]), pack_halves(values[2], values[3]));
 }
 
-__device__ __forceinline__ void load_4(const float* from, float (&values)[4]) {
-  const float4 four = *reinterpret_cast<const float4*>(from);
-  values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
+// Four values, or two, each for two neighbours.
+__device__ __forceinline__ void load_4(const float* from, float (&values)[4], bool twice = false) {
+  if (twice) {
+    const float2 two = *reinterpret_cast<const float2*>(from);
+    values[0] = values[1] = two.x, values[2] = values[3] = two.y;
+  } else {
+    const float4 four = *reinterpret_cast<const float4*>(from);
+    values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
+  }
+}
+
+// A warp's: the root mean square norm of a vector, with weights or without.
+__device__ __forceinline__ void norm(uint2 (&raw)[PARTS], const float* weight, float epsilon) {
+  const int lane = threadIdx.x & 31;
+  float squares = 0.0f, found[4], factors[4] = {};
+#pragma unroll
+  for (int i = 0; i < PARTS; ++i) {
+    to_floats(raw[i], found);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) squares = fmaf(found[j], found[j], squares);
+  }
+#pragma unroll
+  for (int apart = 16; apart; apart >>= 1) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, apart);
+  const float inverse = rsqrtf(squares / DIM + epsilon);
+#pragma unroll
+  for (int i = 0; i < PARTS; ++i) {
+    const int d = 4 * lane + 128 * i;
+    to_floats(raw[i], found);
+    if (weight != nullptr && d < DIM) load_4(weight + d, factors);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) found[j] = found[j] * inverse * (weight == nullptr ? 1.0f : factors[j]);
+    raw[i] = to_halves(found);
+  }
 }
 
 // Where vectors go: that of a head and a row to head / group * of_group + slot * of_row + head % group * DIM. The slot is
@@ -46,13 +76,15 @@ struct Place {
 // cosines and sines fp32 (positions, rotated / 2); q_norm, k_norm fp32 (DIM,), or null; growth fp32 (positions,),
 // factors of queries, or null; the norms' epsilon; start, the position of the first row; count; key heads; slots;
 // more_slots; more_first; whether v has a norm, without weights; rotated, the first values of a head, which rotate, a
-// multiple of 8; query_size, DIM, or more if something follows each query. Grid: rows x (WARPS * TOGETHER) vectors.
+// multiple of 8; query_size, DIM, or more if something follows each query; whether neighbours rotate, rather than the
+// halves of what rotates; whether q and k rotate before their norms. Grid: rows x (WARPS * TOGETHER) vectors.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
     q6k_place_heads(const u16* q, const u16* k, const u16* v, i64 q_stride, i64 k_stride, i64 v_stride, u16* queries,
                     i64 of_row, i64 of_group, u16* keys, u16* values, u16* more_keys, u16* more_values,
                     const float* cosines, const float* sines, const float* q_norm, const float* k_norm,
                     const float* growth, float epsilon, int start, int count, int key_heads, int slots, int more_slots,
-                    int more_first, int values_normed, int rotated, int query_size) {
+                    int more_first, int values_normed, int rotated, int query_size, int neighbours,
+                    int rotates_first) {
   __shared__ __align__(16) u16 exchanged[WARPS][DIM];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = blockIdx.x, half = rotated / 2;
   const int first = (blockIdx.y * WARPS + warp) * TOGETHER, all = count + (k != nullptr ? 2 * key_heads : 0);
@@ -63,8 +95,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
   for (int i = 0; i < PARTS; ++i) {
     const int d = 4 * lane + 128 * i;
     if (d >= rotated) break;
-    load_4(cosines + angles + (d < half ? d : d - half), turn[i]);
-    load_4(sines + angles + (d < half ? d : d - half), lean[i]);
+    const i64 at = angles + (neighbours ? d / 2 : d < half ? d : d - half);
+    load_4(cosines + at, turn[i], neighbours);
+    load_4(sines + at, lean[i], neighbours);
   }
   const float grown = growth == nullptr ? 1.0f : growth[start + row];
   wait_for_previous_grid();
@@ -88,27 +121,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     if (vector >= all) break;
     const bool is_query = key < 0, is_value = key >= key_heads;
     const float* const weight = is_query ? q_norm : is_value ? nullptr : k_norm;
-    if (is_value ? values_normed : weight != nullptr) {
-      float squares = 0.0f, found[4], factors[4];
-#pragma unroll
-      for (int i = 0; i < PARTS; ++i) {
-        to_floats(raw[n][i], found);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) squares = fmaf(found[j], found[j], squares);
-      }
-#pragma unroll
-      for (int apart = 16; apart; apart >>= 1) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, apart);
-      const float inverse = rsqrtf(squares / DIM + epsilon);
-#pragma unroll
-      for (int i = 0; i < PARTS; ++i) {
-        const int d = 4 * lane + 128 * i;
-        to_floats(raw[n][i], found);
-        if (weight != nullptr && d < DIM) load_4(weight + d, factors);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) found[j] = found[j] * inverse * (weight == nullptr ? 1.0f : factors[j]);
-        raw[n][i] = to_halves(found);
-      }
-    }
+    const bool normed = is_value ? values_normed : weight != nullptr;
+    if (normed && (is_value || !rotates_first)) norm(raw[n], weight, epsilon);
     if (!is_value) {
 #pragma unroll
       for (int i = 0; i < PARTS; ++i) {
@@ -122,10 +136,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
         float found[4], other[4] = {};
         to_floats(raw[n][i], found);
         if (d < rotated) {
-          to_floats(*reinterpret_cast<const uint2*>(exchanged[warp] + (d < half ? d + half : d - half)), other);
+          if (neighbours) {
+            other[0] = -found[1], other[1] = found[0], other[2] = -found[3], other[3] = found[2];
+          } else {
+            to_floats(*reinterpret_cast<const uint2*>(exchanged[warp] + (d < half ? d + half : d - half)), other);
+          }
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            found[j] = fmaf(found[j], turn[i][j], (d < half ? -other[j] : other[j]) * lean[i][j]);
+            found[j] = fmaf(found[j], turn[i][j], (!neighbours && d < half ? -other[j] : other[j]) * lean[i][j]);
           }
         }
         if (is_query) {
@@ -135,6 +153,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
         raw[n][i] = to_halves(found);
       }
       __syncwarp();
+      if (normed && rotates_first) norm(raw[n], weight, epsilon);
     }
     const int rows = gridDim.x, head = is_query ? vector : is_value ? key - key_heads : key;
     const i64 of_head = (i64)slots * DIM;

@@ -26,7 +26,7 @@ from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.step_cuda import Kernels
 from q6k_kernels.generate.step_reference import ProductInput, TorchOperations
 from q6k_kernels.jit import loader
-from q6k_kernels.models.architecture import Activation
+from q6k_kernels.models.layer import Activation
 from q6k_kernels.weights.layers import PackedLinear
 
 CHUNK, ADD_NORM, GATE, SOFTMAX = "chunk.cuh", "q6k_add_norm_rows", "q6k_gate_rows", "q6k_softmax_rows"
@@ -37,15 +37,15 @@ NORM_PARTS = (1, 2, 3, 4)
 MOST_NORM = 8 * NORM_THREADS * NORM_PARTS[-1]
 VECTORS = 16
 """Vectors of heads that a block places: two of each warp."""
-GATES = {"silu": 0, "gelu_tanh": 1}
-LOGISTIC = 2
+GATES = {"silu": 0, "gelu_tanh": 1, "relu_squared": 2}
+LOGISTIC = 3
 """Activation -> its number in the enum `Gate` of `cuda/chunk.cuh`; and that of gates of attention."""
 SCORES_AT_ONCE = 1 << 24
 """Scores that are kept at a time, in fp32: 64 MB, part of which stays in the L2 cache."""
 KEYS = 8
 """Multiple of keys in a product: 16 bytes of weights, the alignment that fast kernels want."""
-_ADD_NORM, _GATE = struct.Struct("@PPPPPPfffi"), struct.Struct("@PPPqqiiii")
-_SOFTMAX, _PLACE = struct.Struct("@PPffiiiii"), struct.Struct("@PPPqqqPqqPPPPPPPPPfiiiiiiiii")
+_ADD_NORM, _GATE = struct.Struct("@PPPPPPfffii"), struct.Struct("@PPPqqiiii")
+_SOFTMAX, _PLACE = struct.Struct("@PPPffiiiii"), struct.Struct("@PPPqqqPqqPPPPPPPPPfiiiiiiiiiii")
 
 
 class ChunkKernels(TorchOperations):
@@ -94,14 +94,15 @@ class ChunkKernels(TorchOperations):
                 1.0 if delta is None else scale,
                 next((each.epsilon for each in (norm, after) if each is not None), 0.0),
                 k,
+                int(any(each.centred for each in (norm, after) if each is not None)),
             ),
         )
         return total, ProductInput(x, None, k)
 
-    def gate(self, gate: Tensor, up: Tensor, activation: Activation, users: list[nn.Module]) -> ProductInput:
+    def gate(self, gate: Tensor, up: Tensor | None, activation: Activation, users: list[nn.Module]) -> ProductInput:
         """Launch the activation function of `gate` times `up`, see `step_reference`."""
         del users
-        return self._gated(gate, up, GATES[activation], gate.shape[1], 0)
+        return self._gated(gate, up, GATES[activation], gate.shape[1], 0, gate.shape[1])
 
     def attend(
         self,
@@ -123,7 +124,10 @@ class ChunkKernels(TorchOperations):
         assert v is not None  # noqa: S101 -- as above
         assert cached.start is not None  # noqa: S101 -- of a chunk
         more, first = self._joined(cached, cached.start, rows)
-        flash = q.is_cuda and heads.dim <= WIDEST and heads.softcap is None
+        if heads.normed == "projection":  # of more than a warp has, so in torch
+            of_both = zip((q, k), (heads.q_norm, heads.k_norm), strict=True)
+            q, k = (each if norm is None else norm(each).to(each.dtype) for each, norm in of_both)
+        flash = q.is_cuda and heads.dim <= WIDEST and heads.softcap is None and heads.sinks is None
         group, size = heads.count // heads.key_heads, heads.dim
         shape = (1, rows, heads.count, size) if flash else (heads.key_heads, rows, group, size)
         queries = torch.empty(shape, dtype=self._dtype, device=self._torch_device)
@@ -141,7 +145,7 @@ class ChunkKernels(TorchOperations):
         out = out.view(rows, heads.count * size)
         if heads.gated:
             gates = q[:, size:]
-            return self._gated(gates, out, LOGISTIC, size, 2 * size)
+            return self._gated(gates, out, LOGISTIC, size, 2 * size, out.shape[1])
         return ProductInput(out, None, heads.count * size)
 
     def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor:
@@ -155,12 +159,12 @@ class ChunkKernels(TorchOperations):
         row = weight_type(module.format)
         return dispatch.linear(x, module.tiles, module.bias, module.out_features, row, module.activations)
 
-    def _gated(self, gate: Tensor, up: Tensor, kind: int, piece: int, apart: int) -> ProductInput:
-        """Launch a gate; a row's gates are in pieces that are `apart`."""
-        rows, k = up.shape
+    def _gated(self, gate: Tensor, up: Tensor | None, kind: int, piece: int, apart: int, k: int) -> ProductInput:
+        """Launch a gate of k values; a row's gates are in pieces that are `apart`."""
+        rows = len(gate)
         x = torch.empty(rows, k, dtype=self._dtype, device=self._torch_device)
-        pointers = gate.data_ptr(), up.data_ptr(), x.data_ptr(), gate.stride(0), up.stride(0)
-        given = _GATE.pack(*pointers, kind, k, piece, apart)
+        of_up = (0, 0) if up is None else (up.data_ptr(), up.stride(0))
+        given = _GATE.pack(gate.data_ptr(), of_up[0], x.data_ptr(), gate.stride(0), of_up[1], kind, k, piece, apart)
         grid = rows, -(-k // (8 * GATE_THREADS))
         self._launch((CHUNK, GATE, _MACROS[self._fp16]), grid, GATE_THREADS, given)
         return ProductInput(x, None, k)
@@ -199,6 +203,7 @@ class ChunkKernels(TorchOperations):
         more_first: int,
     ) -> None:
         rows, group = len(projected[0]), heads.count // heads.key_heads
+        norms = (None, None) if heads.normed == "projection" else (heads.q_norm, heads.k_norm)
         flash = queries.shape[0] == 1 and of_group == group * heads.dim
         given = _PLACE.pack(
             *(each.data_ptr() for each in projected),
@@ -211,7 +216,7 @@ class ChunkKernels(TorchOperations):
             *((0, 0) if more is None else (each.data_ptr() for each in more)),
             heads.cosines.data_ptr(),
             heads.sines.data_ptr(),
-            *(0 if norm is None else norm.weight.data_ptr() for norm in (heads.q_norm, heads.k_norm)),
+            *(0 if norm is None else norm.weight.data_ptr() for norm in norms),
             0 if heads.growth is None else heads.growth.data_ptr(),
             0.0 if heads.q_norm is None else heads.q_norm.epsilon,
             cached.start,
@@ -223,6 +228,8 @@ class ChunkKernels(TorchOperations):
             int(heads.values_normed),
             2 * heads.cosines.shape[1],
             heads.dim * (1 + heads.gated),
+            int(heads.neighbours),
+            int(heads.normed == "rotated head"),
         )
         grid = rows, -(-(heads.count + 2 * heads.key_heads) // VECTORS)
         self._launch(_place_variant(self._fp16, heads.dim), grid, PLACE_THREADS, given)
@@ -254,7 +261,8 @@ class ChunkKernels(TorchOperations):
             scores = product_in_fp32(part, keys[:, first:last].transpose(1, 2))
             weights = torch.empty(scores.shape, dtype=self._dtype, device=self._torch_device)
             given = _SOFTMAX.pack(
-                *(scores.data_ptr(), weights.data_ptr(), heads.scale, heads.softcap or 0.0),
+                *(scores.data_ptr(), weights.data_ptr(), 0 if heads.sinks is None else heads.sinks.data_ptr()),
+                *(heads.scale, heads.softcap or 0.0),
                 *(last - first, first, start + begin, group, window),
             )
             variant = CHUNK, SOFTMAX, _MACROS[self._fp16]
@@ -280,7 +288,8 @@ _MACROS = tuple((("Q6K_FP16", fp16),) for fp16 in (0, 1))
 
 def _placed(heads: Heads) -> bool:
     """Check whether there are kernels for heads."""
-    return heads.dim in HEAD_DIMS and 2 * heads.cosines.shape[1] % 8 == 0
+    grows_before_norm = heads.growth is not None and heads.normed == "rotated head"
+    return heads.dim in HEAD_DIMS and 2 * heads.cosines.shape[1] % 8 == 0 and not grows_before_norm
 
 
 def _flash(queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int) -> Tensor:
