@@ -125,7 +125,7 @@ def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     compiler, emulator = EMULATED[request.param]
     if shutil.which(compiler) is None or shutil.which(emulator) is None:
         pytest.skip(f"{compiler} and {emulator} are not both on PATH")
-    (extension,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    extension, _ = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
     program = tmp_path_factory.mktemp(request.param) / "repack_main"
     sources = [*(ROOT / name for name in extension["sources"]), ROOT / "tests" / "support" / "repack_main.c"]
     flags = [*extension["extra-compile-args"], "-static", "-Wall", "-Wextra", "-Werror"]

@@ -6,6 +6,7 @@ __all__ = [
     "architecture",
     "assemble",
     "cache_layout",
+    "cpu_form",
     "delta_net",
     "fusing",
     "layer",

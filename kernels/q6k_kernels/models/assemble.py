@@ -23,6 +23,7 @@ import torch
 
 from q6k_kernels.bundle.metadata import read_metadata
 from q6k_kernels.formats.checks import Activations, check_activations, check_dtype
+from q6k_kernels.models.cpu_form import Weights, choose, to_bytes
 from q6k_kernels.models.filling import Filler
 from q6k_kernels.models.registry import architecture_of
 from q6k_kernels.models.skeleton import check_device, check_transformers, matched, skeleton
@@ -38,6 +39,7 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     activations: Activations = "auto",
+    weights: Weights = "packed",
     progress: Callable[[int], None] = lambda _: None,
 ) -> PreTrainedModel:
     """Build the model that a bundle holds.
@@ -48,6 +50,8 @@ def load_model(
         dtype: dtype of activations and unpacked weights: bfloat16, float16, or on the CPU float32. By default
             bfloat16 on a GPU, float32 on the CPU.
         activations: "int8", "bf16" or "auto", see `q6k_kernels.linear`.
+        weights: "packed"; "bytes", a byte for each weight, in which a CPU decodes several times as fast; or "auto",
+            see `cpu_form.choose`.
         progress: called after each tensor with its size in the bundle in bytes; the sum is that of all `nbytes` in
             `open_bundle(path).manifest.tensors`.
 
@@ -75,11 +79,14 @@ def load_model(
     check_device(device, dtype)
     check_transformers()
     bundle = open_bundle(path)
+    form, _ = choose(weights, bundle.manifest.tensors, device.type, activations)
     metadata = read_metadata(bundle.path)
     architecture = architecture_of(metadata)
     for unused in matched(bundle, metadata, architecture, dtype):
         progress(unused.nbytes)
     model = skeleton(bundle, metadata, architecture, dtype)
     Filler(model, bundle, architecture, lambda _: device, dtype, activations, progress).fill()
+    if form == "bytes":
+        to_bytes(model)
     model.eval()  # type: ignore[no-untyped-call]
     return model

@@ -2,4 +2,4 @@
 that can stand in for them, and a self-test. Imports formats, jit and cuda.
 """
 
-__all__ = ["accuracy", "exact_weights", "grouped", "library", "reference", "schema", "self_test"]
+__all__ = ["accuracy", "exact_weights", "grouped", "library", "products", "reference", "schema", "self_test"]
