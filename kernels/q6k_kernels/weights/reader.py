@@ -25,7 +25,8 @@ from q6k_kernels.bundle import manifest as manifests
 from q6k_kernels.bundle.manifest import METADATA_NAME, BundleError, Manifest, StoredTensor
 from q6k_kernels.bundle.published import directory_of
 from q6k_kernels.bundle.structure import Entry, check_structure, read_header
-from q6k_kernels.weights.transfer import Arrays, Staging, Stamp, load_plain, load_planar, stamp, way_to
+from q6k_kernels.formats.types import weight_type
+from q6k_kernels.weights.transfer import Arrays, Piece, Staging, Stamp, load_plain, load_planar, stamp, way_to
 from q6k_kernels.weights.weight import PackedWeight
 
 
@@ -143,7 +144,9 @@ class Bundle:
         """
         return Loader(self, way_to(device))
 
-    def _load(self, name: str, staging: Staging | None, expert: int | None) -> PackedWeight | Tensor:
+    def _load(
+        self, name: str, staging: Staging | None, expert: int | None, piece: Piece | None
+    ) -> PackedWeight | Tensor:
         tensor = self.info(name)
         if tensor.storage == "raw":
             raise NotLoadableError(
@@ -156,11 +159,13 @@ class Bundle:
                 f"without --exclude, and with an --include that names it, if any"
             )
         _check_expert(tensor, expert)
+        _check_piece(tensor, piece)
         with ExitStack() as files:
             arrays = Arrays(self.path, tensor, self._entries, self._stamps, files)
-            if tensor.storage == "planar":
-                return load_planar(arrays, tensor, expert, staging)
-            return load_plain(arrays, tensor, staging)
+            if expert is not None:
+                return load_planar(arrays, tensor, Piece(expert, expert + 1), staging)[0]
+            load = load_planar if tensor.storage == "planar" else load_plain
+            return load(arrays, tensor, piece, staging)
 
     def load_all(
         self, device: torch.device | str | int = "cpu", names: Iterable[str] | None = None
@@ -195,9 +200,21 @@ class Loader:
     def __init__(self, bundle: Bundle, staging: Staging | None) -> None:
         self._bundle, self._staging = bundle, staging
 
-    def __call__(self, name: str, *, expert: int | None = None) -> PackedWeight | Tensor:
-        """Read one tensor, as `Bundle.load` does."""
-        return self._bundle._load(name, self._staging, expert)
+    def __call__(
+        self, name: str, *, expert: int | None = None, piece: Piece | None = None
+    ) -> PackedWeight | Tensor:
+        """Read one tensor, as `Bundle.load` does, or a piece of it.
+
+        Args:
+            name: GGUF name of the tensor.
+            expert: index of the only weight to read from a stack.
+            piece: rows and columns of a matrix, numbers of a vector, or experts of a stack to read. Columns of a
+                packed matrix begin and end with blocks.
+
+        Raises:
+            ValueError: there is no such piece; all others as by `Bundle.load`.
+        """
+        return self._bundle._load(name, self._staging, expert, piece)
 
 
 def _check_expert(tensor: StoredTensor, expert: int | None) -> None:
@@ -209,3 +226,16 @@ def _check_expert(tensor: StoredTensor, expert: int | None) -> None:
         )
     if not 0 <= expert < tensor.shape[0]:
         raise IndexError(f"expert: {tensor.name} has 0 to {tensor.shape[0] - 1}, found {expert}")
+
+
+def _check_piece(tensor: StoredTensor, piece: Piece | None) -> None:
+    if piece is None:
+        return
+    shape = tuple(tensor.shape)
+    begin, end = piece.columns or (0, 1)
+    of_columns = shape[-1] if len(shape) == 2 else 0 if piece.columns else 1
+    block = weight_type(tensor.format).block if tensor.format and piece.columns else 1
+    if not (0 <= piece.begin < piece.end <= (*shape, 0)[0] and 0 <= begin < end <= of_columns):
+        raise ValueError(f"piece: {tensor.name} has the shape {shape}, found {piece}")
+    if begin % block or end % block:
+        raise ValueError(f"piece: columns of {tensor.name} begin and end at multiples of {block}, found {piece}")

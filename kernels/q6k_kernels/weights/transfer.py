@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing, suppress
 from io import FileIO
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -137,41 +137,64 @@ class Staging:
         self._copied[self._turn].record(torch.cuda.current_stream(self.device))
 
 
-def load_plain(arrays: Arrays, tensor: StoredTensor, staging: Staging | None) -> Tensor:
+class Piece(NamedTuple):
+    """A piece of a tensor: a range of its first dimension, and of a matrix a range of columns or None for all."""
+
+    begin: int
+    end: int
+    columns: tuple[int, int] | None = None
+
+
+def load_plain(arrays: Arrays, tensor: StoredTensor, piece: Piece | None, staging: Staging | None) -> Tensor:
     """Load a tensor of the stored dtype: floats, bf16 or integers; to the GPU of `staging`, or the CPU if None."""
-    result = _empty(tensor.shape, DTYPES[tensor.arrays["data"].dtype], staging)
+    begin, end, columns = piece or Piece(0, tensor.shape[0] if tensor.shape else 1)
+    result = _empty((end - begin, *tensor.shape[1:]) if tensor.shape else (), _dtype(tensor), staging)
     out = result.view(-1).view(torch.uint8)
+    first = begin * (len(out) // max(1, end - begin))
     if staging is None:
-        arrays.read("data", 0, out)
+        arrays.read("data", first, out)
     else:
         for at in range(0, len(out), GPU_SLICE_BYTES):
             part = out[at : at + GPU_SLICE_BYTES]
-            arrays.read("data", at, staging.next(len(part)))
+            arrays.read("data", first + at, staging.next(len(part)))
             staging.copy(part)
-    return result
+    return result if columns is None else result[:, slice(*columns)].clone()
 
 
-def load_planar(arrays: Arrays, tensor: StoredTensor, expert: int | None, staging: Staging | None) -> PackedWeight:
-    """Load a packed weight or stack, or one `expert` of a stack; to the GPU of `staging`, or the CPU if None."""
+def load_planar(arrays: Arrays, tensor: StoredTensor, piece: Piece | None, staging: Staging | None) -> PackedWeight:
+    """Load a packed weight or stack, or a piece of it; to the GPU of `staging`, or the CPU if None.
+
+    Of columns whole rows are read, as their pieces are short in the file; no more than the piece goes further.
+    """
+    begin, end, columns = piece or Piece(0, tensor.shape[0])
     *stack, n, k = tensor.shape
     row = weight_type(cast("str", tensor.format))  # the checked structure guarantees one
-    widths = [arrays.nbytes(role) // math.prod((*stack, n)) for role in row.roles]
-    shape = (n, k) if expert is not None else (*stack, n, k)
+    stored = [arrays.nbytes(role) // math.prod((*stack, n)) for role in row.roles]
+    left, right = columns or (0, k)
+    cuts = [slice(width * left // k, width * right // k) for width in stored]
+    widths = [cut.stop - cut.start for cut in cuts]
+    shape = (end - begin, n, right - left) if stack else (end - begin, right - left)
     tiles = _empty(tiles_shape(shape, row), torch.uint8, staging)
     # If every matrix of a stack begins with a new tile, the stack is one large matrix.
     matrices = 1 if len(shape) == 2 or n % TILE_ROWS == 0 else shape[0]
     rows = math.prod(shape[:-1]) // matrices
-    first = (expert or 0) * n
-    most = (CPU_SLICE_BYTES if staging is None else GPU_SLICE_BYTES) // sum(widths)
+    first = begin * n if stack else begin
+    most = (CPU_SLICE_BYTES if staging is None else GPU_SLICE_BYTES) // sum(stored)
     step = max(TILE_ROWS, most // TILE_ROWS * TILE_ROWS)
     planes = _empty((min(step, rows) * sum(widths),), torch.uint8, staging)
+    whole_rows = torch.empty(min(step, rows) * max(stored) if columns else 0, dtype=torch.uint8)
     for matrix, out in enumerate(tiles.view(matrices, -1, *tiles.shape[-2:])):
         for at in range(0, rows, step):
             count = min(step, rows - at)
             memory = planes if staging is None else staging.next(count * sum(widths))
-            begin = first + matrix * rows + at
-            for role, width, part in zip(row.roles, widths, _parts(memory, widths, count), strict=True):
-                arrays.read(role, begin * width, part)
+            row_of_file = first + matrix * rows + at
+            parts = _parts(memory, widths, count)
+            for role, width, cut, part in zip(row.roles, stored, cuts, parts, strict=True):
+                if columns is None:
+                    arrays.read(role, row_of_file * width, part)
+                else:
+                    arrays.read(role, row_of_file * width, whole_rows[: count * width])
+                    part.view(count, -1).copy_(whole_rows[: count * width].view(count, width)[:, cut])
             if staging is not None:
                 staging.copy(planes[: count * sum(widths)])
             each = [
@@ -184,6 +207,10 @@ def load_planar(arrays: Arrays, tensor: StoredTensor, expert: int | None, stagin
             else:
                 part.copy_(schema.pack(each, row.name))
     return PackedWeight(tiles, shape, row.name)
+
+
+def _dtype(tensor: StoredTensor) -> torch.dtype:
+    return DTYPES[tensor.arrays["data"].dtype]
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, staging: Staging | None) -> Tensor:
