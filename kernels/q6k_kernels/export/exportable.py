@@ -24,6 +24,7 @@ from q6k_kernels.generate.kv_cache import Masks, cache_argument
 from q6k_kernels.models.architecture import FULL, SLIDING
 from q6k_kernels.models.cache_layout import ALIGNMENT, SLACK, aligned, layer_kinds
 from q6k_kernels.models.mixtures import is_mixture
+from q6k_kernels.models.ranks import check_whole
 from q6k_kernels.models.rotary import rotaries
 from q6k_kernels.weights.experts import PackedExperts
 
@@ -51,13 +52,15 @@ class ExportableModel(nn.Module):
 
     Raises:
         ValueError: the capacity is too small.
-        UnsupportedModelError: a layer is neither full nor sliding attention, has experts, or uses another's keys.
+        UnsupportedModelError: a layer is neither full nor sliding attention, has experts, or uses another's keys;
+            or the model is divided among ranks.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
         super().__init__()
         if capacity < SHORTEST_CAPACITY:
             raise ValueError(f"capacity: expected {SHORTEST_CAPACITY} or more, found {capacity}")
+        check_whole(model, "be exported")
         self.model = model
         self._cache_argument = cache_argument(model)
         config: Any = model.config.get_text_config(decoder=True)

@@ -71,14 +71,14 @@ class Generator:
         reused: tokens of the last prompt that were in the cache already, see `resume`.
 
     Args:
-        model: a causal language model of transformers, in eval mode, whole on one device.
+        model: a causal language model of transformers, in eval mode, on one device (divided among ranks: on each).
         capacity: 1 or more.
         temperature: 0 takes the best token, as does less than 2^-20; above, tokens are drawn by their probability.
         seed: seed of the draws, 0 to 2^32 - 1; the same seed gives the same tokens.
         filters: what else decides which tokens are drawn; None for nothing.
         logprobs: of so many likeliest tokens, and of the chosen one, note how likely they are; None: of none.
         fused: whether decoding steps are our own, see `step`, or the forward pass of transformers' model. They are
-            our own by default on a GPU, for models from `load_model` with kernels for their dtype and sizes.
+            our own by default on a GPU, for whole models from `load_model` with kernels for their dtype and sizes.
         chunk: the most tokens of a prompt in one forward pass.
 
     Raises:

@@ -10,6 +10,7 @@ from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.step import Step, StepOperations
 from q6k_kernels.generate.step_reference import TorchOperations
+from q6k_kernels.models.ranks import check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +45,7 @@ def step_for(model: PreTrainedModel, cache: KeyValueCache, device: torch.device,
         operations = kernels = Kernels(device, model.dtype)
         of_chunks = ChunkKernels(device, model.dtype, kernels)
     try:
+        check_whole(model, "decode by our own step")
         return Step(model, cache, operations, of_chunks)
     except UnsupportedModelError:
         if fused:

@@ -12,6 +12,7 @@ __all__ = [
     "layer",
     "mixtures",
     "quantizer",
+    "ranks",
     "registry",
     "rotary",
 ]

@@ -18,6 +18,7 @@ from torch import nn
 from q6k_kernels.bundle.manifest import StoredTensor
 from q6k_kernels.formats.checks import Activations
 from q6k_kernels.formats.types import weight_type
+from q6k_kernels.models.ranks import check_whole
 from q6k_kernels.ops import products
 from q6k_kernels.ops.products import Bytes
 from q6k_kernels.weights.byte_layers import ByteEmbedding, ByteLinear, ByteStack, bytes_of
@@ -73,6 +74,7 @@ def choose(
 
 def to_bytes(model: PreTrainedModel) -> None:
     """Give the packed layers of a model weights of a byte each, one layer at a time."""
+    check_whole(model, "have weights of a byte each")
     done = dict[int, Bytes]()
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear | PackedEmbedding | PackedStack):

@@ -25,8 +25,11 @@ from q6k_kernels.models.architecture import described, gguf_names, make_config
 from q6k_kernels.models.filling import Filler
 from q6k_kernels.models.matching import HEAD, own_parameters
 from q6k_kernels.models.mixtures import stored_parts
+from q6k_kernels.models.ranks import Share
 from q6k_kernels.models.registry import architecture_of
 from q6k_kernels.models.skeleton import check_device, check_transformers, fit, matched, shapes_of
+from q6k_kernels.models.splitting import Splitter, in_all_layers, leave_to_us, ranks_of
+from q6k_kernels.models.stored import Stored
 from q6k_kernels.weights.reader import open_bundle
 
 if TYPE_CHECKING:
@@ -63,6 +66,24 @@ class Loading:
             model.set_attn_implementation("eager")  # SDPA has no soft cap
         self.names = gguf_names(self.architecture, list(own_parameters(model)), model.config.num_hidden_layers)
         self._buffers = dict[str, Tensor]()
+        self._plan = dict[str, str]()
+        self._parts = self._divide(model)
+
+    def _divide(self, model: PreTrainedModel) -> dict[str, Share]:
+        """Return the part of each layer that this rank has, and keep transformers from dividing the model."""
+        ranks = ranks_of(model)
+        if ranks is None:
+            return {}
+        self._plan = dict(model.tp_plan or {})
+        leave_to_us(model)
+        return Splitter(model, ranks, self._plan, self._block, self._stored).parts()
+
+    def _block(self, module: str) -> int:
+        format = self.bundle.info(self.names[f"{module}.weight"]).format
+        return weight_type(format).block if format else 1
+
+    def _stored(self, module: str) -> Stored:
+        return self.architecture.difference(self.names[f"{module}.weight"])
 
     def element_size(self, parameter: str, values: Tensor) -> float:
         """Return the bytes that each number of a parameter takes once it is loaded."""
@@ -72,7 +93,10 @@ class Loading:
         if any(each.format is None for each in stored):
             return values.element_size()
         shapes = (tiles_shape(tuple(each.shape), weight_type(str(each.format))) for each in stored)
-        return sum(math.prod(map(int, shape)) for shape in shapes) / values.numel()
+        whole = sum(math.prod(map(int, shape)) for shape in shapes) / values.numel()
+        part = self._parts.get(parameter.rpartition(".")[0])
+        shape = tuple(values.shape)
+        return whole if part is None else whole * math.prod(part.shape(shape)) / math.prod(shape)
 
     def smallest(self) -> tuple[str, str]:
         """Return a parameter and the key of its one array, the smallest of them."""
@@ -95,17 +119,25 @@ class Loading:
         for device in {torch.device(each) for each in device_map.values()}:
             check_device(device, model.dtype)
         Filler(
-            model, self.bundle, self.architecture, device_of, model.dtype, self.activations, lambda _: None
+            model,
+            self.bundle,
+            self.architecture,
+            device_of,
+            model.dtype,
+            self.activations,
+            lambda _: None,
+            self._parts,
         ).fill()
         # What follows initialises buffers that no file has, and everything that it does not know to be loaded.
         for module in model.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]
         self._buffers = dict(model.named_buffers())
         tied = _TIED if model.config.tie_word_embeddings and hasattr(model.get_submodule(HEAD), "tiles") else {}
+        if self._parts:
+            tied = {}  # one parameter already, under names that depend on the number of ranks
         for name in ("_tied_weights_keys", "all_tied_weights_keys"):
-            setattr(
-                model, name, dict(tied) if tied or name == "all_tied_weights_keys" else model._tied_weights_keys
-            )
+            kept = not (tied or self._parts) and name == "_tied_weights_keys"
+            setattr(model, name, model._tied_weights_keys if kept else dict(tied))
 
     def finish(self, model: PreTrainedModel) -> None:
         """Give buffers their values again, and make the model what `load_model` returns."""
@@ -114,6 +146,9 @@ class Loading:
             owner = model.get_submodule(module)
             setattr(owner, kind, values.to(getattr(owner, kind).device))
         model.requires_grad_(False)
+        if self._plan:
+            divided = {in_all_layers(name) for name in self._parts}
+            model._tp_plan = {name: style for name, style in self._plan.items() if name in divided}
 
 
 def _check_config(config: Any, expected: Any, kind: str, values: dict[str, Any]) -> None:
