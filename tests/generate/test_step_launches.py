@@ -16,7 +16,8 @@ from q6k_kernels.cuda import device
 from q6k_kernels.generate import step_cuda
 from q6k_kernels.generate.attend_cuda import HEAD_DIMS, MOST_BLOCKS, MOST_HEADS, attend_static
 from q6k_kernels.generate.heads import Cached, Heads, Norm
-from q6k_kernels.generate.step_cuda import MOST_NORM, Kernels
+from q6k_kernels.generate.norm_cuda import MOST_K
+from q6k_kernels.generate.step_cuda import Kernels
 from q6k_kernels.generate.step_reference import TokenChoice
 
 CPU = torch.device("cpu", 0)
@@ -61,7 +62,7 @@ def test_what_is_launched_fits_and_is_compiled(arch: int, dtype: torch.dtype, mo
     for dim in HEAD_DIMS:
         assert run.supports(256, 256, heads_of(dim)) == ""
         attend(run, heads_of(dim))
-    for hidden in (32, 4096, 4128, 8192, MOST_NORM):
+    for hidden in (32, 4096, 4128, 8192, MOST_K):
         x, norm = torch.zeros(1, hidden, dtype=dtype), Norm(torch.zeros(hidden), 0.0)
         if run.supports(hidden, hidden, heads_of(64)) == "":
             run.add_norm(x, x, norm, norm, users)
@@ -122,6 +123,6 @@ def test_sizes_without_kernels_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
     run, fine = Kernels(CPU, torch.float16), heads_of(128)
     assert run.supports(4096, 14336, fine) == ""
     assert "a hidden size of 4112: expected a multiple of 32" in run.supports(4112, 14336, fine)
-    assert f"up to {MOST_NORM}" in run.supports(MOST_NORM + 32, 14336, fine)
+    assert f"up to {MOST_K}" in run.supports(MOST_K + 32, 14336, fine)
     assert "an intermediate size of 48" in run.supports(4096, 48, fine)
     assert "heads of 80 values: expected 64, 96, 128, 256, 512" in run.supports(4096, 14336, heads_of(80))

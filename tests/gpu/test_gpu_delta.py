@@ -24,7 +24,7 @@ from q6k_kernels.generate.generator import Generator
 from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.mixture import Mixture
 from q6k_kernels.generate.step_cuda import Kernels
-from q6k_kernels.generate.step_reference import ProductInput, TorchOperations
+from q6k_kernels.generate.step_reference import TorchOperations
 from q6k_kernels.weights.experts import PackedExperts
 
 pytestmark = pytest.mark.gpu
@@ -123,7 +123,7 @@ def test_mixtures_of_experts(dtype: torch.dtype, count: int, top: int, hidden: i
     x, shared = random(1, hidden, dtype=dtype), random(1, hidden, dtype=dtype, seed=1)
     with torch.no_grad():
         found, expected = (
-            each.mix(ProductInput(x, None, hidden), mixture, shared) for each in (run, TorchOperations())
+            each.mix(x, mixture, *each.route(x, mixture), shared).sum() for each in (run, TorchOperations())
         )
     assert float((found - expected).abs().max()) < 0.02 * float(expected.std())
 

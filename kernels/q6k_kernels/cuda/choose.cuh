@@ -1,6 +1,5 @@
-// Choices: of the next token, and of a token's experts.
-//
-// The next token: the best logit, or the best of logit / temperature + noise (`generate.sampling` has the formulas).
+// The choice of the next token: the best logit, or the best of logit / temperature + noise (`generate.sampling` has the
+// formulas).
 //
 // A thread keeps its best candidate as one integer: the score, mapped to integers of the same order, then the token,
 // smaller ones first. The last block to finish compares the candidates of all blocks, and writes the token where the
@@ -129,48 +128,4 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   *token = next;
   chosen[following] = next;
   *position = following;
-}
-
-constexpr int MOST_EXPERTS = 512, OF_LANE = MOST_EXPERTS / 32;
-
-// A token's experts, the best first, of equals the one of the lower number; their weights are the softmax over them,
-// times the experts' scales.
-//
-// Parameters: logits 16-bit (experts,); scales fp32 (experts,), or null; chosen and weights (top,); experts, at most
-// MOST_EXPERTS; top, at most 32 and `experts`. One block of one warp.
-extern "C" __global__ void __launch_bounds__(32)
-    q6k_choose_experts(const u16* logits, const float* scales, u32* chosen, float* weights, int experts, int top) {
-  const u32 lane = threadIdx.x;
-  const float not_a_number = __uint_as_float(0x7FFFFFFFu);
-  float own[OF_LANE];
-  let_dependents_start();
-  wait_for_previous_grid();
-#pragma unroll
-  for (u32 i = 0; i < OF_LANE; ++i) {
-    const u32 expert = lane + 32 * i;
-    own[i] = expert < (u32)experts ? half_to_float(logits[expert]) : not_a_number;
-  }
-  float first = 0.0f, sum = 0.0f, mine = 0.0f;
-  u32 my_expert = 0;
-  for (int j = 0; j < top; ++j) {
-    u64 most = 0;
-#pragma unroll
-    for (u32 i = 0; i < OF_LANE; ++i) most = max(most, ranked(own[i], lane + 32 * i));
-    most = best_of<32>(most);
-    // If no logit is left that is a number, the expert must still be within bounds.
-    const u32 expert = most ? 0xFFFFFFFFu - (u32)most : (u32)j, order = (u32)(most >> 32);
-    const float score = most ? __uint_as_float(order >> 31 ? order ^ 0x80000000u : ~order) : not_a_number;
-#pragma unroll
-    for (u32 i = 0; i < OF_LANE; ++i) {
-      if (lane + 32 * i == expert) own[i] = not_a_number;
-    }
-    if (j == 0) first = score;
-    const float weight = __expf(score - first);
-    sum += weight;
-    if (lane == (u32)j) mine = weight, my_expert = expert;
-  }
-  if (lane < (u32)top) {
-    chosen[lane] = my_expert;
-    weights[lane] = mine / sum * (scales != nullptr ? scales[my_expert] : 1.0f);
-  }
 }

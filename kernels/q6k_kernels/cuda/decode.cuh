@@ -136,7 +136,7 @@ extern "C" __global__ void Q6K_LIMITS
   const u16* const rows_of_x = static_cast<const u16*>(x) + first_block * SUPER_BLOCK;
   const Quantized quantized = {codes, steps, Q6K_OFFSET ? reinterpret_cast<u32*>(sums) : nullptr,
                                Q6K_MINIMUM ? reinterpret_cast<u16*>(parts) : nullptr};
-  quantize_rows<THREADS>(rows_of_x, stride, m, depth * SUPER_BLOCK, k - first_block * SUPER_BLOCK, quantized,
+  quantize_rows<THREADS>(Rows{rows_of_x, stride}, m, depth * SUPER_BLOCK, k - first_block * SUPER_BLOCK, quantized,
                          [&]() { fill_ring(early ? EARLY_STAGES : 0, STAGES); });
 #else
   const u8* from_x = static_cast<const u8*>(x);
@@ -159,78 +159,32 @@ extern "C" __global__ void Q6K_LIMITS
 
   const int g = lane >> 2, t = lane & 3;
   const int column_token = COLUMNS == 1 ? min(g >> 1, TOKENS - 1) : g;
-  const u32 lane_codes = shared_address(codes) + column_token * 64 + t * 16;
-  const u32 lane_steps = shared_address(steps) + (COLUMNS == 1 ? min(t, TOKENS - 1) : t) * 16;
-  const u32 lane_sums = shared_address(sums) + (lane_steps - shared_address(steps));
-  const u32 lane_parts = shared_address(parts) + column_token * 64 + t * 16;
+  const u32 of_token = column_token * 64 + t * 16, of_column = (COLUMNS == 1 ? min(t, TOKENS - 1) : t) * 16;
+  const LaneActivations activations = {shared_address(codes) + of_token, shared_address(steps) + of_column,
+                                       shared_address(sums) + of_column, shared_address(parts) + of_token};
 
   auto store = [&](int row_tile, int r, int token, float value) {
     const int row = (first_row + row_tile) * TILE_ROWS + r;
     if (row < n && token < m) y[(i64)token * n + row] = to_half(value + bias_at(bias, bias_kind, row));
   };
-  // Without clusters a warp needs at most two slots: it completes each row tile between its first and last itself.
-  auto slot_of = [&](int w, int row_tile, int first) {
-    const int slot = !SPLIT ? 2 * w + (row_tile != first) : row_tile + w;
-    return partials + slot * TILE_ROWS * TOKENS * 4;
-  };
-
-  float totals[2][COLUMNS] = {};
-  int row_tile = first_of_warp, block = begin - first_of_warp * depth, stage = 0;
-  bool whole = block == 0;
-  for (int at = begin; at < end; ++at) {
-    wait_copies<STAGES - 1>();
-    __syncwarp();
-    LaneTile tile;
-    tile.load(ring + stage * TILE_BYTES, lane);
-    __syncwarp();
-    copy_next(stage);
-    multiply_tile(totals, tile, lane_codes + block * CODES_A_BLOCK, lane_steps + block * STEPS_A_BLOCK,
-                  lane_sums + block * STEPS_A_BLOCK, lane_parts + block * PARTS_A_BLOCK);
-    stage = stage + 1 == STAGES ? 0 : stage + 1;
-    const bool row_ends = ++block == depth;
-    if (row_ends || at + 1 == end) {
-      const bool finished = !SPLIT && whole && row_ends;
-      const u32 slot = slot_of(warp, row_tile, first_of_warp);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) {
-          const int token = COLUMNS == 1 ? t : 2 * t + c;
-          if (finished) {
-            store(row_tile, g + 8 * h, token, totals[h][c]);
-          } else if (token < TOKENS) {
-            asm volatile("st.shared.f32 [%0], %1;" ::"r"(slot + ((g + 8 * h) * TOKENS + token) * 4),
-                         "f"(totals[h][c])
-                         : "memory");
-          }
-          totals[h][c] = 0.0f;
-        }
-      }
-      ++row_tile;
-      block = 0;
-      whole = true;
-    }
-  }
+  // With clusters each of a warp's row tiles has a slot of its own.
+  auto slot_of = [&](int w, int row_tile) { return partials + (row_tile + w) * OUTPUTS * 4; };
+  multiply_tiles(
+      ring, lane, begin, end, depth, !SPLIT, copy_next, [&](int) { return activations; },
+      [&](int row_tile) {
+        return SPLIT ? slot_of(warp, row_tile) : slot_of_two(partials, warp, row_tile == first_of_warp);
+      },
+      store);
 
   __syncthreads();
-  constexpr int OUTPUTS = TILE_ROWS * TOKENS;  // outputs of a row tile
   const int total = rows * depth;
   if (!SPLIT) {
-    // The last row tile that a warp began and did not complete was completed by the warps after it.
-    for (int at = threadIdx.x; at < WARPS * OUTPUTS; at += THREADS) {
-      const int w = at / OUTPUTS, inside = at % OUTPUTS;
-      const int w_begin = share(total, w, WARPS), w_end = share(total, w + 1, WARPS);
-      const int last = (w_end - 1) / depth, row_end = (last + 1) * depth;
-      if (w_begin == w_end || last * depth < w_begin || row_end == w_end) continue;
-      const float sum = load_float(slot_of(w, last, w_begin / depth) + inside * 4);
-      store(last, inside / TOKENS, inside % TOKENS,
-            sum + sum_of_warps(partials + inside * 4, 2 * OUTPUTS * 4, total, w + 1, row_end));
-    }
+    store_shared_tiles(partials, total, depth, store);
   } else {
     for (int at = threadIdx.x; at < rows * OUTPUTS; at += THREADS) {
       const int r = at / OUTPUTS, inside = at % OUTPUTS;
       const int w = first_warp(total, r * depth);
-      const u32 place = slot_of(0, r, 0) + inside * 4;
+      const u32 place = slot_of(0, r) + inside * 4;
       const float sum = sum_of_warps(place, OUTPUTS * 4, total, w, (r + 1) * depth);
       asm volatile("st.shared.f32 [%0], %1;" ::"r"(place + w * OUTPUTS * 4), "f"(sum) : "memory");
     }
@@ -242,7 +196,7 @@ extern "C" __global__ void Q6K_LIMITS
       for (int other = 0; other < cluster; ++other) {
         const int other_depth = share(blocks, other + 1, cluster) - share(blocks, other, cluster);
         const int w = first_warp(rows * other_depth, r * other_depth);
-        sum += load_of_rank(slot_of(w, r, 0) + inside * 4, other);
+        sum += load_of_rank(slot_of(w, r) + inside * 4, other);
       }
       store(r, inside / TOKENS, inside % TOKENS, sum);
     }

@@ -16,15 +16,37 @@ static_assert(TOKENS == 1 && Q6K_FUSED, "rows are quantised one by one");
 
 constexpr int PAIRS = 2;  // of a block, at most
 
+// Rows of activations that are still those of a network's gate and of what it gates, `up`.
+struct GatedRows {
+  static constexpr int BATCH = 1, LOADS = 4;
+  const u16 *gate, *up;
+  i64 stride;
+  int kind;  // a Gate
+
+  __device__ __forceinline__ void load(uint4 (&raw)[LOADS], int token, int column) const {
+    const i64 at = token * stride + column;
+    const uint4 *const from = reinterpret_cast<const uint4*>(gate + at), *const of_up = reinterpret_cast<const uint4*>(up + at);
+    raw[0] = from[0], raw[1] = from[1], raw[2] = of_up[0], raw[3] = of_up[1];
+  }
+
+  __device__ __forceinline__ void activations(const uint4 (&raw)[LOADS], uint4 (&values)[2]) const {
+    const uint4 factors[2] = {raw[2], raw[3]};
+    values[0] = raw[0], values[1] = raw[1];
+    apply_gate(kind, values, factors, true);
+  }
+};
+
 // Parameters: tiles (E, row_tiles, ceil(K/256), TILE_BYTES); experts of the pairs, int64 if `wide`, else int32, of which
 // one outside 0..count-1 traps; x 16-bit (rows, k), row p / sharing for pair p, 16-byte aligned and `stride` elements
-// apart; y 16-bit (pairs, n); bias (count, n) of `bias_kind`, or null; early: whether to load tiles before the launch
-// before has ended. Then they are those of the experts that memory has at that time; if these have changed in the end,
-// tiles are loaded again. Grid: at least as many blocks as pairs. Shared memory: `experts_decode.py` has the sizes.
+// apart; up, null, or rows like those of x, which then are gates: activations are what a Gate, `gate`, makes of both;
+// y 16-bit (pairs, n); bias (count, n) of `bias_kind`, or null; early: whether to load tiles before the launch before
+// has ended. Then they are those of the experts that memory has at that time; if these have changed in the end, tiles
+// are loaded again. Grid: at least as many blocks as pairs. Shared memory: `experts_decode.py` has the sizes.
 // No pointer is __restrict__: loads of what an earlier launch writes must not move above the wait for it.
 extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
-    q6k_experts_decode(const u8* tiles, const void* experts, const u16* x, u16* y, const void* bias, i64 stride, int wide,
-                       int bias_kind, int pairs, int sharing, int n, int k, int row_tiles, int count, int early) {
+    q6k_experts_decode(const u8* tiles, const void* experts, const u16* x, const u16* up, u16* y, const void* bias,
+                       i64 stride, int gate, int wide, int bias_kind, int pairs, int sharing, int n, int k, int row_tiles,
+                       int count, int early) {
   extern __shared__ __align__(128) u8 shared[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int depth = super_blocks_of(k), total = pairs * row_tiles;
@@ -126,77 +148,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
     const Quantized to = {codes + i * codes_bytes, reinterpret_cast<float*>(steps + i * steps_bytes),
                           Q6K_OFFSET ? reinterpret_cast<u32*>(sums + i * steps_bytes) : nullptr,
                           Q6K_MINIMUM ? reinterpret_cast<u16*>(parts + i * parts_bytes) : nullptr};
-    quantize_rows<THREADS>(x + (first_pair + i) / sharing * stride, stride, 1, depth * SUPER_BLOCK, k, to, [&]() {
+    const i64 from = (first_pair + i) / sharing * stride;
+    auto between = [&]() {
       if (i > 0) return;
       settle_experts();
       fill_ring(EARLY_STAGES, STAGES);
-    });
+    };
+    if (up == nullptr) {
+      quantize_rows<THREADS>(Rows{x + from, stride}, 1, depth * SUPER_BLOCK, k, to, between);
+    } else {
+      quantize_rows<THREADS>(GatedRows{x + from, up + from, stride, gate}, 1, depth * SUPER_BLOCK, k, to, between);
+    }
   }
   __syncthreads();
 
-  const int g = lane >> 2, t = lane & 3;
-  u32 lane_codes, lane_steps, lane_sums, lane_parts;
-  auto begin_pair = [&](int pair) {
-    const int row = one_row ? 0 : pair;
-    lane_codes = shared_address(codes) + row * codes_bytes + t * 16;
-    lane_steps = shared_address(steps) + row * steps_bytes;
-    lane_sums = shared_address(sums) + row * steps_bytes;
-    lane_parts = shared_address(parts) + row * parts_bytes + t * 16;
+  const int t = lane & 3;
+  auto activations_of = [&](int row_tile) {
+    const int row = one_row || row_tile < border ? 0 : 1;
+    return LaneActivations{shared_address(codes) + row * codes_bytes + t * 16, shared_address(steps) + row * steps_bytes,
+                           shared_address(sums) + row * steps_bytes, shared_address(parts) + row * parts_bytes + t * 16};
   };
-
-  auto store = [&](int row_tile, int r, float value) {
+  auto store = [&](int row_tile, int r, int token, float value) {
     const int second = row_tile >= border, pair = first_pair + second;
     const int row = (first_row + row_tile - pair * row_tiles) * TILE_ROWS + r;
-    if (row >= n) return;
+    if (row >= n || token > 0) return;
     const float addend = bias_kind == NO_BIAS ? 0.0f : bias_at(bias, bias_kind, (second ? chosen[1] : chosen[0]) * n + row);
     y[(i64)pair * n + row] = to_half(value + addend);
   };
-  // A warp needs at most two slots: it completes each row tile between its first and last itself.
-  auto slot_of = [&](int w, int row_tile, int first) { return partials + (2 * w + (row_tile != first)) * TILE_ROWS * 4; };
-
-  float totals[2][COLUMNS] = {};
-  int row_tile = first_of_warp, block = begin - first_of_warp * depth, stage = 0;
-  bool whole = block == 0;
-  begin_pair(row_tile >= border);
-  for (int at = begin; at < end; ++at) {
-    wait_copies<STAGES - 1>();
-    __syncwarp();
-    LaneTile tile;
-    tile.load(ring + stage * TILE_BYTES, lane);
-    __syncwarp();
-    copy_next(stage);
-    multiply_tile(totals, tile, lane_codes + block * CODES_A_BLOCK, lane_steps + block * STEPS_A_BLOCK,
-                  lane_sums + block * STEPS_A_BLOCK, lane_parts + block * PARTS_A_BLOCK);
-    stage = stage + 1 == STAGES ? 0 : stage + 1;
-    const bool row_ends = ++block == depth;
-    if (row_ends || at + 1 == end) {
-      const u32 slot = slot_of(warp, row_tile, first_of_warp);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (t == 0) {
-          if (whole && row_ends) {
-            store(row_tile, g + 8 * h, totals[h][0]);
-          } else {
-            asm volatile("st.shared.f32 [%0], %1;" ::"r"(slot + (g + 8 * h) * 4), "f"(totals[h][0]) : "memory");
-          }
-        }
-        totals[h][0] = 0.0f;
-      }
-      block = 0;
-      whole = true;
-      if (++row_tile == border) begin_pair(1);
-    }
-  }
-
+  multiply_tiles(
+      ring, lane, begin, end, depth, true, copy_next, activations_of,
+      [&](int row_tile) { return slot_of_two(partials, warp, row_tile == first_of_warp); }, store);
   __syncthreads();
-  const int all = rows * depth;
-  // The last row tile that a warp began and did not complete was completed by the warps after it.
-  for (int at = threadIdx.x; at < WARPS * TILE_ROWS; at += THREADS) {
-    const int w = at / TILE_ROWS, r = at % TILE_ROWS;
-    const int w_begin = share(all, w, WARPS), w_end = share(all, w + 1, WARPS);
-    const int last = (w_end - 1) / depth, row_end = (last + 1) * depth;
-    if (w_begin == w_end || last * depth < w_begin || row_end == w_end) continue;
-    const float sum = load_float(slot_of(w, last, w_begin / depth) + r * 4);
-    store(last, r, sum + sum_of_warps(partials + r * 4, 2 * TILE_ROWS * 4, all, w + 1, row_end));
-  }
+  store_shared_tiles(partials, rows * depth, depth, store);
 }

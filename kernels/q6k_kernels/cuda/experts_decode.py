@@ -10,6 +10,7 @@ import struct
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ SHAPES: tuple[Shape, ...] = ((8, 3, 2), (8, 2, 2), (8, 2, 1))
 SHORT_TILES, BESIDE_TILES = 24, 80
 """Tiles a multiprocessor up to which `SHORT` is best, and up to which one block each is best: the next launch's
 blocks then fit beside it. Measured on an H200."""
-_ARGUMENTS = struct.Struct("@PPPPPqiiiiiiiii")
+_ARGUMENTS = struct.Struct("@PPPPPPqiiiiiiiiii")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def multiply(
     device: Device,
     *,
     early: bool = True,
+    gated: tuple[Tensor, int] | None = None,
     chosen: ExpertsPlan | None = None,
 ) -> None:
     """Launch the products; `cuda.experts_dispatch` has checked the arguments.
@@ -112,6 +114,8 @@ def multiply(
         device: the GPU of all tensors.
         early: whether tiles are loaded before the launch before has ended, of the experts that memory has then. It
             is right either way, but useless after a kernel of ours that writes them.
+        gated: what x is the gate of, of the same strides, and the activation, a `Gate` of `cuda/sixteens.cuh`: the
+            kernel multiplies what they make. None if x has the activations.
         chosen: forces a plan, to measure it.
 
     Raises:
@@ -122,9 +126,10 @@ def multiply(
     if m > at_once:
         apart = len(x) // m
         for at in range(0, m, at_once):
-            part = slice(at, at + at_once)
-            rows = x[at * apart : (at + at_once) * apart]
-            multiply(rows, tiles, experts[part], bias, n, row, y[part], device, early=early, chosen=chosen)
+            part, rows = slice(at, at + at_once), slice(at * apart, (at + at_once) * apart)
+            beside = None if gated is None else (gated[0][rows], gated[1])
+            given: Any = x[rows], tiles, experts[part], bias, n, row, y[part], device
+            multiply(*given, early=early, gated=beside, chosen=chosen)
         return
     launch = chosen or plan(m * top, n, k, row, device)
     if launch is None:
@@ -133,13 +138,16 @@ def multiply(
             f"this GPU's blocks; use activations='bf16'"
         )
     bias_at, bias_kind = bias_arguments(bias)
+    up, gate = gated or (None, 0)
     arguments = _ARGUMENTS.pack(
         tiles.data_ptr(),
         experts.data_ptr(),
         x.data_ptr(),
+        0 if up is None else up.data_ptr(),
         y.data_ptr(),
         bias_at,
         x.stride(0),
+        gate,
         int(experts.dtype is torch.int64),
         bias_kind,
         m * top,

@@ -123,24 +123,39 @@ __device__ __forceinline__ int token_of(int at, int groups) {
   return TOKENS <= 2 ? at >= groups : (int)((u32)at / (u32)groups);
 }
 
-// Quantises x[:m, :k] with all threads of a block; columns from `present` on are zeros, not read. `between` is called
-// once by each thread, after its first load was issued and before it is needed.
-template <int THREADS, typename Between>
-__device__ __forceinline__ void quantize_rows(const u16* x, i64 stride, int m, int k, int present,
-                                              const Quantized& to, Between between) {
+// Rows of activations, 16-byte aligned and `stride` elements apart: a group of 16 of them is LOADS pieces of memory, of
+// which a thread asks for BATCH before it needs the first.
+struct Rows {
+  static constexpr int BATCH = 4, LOADS = 2;
+  const u16* x;
+  i64 stride;
+
+  __device__ __forceinline__ void load(uint4 (&raw)[LOADS], int token, int column) const {
+    const uint4* const from = reinterpret_cast<const uint4*>(x + token * stride + column);
+    raw[0] = from[0], raw[1] = from[1];
+  }
+
+  __device__ __forceinline__ void activations(const uint4 (&raw)[LOADS], uint4 (&values)[2]) const {
+    values[0] = raw[0], values[1] = raw[1];
+  }
+};
+
+// Quantises m rows of k values with all threads of a block; columns from `present` on are zeros, not read. `between` is
+// called once by each thread, after its first load was issued and before it is needed.
+template <int THREADS, typename Source, typename Between>
+__device__ __forceinline__ void quantize_rows(const Source& rows, int m, int k, int present, const Quantized& to,
+                                              Between between) {
   const int groups = k / 16, total = m * groups;
-  constexpr int BATCH = 4;  // groups of a thread that are loaded before the first is used
+  constexpr int BATCH = Source::BATCH;
   bool waiting = true;
   for (int begin = threadIdx.x; (begin & ~31) < total; begin += BATCH * THREADS) {
-    uint4 raw[BATCH][2];
+    uint4 raw[BATCH][Source::LOADS] = {};
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
       if ((begin & ~31) + i * THREADS >= total) break;  // for the whole warp
       const int at = min(begin + i * THREADS, total - 1), token = token_of(at, groups);
       const int column = (at - token * groups) * 16;
-      const uint4* const from = reinterpret_cast<const uint4*>(x + token * stride + column);
-      raw[i][0] = raw[i][1] = make_uint4(0, 0, 0, 0);
-      if (column < present) raw[i][0] = from[0], raw[i][1] = from[1];
+      if (column < present) rows.load(raw[i], token, column);
     }
     if (waiting) between();
     waiting = false;
@@ -148,7 +163,9 @@ __device__ __forceinline__ void quantize_rows(const u16* x, i64 stride, int m, i
     for (int i = 0; i < BATCH; ++i) {
       if ((begin & ~31) + i * THREADS >= total) break;
       const int at = begin + i * THREADS, token = token_of(min(at, total - 1), groups);
-      quantize_into(to, raw[i], token, at - token * groups, at < total);
+      uint4 values[2];
+      rows.activations(raw[i], values);
+      quantize_into(to, values, token, at - token * groups, at < total);
     }
   }
   if (waiting) between();

@@ -1,6 +1,6 @@
 // The parts of a decode step between its products: one token's residual sum, norm and gate, each followed by the
-// quantisation that the next product needs (quantize.cuh, which comes before this file, with one token). They are
-// tiny and mostly wait; meanwhile the next product loads its first tiles.
+// quantisation that the next product needs (quantize.cuh, which comes before this file, with one token, and before it
+// sixteens.cuh). They are tiny and mostly wait; meanwhile the next product loads its first tiles.
 //
 //   Q6K_NORM_GROUPS  groups of 16 values that each of 256 threads has of a row that is normed
 
@@ -13,35 +13,6 @@ static_assert(TOKENS == 1 && !Q6K_FUSED, "a step is of one token, quantised once
 constexpr int NORM_THREADS = 256;
 constexpr int NORM_GROUPS = Q6K_NORM_GROUPS;
 constexpr int GATE_THREADS = 128;
-
-enum Gate { SILU = 0, GELU_TANH = 1, RELU_SQUARED = 2 };
-
-__device__ __forceinline__ void load_16(const u16* from, uint4 (&raw)[2]) {
-  raw[0] = reinterpret_cast<const uint4*>(from)[0];
-  raw[1] = reinterpret_cast<const uint4*>(from)[1];
-}
-
-__device__ __forceinline__ void store_16(u16* to, const uint4 (&raw)[2]) {
-  reinterpret_cast<uint4*>(to)[0] = raw[0];
-  reinterpret_cast<uint4*>(to)[1] = raw[1];
-}
-
-__device__ __forceinline__ void to_floats(const uint4 (&raw)[2], float (&values)[16]) {
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const u32 word = word_of(raw[j >> 2], j & 3);
-    values[2 * j] = half_to_float(word & 0xFFFFu);
-    values[2 * j + 1] = half_to_float(word >> 16);
-  }
-}
-
-__device__ __forceinline__ void to_halves(const float (&values)[16], uint4 (&raw)[2]) {
-  u32 words[8];
-#pragma unroll
-  for (int j = 0; j < 8; ++j) words[j] = pack_halves(values[2 * j], values[2 * j + 1]);
-  raw[0] = make_uint4(words[0], words[1], words[2], words[3]);
-  raw[1] = make_uint4(words[4], words[5], words[6], words[7]);
-}
 
 // Over all threads of the block, in one order. `parts` is for this sum alone.
 __device__ __forceinline__ float block_sum(float value, float* parts) {
@@ -91,92 +62,201 @@ __device__ __forceinline__ void load_weights(const float* from, float (&weights)
   }
 }
 
-// sum = (hidden + (norm of) delta) * scale; x = (norm of) sum: as 16-bit values, in 8 bits, or both.
-//
-// Parameters, all of one row of k values, a multiple of 32, at most 4096 NORM_GROUPS: hidden; delta, or null to add
-// nothing; after, the weight of delta's own norm, or null for none; the norm's weight, or null for none; sum, x, or
-// null; codes and steps, as q6k_quantize writes them, or null; factor, of delta after its norm; scale, of the sum, a
-// 16-bit number; the norms' epsilon; centred, whether norms subtract the mean before. Norms are
-// root mean squares; their weights are fp32. One block. The weights are loaded before the wait, because later the next
-// product's copies keep memory busy.
-extern "C" __global__ void __launch_bounds__(NORM_THREADS)
-    q6k_add_norm(const u16* hidden, const u16* delta, const float* after, const float* weight, u16* sum, u16* x,
-                 u8* codes, float* steps, float factor, float scale, float epsilon, int centred, int k) {
-  __shared__ float parts_after[2][NORM_THREADS / 32], parts[2][NORM_THREADS / 32];
+// Calls each(i, group) for the groups of a row that this thread has.
+template <typename Each>
+__device__ __forceinline__ void for_groups(int groups, Each each) {
+#pragma unroll
+  for (int i = 0; i < NORM_GROUPS; ++i) {
+    const int group = threadIdx.x + i * NORM_THREADS;
+    if (group < groups) each(i, group);
+  }
+}
+
+// The weight of a norm, loaded before the wait, because later the next product's copies keep memory busy.
+struct Norm {
+  float weights[NORM_GROUPS][16];
+
+  __device__ __forceinline__ void load(const float* from, int groups) {
+    if (from == nullptr) return;
+    for_groups(groups, [&](int i, int group) { load_weights(from + group * 16, weights[i]); });
+  }
+
+  // Norm of a row of 16-bit values, in place.
+  __device__ __forceinline__ void apply(float (&values)[NORM_GROUPS][16], bool centred, float epsilon, int k,
+                                        float (&parts)[2][NORM_THREADS / 32]) const {
+    const float inverse = inverse_root(values, centred, epsilon, k, parts);
+    for_groups(k / 16, [&](int i, int) {
+#pragma unroll
+      for (int j = 0; j < 16; ++j) values[i][j] = values[i][j] * inverse * weights[i][j];
+      round_16(values[i]);
+    });
+  }
+};
+
+// Outputs of experts that are not added up yet, and a row beside them.
+struct Mixed {
+  const u16* rows;       // (top, k)
+  const float* factors;  // of the rows, then of `beside` if `gated`
+  const u16* beside;     // or null
+  const float *after_rows, *after_beside;  // weights of the norms of the rows' sum and of `beside`, or null
+  int top, gated;
+
+  __device__ __forceinline__ void sum(int group, int k, float (&sums)[16]) const {
+    constexpr int AT_ONCE = 4;
+    for (int first = 0; first < top; first += AT_ONCE) {
+      uint4 raw[AT_ONCE][2] = {};
+      float values[16];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        if (first + i < top) load_16(rows + (i64)(first + i) * k + group * 16, raw[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const float factor = first + i < top ? factors[first + i] : 0.0f;
+        to_floats(raw[i], values);
+#pragma unroll
+        for (int j = 0; j < 16; ++j) sums[j] = fmaf(values[j], factor, sums[j]);
+      }
+    }
+    round_16(sums);
+  }
+};
+
+// A further norm of the sum, and where it goes.
+struct Further {
+  const float* weight;
+  u16* x;
+};
+
+// Shared by the kernels below. MIXED: what is added is `mixed`, else `delta`. MORE: `further` is wanted.
+template <bool MIXED, bool MORE>
+__device__ __forceinline__ void add_norm(const u16* hidden, const u16* delta, const Mixed& mixed, const float* after,
+                                         const float* weight, const Further (&further)[2], u16* sum, u16* x, u8* codes,
+                                         float* steps, float factor, float scale, float epsilon, bool centred, int k) {
+  __shared__ float parts[4][2][NORM_THREADS / 32];
   let_dependents_start();
   const int groups = k / 16;
-  float weights_after[NORM_GROUPS][16], weights[NORM_GROUPS][16];
-#pragma unroll
-  for (int i = 0; i < NORM_GROUPS; ++i) {
-    const int group = threadIdx.x + i * NORM_THREADS;
-    if (group >= groups) break;
-    if (weight != nullptr) load_weights(weight + group * 16, weights[i]);
-    if (after != nullptr) load_weights(after + group * 16, weights_after[i]);
-  }
-  uint4 raw[2], before[NORM_GROUPS][2] = {}, added[NORM_GROUPS][2] = {};
+  Norm last, of_delta, of_rows, of_beside, others[2];
+  last.load(weight, groups);
+  of_delta.load(after, groups);
+  if (MIXED) of_rows.load(mixed.after_rows, groups), of_beside.load(mixed.after_beside, groups);
+  if (MORE) others[0].load(further[0].weight, groups), others[1].load(further[1].weight, groups);
+  uint4 before[NORM_GROUPS][2] = {}, added[NORM_GROUPS][2] = {};
   float values[NORM_GROUPS][16] = {};
   wait_for_previous_grid();
-#pragma unroll
-  for (int i = 0; i < NORM_GROUPS; ++i) {
-    const int group = threadIdx.x + i * NORM_THREADS;
-    if (group >= groups) break;
+  const u16* const row = MIXED ? mixed.beside : delta;
+  for_groups(groups, [&](int i, int group) {
     load_16(hidden + group * 16, before[i]);
-    if (delta != nullptr) load_16(delta + group * 16, added[i]);
-  }
+    if (row != nullptr) load_16(row + group * 16, added[i]);
+  });
 #pragma unroll
   for (int i = 0; i < NORM_GROUPS; ++i) to_floats(added[i], values[i]);
-  if (after != nullptr) {
-    const float inverse = inverse_root(values, centred, epsilon, k, parts_after);
+  if (MIXED) {
+    float sums[NORM_GROUPS][16] = {};
+    for_groups(groups, [&](int i, int group) { mixed.sum(group, k, sums[i]); });
+    if (mixed.after_rows != nullptr) of_rows.apply(sums, centred, epsilon, k, parts[0]);
+    if (mixed.after_beside != nullptr) of_beside.apply(values, centred, epsilon, k, parts[1]);
+    const float gate = mixed.gated ? mixed.factors[mixed.top] : 1.0f;
+    for_groups(groups, [&](int i, int) {
 #pragma unroll
-    for (int i = 0; i < NORM_GROUPS; ++i) {
-      const int group = threadIdx.x + i * NORM_THREADS;
-      if (group >= groups) break;
+      for (int j = 0; j < 16; ++j) values[i][j] *= gate;
+      round_16(values[i]);
 #pragma unroll
-      for (int j = 0; j < 16; ++j) values[i][j] = values[i][j] * inverse * weights_after[i][j];
-      to_halves(values[i], raw);
-      to_floats(raw, values[i]);
-    }
+      for (int j = 0; j < 16; ++j) values[i][j] += sums[i][j];
+      round_16(values[i]);
+    });
   }
-#pragma unroll
-  for (int i = 0; i < NORM_GROUPS; ++i) {
-    const int group = threadIdx.x + i * NORM_THREADS;
-    if (group >= groups) break;
+  if (after != nullptr) of_delta.apply(values, centred, epsilon, k, parts[2]);
+  for_groups(groups, [&](int i, int group) {
     float own[16];
     to_floats(before[i], own);
 #pragma unroll
     for (int j = 0; j < 16; ++j) values[i][j] = fmaf(values[i][j], factor, own[j]);
-    to_halves(values[i], raw);
-    to_floats(raw, values[i]);
+    round_16(values[i]);
     if (scale != 1.0f) {
 #pragma unroll
       for (int j = 0; j < 16; ++j) values[i][j] *= scale;
-      to_halves(values[i], raw);
-      to_floats(raw, values[i]);
+      round_16(values[i]);
     }
+    uint4 raw[2];
+    to_halves(values[i], raw);
     if (sum != nullptr) store_16(sum + group * 16, raw);
-  }
+  });
   float inverse = 1.0f;
-  if (weight != nullptr) inverse = inverse_root(values, centred, epsilon, k, parts);
+  if (weight != nullptr || MORE) inverse = inverse_root(values, centred, epsilon, k, parts[3]);
+  auto normed = [&](const Norm& norm, int i, uint4 (&raw)[2]) {
+    float found[16];
+#pragma unroll
+    for (int j = 0; j < 16; ++j) found[j] = values[i][j] * inverse * norm.weights[i][j];
+    to_halves(found, raw);
+  };
 #pragma unroll
   for (int i = 0; i < NORM_GROUPS; ++i) {
     const int group = threadIdx.x + i * NORM_THREADS;
     if ((group & ~31) >= groups) break;  // for the whole warp
     const bool present = group < groups;
-    if (present && weight != nullptr) {
-#pragma unroll
-      for (int j = 0; j < 16; ++j) values[i][j] = values[i][j] * inverse * weights[i][j];
-    }
+    uint4 raw[2];
     to_halves(values[i], raw);
+    if (present && weight != nullptr) normed(last, i, raw);
     if (x != nullptr && present) store_16(x + group * 16, raw);
     if (codes != nullptr) quantize_into(Quantized::all(codes, steps, k), raw, 0, group, present);
   }
+  if (!MORE) return;
+  for_groups(groups, [&](int i, int group) {
+#pragma unroll
+    for (int other = 0; other < 2; ++other) {
+      uint4 raw[2];
+      normed(others[other], i, raw);
+      store_16(further[other].x + group * 16, raw);
+    }
+  });
 }
+
+// sum = (hidden + (norm of) delta) * scale; x = (norm of) sum: as 16-bit values, in 8 bits, or both.
+//
+// Parameters, all of one row of k values, a multiple of 32, at most 4096 NORM_GROUPS: hidden; delta, or null to add
+// nothing; after, the weight of delta's own norm, or null for none; the norm's weight, or null for none; sum, x, or
+// null; codes and steps, as q6k_quantize writes them, or null; factor, of delta after its norm; scale, of the sum, a
+// 16-bit number; the norms' epsilon; centred, whether norms subtract the mean before. Norms are root mean squares;
+// their weights are fp32. One block.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS)
+    q6k_add_norm(const u16* hidden, const u16* delta, const float* after, const float* weight, u16* sum, u16* x,
+                 u8* codes, float* steps, float factor, float scale, float epsilon, int centred, int k) {
+  const Further none[2] = {};
+  add_norm<false, false>(hidden, delta, Mixed(), after, weight, none, sum, x, codes, steps, factor, scale, epsilon,
+                         centred, k);
+}
+
+#if Q6K_NORM_GROUPS <= 2  // more would not fit in registers
+// As q6k_add_norm, and two further norms of the sum: their weights, and where they go, 16-bit.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS)
+    q6k_add_norms(const u16* hidden, const u16* delta, const float* after, const float* weight, u16* sum, u16* x,
+                  u8* codes, float* steps, float factor, float scale, float epsilon, int centred, int k,
+                  const float* weight_1, u16* x_1, const float* weight_2, u16* x_2) {
+  const Further further[2] = {{weight_1, x_1}, {weight_2, x_2}};
+  add_norm<false, true>(hidden, delta, Mixed(), after, weight, further, sum, x, codes, steps, factor, scale, epsilon,
+                        centred, k);
+}
+
+// As q6k_add_norm with the sum of a mixture in place of `delta`: outputs of its experts, 16-bit (top, k); their fp32
+// factors, and that of `beside` if `gated`; beside, 16-bit, or null; the weights of the norms of the experts' sum and
+// of `beside`, or null. Rounded as layers with 16 bits do.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS)
+    q6k_add_mixture(const u16* hidden, const u16* rows, const float* after, const float* weight, u16* sum, u16* x,
+                    u8* codes, float* steps, float factor, float scale, float epsilon, int centred, int k,
+                    const float* factors, const u16* beside, const float* after_rows, const float* after_beside, int top, int gated) {
+  const Mixed mixed = {rows, factors, beside, after_rows, after_beside, top, gated};
+  const Further none[2] = {};
+  add_norm<true, false>(hidden, nullptr, mixed, after, weight, none, sum, x, codes, steps, factor, scale, epsilon,
+                        centred, k);
+}
+#endif
 
 // x = gate's activation * up: as 16-bit values, in 8 bits, or both.
 //
-// Parameters, all of one row of k values: gate; up, or null for the activation alone; x, or null; codes and steps, as q6k_quantize writes them, or
-// null; kind, a Gate; k. `gate` and `up` are in rows of `width` values, a multiple of 16, `stride` apart. A thread for
-// each 16.
+// Parameters, all of one row of k values: gate; up, or null for the activation alone; x, or null; codes and steps, as
+// q6k_quantize writes them, or null; kind, a Gate; k. `gate` and `up` are in rows of `width` values, a multiple of 16,
+// `stride` apart. A thread for each 16.
 extern "C" __global__ void __launch_bounds__(GATE_THREADS)
     q6k_gate(const u16* gate, const u16* up, u16* x, u8* codes, float* steps, int kind, int k, int width,
              int stride) {
@@ -190,40 +270,7 @@ extern "C" __global__ void __launch_bounds__(GATE_THREADS)
     load_16(gate + at, raw);
     if (up != nullptr) load_16(up + at, raw_up);
   }
-  float values[16], factors[16];
-  to_floats(raw, values);
-  to_floats(raw_up, factors);
-#pragma unroll
-  for (int j = 0; j < 16; ++j) {
-    const float v = values[j];
-    // gelu's tanh(u) is 1 - 2 / (1 + e^2u), so 0.5 (1 + tanh(u)) is the logistic function of 2u.
-    const float u = kind == GELU_TANH ? 1.5957691216057308f * fmaf(0.044715f * v * v, v, v) : v;
-    const float activated = kind == RELU_SQUARED ? (v < 0.0f ? 0.0f : v * v) : __fdividef(v, 1.0f + __expf(-u));
-    values[j] = up == nullptr ? activated : activated * factors[j];
-  }
-  to_halves(values, raw);
+  apply_gate(kind, raw, raw_up, up != nullptr);
   if (x != nullptr && present) store_16(x + group * 16, raw);
   if (codes != nullptr) quantize_into(Quantized::all(codes, steps, k), raw, 0, group, present);
-}
-
-// x = sum of rows, each times its weight.
-//
-// Parameters: rows 16-bit (top, k); weights fp32 (top,); x 16-bit (k,); k, a multiple of 16. A thread for each 16.
-extern "C" __global__ void __launch_bounds__(GATE_THREADS)
-    q6k_combine(const u16* rows, const float* weights, u16* x, int top, int k) {
-  let_dependents_start();
-  const int group = blockIdx.x * GATE_THREADS + threadIdx.x;
-  wait_for_previous_grid();
-  if (group >= k / 16) return;
-  float sums[16] = {}, values[16];
-  uint4 raw[2];
-  for (int row = 0; row < top; ++row) {
-    const float weight = weights[row];
-    load_16(rows + (i64)row * k + group * 16, raw);
-    to_floats(raw, values);
-#pragma unroll
-    for (int j = 0; j < 16; ++j) sums[j] = fmaf(values[j], weight, sums[j]);
-  }
-  to_halves(sums, raw);
-  store_16(x + group * 16, raw);
 }

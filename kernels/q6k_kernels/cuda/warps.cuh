@@ -1,4 +1,4 @@
-// Blocks of the decode kernels, and sums of row tiles that fall to several of their warps.
+// Blocks of the decode kernels: their warps' rings of tiles, and sums of row tiles that fall to several of them.
 //
 //   Q6K_WARPS    warps of a block
 //   Q6K_STAGES   tiles of a warp's ring
@@ -40,4 +40,79 @@ __device__ __forceinline__ float sum_of_warps(u32 values, int pitch, int total, 
     for (int i = 0; i < 4; ++i) sum += parts[i];
   }
   return sum;
+}
+
+// Where a lane finds quantised activations of the first super-block in shared memory.
+struct LaneActivations {
+  u32 codes, steps, sums, parts;
+};
+
+// Multiplies a warp's tiles, `begin` to before `end` of the row tiles of `depth` super-blocks that its block has, in
+// order. copy_next(stage) refills a stage of its ring; activations_of(row tile) are a lane's; store(row tile, row,
+// token, sum) takes the sums of row tiles that are the warp's alone if `stores`; others go to slot_of(row tile).
+template <typename Copy, typename Activations, typename Slot, typename Store>
+__device__ __forceinline__ void multiply_tiles(u32 ring, int lane, int begin, int end, int depth, bool stores, Copy copy_next,
+                                               Activations activations_of, Slot slot_of, Store store) {
+  const int g = lane >> 2, t = lane & 3;
+  float totals[2][COLUMNS] = {};
+  int row_tile = begin / depth, block = begin - row_tile * depth, stage = 0;
+  bool whole = block == 0;
+  LaneActivations own = activations_of(row_tile);
+  for (int at = begin; at < end; ++at) {
+    wait_copies<STAGES - 1>();
+    __syncwarp();
+    LaneTile tile;
+    tile.load(ring + stage * TILE_BYTES, lane);
+    __syncwarp();
+    copy_next(stage);
+    multiply_tile(totals, tile, own.codes + block * CODES_A_BLOCK, own.steps + block * STEPS_A_BLOCK,
+                  own.sums + block * STEPS_A_BLOCK, own.parts + block * PARTS_A_BLOCK);
+    stage = stage + 1 == STAGES ? 0 : stage + 1;
+    const bool row_ends = ++block == depth;
+    if (row_ends || at + 1 == end) {
+      const bool finished = stores && whole && row_ends;
+      const u32 slot = slot_of(row_tile);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+          const int token = COLUMNS == 1 ? t : 2 * t + c;
+          if (finished) {
+            store(row_tile, g + 8 * h, token, totals[h][c]);
+          } else if (token < TOKENS) {
+            asm volatile("st.shared.f32 [%0], %1;" ::"r"(slot + ((g + 8 * h) * TOKENS + token) * 4),
+                         "f"(totals[h][c])
+                         : "memory");
+          }
+          totals[h][c] = 0.0f;
+        }
+      }
+      ++row_tile;
+      block = 0;
+      whole = true;
+      own = activations_of(row_tile);
+    }
+  }
+}
+
+constexpr int OUTPUTS = TILE_ROWS * TOKENS;  // of a row tile
+
+// The slot of a warp's sums of a row tile. It needs two: it completes each row tile between its first and last itself.
+__device__ __forceinline__ u32 slot_of_two(u32 slots, int warp, bool first) {
+  return slots + (2 * warp + !first) * OUTPUTS * 4;
+}
+
+// Adds up and stores the row tiles that fall to several warps, after multiply_tiles and a barrier: the last row tile
+// that a warp began and did not complete was completed by the warps after it. `total` tiles are the block's.
+template <typename Store>
+__device__ __forceinline__ void store_shared_tiles(u32 slots, int total, int depth, Store store) {
+  for (int at = threadIdx.x; at < WARPS * OUTPUTS; at += THREADS) {
+    const int w = at / OUTPUTS, inside = at % OUTPUTS;
+    const int begin = share(total, w, WARPS), end = share(total, w + 1, WARPS);
+    const int last = (end - 1) / depth, row_end = (last + 1) * depth;
+    if (begin == end || last * depth < begin || row_end == end) continue;
+    const float sum = load_float(slot_of_two(slots, w, last == begin / depth) + inside * 4);
+    store(last, inside / TOKENS, inside % TOKENS,
+          sum + sum_of_warps(slots + inside * 4, 2 * OUTPUTS * 4, total, w + 1, row_end));
+  }
 }

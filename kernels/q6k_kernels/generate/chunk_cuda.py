@@ -12,6 +12,7 @@ Nothing here waits for the GPU.
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -23,6 +24,8 @@ from q6k_kernels.cuda.device import Variant
 from q6k_kernels.formats.types import weight_type
 from q6k_kernels.generate.attention import WIDEST, product_in_fp32
 from q6k_kernels.generate.heads import Cached, Heads, Norm
+from q6k_kernels.generate.mixture import Mixed
+from q6k_kernels.generate.norm_cuda import pointer
 from q6k_kernels.generate.step_cuda import Kernels
 from q6k_kernels.generate.step_reference import ProductInput, TorchOperations
 from q6k_kernels.jit import loader
@@ -65,15 +68,20 @@ class ChunkKernels(TorchOperations):
     def add_norm(
         self,
         hidden: Tensor,
-        delta: Tensor | None,
+        delta: Tensor | Mixed | None,
         after: Norm | None,
         norm: Norm | None,
         users: list[nn.Module],
         factor: float = 1.0,
         scale: float = 1.0,
+        further: tuple[Norm, Norm] | None = None,
     ) -> tuple[Tensor, ProductInput]:
-        """Launch the residual sum and its norm, see `step_reference`."""
-        del users
+        """Launch the residual sum and its norms, see `step_reference`."""
+        if isinstance(delta, Mixed):
+            delta = delta.sum(self._normed)
+        if further is not None:
+            total, normed = self.add_norm(hidden, delta, after, norm, users, factor, scale)
+            return total, replace(normed, further=tuple(self._normed(each, total) for each in further))
         rows, k = hidden.shape
         if delta is None and norm is None:
             return hidden, ProductInput(hidden, None, k)
@@ -84,12 +92,9 @@ class ChunkKernels(TorchOperations):
             (rows, 1),
             NORM_THREADS,
             _ADD_NORM.pack(
-                hidden.data_ptr(),
-                0 if delta is None else delta.data_ptr(),
-                0 if after is None else after.weight.data_ptr(),
-                0 if norm is None else norm.weight.data_ptr(),
-                0 if delta is None else total.data_ptr(),
-                0 if norm is None else x.data_ptr(),
+                *map(pointer, (hidden, delta)),
+                *(pointer(each and each.weight) for each in (after, norm)),
+                *(0 if each is None else out.data_ptr() for each, out in ((delta, total), (norm, x))),
                 factor,
                 1.0 if delta is None else scale,
                 next((each.epsilon for each in (norm, after) if each is not None), 0.0),
@@ -98,6 +103,9 @@ class ChunkKernels(TorchOperations):
             ),
         )
         return total, ProductInput(x, None, k)
+
+    def _normed(self, norm: Norm, x: Tensor) -> Tensor:
+        return self.add_norm(torch.zeros_like(x), x, norm, None, [])[0]
 
     def gate(self, gate: Tensor, up: Tensor | None, activation: Activation, users: list[nn.Module]) -> ProductInput:
         """Launch the activation function of `gate` times `up`, see `step_reference`."""
@@ -211,11 +219,9 @@ class ChunkKernels(TorchOperations):
             queries.data_ptr(),
             (heads.count if flash else group) * heads.dim,
             of_group,
-            cached.keys.data_ptr(),
-            cached.values.data_ptr(),
+            *map(pointer, (cached.keys, cached.values)),
             *((0, 0) if more is None else (each.data_ptr() for each in more)),
-            heads.cosines.data_ptr(),
-            heads.sines.data_ptr(),
+            *map(pointer, (heads.cosines, heads.sines)),
             *(0 if norm is None else norm.weight.data_ptr() for norm in norms),
             0 if heads.growth is None else heads.growth.data_ptr(),
             0.0 if heads.q_norm is None else heads.q_norm.epsilon,

@@ -1,56 +1,128 @@
 """A mixture of experts in a step or a chunk: its modules, and its computation in plain torch.
 
-A router chooses a few experts for each token; the result is the sum of their outputs, each with a factor. Some
-models add the output of an expert that all tokens share, which has a gate of its own.
+A router chooses a few experts for each token; the result is the sum of their outputs, each with a factor: the
+softmax of the chosen experts' logits. Some models add a network beside the experts: one that all tokens share, with
+a gate of its own, or one with norms of its own. The sum is left to the residual sum that follows, see `Mixed`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from q6k_kernels.generate.heads import Norm
+
+
+@dataclass(frozen=True)
+class MixtureNorms:
+    """The norms around a mixture whose router and experts see the residual stream itself.
+
+    Attributes:
+        router: norm of what the router sees.
+        experts: norm of what the experts see.
+        after_experts: norm of the experts' sum.
+        after_beside: norm of the result of the network beside them.
+    """
+
+    router: Norm
+    experts: Norm
+    after_experts: Norm
+    after_beside: Norm
+
 
 @dataclass(frozen=True)
 class Mixture:
-    """The parts of a mixture beside the shared expert.
+    """A mixture; the network beside it is no part of it.
 
     Attributes:
-        router: weights of the router, (experts, K) in the model's dtype; of the shared expert's gate in a last row.
+        router: weights of the router, (experts, K) in the model's dtype; in a last row those of the gate of the
+            network beside, if it has one.
         experts: the experts, called like `weights.PackedExperts`.
         count: number of experts.
         top: number of experts that are chosen.
+        scales: further factors of the experts, float32 (experts,), or None.
+        norms: its norms, or None: then router and experts see what the network does.
     """
 
     router: Tensor
     experts: nn.Module
     count: int
     top: int
+    scales: Tensor | None = None
+    norms: MixtureNorms | None = None
 
 
-def mixture_of(network: Any) -> Mixture:
-    """Return the mixture of a network of transformers: a router, experts, perhaps a shared expert's gate."""
-    router, count = network.gate.weight.detach(), len(network.gate.weight)
-    if (shared := getattr(network, "shared_expert_gate", None)) is not None:
-        router = torch.cat([router, shared.weight.detach()])
-    return Mixture(router.contiguous(), network.experts, count, network.gate.top_k)
+def apply_norm(norm: Norm, x: Tensor) -> Tensor:
+    """Return a norm rounded to its input's dtype."""
+    return norm(x).to(x.dtype)
 
 
-def mixed(x: Tensor, mixture: Mixture, shared: Tensor | None) -> Tensor:
-    """Compute a mixture.
+@dataclass(frozen=True)
+class Mixed:
+    """The result of a mixture: outputs that are not added up yet.
+
+    Attributes:
+        rows: outputs of experts, (M, rows, K).
+        factors: their factors, float32 (M, rows); that of `beside` after them, if it has one.
+        beside: output of the network beside the experts, (M, K), or None.
+        norms: the mixture's norms, or None.
+    """
+
+    rows: Tensor
+    factors: Tensor
+    beside: Tensor | None
+    norms: MixtureNorms | None
+
+    @property
+    def gated(self) -> bool:
+        """Whether `beside` has a factor."""
+        return self.factors.shape[1] > self.rows.shape[1]
+
+    def sum(self, apply: Callable[[Norm, Tensor], Tensor] = apply_norm) -> Tensor:
+        """Add up, (M, K); `apply` computes norms."""
+        count, dtype = self.rows.shape[1], self.rows.dtype
+        total = torch.bmm(self.factors[:, None, :count], self.rows.float())[:, 0].to(dtype)
+        beside = self.beside
+        if self.norms is not None:
+            total = apply(self.norms.after_experts, total)
+            beside = None if beside is None else apply(self.norms.after_beside, beside)
+        if beside is not None and self.gated:
+            beside = self.factors[:, count:].to(dtype) * beside
+        return total if beside is None else total + beside
+
+
+def route(x: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
+    """Choose the experts of tokens.
 
     Args:
-        x: its input, (M, K).
+        x: what the router sees, (M, K).
         mixture: the mixture.
-        shared: the output of the shared expert, (M, K), or None.
 
     Returns:
-        (M, K).
+        The experts of the largest logits, integers (M, top), and their factors, float32 (M, top), of numbers of the
+        model's dtype; behind them that of the network beside, if it has a gate.
     """
     logits = x @ mixture.router.T
-    values, chosen = logits[:, : mixture.count].float().softmax(-1).topk(mixture.top)
-    factors = (values / values.sum(-1, keepdim=True)).to(x.dtype)
-    routed: Tensor = mixture.experts(x, chosen, factors)
-    return routed if shared is None else routed + logits[:, mixture.count :].sigmoid() * shared
+    values, chosen = logits[:, : mixture.count].float().topk(mixture.top)
+    factors = values.softmax(-1)
+    if mixture.scales is not None:
+        factors = factors * mixture.scales[chosen]
+    return chosen, torch.cat([factors.to(x.dtype), logits[:, mixture.count :].sigmoid()], 1).float()
+
+
+def mix(x: Tensor, mixture: Mixture, chosen: Tensor, factors: Tensor, beside: Tensor | None) -> Mixed:
+    """Compute the outputs of the chosen experts: here one row a token, their sum.
+
+    Args:
+        x: what the experts see, (M, K).
+        mixture: the mixture.
+        chosen: the experts, from `route`.
+        factors: their factors, from `route`.
+        beside: output of the network beside them, (M, K), or None.
+    """
+    total: Tensor = mixture.experts(x, chosen, factors[:, : mixture.top])
+    gates = factors[:, mixture.top :]
+    return Mixed(total[:, None], torch.cat([gates.new_ones(len(x), 1), gates], 1), beside, mixture.norms)

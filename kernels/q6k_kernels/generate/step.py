@@ -22,8 +22,8 @@ from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.kv_cache import KeyValueCache
-from q6k_kernels.generate.mixture import Mixture
-from q6k_kernels.generate.step_layers import Layers, Projections, Routed, StepLayer
+from q6k_kernels.generate.mixture import Mixed, Mixture
+from q6k_kernels.generate.step_layers import Layers, Projections, StepLayer
 from q6k_kernels.generate.step_reference import ProductInput, TokenChoice, capped
 from q6k_kernels.models.architecture import SLIDING, attached
 from q6k_kernels.models.layer import Activation
@@ -40,23 +40,17 @@ class StepOperations(Protocol):
     def add_norm(  # noqa: D102
         self,
         hidden: Tensor,
-        delta: Tensor | None,
+        delta: Tensor | Mixed | None,
         after: Norm | None,
         norm: Norm | None,
         users: list[nn.Module],
         factor: float = 1.0,
         scale: float = 1.0,
+        further: tuple[Norm, Norm] | None = None,
     ) -> tuple[Tensor, ProductInput]: ...
     def gate(  # noqa: D102
         self, gate: Tensor, up: Tensor | None, activation: Activation, users: list[nn.Module]
     ) -> ProductInput: ...
-    def supports_experts(self, module: nn.Module, experts: int, top: int) -> str: ...  # noqa: D102
-    def route(  # noqa: D102
-        self, logits: Tensor, scales: Tensor | None, top: int
-    ) -> tuple[Tensor, Tensor]: ...
-    def experts(  # noqa: D102
-        self, module: nn.Module, x: ProductInput, chosen: Tensor, weights: Tensor
-    ) -> Tensor: ...
     def attend(  # noqa: D102
         self,
         q: Tensor,
@@ -78,7 +72,10 @@ class StepOperations(Protocol):
         users: list[nn.Module],
     ) -> ProductInput: ...
     def supports_mixture(self, mixture: Mixture) -> str: ...  # noqa: D102
-    def mix(self, x: ProductInput, mixture: Mixture, shared: Tensor | None) -> Tensor: ...  # noqa: D102
+    def route(self, x: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]: ...  # noqa: D102
+    def mix(  # noqa: D102
+        self, x: Tensor, mixture: Mixture, chosen: Tensor, factors: Tensor, beside: Tensor | None
+    ) -> Mixed: ...
     def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor: ...  # noqa: D102
     def choose(self, logits: Tensor, softcap: float | None, choice: TokenChoice) -> None: ...  # noqa: D102
 
@@ -153,10 +150,6 @@ class Step:
                 raise _unsupported(reason)
             if layer.mixture is not None and (reason := operations.supports_mixture(layer.mixture)):
                 raise _unsupported(reason)
-            if (routed := layer.routed) is not None:
-                given = routed.experts, len(routed.scales), routed.top
-                if reason := operations.supports_experts(*given):
-                    raise _unsupported(reason)
             operations.reserve(layer.heads)
 
     def advance(self, choice: TokenChoice) -> None:
@@ -205,7 +198,7 @@ class Step:
         hidden: Tensor = self._embedding(given.tokens)
         if self._of_embedding != 1.0:
             hidden = hidden * self._of_embedding
-        delta: Tensor | None = None
+        delta: Tensor | Mixed | None = None
         after: Norm | None = None
         scale = 1.0
         of_layers = self._embeddings_of_layers(given.tokens, hidden)
@@ -222,11 +215,10 @@ class Step:
                 given, hidden, first, x = given.end, hidden[-1:], first.end, x.end
                 of_layers = [each[-1:] for each in of_layers]
             delta, after = run.multiply(layer.output, x), layer.after_attention
-            hidden, second = self._add_norm(given, hidden, delta, after, layer.norm_between, behind)
+            between, further = layer.norm_between, layer.norms_of_mixture
+            hidden, second = self._add_norm(given, hidden, delta, after, between, behind, further=further)
             delta = self._network(given, layer, first if layer.parallel else second)
             after, scale = layer.after, layer.scale
-            if layer.routed is not None:
-                delta = self._with_experts(given, layer.routed, hidden, delta)
             if (end := layer.by_token) is not None:
                 hidden, x = self._add_norm(given, hidden, delta, after, None, [end.gate])
                 x = run.gate(
@@ -235,41 +227,37 @@ class Step:
                 delta, after = run.multiply(end.output, x), end.after
         return self._add_norm(given, hidden, delta, after, self._norm, [self._head], scale)[1]
 
-    def _network(self, given: _Pass, layer: StepLayer, x: ProductInput) -> Tensor:
+    def _network(self, given: _Pass, layer: StepLayer, x: ProductInput) -> Tensor | Mixed:
         """Compute a layer's network, its mixture of experts, or both."""
-        run, out = given.run, None
-        if layer.down is not None:
-            gate, *up = self._project(given, layer.gate_up, x)
-            gated = run.gate(gate, up[0] if up else None, self._architecture.activation, [layer.down])
-            out = run.multiply(layer.down, gated)
-        if layer.mixture is not None:
-            out = run.mix(x, layer.mixture, out)
-        assert out is not None  # noqa: S101 -- every layer has one of the two
-        return out
+        mixture = layer.mixture
+        if mixture is None:
+            return self._dense(given, layer, x)
+        of_router, of_experts = (x.halves, x.halves) if mixture.norms is None else x.further
+        assert of_router is not None  # noqa: S101 -- the experts are among the users of `x`
+        assert of_experts is not None  # noqa: S101 -- as above
+        # First, so that it is known which weights the experts need before they are multiplied.
+        chosen, factors = given.run.route(of_router, mixture)
+        beside = None if layer.down is None else self._dense(given, layer, x)
+        return given.run.mix(of_experts, mixture, chosen, factors, beside)
+
+    def _dense(self, given: _Pass, layer: StepLayer, x: ProductInput) -> Tensor:
+        assert layer.down is not None  # noqa: S101 -- only a layer with a mixture may have no network
+        gate, *up = self._project(given, layer.gate_up, x)
+        gated = given.run.gate(gate, up[0] if up else None, self._architecture.activation, [layer.down])
+        return given.run.multiply(layer.down, gated)
 
     def _add_norm(
         self,
         given: _Pass,
         hidden: Tensor,
-        delta: Tensor | None,
+        delta: Tensor | Mixed | None,
         after: Norm | None,
         norm: Norm | None,
         users: list[nn.Module],
         scale: float = 1.0,
+        further: tuple[Norm, Norm] | None = None,
     ) -> tuple[Tensor, ProductInput]:
-        return given.run.add_norm(hidden, delta, after, norm, users, self._of_summands, scale)
-
-    def _with_experts(self, given: _Pass, routed: Routed, hidden: Tensor, network: Tensor) -> Tensor:
-        """Return the sum of the normed results of a network and of the experts beside it, (M, K)."""
-        run, experts = given.run, routed.experts
-        _, x = run.add_norm(hidden, None, None, routed.router_norm, [routed.router])
-        chosen, weights = run.route(run.multiply(routed.router, x), routed.scales, routed.top)
-        _, x = run.add_norm(hidden, None, None, routed.norm, [experts])
-        of_experts = run.experts(experts, x, chosen, weights)
-        _, normed = run.add_norm(network, None, None, routed.after_network, [experts])
-        assert normed.halves is not None  # noqa: S101 -- experts read them
-        total, _ = run.add_norm(normed.halves, of_experts, routed.after, None, [experts])
-        return total
+        return given.run.add_norm(hidden, delta, after, norm, users, self._of_summands, scale, further)
 
     def _embeddings_of_layers(self, tokens: Tensor, hidden: Tensor) -> list[Tensor]:
         """Return each layer's embeddings of the tokens, (M, size), if layers have them."""

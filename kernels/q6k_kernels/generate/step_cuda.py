@@ -1,5 +1,5 @@
 """The operations of a decoding step on a GPU: launches of `cuda/step.cuh` and `cuda/choose.cuh`, and of the kernels
-for attention (`attend_cuda`), gated delta nets (`delta_cuda`) and mixtures of experts (`mixture_cuda`).
+for norms (`norm_cuda`), attention (`attend_cuda`), gated delta nets (`delta_cuda`) and mixtures (`mixture_cuda`).
 
 `step_reference` specifies the operations, in plain torch. Here the activations for packed weights pass between
 launches in 8 bits: the kernel that computes them also quantises them.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import struct
 from dataclasses import replace
-from functools import cache
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -20,29 +19,28 @@ from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda.device import Device, Variant
 from q6k_kernels.formats.ggml import SUPER_BLOCK
 from q6k_kernels.formats.types import weight_type
-from q6k_kernels.generate import attend_cuda, delta_cuda, mixture_cuda, routed_cuda
+from q6k_kernels.generate import attend_cuda, delta_cuda, mixture_cuda, norm_cuda
 from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.heads import Cached, Heads, Norm
-from q6k_kernels.generate.mixture import Mixture
+from q6k_kernels.generate.mixture import Mixed, Mixture
+from q6k_kernels.generate.norm_cuda import pointer
 from q6k_kernels.generate.step_reference import ProductInput, TokenChoice, TorchOperations, capped
 from q6k_kernels.jit import loader
 from q6k_kernels.models.layer import Activation
-from q6k_kernels.weights.experts import PackedExperts
+from q6k_kernels.weights.experts import PackedExperts, PackedStack
 from q6k_kernels.weights.layers import PackedLinear
 
 if TYPE_CHECKING:
     from torch import nn
 
-STEP, ADD_NORM, GATE = "step.cuh", "q6k_add_norm", "q6k_gate"
+STEP, GATE = "step.cuh", "q6k_gate"
 CHOOSE_FILE, CHOOSE = "choose.cuh", "q6k_choose"
-NORM_THREADS, GATE_THREADS = 256, 128
-NORM_GROUPS = (1, 2, 3)
-MOST_NORM = 16 * NORM_THREADS * NORM_GROUPS[-1]
+GATE_THREADS = 128
 CHOOSE_THREADS, CHOOSE_VALUES, CHOOSE_BLOCKS = 128, 8, 256
 """Threads of a block, logits that a thread reads at once, and the most blocks; as in `cuda/choose.cuh`."""
 GATES = {"silu": 0, "gelu_tanh": 1, "relu_squared": 2}
-"""Activation -> its number in the enum `Gate` of `cuda/step.cuh`."""
-_ADD_NORM, _GATE = struct.Struct("@PPPPPPPPfffii"), struct.Struct("@PPPPPiiii")
+"""Activation -> its number in the enum `Gate` of `cuda/sixteens.cuh`."""
+_GATE = struct.Struct("@PPPPPiiii")
 _CHOOSE = struct.Struct("@PPPPPPPPffi")
 
 
@@ -65,8 +63,8 @@ class Kernels:
 
     def supports(self, hidden: int, between: int, heads: Heads | DeltaHeads) -> str:
         """Return why the kernels do not support a model's sizes; "" if they do."""
-        if hidden > MOST_NORM or hidden % 32:
-            return f"a hidden size of {hidden}: expected a multiple of 32 up to {MOST_NORM}"
+        if hidden > norm_cuda.MOST_K or hidden % 32:
+            return f"a hidden size of {hidden}: expected a multiple of 32 up to {norm_cuda.MOST_K}"
         if between % 32:
             return f"an intermediate size of {between}: expected a multiple of 32"
         if isinstance(heads, DeltaHeads):
@@ -74,10 +72,6 @@ class Kernels:
         if heads.dim not in attend_cuda.HEAD_DIMS:
             return f"heads of {heads.dim} values: expected {', '.join(map(str, attend_cuda.HEAD_DIMS))}"
         return ""
-
-    def supports_experts(self, module: nn.Module, experts: int, top: int) -> str:
-        """Return why the kernels do not support a mixture of experts; "" if they do."""
-        return routed_cuda.unsupported(module, experts, top, tuple(GATES))
 
     def reserve(self, heads: Heads | DeltaHeads) -> None:
         """Allocate the memory that `attend` and `delta` need; call it for each layer before a step is recorded."""
@@ -92,39 +86,28 @@ class Kernels:
     def add_norm(
         self,
         hidden: Tensor,
-        delta: Tensor | None,
+        delta: Tensor | Mixed | None,
         after: Norm | None,
         norm: Norm | None,
         users: list[nn.Module],
         factor: float = 1.0,
         scale: float = 1.0,
+        further: tuple[Norm, Norm] | None = None,
     ) -> tuple[Tensor, ProductInput]:
-        """Launch the residual sum and its norm, see `step_reference`; `users` decide the forms of the output."""
+        """Launch the residual sum and its norms, see `step_reference`; `users` decide the forms of the output."""
         total = hidden if delta is None else torch.empty_like(hidden)
-        out = self._activations(hidden.shape[-1], users)
-        self._launch(
-            _norm_variant(self._macros, hidden.shape[-1]),
-            (1, 1, 1),
-            NORM_THREADS,
-            _ADD_NORM.pack(
-                hidden.data_ptr(),
-                _pointer(delta),
-                0 if after is None else after.weight.data_ptr(),
-                0 if norm is None else norm.weight.data_ptr(),
-                0 if delta is None else total.data_ptr(),
-                *self._outputs(out),
-                factor,
-                1.0 if delta is None else scale,
-                next((each.epsilon for each in (norm, after) if each is not None), 0.0),
-                int(any(each is not None and each.centred for each in (norm, after))),
-                hidden.shape[-1],
-            ),
+        out, others = self._activations(hidden.shape[-1], users), [torch.empty_like(hidden) for _ in further or ()]
+        kernel, given = norm_cuda.kernel_and_arguments(
+            *(hidden, delta, after, norm, total, self._outputs(out), factor, scale),
+            tuple(zip(further or (), others, strict=True)),
         )
-        return total, out
+        variant = norm_cuda.variant(kernel, self._macros, hidden.shape[-1])
+        self._launch(variant, (1, 1, 1), norm_cuda.THREADS, given)
+        return total, replace(out, further=tuple(others))
 
     def gate(self, gate: Tensor, up: Tensor | None, activation: Activation, users: list[nn.Module]) -> ProductInput:
         """Launch the activation function of `gate` times `up`, see `step_reference`: rows are a token's experts."""
-        out, given = self._activations(gate.numel(), users), (gate.data_ptr(), _pointer(up))
+        out, given = self._activations(gate.numel(), users), (gate.data_ptr(), pointer(up))
         self._launch(
             (STEP, GATE, self._macros),
             (-(-gate.numel() // (16 * GATE_THREADS)), 1, 1),
@@ -134,21 +117,6 @@ class Kernels:
             ),
         )
         return replace(out, halves=None if out.halves is None else out.halves.view(gate.shape))
-
-    def route(self, logits: Tensor, scales: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
-        """Launch the choice of experts, see `step_reference`."""
-        return routed_cuda.route(self._launch, self._macros, logits, scales, top)
-
-    def experts(self, module: nn.Module, x: ProductInput, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Launch the products of experts, see `step_reference`, and what is between and after them."""
-        assert isinstance(module, PackedExperts)  # noqa: S101 -- as `supports_experts` has checked
-        assert x.halves is not None  # noqa: S101 -- `_activations` provides them
-        both = [mixture_cuda.products(stack, x.halves, chosen, early=False)[0] for stack in module.gate_up]
-        gate, up = both if len(both) == 2 else both[0].chunk(2, -1)
-        between = self.gate(gate, up, cast("Activation", module.activation), [module]).halves
-        assert between is not None  # noqa: S101 -- as above
-        rows = mixture_cuda.products(module.down, between.view(1, -1, module.between), chosen, early=True)
-        return routed_cuda.combine(self._launch, self._macros, rows, weights)
 
     def attend(
         self,
@@ -193,12 +161,28 @@ class Kernels:
 
     def supports_mixture(self, mixture: Mixture) -> str:
         """Return why the kernels do not support a mixture of experts; "" if they do."""
-        return mixture_cuda.unsupported(mixture)
+        return mixture_cuda.unsupported(mixture, GATES)
 
-    def mix(self, x: ProductInput, mixture: Mixture, shared: Tensor | None) -> Tensor:
-        """Launch a mixture of experts, see `mixture`."""
-        assert x.halves is not None  # noqa: S101 -- the experts are among its users
-        return mixture_cuda.mixed(self._launch, self._macros[:1], x.halves, mixture, shared, self._counted)
+    def route(self, x: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
+        """Launch the choice of a token's experts, see `mixture.route`."""
+        return mixture_cuda.route(self._launch, self._macros[:1], x, mixture, self._counted)
+
+    def mix(self, x: Tensor, mixture: Mixture, chosen: Tensor, factors: Tensor, beside: Tensor | None) -> Mixed:
+        """Launch the products of experts, see `mixture.mix`; those of down also compute the gates."""
+        experts = mixture.experts
+        assert isinstance(experts, PackedExperts)  # noqa: S101 -- as `supports_mixture` has checked
+        early = beside is not None  # then other launches lie between the routes and these
+        stacks = cast("list[PackedStack]", [*experts.gate_up, experts.down])
+        both = [mixture_cuda.products(stack, x, chosen, early=early)[0] for stack in stacks[:-1]]
+        gate, up = both if len(both) == 2 else both[0].chunk(2, -1)
+        if mixture_cuda.takes_codes(stacks[-1], self._device):
+            gated = up, GATES[experts.activation]
+            rows = mixture_cuda.products(stacks[-1], gate, chosen, early=True, gated=gated)
+        else:
+            between = self.gate(gate, up, cast("Activation", experts.activation), [experts]).halves
+            assert between is not None  # noqa: S101 -- as experts want them
+            rows = mixture_cuda.products(stacks[-1], between, chosen, early=True)
+        return Mixed(rows, factors, beside, mixture.norms)
 
     def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor:
         """Compute a product, (1, N)."""
@@ -241,7 +225,7 @@ class Kernels:
                 self._bests.data_ptr(),
                 self._counted.data_ptr(),
                 choice.seed.data_ptr(),
-                _pointer(choice.suppressed),
+                pointer(choice.suppressed),
                 softcap or 0.0,
                 choice.temperature,
                 vocabulary,
@@ -271,8 +255,8 @@ class Kernels:
 
     def _outputs(self, out: ProductInput) -> tuple[int, int, int]:
         """Return the pointers to the 16-bit values, codes and scales; 0 for what is absent."""
-        codes = _pointer(out.codes)
-        return _pointer(out.halves), codes, codes and codes + decode_plan.code_bytes(out.k)[0]
+        codes = pointer(out.codes)
+        return pointer(out.halves), codes, codes and codes + decode_plan.code_bytes(out.k)[0]
 
     def _grid(self, heads: Heads) -> tuple[int, int, int]:
         """Return the rows of the grid, the blocks of a row, which split its keys, and the query heads of a row."""
@@ -299,23 +283,12 @@ class Kernels:
 _ONE_TOKEN = (("Q6K_TOKENS", 1), ("Q6K_FUSED", 0))
 
 
-@cache
-def _norm_variant(macros: tuple[tuple[str, int], ...], k: int) -> Variant:
-    groups = next(count for count in NORM_GROUPS if k <= 16 * NORM_THREADS * count)
-    return STEP, ADD_NORM, (*macros, ("Q6K_NORM_GROUPS", groups))
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def variants(device: Device) -> list[Variant]:
     """Return all kernels that a step may load on a GPU."""
     found = list[Variant]()
     for fp16 in (False, True):
         macros = (("Q6K_FP16", int(fp16)), *_ONE_TOKEN)
         found += [(STEP, GATE, macros), (CHOOSE_FILE, CHOOSE, macros[:2]), delta_cuda.variant(macros)]
-        found += [*mixture_cuda.variants(macros[:1]), *routed_cuda.variants(macros)]
-        found += [_norm_variant(macros, 16 * NORM_THREADS * groups) for groups in NORM_GROUPS]
+        found += [*mixture_cuda.variants(macros[:1]), *norm_cuda.variants(macros)]
         found += attend_cuda.variants(macros, device)
     return found

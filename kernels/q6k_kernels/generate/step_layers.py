@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.heads import Heads, Norm
 from q6k_kernels.generate.kv_cache import KeyValueCache
-from q6k_kernels.generate.mixture import Mixture, mixture_of
+from q6k_kernels.generate.mixture import Mixture, MixtureNorms
 from q6k_kernels.models.architecture import LINEAR, Architecture
 from q6k_kernels.models.fusing import GATE_UP, IN_PROJ, QK, QKV, Group, ReorderedInput, Stacks
 from q6k_kernels.models.layer import Angles
+from q6k_kernels.weights.layers import PackedLinear
 
 Q, UP = Group("q_proj", ("q_proj",)), Group("up_proj", ("up_proj",))
 """The projections of a layer that uses the keys and values of an earlier one, and of a network without a gate."""
@@ -43,31 +44,6 @@ class ByToken:
 
 
 @dataclass(frozen=True)
-class Routed:
-    """A mixture of experts beside a layer's network: both see the same sum, and their normed results are added.
-
-    Attributes:
-        router_norm: norm of what the router sees.
-        router: projection to a logit for each expert.
-        scales: factors of the experts' weights, float32.
-        top: experts of a token.
-        norm: norm of what the experts see.
-        experts: the module of experts.
-        after_network: norm of the network's result.
-        after: norm of the experts' result.
-    """
-
-    router_norm: Norm
-    router: nn.Module
-    scales: Tensor
-    top: int
-    norm: Norm
-    experts: nn.Module
-    after_network: Norm
-    after: Norm
-
-
-@dataclass(frozen=True)
 class StepLayer:
     """A layer: what mixes a token with those before it, and the feed-forward network.
 
@@ -81,11 +57,10 @@ class StepLayer:
         gate_up: projections of the network's gate and of what it gates; one if it has no gate.
         between: width between those and `down`.
         down: projection of the gated; None if the layer has no network but a mixture.
-        routed: experts beside the network, with norms of their own, or None.
         after: norm after the network, or None.
         by_token: the end of a layer with embeddings of its own, or None.
         scale: factor of the layer's result.
-        mixture: experts, or None; a network beside them is the expert that all tokens share.
+        mixture: experts, or None; the network stands beside them.
         parallel: whether the network sees what the mixing sees, rather than its result.
     """
 
@@ -98,7 +73,6 @@ class StepLayer:
     gate_up: Projections
     between: int
     down: nn.Module | None
-    routed: Routed | None
     after: Norm | None
     by_token: ByToken | None
     scale: float
@@ -108,7 +82,14 @@ class StepLayer:
     @property
     def of_network(self) -> list[nn.Module]:
         """The modules that see the network's input."""
-        return [*self.gate_up.modules, *([] if self.mixture is None else [self.mixture.experts])]
+        apart = self.mixture is None or self.mixture.norms is not None
+        return [*self.gate_up.modules, *([] if self.mixture is None or apart else [self.mixture.experts])]
+
+    @property
+    def norms_of_mixture(self) -> tuple[Norm, Norm] | None:
+        """The norms of what a mixture's router and experts see, if they are others than the network's."""
+        norms = None if self.mixture is None else self.mixture.norms
+        return None if norms is None else (norms.router, norms.experts)
 
 
 class Layers:
@@ -154,11 +135,10 @@ class Layers:
             ),
             between=width,
             down=None if network is None else network.down_proj,
-            routed=self._routed(layer) if getattr(config, "enable_moe_block", False) else None,
             after=self._named(layer, norms.after),
             by_token=self._by_token(layer) if getattr(config, "hidden_size_per_layer_input", 0) else None,
             scale=float(layer.layer_scalar) if self._architecture.scaled_layers else 1.0,
-            mixture=mixture_of(layer.mlp) if mixes else None,
+            mixture=self._mixture(layer),
             parallel=norms.parallel,
         )
 
@@ -192,19 +172,27 @@ class Layers:
         widths = [count * dim * (1 + gated), key_heads * dim, key_heads * dim][: len(group.parts)]
         return _projections(attention, group, widths), heads, attention.o_proj
 
-    def _routed(self, layer: Any) -> Routed:
-        router = layer.router
+    def _mixture(self, layer: Any) -> Mixture | None:
+        """Return the mixture in place of a layer's network, or beside it; None if there is none."""
+        if hasattr(layer.mlp, "experts"):
+            return _mixture(layer.mlp)
+        return self._normed_mixture(layer) if hasattr(layer, "experts") else None
+
+    def _normed_mixture(self, layer: Any) -> Mixture:
+        """Return the mixture of a layer of Gemma 4, which stands beside its network."""
+        router, projection = layer.router, layer.router.proj
         scale = router.scale.detach().float() * router.scalar_root_size
-        return Routed(
-            router_norm=Norm(scale.contiguous(), self._epsilon),
-            router=router.proj,
-            scales=router.per_expert_scale.detach().float().contiguous(),
-            top=self._config.top_k_experts,
-            norm=self.norm(layer.pre_feedforward_layernorm_2),
-            experts=layer.experts,
-            after_network=self.norm(layer.post_feedforward_layernorm_1),
-            after=self.norm(layer.post_feedforward_layernorm_2),
+        packed = isinstance(projection, PackedLinear)
+        weight = projection.weight.dequantize(router.scale.dtype) if packed else projection.weight.detach()
+        norms = MixtureNorms(
+            router=Norm(scale.contiguous(), self._epsilon),
+            experts=self.norm(layer.pre_feedforward_layernorm_2),
+            after_experts=self.norm(layer.post_feedforward_layernorm_2),
+            after_beside=self.norm(layer.post_feedforward_layernorm_1),
         )
+        scales = router.per_expert_scale.detach().float().contiguous()
+        top = self._config.top_k_experts
+        return Mixture(weight.contiguous(), layer.experts, len(weight), top, scales, norms)
 
     def _by_token(self, layer: Any) -> ByToken:
         after = self.norm(layer.post_per_layer_input_norm)
@@ -234,6 +222,14 @@ def _delta_net(net: Any) -> tuple[Projections, DeltaHeads, nn.Module]:
     )
     widths = [net.conv_dim, net.value_dim, net.num_v_heads, net.num_v_heads]
     return _projections(net, IN_PROJ, widths), heads, net.out_proj.linear if heads.tiled else net.out_proj
+
+
+def _mixture(network: Any) -> Mixture:
+    """Return the mixture of a network of transformers: a router, experts, perhaps a shared expert's gate."""
+    router, count = network.gate.weight.detach(), len(network.gate.weight)
+    if (shared := getattr(network, "shared_expert_gate", None)) is not None:
+        router = torch.cat([router, shared.weight.detach()])
+    return Mixture(router.contiguous(), network.experts, count, network.gate.top_k)
 
 
 def _projections(module: Any, group: Group, widths: list[int]) -> Projections:

@@ -20,7 +20,7 @@ from q6k_kernels.generate.delta import DeltaHeads, delta_net
 from q6k_kernels.generate.filters import Filters
 from q6k_kernels.generate.heads import Cached, Heads, Norm, attended
 from q6k_kernels.generate.likelihoods import Likelihoods
-from q6k_kernels.generate.mixture import Mixture, mixed
+from q6k_kernels.generate.mixture import Mixed, Mixture, mix, route
 from q6k_kernels.models.layer import Activation
 
 if TYPE_CHECKING:
@@ -43,16 +43,19 @@ class ProductInput:
         halves: the activations in the model's dtype, (M, K); None if no product reads them.
         codes: the activations of one token in 8 bits, see `decode.linear_of_codes`; None if no product reads them.
         k: K.
+        further: further norms of the same activations, (M, K) in the model's dtype.
     """
 
     halves: Tensor | None
     codes: Tensor | None
     k: int
+    further: tuple[Tensor, ...] = ()
 
     @property
     def end(self) -> ProductInput:
         """The last token's, of a chunk."""
-        return ProductInput(None if self.halves is None else self.halves[-1:], None, self.k)
+        halves = None if self.halves is None else self.halves[-1:]
+        return ProductInput(halves, None, self.k, tuple(each[-1:] for each in self.further))
 
 
 @dataclass(frozen=True)
@@ -94,44 +97,44 @@ class TorchOperations:
         del hidden, between, heads
         return ""
 
-    def supports_experts(self, module: nn.Module, experts: int, top: int) -> str:
-        """Return why the operations do not support a mixture of experts; "" if they do."""
-        del module, experts, top
-        return ""
-
     def reserve(self, heads: Heads | DeltaHeads) -> None:
         """Allocate the memory that `attend` or `delta` needs: none."""
 
     def add_norm(
         self,
         hidden: Tensor,
-        delta: Tensor | None,
+        delta: Tensor | Mixed | None,
         after: Norm | None,
         norm: Norm | None,
         users: list[nn.Module],
         factor: float = 1.0,
         scale: float = 1.0,
+        further: tuple[Norm, Norm] | None = None,
     ) -> tuple[Tensor, ProductInput]:
         """Compute the residual sum and its norm.
 
         Args:
             hidden: the residual stream, (M, K).
-            delta: the summand, (M, K), or None.
+            delta: the summand, (M, K), or what is added up to it, or None.
             after: norm of `delta`, or None.
             norm: norm of the sum, or None.
             users: the modules whose products read the result.
             factor: factor of the summand, after its norm.
             scale: factor of the sum, if there is a `delta`: a number of the model's dtype.
+            further: further norms of the sum, or None; not with a mixture's summand.
 
         Returns:
             The sum, (M, K), and its norm; without a norm the sum twice.
         """
         del users
+        if isinstance(delta, Mixed):
+            delta = delta.sum()
         if delta is not None:
             if after is not None:
                 delta = after(delta).to(hidden.dtype)
             hidden = torch.add(hidden, delta, alpha=factor) * scale
-        return hidden, _plain(hidden if norm is None else norm(hidden).to(hidden.dtype))
+        others = tuple(each(hidden).to(hidden.dtype) for each in further or ())
+        return hidden, _plain(hidden if norm is None else norm(hidden).to(hidden.dtype), others)
 
     def gate(self, gate: Tensor, up: Tensor | None, activation: Activation, users: list[nn.Module]) -> ProductInput:
         """Compute the activation function of `gate` times `up`, both (M, K) of rows that may lie apart.
@@ -142,26 +145,6 @@ class TorchOperations:
         activated = ACTIVATIONS[activation](gate.float())
         gated = activated if up is None else activated * up.float()
         return _plain(gated.to(gate.dtype))
-
-    def route(self, logits: Tensor, scales: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
-        """Choose each token's experts.
-
-        Args:
-            logits: (M, experts).
-            scales: factors of the weights, float32 (experts,), or None.
-            top: number of experts to choose.
-
-        Returns:
-            The experts of the largest logits, integers (M, top), and the softmax over them, float32 (M, top).
-        """
-        best, chosen = logits.float().topk(top)
-        weights = best.softmax(-1)
-        return chosen, weights if scales is None else weights * scales[chosen]
-
-    def experts(self, module: nn.Module, x: ProductInput, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Compute the weighted sum of the chosen experts' outputs, (M, K)."""
-        y: Tensor = module(x.halves, chosen, weights)
-        return y
 
     def attend(
         self,
@@ -196,10 +179,13 @@ class TorchOperations:
         del mixture
         return ""
 
-    def mix(self, x: ProductInput, mixture: Mixture, shared: Tensor | None) -> Tensor:
-        """Compute a mixture of experts, see `mixture.mixed`; `x` has 16-bit values."""
-        assert x.halves is not None  # noqa: S101 -- the experts are among its users
-        return mixed(x.halves, mixture, shared)
+    def route(self, x: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
+        """Choose the experts of tokens, see `mixture.route`."""
+        return route(x, mixture)
+
+    def mix(self, x: Tensor, mixture: Mixture, chosen: Tensor, factors: Tensor, beside: Tensor | None) -> Mixed:
+        """Compute the outputs of a mixture, see `mixture.mix`."""
+        return mix(x, mixture, chosen, factors, beside)
 
     def choose(self, logits: Tensor, softcap: float | None, choice: TokenChoice) -> None:
         """Choose the next token, see `sampling`, and write it to the tensors of `choice`.
@@ -233,5 +219,5 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _plain(x: Tensor) -> ProductInput:
-    return ProductInput(x, None, x.shape[-1])
+def _plain(x: Tensor, further: tuple[Tensor, ...] = ()) -> ProductInput:
+    return ProductInput(x, None, x.shape[-1], further)

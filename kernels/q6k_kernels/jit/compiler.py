@@ -20,10 +20,10 @@ PREAMBLE = "common.cuh"
 """File that is compiled in front of every other."""
 FOUNDATIONS = {
     "decode.cuh": ("quantize.cuh", "tile.cuh", "decode_tile.cuh", "warps.cuh"),
-    "experts_decode.cuh": ("quantize.cuh", "tile.cuh", "decode_tile.cuh", "warps.cuh"),
+    "experts_decode.cuh": ("sixteens.cuh", "quantize.cuh", "tile.cuh", "decode_tile.cuh", "warps.cuh"),
     "experts_wgmma.cuh": ("tile.cuh", "halves.cuh", "wgmma.cuh", "wgmma_block.cuh", "experts_work.cuh"),
     "quantize_rows.cuh": ("quantize.cuh",),
-    "step.cuh": ("quantize.cuh",),
+    "step.cuh": ("sixteens.cuh", "quantize.cuh"),
     "attend.cuh": ("quantize.cuh", "heads.cuh"),
     "chunk.cuh": ("eights.cuh",),
     "delta.cuh": ("quantize.cuh",),

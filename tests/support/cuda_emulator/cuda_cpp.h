@@ -100,6 +100,17 @@ static inline T __shfl_down_sync(uint32_t mask, T value, int by, int width = 32)
                           [=](int lane) { return (lane & (width - 1)) + by < width ? lane + by : lane; });
 }
 
+template <typename Pick>
+static inline uint32_t emulated_reduction(const char* operation, uint32_t value, uint32_t mask, Pick pick) {
+  if (mask != ~0u) emulator::fail("a reduction of a part of a warp");
+  emulator::together(operation, value, [=](uint32_t** all) {
+    uint32_t found = *all[0];
+    for (int lane = 1; lane < 32; ++lane) found = pick(found, *all[lane]);
+    for (int lane = 0; lane < 32; ++lane) *all[lane] = found;
+  });
+  return value;
+}
+
 #define __expf expf  // which the C library has declared another way
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }

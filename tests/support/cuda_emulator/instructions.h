@@ -165,6 +165,12 @@ static inline void mapa_shared_cluster_u32(uint32_t& d, uint32_t address, uint32
   d = emulator::to_remote_address(address, rank);
 }
 static inline void ld_shared_cluster_f32(float& d, uint32_t address) { d = emulated_shared_at<float>(address); }
+static inline void redux_sync_max_u32(uint32_t& result, uint32_t value, uint32_t mask) {
+  result = emulated_reduction("redux.sync.max", value, mask, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
+}
+static inline void redux_sync_min_u32(uint32_t& result, uint32_t value, uint32_t mask) {
+  result = emulated_reduction("redux.sync.min", value, mask, [](uint32_t a, uint32_t b) { return a < b ? a : b; });
+}
 static inline void barrier_cluster_arrive_aligned() {
   emulator::current->cluster_phase = emulator::cluster.generation;
   emulator::arrive(emulator::cluster);
