@@ -93,7 +93,7 @@ class ChunkKernels(TorchOperations):
             NORM_THREADS,
             _ADD_NORM.pack(
                 *map(pointer, (hidden, delta)),
-                *(pointer(each and each.weight) for each in (after, norm)),
+                *(pointer(None if each is None else each.weight) for each in (after, norm)),
                 *(0 if each is None else out.data_ptr() for each, out in ((delta, total), (norm, x))),
                 factor,
                 1.0 if delta is None else scale,
