@@ -11,6 +11,7 @@ import typer
 from q6k_convert import __version__
 from q6k_convert.cli.ci_command import ci
 from q6k_convert.cli.group import ConvertByDefault, PlainCommand
+from q6k_convert.cli.hf_command import hf
 from q6k_convert.cli.model_commands import build_ops, doctor, export, generate
 from q6k_convert.cli.options import (
     EXIT_CODES,
@@ -300,7 +301,7 @@ def verify(
             raise typer.Exit(int(ExitCode.VERIFICATION_FAILED))
 
 
-for command in (generate, export, doctor, build_ops, ci):
+for command in (generate, export, hf, doctor, build_ops, ci):
     app.command(cls=PlainCommand, epilog=EXIT_CODES)(command)
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from q6k_convert.convert.locking import lock
 from q6k_convert.errors import IOFailedError
 from q6k_kernels.bundle import manifest
-from q6k_kernels.bundle.naming import is_bundle_file
+from q6k_kernels.bundle.naming import is_bundle_file, may_be_in_bundle
 from q6k_kernels.bundle.writer import fsync_directory
 from q6k_kernels.text import listing
 
@@ -94,8 +94,9 @@ def clear(directory: Path) -> None:
     found = {path.name: path for path in directory.iterdir()}
     listed = set(found)
     with suppress(manifest.BundleError):  # without a whole manifest, names are all there is to go by
-        listed = {manifest.NAME, *manifest.read(directory).files}
-    ours = {name for name in listed if is_bundle_file(name)} | {_NEW}
+        whole = manifest.read(directory)
+        listed = {manifest.NAME, *whole.files, *whole.companions}
+    ours = {name for name in listed if may_be_in_bundle(name)} | {_NEW}
     if foreign := [name for name, path in found.items() if name not in ours or path.is_dir()]:
         raise IOFailedError(
             f"{directory} holds what no conversion wrote: {listing(foreign)}", "Remove that directory by hand."
@@ -235,7 +236,7 @@ def _move_up(partial: Path, final: Path) -> None:
     """Do what a note in the partial directory says is left to do, and remove the note."""
     if (partial / _OLD).is_file():
         names = json.loads((partial / _OLD).read_text(encoding="utf-8"))
-        _unlink(final, [name for name in names if is_bundle_file(name)])
+        _unlink(final, [name for name in names if may_be_in_bundle(name)])
         fsync_directory(final)
         (partial / _OLD).rename(partial / _MOVING)
     found = [path.name for path in partial.iterdir() if is_bundle_file(path.name)]

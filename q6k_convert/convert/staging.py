@@ -19,6 +19,7 @@ from q6k_convert.convert import locking, placing
 from q6k_convert.errors import IOFailedError
 from q6k_convert.text import size
 from q6k_kernels.bundle import manifest
+from q6k_kernels.bundle.companions import check_companions
 from q6k_kernels.bundle.naming import is_bundle_file
 from q6k_kernels.text import listing
 
@@ -56,13 +57,16 @@ def check_output(output: Path, sources: Sequence[Path], *, force: bool) -> Path:
         if (found.st_dev, found.st_ino) in inputs:
             raise IOFailedError(f"the output {output} holds the input itself, as {entry.name}", _ELSEWHERE)
     try:
-        ours = {manifest.NAME, *manifest.read(final).files}
+        whole = manifest.read(final)
     except manifest.BundleError as error:
         names = listing([entry.name for entry in entries], most=3)
         raise IOFailedError(
             f"the output {output} is not empty and not a whole bundle ({names}): {error}", elsewhere
         ) from error
-    ours = {name for name in ours if is_bundle_file(name)}
+    # A file for transformers that was changed since is somebody's own.
+    changed = {finding.file for finding in check_companions(final, whole)}
+    ours = {name for name in (manifest.NAME, *whole.files) if is_bundle_file(name)}
+    ours |= set(whole.companions) - changed
     foreign = [e.name for e in entries if e.name not in ours or e.is_symlink() or not e.is_file()]
     if foreign:
         raise IOFailedError(

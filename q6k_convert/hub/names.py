@@ -23,7 +23,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from q6k_convert.errors import InputRejectedError, IOFailedError, Q6KConvertError
 from q6k_kernels.bundle import manifest
-from q6k_kernels.bundle.naming import is_bundle_file
+from q6k_kernels.bundle.naming import may_be_in_bundle
 from q6k_kernels.text import listing as joined
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Reference:
 
     def wants(self, name: str) -> bool:
         """Check whether a file of this name may be one that is meant."""
-        return is_bundle_file(name) if self.bundle else name.lower().endswith(".gguf")
+        return may_be_in_bundle(name) if self.bundle else name.lower().endswith(".gguf")
 
     @property
     def where(self) -> str:

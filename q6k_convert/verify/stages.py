@@ -16,6 +16,7 @@ from typing import Literal
 from q6k_convert.verify.device_stage import DeviceReport, DeviceRun, check_device
 from q6k_convert.verify.source_stage import SourceReport, check_source, source_bytes
 from q6k_kernels.bundle import manifest as manifests
+from q6k_kernels.bundle.companions import check_companions
 from q6k_kernels.bundle.content import ContentReport, check_content, content_bytes
 from q6k_kernels.bundle.manifest import METADATA_NAME, BundleError, Manifest
 from q6k_kernels.bundle.metadata import read_metadata
@@ -123,7 +124,10 @@ def verify(
             run.content = check_content(run.directory, manifest, jobs=jobs, progress=tell)
         _record(run, stage, run.content.findings)
         _record(run, stage, list(_check_metadata(run)))
+        _record(run, stage, list(check_companions(run.directory, manifest)))
         stage.detail = "every checksum, every scale, metadata.gguf"
+        if manifest.companions:
+            stage.detail += f", {len(manifest.companions)} files for transformers"
     if run.failed:
         run.stages += [Stage(name, detail="the content is not sound") for name in ("source", "device")]
         return run

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from q6k_kernels import PackedEmbedding, PackedLinear, PackedWeight, load_model, open_bundle
 from q6k_kernels.bundle.metadata import read_metadata
-from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.formats.tiles import order_rows
 from q6k_kernels.formats.types import row_of
 from q6k_kernels.models import skeleton as skeletons
@@ -61,14 +60,6 @@ def logits(model: Any) -> Tensor:
     with torch.inference_mode():
         result: Tensor = model(IDS).logits
     return result
-
-
-def test_what_transformers_would_save_is_no_model(llama: Path, tmp_path: Path) -> None:
-    model: Any = load_model(llama)
-    for each in (model, copy.deepcopy(model)):
-        with pytest.raises(UnsupportedModelError, match="cannot be saved with save_pretrained"):
-            each.save_pretrained(tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
 
 
 def test_all_packed_weights_are_in_packed_layers_and_nowhere_else(llama: Path) -> None:

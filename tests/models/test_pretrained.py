@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from q6k_kernels import PackedEmbedding, PackedLinear, load_model, open_bundle, 
 from q6k_kernels.bundle.manifest import FORMAT, BundleError
 from q6k_kernels.bundle.metadata import read_metadata
 from q6k_kernels.errors import UnsupportedModelError, WeightsError
-from q6k_kernels.models.companions import CONFIG, config_json
+from q6k_kernels.models.hub_files import CONFIG, config
 from q6k_kernels.models.quantizer import PlanarConfig
 from q6k_kernels.models.skeleton import shapes_of
 from tiny_gemma4 import GEMMA4
@@ -46,8 +47,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]
 
 
 def write_config(bundle: Path) -> None:
-    content = config_json(read_metadata(bundle), shapes_of(open_bundle(bundle)))
-    (bundle / CONFIG).write_bytes(content)
+    content = config(read_metadata(bundle), shapes_of(open_bundle(bundle)))
+    (bundle / CONFIG).write_text(json.dumps(content), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +173,51 @@ def test_a_registry_that_is_there_already_gets_the_quantiser_at_once(monkeypatch
     monkeypatch.delitem(sys.modules, "q6k_kernels.models.quantizer")
     plugin.watch()
     assert FORMAT in auto.AUTO_QUANTIZER_MAPPING
+
+
+def test_what_is_saved_opens_as_the_same_model(llama: Path, tmp_path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(llama)
+    model.generation_config.max_new_tokens = 3
+    models = {"one": model, "two": copy.deepcopy(model), "three": load_model(llama)}
+    for name, each in models.items():
+        each.save_pretrained(tmp_path / name)
+    for name in models:
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
+        assert torch.equal(logits(again), logits(model))
+        assert again.generation_config.max_new_tokens == (None if name == "three" else 3)
+        assert open_bundle(tmp_path / name).manifest.tensors == open_bundle(llama).manifest.tensors
+    with pytest.raises(FileExistsError, match="replaces no file of a bundle"):
+        model.save_pretrained(tmp_path / "one")
+
+
+def test_changed_weights_are_not_saved(llama: Path, tmp_path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(llama)
+    model.model.norm.weight.data[3] += 1
+    with pytest.raises(UnsupportedModelError, match=r"model\.norm\.weight is not as in"):
+        model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(UnsupportedModelError, match="knows no push_to_hub"):
+        model.save_pretrained(tmp_path / "saved", push_to_hub=True)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_from_the_hubs_cache_the_files_are_fetched_that_transformers_does_not_know(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    snapshot = tmp_path / "models--org--some--model" / "snapshots" / ("ab" * 20)
+    snapshot.mkdir(parents=True)
+    for name in (CONFIG, "model.safetensors"):
+        shutil.copy(llama / name, snapshot)
+    asked = []
+
+    def snapshot_download(name: str, *, revision: str, cache_dir: Path, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, cache_dir))
+        for each in allow_patterns[:2]:
+            shutil.copy(llama / each, snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    for _ in range(2):
+        AutoModelForCausalLM.from_pretrained(snapshot)
+    assert asked == [("org/some--model", "ab" * 20, tmp_path)]

@@ -4,6 +4,7 @@ Imports formats and gguf; no torch, no GPU.
 """
 
 __all__ = [
+    "companions",
     "content",
     "links",
     "manifest",

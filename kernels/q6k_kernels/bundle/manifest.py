@@ -10,7 +10,9 @@ Rules of version 2:
    byte after the header belongs to one array, which has a checksum of its own.
 5. `tensors` lists the source's tensors in the order of their data, those not stored included. `format` is the
    name of the weight type of a packed tensor (see `formats.types`), null for others.
-6. Nothing in it depends on time, place or machine.
+6. `companions` names the files for transformers, each with its SHA-256 (see `companions`); without such files there
+   is no such field.
+7. Nothing in it depends on time, place or machine.
 
 The manifest is untrusted when read: `read` bounds its size, its values and texts, and checks every field's type.
 """
@@ -21,13 +23,13 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import xxhash
 
-from q6k_kernels.bundle.naming import naming
+from q6k_kernels.bundle.naming import COMPANIONS, naming
 from q6k_kernels.bundle.parsing import MAX_TEXT, parse
 from q6k_kernels.bundle.shards import DTYPE_BYTES, MAX_SHARDS
 from q6k_kernels.bundle.storage import STORAGES
@@ -115,6 +117,14 @@ class StoredFile:
 
 
 @dataclass(frozen=True)
+class Companion:
+    """A file for transformers: its size in bytes, and its SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of `bundle.json`; see the module's rules."""
 
@@ -125,6 +135,7 @@ class Manifest:
     files: dict[str, StoredFile]
     tied: dict[str, str]
     tensors: list[StoredTensor]
+    companions: dict[str, Companion] = field(default_factory=dict)
 
 
 def checksum(data: bytes) -> str:
@@ -135,6 +146,8 @@ def checksum(data: bytes) -> str:
 def serialize(manifest: Manifest) -> bytes:
     """Return the canonical text of a manifest."""
     content = {"format": FORMAT, "version": VERSION, "checksum": CHECKSUM} | asdict(manifest)
+    if not manifest.companions:
+        del content["companions"]
     bare = json.dumps(content, indent=1, ensure_ascii=False)
     content["manifest_checksum"] = checksum(bare.encode())
     return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
@@ -206,6 +219,7 @@ def _parsed(top: dict[str, Any]) -> Manifest:
         },
         tied={name: _expect(to, str, "tied") for name, to in _field(top, "tied", dict).items()},
         tensors=[_tensor(t) for t in _objects(StoredTensor, _field(top, "tensors", list))],
+        companions=_companions(top) if "companions" in top else {},
     )
     for option, value in manifest.options.items():
         # Flat, so that no nesting can exhaust the stack of a program that prints it.
@@ -218,6 +232,16 @@ def _parsed(top: dict[str, Any]) -> Manifest:
         if name in ("", ".", "..", NAME) or "/" in name or "\\" in name or "\0" in name:
             raise BundleError(f"files: {shortened(name)} is not the name of a file in this directory")
     return manifest
+
+
+def _companions(top: dict[str, Any]) -> dict[str, Companion]:
+    content = _field(top, "companions", dict)
+    if others := set(content) - set(COMPANIONS):
+        raise BundleError(f"companions: expected names of {', '.join(COMPANIONS)}, found {shortened(min(others))}")
+    return {
+        name: Companion(_size(each, "size"), _field(each, "sha256", str))
+        for name, each in zip(content, _objects(Companion, content.values()), strict=True)
+    }
 
 
 def _only_fields_of(kind: type, content: Any, *more: str) -> None:

@@ -12,9 +12,25 @@ _NAMES = re.compile(
 )
 
 
+COMPANIONS = (
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+"""Names of the files for transformers that may lie in a bundle, see `companions`."""
+
+
 def is_bundle_file(name: str) -> bool:
     """Check whether a conversion writes files of this name into a bundle."""
     return _NAMES.fullmatch(name) is not None
+
+
+def may_be_in_bundle(name: str) -> bool:
+    """Check whether files of this name are written into a bundle, by a conversion or later."""
+    return is_bundle_file(name) or name in COMPANIONS
 
 
 @contextmanager

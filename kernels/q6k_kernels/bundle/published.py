@@ -10,6 +10,7 @@ from q6k_kernels.bundle.manifest import BundleError
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"({_PART}/{_PART})(?:@(refs/pr/[0-9]{{1,9}}|{_PART}))?")
+_OF_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})")
 _FILES = ("bundle.json", "metadata.gguf", "model*.safetensors", "model.safetensors.index.json")
 
 
@@ -37,3 +38,26 @@ def directory_of(path: str | os.PathLike[str]) -> Path:
     except ImportError:
         problem = "huggingface_hub, which fetches bundles of the Hub, is not installed"
     raise BundleError(f"{path} is not a bundle: there is no such directory, and {problem}")
+
+
+def completed(directory: Path) -> Path:
+    """Return a bundle's directory; in the Hub's cache the files that transformers does not know are fetched before.
+
+    Raises:
+        BundleError: they cannot be fetched.
+    """
+    found = _OF_CACHE.fullmatch("/".join(directory.parts[-3:]))
+    if found is None or all((directory / name).exists() for name in _FILES[:2]):
+        return directory
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    name = f"{found[1]}/{found[2]}"
+    try:
+        fetched = snapshot_download(
+            name, revision=found[3], cache_dir=directory.parents[2], allow_patterns=list(_FILES)
+        )
+    except (HfHubHTTPError, OSError) as error:
+        # Not its text, which may have a signed address.
+        raise BundleError(f"{name}: its bundle cannot be fetched ({type(error).__name__})") from error
+    return Path(fetched)

@@ -9,6 +9,7 @@ __all__ = [
     "cpu_form",
     "delta_net",
     "fusing",
+    "hub_files",
     "layer",
     "mixtures",
     "quantizer",

@@ -26,6 +26,7 @@ from q6k_kernels.formats.checks import Activations, check_activations, check_dty
 from q6k_kernels.models.cpu_form import Weights, choose, to_bytes
 from q6k_kernels.models.filling import Filler
 from q6k_kernels.models.registry import architecture_of
+from q6k_kernels.models.saving import attach_saver
 from q6k_kernels.models.skeleton import check_device, check_transformers, matched, skeleton
 from q6k_kernels.weights.reader import open_bundle
 
@@ -59,8 +60,8 @@ def load_model(
         A transformers model for causal language modelling, in eval mode, without gradients. Its
         `generation_config` has the ids that the GGUF names: BOS, padding, the ends of a text or a turn, and those
         that must never be chosen.
-        `architecture.attached` returns the `Architecture` that it was built from. Its `save_pretrained` raises
-        UnsupportedModelError: transformers could not load what it writes.
+        `architecture.attached` returns the `Architecture` that it was built from. Its `save_pretrained` writes the
+        bundle again, see `saving`.
 
     Raises:
         PackageMissingError: transformers is missing or too old.
@@ -88,5 +89,6 @@ def load_model(
     Filler(model, bundle, architecture, lambda _: device, dtype, activations, progress).fill()
     if form == "bytes":
         to_bytes(model)
+    attach_saver(model, bundle.path)
     model.eval()  # type: ignore[no-untyped-call]
     return model

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from q6k_kernels.bundle.metadata import read_metadata
+from q6k_kernels.bundle.published import completed
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.formats.checks import Activations, check_activations
 from q6k_kernels.formats.tiles import tiles_shape
@@ -27,6 +28,7 @@ from q6k_kernels.models.matching import HEAD, own_parameters
 from q6k_kernels.models.mixtures import stored_parts
 from q6k_kernels.models.ranks import Share
 from q6k_kernels.models.registry import architecture_of
+from q6k_kernels.models.saving import attach_saver
 from q6k_kernels.models.skeleton import check_device, check_transformers, fit, matched, shapes_of
 from q6k_kernels.models.splitting import Splitter, in_all_layers, leave_to_us, ranks_of
 from q6k_kernels.models.stored import Stored
@@ -55,7 +57,7 @@ class Loading:
         check_transformers()
         check_activations(activations)
         self.activations = activations
-        self.bundle = open_bundle(Path(files[0]).parent)
+        self.bundle = open_bundle(completed(Path(files[0]).parent))
         metadata = read_metadata(self.bundle.path)
         self.architecture, shapes = architecture_of(metadata), shapes_of(self.bundle)
         kind, values = described(self.architecture, metadata, shapes)
@@ -149,6 +151,7 @@ class Loading:
         if self._plan:
             divided = {in_all_layers(name) for name in self._parts}
             model._tp_plan = {name: style for name, style in self._plan.items() if name in divided}
+        attach_saver(model, self.bundle.path)
 
 
 def _check_config(config: Any, expected: Any, kind: str, values: dict[str, Any]) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from q6k_kernels.bundle.manifest import StoredTensor
 from q6k_kernels.bundle.metadata import Metadata
-from q6k_kernels.errors import PackageMissingError, UnsupportedModelError
+from q6k_kernels.errors import PackageMissingError
 from q6k_kernels.models.architecture import Architecture, attach, gguf_names, kinds_of_layers, make_config
 from q6k_kernels.models.delta_net import GatedDeltaNet
 from q6k_kernels.models.hyperparameters import Shapes
@@ -99,7 +99,6 @@ def fit(model: PreTrainedModel, architecture: Architecture, shapes: Shapes) -> N
             model.set_submodule(name, GatedDeltaNet(module))
     _fit_biases(model, architecture, shapes)
     attach(model, architecture)
-    model.__dict__["save_pretrained"] = _refuse_to_save
 
 
 def _fit_biases(model: PreTrainedModel, architecture: Architecture, shapes: Shapes) -> None:
@@ -114,11 +113,3 @@ def _fit_biases(model: PreTrainedModel, architecture: Architecture, shapes: Shap
             layer.register_parameter("bias", empty)
         elif not stored:
             layer.register_parameter("bias", None)
-
-
-def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:
-    """Take the place of `save_pretrained`, whose files would load with random weights and no more than a notice."""
-    raise UnsupportedModelError(
-        "models of packed weights cannot be saved with save_pretrained, which knows no packed weights",
-        "The bundle is the saved model: copy it. `torch.save` keeps a model whose weights were changed.",
-    )

@@ -1,3 +1,3 @@
 """Text to tokens and back: vocabulary, tokenizer, chat template. Imports `bundle`."""
 
-__all__ = ["text_tokenizer", "tokenizer", "vocabulary"]
+__all__ = ["hugging_face", "text_tokenizer", "tokenizer", "vocabulary"]

@@ -1,0 +1,27 @@
+"""The command hf."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from q6k_convert.cli.options import JsonOption, QuietOption, VerboseOption
+from q6k_convert.cli.reporting import reporting
+
+
+def hf(
+    bundle: Annotated[str, typer.Argument(metavar="OUT/", help="Bundle of the model.")],
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write the files that transformers wants into a bundle: configuration, tokenizer, template, model card."""
+    with reporting(as_json, quiet, verbose) as terminal:
+        from pathlib import Path
+
+        from q6k_convert.cli.given import check_given
+        from q6k_convert.run.publishing import run
+
+        check_given(Path(bundle), "bundle", "q6k-convert hf")
+        terminal.document(run(Path(bundle), terminal.note))
