@@ -16,7 +16,7 @@ from torch import Tensor
 from chunk_cases import CASES, heads_in_chunks, random
 from cuda_emulator.memory import emulate
 from q6k_kernels.cpp.variants import device_like
-from q6k_kernels.generate import chunk_cuda
+from q6k_kernels.generate import chunk_attend_cuda
 from q6k_kernels.generate.chunk_cuda import ChunkKernels
 from q6k_kernels.generate.heads import Norm
 from q6k_kernels.generate.step_cuda import Kernels
@@ -84,5 +84,5 @@ def test_heads_in_chunks(
     make: Make, dim: int, group: int, window: int, rotated: int, more: dict[str, Any], monkeypatch: Any
 ) -> None:
     """Chunks after each other, of which the second wraps a ring and the third is longer than one."""
-    monkeypatch.setattr(chunk_cuda, "SCORES_AT_ONCE", 2 * group * 40 * 5)  # some five queries at a time
+    monkeypatch.setattr(chunk_attend_cuda, "SCORES_AT_ONCE", 2 * group * 40 * 5)  # some five queries at a time
     heads_in_chunks(make(torch.bfloat16), torch.bfloat16, "cpu", dim, group, window, rotated, more)

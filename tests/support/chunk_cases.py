@@ -1,4 +1,4 @@
-"""Heads of chunks of a prompt: kernels against the same in plain torch, chunk after chunk."""
+"""Heads and delta nets of chunks of a prompt: kernels against the same in plain torch, chunk after chunk."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.step_reference import TorchOperations
 
@@ -88,3 +89,36 @@ def heads_in_chunks(
         for one, other in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
             torch.testing.assert_close(one.double(), other.double(), rtol=1e-2, atol=1e-2)
         start += rows
+
+
+def nets_in_chunks(run: Any, dtype: torch.dtype, device: str, tiled: bool, scale: int = 1) -> None:
+    """Compare a gated delta net of chunks after each other: of fewer tokens than the convolution sees, and of more.
+
+    Args:
+        run: the kernels' operations.
+        dtype: dtype of activations.
+        device: where they run.
+        tiled: see `DeltaHeads`.
+        scale: factor of the chunks.
+    """
+    dim, keys, values = 128, 2, 6
+    channels = (2 * keys + values) * dim
+    numbers = [random(channels, 4), -2 * random(values).abs(), random(values), random(dim).abs() + 0.5]
+    heads = DeltaHeads(keys, values, dim, dim, *(each.to(device) for each in numbers), epsilon=1e-6, tiled=tiled)
+    mine, theirs = (
+        (torch.zeros(1, channels, 4, dtype=dtype, device=device), random(1, values, dim, dim).to(device))
+        for _ in range(2)
+    )
+    for tokens in (3, 37 * scale, 16):
+        # 20 and more take the other branch of softplus.
+        sizes, spread = [channels, values * dim, values, values], torch.tensor([1.0, 2.0, 2.0, 15.0])
+        joined = random(tokens, sum(sizes), seed=tokens) * spread.repeat_interleave(torch.tensor(sizes))
+        projected = joined.to(device, dtype).split(sizes, -1)
+        found, expected = (
+            each.delta(*projected, heads, states, []).halves
+            for each, states in ((run, mine), (TorchOperations(), theirs))
+        )
+        assert torch.equal(mine[0], theirs[0])
+        torch.testing.assert_close(mine[1], theirs[1], rtol=1e-3, atol=2e-3)
+        difference = (found.double() - expected.double()).abs()
+        assert float(difference.max()) < 8 * torch.finfo(dtype).eps * float(expected.abs().max())

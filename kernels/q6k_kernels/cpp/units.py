@@ -34,7 +34,16 @@ MACROS: dict[str, tuple[str, ...]] = {
 }
 """The macros of each file in the order in which `src/` gives their values; `check` compares `variants` with it."""
 OF_PYTHON = (
-    *("step.cuh", "attend.cuh", "delta.cuh", "mixture.cuh", "choose.cuh", "chunk.cuh", "chunk_heads.cuh"),
+    *(
+        "step.cuh",
+        "attend.cuh",
+        "delta.cuh",
+        "mixture.cuh",
+        "choose.cuh",
+        "chunk.cuh",
+        "chunk_heads.cuh",
+        "chunk_delta.cuh",
+    ),
     *("experts_decode.cuh", "experts_sort.cuh", "experts_wgmma.cuh", "experts_mma.cuh"),
 )
 """Files with kernels that Python launches alone: those of steps and chunks, which are no part of the ops, and of
