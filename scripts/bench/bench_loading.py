@@ -53,7 +53,7 @@ def measure(loader: str, path: Path, ids: list[int], tokens: int, threads: int) 
             path.parent, gguf_file=path.name, dtype=torch.float32
         )
     row: Row = dict(zip(("load_seconds", "load_cpu_seconds"), _since(before), strict=True))
-    decode = _by_generator if loader == "bundle" else _by_transformers
+    decode = by_generator if loader == "bundle" else by_transformers
     answer, taken = decode(model.eval(), ids, tokens)
     row["tokens_per_second"], row["tokens_per_cpu_second"] = ((len(answer) - 1) / each for each in taken)
     row["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -69,7 +69,8 @@ def _since(before: tuple[float, float], now: tuple[float, float] | None = None) 
     return elapsed - before[0], cpu - before[1]
 
 
-def _by_generator(model: Any, ids: list[int], tokens: int) -> tuple[list[int], tuple[float, float]]:
+def by_generator(model: Any, ids: list[int], tokens: int) -> tuple[list[int], tuple[float, float]]:
+    """Decode with `Generator`; return the answer, and what all but its first token took of clock and CPU."""
     from q6k_kernels.generate.generator import Generator
 
     generator = Generator(model, capacity=len(ids) + tokens)
@@ -81,7 +82,8 @@ def _by_generator(model: Any, ids: list[int], tokens: int) -> tuple[list[int], t
     return [first, *rest], _since(before)
 
 
-def _by_transformers(model: Any, ids: list[int], tokens: int) -> tuple[list[int], tuple[float, float]]:
+def by_transformers(model: Any, ids: list[int], tokens: int) -> tuple[list[int], tuple[float, float]]:
+    """Decode with transformers' `generate`, as `by_generator` does."""
     import torch
     from transformers.generation.streamers import BaseStreamer
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +22,7 @@ from q6k_kernels.ops import accuracy, products
 from q6k_kernels.weights.byte_layers import ByteEmbedding, ByteLinear, bytes_of
 from q6k_kernels.weights.weight import PackedWeight
 
+ROOT = Path(__file__).parents[2]
 N, K = 37, 768
 PATHS = list(dict.fromkeys((False, products.has_fast())))
 ROWS = list(WEIGHT_TYPES.values())
@@ -82,6 +87,28 @@ def test_paths_and_threads_give_the_same_bits(name: str) -> None:
         torch.set_num_threads(count)
         found += [products.linear(x, held, fast=fast) for fast in PATHS]
     assert all(torch.equal(each, found[0]) for each in found)
+
+
+@pytest.mark.parametrize("name", ["q4_k", "q6_k"])
+def test_arm_gives_the_same_bits(name: str, tmp_path: Path) -> None:
+    compiler, emulator = "aarch64-linux-gnu-gcc", "qemu-aarch64"
+    if shutil.which(compiler) is None or shutil.which(emulator) is None:
+        pytest.skip(f"{compiler} and {emulator} are not both on PATH")
+    extensions = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    extension = next(each for each in extensions if each["name"] == "q6k_kernels.ops._products")
+    include = ROOT / Path(*extension["sources"]).parent
+    flags = [*extension["extra-compile-args"], "-static", "-Wall", "-Wextra", "-Werror", f"-I{include}"]
+    program = tmp_path / "products_main"
+    source = ROOT / "tests" / "support" / "products_main.c"
+    subprocess.run([compiler, *flags, "-o", program, source], check=True)
+    held = bytes_of(packed(WEIGHT_TYPES[name])[0])
+    least = torch.zeros_like(held.scale) if held.least is None else held.least
+    held, x = products.Bytes(held.codes, held.scale, least), rows(3)
+    group = K // held.scale.shape[1]
+    given = b"".join(each.numpy().tobytes() for each in (held.codes, held.scale, least, x))
+    command = [emulator, program, *map(str, (N, K, group, len(x)))]
+    found = subprocess.run(command, input=given, capture_output=True, check=True).stdout
+    assert found == b"".join(each.numpy().tobytes() for each in (products.linear(x, held), products.expand(held)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

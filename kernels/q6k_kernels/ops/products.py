@@ -26,8 +26,8 @@ from q6k_kernels.ops import reference
 _EXTENSION = "q6k_kernels.ops._products"
 FEW_ROWS = 4
 """The most rows of x that meet the codes themselves."""
-EXPANDED = 1 << 18
-"""Weights that are float32 at a time, for more rows: 1 MB, which stays in a cache and comes from the heap."""
+EXPANDED = 1 << 19
+"""Weights that are float32 at a time, for more rows: 2 MB, which stay in a cache and come from the heap."""
 ALONE = 1 << 15
 """Weights below which one thread is faster than several."""
 

@@ -115,11 +115,13 @@ INLINE void expand(Job *job, int64_t group)
             for (int64_t at = row * k; at < (row + 1) * k; at += STRETCH) {
                 float w[STRETCH];
                 to_floats(job->codes + at, w);
-                for (int64_t i = 0; i < STRETCH; i++) {
-                    const int64_t g = (at + i) / group;
-                    w[i] *= job->scale[g];
-                    job->y[at + i] = job->least ? w[i] - job->least[g] : w[i];
-                }
+                for (int64_t begin = 0, g = at / group; begin < STRETCH; begin += group, g++)
+                    for (int64_t i = begin; i < begin + group; i += LANES) {
+                        Floats values = *(const Floats *)(w + i) * job->scale[g];
+                        if (job->least)
+                            values -= job->least[g];
+                        *(Floats *)(job->y + at + i) = values;
+                    }
             }
         if (first + ROWS_AT_ONCE >= n)
             return;
