@@ -131,16 +131,20 @@ def test_choices_are_those_that_were_measured(
     assert plan.ranges * plan.cluster == blocks
 
 
-def test_the_few_that_a_check_compiles_have_every_weight_type_and_every_value() -> None:
+def test_the_few_that_a_check_compiles_have_every_kernel_weight_type_and_value() -> None:
     every = units.plan([80, 89, 90])
     few = units.cover(every)
     assert few.items() <= every.items()
     assert len(few) < len(every) / 3
 
     def values(some: Iterable[units.Unit]) -> set[object]:
-        """With whole weight types on the oldest architecture and on Hopper."""
-        own = {(arch, file, each) for arch, file, defines in some for each in defines}
-        types = {(arch, file, units.format_macros((arch, file, each))) for arch, file, each in some if arch != 89}
-        return own | types
+        """With whole weight types on the oldest architecture and on Hopper; of the third, what those do not have."""
+        two = [(arch, file, defines) for arch, file, defines in some if arch != 89]
+        own = {(arch, file, each) for arch, file, defines in two for each in defines}
+        anywhere = {(file, each) for _, file, defines in some for each in defines}
+        return own | anywhere | {(arch, file, units.format_macros((arch, file, each))) for arch, file, each in two}
 
     assert values(few) == values(every)
+    assert {(arch, kernel) for (arch, _, _), kernels in few.items() for kernel in kernels} == {
+        (arch, kernel) for (arch, _, _), kernels in every.items() for kernel in kernels
+    }

@@ -94,23 +94,30 @@ def format_macros(unit: Unit) -> Defines:
 
 
 def cover(wanted: Mapping[Unit, Sequence[str]]) -> dict[Unit, list[str]]:
-    """Return few of the units, such that each architecture and file has every macro's value.
+    """Return few of the units, such that each architecture has every kernel, and some have every macro's value.
 
-    The oldest architecture and Hopper, which has kernels of its own, also have every weight type of each file. The
-    others, whose kernels are the oldest one's, have each value of a weight type's macros.
-    Greedy: the unit with the most that is missing comes next.
+    The oldest architecture and Hopper, which has kernels of its own, also have each value of every macro and every
+    weight type of each file. The others, whose kernels are the oldest one's, have each kernel once, and the values of
+    macros that those two do not have.
+    Greedy: the unit with the most that is missing comes next; among equal ones that with the largest values, which
+    take the most registers.
     """
     thorough = {min(arch for arch, _, _ in wanted), HOPPER}
+    compiled = {(file, each) for arch, file, defines in wanted if arch in thorough for each in defines}
 
-    def items(unit: Unit) -> set[tuple[Any, ...]]:
-        return {*unit[2], *([format_macros(unit)] if unit[0] in thorough else [])}
+    def items(unit: Unit) -> set[Any]:
+        arch, file, defines = unit
+        kernels = set(wanted[unit])
+        if arch in thorough:
+            return {*kernels, *defines, format_macros(unit)}
+        return {*kernels, *(each for each in defines if (file, each) not in compiled)}
 
     chosen: dict[Unit, list[str]] = {}
     for _, units in groupby(sorted(wanted), key=lambda unit: unit[:2]):
         left = {unit: items(unit) for unit in units}
-        missing = set().union(*left.values())
+        missing = set[Any]().union(*left.values())
         while missing:
-            best = max(left, key=lambda unit: len(left[unit] & missing))
+            best = max(left, key=lambda unit: (len(left[unit] & missing), sum(value for _, value in unit[2])))
             chosen[best] = list(wanted[best])
             missing -= left.pop(best)
     return chosen
