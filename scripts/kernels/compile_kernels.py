@@ -3,9 +3,9 @@
 
     python scripts/kernels/compile_kernels.py [--all] [--arch 80 ...] [--jobs N] [--json FILE]
 
-By default few of the variants, such that each file is compiled for the oldest architecture and for Hopper with every
-value of every macro and every weight type, and each kernel once for the others; with --all every variant that some
-size of a product may load.
+By default few of the variants, such that each file is compiled for the oldest architecture and for Hopper with
+every value of every macro and every weight type, and each kernel once for the others; with --all every variant that
+some size of a product may load.
 
 Needs no GPU and no CUDA toolkit: the compiler is NVRTC, as at run time. Compiled kernels go to the kernel cache,
 so that a later `q6k-convert build-ops` compiles none of them again. Figures come from the assembler: registers,

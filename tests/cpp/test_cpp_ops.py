@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typer.testing import CliRunner
 
 import packed
 from cpp_library import library
+from inside import run_inside
 from q6k_convert.cli.main import app
 from q6k_convert.errors import EnvironmentMissingError
 from q6k_convert.machine import build_ops
@@ -26,7 +26,6 @@ from q6k_kernels.cpp import cubins, generate, units
 from q6k_kernels.errors import CompileFailedError, CompilerMissingError
 from q6k_kernels.jit import compiler
 
-TESTS = Path(__file__).parent
 KINDS = "pack_|rows_6_32_0_16_0_0_0_|gemm_mma_6_32_0_16_0_0_0_16"
 """Names of units of which some are compiled here."""
 ORDERS = ("load", "python first", "library first")
@@ -37,27 +36,21 @@ def built() -> Path:
     return library()
 
 
-def run_inside(file: str, path: Path, order: str, only: str = "", **more: str) -> None:
-    """Runs a file of tests in a process of its own."""
-    environment = {**os.environ, "Q6K_OPS_LIBRARY": str(path), "Q6K_OPS_ORDER": order, **more}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(TESTS / file), "-k", only]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-    assert " skipped" not in done.stdout or more
+def inside(file: str, path: Path, order: str, *options: str, **more: str) -> None:
+    run_inside(f"cpp/{file}", *options, may_skip=bool(more), Q6K_OPS_LIBRARY=str(path), Q6K_OPS_ORDER=order, **more)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_on_the_cpu(built: Path, order: str) -> None:
     pytest.importorskip("torch")
     # What it computes does not depend on the order.
-    run_inside("cpp_inside.py", built, order, "" if order == "load" else "active or schemas or is or export")
+    inside("cpp_inside.py", built, order, *(() if order == "load" else ("-k", "active or schemas or is or export")))
 
 
 def test_plans_and_launches_are_pythons(built: Path, fake_driver: Path) -> None:
     """With a driver that writes down what it is asked."""
     found = f"{fake_driver.parent}{os.pathsep}{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(os.pathsep)
-    run_inside("cpp_launches.py", built, "load", LD_LIBRARY_PATH=found, Q6K_FAKE_CUDA=str(fake_driver))
+    inside("cpp_launches.py", built, "load", LD_LIBRARY_PATH=found, Q6K_FAKE_CUDA=str(fake_driver))
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_the_few_that_a_check_compiles_have_every_kernel_weight_type_and_value()
     assert len(few) < len(every) / 3
 
     def values(some: Iterable[units.Unit]) -> set[object]:
-        """With whole weight types on the oldest architecture and on Hopper; of the third, what those do not have."""
+        """With whole weight types on the oldest architecture and on Hopper; of the third, what they have not."""
         two = [(arch, file, defines) for arch, file, defines in some if arch != 89]
         own = {(arch, file, each) for arch, file, defines in two for each in defines}
         anywhere = {(file, each) for _, file, defines in some for each in defines}

@@ -70,7 +70,7 @@ def test_what_is_launched_fits_and_is_compiled(arch: int, dtype: torch.dtype, mo
     for size in (1, 262144):
         state = [torch.zeros(1, dtype=torch.int64) for _ in range(4)]
         run.choose(torch.zeros(1, size, dtype=dtype), None, TokenChoice(*state, 0.0))  # type: ignore[arg-type]
-    known = all_of.all_variants(arch)
+    known = set(all_of.all_variants(arch))
     for variant, grid, shared_bytes in launches.all:
         assert variant in known
         assert min(grid) > 0

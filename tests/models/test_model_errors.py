@@ -245,7 +245,8 @@ def test_missing_strange_and_misshapen_tensors_are_named(
 
     monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", others)
     monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", with_this)
-    out, _ = LLAMA.bundle(tmp_path)
+    LLAMA.write(tmp_path)
+    out = tmp_path / "out"
     with pytest.raises(ModelError, match=problem) as caught:
         load_model(out)
     assert isinstance(caught.value, WeightsError | HyperparameterError)

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import pytest
+import rich.console
 import typer
 import xxhash
 from typer.testing import CliRunner, Result
@@ -27,8 +28,8 @@ from gguf_builder import F32, Builder, Tensor, key_value, weight
 from q6k_convert.cli import contents, main, terminal
 from q6k_convert.convert import locking, placing, staging
 
-# Imports that the command does late; done here once for all forked processes.
-LATE = (contents, terminal)
+# Imports that the command does late, and when it prints an error; done here once for all forked processes.
+LATE = (contents, terminal, rich.console)
 # The module: the package has a function of the same name.
 convert_module = import_module("q6k_convert.convert.pipeline")
 
@@ -133,6 +134,7 @@ def fork(action: Callable[[], object], log: Path) -> Child:
     if pid:
         return Child(pid, log)
     code = 99
+    sys.settrace(None)  # it ends without writing down what it covered
     try:
         # As in the foreground of a shell, however these tests were started.
         signal.signal(signal.SIGINT, signal.default_int_handler)

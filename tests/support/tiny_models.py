@@ -7,8 +7,11 @@ The model's own weights are then set to those of the file, so that both compute 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
+import shutil
+import tempfile
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -127,7 +130,18 @@ class Tiny:
         return f"blk.{layer}.{(IN_LAYERS | NORMS[self.is_gemma] | self.names)[inner]}.{kind}"
 
     def bundle(self, directory: Path, scales: str = "exact", other: str = "bf16") -> tuple[Path, Any]:
-        """Return the bundle, and the model with the weights of the bundle."""
+        """Return the bundle, and the model with the weights of the bundle; both are made once, and copied."""
+        key = f"{self!r} {scales} {other}"
+        if key not in _BUNDLES:
+            folder = Path(tempfile.mkdtemp(dir=_FOLDER.name))
+            _BUNDLES[key] = folder, self.write(folder, scales, other)
+        made, model = _BUNDLES[key]
+        shutil.copytree(made, directory, dirs_exist_ok=True)
+        torch.manual_seed(self.seed)  # what tests draw does not depend on who was first
+        return directory / "out", copy.deepcopy(model)
+
+    def write(self, directory: Path, scales: str = "exact", other: str = "bf16") -> Any:
+        """Write `model.gguf` and `out`, and return the model."""
         model = self.make()
         writer = gguf.GGUFWriter(directory / "model.gguf", self.architecture)
         for key, value in self._all_keys(model.config).items():
@@ -143,9 +157,8 @@ class Tiny:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        out = directory / "out"
-        convert(directory / "model.gguf", out, Options(scales=scales, other=other))  # type: ignore[arg-type]
-        return out, model
+        convert(directory / "model.gguf", directory / "out", Options(scales=scales, other=other))  # type: ignore[arg-type]
+        return model
 
     def _all_keys(self, config: Any) -> dict[str, Any]:
         keys = {
@@ -214,6 +227,8 @@ def quantised(rows: np.ndarray, kind: Any) -> np.ndarray:
 
 
 _QUANTISED: dict[Any, np.ndarray] = {}
+_BUNDLES: dict[str, tuple[Path, Any]] = {}
+_FOLDER = tempfile.TemporaryDirectory(prefix="q6k-tiny-")
 
 
 def read_back(blocks: np.ndarray, kind: Any, scales: str) -> Tensor:

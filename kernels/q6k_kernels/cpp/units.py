@@ -96,9 +96,9 @@ def format_macros(unit: Unit) -> Defines:
 def cover(wanted: Mapping[Unit, Sequence[str]]) -> dict[Unit, list[str]]:
     """Return few of the units, such that each architecture has every kernel, and some have every macro's value.
 
-    The oldest architecture and Hopper, which has kernels of its own, also have each value of every macro and every
-    weight type of each file. The others, whose kernels are the oldest one's, have each kernel once, and the values of
-    macros that those two do not have.
+    The oldest architecture and Hopper, which has kernels of its own, also have every value of each macro, and each
+    file's every weight type. The others, whose kernels are the oldest one's, have each kernel once, and the values
+    of macros that those two do not have.
     Greedy: the unit with the most that is missing comes next; among equal ones that with the largest values, which
     take the most registers.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import product
 
 from q6k_kernels.cuda import decode, decode_plan, experts_decode, experts_gemm, gemm_mma, gemm_wgmma, rows
@@ -52,8 +53,13 @@ def all_variants(arch: int) -> list[Variant]:
     Raises:
         ValueError: `arch` is below 80.
     """
+    return list(_all(arch))
+
+
+@cache
+def _all(arch: int) -> tuple[Variant, ...]:
     device = device_like(arch)
-    return [
+    return (
         *decode.variants(device),
         *(gemm_wgmma.variants(device) or gemm_mma.variants(arch)),
         *rows.variants(arch),
@@ -61,7 +67,7 @@ def all_variants(arch: int) -> list[Variant]:
         *experts_gemm.variants(device),
         *step_cuda.variants(device),
         *chunk_cuda.variants(),
-    ]
+    )
 
 
 def shared_bytes(arch: int) -> dict[Variant, int]:
@@ -91,6 +97,7 @@ def _key(kernel: str, macros: dict[str, int]) -> _Key:
     return kernel, tuple(macros[name] for name in CODE_MACROS), tuple(own)
 
 
+@cache
 def _of_plans(device: Device) -> dict[_Key, int]:
     largest = dict[_Key, int]()
 

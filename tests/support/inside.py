@@ -1,0 +1,28 @@
+"""Run a file of tests in a process of its own: one that is small, or that has something else loaded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+
+
+def run_inside(file: str, *options: str, may_skip: bool = False, **environment: str) -> None:
+    """Run the tests of a file below `tests/` and assert that they pass.
+
+    Args:
+        file: path of the file, which has no name that pytest would collect by itself.
+        options: more arguments of pytest.
+        may_skip: whether tests may be skipped.
+        environment: variables that the process gets besides this one's.
+    """
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(TESTS / file), *options]
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, cwd=TESTS.parent
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert may_skip or " skipped" not in done.stdout
