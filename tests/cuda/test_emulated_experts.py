@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import any_type
 import cuda_emulator
 
 torch = pytest.importorskip("torch")
+
+from torch.nn.functional import gelu, silu
 
 from cuda_emulator.memory import Memory, emulate
 from q6k_kernels.cuda import experts_decode, experts_gemm, gemm_wgmma
@@ -54,93 +57,117 @@ def chosen(m: int, top: int, dtype: torch.dtype) -> torch.Tensor:
     return experts.to(dtype)
 
 
-def check(
-    y: torch.Tensor, x: torch.Tensor, planes: Any, format: str, experts: torch.Tensor, bias: Any, roundings: int = 0
-) -> None:
-    """With activations in 8 bits, or in 16 where the roundings are given."""
-    row, k, formula = weight_type(format), x.shape[-1], "bf16" if roundings else "int8"
-    roundings = roundings or -(-k // 256) * 8 + 3 + 2 * row.minimum + 8
-    for i, j in ((i, j) for i in range(len(y)) for j in range(y.shape[1])):
-        own, expert = (x[i : i + 1] if x.ndim == 2 else x[i, j : j + 1]), int(experts[i, j])
-        weight = accuracy.of_planes([plane[expert] for plane in planes], row)
-        own_bias = None if bias is None else bias[expert]
+@dataclass(frozen=True)
+class Case:
+    """A product: `shared` tells whether all experts of a token see the same row."""
+
+    m: int
+    top: int
+    n: int
+    k: int
+    format: str
+    shared: bool
+    index: torch.dtype
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.format}-{self.m}x{self.top}-{self.n}x{self.k}"
+
+    def inputs(self) -> Inputs:
+        row, source = weight_type(self.format), torch.Generator().manual_seed(self.m)
+        planes = any_type.planes(row, self.n, self.k, (COUNT,))
+        shape = (self.m, self.k) if self.shared else (self.m, self.top, self.k)
+        x, bias = torch.randn(shape, generator=source).to(self.dtype), torch.randn(COUNT, self.n, generator=source)
+        experts = chosen(self.m, self.top, self.index)
+        return Inputs(self, row, planes, layout.pack(planes, row), x, bias, experts)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Weights, activations, biases and experts of a case."""
+
+    case: Case
+    row: WeightType
+    planes: Any
+    tiles: torch.Tensor
+    x: torch.Tensor
+    bias: torch.Tensor
+    experts: torch.Tensor
+
+    def output(self) -> torch.Tensor:
+        return torch.empty(*self.experts.shape, self.case.n, dtype=self.x.dtype)
+
+    def check(self, y: torch.Tensor, x: torch.Tensor, roundings: int = 0) -> None:
+        """With activations in 8 bits, or in 16 where the roundings are given."""
+        k, formula = x.shape[-1], "bf16" if roundings else "int8"
+        roundings = roundings or -(-k // 256) * 8 + 3 + 2 * self.row.minimum + 8
         rounded = formula == "bf16" and x.dtype is torch.bfloat16
-        right = accuracy.linear(own, weight, own_bias, activations=formula, scales_rounded=rounded)
-        found = accuracy.compare(y[i, j : j + 1], right, roundings)
-        assert found.first is None, (i, j, found)
+        for i, j in ((i, j) for i in range(len(y)) for j in range(y.shape[1])):
+            own, expert = (x[i : i + 1] if x.ndim == 2 else x[i, j : j + 1]), int(self.experts[i, j])
+            weight = accuracy.of_planes([plane[expert] for plane in self.planes], self.row)
+            given = own, weight, self.bias[expert]
+            right = accuracy.linear(*given, activations=formula, scales_rounded=rounded)
+            found = accuracy.compare(y[i, j : j + 1], right, roundings)
+            assert found.first is None, (i, j, found)
 
 
 CASES = [
-    # m, top, n, k, format, same row for all experts of a token, index dtype, dtype
-    (1, 3, 40, 768, "q6_k", True, torch.int64, torch.bfloat16),
-    (1, 2, 33, 512, "q5_k", False, torch.int32, torch.float16),
-    (3, 2, 40, 512, "q6_k_exact", True, torch.int64, torch.bfloat16),
-    (7, 3, 37, 256, "iq4_xs", False, torch.int32, torch.float16),
-    (5, 2, 17, 288, "q4_1", True, torch.int64, torch.bfloat16),
-    (2, 1, 17, 544, "q8_0", True, torch.int64, torch.bfloat16),
+    Case(1, 3, 40, 768, "q6_k", True, torch.int64, torch.bfloat16),
+    Case(1, 2, 33, 512, "q5_k", False, torch.int32, torch.float16),
+    Case(3, 2, 40, 512, "q6_k_exact", True, torch.int64, torch.bfloat16),
+    Case(7, 3, 37, 256, "iq4_xs", False, torch.int32, torch.float16),
+    Case(5, 2, 17, 288, "q4_1", True, torch.int64, torch.bfloat16),
+    Case(2, 1, 17, 544, "q8_0", True, torch.int64, torch.bfloat16),
 ]
 
 
-@pytest.mark.parametrize(("m", "top", "n", "k", "format", "shared", "index", "dtype"), CASES)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_decode_is_right_in_every_order_of_threads(
-    memory: Memory,
-    monkeypatch: pytest.MonkeyPatch,
-    m: int,
-    top: int,
-    n: int,
-    k: int,
-    format: str,
-    shared: bool,
-    index: torch.dtype,
-    dtype: torch.dtype,
+    memory: Memory, monkeypatch: pytest.MonkeyPatch, case: Case
 ) -> None:
-    planes = any_type.planes(weight_type(format), n, k, (COUNT,))
-    tiles = layout.pack(planes, weight_type(format))
-    source = torch.Generator().manual_seed(m)
-    x = torch.randn(*((m, k) if shared else (m, top, k)), generator=source).to(dtype)
-    bias, experts = torch.randn(COUNT, n, generator=source), chosen(m, top, index)
-    outputs = []
+    given, outputs = case.inputs(), []
     for order in (3, 0):
         in_order(monkeypatch, order)
-        y = torch.empty(m, top, n, dtype=dtype)
-        rows, row = x.view(-1, k), weight_type(format)
-        experts_decode.multiply(rows, tiles, experts, bias, n, row, y, GPU, early=order > 0)
+        y, rows = given.output(), given.x.view(-1, case.k)
+        of_product = given.tiles, given.experts, given.bias, case.n, given.row, y, GPU
+        experts_decode.multiply(rows, *of_product, early=order > 0)
         outputs.append(y)
     assert torch.equal(*outputs)
-    check(outputs[0], x, planes, format, experts, bias)
+    given.check(outputs[0], given.x)
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_gates_are_computed_on_the_way(memory: Memory, kind: int) -> None:
+    """In rows that lie apart, as gate and up do in the product of both."""
+    case = Case(2, 2, 40, 288, "q5_0", False, torch.int32, torch.bfloat16)
+    given = case.inputs()
+    both = 2 * torch.randn(4, 2 * case.k, generator=torch.Generator().manual_seed(1)).to(case.dtype)
+    gate, up = both.chunk(2, -1)
+    y = given.output()
+    of_product = given.tiles, given.experts, given.bias, case.n, given.row, y, GPU
+    experts_decode.multiply(gate, *of_product, gated=(up, kind))
+    activation = (silu, partial(gelu, approximate="tanh"))[kind]
+    activations = (activation(gate.float()) * up.float()).to(case.dtype)
+    given.check(y, activations.view(2, 2, -1))
 
 
 @pytest.mark.parametrize(
-    ("m", "top", "n", "k", "format", "shared", "index", "dtype"),
+    "case",
     [
-        (23, 3, 136, 512, "q4_k", True, torch.int64, torch.bfloat16),
-        (9, 2, 33, 288, "q8_0", False, torch.int32, torch.float16),
+        Case(23, 3, 136, 512, "q4_k", True, torch.int64, torch.bfloat16),
+        Case(9, 2, 33, 288, "q8_0", False, torch.int32, torch.float16),
     ],
+    ids=str,
 )
-def test_prefill_on_gpus_without_wgmma(
-    memory: Memory,
-    monkeypatch: pytest.MonkeyPatch,
-    m: int,
-    top: int,
-    n: int,
-    k: int,
-    format: str,
-    shared: bool,
-    index: torch.dtype,
-    dtype: torch.dtype,
-) -> None:
-    row, on = weight_type(format), replace(GPU, arch=89)
-    planes = any_type.planes(row, n, k, (COUNT,))
-    source = torch.Generator().manual_seed(m)
-    x = torch.randn(*((m, k) if shared else (m, top, k)), generator=source).to(dtype)
-    bias, experts = torch.randn(COUNT, n, generator=source), chosen(m, top, index)
+def test_prefill_on_gpus_without_wgmma(memory: Memory, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+    on, given = replace(GPU, arch=89), case.inputs()
     in_order(monkeypatch, 3)
-    order, begins = experts_gemm.sort(experts, COUNT, on)
-    assert order.tolist() == experts.flatten().sort(stable=True).indices.tolist()
-    assert begins.tolist() == [int((experts < expert).sum()) for expert in range(COUNT + 1)]
-    y = torch.empty(m, top, n, dtype=dtype)
-    experts_gemm.multiply(x.view(-1, k), layout.pack(planes, row), experts, bias, n, row, y, on)
-    check(y, x, planes, format, experts, bias, roundings=36 * 16 * -(-k // 256) + 3)
+    order, begins = experts_gemm.sort(given.experts, COUNT, on)
+    assert order.tolist() == given.experts.flatten().sort(stable=True).indices.tolist()
+    assert begins.tolist() == [int((given.experts < expert).sum()) for expert in range(COUNT + 1)]
+    y, rows = given.output(), given.x.view(-1, case.k)
+    experts_gemm.multiply(rows, given.tiles, given.experts, given.bias, case.n, given.row, y, on)
+    given.check(y, given.x, roundings=36 * 16 * -(-case.k // 256) + 3)
 
 
 def test_many_pairs_are_sorted(memory: Memory) -> None:

@@ -19,6 +19,7 @@ from q6k_kernels import PackedWeight
 from q6k_kernels.cpp.variants import device_like
 from q6k_kernels.formats import tiles as layout
 from q6k_kernels.formats.types import weight_type
+from q6k_kernels.generate.chunk_cuda import ChunkKernels
 from q6k_kernels.generate.heads import Norm
 from q6k_kernels.generate.mixture import Mixed, Mixture, MixtureNorms
 from q6k_kernels.generate.step_cuda import Kernels
@@ -152,6 +153,23 @@ def test_further_norms_of_a_sum(make: Make, k: int) -> None:
     assert_near(total, expected_total)
     assert_near(x.halves, expected.halves)
     for one, other in zip(x.further, expected.further, strict=True):
+        assert_near(one, other)
+
+
+@pytest.mark.parametrize("kind", ["alone", "gated", "normed"])
+def test_sums_and_further_norms_of_a_chunk(make: Make, kind: str) -> None:
+    k, top, rows, dtype = 96, 4, 3, torch.bfloat16
+    hidden, beside = (random(rows, k, seed=each).to(dtype) for each in (0, 1))
+    factors = random(rows, top + (kind == "gated"), seed=3).to(dtype).float()
+    outputs = random(rows, top, k).to(dtype)
+    mixed = Mixed(outputs, factors, None if kind == "alone" else beside, norms(k) if kind == "normed" else None)
+    chunk = ChunkKernels(torch.device("cpu", 0), dtype, make(dtype))
+    (total, x), (expected_total, expected) = (
+        each.add_norm(hidden, mixed, norm(k, 7), norm(k, 5), [nn.Identity()], further=(norm(k, 3), norm(k, 4)))
+        for each in (chunk, TorchOperations())
+    )
+    assert_near(total, expected_total)
+    for one, other in zip((x.halves, *x.further), (expected.halves, *expected.further), strict=True):
         assert_near(one, other)
 
 

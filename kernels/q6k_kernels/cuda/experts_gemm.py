@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import product
 
@@ -110,10 +111,11 @@ def multiply(
         )
     order, begins = sort(experts, count, device)
     rows = _in_order(x, order, pairs // len(x), device)
+    product = _Sorted(rows, tiles, order, begins, bias, n, row, y, device)
     if device.arch == gemm_wgmma.ARCH:
-        _wgmma(config or config_of(pairs, count), rows, tiles, order, begins, bias, n, row, y, device)
+        _wgmma(config or config_of(pairs, count), product)
     else:
-        _mma(mma_tokens(pairs, count), rows, tiles, order, begins, bias, n, row, y, device)
+        _mma(mma_tokens(pairs, count), product)
 
 
 def sort(experts: Tensor, count: int, device: Device) -> tuple[Tensor, Tensor]:
@@ -144,65 +146,65 @@ def _in_order(x: Tensor, order: Tensor, sharing: int, device: Device) -> Tensor:
     return rows
 
 
-def _wgmma(
-    config: Config,
-    x: Tensor,
-    tiles: Tensor,
-    order: Tensor,
-    begins: Tensor,
-    bias: Tensor | None,
-    n: int,
-    row: WeightType,
-    y: Tensor,
-    device: Device,
-) -> None:
-    (pairs, k), fp16, (count, row_tiles, *_) = x.shape, x.dtype is torch.float16, tiles.shape
-    bias_at, bias_kind = bias_arguments(bias)
+@dataclass(frozen=True)
+class _Sorted:
+    """A product whose pairs are in the order of experts; see `multiply` for the rest.
+
+    Attributes:
+        x: the row of each pair in order, (pairs, K).
+        order: from `sort`.
+        begins: from `sort`.
+    """
+
+    x: Tensor
+    tiles: Tensor
+    order: Tensor
+    begins: Tensor
+    bias: Tensor | None
+    n: int
+    row: WeightType
+    y: Tensor
+    device: Device
+
+    @property
+    def fp16(self) -> bool:
+        """Whether activations are float16."""
+        return self.x.dtype is torch.float16
+
+    def outputs(self, tokens: int, rows: int) -> int:
+        """Return the most blocks of outputs that there can be: each expert may have one that is partly filled."""
+        pairs, count = len(self.x), len(self.tiles)
+        return (pairs // tokens + min(pairs, count)) * -(-self.n // rows)
+
+    def launch(self, variant: Variant, blocks: int, threads: int, arguments: bytes, shared: int) -> None:
+        """Launch a kernel."""
+        _launch(variant, (blocks, 1, 1), threads, arguments, self.device, shared)
+
+
+def _wgmma(config: Config, of: _Sorted) -> None:
+    (pairs, k), (count, row_tiles, depth, *_), device = of.x.shape, of.tiles.shape, of.device
+    bias_at, bias_kind = bias_arguments(of.bias)
     arguments = _WGMMA.pack(
-        y.data_ptr(),
-        bias_at,
-        order.data_ptr(),
-        begins.data_ptr(),
-        bias_kind,
-        count,
-        n,
-        k,
-        row_tiles,
-        gemm_wgmma.tile_map(device.index, tiles.data_ptr(), count * row_tiles, tiles.shape[2], row, config.rows),
-        gemm_wgmma.x_map(device.index, x.data_ptr(), fp16, pairs, k, 2 * k, config.tokens),
+        *(of.y.data_ptr(), bias_at, of.order.data_ptr(), of.begins.data_ptr()),
+        *(bias_kind, count, of.n, k, row_tiles),
+        gemm_wgmma.tile_map(device.index, of.tiles.data_ptr(), count * row_tiles, depth, of.row, config.rows),
+        gemm_wgmma.x_map(device.index, of.x.data_ptr(), of.fp16, pairs, k, 2 * k, config.tokens),
     )
-    blocks = min(
-        _most_outputs(pairs, count, n, config.tokens, config.rows), device.multiprocessors * config.occupancy
-    )
-    variant = _wgmma_variant(config, row, fp16)
-    _launch(variant, (blocks, 1, 1), config.threads, arguments, device, shared_bytes(config, row))
+    blocks = min(of.outputs(config.tokens, config.rows), device.multiprocessors * config.occupancy)
+    variant = _wgmma_variant(config, of.row, of.fp16)
+    of.launch(variant, blocks, config.threads, arguments, shared_bytes(config, of.row))
 
 
-def _mma(
-    tokens: int,
-    x: Tensor,
-    tiles: Tensor,
-    order: Tensor,
-    begins: Tensor,
-    bias: Tensor | None,
-    n: int,
-    row: WeightType,
-    y: Tensor,
-    device: Device,
-) -> None:
-    (pairs, k), (count, row_tiles, *_) = x.shape, tiles.shape
-    bias_at, bias_kind = bias_arguments(bias)
-    pointers = tiles.data_ptr(), x.data_ptr(), y.data_ptr(), bias_at, order.data_ptr(), begins.data_ptr()
-    arguments = _MMA.pack(*pointers, bias_kind, count, n, k, row_tiles)
-    slots = gemm_mma.slots_of(device.arch)
-    outputs = _most_outputs(pairs, count, n, tokens, TILE_ROWS * gemm_mma.WARPS)
-    variant = _mma_variant(tokens, slots, row, x.dtype is torch.float16)
-    _launch(variant, (outputs, 1, 1), gemm_mma.THREADS, arguments, device, mma_bytes(row, device.arch))
-
-
-def _most_outputs(pairs: int, count: int, n: int, tokens: int, rows: int) -> int:
-    """Return the most blocks of outputs that there can be: each expert may have one that is partly filled."""
-    return (pairs // tokens + min(pairs, count)) * -(-n // rows)
+def _mma(tokens: int, of: _Sorted) -> None:
+    count, row_tiles, *_ = of.tiles.shape
+    bias_at, bias_kind = bias_arguments(of.bias)
+    pointers = of.tiles.data_ptr(), of.x.data_ptr(), of.y.data_ptr(), bias_at
+    places = of.order.data_ptr(), of.begins.data_ptr()
+    arguments = _MMA.pack(*pointers, *places, bias_kind, count, of.n, of.x.shape[1], row_tiles)
+    slots = gemm_mma.slots_of(of.device.arch)
+    outputs = of.outputs(tokens, TILE_ROWS * gemm_mma.WARPS)
+    variant = _mma_variant(tokens, slots, of.row, of.fp16)
+    of.launch(variant, outputs, gemm_mma.THREADS, arguments, mma_bytes(of.row, of.device.arch))
 
 
 def _launch(
