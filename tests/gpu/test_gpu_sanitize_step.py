@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from q6k_kernels import PackedLinear
 from q6k_kernels.generate import attend_cuda
 from q6k_kernels.generate.heads import Cached, Heads, Norm
+from q6k_kernels.generate.mixture import Mixed, Mixture, MixtureNorms
 from q6k_kernels.generate.step_cuda import Kernels
 from q6k_kernels.generate.step_reference import TokenChoice, TorchOperations
 
@@ -30,7 +31,7 @@ def moved(value: Any) -> Any:
     """The same on the GPU, by copies."""
     if isinstance(value, Tensor):
         return value.cuda()
-    if isinstance(value, Norm | Heads | Cached | TokenChoice):
+    if isinstance(value, Norm | Heads | Cached | TokenChoice | Mixed | MixtureNorms):
         return replace(value, **{name: moved(each) for name, each in vars(value).items()})
     return value
 
@@ -64,6 +65,34 @@ def test_sums_and_norms(k: int) -> None:
     torch.testing.assert_close(total.cpu(), expected_total, rtol=4e-3, atol=4e-3)
 
 
+def test_sums_of_mixtures_and_further_norms() -> None:
+    k, top = 512, 3
+    rows, hidden, beside = (random(1, *shape, seed=len(shape)) for shape in ((top, k), (k,), (k,)))
+    norms = [Norm(random(k, dtype=torch.float32, seed=each), 1e-5) for each in range(6)]
+    mixed = Mixed(rows, random(1, top, seed=5).float(), beside, MixtureNorms(*norms[:4]))
+    run = kernels()
+    _, found = run.add_norm(moved(hidden), moved(mixed), moved(norms[4]), moved(norms[5]), users(k))
+    check(found, TorchOperations().add_norm(hidden, mixed, norms[4], norms[5], [])[1])
+    further: Any = norms[0], norms[1]
+    _, found = run.add_norm(
+        moved(hidden), moved(beside), None, moved(norms[5]), users(k), further=(moved(norms[0]), moved(norms[1]))
+    )
+    _, expected = TorchOperations().add_norm(hidden, beside, None, norms[5], [], further=further)
+    check(found, expected)
+    for one, other in zip(found.further, expected.further, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("count", [40, 300])
+def test_routes(count: int) -> None:
+    router, x = random(count + 1, 3200) / 50, random(1, 3200, seed=1)
+    mixture = Mixture(router, nn.Identity(), count, 5, random(count, dtype=torch.float32).abs())
+    there = replace(mixture, router=moved(router), scales=moved(mixture.scales))
+    found, expected = kernels().route(moved(x), there), TorchOperations().route(x, mixture)
+    assert torch.equal(found[0].cpu().long(), expected[0])
+    torch.testing.assert_close(found[1].cpu(), expected[1], rtol=4e-3, atol=4e-3)
+
+
 def test_gates() -> None:
     gate, up = random(1, 768), random(1, 768, seed=1)
     run = kernels()
@@ -95,7 +124,8 @@ def test_attention(dim: int, window: int, position: int, blocks: int, monkeypatc
 def test_choices() -> None:
     logits = random(1, 5000)
     state = [torch.tensor([each]) for each in (3, 7)], torch.zeros(9, dtype=torch.int64), torch.tensor([1])
-    choice = TokenChoice(*state[0], state[1], state[2], 0.7)
+    suppressed = torch.arange(5000) % 3 == 0
+    choice = TokenChoice(*state[0], state[1], state[2], 0.7, suppressed)
     there = moved(choice)
     kernels().choose(moved(logits), None, there)
     TorchOperations().choose(logits, None, choice)
