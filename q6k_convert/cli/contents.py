@@ -10,12 +10,12 @@ from typing import Any
 
 from q6k_convert.convert.pipeline import Result
 from q6k_convert.convert.plan import Plan
+from q6k_convert.run.memory import NOT_LOADED, model_memory
 from q6k_convert.text import displayable
 from q6k_kernels.bundle.manifest import BundleError, Manifest, StoredTensor
-from q6k_kernels.bundle.metadata import Metadata, read_metadata
+from q6k_kernels.bundle.metadata import Metadata
 from q6k_kernels.errors import ModelError
-from q6k_kernels.formats.ggml import SUPER_BLOCK, TYPE_SIZES, GGMLType
-from q6k_kernels.formats.types import TILE_ROWS, weight_type
+from q6k_kernels.formats.ggml import TYPE_SIZES, GGMLType
 from q6k_kernels.gguf.model import GGUFModel
 from q6k_kernels.text import listing
 
@@ -23,8 +23,6 @@ Row = dict[str, Any]
 
 _GROWN = 1.05
 """Ratio of sizes from which on something counts as grown."""
-_NOT_LOADED = ("raw", "skipped")
-"""Storages of tensors that no model loads."""
 _SHOWN_BYTES = 16 << 20
 """Bytes of values that a listing of keys shows; no real model has as many without a whole `tokenizer.json`."""
 _ESCAPED = "backslashreplace"
@@ -51,9 +49,9 @@ def plan_contents(plan: Plan) -> Row:
         if plan.bundle_bytes > _GROWN * plan.bytes_in
         else [],
         "model": _runs(metadata, {t.record.name: (t.record.shape, t.storage) for t in plan.tensors}),
-        "gpu": _gpu_memory(
+        "gpu": model_memory(
             metadata,
-            {t.record.name: (t.record.shape, t.format) for t in plan.tensors if t.storage not in _NOT_LOADED},
+            {t.record.name: (t.record.shape, t.format) for t in plan.tensors if t.storage not in NOT_LOADED},
         ),
         "shards": [{"name": shard.name, "bytes": shard.size} for shard in plan.shards],
     }
@@ -141,45 +139,6 @@ def bundle_contents(directory: Path, manifest: Manifest) -> Row:
     }
 
 
-def gpu_contents(directory: Path, manifest: Manifest, context: int | None) -> Row:
-    """Describe the GPU memory that a bundle's model takes with a context length, by default its own."""
-    tensors = {t.name: (tuple(t.shape), t.format) for t in manifest.tensors if t.storage not in _NOT_LOADED}
-    return _gpu_memory(read_metadata(directory), tensors, context)
-
-
-def _gpu_memory(
-    metadata: Metadata, tensors: dict[str, tuple[tuple[int, ...], str | None]], context: int | None = None
-) -> Row:
-    """Return bytes of weights and of the cache of keys and values; of the latter None and why, if it is unknown."""
-    from q6k_kernels.models.architecture import is_beside, is_of_encoder
-    from q6k_kernels.models.cache_layout import cache_bytes
-
-    try:
-        beside = [name for name in tensors if is_beside(name, metadata)]
-    except BundleError:  # of a key, which the problem below names
-        beside = [name for name in tensors if is_of_encoder(name)]
-    loaded = tensors.keys() - set(beside)
-    result: Row = {
-        "weights_bytes": sum(_resident(*tensors[name]) for name in loaded),
-        "tensors_beside": len(beside),
-        "context": None,
-        "cache_bytes": None,
-        "cache_problem": None,
-    }
-    try:
-        length = metadata.context_length if context is None else context
-        result["context"] = length
-        if length is not None:
-            result["cache_bytes"] = cache_bytes(metadata, {name: s for name, (s, _) in tensors.items()}, length)
-        else:
-            result["cache_problem"] = "the model states no context length"
-    except BundleError as error:
-        result["cache_problem"] = str(error)
-    except ModelError as error:
-        result["cache_problem"] = error.cause
-    return result
-
-
 def _runs(metadata: Metadata, tensors: dict[str, tuple[tuple[int, ...], str]]) -> Row:
     """Return what stands in the way of running the whole model, and of its tokenizer; None where nothing does.
 
@@ -188,7 +147,7 @@ def _runs(metadata: Metadata, tensors: dict[str, tuple[tuple[int, ...], str]]) -
     from q6k_kernels.models.cache_layout import cache_bytes
 
     problem = tokenizer = None
-    left_out = [name for name, (_, storage) in tensors.items() if storage in _NOT_LOADED]
+    left_out = [name for name, (_, storage) in tensors.items() if storage in NOT_LOADED]
     try:
         cache_bytes(metadata, {name: shape for name, (shape, _) in tensors.items()}, 1)
         if left_out:
@@ -209,14 +168,6 @@ def _runs(metadata: Metadata, tensors: dict[str, tuple[tuple[int, ...], str]]) -
         except ModelError as error:
             tokenizer = error.cause
     return {"problem": problem, "tokenizer_problem": tokenizer}
-
-
-def _resident(shape: tuple[int, ...], format: str | None) -> int:
-    """Return the bytes of a tensor on a GPU: whole tiles if it is packed, else 16-bit floats."""
-    if format is None:
-        return 2 * math.prod(shape)
-    *stack, n, k = shape
-    return math.prod(stack) * -(-n // TILE_ROWS) * -(-k // SUPER_BLOCK) * weight_type(format).tile_bytes
 
 
 def _keys(model: GGUFModel) -> Row:

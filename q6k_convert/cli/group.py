@@ -8,10 +8,11 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 _MEANT = {
-    "chat": ("To chat with a bundle's model", ("generate", "--chat")),
     "run": ("To run a bundle's model", ("generate",)),
+    **dict.fromkeys(("benchmark", "speed"), ("To measure a bundle's model", ("bench",))),
+    **dict.fromkeys(("ppl", "eval", "quality"), ("To compute a perplexity", ("perplexity",))),
     **dict.fromkeys(("complete", "completion", "infer"), ("To continue a text", ("generate",))),
-    **dict.fromkeys(("serve", "server"), ("There is no server; for one answer", ("generate", "--chat"))),
+    **dict.fromkeys(("serve", "server"), ("There is no server; to chat", ("chat",))),
     **dict.fromkeys(("info", "show", "list", "ls", "dump"), ("To look inside a file", ("inspect",))),
     **dict.fromkeys(("check", "validate", "test"), ("To check a bundle", ("verify",))),
     **dict.fromkeys(("compile",), ("To compile a model", ("export",))),

@@ -22,6 +22,7 @@ from q6k_convert.cli.options import (
     VerboseOption,
     parse_device,
 )
+from q6k_convert.cli.prompt_commands import bench, chat, perplexity
 from q6k_convert.cli.reporting import peak_memory, reporting
 from q6k_convert.errors import ExitCode
 from q6k_convert.run.running import Device
@@ -190,6 +191,7 @@ def inspect(
         from q6k_convert.cli.given import check_given
         from q6k_convert.errors import UsageError
         from q6k_convert.hub import local_path
+        from q6k_convert.run.memory import bundle_memory
         from q6k_kernels.bundle import manifest
         from q6k_kernels.bundle.metadata import metadata_file
         from q6k_kernels.gguf.file import GGUFFile
@@ -213,7 +215,7 @@ def inspect(
             )
         elif directory:
             found = manifest.read(path)
-            content = contents.bundle_contents(path, found) | {"gpu": contents.gpu_contents(path, found, context)}
+            content = contents.bundle_contents(path, found) | {"gpu": bundle_memory(path, found, context)}
             terminal.bundle(content)
             terminal.document(content)
         else:
@@ -301,7 +303,7 @@ def verify(
             raise typer.Exit(int(ExitCode.VERIFICATION_FAILED))
 
 
-for command in (generate, export, hf, doctor, build_ops, ci):
+for command in (generate, chat, bench, perplexity, export, hf, doctor, build_ops, ci):
     app.command(cls=PlainCommand, epilog=EXIT_CODES)(command)
 
 

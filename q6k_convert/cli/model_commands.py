@@ -3,46 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from q6k_convert.cli.options import (
-    HUB_BUNDLE,
-    JsonOption,
-    QuietOption,
-    VerboseOption,
-    parse_device,
-    parse_dtype,
+from q6k_convert.cli.model_options import (
+    ActivationsOption,
+    DeviceOption,
+    DtypeOption,
+    LogprobsOption,
+    MinPOption,
+    ModelArgument,
+    RepeatLastOption,
+    RepeatPenaltyOption,
+    SeedOption,
+    StopOption,
+    TemperatureOption,
+    TokenizerOption,
+    TopKOption,
+    TopPOption,
 )
+from q6k_convert.cli.options import JsonOption, QuietOption, VerboseOption
 from q6k_convert.cli.reporting import reporting
 from q6k_convert.errors import ExitCode
-from q6k_convert.run.running import Device, Dtype
-
-DeviceOption = Annotated[
-    Device,
-    typer.Option(
-        parser=parse_device,
-        metavar="[auto|cpu|cuda]",
-        help="Run on this device; auto: a GPU that is ready, else the CPU.",
-    ),
-]
-DtypeOption = Annotated[
-    Dtype,
-    typer.Option(
-        parser=parse_dtype,
-        metavar="[auto|bf16|fp16|fp32]",
-        help="Compute in this dtype; auto: bf16 on a GPU, fp32 on the CPU.",
-    ),
-]
-ActivationsOption = Annotated[
-    Literal["auto", "int8", "bf16"],
-    typer.Option(help="Multiply packed weights with int8 or 16-bit activations; auto: int8 for few rows."),
-]
 
 
 def generate(
-    bundle: Annotated[str, typer.Argument(metavar="OUT/", help=f"Bundle of the model, or {HUB_BUNDLE}")],
+    bundle: ModelArgument,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -68,20 +55,29 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, max=1 << 24, metavar="N", help="Stop after N tokens.")
     ] = 128,
-    temperature: Annotated[
-        float,
+    context: Annotated[
+        int | None,
         typer.Option(
-            min=0.0, max=100.0, metavar="T", help="Sample at temperature T; below 1e-6 take the likeliest token."
+            min=8,
+            max=1 << 24,
+            metavar="N",
+            help="Make the cache for N tokens of prompt and answer together.",
+            show_default="as many as there can be",
         ),
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, metavar="N", help="Seed the sampling with N.")] = 0,
+    ] = None,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repeat_penalty: RepeatPenaltyOption = None,
+    repeat_last: RepeatLastOption = None,
+    seed: SeedOption = 0,
+    stop: StopOption = None,
+    logprobs: LogprobsOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     activations: ActivationsOption = "auto",
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Use this Hugging Face tokenizer, not the bundle's.", show_default="none"),
-    ] = None,
+    tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -90,19 +86,20 @@ def generate(
     with reporting(as_json, quiet, verbose) as terminal:
         from q6k_convert.cli.given import bundle_path
         from q6k_convert.run.generate_command import GenerateRequest, run
+        from q6k_convert.run.sampling_request import SamplingRequest
+        from q6k_convert.run.session import ModelRequest
 
+        path = bundle_path(bundle, "q6k-convert generate", terminal)
         request = GenerateRequest(
-            bundle=bundle_path(bundle, "q6k-convert generate", terminal),
+            model=ModelRequest(path, device, dtype, activations, tokenizer),
             prompt=prompt,
             chat=chat,
             system=system,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            activations=activations,
-            tokenizer=tokenizer,
+            context=context,
+            sampling=SamplingRequest(
+                temperature, top_k, top_p, min_p, repeat_penalty, repeat_last, seed, tuple(stop or ()), logprobs
+            ),
         )
         terminal.document(run(request, terminal.stream, terminal.note, terminal.progress))
 

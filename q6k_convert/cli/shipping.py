@@ -161,11 +161,17 @@ class Shipping:
 
     def _answer(self) -> Row:
         from q6k_convert.run.generate_command import GenerateRequest
+        from q6k_convert.run.sampling_request import SamplingRequest
         from q6k_convert.run.sanity import answer
+        from q6k_convert.run.session import ModelRequest
 
         asked, terminal = self.request, self.terminal
         request = GenerateRequest(
-            self.bundle, asked.prompt, max_new_tokens=asked.max_new_tokens, device=asked.device
+            model=ModelRequest(self.bundle, device=asked.device),
+            prompt=asked.prompt,
+            max_new_tokens=asked.max_new_tokens,
+            # The likeliest tokens, whatever the file states: the answer has to be the same in every run.
+            sampling=SamplingRequest(temperature=0.0, repeat_penalty=1.0),
         )
         bounds = {"perplexity": asked.max_perplexity, "repetition": asked.max_repetition}
         row, faults = answer(request, bounds, terminal.stream, terminal.note, terminal.progress)

@@ -1,3 +1,19 @@
-"""Run a bundle's model: generate text, export it as a program, check and describe what is to be shipped."""
+"""Run a bundle's model: generate text, chat, measure, export a program, check and describe what is shipped."""
 
-__all__ = ["export_command", "generate_command", "publishing", "running", "sanity", "shipped_files", "spdx"]
+__all__ = [
+    "bench_command",
+    "chat_command",
+    "export_command",
+    "generate_command",
+    "memory",
+    "perplexity",
+    "perplexity_command",
+    "publishing",
+    "running",
+    "sampling_request",
+    "sanity",
+    "session",
+    "shipped_files",
+    "spdx",
+    "speed",
+]

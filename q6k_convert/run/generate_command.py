@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from q6k_convert import text
 from q6k_convert.errors import InputRejectedError, UsageError
-from q6k_convert.run.running import (
-    Activations,
-    Device,
-    Dtype,
-    check_packages,
-    described,
-    device_of,
-    dtype_of,
-    name_of,
-)
+from q6k_convert.run.answering import Answer, Answering, counted, rated
+from q6k_convert.run.running import name_of
+from q6k_convert.run.sampling_request import Sampling, SamplingRequest, settled
+from q6k_convert.run.session import ModelRequest, Progress, Session
 from q6k_kernels.bundle import manifest as manifests
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from q6k_kernels.bundle.metadata import Metadata
-    from q6k_kernels.generate.generator import Generator
     from q6k_kernels.tokenizer.text_tokenizer import Tokenizer
 
-Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 MAX_PROMPT_BYTES = 1 << 24
 EMBEDDING = "token_embd.weight"
 
@@ -40,17 +27,13 @@ EMBEDDING = "token_embd.weight"
 class GenerateRequest:
     """Request of the command; see its options."""
 
-    bundle: Path
+    model: ModelRequest
     prompt: str | None
     chat: bool = False
     system: str | None = None
     max_new_tokens: int = 128
-    temperature: float = 0.0
-    seed: int = 0
-    device: Device = "auto"
-    dtype: Dtype = "auto"
-    activations: Activations = "auto"
-    tokenizer: Path | None = None
+    context: int | None = None
+    sampling: SamplingRequest = field(default_factory=SamplingRequest)
 
 
 def run(
@@ -73,150 +56,62 @@ def run(
         OSError: a file cannot be read.
     """
     prompt = _prompt(request)
-    manifest = manifests.read(request.bundle)
-    check_packages("generating")
-    note(f"{request.bundle}: starting")  # importing what models take lasts seconds
-    from q6k_kernels.bundle.metadata import read_metadata
-    from q6k_kernels.models.registry import architecture_of
+    session = Session(request.model, "generating", note)
+    sampling = settled(request.sampling, session.metadata, note)
+    tokenizer = session.tokenizer()
+    ids = _encoded(request, tokenizer, prompt)
+    check_ids(session.manifest, ids)
+    capacity = _capacity(request, session.metadata, len(ids))
+    model = session.model(capacity, progress)
+    answering = Answering(sampling.generator(model, capacity), tokenizer, model, request.sampling.stop, write)
+    if session.device.type == "cuda":
+        note("preparing kernels")
+        with session.timed("prepare"):
+            answering.prepare(ids, request.max_new_tokens)
+    note(f"reading the prompt, {text.plural(len(ids), 'token')}")
+    with session.timed("prefill"):
+        answering.generator.prefill(ids)  # waits for the logits
+    try:
+        answer = answering.answer(request.max_new_tokens)
+    finally:
+        # Also if interrupted, so that the next message begins on a new line.
+        write("\n")
+    session.seconds["decode"] = answer.seconds
+    document = _document(request, session, sampling, ids, answer)
+    note(
+        f"prompt: {text.plural(len(ids), 'token')} in {text.seconds(session.seconds['prefill'])}, "
+        f"{document['prefill_tokens_per_second']:.1f} tokens/s"
+    )
+    note(f"answer: {counted(answer)}; decoding took {text.seconds(answer.seconds)}{rated(answer)}")
+    if answer.likelihoods is not None:
+        document["logprobs"] = answering.shown(answer.likelihoods)
+        for line in answering.lines(answer.likelihoods):
+            note(line)
+    return document
 
-    # Check the model first: the steps below take long or may fail for other reasons.
-    metadata = read_metadata(request.bundle)
-    architecture_of(metadata)
-    device = device_of(request.device, note)
-    run = _Generation(request, prompt, device, write, note)
-    _check_ids(manifest, run.ids)
-    _check_length(metadata, len(run.ids), request.max_new_tokens)
-    return run.document(manifest, progress)
 
-
-class _Generation:
-    def __init__(
-        self,
-        request: GenerateRequest,
-        prompt: str,
-        device: str,
-        write: Callable[[str], None],
-        note: Callable[[str], None],
-    ) -> None:
-        import torch
-
-        self.request, self.write, self.note = request, write, note
-        self.device = torch.device(device)
-        self.dtype = dtype_of(request.dtype, device)
-        self.seconds = dict[str, float]()
-        note(f"{request.bundle}: {name_of(self.dtype)} on {described(self.device)}")
-        with self._timed("tokenizer"):
-            self.tokenizer, self.ids = _tokenized(request, prompt)
-        for line in self.tokenizer.vocabulary.notes:
-            note(f"note: {line}")
-
-    def document(self, manifest: manifests.Manifest, progress: Progress) -> dict[str, Any]:
-        """Load, prefill and decode, and return the document."""
-        request = self.request
-        with progress(sum(tensor.nbytes for tensor in manifest.tensors), "loading") as tell, self._timed("load"):
-            model = self._model(tell)
-        generator, stop = self._generator(model)
-        self.note(f"reading the prompt, {text.plural(len(self.ids), 'token')}")
-        with self._timed("prefill"):
-            generator.prefill(self.ids)  # waits for the logits
-        answer, pieces = list[int](), list[str]()
-        stream = self.tokenizer.stream()
-
-        def put(piece: str) -> None:
-            if piece:
-                pieces.append(piece)
-                self.write(piece)
-
-        try:
-            with self._timed("decode"):
-                for token in generator.generate(request.max_new_tokens, stop):
-                    answer.append(token)
-                    put(stream.push(token))
-            put(stream.end())
-        finally:
-            # Also if interrupted, so that the next message begins on a new line.
-            self.write("\n")
-        stopped = generator.stop_reason == "stop"
-        steps = len(answer) - 1 + stopped
-        rates = {
-            "prefill_tokens_per_second": len(self.ids) / self.seconds["prefill"],
-            "decode_tokens_per_second": steps / self.seconds["decode"] if steps > 0 else None,
-        }
-        self._summary(len(answer), steps, rates)
-        return {
-            "status": "done",
-            "bundle": str(request.bundle),
-            "architecture": manifest.architecture,
-            "device": str(self.device),
-            "dtype": name_of(self.dtype),
-            "activations": request.activations,
-            "temperature": request.temperature,
-            "seed": request.seed,
-            "text": "".join(pieces),
-            "stop_reason": generator.stop_reason,
-            "prompt_token_ids": self.ids,
-            "token_ids": answer,
-            "prompt_tokens": len(self.ids),
-            "generated_tokens": len(answer),
-            "seconds": self.seconds,
-            **rates,
-        }
-
-    def _model(self, progress: Callable[[int], None]) -> PreTrainedModel:
-        import torch
-
-        from q6k_kernels import load_model
-
-        model = load_model(
-            self.request.bundle,
-            device=self.device,
-            dtype=self.dtype,
-            activations=self.request.activations,
-            progress=progress,
-        )
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return model
-
-    def _generator(self, model: PreTrainedModel) -> tuple[Generator, frozenset[int]]:
-        from q6k_kernels.generate.generator import Generator
-
-        request = self.request
-        held = sum({each.data_ptr(): each.nbytes for each in (*model.parameters(), *model.buffers())}.values())
-        self.note(f"loaded {text.size(held)} of weights in {text.seconds(self.seconds['load'])}")
-        generator = Generator(
-            model,
-            capacity=len(self.ids) + request.max_new_tokens,
-            temperature=request.temperature,
-            seed=request.seed,
-        )
-        if self.device.type == "cuda":
-            self.note("preparing kernels")
-            with self._timed("prepare"):
-                # This first prefill compiles the kernels; only the later one is timed.
-                generator.prefill(self.ids)
-                generator.prepare(request.max_new_tokens)
-                generator.reset()
-        ends = model.generation_config.eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
-        return generator, self.tokenizer.stop_ids | frozenset(ends)
-
-    def _summary(self, generated: int, steps: int, rates: dict[str, Any]) -> None:
-        seconds = self.seconds
-        self.note(
-            f"prompt: {text.plural(len(self.ids), 'token')} in {text.seconds(seconds['prefill'])}, "
-            f"{rates['prefill_tokens_per_second']:.1f} tokens/s"
-        )
-        rate = f", {rates['decode_tokens_per_second']:.1f} tokens/s" if steps > 0 else ""
-        self.note(
-            f"answer: {text.plural(generated, 'token')}; decoding took {text.seconds(seconds['decode'])}{rate}"
-        )
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
+def _document(
+    request: GenerateRequest, session: Session, sampling: Sampling, ids: list[int], answer: Answer
+) -> dict[str, Any]:
+    return {
+        "status": "done",
+        "bundle": str(request.model.bundle),
+        "architecture": session.manifest.architecture,
+        "device": str(session.device),
+        "dtype": name_of(session.dtype),
+        "activations": request.model.activations,
+        **sampling.settings,
+        "text": answer.text,
+        "stop_reason": answer.stop_reason,
+        "stop_text": answer.stop_text,
+        "prompt_token_ids": ids,
+        "token_ids": answer.tokens,
+        "prompt_tokens": len(ids),
+        "generated_tokens": len(answer.tokens),
+        "seconds": session.seconds,
+        "prefill_tokens_per_second": len(ids) / session.seconds["prefill"],
+        "decode_tokens_per_second": answer.rate,
+    }
 
 
 def _prompt(request: GenerateRequest) -> str:
@@ -234,18 +129,24 @@ def _prompt(request: GenerateRequest) -> str:
             prompt = raw.decode()
         except UnicodeDecodeError as error:
             raise UsageError(f"the prompt on stdin is not UTF-8: {error.reason} at byte {error.start}") from error
-    for what, given in (("prompt", prompt), ("system message", request.system or "")):
-        try:
-            given.encode()
-        except UnicodeEncodeError as error:  # the command line holds bytes that are not UTF-8
-            raise UsageError(f"the {what} is not UTF-8, at character {error.start}") from error
+    check_text("prompt", prompt)
+    check_text("system message", request.system or "")
     return prompt
 
 
-def _tokenized(request: GenerateRequest, prompt: str) -> tuple[Tokenizer, list[int]]:
-    from q6k_kernels.tokenizer.tokenizer import load_tokenizer
+def check_text(what: str, given: str) -> None:
+    """Check that a text of the command line is Unicode.
 
-    tokenizer = load_tokenizer(request.bundle, request.tokenizer)
+    Raises:
+        UsageError: it holds bytes that are not UTF-8.
+    """
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the {what} is not UTF-8, at character {error.start}", "Write it in UTF-8.") from error
+
+
+def _encoded(request: GenerateRequest, tokenizer: Tokenizer, prompt: str) -> list[int]:
     if request.chat:
         system = [] if request.system is None else [{"role": "system", "content": request.system}]
         ids = tokenizer.encode_chat([*system, {"role": "user", "content": prompt}])
@@ -253,10 +154,10 @@ def _tokenized(request: GenerateRequest, prompt: str) -> tuple[Tokenizer, list[i
         ids = tokenizer.encode(prompt)
     if not ids:
         raise UsageError("the prompt has no tokens", "Give a longer one.")
-    return tokenizer, ids
+    return ids
 
 
-def _check_ids(manifest: manifests.Manifest, ids: list[int]) -> None:
+def check_ids(manifest: manifests.Manifest, ids: list[int]) -> None:
     """Check that the model knows all tokens: a vocabulary can be larger than the embedding."""
     rows = next((each.shape[0] for each in manifest.tensors if each.name == EMBEDDING and each.shape), None)
     if rows is not None and max(ids) >= rows:
@@ -266,13 +167,28 @@ def _check_ids(manifest: manifests.Manifest, ids: list[int]) -> None:
         )
 
 
-def _check_length(metadata: Metadata, prompt: int, new: int) -> None:
-    longest = metadata.context_length
+def _capacity(request: GenerateRequest, metadata: Metadata, prompt: int) -> int:
+    """Return the positions of the cache: as many as are asked for, else as many as are needed."""
+    new, known = request.max_new_tokens, metadata.context_length
+    check_context(request.context, metadata)
+    longest = request.context if request.context is not None else known
+    holder = "the model knows" if request.context is None else "--context is"
     if longest is not None and prompt + new > longest:
         raise UsageError(
-            f"{prompt} tokens of prompt and {new} new ones are {prompt + new}, and the model knows {longest} "
-            "positions",
+            f"{prompt} tokens of prompt and {new} new ones are {prompt + new}, and {holder} {longest} positions",
             f"Give a shorter prompt, or --max-new-tokens {longest - prompt}."
             if longest > prompt
             else "Give a shorter prompt.",
         )
+    return request.context or prompt + new
+
+
+def check_context(context: int | None, metadata: Metadata) -> None:
+    """Check that the model knows all positions of a context.
+
+    Raises:
+        UsageError: it knows fewer.
+    """
+    known = metadata.context_length
+    if context is not None and known is not None and context > known:
+        raise UsageError(f"--context {context}: the model knows {known} positions", f"Give {known} or less.")

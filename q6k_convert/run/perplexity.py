@@ -2,23 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from q6k_kernels.tokenizer.text_tokenizer import Tokenizer
 
 ROWS_AT_ONCE = 64
 """Tokens whose logits are converted to float32 at a time."""
 
 
-def losses(model: Any, windows: list[list[int]]) -> Tensor:
-    """Return -log of each token's probability, float64 (tokens,) on the CPU, without each window's first token."""
-    found = []
-    for window in windows:
+def windows_of(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:
+    """Return the tokens of a text in windows; see `windows`."""
+    bos = tokenizer.bos_id
+    return windows([token for token in tokenizer.encode(text) if token != bos], bos, length)
+
+
+def windows(ids: list[int], bos: int | None, length: int) -> list[list[int]]:
+    """Return token ids in windows of `length`, each after BOS; the last may be shorter, with at least two."""
+    before = [] if bos is None else [bos]
+    step = length - len(before)
+    found = [[*before, *ids[at : at + step]] for at in range(0, len(ids), step)]
+    return [window for window in found if len(window) > 1]
+
+
+@torch.no_grad()
+def losses(
+    model: Any, windows: list[list[int]], tell: Callable[[int, float], None] = lambda _done, _mean: None
+) -> Tensor:
+    """Return -log of each token's probability, float64 (tokens,) on the CPU, without each window's first token.
+
+    Args:
+        model: a causal language model of transformers.
+        windows: token ids, two or more in each.
+        tell: called after each window with the number of windows done, and the mean so far.
+    """
+    found, total, count = list[Tensor](), 0.0, 0
+    for done, window in enumerate(windows, 1):
         ids = torch.tensor([window], device=model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
         for at in range(0, len(logits), ROWS_AT_ONCE):
             rows = logits[at : at + ROWS_AT_ONCE].float()
             wanted = ids[0, at + 1 : at + 1 + len(rows)]
             found.append(torch.nn.functional.cross_entropy(rows, wanted, reduction="none").double().cpu())
+            total, count = total + float(found[-1].sum()), count + len(rows)
+        tell(done, total / count)
     return torch.cat(found)
+
+
+def perplexity_of(mean: float) -> float:
+    """Return the perplexity per token for a mean loss; 1 is the least."""
+    return math.exp(mean) if mean < 700 else math.inf if mean > 0 else math.nan
+
+
+def summary(found: Tensor) -> dict[str, float]:
+    """Return the perplexity of losses, and its standard error by their spread."""
+    perplexity = perplexity_of(float(found.mean()))
+    spread = float(found.std()) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+    return {"perplexity": perplexity, "perplexity_error": perplexity * spread}

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from q6k_convert.errors import UsageError
 
 if TYPE_CHECKING:
-    from q6k_convert.run.generate_command import GenerateRequest, Progress
+    from q6k_convert.run.generate_command import GenerateRequest
+    from q6k_convert.run.session import Progress
 
 # The beginning of the Declaration of Independence (1776), which models know by heart.
 PROMPT = (
@@ -50,7 +51,7 @@ def answer(
 
     done = run(request, write, note, progress)
     found = {
-        "perplexity": perplexity(request.bundle, done["prompt_token_ids"], done["device"], done["dtype"]),
+        "perplexity": perplexity(request.model.bundle, done["prompt_token_ids"], done["device"], done["dtype"]),
         "repetition": repetition(done["token_ids"]),
     }
     # Every comparison with NaN is false, so NaN counts as out of bounds.
@@ -75,13 +76,14 @@ def perplexity(bundle: Path, ids: list[int], device: str, dtype: str) -> float:
     """Return the perplexity per token of a text for the packed model; 1 is the least."""
     import torch
 
-    from q6k_convert.run.perplexity import losses
+    from q6k_convert.run.perplexity import losses, perplexity_of
     from q6k_kernels import load_model
 
     if len(ids) < 2:
         raise UsageError("the prompt has a single token, of which nothing can be said", "Give a longer --prompt.")
-    mean = float(losses(load_model(bundle, device=device, dtype=getattr(torch, dtype)), [ids]).mean())
-    return math.exp(mean) if mean < 700 else math.inf if mean > 0 else math.nan
+    return perplexity_of(
+        float(losses(load_model(bundle, device=device, dtype=getattr(torch, dtype)), [ids]).mean())
+    )
 
 
 def repetition(tokens: list[int]) -> float:

@@ -27,7 +27,6 @@ import argparse
 import gc
 import json
 import os
-import random
 import sys
 import tempfile
 import time
@@ -46,6 +45,7 @@ from bench_model_rows import Row
 from profile_kernels import profiled, table
 from q6k_convert import convert_gguf
 from q6k_convert.convert.plan import Options
+from q6k_convert.run.speed import decoding, prompting, random_ids, times_of, wait
 from q6k_kernels import load_model
 from q6k_kernels.formats.checks import Activations
 from q6k_kernels.generate.generator import Generator
@@ -146,7 +146,7 @@ class Bench:
             with self._phase(name):
                 start = time.perf_counter()
                 model = load_model(bundle, device=self._device, activations=self._args.activations)
-                self._wait()
+                wait(self._device)
                 seconds.append(time.perf_counter() - start)
         self._load_peak = torch.cuda.max_memory_allocated() if self._on_gpu else None
         row = {
@@ -159,60 +159,32 @@ class Bench:
         return model
 
     def _decode(self, generator: Generator, context: int, packed: int) -> None:
-        prompt = self._prompt(context)
-        # Prefill chooses the first token, so one more is needed.
-        count = self._args.tokens + 1
-
-        def prepare() -> None:
-            generator.reset()
-            generator.prefill(prompt)
-            generator.prepare(count)
-
-        def decode() -> None:
-            for _ in generator.generate(count):
-                pass
-
+        decode, prepare = decoding(generator, random_ids(context, self._shape.vocabulary), self._args.tokens)
         with self._phase(f"record, decode @{context}"):
             prepare()
             decode()
         with self._phase(f"decode @{context}"):
-            ms, gpu_ms = self._timed(decode, prepare)
-        self._add(rows_of.decode_row(self._shape, context, self._args.tokens, packed, ms, gpu_ms), rows_of.line)
+            times = times_of(decode, prepare, self._args.rounds, self._device)
+        self._add(
+            rows_of.decode_row(self._shape, context, self._args.tokens, packed, times.ms, times.gpu_ms),
+            rows_of.line,
+        )
         if self._args.profile:
             prepare()
             steps = min(PROFILED_TOKENS, self._args.tokens)
             self._profile(lambda: [*generator.generate(steps + 1)], f"decode @{context}, {steps} tokens", steps)
 
     def _prefill(self, generator: Generator, tokens: int, packed: int) -> None:
-        prompt = self._prompt(tokens)
+        prefill, reset = prompting(generator, random_ids(tokens, self._shape.vocabulary))
         with self._phase(f"prefill {tokens}"):
             for _ in range(2):
-                generator.reset()
-                generator.prefill(prompt)
-            ms, gpu_ms = self._timed(lambda: generator.prefill(prompt), generator.reset)
-        self._add(rows_of.prefill_row(self._shape, tokens, packed, ms, gpu_ms), rows_of.line)
+                reset()
+                prefill()
+            times = times_of(prefill, reset, self._args.rounds, self._device)
+        self._add(rows_of.prefill_row(self._shape, tokens, packed, times.ms, times.gpu_ms), rows_of.line)
         if self._args.profile:
-            generator.reset()
-            self._profile(lambda: generator.prefill(prompt), f"prefill {tokens}", tokens)
-
-    def _timed(self, work: Callable[[], object], before: Callable[[], object]) -> tuple[list[float], list[float]]:
-        """Return the milliseconds of each round, by host and GPU clock; `before` runs before each, not counted."""
-        ms, gpu_ms = list[float](), list[float]()
-        for _ in range(self._args.rounds):
-            before()
-            self._wait()
-            marks = [_mark(), _mark()] if self._on_gpu else []
-            start = time.perf_counter()
-            if marks:
-                marks[0].record()
-            work()
-            if marks:
-                marks[1].record()
-            self._wait()
-            ms.append((time.perf_counter() - start) * 1e3)
-            if marks:
-                gpu_ms.append(marks[0].elapsed_time(marks[1]))
-        return ms, gpu_ms
+            reset()
+            self._profile(prefill, f"prefill {tokens}", tokens)
 
     def _profile(self, work: Callable[[], object], name: str, steps: int) -> None:
         with self._phase(f"profile {name}"):
@@ -237,19 +209,11 @@ class Bench:
             }
         self._add(row, rows_of.memory_line)
 
-    def _prompt(self, tokens: int) -> list[int]:
-        ids = random.Random(tokens)  # noqa: S311 -- any will do
-        return [ids.randrange(self._shape.vocabulary) for _ in range(tokens)]
-
     def _add(self, row: Row, line: Callable[[Row], str]) -> None:
         rows_of.judge(row, self.report["ceilings"], self._peers, self._targets)
         self.report["rows"].append(row)
         print(line(row), flush=True)
         self._save()
-
-    def _wait(self) -> None:
-        if self._on_gpu:
-            torch.cuda.synchronize()
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -262,10 +226,6 @@ class Bench:
 
     def _save(self) -> None:
         _write(self._args.json, self.report)
-
-
-def _mark() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _write(path: Path, content: object) -> None:

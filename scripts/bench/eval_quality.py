@@ -32,7 +32,7 @@ from torch import Tensor
 from dense_model import dense_model
 from q6k_convert import convert_gguf
 from q6k_convert.convert.plan import Options
-from q6k_convert.run.perplexity import losses
+from q6k_convert.run.perplexity import losses, perplexity_of, windows_of
 from q6k_kernels import PackedLinear, load_model, open_bundle
 from q6k_kernels.tokenizer.tokenizer import load_tokenizer
 
@@ -51,9 +51,8 @@ class Evaluation:
         self._device = torch.device(args.device)
         self._dtype = DTYPES[args.dtype]
         tokenizer = load_tokenizer(next(iter(bundles.values())), args.tokenizer)
-        ids = tokenizer.encode(args.text.read_text(encoding="utf-8"))
-        bos = tokenizer.bos_id
-        self._windows = windows([i for i in ids if i != bos], bos, args.window)[: args.windows]
+        text = args.text.read_text(encoding="utf-8")
+        self._windows = windows_of(tokenizer, text, args.window)[: args.windows]
         self.report: Row = {
             "model": str(args.model),
             "reference": "gguf.dequantize" if source else "the bundle's own weights",
@@ -95,14 +94,6 @@ class Evaluation:
         self._args.json.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
 
 
-def windows(ids: list[int], bos: int | None, length: int) -> list[list[int]]:
-    """Return token ids in windows of `length`, each after BOS; the last may be shorter, with at least two."""
-    before = [] if bos is None else [bos]
-    step = length - len(before)
-    found = [[*before, *ids[at : at + step]] for at in range(0, len(ids), step)]
-    return [window for window in found if len(window) > 1]
-
-
 @torch.no_grad()
 def force(model: torch.nn.Module, activations: str) -> None:
     """Make all packed layers of a model multiply with the same kind of activations."""
@@ -116,7 +107,7 @@ def compared(found: Tensor, reference: Tensor) -> Row:
     more = found - reference
     ratio = math.exp(float(more.mean()))
     error = ratio * float(more.std()) / math.sqrt(len(more)) if len(more) > 1 else math.nan
-    return {"perplexity": math.exp(float(found.mean())), "ratio": ratio, "ratio_error": error}
+    return {"perplexity": perplexity_of(float(found.mean())), "ratio": ratio, "ratio_error": error}
 
 
 def line(row: Row) -> str:

@@ -18,9 +18,8 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import q6k_kernels
 from bundle_helpers import failed, invoke
-from gguf_builder import Builder, key_value, small_model, weight
+from gguf_builder import Builder, key_value, weight
 from q6k_convert.cli import streams
 from q6k_convert.cli.main import app
 from q6k_convert.cli.terminal import Terminal
@@ -33,56 +32,30 @@ from q6k_convert.run.generate_command import MAX_PROMPT_BYTES
 from q6k_convert.text import size
 from q6k_convert.verify import device_stage
 from q6k_kernels.models.registry import ARCHITECTURES
+from tiny_bundle import TinyBundle, tiny_bundle
 from tokenizer_files import sentencepiece, sentencepiece_ids, write
-
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
 @pytest.fixture
-def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A bundle with a tiny vocabulary; a random llama stands in for the model that would be made from it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    source = small_model()
-    source.tensors[0] = weight("token_embd.weight", (len(sentencepiece()["ggml.tokens"]), 512))
-    convert(source.write(tmp_path / "model.gguf"), tmp_path / "out", Options())
-    keys = sentencepiece() | {"chat_template": TEMPLATE, "llama.context_length": 300}
-    write(tmp_path / "out", keys)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(keys["ggml.tokens"]), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.5,
-        eos_token_id=None, bos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    model: Any = LlamaForCausalLM(config).eval()
-    asked: dict[str, Any] = {}
-
-    def load_model(path: Path, **more: Any) -> Any:
-        asked.update(more, path=path)
-        more["progress"](1)
-        return model.to(more["dtype"])
-
-    monkeypatch.setattr(q6k_kernels, "load_model", load_model)
-    model.asked = asked
-    monkeypatch.setattr(rooms, "_last_model", model, raising=False)
-    return tmp_path / "out"
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyBundle:
+    return tiny_bundle(tmp_path, monkeypatch)
 
 
-def best(ids: list[int], count: int) -> list[int]:
-    model: Any = rooms._last_model  # type: ignore[attr-defined]
-    with torch.no_grad():
-        out = model.float().generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False)
-    return out[0, len(ids) :].tolist()
+@pytest.fixture
+def bundle(tiny: TinyBundle) -> Path:
+    return tiny.path
 
 
-def test_text_goes_to_stdout_and_all_else_to_stderr(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_goes_to_stdout_and_all_else_to_stderr(
+    tiny: TinyBundle, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(streams, "LINE_SECONDS", 0.0)
     done = invoke("generate", bundle, "-p", "The dog", "--max-new-tokens", "12", "--device", "cpu")
     assert done.exit_code == 0, done.stderr
     ids = [1, *sentencepiece_ids(sentencepiece(), "The dog")]
     from q6k_kernels.tokenizer.tokenizer import load_tokenizer
 
-    assert done.stdout == load_tokenizer(bundle).decode(best(ids, 12)) + "\n"
+    assert done.stdout == load_tokenizer(bundle).decode(tiny.best(ids, 12)) + "\n"
     assert f"{bundle}: float32 on the CPU" in done.stderr
     stored = sum(array.nbytes for array in load_file(bundle / "model.safetensors").values())
     assert f"loading: 1 B of {size(stored)}" in done.stderr
@@ -93,7 +66,7 @@ def test_text_goes_to_stdout_and_all_else_to_stderr(bundle: Path, monkeypatch: p
     assert (quiet.stdout, quiet.stderr) == (done.stdout, "")
 
 
-def test_json_is_one_document(bundle: Path) -> None:
+def test_json_is_one_document(tiny: TinyBundle, bundle: Path) -> None:
     args = ("generate", bundle, "-p", "-", "--max-new-tokens", "9", "--device", "cpu", "--dtype", "bf16", "--json")
     from typer.testing import CliRunner
 
@@ -110,7 +83,7 @@ def test_json_is_one_document(bundle: Path) -> None:
     assert set(document["seconds"]) == {"tokenizer", "load", "prefill", "decode"}
     assert document["decode_tokens_per_second"] > 0
     assert isinstance(document["text"], str)
-    asked = rooms._last_model.asked  # type: ignore[attr-defined]
+    asked = tiny.asked
     assert (asked["dtype"], asked["activations"], asked["device"].type) == (torch.bfloat16, "auto", "cpu")
 
 
@@ -121,11 +94,10 @@ def test_a_conversation_goes_through_the_template(bundle: Path) -> None:
     assert document["prompt_token_ids"] == [1, *text]
 
 
-def test_a_stop_token_ends_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_token_ends_it(tiny: TinyBundle, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [1, *sentencepiece_ids(sentencepiece(), "The dog")]
-    answer = best(ids, 10)
-    model: Any = rooms._last_model  # type: ignore[attr-defined]
-    monkeypatch.setattr(model.generation_config, "eos_token_id", [answer[5]])
+    answer = tiny.best(ids, 10)
+    monkeypatch.setattr(tiny.model.generation_config, "eos_token_id", [answer[5]])
     document = json.loads(invoke("generate", bundle, "-p", "The dog", "--device", "cpu", "--json").stdout)
     assert document["token_ids"] == answer[: answer.index(answer[5])]
     assert document["stop_reason"] == "stop"
@@ -139,9 +111,9 @@ def test_a_stop_token_ends_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (("-p", "x", "--max-new-tokens", "5000", "--device", "cpu"), "the model knows 300 positions"),
     ],
 )
-def test_what_makes_no_sense_ends_with_2(bundle: Path, args: tuple[str, ...], words: str) -> None:
+def test_what_makes_no_sense_ends_with_2(tiny: TinyBundle, bundle: Path, args: tuple[str, ...], words: str) -> None:
     done = invoke("generate", bundle, *args)
-    assert not rooms._last_model.asked  # type: ignore[attr-defined]
+    assert not tiny.asked
     assert done.exit_code == 2
     assert words in done.stderr
     assert invoke("generate", bundle, "-p", "x", "--temperature", "-1").exit_code == 2

@@ -91,9 +91,10 @@ def test_a_directory_lists_its_models(model: Path, tmp_path: Path, out: Path) ->
 @pytest.mark.parametrize(
     ("words", "command"),
     [
-        (("chat", "my out", "-p", "Hi"), "q6k-convert generate --chat 'my out' -p Hi"),
+        (("benchmark", "my out", "-r", "3"), "q6k-convert bench 'my out' -r 3"),
+        (("ppl", "out"), "q6k-convert perplexity out"),
         (("run", "out"), "q6k-convert generate out"),
-        (("serve", "out"), "q6k-convert generate --chat out"),
+        (("serve", "out"), "q6k-convert chat out"),
         (("pull", "org/tiny:Q6_K"), "q6k-convert convert org/tiny:Q6_K"),
         (("quantize", "a.gguf", "out"), "q6k-convert convert a.gguf out"),
         (("help",), "q6k-convert --help"),

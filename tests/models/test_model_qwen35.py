@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from q6k_convert.cli.contents import gpu_contents
 from q6k_convert.cli.tables import memory
+from q6k_convert.run.memory import bundle_memory
 from q6k_kernels import load_model
 from q6k_kernels.bundle import manifest
 from q6k_kernels.errors import HyperparameterError, UnsupportedModelError
@@ -19,7 +19,7 @@ from tiny_qwen35 import QWEN35
 
 def test_blocks_of_prediction_are_told_left_out_and_not_exported(tmp_path: Path) -> None:
     out, _ = replace(QWEN35, predicting=1).bundle(tmp_path)
-    told = gpu_contents(out, manifest.read(out), 64)
+    told = bundle_memory(out, manifest.read(out), 64)
     assert told["tensors_beside"] == 2
     assert told["cache_problem"] is None
     assert memory(told).endswith("together; without 2 tensors of encoders or for predicting several tokens")

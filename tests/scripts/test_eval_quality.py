@@ -18,6 +18,7 @@ import torch
 from model_cases import IDS, MODELS
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
+from q6k_convert.run.perplexity import windows
 from q6k_kernels.weights.reader import NotLoadableError
 from tiny_models import Q8_0, Tiny
 from tokenizer_files import sentencepiece, sentencepiece_ids
@@ -138,9 +139,9 @@ def test_a_worse_model_is_told(run: Any, spoken: Any, monkeypatch: pytest.Monkey
 
 
 def test_windows_begin_with_bos_and_leave_no_token_out() -> None:
-    assert eval_quality.windows([5, 6, 7, 8, 9], 1, 3) == [[1, 5, 6], [1, 7, 8], [1, 9]]
-    assert eval_quality.windows([5, 6, 7, 8, 9], None, 3) == [[5, 6, 7], [8, 9]]
-    assert eval_quality.windows([5, 6, 7, 8], None, 3) == [[5, 6, 7]]  # one alone predicts nothing
+    assert windows([5, 6, 7, 8, 9], 1, 3) == [[1, 5, 6], [1, 7, 8], [1, 9]]
+    assert windows([5, 6, 7, 8, 9], None, 3) == [[5, 6, 7], [8, 9]]
+    assert windows([5, 6, 7, 8], None, 3) == [[5, 6, 7]]  # one alone predicts nothing
 
 
 def test_a_ratio_has_the_error_of_its_differences() -> None:

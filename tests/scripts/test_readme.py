@@ -27,8 +27,14 @@ from tokenizer_files import sentencepiece
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ELSEWHERE = {"q6k-convert export", "./scripts/quickstart", "pip install", ". .venv/bin/activate"}
-"""Beginnings of lines that others run: tests/export, which compiles for minutes, and the gate."""
+ELSEWHERE = {
+    "q6k-convert export",
+    "q6k-convert bench",
+    "./scripts/quickstart",
+    "pip install",
+    ". .venv/bin/activate",
+}
+"""Beginnings of lines that others run: tests/export, which compiles for minutes, tests/cli, and the gate."""
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 

@@ -31,6 +31,8 @@ def write(directory: Path, keys: dict[str, Any]) -> Path:
             writer.add_bool(full, value)
         elif isinstance(value, int):
             writer.add_uint32(full, value)
+        elif isinstance(value, float):
+            writer.add_float32(full, value)
         elif isinstance(value, str):
             writer.add_string(full, value)
         else:

@@ -12,6 +12,7 @@ __all__ = [
     "naming",
     "published",
     "shards",
+    "stated_sampling",
     "storage",
     "structure",
     "writer",

@@ -1,0 +1,152 @@
+"""Let a model answer: tokens to text as they come, up to a stop token, a stop text or an interruption."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from q6k_convert import text
+from q6k_convert.run.stop_texts import StopTexts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from q6k_kernels.generate.generator import Generator
+    from q6k_kernels.generate.likelihoods import Likelihood
+    from q6k_kernels.tokenizer.text_tokenizer import Tokenizer
+
+_LAST_PREPARED = 64
+"""Tokens of an answer that steps are recorded for in advance, where its length is not known."""
+
+
+@dataclass
+class Answer:
+    """An answer.
+
+    Attributes:
+        tokens: its tokens, without one that ended it.
+        text: its text, up to a stop text.
+        stop_reason: "stop" after a stop token or text, "length", or "interrupted".
+        stop_text: the stop text that ended it, or None.
+        steps: decoding steps that were read; the first token comes from the prompt.
+        seconds: seconds that decoding took.
+        likelihoods: how likely the model found each token, if they were asked for.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    stop_reason: str | None = None
+    stop_text: str | None = None
+    steps: int = 0
+    seconds: float = 0.0
+    likelihoods: list[Likelihood] | None = None
+
+    @property
+    def rate(self) -> float | None:
+        """Decoded tokens a second; None where there was no step."""
+        return self.steps / self.seconds if self.steps > 0 and self.seconds > 0 else None
+
+
+class Answering:
+    """A generator with what turns its tokens into text, and ends an answer.
+
+    Attributes:
+        generator: the generator.
+
+    Args:
+        generator: the generator.
+        tokenizer: the tokenizer.
+        model: the model, whose configuration may name further stop tokens.
+        stop: texts that end an answer.
+        write: called with each piece of the answer.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        model: PreTrainedModel,
+        stop: tuple[str, ...],
+        write: Callable[[str], None],
+    ) -> None:
+        ends = model.generation_config.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
+        self.generator, self._tokenizer, self._write = generator, tokenizer, write
+        self._stop_ids, self._stop = tokenizer.stop_ids | frozenset(ends), stop
+
+    def prepare(self, prompt: list[int], tokens: int | None = None) -> None:
+        """Compile kernels and record the steps of an answer of so many tokens, so that no timing counts it."""
+        room = self.generator.capacity - len(prompt)
+        self.generator.prefill(prompt)
+        self.generator.prepare(min(room, _LAST_PREPARED) if tokens is None else tokens)
+        self.generator.reset()
+
+    def answer(self, most: int, stopped: Callable[[], bool] = lambda: False) -> Answer:
+        """Generate an answer of at most so many tokens to the text that the generator has read.
+
+        Args:
+            most: 1 or more.
+            stopped: asked after each token whether the answer has to end.
+        """
+        answer, stops, stream = Answer(), StopTexts(self._stop), self._tokenizer.stream()
+        generator, begin = self.generator, self.generator.length
+
+        def put(piece: str) -> None:
+            if piece:
+                answer.text += piece
+                self._write(piece)
+
+        start = time.perf_counter()
+        tokens = generator.generate(most, self._stop_ids)
+        for token in tokens:
+            answer.tokens.append(token)
+            put(stops.push(stream.push(token)))
+            if stops.found is not None or stopped():
+                break
+        else:
+            put(stops.push(stream.end()))
+        tokens.close()  # type: ignore[attr-defined]
+        answer.seconds = time.perf_counter() - start
+        answer.stop_text = stops.found
+        answer.stop_reason = "stop" if stops.found is not None else generator.stop_reason or "interrupted"
+        put(stops.end())
+        answer.steps = len(answer.tokens) - 1 + (generator.stop_reason == "stop")
+        if generator.likelihoods is not None:
+            answer.likelihoods = generator.likelihoods.read(begin, answer.tokens)
+        return answer
+
+    def shown(self, likelihoods: list[Likelihood]) -> list[dict[str, Any]]:
+        """Return likelihoods for a document, with the texts of the tokens."""
+        return [
+            {
+                **self._token(each.token, each.logprob),
+                "likeliest": [self._token(token, logprob) for token, logprob in each.likeliest],
+            }
+            for each in likelihoods
+        ]
+
+    def lines(self, likelihoods: list[Likelihood]) -> list[str]:
+        """Return likelihoods as lines for people."""
+
+        def words(token: int, logprob: float) -> str:
+            return f"{logprob:.4f} {self._tokenizer.decode([token])!r}"
+
+        rows = [[(each.token, each.logprob), *each.likeliest] for each in likelihoods]
+        return ["  ".join(f"{words(*pair):<24}" for pair in row).rstrip() for row in rows]
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        # The logarithm of a probability that is 0 in float32 is no number of JSON.
+        finite = logprob if logprob > float("-inf") else None
+        return {"token_id": token, "text": self._tokenizer.decode([token]), "logprob": finite}
+
+
+def rated(answer: Answer) -> str:
+    """Return the speed of an answer, or nothing where it has none."""
+    return f", {answer.rate:.1f} tokens/s" if answer.rate is not None else ""
+
+
+def counted(answer: Answer) -> str:
+    """Return the length of an answer."""
+    return text.plural(len(answer.tokens), "token")

@@ -1,0 +1,136 @@
+"""A bundle's model, opened in the order in which what is missing costs least: facts, packages, device, weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from q6k_convert import text
+from q6k_convert.run.memory import free_bytes, loaded_sizes, model_memory, planned
+from q6k_convert.run.running import (
+    Activations,
+    Device,
+    Dtype,
+    check_packages,
+    described,
+    device_of,
+    dtype_of,
+    name_of,
+)
+from q6k_kernels.bundle import manifest as manifests
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from q6k_kernels.tokenizer.text_tokenizer import Tokenizer
+
+Note = Callable[[str], None]
+Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """Which model runs, and how; see the options of the commands."""
+
+    bundle: Path
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    activations: Activations = "auto"
+    tokenizer: Path | None = None
+
+
+class Session:
+    """A bundle whose model is about to run, or runs.
+
+    Attributes:
+        request: the request.
+        manifest: the bundle's manifest.
+        metadata: the bundle's metadata.
+        device: the device to run on.
+        dtype: the dtype of activations.
+        seconds: seconds of each stage so far.
+
+    Args:
+        request: the request.
+        doing: what needs the packages, for the message.
+        note: called with each line about the progress.
+
+    Raises:
+        EnvironmentMissingError: a package or the GPU is missing.
+        UsageError: the options contradict each other.
+        ModelError: no model can be made from the bundle.
+        BundleError: the directory is not a bundle, or its files break the format.
+        OSError: a file cannot be read.
+    """
+
+    def __init__(self, request: ModelRequest, doing: str, note: Note) -> None:
+        self.request, self.note = request, note
+        self.manifest = manifests.read(request.bundle)
+        check_packages(doing)
+        note(f"{request.bundle}: starting")  # importing what models take lasts seconds
+        import torch
+
+        from q6k_kernels.bundle.metadata import read_metadata
+        from q6k_kernels.models.registry import architecture_of
+
+        # Check the model first: the steps below take long or may fail for other reasons.
+        self.metadata = read_metadata(request.bundle)
+        architecture_of(self.metadata)
+        device = device_of(request.device, note)
+        self.device, self.dtype = torch.device(device), dtype_of(request.dtype, device)
+        self.seconds = dict[str, float]()
+        note(f"{request.bundle}: {name_of(self.dtype)} on {described(self.device)}")
+
+    def tokenizer(self) -> Tokenizer:
+        """Load the tokenizer."""
+        from q6k_kernels.tokenizer.tokenizer import load_tokenizer
+
+        with self.timed("tokenizer"):
+            tokenizer = load_tokenizer(self.request.bundle, self.request.tokenizer)
+        for line in tokenizer.vocabulary.notes:
+            self.note(f"note: {line}")
+        return tokenizer
+
+    def model(self, context: int, progress: Progress) -> PreTrainedModel:
+        """Say what memory the model takes with a cache of so many tokens, and load it.
+
+        Raises:
+            EnvironmentMissingError, UsageError: see `memory.planned`.
+        """
+        import torch
+
+        from q6k_kernels import load_model
+        from q6k_kernels.models.cpu_form import choose
+
+        sizes = loaded_sizes(self.manifest.tensors)
+        memory = model_memory(self.metadata, sizes, context, self.dtype.itemsize)
+        self.note(planned(memory, free_bytes(self.device)))
+        request, total = self.request, sum(tensor.nbytes for tensor in self.manifest.tensors)
+        if self.device.type == "cpu":
+            _, form = choose("auto", self.manifest.tensors, self.device.type, request.activations)
+            self.note(f"weights: {form}")
+        with progress(total, "loading") as tell, self.timed("load"):
+            model = load_model(
+                request.bundle,
+                device=self.device,
+                dtype=self.dtype,
+                activations=request.activations,
+                weights="auto",
+                progress=tell,
+            )
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        held = sum({each.data_ptr(): each.nbytes for each in (*model.parameters(), *model.buffers())}.values())
+        self.note(f"loaded {text.size(held)} of weights in {text.seconds(self.seconds['load'])}")
+        return model
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Measure the seconds of a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
