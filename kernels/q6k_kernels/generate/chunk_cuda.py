@@ -149,7 +149,7 @@ class ChunkKernels(TorchOperations):
         x = activations.halves
         assert x is not None  # noqa: S101 -- all operations here return them
         if not isinstance(module, PackedLinear):
-            y: Tensor = module(x)
+            y: Tensor = module.forward(x)
             return y
         # Not by the op, whose dispatch and checks take longer than the launch.
         row = weight_type(module.format)

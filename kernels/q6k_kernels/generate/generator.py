@@ -34,11 +34,11 @@ from q6k_kernels.generate.recording import Recorder, bucket
 from q6k_kernels.generate.sampling import settled, suppression
 from q6k_kernels.generate.step_reference import TokenChoice, TorchOperations
 from q6k_kernels.generate.stepping import step_for
+from q6k_kernels.models.ranks import is_divided
 from q6k_kernels.models.rotary import plan_for, rotaries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
 
 TAIL = 16
 """Tokens at the end of a text that the next one may lack: templates end with the beginning of an answer, which a
@@ -83,8 +83,7 @@ class Generator:
 
     Raises:
         ValueError: an argument is out of its range.
-        UnsupportedModelError: the cache does not support a layer of the model, or `fused` is True and the fused
-            step does not support the model.
+        UnsupportedModelError: the cache, or with `fused` our step, does not support a layer of the model.
     """
 
     def __init__(
@@ -136,7 +135,8 @@ class Generator:
             filters=filters if filters is not None and filters.matter(temperature) else None,
             likelihoods=self.likelihoods,
         )
-        self._recorder = Recorder(partial(_changing, self._token, self.cache), several=self.fused)
+        several = self.fused and not is_divided(model)  # ranks could differ in how many
+        self._recorder = Recorder(partial(_changing, self._token, self.cache), several=several)
         # The last token of an answer: not in the cache yet, so the next prefill begins with it.
         self._unseen: list[int] = []
         self._ready = False

@@ -27,6 +27,7 @@ from q6k_kernels.generate.step_layers import Layers, Projections, StepLayer
 from q6k_kernels.generate.step_reference import ProductInput, TokenChoice, capped
 from q6k_kernels.models.architecture import SLIDING, attached
 from q6k_kernels.models.layer import Activation
+from q6k_kernels.models.ranks import joined, no_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,6 +127,8 @@ class Step:
         architecture = attached(model)
         if architecture is None:
             raise _unsupported(f"a {type(model).__name__} that load_model has not made")
+        if reason := no_step(model):
+            raise _unsupported(reason)
         if not architecture.stepped:
             raise _unsupported(f"layers of {architecture.name}")
         config: Any = model.config
@@ -190,7 +193,7 @@ class Step:
     @torch.no_grad()
     def _logits(self, given: _Pass) -> Tensor:
         x = self._hidden(given)
-        return given.run.multiply(self._head, x)
+        return self._multiply(given, self._head, x)
 
     @torch.no_grad()
     def _hidden(self, given: _Pass, *, stored_only: bool = False) -> ProductInput:
@@ -214,7 +217,7 @@ class Step:
                 # No token will see the others again, only what is stored of them.
                 given, hidden, first, x = given.end, hidden[-1:], first.end, x.end
                 of_layers = [each[-1:] for each in of_layers]
-            delta, after = run.multiply(layer.output, x), layer.after_attention
+            delta, after = self._multiply(given, layer.output, x), layer.after_attention
             between, further = layer.norm_between, layer.norms_of_mixture
             hidden, second = self._add_norm(given, hidden, delta, after, between, behind, further=further)
             delta = self._network(given, layer, first if layer.parallel else second)
@@ -244,7 +247,11 @@ class Step:
         assert layer.down is not None  # noqa: S101 -- only a layer with a mixture may have no network
         gate, *up = self._project(given, layer.gate_up, x)
         gated = given.run.gate(gate, up[0] if up else None, self._architecture.activation, [layer.down])
-        return given.run.multiply(layer.down, gated)
+        return self._multiply(given, layer.down, gated)
+
+    def _multiply(self, given: _Pass, module: nn.Module, x: ProductInput) -> Tensor:
+        """Multiply with a matrix that may be divided among ranks."""
+        return joined(module, given.run.multiply(module, x))
 
     def _add_norm(
         self,
@@ -287,7 +294,7 @@ class Step:
     def _project(self, given: _Pass, projections: Projections, x: ProductInput) -> tuple[Tensor, ...]:
         found, widths = list[Tensor](), list(projections.widths)
         for module in projections.modules:
-            product = given.run.multiply(module, x)
+            product = self._multiply(given, module, x)
             at = 0
             while at < product.shape[1]:
                 width = widths.pop(0)

@@ -188,7 +188,7 @@ class Kernels:
         """Compute a product, (1, N)."""
         if not self._takes_codes(module):
             assert activations.halves is not None  # noqa: S101 -- `_activations` provides them
-            y: Tensor = module(activations.halves)
+            y: Tensor = module.forward(activations.halves)
             return y
         assert isinstance(module, PackedLinear)  # noqa: S101 -- as `_takes_codes` has checked
         assert activations.codes is not None  # noqa: S101 -- `_activations` provides them

@@ -145,7 +145,8 @@ class Layers:
     def _attention(self, attention: Any, angles: tuple[Tensor, Tensor]) -> tuple[Projections, Heads, nn.Module]:
         config, norms = self._config, self._architecture.head_norms
         gated, rotation = self._architecture.gated_attention, self._architecture.rotation
-        dim, count = attention.head_dim, config.num_attention_heads
+        dim: int = attention.head_dim
+        count = attention.o_proj.in_features // dim  # of a model on several ranks, this one's
         key_heads = count // attention.num_key_value_groups
         joined = not hasattr(attention, "q_proj")  # in the file already
         has_keys = joined or hasattr(attention, "k_proj")

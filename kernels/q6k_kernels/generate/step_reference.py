@@ -208,8 +208,8 @@ class TorchOperations:
             choice.likelihoods.note(logits, token, following)
 
     def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor:
-        """Compute a product, (M, N)."""
-        y: Tensor = module(activations.halves)
+        """Compute a product, (M, N), without the module's hooks."""
+        y: Tensor = module.forward(activations.halves)
         return y
 
 

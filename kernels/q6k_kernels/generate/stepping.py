@@ -10,7 +10,7 @@ from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.step import Step, StepOperations
 from q6k_kernels.generate.step_reference import TorchOperations
-from q6k_kernels.models.ranks import check_whole
+from q6k_kernels.models.ranks import all_agree, is_divided
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,10 +44,13 @@ def step_for(model: PreTrainedModel, cache: KeyValueCache, device: torch.device,
 
         operations = kernels = Kernels(device, model.dtype)
         of_chunks = ChunkKernels(device, model.dtype, kernels)
+    step, failure = None, None
     try:
-        check_whole(model, "decode by our own step")
-        return Step(model, cache, operations, of_chunks)
-    except UnsupportedModelError:
-        if fused:
-            raise
-        return None
+        step = Step(model, cache, operations, of_chunks)
+    except UnsupportedModelError as error:
+        failure = error
+    if is_divided(model) and not all_agree(failure is None, device) and failure is None:
+        step, failure = None, UnsupportedModelError("no fused decoding step on other ranks", "See their errors.")
+    if fused and failure is not None:
+        raise failure
+    return step

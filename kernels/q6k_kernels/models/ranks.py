@@ -30,6 +30,8 @@ Way = Literal["rows", "gathered rows", "columns", "own columns", "words", "exper
 
 _DIVIDED = "q6k_divided"
 """Name of the attribute that divided models have."""
+_SHARE = "q6k_share"
+"""Name of the attribute of a matrix that is divided."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Share:
         way: how the layer is divided.
         begin, end: the rank's rows, columns, words or experts.
         left, right: columns of the same blocks before and after the rank's; their inputs count as zeros.
+        cut: whether any rank's columns begin inside a block.
         counts: the rows of each rank, where they are gathered.
     """
 
@@ -62,6 +65,7 @@ class Share:
     end: int
     left: int = 0
     right: int = 0
+    cut: bool = False
     counts: tuple[int, ...] = ()
 
     @property
@@ -117,14 +121,12 @@ def connect(model: nn.Module, parts: Mapping[str, Share]) -> None:
             model.set_submodule(name, SpreadExperts(module, part.begin, part.end - part.begin))
         elif part.way == "words":
             model.set_submodule(name, SpreadWords(module, part, sum(part.counts)))
-        elif part.way == "gathered rows":
-            module.register_forward_hook(_Gather(part.counts))
-        elif part.of_columns:
-            if part.way == "columns":
-                module.register_forward_pre_hook(_Take(part.begin, part.end))
-            elif part.left or part.right:
-                module.register_forward_pre_hook(_Pad(part.left, part.right))
-            module.register_forward_hook(_sum_of)
+        elif part.way == "gathered rows" or part.of_columns:
+            if isinstance(module, nn.Linear):
+                module.out_features, module.in_features = module.weight.shape
+            setattr(module, _SHARE, part)
+            module.register_forward_pre_hook(_given)
+            module.register_forward_hook(_joined)
 
 
 class SpreadWords(nn.Module):
@@ -178,44 +180,34 @@ class SpreadExperts(nn.Module):
         return _summed(self.experts(hidden_states, torch.where(is_own, local, here), weights))
 
 
-@dataclass(frozen=True)
-class _Gather:
-    """A hook that gathers the outputs of all ranks, so many of each."""
-
-    counts: tuple[int, ...]
-
-    def __call__(self, _module: nn.Module, _inputs: Any, y: Tensor) -> Tensor:
-        _check_no_gradient(y)
-        own = pad(y, (0, max(self.counts) - y.shape[-1])).contiguous()
-        every = [torch.empty_like(own) for _ in self.counts]
-        dist.all_gather(every, own)
-        return torch.cat([of_rank[..., :count] for of_rank, count in zip(every, self.counts, strict=True)], -1)
+def _given(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Return the inputs of a layer's columns, with zeros as those of other ranks' columns."""
+    share: Share = getattr(module, _SHARE)
+    x = inputs[0][..., share.begin : share.end] if share.way == "columns" else inputs[0]
+    return pad(x, (share.left, share.right)) if share.left or share.right else x
 
 
-@dataclass(frozen=True)
-class _Take:
-    """A hook that takes the inputs of some columns."""
-
-    begin: int
-    end: int
-
-    def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-        return inputs[0][..., self.begin : self.end]
+def _joined(module: nn.Module, _inputs: Any, y: Tensor) -> Tensor:
+    return joined(module, y)
 
 
-@dataclass(frozen=True)
-class _Pad:
-    """A hook that makes the inputs of other ranks' columns zeros."""
+def joined(module: nn.Module, y: Tensor) -> Tensor:
+    """Return the product of a whole matrix, of that of a layer's own part.
 
-    left: int
-    right: int
-
-    def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-        return pad(inputs[0], (self.left, self.right))
-
-
-def _sum_of(_module: nn.Module, _inputs: Any, y: Tensor) -> Tensor:
-    return _summed(y)
+    Args:
+        module: a layer, divided or not; its hooks do the same.
+        y: what it computes without hooks, (..., N); a sum takes its place.
+    """
+    share: Share | None = getattr(module, _SHARE, None)
+    if share is None:
+        return y
+    if share.of_columns:
+        return _summed(y)
+    _check_no_gradient(y)
+    own = pad(y, (0, max(share.counts) - y.shape[-1])).contiguous()
+    every = [torch.empty_like(own) for _ in share.counts]
+    dist.all_gather(every, own)
+    return torch.cat([of_rank[..., :count] for of_rank, count in zip(every, share.counts, strict=True)], -1)
 
 
 def _summed(y: Tensor) -> Tensor:
@@ -225,13 +217,36 @@ def _summed(y: Tensor) -> Tensor:
     return y
 
 
+def is_divided(model: nn.Module) -> bool:
+    """Check whether a model is divided among ranks."""
+    return bool(model.__dict__.get(_DIVIDED))
+
+
+def no_step(model: nn.Module) -> str:
+    """Return what of a divided model our own step does not compute, alike on all ranks; nothing if it does all."""
+    for module in model.modules():
+        share: Share | None = getattr(module, _SHARE, None)
+        if isinstance(module, SpreadExperts):
+            return "experts on several ranks"
+        if share is not None and share.of_columns and (share.cut or share.way == "columns"):
+            return "columns of several ranks in one block, or of an input that all ranks have"
+    return ""
+
+
+def all_agree(yes: bool, device: torch.device) -> bool:
+    """Check that all ranks say yes; every one has to ask."""
+    said = torch.tensor([yes], dtype=torch.int32, device=device)
+    dist.all_reduce(said, dist.ReduceOp.MIN)
+    return bool(said)
+
+
 def check_whole(model: nn.Module, what: str) -> None:
     """Check that a model is not divided among ranks, for something that reads its layers one by one.
 
     Raises:
         UnsupportedModelError: it is divided.
     """
-    if model.__dict__.get(_DIVIDED):
+    if is_divided(model):
         _refuse(what)
 
 

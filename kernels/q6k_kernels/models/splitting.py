@@ -159,7 +159,8 @@ class Splitter:
         size, block = layer.in_features // units, self.block(of)
         begin = own.start * size
         end = own.stop * size if own.stop < units else layer.in_features
-        return {of: Share(way, begin, end, begin % block, -end % block)}
+        cut = any(each.start * size % block for each in self.ranks.shares(units))
+        return {of: Share(way, begin, end, begin % block, -end % block, cut)}
 
     def _rows(self, of: str, count: int) -> dict[str, Share]:
         tiles = -(-count // TILE_ROWS)
