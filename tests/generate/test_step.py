@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from families import ANSWER, FAMILIES, WINDOW, expected, prompt, tiny
 from model_cases import MODELS, largest_difference
@@ -266,6 +266,23 @@ def test_attention(group: int, window: int, slots: int, softcap: float | None, w
             torch.testing.assert_close(found.double(), expected_rows, rtol=2e-5, atol=2e-5)  # type: ignore[union-attr]
         torch.testing.assert_close(parts.keys, cached.keys)
         torch.testing.assert_close(parts.values, cached.values)
+
+
+def test_sinks_take_their_part_of_the_weights() -> None:
+    dim, sinks = 8, torch.tensor([-1.0, 0.5, 2.0])
+    angles = torch.zeros(3, dim // 2)
+    heads = Heads(3, 1, dim, 0.7, None, None, None, angles.cos(), angles.sin(), sinks=sinks)
+    cached = Cached(*(torch.zeros(1, 1, 4, dim) for _ in range(2)), 0)
+    keys, values = random(3, dim, seed=1), random(3, dim, seed=2)
+    for at in range(3):
+        q = random(1, 3 * dim, seed=at)
+        given = keys[at : at + 1], values[at : at + 1], heads, cached, torch.tensor([at]), list[nn.Module]()
+        found = TorchOperations().attend(q, *given).halves
+        exponents = (q.view(3, dim).double() @ keys[: at + 1].T.double() * 0.7).exp()
+        shares = exponents / (exponents.sum(-1, keepdim=True) + sinks.double().exp()[:, None])
+        assert found is not None
+        expected = (shares @ values[: at + 1].double()).view(1, -1)
+        torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("neighbours", [False, True])

@@ -169,6 +169,7 @@ class Layers:
             gated=gated,
             normed="head" if norms is None else norms.part,
             neighbours=rotation.neighbours,
+            sinks=attention.sinks.detach().float() if self._architecture.sinks else None,
         )
         widths = [count * dim * (1 + gated), key_heads * dim, key_heads * dim][: len(group.parts)]
         return _projections(attention, group, widths), heads, attention.o_proj

@@ -58,6 +58,7 @@ class Architecture:
         head_norms: the norms of q and k, or None.
         gated_attention: whether each head of q comes with a gate of the head's output.
         value_norms: whether each head of v has a norm, one without weights.
+        sinks: whether each head of q has a score of no key, which takes a part of the weights.
         scaled_layers: whether the output of each layer is multiplied by a number of the file.
         activation: activation function of the gate in the feed-forward network, or of a network without a gate.
         gated_network: whether the feed-forward network has a gate.
@@ -87,6 +88,7 @@ class Architecture:
     head_norms: HeadNorms | None = None
     gated_attention: bool = False
     value_norms: bool = False
+    sinks: bool = False
     scaled_layers: bool = False
     activation: Activation = "silu"
     gated_network: bool = True

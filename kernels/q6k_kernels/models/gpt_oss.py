@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from q6k_kernels.models.architecture import Architecture, Values, biases
 from q6k_kernels.models.hyperparameters import EXPERTS, EXPERTS_USED, WINDOW, Keys, Shapes, scaled_rope
+from q6k_kernels.models.layer import Rotation
 from q6k_kernels.models.sizes import common_sizes, head_sizes, mixture_sizes
 from q6k_kernels.models.stored import SEPARATE
 from q6k_kernels.models.windows import windows
@@ -56,6 +57,8 @@ ROWS = (
             "mlp.experts.gate_up_proj_bias": "mlp.experts.gate_proj.bias",
             "mlp.experts.down_proj_bias": "mlp.experts.down_proj.bias",
         },
+        sinks=True,
+        rotation=Rotation(angles="once"),
         adapt=_replace_experts,
         stepped=False,
     ),
