@@ -64,14 +64,19 @@ def assert_near(found: Tensor | None, expected: Tensor | None) -> None:
 def test_the_experts_of_the_largest_logits_are_chosen(
     make: Make, dtype: torch.dtype, experts: int, top: int
 ) -> None:
-    """Logits are weights of the router, as of a token all of whose values but one are 0."""
+    """Logits are weights of the router, as of a token all of whose values but one are 0, or its biases."""
     run, logits = make(dtype), (3 * random(experts)).to(dtype)
     x, router = torch.zeros(1, 16, dtype=dtype), torch.randn(experts, 16).to(dtype)
     x[0, 3], router[:, 3] = 1.0, logits
     # Many logits are alike, in 16 bits: the first of them.
     expected = sorted(range(experts), key=lambda each: (-float(logits[each]), each))[:top]
-    for scales in (None, random(experts, seed=1).abs()):
-        chosen, factors = run.route(x, Mixture(router, nn.Identity(), experts, top, scales))
+    zeros = torch.zeros_like(router)
+    for weights, bias, scales in (
+        (router, None, None),
+        (router, None, random(experts, seed=1).abs()),
+        (zeros, logits, None),
+    ):
+        chosen, factors = run.route(x, Mixture(weights, nn.Identity(), experts, top, scales, bias=bias))
         assert not run._counted.any()
         assert chosen[0].tolist() == expected
         softmax = logits[expected].double().softmax(0) * (1.0 if scales is None else scales[expected])
@@ -93,21 +98,27 @@ def stack(count: int, n: int, k: int) -> PackedWeight:
     return PackedWeight(torch.stack([each[i % 2] for i in range(count)]), (count, n, k), row.name)
 
 
-@pytest.mark.parametrize(("joined", "activation"), [(True, "silu"), (False, "silu"), (True, "gelu_tanh")])
+@pytest.mark.parametrize(
+    ("joined", "activation"),
+    [(True, "silu"), (False, "silu"), (True, "gelu_tanh"), (False, "clamped_swiglu")],
+)
 def test_experts_are_multiplied_as_in_torch(make: Make, joined: bool, activation: str) -> None:
     """More columns than a warp loads at once, and experts that do not fill blocks of rows.
 
     With an expert that all tokens share where gate and up are joined, without one where they are apart, with norms
-    where the activation is Gemma's.
+    where the activation is Gemma's, with biases where it is that of gpt-oss.
     """
     count, top, k, between, dtype = 37, 5, 3328, 256, torch.bfloat16
     parts = [stack(count, 2 * between, k)] if joined else [stack(count, between, k), stack(count, between, k)]
-    experts = PackedExperts(parts, stack(count, k, between), activation)
-    normed = activation != "silu"
+    normed, biased = activation == "gelu_tanh", activation == "clamped_swiglu"
+    rows = [each.shape[1] for each in parts] + [k]
+    biases = [(6 * random(count, n)).to(dtype) for n in rows] if biased else None
+    experts = PackedExperts(parts, stack(count, k, between), activation, biases)
     router = (random(count + (joined and not normed), k) / 20).to(dtype)
     router[7] = router[11]  # of equal ones the first is chosen
     scales = random(count).abs() if normed else None
-    mixture = Mixture(router, experts, count, top, scales, norms(k) if normed else None)
+    bias = random(len(router), seed=5).to(dtype) if biased else None
+    mixture = Mixture(router, experts, count, top, scales, norms(k) if normed else None, bias)
     kernels = make(dtype)
     assert kernels.supports_mixture(mixture) == ""
     for seed in range(2):

@@ -27,7 +27,7 @@ from q6k_kernels.models.layer import NormedPart
 
 pytestmark = pytest.mark.gpu
 
-DENSE = ("arcee", "cohere", "cohere2", "exaone4", "glm4", "hunyuan-dense", "olmo2", "olmo3")
+DENSE = ("arcee", "cohere", "cohere2", "exaone4", "glm4", "gpt-oss", "hunyuan-dense", "olmo2", "olmo3")
 GEMMA4 = ("gemma4", "gemma4, experts", "gemma4, experts, gate and up apart", "gemma4, shared keys")
 DTYPES = [torch.bfloat16, torch.float16]
 EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -300,7 +300,7 @@ def models() -> dict[str, Any]:
     from model_cases import MODELS
 
     names = ("llama 3.1", "mistral as llama", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3", *GEMMA4)
-    return {name: MODELS[name] for name in names} | {name: dense_cases.DENSE[name].tiny for name in DENSE}
+    return {name: MODELS[name] for name in names} | {name: dense_cases.DENSE[name] for name in DENSE}
 
 
 @pytest.mark.parametrize(

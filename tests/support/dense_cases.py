@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from model_cases import THETA, YARN
 from tiny_gpt_oss import GPT_OSS, ROUTER
@@ -16,14 +16,6 @@ LAYER_NORM = {"attention.layer_norm_rms_epsilon": None, "attention.layer_norm_ep
 BASE = {"rope.freq_base": 2e5}
 AFTER = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A tiny model, and whether our own decoding step computes it."""
-
-    tiny: Tiny
-    fused: bool = True
 
 
 GRANITE = Tiny(
@@ -105,104 +97,81 @@ COHERE2 = Tiny(
     | {"attention.sliding_window": 8, "rope.dimension_count": 64, "rope.scaling.type": "none", "logit_scale": 0.25},
 )
 DENSE = {
-    "phi3": Dense(
-        Tiny(
-            "phi3",
-            "phi3",
-            SQUARE | {"rope_parameters": THETA, "sliding_window": 8},
-            BASE | NO_HEAD_SIZE | {"attention.sliding_window": 8, "rope.dimension_count": 64},
-            names=JOINED,
-        )
+    "phi3": Tiny(
+        "phi3",
+        "phi3",
+        SQUARE | {"rope_parameters": THETA, "sliding_window": 8},
+        BASE | NO_HEAD_SIZE | {"attention.sliding_window": 8, "rope.dimension_count": 64},
+        names=JOINED,
     ),
-    "phi4-mini": Dense(PHI4_MINI),
-    "internlm2": Dense(Tiny("internlm2", "llama", {"rope_parameters": THETA}, BASE)),
-    "exaone": Dense(Tiny("exaone", "llama", {"rope_parameters": THETA}, BASE)),
-    "smollm3": Dense(
-        Tiny(
-            "smollm3",
-            "smollm3",
-            SQUARE | {"num_hidden_layers": 5, "rope_parameters": THETA, "tie_word_embeddings": True},
-            BASE | NO_HEAD_SIZE,
-        )
+    "phi4-mini": PHI4_MINI,
+    "internlm2": Tiny("internlm2", "llama", {"rope_parameters": THETA}, BASE),
+    "exaone": Tiny("exaone", "llama", {"rope_parameters": THETA}, BASE),
+    "smollm3": Tiny(
+        "smollm3",
+        "smollm3",
+        SQUARE | {"num_hidden_layers": 5, "rope_parameters": THETA, "tie_word_embeddings": True},
+        BASE | NO_HEAD_SIZE,
     ),
-    "seed_oss": Dense(
-        Tiny(
-            "seed_oss",
-            "seed_oss",
-            {"rope_parameters": THETA},
-            BASE,
-            names={"post_attention_layernorm": "post_attention_norm"},
-        )
+    "seed_oss": Tiny(
+        "seed_oss",
+        "seed_oss",
+        {"rope_parameters": THETA},
+        BASE,
+        names={"post_attention_layernorm": "post_attention_norm"},
     ),
-    "granite": Dense(GRANITE),
-    "gemma": Dense(Tiny("gemma", "gemma", names={"post_attention_layernorm": "ffn_norm"})),
-    "qwen2vl": Dense(
-        Tiny(
-            "qwen2vl",
-            "qwen2",
-            SQUARE | {"rope_parameters": THETA},
-            BASE | NO_HEAD_SIZE | {"rope.dimension_sections": [8, 12, 12, 0]},
-        )
+    "granite": GRANITE,
+    "gemma": Tiny("gemma", "gemma", names={"post_attention_layernorm": "ffn_norm"}),
+    "qwen2vl": Tiny(
+        "qwen2vl",
+        "qwen2",
+        SQUARE | {"rope_parameters": THETA},
+        BASE | NO_HEAD_SIZE | {"rope.dimension_sections": [8, 12, 12, 0]},
     ),
-    "qwen3vl": Dense(
-        Tiny(
-            "qwen3vl",
-            "qwen3",
-            {"rope_parameters": THETA},
-            BASE | {"rope.dimension_sections": [12, 10, 10, 0], "n_deepstack_layers": 3},
-        )
+    "qwen3vl": Tiny(
+        "qwen3vl",
+        "qwen3",
+        {"rope_parameters": THETA},
+        BASE | {"rope.dimension_sections": [12, 10, 10, 0], "n_deepstack_layers": 3},
     ),
-    "gpt-oss": Dense(GPT_OSS, fused=False),
-    "gpt-oss, some experts not packed": Dense(
-        replace(
-            GPT_OSS, types=ROUTER | {"blk.1.ffn_up_exps.weight": Q3_K}, config=GPT_OSS.config | {"hidden_size": 256}
-        ),
-        fused=False,
+    "gpt-oss": GPT_OSS,
+    "gpt-oss, some experts not packed": replace(
+        GPT_OSS, types=ROUTER | {"blk.1.ffn_up_exps.weight": Q3_K}, config=GPT_OSS.config | {"hidden_size": 256}
     ),
-    "arcee": Dense(Tiny("arcee", "arcee", {"rope_parameters": THETA}, BASE)),
-    "ernie4_5": Dense(Tiny("ernie4_5", "ernie4_5", {"rope_parameters": THETA}, BASE)),
-    "glm4": Dense(
-        Tiny(
-            "glm4",
-            "glm4",
-            {"rope_parameters": THETA | {"partial_rotary_factor": 0.5}},
-            BASE | {"rope.dimension_count": 32},
-            names={
-                "mlp.gate_up_proj": "ffn_up",
-                "post_self_attn_layernorm": "post_attention_norm",
-                "post_mlp_layernorm": "post_ffw_norm",
-            },
-        ),
+    "arcee": Tiny("arcee", "arcee", {"rope_parameters": THETA}, BASE),
+    "ernie4_5": Tiny("ernie4_5", "ernie4_5", {"rope_parameters": THETA}, BASE),
+    "glm4": Tiny(
+        "glm4",
+        "glm4",
+        {"rope_parameters": THETA | {"partial_rotary_factor": 0.5}},
+        BASE | {"rope.dimension_count": 32},
+        names={
+            "mlp.gate_up_proj": "ffn_up",
+            "post_self_attn_layernorm": "post_attention_norm",
+            "post_mlp_layernorm": "post_ffw_norm",
+        },
     ),
-    "cohere": Dense(
-        Tiny(
-            "command-r",
-            "cohere",
-            SQUARE | {"rope_parameters": THETA, "logit_scale": 0.25},
-            BASE | NO_HEAD_SIZE | LAYER_NORM | {"rope.scaling.type": "none", "logit_scale": 0.25},
-        ),
+    "cohere": Tiny(
+        "command-r",
+        "cohere",
+        SQUARE | {"rope_parameters": THETA, "logit_scale": 0.25},
+        BASE | NO_HEAD_SIZE | LAYER_NORM | {"rope.scaling.type": "none", "logit_scale": 0.25},
     ),
-    "cohere2": Dense(COHERE2),
-    "hunyuan-dense": Dense(
-        Tiny(
-            "hunyuan-dense",
-            "hunyuan_v1_dense",
-            {"rope_parameters": THETA},
-            BASE | {"rope.scaling.type": "none", "rope.scaling.factor": 1.0},
-            names={"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"},
-        ),
+    "cohere2": COHERE2,
+    "hunyuan-dense": Tiny(
+        "hunyuan-dense",
+        "hunyuan_v1_dense",
+        {"rope_parameters": THETA},
+        BASE | {"rope.scaling.type": "none", "rope.scaling.factor": 1.0},
+        names={"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"},
     ),
-    "olmo2": Dense(
-        Tiny("olmo2", "olmo2", SQUARE | {"rope_parameters": THETA}, BASE | NO_HEAD_SIZE, names=AFTER),
-    ),
-    "olmo3": Dense(OLMO3),
-    "exaone4": Dense(
-        Tiny(
-            "exaone4",
-            "exaone4",
-            SQUARE | {"rope_parameters": THETA, "sliding_window": None, "layer_types": ["full_attention"] * 2},
-            BASE,
-            names=AFTER,
-        ),
+    "olmo2": Tiny("olmo2", "olmo2", SQUARE | {"rope_parameters": THETA}, BASE | NO_HEAD_SIZE, names=AFTER),
+    "olmo3": OLMO3,
+    "exaone4": Tiny(
+        "exaone4",
+        "exaone4",
+        SQUARE | {"rope_parameters": THETA, "sliding_window": None, "layer_types": ["full_attention"] * 2},
+        BASE,
+        names=AFTER,
     ),
 }

@@ -94,13 +94,13 @@ __device__ __forceinline__ void choose_experts(const float* logits, const float*
 }
 
 // Parameters: the token x 16-bit (k,); weights 16-bit (rows, k): the router's, then the gate's of the shared expert, if
-// there is one; scales of the experts, fp32 (count,), or null; logits fp32 (rows,), for what blocks pass to each other;
+// there is one; biases of these rows, 16-bit (rows,), or null; scales of the experts, fp32 (count,), or null; logits fp32 (rows,), for what blocks pass to each other;
 // counter, 0; experts (top,); factors fp32: the experts', then the shared one's; rows; count of experts, at most
 // MOST_EXPERTS; top, at most 32; k, a multiple of 8. Rounded as layers with 16 bits do.
 // Grid: ROUTE_WARPS rows of weights a block.
 extern "C" __global__ void __launch_bounds__(ROUTE_WARPS * 32)
-    q6k_route(const u16* x, const u16* weights, const float* scales, float* logits, u32* counter, int* experts,
-              float* factors, int rows, int count, int top, int k) {
+    q6k_route(const u16* x, const u16* weights, const u16* bias, const float* scales, float* logits, u32* counter,
+              int* experts, float* factors, int rows, int count, int top, int k) {
   __shared__ bool last;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = blockIdx.x * ROUTE_WARPS + warp;
   const int pieces = k / 8;
@@ -111,6 +111,7 @@ extern "C" __global__ void __launch_bounds__(ROUTE_WARPS * 32)
   for (int i = 0; i < AT_ONCE; ++i) {
     if (lane + 32 * i < pieces) ahead[i] = of_row[lane + 32 * i];
   }
+  const float addend = bias != nullptr && row < rows ? half_to_float(bias[row]) : 0.0f;
   let_dependents_start();
   wait_for_previous_grid();
   float sum = 0.0f;
@@ -120,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(ROUTE_WARPS * 32)
   }
   for (int at = lane + 32 * AT_ONCE; at < pieces; at += 32) sum = product(of_row[at], of_x[at], sum);
   sum = sum_of_warp(sum);
-  if (lane == 0 && row < rows) logits[row] = rounded(sum);
+  if (lane == 0 && row < rows) logits[row] = rounded(sum + addend);
   __syncthreads();
   if (threadIdx.x == 0) {
     u32 before;

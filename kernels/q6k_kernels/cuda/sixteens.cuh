@@ -33,7 +33,7 @@ __device__ __forceinline__ void round_16(float (&values)[16]) {
   to_floats(raw, values);
 }
 
-enum Gate { SILU = 0, GELU_TANH = 1, RELU_SQUARED = 2 };
+enum Gate { SILU = 0, GELU_TANH = 1, RELU_SQUARED = 2, CLAMPED_SWIGLU = 3 };
 
 __device__ __forceinline__ float activated(int kind, float v) {
   if (kind == RELU_SQUARED) return v < 0.0f ? 0.0f : v * v;
@@ -42,12 +42,26 @@ __device__ __forceinline__ float activated(int kind, float v) {
   return __fdividef(v, 1.0f + __expf(-u));
 }
 
+// As in weights/experts.py: gates have an upper bound, what they gate has two, and 1 is added to it.
+__device__ __forceinline__ float clamped_swiglu(float gate, float up) {
+  constexpr float ALPHA = 1.702f, LIMIT = 7.0f;
+  gate = gate > LIMIT ? LIMIT : gate;
+  up = up > LIMIT ? LIMIT : up < -LIMIT ? -LIMIT : up;
+  return __fdividef(gate, 1.0f + __expf(-ALPHA * gate)) * (up + 1.0f);
+}
+
 // gate = its activation, times `up` if there is one.
 __device__ __forceinline__ void apply_gate(int kind, uint4 (&gate)[2], const uint4 (&up)[2], bool gated) {
   float values[16], factors[16];
   to_floats(gate, values);
   to_floats(up, factors);
 #pragma unroll
-  for (int j = 0; j < 16; ++j) values[j] = gated ? activated(kind, values[j]) * factors[j] : activated(kind, values[j]);
+  for (int j = 0; j < 16; ++j) {
+    if (kind == CLAMPED_SWIGLU) {
+      values[j] = clamped_swiglu(values[j], factors[j]);
+    } else {
+      values[j] = gated ? activated(kind, values[j]) * factors[j] : activated(kind, values[j]);
+    }
+  }
   to_halves(values, gate);
 }

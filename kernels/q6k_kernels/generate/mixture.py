@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from q6k_kernels.generate.heads import Norm
 
@@ -45,6 +46,7 @@ class Mixture:
         top: number of experts that are chosen.
         scales: further factors of the experts, float32 (experts,), or None.
         norms: its norms, or None: then router and experts see what the network does.
+        bias: biases of the rows of `router`, (rows,) in its dtype, or None.
     """
 
     router: Tensor
@@ -53,6 +55,7 @@ class Mixture:
     top: int
     scales: Tensor | None = None
     norms: MixtureNorms | None = None
+    bias: Tensor | None = None
 
 
 def apply_norm(norm: Norm, x: Tensor) -> Tensor:
@@ -105,7 +108,7 @@ def route(x: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
         The experts of the largest logits, integers (M, top), and their factors, float32 (M, top), of numbers of the
         model's dtype; behind them that of the network beside, if it has a gate.
     """
-    logits = x @ mixture.router.T
+    logits = linear(x, mixture.router, mixture.bias)
     values, chosen = logits[:, : mixture.count].float().topk(mixture.top)
     factors = values.softmax(-1)
     if mixture.scales is not None:

@@ -23,7 +23,7 @@ from q6k_kernels.weights.experts import PackedExperts, PackedStack
 ROUTE_FILE, ROUTE = "mixture.cuh", "q6k_route"
 ROUTE_WARPS, MOST_EXPERTS, MOST_TOP = 4, 512, 32
 """Warps of a block, the most experts and the most that are chosen, as in the kernel."""
-_ROUTE = struct.Struct("@PPPPPPPiiii")
+_ROUTE = struct.Struct("@PPPPPPPPiiii")
 
 Launch = Callable[[Variant, tuple[int, int, int], int, bytes], None]
 """Launches a kernel: variant, grid, threads, arguments."""
@@ -65,7 +65,7 @@ def route(
     logits = torch.empty(rows, device=x.device)
     factors = torch.empty(1, top + rows - mixture.count, device=x.device)
     chosen = torch.empty(1, top, dtype=torch.int32, device=x.device)
-    given = (x, mixture.router, mixture.scales, logits, counter, chosen, factors)
+    given = (x, mixture.router, mixture.bias, mixture.scales, logits, counter, chosen, factors)
     launch(
         (ROUTE_FILE, ROUTE, macros),
         (-(-rows // ROUTE_WARPS), 1, 1),

@@ -129,8 +129,6 @@ class Step:
             raise _unsupported(f"a {type(model).__name__} that load_model has not made")
         if reason := no_step(model):
             raise _unsupported(reason)
-        if not architecture.stepped:
-            raise _unsupported(f"layers of {architecture.name}")
         config: Any = model.config
         self._architecture, self._cache, self._dtype = architecture, cache, model.dtype
         self._operations, self._of_chunks = operations, of_chunks or operations

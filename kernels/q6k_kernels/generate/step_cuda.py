@@ -38,7 +38,7 @@ CHOOSE_FILE, CHOOSE = "choose.cuh", "q6k_choose"
 GATE_THREADS = 128
 CHOOSE_THREADS, CHOOSE_VALUES, CHOOSE_BLOCKS = 128, 8, 256
 """Threads of a block, logits that a thread reads at once, and the most blocks; as in `cuda/choose.cuh`."""
-GATES = {"silu": 0, "gelu_tanh": 1, "relu_squared": 2}
+GATES = {"silu": 0, "gelu_tanh": 1, "relu_squared": 2, "clamped_swiglu": 3}
 """Activation -> its number in the enum `Gate` of `cuda/sixteens.cuh`."""
 _GATE = struct.Struct("@PPPPPiiii")
 _CHOOSE = struct.Struct("@PPPPPPPPffi")

@@ -177,7 +177,7 @@ class Layers:
     def _mixture(self, layer: Any) -> Mixture | None:
         """Return the mixture in place of a layer's network, or beside it; None if there is none."""
         if hasattr(layer.mlp, "experts"):
-            return _mixture(layer.mlp)
+            return _mixture(layer.mlp, getattr(layer.mlp, self._architecture.router))
         return self._normed_mixture(layer) if hasattr(layer, "experts") else None
 
     def _normed_mixture(self, layer: Any) -> Mixture:
@@ -226,12 +226,14 @@ def _delta_net(net: Any) -> tuple[Projections, DeltaHeads, nn.Module]:
     return _projections(net, IN_PROJ, widths), heads, net.out_proj.linear if heads.tiled else net.out_proj
 
 
-def _mixture(network: Any) -> Mixture:
-    """Return the mixture of a network of transformers: a router, experts, perhaps a shared expert's gate."""
-    router, count = network.gate.weight.detach(), len(network.gate.weight)
+def _mixture(network: Any, router: Any) -> Mixture:
+    """Return the mixture of a network of transformers: its router, experts, perhaps a shared expert's gate."""
+    weight, bias = router.weight.detach(), getattr(router, "bias", None)
+    count = len(weight)
     if (shared := getattr(network, "shared_expert_gate", None)) is not None:
-        router = torch.cat([router, shared.weight.detach()])
-    return Mixture(router.contiguous(), network.experts, count, network.gate.top_k)
+        weight = torch.cat([weight, shared.weight.detach()])
+    given = None if bias is None else bias.detach()
+    return Mixture(weight.contiguous(), network.experts, count, router.top_k, bias=given)
 
 
 def _projections(module: Any, group: Group, widths: list[int]) -> Projections:

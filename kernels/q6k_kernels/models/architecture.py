@@ -69,8 +69,8 @@ class Architecture:
         scaled_logits: whether logits are multiplied by `logit_scale`.
         rotation: how heads rotate.
         growing_queries: whether queries may be multiplied by a number that grows with their position.
+        router: name of the router in a mixture of experts that is a layer's network.
         adapt: changes modules of transformers' model before it is filled.
-        stepped: whether our own decoding step (`generate.step`) computes its layers.
     """
 
     name: str
@@ -99,8 +99,8 @@ class Architecture:
     scaled_logits: bool = False
     rotation: Rotation = HALVES_ROTATE
     growing_queries: bool = False
+    router: str = "gate"
     adapt: Callable[[PreTrainedModel], None] | None = None
-    stepped: bool = True
 
     def difference(self, name: str) -> Stored:
         """Return how a tensor, given by its GGUF name, is stored differently."""

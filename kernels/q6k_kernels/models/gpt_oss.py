@@ -59,7 +59,7 @@ ROWS = (
         },
         sinks=True,
         rotation=Rotation(angles="once"),
+        router="router",
         adapt=_replace_experts,
-        stepped=False,
     ),
 )
