@@ -49,6 +49,23 @@ def test_models_compute_what_transformers_do(name: str, tmp_path: Path) -> None:
         assert list(generator.generate(8)) == expected
 
 
+def test_a_model_is_compiled_as_one_graph(tmp_path: Path) -> None:
+    bundle, _ = LLAMA.bundle(tmp_path)
+    model: Any = load_model(bundle, weights="bytes")
+    layer = model.model.layers[0].mlp.down_proj
+    graphs = list[Any]()
+
+    def noted(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    x = torch.randn(1, 3, layer.weight.codes.shape[1])
+    with torch.no_grad():
+        found = torch.compile(layer, backend=noted, fullgraph=True)(x)
+        assert torch.equal(found, layer(x))
+    assert len(graphs) == 1
+
+
 def test_layers_that_are_tied_share_their_bytes(tmp_path: Path) -> None:
     bundle, _ = GEMMA2.bundle(tmp_path)
     model: Any = load_model(bundle, weights="bytes")

@@ -10,10 +10,11 @@ weight is rounded, sums are in fp32, and the result is rounded once, to x's dtyp
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,14 +144,13 @@ def linear(x: Tensor, weight: Bytes, bias: Tensor | None = None, *, fast: bool |
             a gradient while gradients are recorded.
         PackageMissingError: the compiled code is not installed.
     """
-    n, k = weight.codes.shape
-    if x.ndim == 0 or x.shape[-1] != k or x.device.type != "cpu":
-        raise ValueError(f"x: expected (..., {k}) on the CPU, found {tuple(x.shape)} on {x.device}")
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise ValueError(
-            "x requires a gradient, and products with bytes have none: call them under torch.inference_mode() or "
-            "torch.no_grad(), or pass x.detach()"
-        )
+    if fast is None:
+        return _linear(x, weight.codes, weight.scale, weight.least, bias)
+    return _multiplied(x, weight, bias, fast)
+
+
+def _multiplied(x: Tensor, weight: Bytes, bias: Tensor | None, fast: bool) -> Tensor:
+    n, k = _check(x, weight.codes)
     rows = x.detach().reshape(-1, k).float().contiguous()
     bias = None if bias is None else bias.detach().float()
     y = torch.empty(len(rows), n)
@@ -162,6 +162,41 @@ def linear(x: Tensor, weight: Bytes, bias: Tensor | None = None, *, fast: bool |
         if bias is not None:
             y += bias
     return y.to(x.dtype).view(*x.shape[:-1], n)
+
+
+def _check(x: Tensor, codes: Tensor) -> tuple[int, int]:
+    """Check x and return N and K."""
+    n, k = codes.shape
+    if x.ndim == 0 or x.shape[-1] != k or x.device.type not in ("cpu", "meta"):
+        raise ValueError(f"x: expected (..., {k}) on the CPU, found {tuple(x.shape)} on {x.device}")
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError(
+            "x requires a gradient, and products with bytes have none: call them under torch.inference_mode() or "
+            "torch.no_grad(), or pass x.detach()"
+        )
+    return n, k
+
+
+def _linear_cpu(x: Tensor, codes: Tensor, scale: Tensor, least: Tensor | None, bias: Tensor | None) -> Tensor:
+    return _multiplied(x, Bytes(codes, scale, least), bias, has_fast())
+
+
+def _linear_fake(x: Tensor, codes: Tensor, _scale: Tensor, _least: Tensor | None, _bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], _check(x, codes)[0]))
+
+
+_Library: Any = torch.library.Library  # torch leaves its methods without types
+_LIBRARY = _Library("q6k", "FRAGMENT")
+_LIBRARY.define(
+    "byte_linear(Tensor x, Tensor codes, Tensor scale, Tensor? least, Tensor? bias) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("byte_linear", _linear_cpu, "CPU")
+torch.library.register_fake("q6k::byte_linear", _linear_fake, lib=_LIBRARY)
+_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor] = (
+    torch.ops.q6k.byte_linear.default
+)
+"""An operation of torch, so that models can be compiled."""
 
 
 def embedding(indices: Tensor, weight: Bytes, dtype: torch.dtype) -> Tensor:
@@ -177,11 +212,11 @@ def embedding(indices: Tensor, weight: Bytes, dtype: torch.dtype) -> Tensor:
 def expand(weight: Bytes, *, fast: bool | None = None) -> Tensor:
     """Return the weights, float32 (N, K), the same as `PackedWeight.dequantize` does, to the bit."""
     y = torch.empty(weight.codes.shape)
-    _run(weight, y, None, None, fast)
+    _run(weight, y, None, None, has_fast() if fast is None else fast)
     return y
 
 
-def _run(weight: Bytes, y: Tensor, x: Tensor | None, bias: Tensor | None, fast: bool | None) -> None:
+def _run(weight: Bytes, y: Tensor, x: Tensor | None, bias: Tensor | None, fast: bool) -> None:
     """Run the compiled code on contiguous tensors: products of x into y (M, N), or without x the weights."""
     for tensor, dtype in ((weight.codes, torch.int8), (weight.scale, torch.float32), (weight.least, torch.float32)):
         if tensor is not None and (tensor.dtype, tensor.device.type) != (dtype, "cpu"):
@@ -199,4 +234,4 @@ def _run(weight: Bytes, y: Tensor, x: Tensor | None, bias: Tensor | None, fast: 
         *(0 if x is None else len(x), 0),
     )
     threads = torch.get_num_threads() if n * k > ALONE else 1
-    _library().q6k_run(job, x is None, has_fast() if fast is None else fast, _parallel(), threads)
+    _library().q6k_run(job, x is None, fast, _parallel(), threads)

@@ -59,6 +59,7 @@ class ByteLinear(_OfBytes):
 
     def __init__(self, weight: Bytes, bias: nn.Parameter | None) -> None:
         super().__init__(weight)
+        self.out_features, self.in_features = weight.codes.shape
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
