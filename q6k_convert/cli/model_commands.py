@@ -22,6 +22,7 @@ from q6k_convert.cli.model_options import (
     TokenizerOption,
     TopKOption,
     TopPOption,
+    WeightsOption,
 )
 from q6k_convert.cli.options import JsonOption, QuietOption, VerboseOption
 from q6k_convert.cli.reporting import reporting
@@ -77,6 +78,7 @@ def generate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     activations: ActivationsOption = "auto",
+    weights: WeightsOption = "auto",
     tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -91,7 +93,7 @@ def generate(
 
         path = bundle_path(bundle, "q6k-convert generate", terminal)
         request = GenerateRequest(
-            model=ModelRequest(path, device, dtype, activations, tokenizer),
+            model=ModelRequest(path, device, dtype, activations, weights, tokenizer),
             prompt=prompt,
             chat=chat,
             system=system,

@@ -33,6 +33,13 @@ ActivationsOption = Annotated[
     Literal["auto", "int8", "bf16"],
     typer.Option(help="Multiply packed weights with int8 or 16-bit activations; auto: int8 for few rows."),
 ]
+WeightsOption = Annotated[
+    Literal["auto", "packed", "bytes"],
+    typer.Option(
+        help="On the CPU, give each weight a byte (fast; 1.1 to 1.5 bytes with scales), or keep them packed (the "
+        "reference, slow); auto: bytes if they take at most half of the free memory."
+    ),
+]
 TokenizerOption = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Use this Hugging Face tokenizer, not the bundle's.", show_default="none"),

@@ -22,6 +22,7 @@ from q6k_convert.cli.model_options import (
     TokenizerOption,
     TopKOption,
     TopPOption,
+    WeightsOption,
 )
 from q6k_convert.cli.options import JsonOption, QuietOption, VerboseOption
 from q6k_convert.cli.reporting import reporting
@@ -64,6 +65,7 @@ def chat(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     activations: ActivationsOption = "auto",
+    weights: WeightsOption = "auto",
     tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -86,7 +88,7 @@ def chat(
 
         path = bundle_path(bundle, "q6k-convert chat", terminal)
         request = ChatRequest(
-            model=ModelRequest(path, device, dtype, activations, tokenizer),
+            model=ModelRequest(path, device, dtype, activations, weights, tokenizer),
             system=system,
             max_new_tokens=max_new_tokens,
             context=context,
@@ -141,6 +143,7 @@ def bench(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     activations: ActivationsOption = "auto",
+    weights: WeightsOption = "auto",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -158,7 +161,7 @@ def bench(
 
         path = bundle_path(bundle, "q6k-convert bench", terminal)
         request = BenchRequest(
-            model=ModelRequest(path, device, dtype, activations),
+            model=ModelRequest(path, device, dtype, activations, weights),
             prompts=tuple([512] if prompt is None else prompt),
             answers=tuple([128] if answer is None else answer),
             depths=tuple(depth or [0]),
@@ -194,6 +197,7 @@ def perplexity(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     activations: ActivationsOption = "auto",
+    weights: WeightsOption = "auto",
     tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -215,7 +219,7 @@ def perplexity(
             raise UsageError("there is no text", "Give a file: --file TEXT.")
         path = bundle_path(bundle, "q6k-convert perplexity", terminal)
         request = PerplexityRequest(
-            ModelRequest(path, device, dtype, activations, tokenizer), file, window, windows
+            ModelRequest(path, device, dtype, activations, weights, tokenizer), file, window, windows
         )
         document = run(request, terminal.note, terminal.progress)
         if as_json:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Activations = Literal["auto", "int8", "bf16"]
+Weights = Literal["auto", "packed", "bytes"]
 _INSTALL = "Install what models take: `pip install 'q6k-convert[inference]'`."
 
 

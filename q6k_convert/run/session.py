@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from q6k_convert import text
+from q6k_convert.errors import UsageError
 from q6k_convert.run.memory import free_bytes, loaded_sizes, model_memory, planned
 from q6k_convert.run.running import (
     Activations,
     Device,
     Dtype,
+    Weights,
     check_packages,
     described,
     device_of,
@@ -40,6 +42,7 @@ class ModelRequest:
     device: Device = "auto"
     dtype: Dtype = "auto"
     activations: Activations = "auto"
+    weights: Weights = "auto"
     tokenizer: Path | None = None
 
 
@@ -99,27 +102,28 @@ class Session:
         """Say what memory the model takes with a cache of so many tokens, and load it.
 
         Raises:
-            EnvironmentMissingError, UsageError: see `memory.planned`.
+            EnvironmentMissingError: see `memory.planned`.
+            UsageError: see there, or the weights cannot have the form that is asked for.
+            PackageMissingError: they cannot, as the compiled code for that is not installed.
         """
         import torch
 
         from q6k_kernels import load_model
-        from q6k_kernels.models.cpu_form import choose
 
         sizes = loaded_sizes(self.manifest.tensors)
         memory = model_memory(self.metadata, sizes, context, self.dtype.itemsize)
         self.note(planned(memory, free_bytes(self.device)))
         request, total = self.request, sum(tensor.nbytes for tensor in self.manifest.tensors)
+        form, why = self._form()
         if self.device.type == "cpu":
-            _, form = choose("auto", self.manifest.tensors, self.device.type, request.activations)
-            self.note(f"weights: {form}")
+            self.note(f"weights: {why}")
         with progress(total, "loading") as tell, self.timed("load"):
             model = load_model(
                 request.bundle,
                 device=self.device,
                 dtype=self.dtype,
                 activations=request.activations,
-                weights="auto",
+                weights=form,
                 progress=tell,
             )
             if self.device.type == "cuda":
@@ -127,6 +131,16 @@ class Session:
         held = sum({each.data_ptr(): each.nbytes for each in (*model.parameters(), *model.buffers())}.values())
         self.note(f"loaded {text.size(held)} of weights in {text.seconds(self.seconds['load'])}")
         return model
+
+    def _form(self) -> tuple[Literal["packed", "bytes"], str]:
+        """Choose the form of the weights, and say why."""
+        from q6k_kernels.models.cpu_form import choose
+
+        asked, tensors = self.request, self.manifest.tensors
+        try:
+            return choose(asked.weights, tensors, self.device.type, asked.activations)
+        except ValueError as error:
+            raise UsageError(str(error), "Leave --weights out.") from error
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

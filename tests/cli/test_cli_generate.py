@@ -66,6 +66,25 @@ def test_text_goes_to_stdout_and_all_else_to_stderr(
     assert (quiet.stdout, quiet.stderr) == (done.stdout, "")
 
 
+def test_weights_take_the_form_that_is_asked_for(tiny: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    from q6k_kernels.models import cpu_form
+
+    def run(*options: str) -> str:
+        done = invoke("generate", tiny.path, "-p", "The", "--max-new-tokens", "2", "--device", "cpu", *options)
+        assert done.exit_code == 0, done.stderr
+        return done.stderr
+
+    assert "weights: a byte each take" in run()
+    assert tiny.asked["weights"] == "bytes"
+    assert "weights: packed\n" in run("--weights", "packed")
+    assert tiny.asked["weights"] == "packed"
+    monkeypatch.setattr(cpu_form, "free_memory", lambda: 0)
+    assert "packed, which is slow, as a byte each would take" in run()
+    assert "weights: a byte each take" in run("--weights", "bytes")
+    given = ("generate", tiny.path, "-p", "The", "--device", "cpu", "--activations", "int8", "--weights", "bytes")
+    failed(invoke(*given), 2, "activations of 8 bits meet packed weights", "Leave --weights out")
+
+
 def test_json_is_one_document(tiny: TinyBundle, bundle: Path) -> None:
     args = ("generate", bundle, "-p", "-", "--max-new-tokens", "9", "--device", "cpu", "--dtype", "bf16", "--json")
     from typer.testing import CliRunner

@@ -51,7 +51,8 @@ def choose(
     """
     if weights not in get_args(Weights):
         raise ValueError(f"weights: expected one of {', '.join(get_args(Weights))}, found {weights!r}")
-    taken, most = bytes_taken(tensors), int(SHARE * free_memory())
+    taken, free = bytes_taken(tensors), free_memory()
+    sizes = f"{taken / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free"
     against = {
         "a GPU's kernels read packed weights": device != "cpu",
         "activations of 8 bits meet packed weights": activations == "int8",
@@ -61,15 +62,14 @@ def choose(
         if no:
             raise ValueError(f"weights: expected packed, found {weights!r}: {no}")
         products.check_installed()
-        return "bytes", "a byte each"
+        return "bytes", f"a byte each take {sizes}"
     if weights == "auto" and no is None:
         if not products.installed():
-            return "packed", "packed, slowly: the compiled products are not installed"
-        if taken <= most:
-            return "bytes", "a byte each"
-        found = f"a byte each takes {taken / 1e9:.2f} GB, and half of the free memory is {most / 1e9:.2f} GB"
-        return "packed", f"packed, slowly: {found}"
-    return "packed", "packed"
+            return "packed", "packed, which is slow, as the compiled products are not installed"
+        if taken <= SHARE * free:
+            return "bytes", f"a byte each take {sizes}"
+        return "packed", f"packed, which is slow, as a byte each would take {sizes}; --weights bytes takes it"
+    return "packed", f"packed, as {no}" if no else "packed"
 
 
 def to_bytes(model: PreTrainedModel) -> None:
