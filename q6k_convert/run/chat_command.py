@@ -141,7 +141,8 @@ class Chat:
                     given = typed.read()
             except StoppedError:
                 tried = True
-                self._out.note("\nCtrl-D or /exit ends the chat, as does Ctrl-C once more")
+                self._out.note("")  # the line of ^C
+                self._out.note("Ctrl-D or /exit ends the chat, as does Ctrl-C once more")
                 continue
             if given is None or given.strip() == COMMANDS.end:
                 return
@@ -177,7 +178,7 @@ class Chat:
                 generator.resume(ids)
             complete = True
         except StoppedError:
-            self._out.note("\nstopped before the answer; the message is forgotten")
+            self._out.note("stopped before the answer; the message is forgotten")
             return
         finally:
             if not complete:

@@ -41,9 +41,9 @@ def resumed(generator: Generator, family: str, ids: list[int]) -> int:
     return generator.reused
 
 
-def answered(family: str, count: int, capacity: int = 400) -> tuple[Generator, list[int]]:
+def answered(family: str, count: int, *, fused: bool = False) -> tuple[Generator, list[int]]:
     """Return a generator after an answer that the host broke off, and the text."""
-    generator = Generator(tiny(family), capacity=capacity)
+    generator = Generator(tiny(family), capacity=400, fused=fused)
     generator.resume(prompt())
     assert generator.reused == 0
     tokens = generator.generate(count + 20)
@@ -53,9 +53,10 @@ def answered(family: str, count: int, capacity: int = 400) -> tuple[Generator, l
     return generator, prompt() + answer
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen35"])
-def test_the_next_turn_goes_on_behind_the_answer(family: str) -> None:
-    generator, text = answered(family, 40)
+def test_the_next_turn_goes_on_behind_the_answer(family: str, fused: bool) -> None:
+    generator, text = answered(family, 40, fused=fused)
     longer = text + other(9)
     # The last token of an answer was chosen, but not processed. States are copied now and then.
     reused = resumed(generator, family, longer)
@@ -67,10 +68,11 @@ def test_the_next_turn_goes_on_behind_the_answer(family: str) -> None:
     assert resumed(generator, family, longer + answer + other(3, 1)) > reused
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen35"])
-def test_a_turn_that_is_written_anew_goes_back_to_where_it_differs(family: str) -> None:
+def test_a_turn_that_is_written_anew_goes_back_to_where_it_differs(family: str, fused: bool) -> None:
     """As where a template drops what the model was thinking: all of the answer differs, however long."""
-    generator, text = answered(family, 60)
+    generator, text = answered(family, 60, fused=fused)
     generator.resume(text + other(40))
     assert len(list(generator.generate(180))) == 180  # more than all copies of states reach back
     begin = len(text) + 40 - 4  # the template ended with the beginning of an answer
@@ -81,12 +83,12 @@ def test_a_turn_that_is_written_anew_goes_back_to_where_it_differs(family: str) 
     assert resumed(generator, family, prompt()[:7] + other(50, 3)) == (7 if family == "llama" else 0)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "mistral"])
-def test_a_ring_goes_back_as_far_as_it_holds_what_a_window_needs(family: str, lag: int) -> None:
+@pytest.mark.parametrize(("family", "fused"), [("gemma3", False), ("gemma3", True), ("mistral", False)])
+def test_a_ring_goes_back_as_far_as_it_holds_what_a_window_needs(family: str, fused: bool, lag: int) -> None:
     """Further back everything is processed again."""
     back = SLACK - 2 * (lag > 0) * lag - 1
     for far in (back, SLACK + 9):
-        generator = Generator(tiny(family), capacity=400)
+        generator = Generator(tiny(family), capacity=400, fused=fused)
         text = prompt(300)
         generator.prefill(text)
         tokens = generator.generate(30)
