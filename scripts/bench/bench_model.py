@@ -2,12 +2,12 @@
 """Measure the speed of a whole model; print a table with targets and peers, and write JSON.
 
     python scripts/bench/bench_model.py [--shape SHAPE]
-        [--mix q4_k_m|q5_k_m|q6_k|q8_0] [--scales bf16|exact] [--layers N] [--keep DIR]
+        [--mix q4_k_m|q5_k_m|q6_k|q8_0|mxfp4] [--scales bf16|exact] [--layers N] [--keep DIR]
         [--json FILE] [--profile FILE]
     python scripts/bench/bench_model.py --device cpu --shape tiny --contexts 8 --prompts 16 --tokens 4
 
-1. Write a GGUF of a shape as of Llama 3.1 8B, Gemma 4 31B or Qwen3.6-35B-A3B, random weights of the types that
-   llama.cpp chooses for the mix, and convert it with q6k-convert.
+1. Write a GGUF of a shape as of Llama 3.1 8B, Gemma 4 31B, Qwen3.6-35B-A3B or gpt-oss 20B, random weights of the
+   types that llama.cpp chooses for the mix, and convert it with q6k-convert.
 2. Measure the bandwidth of a kernel that only reads.
 3. Load the bundle twice from the page cache; the second time counts, with all kernels compiled.
 4. Decode `--tokens` tokens after each of `--contexts`: the likeliest token each time, no stop token, read by the
@@ -49,8 +49,8 @@ from q6k_convert.run.speed import decoding, prompting, random_ids, times_of, wai
 from q6k_kernels import load_model
 from q6k_kernels.formats.checks import Activations
 from q6k_kernels.generate.generator import Generator
+from synthetic_gpt_oss import SHAPES
 from synthetic_model import MIXES, write_model
-from synthetic_qwen import SHAPES
 from synthetic_shapes import Shape
 
 PEER_FIGURES = Path(__file__).with_name("peer_figures.json")

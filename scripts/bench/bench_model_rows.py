@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from synthetic_qwen import SHAPES
+from synthetic_gpt_oss import SHAPES
 from synthetic_shapes import Shape
 
 Row = dict[str, Any]

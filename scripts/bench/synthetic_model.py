@@ -30,8 +30,11 @@ MIXES = {
     "q5_k_m": (Type.Q5_K, Type.Q6_K),
     "q6_k": (Type.Q6_K, Type.Q6_K),
     "q8_0": (Type.Q8_0, Type.Q8_0),
+    "mxfp4": (Type.Q8_0, Type.Q8_0),
 }
 """Mixes of types by name: that of most weights, and that of those with more bits; see `type_of`."""
+OF_EXPERTS = {"mxfp4": Type.MXFP4}
+"""Mix -> type of experts where it is neither."""
 NARROW = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 """Type -> the one that llama.cpp takes in its place for rows that are no multiple of 256."""
 
@@ -49,6 +52,8 @@ def type_of(mix: str, name: str, layers: int, head: str = "output.weight") -> Ty
         head: GGUF name of the head's weight.
     """
     usual, more = MIXES[mix]
+    if "_exps." in name and mix in OF_EXPERTS:
+        return OF_EXPERTS[mix]
     if name == head:
         return more
     if not any(part in name for part in ("attn_v.", "attn_qkv.", "ffn_down")):

@@ -29,6 +29,7 @@ import bench_model_rows as rows_of
 import profile_kernels
 import synthetic_model
 from profile_kernels import Kernel, shares
+from synthetic_gpt_oss import SHAPES as ALL
 from synthetic_qwen import SHAPES as QWENS
 from synthetic_shapes import SHAPES
 
@@ -93,13 +94,27 @@ def test_qwens_have_the_published_sizes() -> None:
     assert dense.kv_bytes(0) == 2 * 4 * 48 * 48 * 128 * 128
 
 
-@pytest.mark.parametrize("name", ["tiny-qwen", "tiny-qwen-moe"])
-def test_a_written_qwen_runs(name: str, tmp_path: Path) -> None:
-    synthetic_model.write_model(tmp_path / "m.gguf", QWENS[name], threads=2, mix="q4_k_m")
+@pytest.mark.parametrize(
+    ("name", "mix"), [("tiny-qwen", "q4_k_m"), ("tiny-qwen-moe", "q4_k_m"), ("tiny-gpt-oss", "mxfp4")]
+)
+def test_a_written_model_runs(name: str, mix: str, tmp_path: Path) -> None:
+    synthetic_model.write_model(tmp_path / "m.gguf", ALL[name], threads=2, mix=mix)
     convert(tmp_path / "m.gguf", tmp_path / "out")
     generator = Generator(load_model(tmp_path / "out"), capacity=24, fused=True)
     generator.prefill(list(range(1, 14)))
     assert len(list(generator.generate(4))) == 4
+
+
+def test_gpt_oss_has_the_published_sizes() -> None:
+    """Of which a token needs 3.6 billion, with the rows of embedding and head that it meets."""
+    shape = ALL["gpt-oss-20b"]
+    stacked = sum(math.prod(each) for each in shape.stacks.values())
+    dense, embedding = shape.multiplied - stacked * 4 // 32, shape.vocabulary * shape.hidden
+    others = sum(each.size for each in shape.vectors.values()) + sum(shape.norms.values())
+    assert round((stacked + dense + embedding + others) / 1e9, 1) == 20.9
+    assert round((shape.multiplied + others) / 1e9, 1) == 3.6
+    assert shape.kv_bytes(1000) == 2 * 2 * 8 * 64 * 12 * (128 + 1000)
+    assert synthetic_model.type_of("mxfp4", "blk.3.ffn_down_exps.weight", 24).name == "MXFP4"
 
 
 def test_gemma4_has_the_published_sizes() -> None:
