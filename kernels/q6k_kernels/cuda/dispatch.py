@@ -81,6 +81,38 @@ def linear(
     return y
 
 
+def prepared(
+    m: int,
+    k: int,
+    fp16: bool,
+    tiles: Tensor,
+    bias: Tensor | None,
+    n: int,
+    row: WeightType,
+    activations: str,
+    at: int,
+) -> gemm_wgmma.Product | None:
+    """Return `linear` with one weight and shape as a prepared launch, where `gemm_wgmma` serves it; else None.
+
+    Args:
+        m: rows of x.
+        k: columns of x.
+        fp16: whether x is float16, not bfloat16.
+        tiles: see `linear`, as are the next ones.
+        bias: (n,) or None.
+        n: rows of the weight.
+        row: the weight type.
+        activations: "auto", "int8" or "bf16".
+        at: ordinal of the GPU.
+    """
+    device = launching.device(at)
+    coded = activations == "auto" and m <= DECODE_M and decode_plan.fits(n, k, row, device)
+    if device.arch != gemm_wgmma.ARCH or coded or activations == "int8":
+        return None
+    launching.check_aligned(tiles)
+    return gemm_wgmma.Product(m, k, fp16, tiles, None if bias is None else bias.contiguous(), n, row, device)
+
+
 def rounds_scales(x: Tensor) -> bool:
     """Check whether products of 16-bit activations x (M, K) round a weight's scales and mins to x's dtype first.
 

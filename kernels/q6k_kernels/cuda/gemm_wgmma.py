@@ -184,6 +184,68 @@ def _cost(candidate: WgmmaPlan, k: int, device: Device) -> float:
     return pairs * resident * config.cycles * alone + ends
 
 
+class Product:
+    """The product of activations of one shape with one weight, y = x Wᵀ (+ bias): all that can be found once.
+
+    Args:
+        m: rows of activations, at least 1.
+        k: columns of both.
+        fp16: whether activations are fp16, not bf16.
+        tiles: uint8 (T, ceil(K/256), tile_bytes).
+        bias: (n,), contiguous, or None.
+        n: rows of the weight.
+        row: the weight type.
+        device: the GPU of all tensors, of compute capability 9.0.
+        chosen: forces a plan, to measure it.
+    """
+
+    def __init__(
+        self,
+        m: int,
+        k: int,
+        fp16: bool,
+        tiles: Tensor,
+        bias: Tensor | None,
+        n: int,
+        row: WeightType,
+        device: Device,
+        chosen: WgmmaPlan | None = None,
+    ) -> None:
+        self._plan = launch = plan(m, n, k, device) if chosen is None else chosen
+        file, kernel, macros = _variant(launch.config, row, fp16)
+        self._kernel = loader.load(file, kernel, macros, device.index)
+        self._shape, self._fp16, self._bias, self._device = (m, n, k), fp16, bias, device
+        self._bias_arguments = bias_arguments(bias)
+        self._map = tile_map(device.index, tiles.data_ptr(), *tiles.shape[:2], row, launch.config.rows)
+        self._shared_bytes = launch.config.shared_bytes(row)
+        self._sums = 4 * launch.scratch_floats
+        self.tiles = tiles
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        """Launch the product.
+
+        Args:
+            x: bf16 or fp16 (M, K), rows and start 16-byte aligned.
+            y: x's dtype (M, n), contiguous.
+        """
+        (m, n, k), launch, device = self._shape, self._plan, self._device
+        scratch = _scratch(launch, y.device)
+        at, (bias_at, bias_kind) = scratch.data_ptr(), self._bias_arguments
+        arguments = _ARGUMENTS.pack(
+            *(y.data_ptr(), bias_at, at, at + self._sums, next(_tickets)),
+            *(bias_kind, m, n, k, y.stride(0), launch.whole, self._map),
+            x_map(device.index, x.data_ptr(), self._fp16, m, k, x.stride(0) * 2, launch.config.tokens),
+        )
+        self._kernel.launch(
+            (launch.blocks, 1, 1),
+            launch.config.threads,
+            arguments,
+            stream=stream(device),
+            shared_bytes=self._shared_bytes,
+            dependent=True,
+        )
+
+
 def linear(
     x: Tensor,
     tiles: Tensor,
@@ -194,45 +256,9 @@ def linear(
     device: Device,
     chosen: WgmmaPlan | None = None,
 ) -> None:
-    """Launch the product y = x Wᵀ (+ bias); `cuda.dispatch.linear` has checked the arguments.
-
-    Args:
-        x: bf16 or fp16 (M, K), M >= 1, rows and start 16-byte aligned.
-        tiles: uint8 (T, ceil(K/256), tile_bytes).
-        bias: (n,) or None.
-        n: rows of the weight.
-        row: the weight type.
-        y: x's dtype (M, n), contiguous.
-        device: the GPU of all tensors, of compute capability 9.0.
-        chosen: forces a plan, to measure it.
-    """
-    (m, k), fp16 = x.shape, x.dtype == torch.float16
-    launch = plan(m, n, k, device) if chosen is None else chosen
-    kernel = loader.load(*_variant(launch.config, row, fp16), device.index)
-    scratch, (bias_at, bias_kind) = _scratch(launch, y.device), bias_arguments(bias)
-    arguments = _ARGUMENTS.pack(
-        y.data_ptr(),
-        bias_at,
-        scratch.data_ptr(),
-        scratch.data_ptr() + 4 * launch.scratch_floats,
-        next(_tickets),
-        bias_kind,
-        m,
-        n,
-        k,
-        y.stride(0),
-        launch.whole,
-        tile_map(device.index, tiles.data_ptr(), *tiles.shape[:2], row, launch.config.rows),
-        x_map(device.index, x.data_ptr(), fp16, m, k, x.stride(0) * 2, launch.config.tokens),
-    )
-    kernel.launch(
-        (launch.blocks, 1, 1),
-        launch.config.threads,
-        arguments,
-        stream=stream(device),
-        shared_bytes=launch.config.shared_bytes(row),
-        dependent=True,
-    )
+    """Launch the product y = x Wᵀ (+ bias), see `Product`; `cuda.dispatch.linear` has checked the arguments."""
+    m, k = x.shape
+    Product(m, k, x.dtype is torch.float16, tiles, bias, n, row, device, chosen)(x, y)
 
 
 def _scratch(launch: WgmmaPlan, device: torch.device) -> Tensor:

@@ -181,7 +181,7 @@ def _flash(queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: 
     rows, key_heads, group, dim = queries.shape
     key, value = (each.transpose(0, 1)[None] for each in (keys, values))
     # The public function has no window, and with a mask in its place none of its kernels is fast.
-    out: Tensor = torch.ops.aten._flash_attention_forward(
+    out: Tensor = torch.ops.aten._flash_attention_forward.default(
         *(
             queries.view(1, rows, key_heads * group, dim),
             key,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda import dispatch
 from q6k_kernels.cuda.device import Variant
+from q6k_kernels.cuda.gemm_wgmma import Product
 from q6k_kernels.formats.types import weight_type
 from q6k_kernels.generate import chunk_attend_cuda, chunk_delta_cuda
 from q6k_kernels.generate.delta import DeltaHeads
@@ -39,6 +40,8 @@ NORM_PARTS = (1, 2, 3, 4, 5, 6)
 GATES = {"silu": 0, "gelu_tanh": 1, "relu_squared": 2}
 LOGISTIC = 3
 """Activation -> its number in the enum `Gate` of `cuda/chunk.cuh`; and that of gates of attention."""
+MOST_PRODUCTS = 4096
+"""Prepared products that are kept: those of chunks of a few lengths."""
 _ADD_NORM, _GATE = struct.Struct("@PPPPPPfffii"), struct.Struct("@PPPqqiiii")
 
 
@@ -55,6 +58,7 @@ class ChunkKernels(TorchOperations):
         self._device = launching.device(torch.cuda.current_device() if device.index is None else device.index)
         self._torch_device, self._dtype, self._of_steps = device, dtype, of_steps
         self._fp16 = int(dtype is torch.float16)
+        self._products = dict[tuple[nn.Module, int], Product]()
 
     def add_norm(
         self,
@@ -151,9 +155,19 @@ class ChunkKernels(TorchOperations):
         if not isinstance(module, PackedLinear):
             y: Tensor = module.forward(x)
             return y
+        (m, k), n, tiles, row = x.shape, module.out_features, module.tiles, weight_type(module.format)
         # Not by the op, whose dispatch and checks take longer than the launch.
-        row = weight_type(module.format)
-        return dispatch.linear(x, module.tiles, module.bias, module.out_features, row, module.activations)
+        if (product := self._products.get((module, m))) is None or product.tiles is not tiles:
+            given = tiles, module.bias, n, row, module.activations
+            product = dispatch.prepared(m, k, bool(self._fp16), *given, self._device.index)
+            if product is None:
+                return dispatch.linear(x, *given)
+            if len(self._products) >= MOST_PRODUCTS:
+                self._products.clear()
+            self._products[module, m] = product
+        y = torch.empty(m, n, dtype=self._dtype, device=self._torch_device)
+        product(x, y)
+        return y
 
     def _gated(self, gate: Tensor, up: Tensor | None, kind: int, piece: int, apart: int, k: int) -> ProductInput:
         """Launch a gate of k values; a row's gates are in pieces that are `apart`."""
