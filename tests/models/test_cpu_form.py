@@ -117,3 +117,8 @@ def test_free_memory_is_that_of_the_machine_and_of_the_control_group(monkeypatch
     assert cpu_form.free_memory() == 5 * 1024
     files["/sys/fs/cgroup/memory.max"] = "4000\n"
     assert cpu_form.free_memory() == 3000
+    files["/sys/fs/cgroup/memory.stat"] = "anon 100\ninactive_file 900\nactive_file 5\n"
+    assert cpu_form.free_memory() == 3900
+    old = "/sys/fs/cgroup/memory/memory."
+    files |= {f"{old}limit_in_bytes": "70\n", f"{old}usage_in_bytes": "90\n"}
+    assert cpu_form.free_memory() == 0

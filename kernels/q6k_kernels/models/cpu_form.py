@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
@@ -31,6 +31,17 @@ if TYPE_CHECKING:
 Weights = Literal["auto", "packed", "bytes"]
 SHARE = 0.5
 """The most of the memory that is free which "auto" takes for weights of a byte each."""
+
+CONTROL_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+"""Limit, use and statistics of control groups, of version 2 and 1, and the name of cached files in the last."""
 
 
 def choose(
@@ -75,14 +86,14 @@ def choose(
 def to_bytes(model: PreTrainedModel) -> None:
     """Give the packed layers of a model weights of a byte each, one layer at a time."""
     check_whole(model, "have weights of a byte each")
+    packed = (PackedLinear, PackedEmbedding, PackedStack)
+    # Layers that are tied have the same tiles. All are alive here, so no two others have the same number.
+    tiles = {name: id(each.tiles) for name, each in model.named_modules() if isinstance(each, packed)}
     done = dict[int, Bytes]()
-    for name, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear | PackedEmbedding | PackedStack):
-            # Layers that are tied have the same tiles. The model keeps those of a layer until it is replaced.
-            key = id(module.tiles)
-            if key not in done:
-                done[key] = bytes_of(module.weight)
-            model.set_submodule(name, _layer(module, done[key]))
+    for name, key in tiles.items():
+        module: Any = model.get_submodule(name)
+        done[key] = done.get(key) or bytes_of(module.weight)
+        model.set_submodule(name, _layer(module, done[key]))
 
 
 def _layer(module: PackedLinear | PackedEmbedding | PackedStack, weight: Bytes) -> nn.Module:
@@ -106,12 +117,11 @@ def bytes_taken(tensors: Sequence[StoredTensor]) -> int:
 def free_memory() -> int:
     """Return the bytes that this process may still take: what the machine has left, and its control group."""
     found = [int(line.split()[1]) * 1024 for line in _text("/proc/meminfo").splitlines() if "MemAvailable" in line]
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    for limit, used, statistics, cached in CONTROL_GROUPS:
         if (most := _text(limit).strip()).isdigit() and (now := _text(used).strip()).isdigit():
-            found.append(int(most) - int(now))
+            lines = (line.split() for line in _text(statistics).splitlines())
+            # Files in the page cache count as used, and give way.
+            found.append(int(most) - int(now) + sum(int(number) for name, number in lines if name == cached))
     return max(0, min(found, default=0))
 
 
