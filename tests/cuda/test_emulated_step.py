@@ -1,8 +1,9 @@
-"""A step's kernels of norms and gates on the emulated GPU, against the same in plain torch."""
+"""A step's kernels of norms and gates, and whole steps, on the emulated GPU, against the same in plain torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +14,11 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn
 
 from cuda_emulator.memory import emulate
+from q6k_kernels import load_model
 from q6k_kernels.cpp.variants import device_like
+from q6k_kernels.generate.generator import Generator
 from q6k_kernels.generate.heads import Norm
+from q6k_kernels.generate.step import Step
 from q6k_kernels.generate.step_cuda import Kernels
 from q6k_kernels.generate.step_reference import TorchOperations
 from q6k_kernels.models.layer import Activation
@@ -68,3 +72,22 @@ def test_gates(make: Callable[[torch.dtype], Kernels], activation: Activation, g
     given = gate.bfloat16(), None if up is None else up.bfloat16(), activation
     found, expected = (each.gate(*given, USERS).halves for each in (make(torch.bfloat16), TorchOperations()))
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["cohere2", "olmo3"])
+def test_whole_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a network beside attention, and of norms after each part and of projections; both with windows."""
+    pytest.importorskip("libgguf")
+    from dense_cases import DENSE
+
+    out, _ = DENSE[name].bundle(tmp_path)
+    model = load_model(out, dtype=torch.bfloat16, activations="bf16")
+    generator = Generator(model, capacity=40, fused=True)
+    generator.prefill(torch.randint(3, 96, (21,), generator=torch.Generator().manual_seed(0)).tolist())
+    memory = emulate(monkeypatch, device_like(90))
+    reference = Step(model, generator.cache, TorchOperations())
+    step = Step(model, generator.cache, Kernels(torch.device("cpu", 0), torch.bfloat16))
+    expected = reference(generator._token)
+    found = step(generator._token)
+    memory.check()
+    assert (found - expected).abs().max() < 0.1 * expected.std()
