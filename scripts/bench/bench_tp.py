@@ -97,7 +97,7 @@ def measured(bundles: dict[str, Path], ranks: int, args: argparse.Namespace, fol
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     results = [folder / f"rank{rank}.json" for rank in range(ranks)]
-    multiprocessing.spawn(work, (ranks, port, bundles, args, results), ranks)  # type: ignore[attr-defined]
+    multiprocessing.spawn(work, (ranks, port, bundles, args, results), ranks)  # type: ignore[attr-defined,no-untyped-call]
     first, *others = (json.loads(path.read_text(encoding="utf-8")) for path in results)
     for row, *same in zip(first, *others, strict=True):
         if any(each["chosen"] != row["chosen"] for each in same):
