@@ -20,10 +20,8 @@ from bundle_helpers import failed, invoke, listing
 from q6k_convert.run import publishing, running
 from q6k_kernels import load_model
 from q6k_kernels.tokenizer.tokenizer import load_tokenizer
-from tiny_models import Tiny
-from tokenizer_files import sentencepiece
+from tiny_chat import TEMPLATE, tiny_chat
 
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 FILES = {
     "README.md", "chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json",
     "tokenizer_config.json",
@@ -33,11 +31,7 @@ FILES = {
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of a tiny llama with a vocabulary."""
-    keys = {f"tokenizer.{key}": value for key, value in sentencepiece().items() if not key.endswith("_token_id")}
-    keys |= {"tokenizer.chat_template": TEMPLATE, "tokenizer.ggml.suppress_tokens": [5]}
-    count = len(keys["tokenizer.ggml.tokens"])
-    tiny = Tiny("llama", "llama", {"vocab_size": count, "num_hidden_layers": 1}, keys)
-    return tiny.bundle(tmp_path_factory.mktemp("hf"))[0]
+    return tiny_chat(tmp_path_factory.mktemp("hf"))[0]
 
 
 @pytest.fixture

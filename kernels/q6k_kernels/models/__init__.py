@@ -3,6 +3,7 @@ Imports `weights` and everything below.
 """
 
 __all__ = [
+    "adapters",
     "architecture",
     "assemble",
     "cache_layout",

@@ -138,16 +138,31 @@ def delta_rule(
 
     new, known = (rows(part) for part in torch.split(changes, [dv, dk], -1))
     stored, kept = rows(k * (last - along).exp()).transpose(-1, -2), rows(last.exp())
-    states = new.new_zeros(chunks + 1, batch * heads, dk, dv)
-    if state is not None:
-        states[0] = state.reshape(batch * heads, dk, dv)
-    for at in range(chunks):
-        new[at].baddbmm_(known[at], states[at], alpha=-1)
-        torch.mul(states[at], kept[at], out=states[at + 1])
-        states[at + 1].baddbmm_(stored[at], new[at])
+    first = new.new_zeros(batch * heads, dk, dv) if state is None else state.reshape(batch * heads, dk, dv)
+    new, states = (_recorded if new.requires_grad else _in_place)(first, new, known, stored, kept)
     out = rows(q * along.exp()) @ states[:-1] + rows((q @ k.transpose(-1, -2)) * between) @ new
     out = out.view(chunks, batch, heads, size, dv).permute(1, 0, 3, 2, 4).reshape(batch, -1, heads, dv)
     return out[:, :length], states[-1].view(batch, heads, dk, dv)
+
+
+def _in_place(first: Tensor, new: Tensor, known: Tensor, stored: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the changes of each chunk, written over `new`, and the states before each chunk and after the last."""
+    states = new.new_empty(len(new) + 1, *first.shape)
+    states[0] = first
+    for at in range(len(new)):
+        new[at].baddbmm_(known[at], states[at], alpha=-1)
+        torch.mul(states[at], kept[at], out=states[at + 1])
+        states[at + 1].baddbmm_(stored[at], new[at])
+    return new, states
+
+
+def _recorded(first: Tensor, new: Tensor, known: Tensor, stored: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same by operations that have gradients."""
+    changes, states = list[Tensor](), [first]
+    for at in range(len(new)):
+        changes.append(torch.baddbmm(new[at], known[at], states[at], alpha=-1))
+        states.append(torch.baddbmm(states[at] * kept[at], stored[at], changes[at]))
+    return torch.stack(changes), torch.stack(states)
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class Filler:
         activations: mode of the packed linear layers.
         progress: called with the stored bytes of each tensor once it is loaded.
         parts: the part of each layer to load, by its name, of those that are divided among ranks.
+        joined: whether projections that share their input run as one, see `fusing`.
 
     Raises:
         UnsupportedModelError: a parameter has no GGUF name.
@@ -57,6 +58,8 @@ class Filler:
         activations: Activations,
         progress: Callable[[int], None],
         parts: Mapping[str, ranks.Share] | None = None,
+        *,
+        joined: bool = True,
     ) -> None:
         self.model, self.bundle, self.architecture = model, bundle, architecture
         self.devices, self.dtype, self.activations = devices, dtype, activations
@@ -65,7 +68,7 @@ class Filler:
         self._go_to("")
         self.config: Any = model.config
         self.is_tied: bool = self.config.tie_word_embeddings
-        self.parts = parts or {}
+        self.parts, self.joined = parts or {}, joined
         self.shapes = ranks.shapes_of_parts(model, self.parts, own_parameters(model))
         self.names = gguf_names(architecture, list(self.shapes), self.config.num_hidden_layers)
         self.unread = {part for name in self.names.values() for part in mixtures.stored_parts(name, bundle)}
@@ -89,7 +92,7 @@ class Filler:
             OSError: a file cannot be read.
         """
         modules = dict(self.model.named_modules())
-        for name, module, group in list(fusing.groups(self.model)):
+        for name, module, group in list(fusing.groups(self.model)) if self.joined else ():
             self._go_to(name)
             if self._fuse(name, module, group):
                 for part in group.parts:
@@ -130,7 +133,7 @@ class Filler:
         fusing.fuse(module, group, rows, weights, joined, self.activations)
         if group is fusing.GATE_UP and self.architecture.activation == "silu":
             # The gate's columns of the product are used once: 59 MB less for 2048 tokens of an 8B model.
-            module.act_fn = nn.SiLU(inplace=True)
+            module.act_fn = fusing.SiluInPlace()
         return True
 
     def _gathered(self, module: str) -> bool:

@@ -91,6 +91,14 @@ class Part(nn.Module):
         return f"{self.begin}:{self.end}"
 
 
+class SiluInPlace(nn.Module):
+    """SiLU, which writes over its input unless that has a gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x sigmoid(x)."""
+        return nn.functional.silu(x, inplace=not (torch.is_grad_enabled() and x.requires_grad))
+
+
 class ReorderedInput(nn.Module):
     """A packed layer whose file has its inputs in another order.
 

@@ -47,16 +47,17 @@ class Loading:
         model: a model on the meta device; it becomes that which the bundle fills.
         files: the bundle's shards.
         activations: mode of the packed layers.
+        joined: whether projections that share their input run as one.
 
     Raises:
         UnsupportedModelError: `config.json` is not of this bundle, or as by `load_model`.
         WeightsError, HyperparameterError, BundleError, OSError: as by `load_model`.
     """
 
-    def __init__(self, model: PreTrainedModel, files: list[str], activations: Activations) -> None:
+    def __init__(self, model: PreTrainedModel, files: list[str], activations: Activations, *, joined: bool) -> None:
         check_transformers()
         check_activations(activations)
-        self.activations = activations
+        self.activations, self.joined = activations, joined
         self.bundle = open_bundle(completed(Path(files[0]).parent))
         metadata = read_metadata(self.bundle.path)
         self.architecture, shapes = architecture_of(metadata), shapes_of(self.bundle)
@@ -129,6 +130,7 @@ class Loading:
             self.activations,
             lambda _: None,
             self._parts,
+            joined=self.joined,
         ).fill()
         # What follows initialises buffers that no file has, and everything that it does not know to be loaded.
         for module in model.modules():

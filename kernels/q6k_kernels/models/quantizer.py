@@ -32,12 +32,13 @@ class PlanarConfig(QuantizationConfigMixin):
 
     Args:
         activations: "auto", "int8" or "bf16", see `q6k_kernels.linear`.
+        joined: whether projections that share their input run as one, see `fusing`; adapters want each by its name.
         quant_method: name of the format.
     """
 
-    def __init__(self, activations: Activations = "auto", quant_method: str = FORMAT) -> None:
+    def __init__(self, activations: Activations = "auto", joined: bool = True, quant_method: str = FORMAT) -> None:
         self.quant_method: Any = quant_method  # transformers has a closed set of names, and takes others
-        self.activations = activations
+        self.activations, self.joined = activations, joined
 
 
 @register_quantizer(FORMAT)
@@ -76,7 +77,7 @@ class PlanarQuantizer(HfQuantizer):
         from q6k_kernels.models.pretrained import Loading
 
         config = cast("PlanarConfig", self.quantization_config)
-        self._loading = Loading(model, options["checkpoint_files"], config.activations)
+        self._loading = Loading(model, options["checkpoint_files"], config.activations, joined=config.joined)
 
     def param_element_size(self, _: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """Return the bytes that each number of a parameter takes in the filled model."""

@@ -19,6 +19,7 @@ from torch.nn.functional import gelu, silu
 
 from q6k_kernels.formats.checks import Activations, check_activations
 from q6k_kernels.ops import grouped
+from q6k_kernels.weights import gradients
 from q6k_kernels.weights.weight import PackedWeight, check_packed, check_width
 
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
@@ -89,7 +90,8 @@ class PackedStack(nn.Module):
             (M, top, N) of x's dtype.
         """
         check_width(x, self.in_features)
-        return grouped.experts(x, self.tiles, experts, self.bias, self.out_features, self.format, self.activations)
+        product = gradients.experts if gradients.wanted(x, self.bias) else grouped.experts
+        return product(x, self.tiles, experts, self.bias, self.out_features, self.format, self.activations)
 
     def extra_repr(self) -> str:
         """Return the text between the brackets of `repr`."""

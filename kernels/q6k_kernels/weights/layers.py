@@ -22,6 +22,7 @@ from q6k_kernels.formats.checks import Activations, check_activations, check_dty
 from q6k_kernels.formats.tiles import tiles_shape
 from q6k_kernels.formats.types import DEFAULT, weight_type
 from q6k_kernels.ops import schema
+from q6k_kernels.weights import gradients
 from q6k_kernels.weights.weight import PackedWeight, check_packed, check_width
 
 Device = torch.device | str | int | None
@@ -123,7 +124,8 @@ class PackedLinear(_Packed):
     def forward(self, x: Tensor) -> Tensor:
         """Return x times the transposed weight, plus the bias: (..., K) -> (..., N) of x's dtype."""
         check_width(x, self.in_features)
-        return schema.linear(x, self.tiles, self.bias, self.out_features, self.format, self.activations)
+        product = gradients.linear if gradients.wanted(x, self.bias) else schema.linear
+        return product(x, self.tiles, self.bias, self.out_features, self.format, self.activations)
 
     def extra_repr(self) -> str:
         """Return the text between the brackets of `repr`."""

@@ -4,7 +4,7 @@
     rows = embedding(indices, weight)      -> (..., K)
     w = dequantize(weight, torch.float32)  -> (N, K)
 
-They run on the tensors' device, the CPU or a GPU. Nothing here has a gradient.
+They run on the tensors' device, the CPU or a GPU. Weights have no gradient; x and bias of `linear` may.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from q6k_kernels.formats.checks import Activations
 from q6k_kernels.formats.tiles import check_tiles, unpack
 from q6k_kernels.formats.types import TILE_ROWS, WeightType, weight_type
 from q6k_kernels.ops import schema
+from q6k_kernels.weights import gradients
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -82,6 +83,11 @@ class PackedWeight:
     def device(self) -> torch.device:
         """The device of the tiles."""
         return self.tiles.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the tiles, uint8."""
+        return self.tiles.dtype
 
     @property
     def nbytes(self) -> int:
@@ -276,11 +282,12 @@ def linear(
     Raises:
         TypeError: the weight is a dense tensor.
         ValueError: a dtype, shape, device or option is wrong, the weight is a stack, or x or bias requires a
-            gradient while gradients are recorded.
+            gradient while gradients are recorded and activations are "int8".
     """
     check_packed(weight)
     check_width(x, weight.k)
-    return schema.linear(x, weight.tiles, bias, weight.n, weight.format, activations)
+    product = gradients.linear if gradients.wanted(x, bias) else schema.linear
+    return product(x, weight.tiles, bias, weight.n, weight.format, activations)
 
 
 def embedding(indices: Tensor, weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> Tensor:
