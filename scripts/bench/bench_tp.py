@@ -2,7 +2,7 @@
 """Measure models on several GPUs beside one: tokens a second and memory of each rank; print a table and write JSON.
 
     python scripts/bench/bench_tp.py [--shapes SHAPE ...] [--mix q4_k_m|q5_k_m|q6_k|q8_0] [--ranks 1 2]
-        [--keep DIR] [--json FILE]
+        [--steps own transformers] [--keep DIR] [--json FILE]
     python scripts/bench/bench_tp.py --device cpu --shapes tiny --ranks 1 2 --context 8 --prompts 16 --tokens 4
 
 1. Write a GGUF of each shape with random weights of the types that llama.cpp chooses for the mix, and convert it.
@@ -47,7 +47,7 @@ from synthetic_model import MIXES, write_model
 from synthetic_qwen import SHAPES
 
 Row = dict[str, Any]
-STEPS = {True: "own", False: "transformers'"}
+STEPS = {True: "own", False: "transformers"}
 HEADING = (
     f"{'shape':<16}{'ranks':>6}  {'step':<14}{'decode, tokens/s':>18}{'prompt, tokens/s':>28}"
     f"{'held a rank, GB':>18}{'peak of loading':>17}{'load, s':>9}"
@@ -147,7 +147,7 @@ def rows_of_model(
     }
     capacity = -(-max(args.context + args.tokens + 2, *args.prompts) // 128) * 128
     rows = list[Row]()
-    for fused in (True, False):
+    for fused in (each for each, step in STEPS.items() if step in args.steps):
         try:
             generator = Generator(model, capacity=capacity, fused=fused)
         except UnsupportedModelError:
@@ -237,6 +237,13 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--shapes", choices=SHAPES, nargs="+", default=["llama-8b", "gemma-27b"], metavar="SHAPE")
     add("--mix", choices=MIXES, default="q4_k_m", help="types of the weights, as llama.cpp mixes them")
     add("--ranks", type=int, nargs="+", default=[1, 2], metavar="N")
+    add(
+        "--steps",
+        choices=STEPS.values(),
+        nargs="+",
+        default=[*STEPS.values()],
+        help="our own, transformers' or both",
+    )
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--context", type=int, default=512, help="tokens before the decoded ones")
     add("--prompts", type=int, nargs="+", default=[512, 2048], metavar="N", help="lengths of the prompts in tokens")

@@ -40,7 +40,7 @@ def test_each_step_is_a_row_and_ranks_are_in_it(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(bench_tp.multiprocessing, "spawn", spawned)
     rows = bench_tp.measured(bundles, 2, args, tmp_path)
-    assert [row["step"] for row in rows] == ["own", "transformers'"]
+    assert [row["step"] for row in rows] == ["own", "transformers"]
     for row in rows:
         assert len(row["held_bytes"]) == 2
         assert min(row["decode_tokens_per_s"], *row["prompt_tokens_per_s"].values(), *row["held_bytes"]) > 0
