@@ -73,11 +73,13 @@ def chat(
 ) -> None:
     """Chat with a bundle's model; messages are lines of stdin, typed or piped.
 
-    Ctrl-C stops an answer and keeps the chat; Ctrl-D or /exit ends it. Commands: /help, /system TEXT, /reset,
-    /save FILE. Of a message that begins with / write the / twice. A line that ends in a backslash goes on in the
-    next. A turn processes only what the turns before have not.
+    Ctrl-C stops an answer and keeps the chat; Ctrl-D or /exit ends it.
 
-    What is wrong with a message is told at a terminal, and the chat goes on; in a pipe it ends the command.
+    Commands: /help, /system TEXT, /reset, /save FILE, /exit. Begin a message with // to send it with one /.
+
+    A line that ends in a backslash goes on in the next. A turn processes only what is new.
+
+    At a terminal what is wrong with a message is told, and the chat goes on; in a pipe it ends the command.
     """
     with reporting(as_json, quiet, verbose) as terminal:
         from q6k_convert.cli.given import bundle_path
@@ -150,9 +152,11 @@ def bench(
 ) -> None:
     """Measure how many tokens a second a bundle's model reads and decodes, in the tests of llama-bench.
 
-    ppN processes a prompt of N random tokens, up to the logits; tgN decodes N tokens behind one. `@ dN` is after a
-    text of N tokens. Each is run once before it counts, so compiling and recording do not. Of the repetitions the
-    mean and the standard deviation are shown, as a table in Markdown.
+    ppN processes a prompt of N random tokens, up to the logits; tgN decodes N tokens behind one.
+
+    With `@ dN` both follow a text of N tokens. Each runs once before it counts, so compiling does not.
+
+    The table, in Markdown, has the mean of the repetitions and their standard deviation.
     """
     with reporting(as_json, quiet, verbose) as terminal:
         from q6k_convert.cli.given import bundle_path
@@ -205,9 +209,11 @@ def perplexity(
 ) -> None:
     """Compute the perplexity of a text for a bundle's model.
 
-    The text is cut into windows, each of which begins with BOS if the tokenizer has one, and is predicted alone,
-    every token of it. The error is the standard error of the mean. llama-perplexity counts only the second half of
-    each window, so its figures are lower; compare those of one program.
+    Each window of the text begins with BOS, if the tokenizer has one, and every token of it is predicted.
+
+    The error is the standard error of the mean.
+
+    llama-perplexity counts only the second half of a window, so its figures are mostly lower.
     """
     with reporting(as_json, quiet, verbose) as terminal:
         from q6k_convert.cli.given import bundle_path

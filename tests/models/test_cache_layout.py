@@ -21,19 +21,19 @@ def test_the_size_told_is_that_of_the_cache(tmp_path: Path, name: str) -> None:
     out, model = MODELS[name].bundle(tmp_path)
     config, metadata = model.config, read_metadata(out)
     shapes = {tensor.name: tuple(tensor.shape) for tensor in manifest.read(out).tensors}
-    for capacity in (1, 70, 1000):
+    for capacity, dtype in ((1, torch.bfloat16), (70, torch.bfloat16), (1000, torch.float32)):
         cache = KeyValueCache(config, capacity, torch.device("cpu"))
         cache.begin_chunk(0, 1)
         for layer in range(config.num_hidden_layers):
             if cache.kinds[layer] == "linear_attention":
                 channels = model.model.layers[layer].linear_attn.conv_dim
-                cache.update_conv_state(torch.zeros(1, channels, 1, dtype=torch.bfloat16), layer)
+                cache.update_conv_state(torch.zeros(1, channels, 1, dtype=dtype), layer)
             elif cache.source[layer] == layer:
                 attention = model.model.layers[layer].self_attn
                 heads = config.num_attention_heads // attention.num_key_value_groups
-                token = torch.zeros(1, heads, 1, attention.head_dim, dtype=torch.bfloat16)
+                token = torch.zeros(1, heads, 1, attention.head_dim, dtype=dtype)
                 cache.update(token, token, layer)
-        assert cache_bytes(metadata, shapes, capacity) == cache.nbytes, capacity
+        assert cache_bytes(metadata, shapes, capacity, dtype.itemsize) == cache.nbytes, capacity
 
 
 def test_telling_it_needs_no_torch() -> None:
