@@ -10,6 +10,7 @@ read bundles.
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -28,7 +29,11 @@ def watch() -> None:
 
 
 def _register() -> None:
-    import q6k_kernels.models.quantizer  # noqa: F401 -- importing it registers the quantiser
+    try:
+        import q6k_kernels.models.quantizer  # noqa: F401 -- importing it registers the quantiser
+    except ImportError as error:
+        # A program that opens no bundle is to go on, with whatever release of transformers.
+        warnings.warn(f"transformers cannot open q6k-planar bundles: {error}", stacklevel=2)
 
 
 class _Watcher(MetaPathFinder):

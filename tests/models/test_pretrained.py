@@ -175,6 +175,13 @@ def test_a_registry_that_is_there_already_gets_the_quantiser_at_once(monkeypatch
     assert FORMAT in auto.AUTO_QUANTIZER_MAPPING
 
 
+def test_a_transformers_without_quantisers_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "q6k_kernels.models.quantizer")
+    monkeypatch.delattr("transformers.quantizers.auto.register_quantizer")
+    with pytest.warns(UserWarning, match="cannot open q6k-planar bundles: cannot import name 'register_quantizer'"):
+        plugin.watch()
+
+
 def test_what_is_saved_opens_as_the_same_model(llama: Path, tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(llama)
     model.generation_config.max_new_tokens = 3
