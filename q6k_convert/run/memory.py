@@ -85,36 +85,38 @@ def free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-def planned(memory: dict[str, Any], free: int | None) -> str:
-    """Return the line of a plan: what weights and cache take, and what is free.
+def planned(memory: dict[str, Any], free: int | None, *, cached: bool = True) -> str:
+    """Return the line of a plan: what weights and cache take, and what is free; "" if there is nothing to say.
 
     Args:
         memory: what `model_memory` returned.
         free: bytes that are free on the GPU, or None.
+        cached: whether there will be a cache.
 
     Raises:
         EnvironmentMissingError: the weights alone do not fit.
         UsageError: weights and cache do not fit.
     """
-    weights, cache = memory["weights_bytes"], memory["cache_bytes"] or 0
-    tokens = text.plural(memory["context"], "token")
-    of_cache = f"{text.size(cache)} of cache for {tokens}"
-    if memory["cache_problem"] is not None:
-        of_cache = f"a cache whose size is not known: {memory['cache_problem']}"
+    weights, cache = memory["weights_bytes"], cached * (memory["cache_bytes"] or 0)
     if free is not None and weights > free:
         raise EnvironmentMissingError(
             f"the weights take {text.size(weights)} of GPU memory, and {text.size(free)} are free",
             "Free some, take a smaller model or a larger GPU, or run on the CPU: --device cpu.",
         )
-    if free is not None and weights + cache > free:
-        raise UsageError(
-            f"the cache of {tokens} takes {text.size(cache)} of GPU memory; of {text.size(free)} that are free, "
-            f"the weights leave {text.size(free - weights)}",
-            "Give a shorter --context.",
-        )
-    of_weights = "" if free is None else f"{text.size(weights)} of weights and "
+    parts = [f"{text.size(weights)} of weights"] if free is not None else []
+    if cached and memory["cache_problem"] is not None:
+        parts.append(f"a cache whose size is not known: {memory['cache_problem']}")
+    elif cached:
+        tokens = text.plural(memory["context"], "token")
+        parts.append(f"{text.size(cache)} of cache for {tokens}")
+        if free is not None and weights + cache > free:
+            raise UsageError(
+                f"the cache of {tokens} takes {text.size(cache)} of GPU memory; of {text.size(free)} free, the "
+                f"weights leave {text.size(free - weights)}",
+                "Give a shorter --context.",
+            )
     of_free = "" if free is None else f", {text.size(free)} are free"
-    return f"memory: {of_weights}{of_cache}{of_free}"
+    return f"memory: {' and '.join(parts)}{of_free}" if parts else ""
 
 
 def _resident(shape: tuple[int, ...], format: str | None, element_bytes: int) -> int:

@@ -55,7 +55,7 @@ def run(request: PerplexityRequest, note: Note, progress: Progress) -> dict[str,
     windows = windows_of(tokenizer, content, window)[: request.windows]
     if not windows:
         raise InputRejectedError(f"{request.file}: expected two tokens or more", "Give a longer text.")
-    model = session.model(window, progress)
+    model = session.model(None, progress)
     tokens = sum(len(window) - 1 for window in windows)
     note(f"reading {text.plural(tokens, 'token')} in {text.plural(len(windows), 'window')}")
     with session.timed("reading"):

@@ -98,8 +98,8 @@ class Session:
             self.note(f"note: {line}")
         return tokenizer
 
-    def model(self, context: int, progress: Progress) -> PreTrainedModel:
-        """Say what memory the model takes with a cache of so many tokens, and load it.
+    def model(self, context: int | None, progress: Progress) -> PreTrainedModel:
+        """Say what memory the model takes with a cache of so many tokens, or without one, and load it.
 
         Raises:
             EnvironmentMissingError: see `memory.planned`.
@@ -112,7 +112,8 @@ class Session:
 
         sizes = loaded_sizes(self.manifest.tensors)
         memory = model_memory(self.metadata, sizes, context, self.dtype.itemsize)
-        self.note(planned(memory, free_bytes(self.device)))
+        if plan := planned(memory, free_bytes(self.device), cached=context is not None):
+            self.note(plan)
         request, total = self.request, sum(tensor.nbytes for tensor in self.manifest.tensors)
         form, why = self._form()
         if self.device.type == "cpu":
