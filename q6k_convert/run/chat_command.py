@@ -163,26 +163,13 @@ class Chat:
             self._answer(message, interruptions)
 
     def _answer(self, message: str, interruptions: Interruptions) -> None:
-        messages = self.conversation.asked(message)
-        ids, generator = self._tokenizer.encode_chat(messages), self._generator
-        check_ids(self._session.manifest, ids)
-        room = generator.capacity - len(ids)
-        if room < 1:
-            raise UsageError(
-                f"with this message the chat has {len(ids)} tokens, and the context holds {generator.capacity}",
-                "Begin anew with /reset, or with more --context.",
-            )
-        complete = False
         try:
-            with interruptions.stopping(), self._session.timed("prefill"):
-                generator.resume(ids)
-            complete = True
+            with interruptions.stopping():
+                ids = self._read(message)
         except StoppedError:
             self._out.note("stopped before the answer; the message is forgotten")
             return
-        finally:
-            if not complete:
-                generator.reset()  # the cache holds a part of the text
+        room = self._generator.capacity - len(ids)
         most = room if self._most is None else min(room, self._most)
         try:
             with interruptions.noting():
@@ -192,6 +179,29 @@ class Chat:
         self._note(ids, answer, full=len(answer.tokens) == room)
         if answer.text or answer.stop_reason != "interrupted":
             self.conversation.add(message, answer.text)
+
+    def _read(self, message: str) -> list[int]:
+        """Let the model read all messages and this one; return their tokens."""
+        ids, generator = self._tokenizer.encode_chat(self.conversation.asked(message)), self._generator
+        if not ids:
+            raise UsageError(
+                "the chat template makes no tokens of the messages", "Give another one: --tokenizer DIR."
+            )
+        check_ids(self._session.manifest, ids)
+        if len(ids) >= generator.capacity:
+            raise UsageError(
+                f"with this message the chat has {len(ids)} tokens, and the context holds {generator.capacity}",
+                "Begin anew with /reset, or with more --context.",
+            )
+        complete = False
+        try:
+            with self._session.timed("prefill"):
+                generator.resume(ids)
+            complete = True
+        finally:
+            if not complete:
+                generator.reset()  # the cache holds a part of the text
+        return ids
 
     def _note(self, ids: list[int], answer: Answer, *, full: bool) -> None:
         reused, seconds = self._generator.reused, self._session.seconds["prefill"]

@@ -19,7 +19,7 @@ from bundle_helpers import failed
 from q6k_convert.cli.main import app
 from q6k_convert.cli.typed import MAX_LINE_BYTES, TypedMessages
 from q6k_kernels.generate.generator import Generator
-from q6k_kernels.tokenizer.text_tokenizer import TextStream
+from q6k_kernels.tokenizer.text_tokenizer import TextStream, Tokenizer
 from q6k_kernels.tokenizer.tokenizer import load_tokenizer
 from tiny_bundle import TinyBundle, ids_of, tiny_bundle
 
@@ -158,6 +158,8 @@ def test_in_a_pipe_what_is_wrong_ends_it(tiny: TinyBundle, tmp_path: Path) -> No
     failed(chat(tiny, "x", "--context", "301"), 2, "the model knows 300 positions", "Give 300")
     long = chat(tiny, "The dog\nThe lazy dog and the quick fox\n", "--context", "24")
     failed(long, 2, "and the context holds 24", "/reset, or with more --context")
+    tiny.write(chat_template="{{ '' }}", ggml__add_bos_token=False)
+    failed(chat(tiny, "x"), 2, "makes no tokens of the messages", "--tokenizer DIR")
     tiny.write(chat_template=None)
     failed(chat(tiny, "x"), 2, "the model has no chat template", "--tokenizer DIR")
 
@@ -221,6 +223,25 @@ def test_ctrl_c_while_a_prompt_is_read_forgets_the_message(
     document = document_of(chat(tiny, "The dog\nnever\nThe fox\n", "--json"))
     assert [each["content"] for each in document["messages"][::2]] == ["The dog", "The fox"]
     assert [turn["reused_tokens"] for turn in document["turns"]] == [0, 0]  # the cache held a part of the text
+
+
+def test_ctrl_c_while_a_template_is_rendered_forgets_the_message(
+    tiny: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, calls = Tokenizer.encode_chat, []
+
+    def interrupting(self: Tokenizer, messages: Any) -> list[int]:
+        calls.append(messages)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return encode(self, messages)
+
+    monkeypatch.setattr(Tokenizer, "encode_chat", interrupting)
+    done = chat(tiny, "The dog\nnever\nThe fox\n", "--json")
+    document = document_of(done)
+    assert [each["content"] for each in document["messages"][::2]] == ["The dog", "The fox"]
+    assert document["turns"][1]["reused_tokens"] > 0
+    assert "stopped before the answer; the message is forgotten" in done.stderr
 
 
 def test_ctrl_c_at_the_prompt_is_answered_and_ends_it_the_second_time(typed: Any) -> None:
