@@ -12,7 +12,7 @@ constexpr int NORM_THREADS = 256;
 constexpr int GATE_THREADS = 128;
 constexpr int SOFTMAX_THREADS = 256;
 
-enum Gate { SILU = 0, GELU_TANH = 1, RELU_SQUARED = 2, LOGISTIC = 3 };
+enum Gate { SILU = 0, GELU_TANH = 1, RELU_SQUARED = 2, CLAMPED_SWIGLU = 3, LOGISTIC = 4 };
 
 // sum = (hidden + factor * (norm of) delta) * scale; x = (norm of) sum.
 //
@@ -98,6 +98,8 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
   }
 }
 
+__device__ __forceinline__ float at_most(float value, float most) { return value > most ? most : value; }  // NaN stays
+
 // x = gate's activation * up, or without up the activation alone.
 //
 // Parameters: gate and up, 16-bit, up perhaps null, rows `gate_stride` and `up_stride` apart; x 16-bit, rows of k values; kind, a Gate,
@@ -115,15 +117,45 @@ extern "C" __global__ void __launch_bounds__(GATE_THREADS)
   if (up != nullptr) load_8(up + blockIdx.x * up_stride + at, factors);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    const float v = values[j];
+    const float v = kind == CLAMPED_SWIGLU ? at_most(values[j], 7.0f) : values[j];
+    if (kind == CLAMPED_SWIGLU) factors[j] = -at_most(-at_most(factors[j], 7.0f), 7.0f) + 1.0f;
     // gelu's tanh(u) is 1 - 2 / (1 + e^2u), so 0.5 (1 + tanh(u)) is the logistic function of 2u.
-    const float u = kind == GELU_TANH ? 1.5957691216057308f * fmaf(0.044715f * v * v, v, v) : v;
+    const float gelu = 1.5957691216057308f * fmaf(0.044715f * v * v, v, v);
+    const float u = kind == GELU_TANH ? gelu : kind == CLAMPED_SWIGLU ? 1.702f * v : v;
     const float share = __fdividef(1.0f, 1.0f + __expf(-u));
     const float activated = kind == RELU_SQUARED ? (v < 0.0f ? 0.0f : v * v) : v * share;
     values[j] = kind == LOGISTIC ? rounded(share) : activated;
     values[j] *= factors[j];
   }
   store_8(x + (i64)blockIdx.x * k + at, values);
+}
+
+// x = the sum of experts' outputs, each times its factor, and of what is beside them; rounded before that is added.
+//
+// Parameters: rows 16-bit (tokens, top, k); factors fp32 (tokens, top), or with `gated` (tokens, top + 1), that of
+// `beside` last; beside 16-bit (tokens, k), or null; x 16-bit (tokens, k); top; k, a multiple of 8.
+// Grid: tokens x 8 values a thread.
+extern "C" __global__ void __launch_bounds__(GATE_THREADS)
+    q6k_sum_experts_rows(const u16* rows, const float* factors, const u16* beside, u16* x, int top, int k, int gated) {
+  let_dependents_start();
+  const int at = (blockIdx.y * GATE_THREADS + threadIdx.x) * 8;
+  const i64 token = blockIdx.x;
+  wait_for_previous_grid();
+  if (at >= k) return;
+  float sums[8] = {}, values[8];
+  for (int i = 0; i < top; ++i) {
+    const float factor = factors[token * (top + gated) + i];
+    load_8(rows + (token * top + i) * k + at, values);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sums[j] = fmaf(values[j], factor, sums[j]);
+  }
+  if (beside != nullptr) {
+    const float factor = gated ? factors[token * (top + 1) + top] : 1.0f;
+    load_8(beside + token * k + at, values);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sums[j] = rounded(sums[j]) + rounded(values[j] * factor);
+  }
+  store_8(x + token * k + at, sums);
 }
 
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xFF800000u); }

@@ -86,6 +86,7 @@ def multiply(
     y: Tensor,
     device: Device,
     config: Config | None = None,
+    placed: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Launch the products; `cuda.experts_dispatch` has checked the arguments.
 
@@ -99,6 +100,7 @@ def multiply(
         y: x's dtype (M, top, n), contiguous.
         device: the GPU of all tensors.
         config: forces what Hopper's kernel is compiled for, to measure it.
+        placed: what `sort` returns of these experts, if that is known.
 
     Raises:
         ValueError: there are more experts than the kernels count.
@@ -109,7 +111,7 @@ def multiply(
         raise ValueError(
             f"activations bf16: kernels serve up to {MOST_EXPERTS} experts, found {count}; use activations='int8'"
         )
-    order, begins = sort(experts, count, device)
+    order, begins = placed or sort(experts, count, device)
     rows = _in_order(x, order, pairs // len(x), device)
     product = _Sorted(rows, tiles, order, begins, bias, n, row, y, device)
     if device.arch == gemm_wgmma.ARCH:

@@ -140,3 +140,27 @@ extern "C" __global__ void __launch_bounds__(ROUTE_WARPS * 32)
   }
   if (lane == 0 && rows > count) factors[top] = rounded(logistic(load_of_others(logits + count)));
 }
+
+// The routes of many tokens, whose logits are there already.
+//
+// Parameters: logits fp32 (tokens, rows), numbers of 16 bits; scales, count and top as of q6k_route; experts (tokens, top);
+// factors fp32 (tokens, top + rows - count); rows, count or one more. Grid: ROUTE_WARPS tokens a block.
+extern "C" __global__ void __launch_bounds__(ROUTE_WARPS * 32)
+    q6k_route_rows(const float* logits, const float* scales, int* experts, float* factors, int tokens, int rows,
+                   int count, int top) {
+  const int lane = threadIdx.x & 31;
+  const i64 token = blockIdx.x * ROUTE_WARPS + (threadIdx.x >> 5);
+  let_dependents_start();
+  wait_for_previous_grid();
+  if (token >= tokens) return;
+  const float* const own = logits + token * rows;
+  float* const own_factors = factors + token * (top + rows - count);
+  if (count <= 128) {
+    choose_experts<4>(own, scales, count, top, experts + token * top, own_factors);
+  } else if (count <= 256) {
+    choose_experts<8>(own, scales, count, top, experts + token * top, own_factors);
+  } else {
+    choose_experts<MOST_EXPERTS / 32>(own, scales, count, top, experts + token * top, own_factors);
+  }
+  if (lane == 0 && rows > count) own_factors[top] = rounded(logistic(own[count]));
+}

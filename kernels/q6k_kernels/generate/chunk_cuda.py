@@ -1,9 +1,9 @@
 """The operations of a chunk of a prompt on a GPU: launches of `cuda/chunk.cuh`, products by the kernels for many
-rows, attention (`chunk_attend_cuda`) and gated delta nets (`chunk_delta_cuda`).
+rows, attention (`chunk_attend_cuda`), gated delta nets (`chunk_delta_cuda`) and mixtures (`chunk_mixture_cuda`).
 
-`step_reference` specifies the operations, in plain torch. What has no kernel here is computed by it: the choice of
-experts and the sum of their outputs, and heads of sizes or forms that `chunk_attend_cuda.supports` leaves out. A
-single token, which may be all that is left of a chunk, goes through the attention of a step.
+`step_reference` specifies the operations, in plain torch. It computes heads of the sizes and forms that
+`chunk_attend_cuda.supports` leaves out. A single token, which may be all that is left of a chunk, goes through the
+attention of a step.
 
 Nothing here waits for the GPU.
 """
@@ -22,24 +22,24 @@ from q6k_kernels.cuda import dispatch
 from q6k_kernels.cuda.device import Variant
 from q6k_kernels.cuda.gemm_wgmma import Product
 from q6k_kernels.formats.types import weight_type
-from q6k_kernels.generate import chunk_attend_cuda, chunk_delta_cuda
+from q6k_kernels.generate import chunk_attend_cuda, chunk_delta_cuda, chunk_mixture_cuda
 from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.heads import Cached, Heads, Norm
-from q6k_kernels.generate.mixture import Mixed
+from q6k_kernels.generate.mixture import Mixed, Mixture
 from q6k_kernels.generate.norm_cuda import pointer
-from q6k_kernels.generate.step_cuda import Kernels
+from q6k_kernels.generate.step_cuda import GATES, Kernels
 from q6k_kernels.generate.step_reference import ProductInput, TorchOperations
 from q6k_kernels.jit import loader
 from q6k_kernels.models.layer import Activation
+from q6k_kernels.weights.experts import PackedExperts
 from q6k_kernels.weights.layers import PackedLinear
 
 CHUNK, ADD_NORM, GATE = "chunk.cuh", "q6k_add_norm_rows", "q6k_gate_rows"
 NORM_THREADS, GATE_THREADS = 256, 128
 NORM_PARTS = (1, 2, 3, 4, 5, 6)
 """Pieces of a row that is normed: up to `step_cuda.MOST_NORM` values."""
-GATES = {"silu": 0, "gelu_tanh": 1, "relu_squared": 2}
-LOGISTIC = 3
-"""Activation -> its number in the enum `Gate` of `cuda/chunk.cuh`; and that of gates of attention."""
+LOGISTIC = 4
+"""The number of gates of attention in the enum `Gate` of `cuda/chunk.cuh`, behind those of `step_cuda.GATES`."""
 MOST_PRODUCTS = 4096
 """Prepared products that are kept: those of chunks of a few lengths."""
 _ADD_NORM, _GATE = struct.Struct("@PPPPPPfffii"), struct.Struct("@PPPqqiiii")
@@ -73,7 +73,7 @@ class ChunkKernels(TorchOperations):
     ) -> tuple[Tensor, ProductInput]:
         """Launch the residual sum and its norms, see `step_reference`."""
         if isinstance(delta, Mixed):
-            delta = delta.sum(self._normed)
+            delta = self._added(delta)
         if further is not None:
             total, normed = self.add_norm(hidden, delta, after, norm, users, factor, scale)
             return total, replace(normed, further=tuple(self._normed(each, total) for each in further))
@@ -98,6 +98,16 @@ class ChunkKernels(TorchOperations):
             ),
         )
         return total, ProductInput(x, None, k)
+
+    def _added(self, mixed: Mixed) -> Tensor:
+        total, norms = chunk_mixture_cuda.added(self._launch, _MACROS[self._fp16], mixed), mixed.norms
+        if norms is None:
+            return total
+        if mixed.beside is None:
+            return self._normed(norms.after_experts, total)
+        return self.add_norm(self._normed(norms.after_beside, mixed.beside), total, norms.after_experts, None, [])[
+            0
+        ]
 
     def _normed(self, norm: Norm, x: Tensor) -> Tensor:
         halves = self.add_norm(x, None, None, norm, [])[1].halves
@@ -147,6 +157,23 @@ class ChunkKernels(TorchOperations):
             return self._of_steps.delta(mixed, z, b, a, heads, states, [_HALVES])
         x = chunk_delta_cuda.computed(self._launch, _MACROS[self._fp16], (mixed, z, b, a), heads, states)
         return ProductInput(x, None, x.shape[1])
+
+    def route(self, x: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
+        """Launch the choice of experts, see `mixture.route`."""
+        return chunk_mixture_cuda.route(self._launch, _MACROS[self._fp16], x, mixture)
+
+    def mix(self, x: Tensor, mixture: Mixture, chosen: Tensor, factors: Tensor, beside: Tensor | None) -> Mixed:
+        """Launch the products of a mixture, see `mixture.mix`."""
+        experts = mixture.experts
+        assert isinstance(experts, PackedExperts)  # noqa: S101 -- the kernels of steps have checked
+
+        def gate(gates: Tensor, ups: Tensor) -> Tensor:
+            halves = self._gated(gates, ups, GATES[experts.activation], gates.shape[1], 0, gates.shape[1]).halves
+            assert halves is not None  # noqa: S101 -- all operations here return them
+            return halves
+
+        rows = chunk_mixture_cuda.outputs(x, experts, chosen, gate)
+        return Mixed(rows, factors, beside, mixture.norms)
 
     def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor:
         """Compute a product, (M, N)."""
@@ -205,5 +232,6 @@ def variants() -> list[Variant]:
     found = list[Variant]()
     for fp16, macros in enumerate(_MACROS):
         found += [(CHUNK, GATE, macros), *chunk_attend_cuda.variants(macros), *chunk_delta_cuda.variants(macros)]
+        found += chunk_mixture_cuda.variants(macros)
         found += [_norm_variant(fp16, 8 * NORM_THREADS * parts) for parts in NORM_PARTS]
     return found
