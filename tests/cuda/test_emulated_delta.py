@@ -21,7 +21,7 @@ from q6k_kernels.generate.step_cuda import Kernels
 from q6k_kernels.generate.step_reference import TorchOperations
 
 pytestmark = cuda_emulator.requires_compiler
-DIM, KEY_HEADS, VALUE_HEADS = 128, 2, 6
+DIM, KEY_HEADS, VALUE_HEADS = 128, 3, 9  # whose values do not fill a super-block
 CHANNELS, VALUES = (2 * KEY_HEADS + VALUE_HEADS) * DIM, VALUE_HEADS * DIM
 TOKENS = 6  # more than the convolution sees
 
@@ -55,7 +55,7 @@ def test_outputs_and_states_are_those_of_torch(gpu: Memory) -> None:
     kernels = Kernels(torch.device("cpu", 0), dtype)
     assert kernels.supports(256, 256, net) == ""
     kernels.reserve(net)
-    users: list[nn.Module] = [PackedLinear(VALUES, 16), nn.Identity()]
+    users: list[nn.Module] = [PackedLinear(VALUES, 16, format="q8_0"), nn.Identity()]
     states = [
         (torch.zeros(1, CHANNELS, 4, dtype=dtype), torch.randn(1, VALUE_HEADS, DIM, DIM, generator=random))
         for _ in "ab"

@@ -14,7 +14,9 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn
 
 from cuda_emulator.memory import emulate
+from q6k_kernels import PackedLinear
 from q6k_kernels.cpp.variants import device_like
+from q6k_kernels.cuda import decode
 from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.step_cuda import Kernels
 from q6k_kernels.generate.step_reference import TorchOperations
@@ -25,6 +27,7 @@ pytestmark = cuda_emulator.requires_compiler
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[torch.dtype], Kernels]]:
     memory = emulate(monkeypatch, device_like(90))
+    monkeypatch.setattr(decode, "stream", lambda on: 0)
     yield lambda dtype: Kernels(torch.device("cpu", 0), dtype)
     memory.check()
 
@@ -103,9 +106,14 @@ def test_heads_of_other_forms(
     cache = [random(1, key_heads, slots, dim, seed=each).to(dtype) for each in (5, 6)]
     mine, theirs = (Cached(*(each.clone() for each in cache), 0) for _ in range(2))
     at = torch.tensor([20])
-    found = run.attend(q, k, v, heads, mine, at, [nn.Identity()]).halves
+    found = run.attend(
+        q, k, v, heads, mine, at, [PackedLinear(heads.count * dim, 16, format="q8_0"), nn.Identity()]
+    )
     expected = TorchOperations().attend(q, k, v, heads, theirs, at, []).halves
-    assert found is not None
+    assert found.halves is not None
+    assert found.codes is not None
     assert expected is not None
-    torch.testing.assert_close(found.double(), expected.double(), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(found.halves.double(), expected.double(), rtol=2e-2, atol=2e-2)
+    # With zeros behind the 384 values, up to the end of a super-block.
+    assert torch.equal(found.codes, decode._quantize(found.halves, 1, run._device))
     torch.testing.assert_close(mine.keys.double(), theirs.keys.double(), rtol=1e-2, atol=1e-2)

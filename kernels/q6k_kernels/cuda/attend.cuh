@@ -271,6 +271,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
   __syncthreads();
   if (!last) return;
+  const int k_out = outputs * gridDim.y;
   // A warp adds 64 outputs, a lane two, of one head or two. All loads are issued at once: a lane loads the maximum
   // and weight of one block, and every block's part of its own outputs.
   for (int out = warp * 64; out < outputs; out += WARPS * 64) {
@@ -325,9 +326,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       raw[0] = reinterpret_cast<const uint4*>(staged[warp])[lane * 2];
       raw[1] = reinterpret_cast<const uint4*>(staged[warp])[lane * 2 + 1];
     }
-    if (codes != nullptr) {
-      quantize_into(Quantized::all(codes, steps, heads * gridDim.y * DIM), raw, 0, at / 16 + lane, quantises);
-    }
+    if (codes != nullptr) quantize_into(Quantized::all(codes, steps, k_out), raw, 0, at / 16 + lane, quantises);
     __syncwarp();
+  }
+  if (codes != nullptr && row == gridDim.y - 1 && warp == WARPS - 1) {
+    quantize_padding(Quantized::all(codes, steps, k_out), k_out);
   }
 }

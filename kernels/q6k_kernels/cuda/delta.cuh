@@ -152,7 +152,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       reinterpret_cast<uint4*>(x + at)[lane * 2 + 1] = raw[1];
     }
   }
-  if (codes != nullptr) {
-    quantize_into(Quantized::all(codes, steps, (int)gridDim.x * DIM), raw, 0, at / 16 + lane, quantises);
-  }
+  if (codes == nullptr) return;
+  const int k = (int)gridDim.x * DIM;
+  const Quantized to = Quantized::all(codes, steps, k);
+  quantize_into(to, raw, 0, at / 16 + lane, quantises);
+  if (head == (int)gridDim.x - 1) quantize_padding(to, k);
 }

@@ -118,6 +118,17 @@ __device__ __forceinline__ void quantize_into(const Quantized& to, const uint4 (
   }
 }
 
+// The groups of 16 of a row of k values with those that fill its last super-block, which are zeros.
+__device__ __forceinline__ int padded_groups(int k) { return super_blocks_of(k) * (SUPER_BLOCK / 16); }
+
+// A warp's: writes the groups past k of one row.
+__device__ __forceinline__ void quantize_padding(const Quantized& to, int k) {
+  if (k % SUPER_BLOCK == 0) return;
+  const uint4 zeros[2] = {};
+  const int group = k / 16 + (threadIdx.x & 31);
+  quantize_into(to, zeros, 0, group, group < padded_groups(k));
+}
+
 #if Q6K_FUSED
 __device__ __forceinline__ int token_of(int at, int groups) {
   return TOKENS <= 2 ? at >= groups : (int)((u32)at / (u32)groups);

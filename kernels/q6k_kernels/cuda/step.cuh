@@ -135,7 +135,7 @@ __device__ __forceinline__ void add_norm(const u16* hidden, const u16* delta, co
                                          float* steps, float factor, float scale, float epsilon, bool centred, int k) {
   __shared__ float parts[4][2][NORM_THREADS / 32];
   let_dependents_start();
-  const int groups = k / 16;
+  const int groups = k / 16, padded = padded_groups(k);
   Norm last, of_delta, of_rows, of_beside, others[2];
   last.load(weight, groups);
   of_delta.load(after, groups);
@@ -193,13 +193,13 @@ __device__ __forceinline__ void add_norm(const u16* hidden, const u16* delta, co
 #pragma unroll
   for (int i = 0; i < NORM_GROUPS; ++i) {
     const int group = threadIdx.x + i * NORM_THREADS;
-    if ((group & ~31) >= groups) break;  // for the whole warp
+    if ((group & ~31) >= padded) break;  // for the whole warp
     const bool present = group < groups;
     uint4 raw[2];
     to_halves(values[i], raw);
     if (present && weight != nullptr) normed(last, i, raw);
     if (x != nullptr && present) store_16(x + group * 16, raw);
-    if (codes != nullptr) quantize_into(Quantized::all(codes, steps, k), raw, 0, group, present);
+    if (codes != nullptr) quantize_into(Quantized::all(codes, steps, k), raw, 0, group, group < padded);
   }
   if (!MORE) return;
   for_groups(groups, [&](int i, int group) {
@@ -272,5 +272,5 @@ extern "C" __global__ void __launch_bounds__(GATE_THREADS)
   }
   apply_gate(kind, raw, raw_up, up != nullptr);
   if (x != nullptr && present) store_16(x + group * 16, raw);
-  if (codes != nullptr) quantize_into(Quantized::all(codes, steps, k), raw, 0, group, present);
+  if (codes != nullptr) quantize_into(Quantized::all(codes, steps, k), raw, 0, group, group < padded_groups(k));
 }

@@ -17,7 +17,6 @@ from torch import Tensor
 from q6k_kernels.cuda import decode, decode_plan
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda.device import Device, Variant
-from q6k_kernels.formats.ggml import SUPER_BLOCK
 from q6k_kernels.formats.types import weight_type
 from q6k_kernels.generate import attend_cuda, delta_cuda, mixture_cuda, norm_cuda
 from q6k_kernels.generate.delta import DeltaHeads
@@ -241,17 +240,12 @@ class Kernels:
         return decode_plan.fits(module.out_features, module.in_features, row, self._device)
 
     def _activations(self, k: int, users: list[nn.Module]) -> ProductInput:
-        coded = [self._takes_codes(user) for user in users]
+        coded, size = [self._takes_codes(user) for user in users], sum(decode_plan.code_bytes(k))
         return ProductInput(
             halves=None if all(coded) else torch.empty(1, k, dtype=self._dtype, device=self._torch_device),
-            codes=self._codes(k) if any(coded) else None,
+            codes=torch.empty(size, dtype=torch.uint8, device=self._torch_device) if any(coded) else None,
             k=k,
         )
-
-    def _codes(self, k: int) -> Tensor:
-        # The kernels of a step do not write the columns past k of the last super-block, which are zeros.
-        new = torch.zeros if k % SUPER_BLOCK else torch.empty
-        return new(sum(decode_plan.code_bytes(k)), dtype=torch.uint8, device=self._torch_device)
 
     def _outputs(self, out: ProductInput) -> tuple[int, int, int]:
         """Return the pointers to the 16-bit values, codes and scales; 0 for what is absent."""
