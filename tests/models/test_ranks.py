@@ -69,6 +69,7 @@ NOT_BY_OUR_STEP = {
 """Models that our own step does not compute on so many ranks."""
 BOTH = ("uneven", "qwen3moe", "not packed")
 """Models that are divided among two ranks as well as three."""
+TOKENS = 3
 CLOSE = 2e-4
 """Of logits up to 4: a hundred roundings of fp32, as sums have another order."""
 
@@ -108,10 +109,10 @@ def answers(model: Any) -> dict[str, Any]:
             steps[fused] = str(error)
             continue
         generator.prefill(IDS[0].tolist())
-        steps[fused] = [*generator.generate(5)]
+        steps[fused] = [*generator.generate(TOKENS)]
     return {
         "logits": logits,
-        "generated": model.generate(IDS[:1], max_new_tokens=5, do_sample=False)[0, -5:].tolist(),
+        "generated": model.generate(IDS[:1], max_new_tokens=TOKENS, do_sample=False)[0, -TOKENS:].tolist(),
         "steps": steps,
         "bytes": {name: each.nbytes for name, each in model.named_parameters()},
         "plan": model.tp_plan,
@@ -164,7 +165,7 @@ def test_ranks_compute_what_transformers_does_of_the_whole_weights(
     reference.generation_config.eos_token_id = None
     with torch.no_grad():
         expected = reference(IDS).logits
-    tokens = reference.generate(IDS[:1], max_new_tokens=5, do_sample=False)[0, -5:].tolist()
+    tokens = reference.generate(IDS[:1], max_new_tokens=TOKENS, do_sample=False)[0, -TOKENS:].tolist()
     for found in results[f"{name} {size}"]:
         assert float((found["logits"] - expected).abs().max()) < CLOSE
         assert found["generated"] == found["steps"][False] == tokens
