@@ -27,7 +27,7 @@ from q6k_kernels.models.hub_files import CONFIG, config
 from q6k_kernels.models.skeleton import shapes_of
 from q6k_kernels.weights.reader import open_bundle
 from synthetic_model import write_model
-from synthetic_shapes import SHAPES, Shape
+from synthetic_shapes import Shape
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,7 +37,7 @@ pytestmark = [
 MODELS = {
     "llama": Shape("llama", 3, 512, 1024, 8, 2, 64, 1000),
     "gemma": Shape("gemma", 7, 512, 1024, 8, 2, 64, 1000, 1024, 1_000_000.0, window=16),
-    "experts": SHAPES["tiny-gemma4-experts"],
+    "experts": Shape("experts", 6, 512, 1024, 8, 2, 64, 1000, 1024, 1_000_000.0, 16, (1, 128), (8, 2, 256)),
 }
 IDS = torch.randint(3, 500, (2, 40), generator=torch.Generator().manual_seed(0))
 ANSWER = 24
@@ -125,6 +125,8 @@ def test_two_gpus_are_as_close_to_the_truth_as_one(
     truth = load_model(bundles[name], dtype=torch.float32, activations="bf16")
     with torch.no_grad():
         exact = {"prompt": truth(IDS).logits, "token": truth(IDS[:1, :1]).logits}
+    if name == "experts":
+        del exact["token"]  # a single one may choose other experts by its rounding alone
     for what, expected in exact.items():
         first, second = (found[what] for found in of_ranks[name])
         assert torch.equal(first, second)
@@ -139,7 +141,8 @@ def test_recorded_steps_of_ranks_choose_what_eager_ones_do(name: str, of_ranks: 
     for kind in ("ours", "transformers"):
         alone = "one by one" if kind == "ours" else f"{kind}, one by one"
         assert first[kind] == second[kind] == first[alone] == second[alone]
-    assert first["ours"][1] is (name != "experts")
+    assert first["ours"][1]
+    assert not first["transformers"][1]
 
 
 @pytest.mark.parametrize("name", MODELS)

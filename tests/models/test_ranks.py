@@ -60,9 +60,6 @@ CASES: dict[str, Any] = {
 }
 NOT_BY_OUR_STEP = {
     ("uneven", 3): "columns of several ranks in one block",
-    ("qwen3moe", 3): "experts on several ranks",
-    ("qwen3moe", 2): "experts on several ranks",
-    ("gpt-oss", 3): "experts on several ranks",
     ("gathered", 3): "columns of several ranks",
     ("joined, tied", 3): "columns of several ranks",
 }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from q6k_kernels.generate.heads import Norm
+from q6k_kernels.models.ranks import SpreadExperts, summed
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Mixture:
         scales: further factors of the experts, float32 (experts,), or None.
         norms: its norms, or None: then router and experts see what the network does.
         bias: biases of the rows of `router`, (rows,) in its dtype, or None.
+        spread: of experts that are divided among ranks, which are here; None if all are.
     """
 
     router: Tensor
@@ -56,6 +58,7 @@ class Mixture:
     scales: Tensor | None = None
     norms: MixtureNorms | None = None
     bias: Tensor | None = None
+    spread: SpreadExperts | None = None
 
 
 def apply_norm(norm: Norm, x: Tensor) -> Tensor:
@@ -87,14 +90,27 @@ class Mixed:
     def sum(self, apply: Callable[[Norm, Tensor], Tensor] = apply_norm) -> Tensor:
         """Add up, (M, K); `apply` computes norms."""
         count, dtype = self.rows.shape[1], self.rows.dtype
-        total = torch.bmm(self.factors[:, None, :count], self.rows.float())[:, 0].to(dtype)
-        beside = self.beside
+        total, beside = self._of_experts(), self.beside
         if self.norms is not None:
             total = apply(self.norms.after_experts, total)
             beside = None if beside is None else apply(self.norms.after_beside, beside)
         if beside is not None and self.gated:
             beside = self.factors[:, count:].to(dtype) * beside
         return total if beside is None else total + beside
+
+    def over_ranks(self) -> Mixed:
+        """Return the result of the experts of all ranks: one row a token, their sum."""
+        return _of_sum(summed(self._of_experts()), self.factors[:, self.rows.shape[1] :], self.beside, self.norms)
+
+    def _of_experts(self) -> Tensor:
+        """Add up the outputs of experts, (M, K)."""
+        factors = self.factors[:, None, : self.rows.shape[1]]
+        return torch.bmm(factors, self.rows.float())[:, 0].to(self.rows.dtype)
+
+
+def _of_sum(total: Tensor, gates: Tensor, beside: Tensor | None, norms: MixtureNorms | None) -> Mixed:
+    """Return the result of a mixture whose experts' outputs are added up."""
+    return Mixed(total[:, None], torch.cat([gates.new_ones(len(total), 1), gates], 1), beside, norms)
 
 
 def route(x: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
@@ -127,5 +143,4 @@ def mix(x: Tensor, mixture: Mixture, chosen: Tensor, factors: Tensor, beside: Te
         beside: output of the network beside them, (M, K), or None.
     """
     total: Tensor = mixture.experts(x, chosen, factors[:, : mixture.top])
-    gates = factors[:, mixture.top :]
-    return Mixed(total[:, None], torch.cat([gates.new_ones(len(x), 1), gates], 1), beside, mixture.norms)
+    return _of_sum(total, factors[:, mixture.top :], beside, mixture.norms)

@@ -238,8 +238,12 @@ class Step:
         assert of_experts is not None  # noqa: S101 -- as above
         # First, so that it is known which weights the experts need before they are multiplied.
         chosen, factors = given.run.route(of_router, mixture)
+        if mixture.spread is not None:
+            chosen, own = mixture.spread.here(chosen, factors[:, : mixture.top])
+            factors = torch.cat([own, factors[:, mixture.top :]], 1)
         beside = None if layer.down is None else self._dense(given, layer, x)
-        return given.run.mix(of_experts, mixture, chosen, factors, beside)
+        mixed = given.run.mix(of_experts, mixture, chosen, factors, beside)
+        return mixed if mixture.spread is None else mixed.over_ranks()
 
     def _dense(self, given: _Pass, layer: StepLayer, x: ProductInput) -> Tensor:
         assert layer.down is not None  # noqa: S101 -- only a layer with a mixture may have no network

@@ -18,6 +18,7 @@ from q6k_kernels.generate.mixture import Mixture, MixtureNorms
 from q6k_kernels.models.architecture import LINEAR, Architecture
 from q6k_kernels.models.fusing import GATE_UP, IN_PROJ, QK, QKV, Group, ReorderedInput, Stacks
 from q6k_kernels.models.layer import Angles
+from q6k_kernels.models.ranks import SpreadExperts
 from q6k_kernels.weights.layers import PackedLinear
 
 Q, UP = Group("q_proj", ("q_proj",)), Group("up_proj", ("up_proj",))
@@ -194,7 +195,8 @@ class Layers:
         )
         scales = router.per_expert_scale.detach().float().contiguous()
         top = self._config.top_k_experts
-        return Mixture(weight.contiguous(), layer.experts, len(weight), top, scales, norms)
+        experts, spread = _here(layer.experts)
+        return Mixture(weight.contiguous(), experts, len(weight), top, scales, norms, spread=spread)
 
     def _by_token(self, layer: Any) -> ByToken:
         after = self.norm(layer.post_per_layer_input_norm)
@@ -233,7 +235,13 @@ def _mixture(network: Any, router: Any) -> Mixture:
     if (shared := getattr(network, "shared_expert_gate", None)) is not None:
         weight = torch.cat([weight, shared.weight.detach()])
     given = None if bias is None else bias.detach()
-    return Mixture(weight.contiguous(), network.experts, count, router.top_k, bias=given)
+    experts, spread = _here(network.experts)
+    return Mixture(weight.contiguous(), experts, count, router.top_k, bias=given, spread=spread)
+
+
+def _here(experts: nn.Module) -> tuple[nn.Module, SpreadExperts | None]:
+    """Return the experts of this rank, and which they are if they are not all."""
+    return (experts.experts, experts) if isinstance(experts, SpreadExperts) else (experts, None)
 
 
 def _projections(module: Any, group: Group, widths: list[int]) -> Projections:

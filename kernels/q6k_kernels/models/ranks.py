@@ -153,7 +153,7 @@ class SpreadWords(nn.Module):
         local = indices - self.begin
         is_own = (local >= 0) & (local < self.own)
         rows: Tensor = self.rows(torch.where(is_own, local, 0))
-        return _summed(torch.where(is_own[..., None], rows, 0))
+        return summed(torch.where(is_own[..., None], rows, 0))
 
 
 class SpreadExperts(nn.Module):
@@ -173,11 +173,14 @@ class SpreadExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of all experts' outputs, see `PackedExperts`."""
+        return summed(self.experts(hidden_states, *self.here(top_k_index, top_k_weights)))
+
+    def here(self, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rank's experts in place of all ranks', and their weights."""
         local = top_k_index - self.begin
         is_own = (local >= 0) & (local < self.count)
-        here = torch.where(is_own, local, 0).amax(-1, keepdim=True)
-        weights = torch.where(is_own, top_k_weights, 0)
-        return _summed(self.experts(hidden_states, torch.where(is_own, local, here), weights))
+        instead = torch.where(is_own, local, 0).amax(-1, keepdim=True)
+        return torch.where(is_own, local, instead), torch.where(is_own, top_k_weights, 0)
 
 
 def _given(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -202,7 +205,7 @@ def joined(module: nn.Module, y: Tensor) -> Tensor:
     if share is None:
         return y
     if share.of_columns:
-        return _summed(y)
+        return summed(y)
     _check_no_gradient(y)
     own = pad(y, (0, max(share.counts) - y.shape[-1])).contiguous()
     every = [torch.empty_like(own) for _ in share.counts]
@@ -210,7 +213,7 @@ def joined(module: nn.Module, y: Tensor) -> Tensor:
     return torch.cat([of_rank[..., :count] for of_rank, count in zip(every, share.counts, strict=True)], -1)
 
 
-def _summed(y: Tensor) -> Tensor:
+def summed(y: Tensor) -> Tensor:
     """Sum a new tensor over the ranks."""
     _check_no_gradient(y)
     dist.all_reduce(y)
@@ -226,8 +229,6 @@ def no_step(model: nn.Module) -> str:
     """Return what of a divided model our own step does not compute, alike on all ranks; nothing if it does all."""
     for module in model.modules():
         share: Share | None = getattr(module, _SHARE, None)
-        if isinstance(module, SpreadExperts):
-            return "experts on several ranks"
         if share is not None and share.of_columns and (share.cut or share.way == "columns"):
             return "columns of several ranks in one block, or of an input that all ranks have"
     return ""
