@@ -25,6 +25,7 @@ from q6k_kernels.errors import UnsupportedModelError, WeightsError
 from q6k_kernels.models.hub_files import CONFIG, config
 from q6k_kernels.models.quantizer import PlanarConfig
 from q6k_kernels.models.skeleton import shapes_of
+from q6k_kernels.ops import products
 from tiny_gemma4 import GEMMA4
 from tiny_models import Tiny
 from tiny_qwen35 import QWEN35
@@ -96,6 +97,22 @@ def test_activations_are_chosen_in_the_configuration(llama: Path) -> None:
     config.quantization_config["activations"] = "int4"
     with pytest.raises(ValueError, match="int4"):
         AutoModelForCausalLM.from_pretrained(llama, config=config)
+
+
+@pytest.mark.skipif(not products.installed(), reason="the compiled products are not installed")
+def test_weights_of_a_byte_each_are_chosen_in_the_configuration(
+    made: dict[str, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    bundle, _ = made["gemma2"]
+    config = AutoConfig.from_pretrained(bundle)
+    config.quantization_config["weights"] = "bytes"
+    model = AutoModelForCausalLM.from_pretrained(bundle, config=config, dtype=torch.float32)
+    assert torch.equal(logits(model), logits(load_model(bundle, weights="bytes")))
+    before = logits(model)
+    model.tie_weights()
+    assert torch.equal(logits(model), before)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load_model(tmp_path / "saved")), logits(load_model(bundle)))
 
 
 def test_another_configuration_than_the_bundles_is_an_error(llama: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from q6k_kernels.bundle.metadata import read_metadata
@@ -23,6 +23,7 @@ from q6k_kernels.formats.checks import Activations, check_activations
 from q6k_kernels.formats.tiles import tiles_shape
 from q6k_kernels.formats.types import weight_type
 from q6k_kernels.models.architecture import described, gguf_names, make_config
+from q6k_kernels.models.cpu_form import Weights, choose, to_bytes
 from q6k_kernels.models.filling import Filler
 from q6k_kernels.models.matching import HEAD, own_parameters
 from q6k_kernels.models.mixtures import stored_parts
@@ -47,6 +48,7 @@ class Loading:
         model: a model on the meta device; it becomes that which the bundle fills.
         files: the bundle's shards.
         activations: mode of the packed layers.
+        weights: form of weights on a CPU, see `cpu_form`.
         joined: whether projections that share their input run as one.
 
     Raises:
@@ -54,10 +56,12 @@ class Loading:
         WeightsError, HyperparameterError, BundleError, OSError: as by `load_model`.
     """
 
-    def __init__(self, model: PreTrainedModel, files: list[str], activations: Activations, *, joined: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, files: list[str], activations: Activations, weights: Weights, *, joined: bool
+    ) -> None:
         check_transformers()
         check_activations(activations)
-        self.activations, self.joined = activations, joined
+        self.activations, self.weights, self.joined = activations, weights, joined
         self.bundle = open_bundle(completed(Path(files[0]).parent))
         metadata = read_metadata(self.bundle.path)
         self.architecture, shapes = architecture_of(metadata), shapes_of(self.bundle)
@@ -119,8 +123,11 @@ class Loading:
                 module = module.rpartition(".")[0]
             return torch.device(device_map.get(module, "cpu"))
 
-        for device in {torch.device(each) for each in device_map.values()}:
+        devices = {torch.device(each) for each in device_map.values()}
+        for device in devices:
             check_device(device, model.dtype)
+        kind = max(device.type for device in devices)  # "cuda" if there is one
+        form, _ = choose(self.weights, self.bundle.manifest.tensors, kind, self.activations)
         Filler(
             model,
             self.bundle,
@@ -132,6 +139,8 @@ class Loading:
             self._parts,
             joined=self.joined,
         ).fill()
+        if form == "bytes":
+            to_bytes(model)
         # What follows initialises buffers that no file has, and everything that it does not know to be loaded.
         for module in model.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]
@@ -140,7 +149,8 @@ class Loading:
         if self._parts:
             tied = {}  # one parameter already, under names that depend on the number of ranks
         for name in ("_tied_weights_keys", "all_tied_weights_keys"):
-            kept = not (tied or self._parts) and name == "_tied_weights_keys"
+            kept = not self._parts and isinstance(model.get_input_embeddings(), nn.Embedding)
+            kept = kept and name == "_tied_weights_keys"
             setattr(model, name, model._tied_weights_keys if kept else dict(tied))
 
     def finish(self, model: PreTrainedModel) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from q6k_kernels.formats.checks import Activations
+    from q6k_kernels.models.cpu_form import Weights
     from q6k_kernels.models.pretrained import Loading
 
 
@@ -32,13 +33,20 @@ class PlanarConfig(QuantizationConfigMixin):
 
     Args:
         activations: "auto", "int8" or "bf16", see `q6k_kernels.linear`.
+        weights: form of weights on a CPU, "packed", "bytes" or "auto", see `cpu_form`.
         joined: whether projections that share their input run as one, see `fusing`; adapters want each by its name.
         quant_method: name of the format.
     """
 
-    def __init__(self, activations: Activations = "auto", joined: bool = True, quant_method: str = FORMAT) -> None:
+    def __init__(
+        self,
+        activations: Activations = "auto",
+        weights: Weights = "packed",
+        joined: bool = True,
+        quant_method: str = FORMAT,
+    ) -> None:
         self.quant_method: Any = quant_method  # transformers has a closed set of names, and takes others
-        self.activations, self.joined = activations, joined
+        self.activations, self.weights, self.joined = activations, weights, joined
 
 
 @register_quantizer(FORMAT)
@@ -77,7 +85,9 @@ class PlanarQuantizer(HfQuantizer):
         from q6k_kernels.models.pretrained import Loading
 
         config = cast("PlanarConfig", self.quantization_config)
-        self._loading = Loading(model, options["checkpoint_files"], config.activations, joined=config.joined)
+        self._loading = Loading(
+            model, options["checkpoint_files"], config.activations, config.weights, joined=config.joined
+        )
 
     def param_element_size(self, _: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """Return the bytes that each number of a parameter takes in the filled model."""
