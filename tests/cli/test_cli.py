@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bundle_helpers import BROKEN_LATE, broken_late, failed, fork_cli, invoke, listing, run_cli
+from bundle_helpers import BROKEN_LATE, broken_late, failed, fork_cli, invoke, listing, run_cli, run_here
 from gguf_builder import F32, Builder, small_model, weight
 from q6k_convert import __version__
 from q6k_convert.cli import contents
@@ -247,7 +247,7 @@ def test_json_describes_a_failure_too(more: tuple[str, ...], model: Path, out: P
         ((model, out.with_name("new"), "--include", "x"), 2),
         ((out / "bundle.json", out / "x"), 3),
     ):
-        done = run_cli(*args, "--json", *more)
+        done = run_here(*args, "--json", *more)
         document = json.loads(done.stdout)
         assert done.returncode == code
         assert set(document) == {"status", "exit_code", "error", "remedy"}

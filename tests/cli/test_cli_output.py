@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bundle_helpers import failed, invoke, run_cli, two_tensors
+from bundle_helpers import failed, invoke, run_cli, run_here, two_tensors
 from gguf_builder import F32, Q3_K, Q4_0, Q4_K, Q5_0, Q6_K, Q8_0, Builder, key_value, small_model, weight
 from q6k_convert import __version__
 from q6k_convert.cli import streams
@@ -202,7 +202,7 @@ def test_inspect_lists_keys_and_tensors_of_a_gguf(model: Path) -> None:
     assert ["tokenizer.ggml.add_bos_token", "True"] in lines
     assert ["blk.0.ffn_down_exps.weight", "Q6_K", "2×3×256", "1.26", "kB"] in lines
     assert "Q6_K: 3 tensors, 4,864 weights, 3.99 kB" in result.stdout
-    document: dict[str, Any] = json.loads(run_cli("inspect", model, "--json").stdout)
+    document: dict[str, Any] = json.loads(run_here("inspect", model, "--json").stdout)
     assert document["kind"] == "gguf"
     assert document["keys"]["tokenizer.ggml.tokens"] == {"array": "STRING", "count": 4}
     assert [t["name"] for t in document["tensors"]] == [t.name for t in small_model().tensors]
@@ -211,14 +211,14 @@ def test_inspect_lists_keys_and_tensors_of_a_gguf(model: Path) -> None:
 def test_inspect_prints_the_elements_of_no_array_whatever_their_type(tmp_path: Path) -> None:
     pairs = [key_value("general.architecture", "llama"), key_value("bytes", [7] * 5, "u8")]
     path = Builder(kv=pairs, tensors=[weight("w", (1, 256))]).write(tmp_path / "m.gguf")
-    document: dict[str, Any] = json.loads(run_cli("inspect", path, "--json").stdout)
+    document: dict[str, Any] = json.loads(run_here("inspect", path, "--json").stdout)
     assert document["keys"]["bytes"] == {"array": "UINT8", "count": 5}
 
 
 def test_inspect_prints_no_table_beside_the_document(model: Path, out: Path) -> None:
     invoke(model, out)
     for source in (model, out):
-        assert run_cli("inspect", source, "--json").stderr == ""
+        assert run_here("inspect", source, "--json").stderr == ""
 
 
 def test_a_table_in_a_pipe_is_not_folded(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_inspect_lists_a_bundle(model: Path, out: Path) -> None:
     assert any(line[:3] == ["made", "from", "model.gguf,"] for line in lines)
     assert any(line[:5] == ["blk.0.ffn_up.weight", "Q3_K", "4×256", "skipped", "0"] for line in lines)
     assert "scales=exact, other=skip" in result.stdout
-    document = json.loads(run_cli("inspect", out, "--json").stdout)
+    document = json.loads(run_here("inspect", out, "--json").stdout)
     assert (document["kind"], document["tied"]) == ("bundle", {"output.weight": "token_embd.weight"})
     assert set(document["tensors"][0]["arrays"]) == {"ql", "qh", "scale", "steps"}
 
@@ -251,7 +251,7 @@ def test_inspect_prints_the_whole_value_of_a_key(model: Path, out: Path) -> None
         assert invoke("inspect", path, "--key", "tokenizer.ggml.tokens").stdout == "<s>\na\né\n\n"
         assert invoke("inspect", path, "--key", "llama.block_count").stdout == "1\n"
         failed(invoke("inspect", path, "--key", "no"), 2, f"{path}: no key 'no'", "without --key lists them")
-    document = json.loads(run_cli("inspect", model, "--key", "tokenizer.ggml.scores", "--json").stdout)
+    document = json.loads(run_here("inspect", model, "--key", "tokenizer.ggml.scores", "--json").stdout)
     assert document == {"key": "tokenizer.ggml.scores", "value": [0.0, -1.5, 2.0, 3.0]}
 
 
@@ -336,7 +336,7 @@ def test_gpu_memory_is_that_of_whole_tiles_and_of_the_cache(tmp_path: Path) -> N
     invoke(source, tmp_path / "out")
     assert gpu_line("inspect", tmp_path / "out") == expected(3000, 3000)
     assert gpu_line("inspect", tmp_path / "out", "--context", "1001") == expected(1001, 1008)
-    document = json.loads(run_cli("inspect", tmp_path / "out", "--context", "8", "--json").stdout)
+    document = json.loads(run_here("inspect", tmp_path / "out", "--context", "8", "--json").stdout)
     gpu = {"weights_bytes": weights, "tensors_beside": 0, "context": 8, "cache_bytes": 8192, "cache_problem": None}
     assert document["gpu"] == gpu
 

@@ -10,16 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from bundle_helpers import run_here
 from gguf_builder import small_model
 from q6k_convert.convert.pipeline import convert
 from q6k_kernels.bundle import manifest as manifests
 
 SHARD = "model.safetensors"
-
-
-def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "q6k_convert", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -35,7 +31,7 @@ def flip(path: Path, at: int) -> None:
 
 
 def test_a_good_bundle_ends_with_0_and_says_what_was_checked(bundle: Path) -> None:
-    done = run("verify", bundle, "--source", bundle.parent / "model.gguf", "--all")
+    done = run_here("verify", bundle, "--source", bundle.parent / "model.gguf", "--all")
     assert done.returncode == 0, done.stderr
     for words in ("structure  passed", "content    passed", "source     passed", "device     skipped", "verified"):
         assert words in done.stdout
@@ -52,8 +48,8 @@ def test_the_worst_tensors_come_first_and_the_rest_on_request(tmp_path: Path) ->
     ]
     source = model.write(tmp_path / "model.gguf")
     convert(source, tmp_path / "out")
-    few = run("verify", tmp_path / "out", "--source", source).stdout
-    every = run("verify", tmp_path / "out", "--source", source, "--all").stdout
+    few = run_here("verify", tmp_path / "out", "--source", source).stdout
+    every = run_here("verify", tmp_path / "out", "--source", source, "--all").stdout
     assert "the worst 15 of 27 tensors; --all shows every one" in few
     assert "output_norm.weight" not in few
     assert every.count("attn_v.weight") == 20
@@ -67,7 +63,7 @@ def test_the_worst_tensors_come_first_and_the_rest_on_request(tmp_path: Path) ->
 
 def test_a_damaged_bundle_ends_with_5_and_names_the_place(bundle: Path) -> None:
     flip(bundle / SHARD, (bundle / SHARD).stat().st_size - 1)
-    done = run("verify", bundle)
+    done = run_here("verify", bundle)
     assert done.returncode == 5
     assert f"error: {SHARD}, blk.0.ffn_up.weight" in done.stderr or f"error: {SHARD}, " in done.stderr
     assert "checksum is" in done.stderr
@@ -79,7 +75,7 @@ def test_a_damaged_bundle_ends_with_5_and_names_the_place(bundle: Path) -> None:
 def test_json_is_one_document_on_stdout(bundle: Path, damaged: bool) -> None:
     if damaged:
         flip(bundle / "metadata.gguf", 100)
-    done = run("verify", bundle, "--json")
+    done = run_here("verify", bundle, "--json")
     report = json.loads(done.stdout)
     assert report["status"] == ("failed" if damaged else "verified")
     assert report["exit_code"] == done.returncode == (5 if damaged else 0)
@@ -93,7 +89,7 @@ def test_json_is_one_document_on_stdout(bundle: Path, damaged: bool) -> None:
 def test_a_damaged_manifest_still_gives_a_report(bundle: Path) -> None:
     flip(bundle / "bundle.json", 200)
     page = bundle.parent / "report.html"
-    done = run("verify", bundle, "--json", "--report", page)
+    done = run_here("verify", bundle, "--json", "--report", page)
     report = json.loads(done.stdout)
     assert done.returncode == 5
     assert report["findings"][0]["file"] == "bundle.json"
@@ -102,26 +98,26 @@ def test_a_damaged_manifest_still_gives_a_report(bundle: Path) -> None:
 
 
 def test_no_bundle_ends_with_3(tmp_path: Path) -> None:
-    done = run("verify", tmp_path)
+    done = run_here("verify", tmp_path)
     assert done.returncode == 3
     assert "is not a bundle: it has no bundle.json" in done.stderr
 
 
 def test_a_broken_source_ends_with_3_and_a_missing_one_with_4(bundle: Path) -> None:
     (bundle.parent / "broken.gguf").write_bytes(b"GGUF")
-    assert run("verify", bundle, "--source", bundle.parent / "broken.gguf").returncode == 3
-    assert run("verify", bundle, "--source", bundle.parent / "nowhere.gguf").returncode == 4
+    assert run_here("verify", bundle, "--source", bundle.parent / "broken.gguf").returncode == 3
+    assert run_here("verify", bundle, "--source", bundle.parent / "nowhere.gguf").returncode == 4
 
 
 def test_cuda_without_a_gpu_ends_with_6(bundle: Path) -> None:
-    done = run("verify", bundle, "--device", "cuda")
+    done = run_here("verify", bundle, "--device", "cuda")
     assert done.returncode == 6
     assert "no CUDA GPU was found" in done.stderr
 
 
 def test_the_reference_runs_on_the_cpu(bundle: Path) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
-    done = run("verify", bundle, "--device", "cpu", "--json")
+    done = run_here("verify", bundle, "--device", "cpu", "--json")
     report = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr
     runs = {t["name"]: t["device"] for t in report["tensors"] if t["device"]}
@@ -152,7 +148,7 @@ def test_verifying_imports_no_torch(bundle: Path) -> None:
 def test_the_page_is_written_whole(bundle: Path) -> None:
     page = bundle.parent / "report.html"
     source = bundle.parent / "model.gguf"
-    assert run("verify", bundle, "--source", source, "--report", page, "--quiet").returncode == 0
+    assert run_here("verify", bundle, "--source", source, "--report", page, "--quiet").returncode == 0
     text = page.read_text(encoding="utf-8")
     assert "blk.0.ffn_down_exps.weight" in text
     assert text.rstrip().endswith("</html>")
@@ -162,14 +158,14 @@ def test_the_page_never_replaces_what_is_verified(bundle: Path) -> None:
     source = bundle.parent / "model.gguf"
     before = {path: path.read_bytes() for path in (source, *bundle.iterdir())}
     for page in (bundle / "bundle.json", bundle / "report.html", source):
-        done = run("verify", bundle, "--source", source, "--report", page)
+        done = run_here("verify", bundle, "--source", source, "--report", page)
         assert done.returncode == 2
         assert "lies in the bundle or is the source" in done.stderr
     assert {path: path.read_bytes() for path in (source, *bundle.iterdir())} == before
 
 
 def test_a_page_that_cannot_be_written_ends_with_4(bundle: Path) -> None:
-    done = run("verify", bundle, "--report", bundle.parent / "missing" / "report.html")
+    done = run_here("verify", bundle, "--report", bundle.parent / "missing" / "report.html")
     assert done.returncode == 4
     assert "No such file or directory" in done.stderr
 
@@ -223,7 +219,7 @@ def test_a_hostile_shard_is_refused_in_little_memory(bundle: Path, head: bytes, 
 )
 def test_a_hostile_manifest_is_refused(bundle: Path, text: str) -> None:
     (bundle / "bundle.json").write_text(text)
-    done = run("verify", bundle)
+    done = run_here("verify", bundle)
     assert done.returncode == 5
     assert "bundle.json" in done.stderr
     assert "Traceback" not in done.stderr

@@ -14,7 +14,7 @@ import pytest
 import safetensors
 import torch
 
-from bundle_helpers import failed, invoke, run_cli
+from bundle_helpers import failed, invoke, run_here
 from gguf_builder import F32, Q3_K, Q6_K, Q8_0, Builder, Tensor, key_value, weight
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
@@ -42,7 +42,7 @@ def with_type(number: int, data: bytes = bytes(range(72)), shape: tuple[int, ...
 
 def test_q2_0_is_listed_kept_raw_skipped_and_excluded(tmp_path: Path) -> None:
     path = with_type(Q2_0).write(tmp_path / "m.gguf")
-    document = json.loads(run_cli("inspect", path, "--json").stdout)
+    document = json.loads(run_here("inspect", path, "--json").stdout)
     odd = next(t for t in document["tensors"] if t["name"] == "odd")
     assert (odd["type"], odd["shape"], odd["bytes"]) == ("Q2_0", [2, 128], 72)
     with pytest.raises(GgufRejectedError, match="no dequantiser for Q2_0") as caught:
@@ -73,7 +73,7 @@ def test_an_unknown_type_is_refused_until_it_is_left_out(
     tmp_path: Path, number: int, says: str, remedy: str
 ) -> None:
     path = with_type(number).write(tmp_path / "m.gguf")
-    shown = run_cli("inspect", path).stdout
+    shown = run_here("inspect", path).stdout
     assert ("Q4_2" if number == 4 else "type 77") in shown
     with open_gguf(path) as model:
         odd = next(record.record_at for _, record in model.tensors() if record.name == "odd")
@@ -83,7 +83,7 @@ def test_an_unknown_type_is_refused_until_it_is_left_out(
     for name, options in {"skip": ["--other", "skip"], "exclude": ["--exclude", "odd"]}.items():
         assert invoke(path, tmp_path / name, *options).exit_code == 0
         assert verified(tmp_path / name, path)
-        assert run_cli("inspect", tmp_path / name).returncode == 0
+        assert run_here("inspect", tmp_path / name).returncode == 0
         assert open_bundle(tmp_path / name).load("a").shape == (2, 256)
 
 
@@ -98,14 +98,14 @@ def test_empty_tensors_and_more_dimensions_are_stored_as_they_are(tmp_path: Path
         Tensor("quantised", (0, 256), Q6_K, b""), Tensor("last", (0,), F32, b""), Tensor("late", (4, 0), Q3_K, b""),
     ]  # fmt: skip
     path = Builder(tensors, [LLAMA]).write(tmp_path / "m.gguf")
-    assert run_cli("inspect", path).returncode == 0
+    assert run_here("inspect", path).returncode == 0
     for other in ("bf16", "raw"):
         out = tmp_path / other
         convert(path, out, Options(other=other))  # type: ignore[arg-type]
         assert verified(out, path)
         options = ("--source", path, "--device", "cpu", "--report", tmp_path / "r.html")
-        assert run_cli("verify", out, *options).returncode == 0
-        assert run_cli("inspect", out).returncode == 0
+        assert run_here("verify", out, *options).returncode == 0
+        assert run_here("inspect", out).returncode == 0
         with safetensors.safe_open(out / "model.safetensors", "pt") as shard:
             assert np.array_equal(shard.get_tensor(patch.name).numpy().tobytes(), patch.data)
             assert shard.get_tensor(patch.name).shape == patch.shape
@@ -120,7 +120,7 @@ def test_a_file_of_empty_tensors_alone_is_converted(tmp_path: Path) -> None:
     path = Builder([Tensor("e", (0,), F32, b"")], [LLAMA]).write(tmp_path / "m.gguf")
     convert(path, tmp_path / "out")
     assert verified(tmp_path / "out", path)
-    assert run_cli("inspect", tmp_path / "out").returncode == 0
+    assert run_here("inspect", tmp_path / "out").returncode == 0
 
 
 @pytest.mark.parametrize("name", ["n" * 64, "é" * 127 + "x", '"' * 255], ids=["64", "255", "quotes"])
@@ -149,10 +149,10 @@ def test_what_is_only_copied_need_be_no_text_and_may_be_long(tmp_path: Path) -> 
     assert (tmp_path / "out" / "metadata.gguf").read_bytes()[24:].startswith(b"".join(keys))
     assert verified(tmp_path / "out", path)
     assert read_metadata(tmp_path / "out").string("tokenizer.chat_template") == "{{ messages }}"
-    shown = run_cli("inspect", path).stdout
+    shown = run_here("inspect", path).stdout
     assert "C:\\caf\\xe9\\imatrix.dat" in shown
     assert "text of 34.60 MB" in shown
-    document = json.loads(run_cli("inspect", path, "--json").stdout)
+    document = json.loads(run_here("inspect", path, "--json").stdout)
     assert document["keys"]["tokenizer.huggingface.json"] == {"string": len(whole)}
     assert document["keys"]["quantize.imatrix.file"] == "C:\\caf\\xe9\\imatrix.dat"
 
@@ -166,9 +166,9 @@ def test_json_holds_no_nan_and_no_infinity(tmp_path: Path) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    found = json.loads(run_cli("inspect", path, "--json").stdout, parse_constant=refuse)["keys"]
+    found = json.loads(run_here("inspect", path, "--json").stdout, parse_constant=refuse)["keys"]
     assert [found[f"x.{value}"] for value in ("nan", "inf", "-inf")] == ["NaN", "Infinity", "-Infinity"]
-    one = json.loads(run_cli("inspect", path, "--json", "--key", "list").stdout, parse_constant=refuse)
+    one = json.loads(run_here("inspect", path, "--json", "--key", "list").stdout, parse_constant=refuse)
     assert one == {"key": "list", "value": [1.0, "NaN"]}
 
 
@@ -180,7 +180,7 @@ def test_a_vocabulary_without_tensors_is_rejected(tmp_path: Path, options: list[
     path = Builder(kv=[LLAMA, key_value("tokenizer.ggml.tokens", ["a", "b"])]).write(tmp_path / "vocab.gguf")
     result = invoke(path, tmp_path / "out", *options)
     failed(result, 3, f"{path}: holds no tensors, only 2 keys", "give the file that holds the model's weights")
-    assert run_cli("inspect", path).returncode == 0
+    assert run_here("inspect", path).returncode == 0
 
 
 def test_a_part_that_does_not_say_which_it_is_is_refused(tmp_path: Path) -> None:
