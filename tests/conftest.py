@@ -34,9 +34,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Give each test file to one process, so that what its tests share is built once; all that compile to the same.
 
+    Only for `--dist loadfile`; pytest-xdist makes what other words name.
     Marks of groups would not do: pytest-xdist 3.8 writes them into a field that pytest 9.2 does not read.
     """
     from xdist.scheduler import LoadFileScheduling
+
+    if config.getoption("dist") != "loadfile":
+        return None
 
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:

@@ -19,12 +19,13 @@ from pathlib import Path
 
 import pytest
 
-MANY_TESTS = 40
-"""From so many on, compiling all kernels at once, in as many processes as there are processors, saves time."""
+MANY_TESTS, NEARLY_ALL = 40, 2000
+"""From so many tests on, compiling common kernels, or every kernel, at once saves time, in as many processes as
+there are processors: else several workers would compile the same one."""
 COMPILE = """
 import ast, contextlib, sys
 from q6k_kernels.jit import loader
-for file, defines in ast.literal_eval(sys.argv[2]):
+for file, defines in ast.literal_eval(sys.stdin.read()):
     with contextlib.suppress(Exception):
         loader.compiled(file, defines, sys.argv[1])
 """
@@ -50,6 +51,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"tests/gpu is not collected: {REASON}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Spreads the tests that compile whole programs: workers begin with equal parts, one of which had them all."""
+    slow = [item for item in items if item.path.stem == "test_gpu_export"]
+    if slow:
+        others = [item for item in items if item not in slow]
+        ends = [len(others) * at // len(slow) for at in range(len(slow) + 1)]
+        parts = zip(slow, ends, ends[1:], strict=False)
+        items[:] = [item for first, begin, end in parts for item in (first, *others[begin:end])]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _library() -> None:
     """The operations are those of the C++ library that the environment names."""
@@ -61,8 +72,9 @@ def _library() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiled(request: pytest.FixtureRequest) -> None:
-    """Fills the disk cache with common kernels, once for all workers; tests compile the others that they need."""
-    if len([item for item in request.session.items if item.get_closest_marker("gpu")]) < MANY_TESTS:
+    """Fills the disk cache with kernels, once for all workers; tests compile the others that they need."""
+    tests = len([item for item in request.session.items if item.get_closest_marker("gpu")])
+    if tests < MANY_TESTS:
         return
     import torch
 
@@ -75,14 +87,17 @@ def _compiled(request: pytest.FixtureRequest) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         if file.tell():
             return  # another worker has compiled them
-        common = [unit[1:] for unit in units.cover(units.plan([10 * capability[0] + capability[1]]))]
+        every = units.plan([10 * capability[0] + capability[1]])
+        wanted = [unit[1:] for unit in (every if tests >= NEARLY_ALL else units.cover(every))]
         arch, shares = compiler.architecture(capability), os.cpu_count() or 1
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", COMPILE, arch, repr(common[share::shares])], stderr=subprocess.DEVNULL
-            )
-            for share in range(min(shares, len(common)))
-        ]
+        processes = []
+        for share in range(min(shares, len(wanted))):
+            command = [sys.executable, "-c", COMPILE, arch]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            assert process.stdin is not None
+            process.stdin.write(repr(wanted[share::shares]))
+            process.stdin.close()
+            processes.append(process)
         for process in processes:
             process.wait()
         file.write("done")
