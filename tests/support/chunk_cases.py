@@ -74,9 +74,7 @@ def heads_in_chunks(
         sinks=2 * random(key_heads * group).to(device) if "sinks" in more else None,
     )
     start, shape = 0, (1, key_heads, slots, dim)
-    mine, theirs = (
-        Cached(*(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"), window) for _ in range(2)
-    )
+    mine, theirs = (Cached(*(torch.zeros(shape, dtype=dtype).to(device) for _ in "kv"), window) for _ in range(2))
     for rows in (21 * scale, 24 * scale + 3, 47 * scale):
         sizes = [heads.count * dim * (1 + heads.gated), key_heads * dim, key_heads * dim]
         product = random(rows, sum(sizes), seed=rows).to(device, dtype).split(sizes, -1)
@@ -106,7 +104,7 @@ def nets_in_chunks(run: Any, dtype: torch.dtype, device: str, tiled: bool, scale
     numbers = [random(channels, 4), -2 * random(values).abs(), random(values), random(dim).abs() + 0.5]
     heads = DeltaHeads(keys, values, dim, dim, *(each.to(device) for each in numbers), epsilon=1e-6, tiled=tiled)
     mine, theirs = (
-        (torch.zeros(1, channels, 4, dtype=dtype, device=device), random(1, values, dim, dim).to(device))
+        (torch.zeros(1, channels, 4, dtype=dtype).to(device), random(1, values, dim, dim).to(device))
         for _ in range(2)
     )
     for tokens in (3, 37 * scale, 16):
