@@ -201,7 +201,7 @@ def joined(module: nn.Module, y: Tensor) -> Tensor:
         module: a layer, divided or not; its hooks do the same.
         y: what it computes without hooks, (..., N); a sum takes its place.
     """
-    share: Share | None = getattr(module, _SHARE, None)
+    share: Share | None = module.__dict__.get(_SHARE)  # nn.Module looks long for what is not there
     if share is None:
         return y
     if share.of_columns:
