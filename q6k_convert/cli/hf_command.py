@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,6 +12,10 @@ from q6k_convert.cli.reporting import reporting
 
 def hf(
     bundle: Annotated[str, typer.Argument(metavar="OUT/", help="Bundle of the model.")],
+    weights: Annotated[
+        Literal["packed", "bytes", "auto"],
+        typer.Option(help="Let transformers keep weights so on a CPU; auto: a byte each, fast, if memory allows."),
+    ] = "packed",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -24,4 +28,4 @@ def hf(
         from q6k_convert.run.publishing import run
 
         check_given(Path(bundle), "bundle", "q6k-convert hf")
-        terminal.document(run(Path(bundle), terminal.note))
+        terminal.document(run(Path(bundle), weights, terminal.note))

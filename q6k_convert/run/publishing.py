@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from q6k_convert.convert.locking import lock
 from q6k_convert.errors import IOFailedError
@@ -24,11 +24,14 @@ from q6k_kernels.bundle.writer import fsync_directory
 _PARTIAL = ".{}.q6k-partial"
 
 
-def run(directory: Path, note: Callable[[str], None]) -> dict[str, Any]:
+def run(
+    directory: Path, weights: Literal["packed", "bytes", "auto"], note: Callable[[str], None]
+) -> dict[str, Any]:
     """Write the files, and return the document for `--json`.
 
     Args:
         directory: the bundle.
+        weights: form of weights where the model runs on a CPU.
         note: called with each line about the progress.
 
     Raises:
@@ -46,7 +49,7 @@ def run(directory: Path, note: Callable[[str], None]) -> dict[str, Any]:
     held = lock(directory.resolve(), directory)
     try:
         manifest = manifests.read(directory)
-        files = hub_files(read_metadata(directory), manifest)
+        files = hub_files(read_metadata(directory), manifest, weights)
         _check_free(directory, manifest, files)
         written = [name for name, content in files.items() if _write(directory, name, content)]
         listed = {name: companion(files[name]) for name in sorted(files)}

@@ -73,6 +73,10 @@ def test_the_same_bundle_gets_the_same_bytes_and_the_second_run_changes_nothing(
     assert done.exit_code == 0
     assert "all there already" in done.stderr
     assert listing(bundle) == listing(again)
+    done = invoke("hf", bundle, "--weights", "auto", "--json")
+    assert json.loads(done.stdout)["written"] == ["config.json"]
+    assert json.loads((bundle / "config.json").read_text())["quantization_config"]["weights"] == "auto"
+    assert invoke("verify", bundle, "--device", "cpu").exit_code == 0
 
 
 def test_a_run_that_was_killed_is_ended_by_the_next(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

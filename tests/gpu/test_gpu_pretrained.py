@@ -59,6 +59,16 @@ def test_a_bundle_opens_as_load_model_opens_it(bundle: Path, way: str, tmp_path:
     assert torch.equal(logits(load_model(tmp_path / "saved", device="cuda")), logits(expected))
 
 
+def test_layers_on_the_cpu_take_part(bundle: Path) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed, which device_map takes")
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"), 0)
+    model: Any = AutoModelForCausalLM.from_pretrained(bundle, device_map={**places, "model.layers.0": "cpu"})
+    with torch.no_grad():
+        found = model(IDS.cuda()).logits
+    expected = logits(load_model(bundle, device="cuda"))
+    assert float((found - expected).norm() / expected.norm()) < 2e-2
+
+
 def test_a_model_compiles(bundle: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(bundle).to("cuda")
     found, expected = logits(torch.compile(model, fullgraph=True)), logits(model)

@@ -14,6 +14,7 @@ from typing import Any
 from q6k_kernels.bundle.manifest import FORMAT, Manifest
 from q6k_kernels.bundle.metadata import Metadata
 from q6k_kernels.models.architecture import described
+from q6k_kernels.models.cpu_form import Weights
 from q6k_kernels.models.hyperparameters import Shapes
 from q6k_kernels.models.registry import architecture_of
 from q6k_kernels.models.sizes import suppressed_tokens
@@ -23,8 +24,13 @@ CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 
-def hub_files(metadata: Metadata, manifest: Manifest) -> dict[str, bytes]:
+def hub_files(metadata: Metadata, manifest: Manifest, weights: Weights = "packed") -> dict[str, bytes]:
     """Return the content of each file by its name; `config.json`, without which nothing opens, is the last.
+
+    Args:
+        metadata: metadata of the bundle.
+        manifest: its manifest.
+        weights: form of weights on a CPU, see `cpu_form`.
 
     Raises:
         UnsupportedModelError, HyperparameterError: no model can be made from the bundle.
@@ -36,13 +42,13 @@ def hub_files(metadata: Metadata, manifest: Manifest) -> dict[str, bytes]:
     vocabulary, files = tokenizer_files(metadata)
     files[GENERATION] = _generation(metadata, values, sorted(vocabulary.stop))
     files[CARD] = _card(metadata, manifest, kind)
-    files[CONFIG] = config(metadata, shapes)
+    files[CONFIG] = config(metadata, shapes, weights)
     return {
         name: content.encode() if isinstance(content, str) else _as_json(content) for name, content in files.items()
     }
 
 
-def config(metadata: Metadata, shapes: Shapes) -> dict[str, Any]:
+def config(metadata: Metadata, shapes: Shapes, weights: Weights = "packed") -> dict[str, Any]:
     """Return the content of `config.json`: the fields of transformers' configuration, and how weights are stored.
 
     Raises:
@@ -55,7 +61,7 @@ def config(metadata: Metadata, shapes: Shapes) -> dict[str, Any]:
         "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]],
         "dtype": "bfloat16",
         "model_type": kind,
-        "quantization_config": {"activations": "auto", "quant_method": FORMAT},
+        "quantization_config": {"activations": "auto", "quant_method": FORMAT, "weights": weights},
         **values,
     }
 
