@@ -5,7 +5,7 @@
 
     transformers   `generate` of transformers' class in fp32, its weights dequantised by the gguf package
     bytes          `Generator`, a byte for each weight: what `generate` takes on a CPU
-    packed         `Generator` on the packed reference, in the first round alone, as it takes long
+    packed         `Generator` on the packed reference, once with nothing beside it, as it takes long
 
 Each has a process of its own, with the same threads, which sleep while they wait (OMP_WAIT_POLICY=PASSIVE, unless
 it is set), and continues the same prompt. The processes take turns, once a round, while the others sleep; first
@@ -119,12 +119,11 @@ def busy(count: int) -> Iterator[None]:
 
 
 def series(workers: dict[str, Worker], rounds: int) -> dict[str, list[Row]]:
-    """Let all decode in turn, `rounds` times; the packed reference once."""
+    """Let all decode in turn, `rounds` times."""
     found: dict[str, list[Row]] = {who: [] for who in workers}
-    for at in range(rounds):
+    for _ in range(rounds):
         for who, worker in workers.items():
-            if who != "packed" or at == 0:
-                found[who].append(worker.decode())
+            found[who].append(worker.decode())
     return found
 
 
@@ -185,10 +184,13 @@ def main() -> None:
                 workers = {who: Worker(who, arguments, args.threads) for who in CONTENDERS}
                 for worker in workers.values():
                     stack.callback(worker.close)
+                reference = {"packed": workers.pop("packed")}
                 series(workers, 1)  # the first time memory is touched
                 for beside, count in (("nothing", 0), (f"{BUSY} busy", BUSY)):
                     with busy(count):
                         found = series(workers, args.rounds)
+                    if count == 0:
+                        found |= series(reference, 1)
                     for row in summary(found):
                         row = {"model": model.stem[:27], "beside": beside, **row}
                         report["rows"].append(row)

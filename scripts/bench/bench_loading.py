@@ -47,7 +47,7 @@ def measure(loader: str, path: Path, ids: list[int], tokens: int, threads: int) 
     if loader == "bundle":
         from q6k_kernels import load_model
 
-        model: Any = load_model(path, device="cpu", dtype=torch.float32)
+        model: Any = load_model(path, device="cpu", dtype=torch.float32, weights="auto")
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32

@@ -79,7 +79,8 @@ def test_products_are_right(row: WeightType, fast: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["q4_k", "q6_k"])
-def test_paths_and_threads_give_the_same_bits(name: str) -> None:
+def test_paths_and_threads_give_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "ALONE", 0)
     held = bytes_of(packed(WEIGHT_TYPES[name], 131, 1024)[0])
     x = rows(2, k=1024)
     found = []

@@ -72,3 +72,15 @@ def test_the_wheel_converts_and_verifies(wheel: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "11 weight types converted and verified" in done.stdout
+
+
+def test_the_image_is_made_of_files_that_are_there() -> None:
+    """No engine builds it here; its steps are those of the wheel above and of `check_wheel.py`."""
+    folder = ROOT / "scripts" / "docker"
+    lines = (folder / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = [
+        word for line in lines if line.startswith("COPY ") and "--from" not in line for word in line.split()[1:-1]
+    ]
+    ignored = (folder / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
+    assert {f"!{name}" for name in copied} == {line for line in ignored if line.startswith("!")}
+    assert all((ROOT / name).exists() for name in copied)
