@@ -15,8 +15,9 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn
 
 from cuda_emulator.memory import emulate
-from q6k_kernels import PackedWeight
+from q6k_kernels import PackedLinear, PackedWeight
 from q6k_kernels.cpp.variants import device_like
+from q6k_kernels.cuda import decode
 from q6k_kernels.formats import tiles as layout
 from q6k_kernels.formats.types import weight_type
 from q6k_kernels.generate.chunk_cuda import ChunkKernels
@@ -191,6 +192,21 @@ def test_gates_of_rows_that_lie_apart(make: Make, rows: int) -> None:
         each.gate(gate, up, "gelu_tanh", [nn.Identity()]) for each in (make(torch.bfloat16), TorchOperations())
     )
     assert_near(found.halves, expected.halves)
+
+
+@pytest.mark.parametrize("k", [96, 288, 4352])
+def test_codes_past_the_last_value_are_zeros(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    """As the kernel writes them that quantises rows alone."""
+    users = [PackedLinear.from_weight(stack(1, 32, k)[0]), nn.Identity()]
+    memory = emulate(monkeypatch, device_like(90))
+    monkeypatch.setattr(decode, "stream", lambda on: 0)
+    run = Kernels(torch.device("cpu", 0), torch.bfloat16)
+    one, other = (random(1, k, seed=seed).bfloat16() for seed in (0, 1))
+    for x in (run.gate(one, other, "silu", users), run.add_norm(one, other, None, norm(k, 2), users)[1]):
+        assert x.codes is not None
+        assert x.halves is not None
+        assert torch.equal(x.codes, decode._quantize(x.halves, 1, device_like(90)))
+    memory.check()
 
 
 @pytest.mark.parametrize("normed", [True, False])

@@ -125,7 +125,8 @@ def test_mixtures_of_experts(dtype: torch.dtype, count: int, top: int, hidden: i
         found, expected = (
             each.mix(x, mixture, *each.route(x, mixture), shared).sum() for each in (run, TorchOperations())
         )
-    assert float((found - expected).abs().max()) < 0.02 * float(expected.std())
+    # Activations of products are in 8 bits, and those of down are rounded once, not twice.
+    assert float((found - expected).float().norm()) < 0.02 * float(expected.float().norm())
 
 
 @pytest.fixture(scope="module", params=["dense", "mixture"])

@@ -38,6 +38,8 @@ SHAPES: tuple[Shape, ...] = ((8, 3, 2), (8, 2, 2), (8, 2, 1))
 SHORT_TILES, BESIDE_TILES = 24, 80
 """Tiles a multiprocessor up to which `SHORT` is best, and up to which one block each is best: the next launch's
 blocks then fit beside it. Measured on an H200."""
+SHALLOW = 3
+"""Super-blocks of a row up to which two blocks each are best all the same."""
 _ARGUMENTS = struct.Struct("@PPPPPPqiiiiiiiiii")
 
 
@@ -75,7 +77,7 @@ def plan(pairs: int, n: int, k: int, row: WeightType, device: Device) -> Experts
         warps, stages, occupancy = shape
         shared = warps * stages * row.tile_bytes + PAIRS * of_row + 2 * warps * TILE_ROWS * 4
         limit = min(device.shared_bytes, device.multiprocessor_shared_bytes // occupancy - 1024)
-        resident = 1 if tiles <= BESIDE_TILES else occupancy
+        resident = 1 if tiles <= BESIDE_TILES and blocks > SHALLOW else occupancy
         grid = max(pairs, min(pairs * row_tiles, resident * device.multiprocessors))
         if shared <= limit and pairs * row_tiles * grid < MOST_PRODUCT:
             return ExpertsPlan(shape, grid, shared)

@@ -1,7 +1,7 @@
 // The routes of one token in a mixture of experts: which experts are chosen, and with what factors.
 
 constexpr int ROUTE_WARPS = 4;     // of a block, a row of weights each
-constexpr int AT_ONCE = 12;        // loads of 16 bytes of a lane, 3072 values of a row
+constexpr int AT_ONCE = 11;        // loads of 16 bytes of a lane, 2816 values of a row
 constexpr int MOST_EXPERTS = 512;  // a lane has one in 32 of them
 
 __device__ __forceinline__ float rounded(float value) { return half_to_float(to_half(value)); }
@@ -44,7 +44,9 @@ __device__ __forceinline__ u32 ordered(float value) {
   return value != value ? 0 : bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-__device__ __forceinline__ float of_ordered(u32 order) { return __uint_as_float(order >> 31 ? order ^ 0x80000000u : ~order); }
+__device__ __forceinline__ float of_ordered(u32 order) {
+  return __uint_as_float(order >> 31 ? order ^ 0x80000000u : ~order);
+}
 
 __device__ __forceinline__ u32 max_of_warp(u32 value) {
   asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(value) : "r"(value));
@@ -59,8 +61,8 @@ __device__ __forceinline__ u32 min_of_warp(u32 value) {
 // The `top` largest of up to 32 OF_LANE logits, of equal ones the first; their factors are the softmax of these alone,
 // times the experts' scales if there are some. By one warp.
 template <int OF_LANE>
-__device__ __forceinline__ void choose_experts(const float* logits, const float* scales, int count, int top, int* experts,
-                                               float* factors) {
+__device__ __forceinline__ void choose_experts(const float* logits, const float* scales, int count, int top,
+                                               int* experts, float* factors) {
   const int lane = threadIdx.x & 31;
   u32 own[OF_LANE];
 #pragma unroll
@@ -94,14 +96,16 @@ __device__ __forceinline__ void choose_experts(const float* logits, const float*
 }
 
 // Parameters: the token x 16-bit (k,); weights 16-bit (rows, k): the router's, then the gate's of the shared expert, if
-// there is one; biases of these rows, 16-bit (rows,), or null; scales of the experts, fp32 (count,), or null; logits fp32 (rows,), for what blocks pass to each other;
-// counter, 0; experts (top,); factors fp32: the experts', then the shared one's; rows; count of experts, at most
-// MOST_EXPERTS; top, at most 32; k, a multiple of 8. Rounded as layers with 16 bits do.
+// there is one; biases of these rows, 16-bit (rows,), or null; scales of the experts, fp32 (count,), or null; logits
+// fp32 (rows,), for what blocks pass to each other; counter, 0; experts (top,); factors fp32: the experts', then the
+// shared one's; rows; count of experts, at most MOST_EXPERTS; top, at most 32; k, a multiple of 8. Rounded as layers
+// with 16 bits do.
 // Grid: ROUTE_WARPS rows of weights a block.
-extern "C" __global__ void __launch_bounds__(ROUTE_WARPS * 32)
+extern "C" __global__ void __launch_bounds__(ROUTE_WARPS * 32, 1)
     q6k_route(const u16* x, const u16* weights, const u16* bias, const float* scales, float* logits, u32* counter,
               int* experts, float* factors, int rows, int count, int top, int k) {
   __shared__ bool last;
+  __shared__ float own_scales[MOST_EXPERTS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = blockIdx.x * ROUTE_WARPS + warp;
   const int pieces = k / 8;
   const uint4* const of_row = reinterpret_cast<const uint4*>(weights + (i64)min(row, rows - 1) * k);
@@ -111,6 +115,7 @@ extern "C" __global__ void __launch_bounds__(ROUTE_WARPS * 32)
   for (int i = 0; i < AT_ONCE; ++i) {
     if (lane + 32 * i < pieces) ahead[i] = of_row[lane + 32 * i];
   }
+  for (int at = threadIdx.x; at < count; at += ROUTE_WARPS * 32) own_scales[at] = scales != nullptr ? scales[at] : 1.0f;
   const float addend = bias != nullptr && row < rows ? half_to_float(bias[row]) : 0.0f;
   let_dependents_start();
   wait_for_previous_grid();
@@ -132,11 +137,11 @@ extern "C" __global__ void __launch_bounds__(ROUTE_WARPS * 32)
   __syncthreads();
   if (!last || warp > 0) return;
   if (count <= 128) {
-    choose_experts<4>(logits, scales, count, top, experts, factors);
+    choose_experts<4>(logits, own_scales, count, top, experts, factors);
   } else if (count <= 256) {
-    choose_experts<8>(logits, scales, count, top, experts, factors);
+    choose_experts<8>(logits, own_scales, count, top, experts, factors);
   } else {
-    choose_experts<MOST_EXPERTS / 32>(logits, scales, count, top, experts, factors);
+    choose_experts<MOST_EXPERTS / 32>(logits, own_scales, count, top, experts, factors);
   }
   if (lane == 0 && rows > count) factors[top] = rounded(logistic(load_of_others(logits + count)));
 }

@@ -102,7 +102,7 @@ struct Mixed {
   int top, gated;
 
   __device__ __forceinline__ void sum(int group, int k, float (&sums)[16]) const {
-    constexpr int AT_ONCE = 4;
+    constexpr int AT_ONCE = 4;  // more registers would find no room beside the product before
     for (int first = 0; first < top; first += AT_ONCE) {
       uint4 raw[AT_ONCE][2] = {};
       float values[16];
@@ -216,9 +216,9 @@ __device__ __forceinline__ void add_norm(const u16* hidden, const u16* delta, co
 //
 // Parameters, all of one row of k values, a multiple of 32, at most 4096 NORM_GROUPS: hidden; delta, or null to add
 // nothing; after, the weight of delta's own norm, or null for none; the norm's weight, or null for none; sum, x, or
-// null; codes and steps, as q6k_quantize writes them, or null; factor, of delta after its norm; scale, of the sum, a
-// 16-bit number; the norms' epsilon; centred, whether norms subtract the mean before. Norms are root mean squares;
-// their weights are fp32. One block.
+// null; codes and steps, as q6k_quantize writes them, zeros past k, or null; factor, of delta after its norm; scale, of
+// the sum, a 16-bit number; the norms' epsilon; centred, whether norms subtract the mean before. Norms are root mean
+// squares; their weights are fp32. One block.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     q6k_add_norm(const u16* hidden, const u16* delta, const float* after, const float* weight, u16* sum, u16* x,
                  u8* codes, float* steps, float factor, float scale, float epsilon, int centred, int k) {
@@ -244,7 +244,8 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     q6k_add_mixture(const u16* hidden, const u16* rows, const float* after, const float* weight, u16* sum, u16* x,
                     u8* codes, float* steps, float factor, float scale, float epsilon, int centred, int k,
-                    const float* factors, const u16* beside, const float* after_rows, const float* after_beside, int top, int gated) {
+                    const float* factors, const u16* beside, const float* after_rows, const float* after_beside,
+                    int top, int gated) {
   const Mixed mixed = {rows, factors, beside, after_rows, after_beside, top, gated};
   const Further none[2] = {};
   add_norm<true, false>(hidden, nullptr, mixed, after, weight, none, sum, x, codes, steps, factor, scale, epsilon,
@@ -256,7 +257,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 //
 // Parameters, all of one row of k values: gate; up, or null for the activation alone; x, or null; codes and steps, as
 // q6k_quantize writes them, or null; kind, a Gate; k. `gate` and `up` are in rows of `width` values, a multiple of 16,
-// `stride` apart. A thread for each 16.
+// `stride` apart. A thread for each 16 of whole super-blocks; codes past k are zeros.
 extern "C" __global__ void __launch_bounds__(GATE_THREADS)
     q6k_gate(const u16* gate, const u16* up, u16* x, u8* codes, float* steps, int kind, int k, int width,
              int stride) {

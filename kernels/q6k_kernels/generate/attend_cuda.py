@@ -13,7 +13,9 @@ from q6k_kernels.generate.heads import Cached, Heads
 ATTEND_FILE, ATTEND, ATTEND_KEYS = "attend.cuh", "q6k_attend", 16
 HEAD_DIMS = (64, 96, 128, 256, 512)
 ATTEND_WARPS = (8, 4, 2, 1)
-"""Warps of a block of attention: the first number that fits."""
+"""Warps of a block of attention: the first number that fits beside a product's block, or else from 4 on at all."""
+BESIDE_BYTES = 80 << 10
+"""Shared memory of a block that still finds room beside a product's, whose end it then need not wait for."""
 MOST_HEADS, MOST_BLOCKS = 8, 32
 """The most query heads of a block, and the most blocks that split the keys of one head."""
 NORMED = {"head": 0, "projection": 1, "rotated head": 2}
@@ -24,9 +26,14 @@ _ATTEND = struct.Struct("@PPPPPPPPPPPPPPPPPfffiiiiiiiii")
 def grid(heads: Heads, device: Device) -> tuple[int, int, int]:
     """Return the rows of the grid, the blocks of a row, which split its keys, and the query heads of a row."""
     group = heads.count // heads.key_heads
-    together = max(count for count in range(1, MOST_HEADS + 1) if group % count == 0)
-    rows = heads.count // together
-    return rows, max(1, min(MOST_BLOCKS, device.multiprocessors // rows)), together
+
+    def shape(together: int) -> tuple[int, int, int]:
+        rows = heads.count // together
+        return rows, max(1, min(MOST_BLOCKS, device.multiprocessors // rows)), together
+
+    shapes = [shape(count) for count in range(1, MOST_HEADS + 1) if group % count == 0]
+    # As many blocks as there are multiprocessors; of such shapes the one that reads keys the fewest times.
+    return max(shapes, key=lambda each: (min(each[0] * each[1], device.multiprocessors), each[2]))
 
 
 def arguments(
@@ -38,6 +45,7 @@ def arguments(
     position: Tensor,
     shared: tuple[Tensor, Tensor],
     outputs: tuple[int, int, int],
+    together: int,
 ) -> bytes:
     """Return the kernel's arguments.
 
@@ -50,9 +58,8 @@ def arguments(
         position: position of the token.
         shared: what blocks share: partial sums, float32, and counters, int32, 0.
         outputs: addresses of the 16-bit values, codes and scales; 0 for what is absent.
+        together: query heads of a block, see `grid`.
     """
-    group = heads.count // heads.key_heads
-    together = max(count for count in range(1, MOST_HEADS + 1) if group % count == 0)
     return _ATTEND.pack(
         *map(_pointer, (q, k, v, cached.keys, cached.values, heads.cosines, heads.sines)),
         *(0 if norm is None else norm.weight.data_ptr() for norm in (heads.q_norm, heads.k_norm)),
@@ -64,7 +71,7 @@ def arguments(
         cached.keys.shape[-2],
         cached.window,
         together,
-        group,
+        heads.count // heads.key_heads,
         int(heads.values_normed),
         int(heads.gated),
         NORMED[heads.normed],
@@ -82,7 +89,11 @@ def variant(macros: tuple[tuple[str, int], ...], dim: int, warps: int) -> Varian
 def warps_of(dim: int, device: Device) -> int:
     """Return the warps of a block for a size of heads."""
     room = device.shared_bytes - attend_static(dim)
-    return next(warps for warps in ATTEND_WARPS if bytes_of(dim, warps) <= room)
+    return next(
+        warps
+        for warps in ATTEND_WARPS
+        if bytes_of(dim, warps) <= min(room, BESIDE_BYTES) or (warps <= 4 and bytes_of(dim, warps) <= room)
+    )
 
 
 def attend_static(dim: int) -> int:

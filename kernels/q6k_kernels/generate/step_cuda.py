@@ -129,10 +129,10 @@ class Kernels:
     ) -> ProductInput:
         """Launch rotation, cache write and attention, see `step_reference`."""
         out = self._activations(heads.count * heads.dim, users)
-        rows, blocks, _ = self._grid(heads)
+        rows, blocks, together = self._grid(heads)
         warps = attend_cuda.warps_of(heads.dim, self._device)
         shared = (self._partials, self._counters)
-        given = attend_cuda.arguments(q, k, v, heads, cached, position, shared, self._outputs(out))
+        given = attend_cuda.arguments(q, k, v, heads, cached, position, shared, self._outputs(out), together)
         self._launch(
             attend_cuda.variant(self._macros, heads.dim, warps),
             (blocks, rows, 1),
