@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import model_cases
 from model_cases import IDS, largest_difference, logits
@@ -134,6 +134,14 @@ def test_no_other_model_is_packed_while_it_is_loaded(tmp_path: Path) -> None:
     Tiny("llama", "llama").make().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="no model in another format can be loaded into it"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=PlanarConfig())
+
+
+def test_what_the_bundle_is_not_is_an_error(llama: Path) -> None:
+    for kind, name in ((AutoModel, "LlamaModel"), (AutoModelForSequenceClassification, "LlamaForSequence")):
+        with pytest.raises(UnsupportedModelError, match=f"holds a LlamaForCausalLM, and a {name}"):
+            kind.from_pretrained(llama)
+    with pytest.raises(UnsupportedModelError, match="of packed weights does not become"):
+        AutoModelForCausalLM.from_pretrained(llama).dequantize()
 
 
 @pytest.mark.parametrize(

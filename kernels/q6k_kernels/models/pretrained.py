@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from q6k_kernels.bundle.metadata import read_metadata
 from q6k_kernels.bundle.published import completed
@@ -66,6 +67,7 @@ class Loading:
         metadata = read_metadata(self.bundle.path)
         self.architecture, shapes = architecture_of(metadata), shapes_of(self.bundle)
         kind, values = described(self.architecture, metadata, shapes)
+        _check_class(model, kind)
         _check_config(model.config, make_config(self.architecture, metadata, shapes), kind, values)
         matched(self.bundle, metadata, self.architecture, model.dtype)
         fit(model, self.architecture, shapes)
@@ -164,6 +166,16 @@ class Loading:
             divided = {in_all_layers(name) for name in self._parts}
             model._tp_plan = {name: style for name, style in self._plan.items() if name in divided}
         attach_saver(model, self.bundle.path)
+
+
+def _check_class(model: PreTrainedModel, kind: str) -> None:
+    """Check that a model is transformers' of its kind for causal language modelling."""
+    wanted = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+    if wanted not in (each.__name__ for each in type(model).__mro__):
+        raise UnsupportedModelError(
+            f"the bundle holds a {wanted}, and a {type(model).__name__} has other weights",
+            "Load it with AutoModelForCausalLM; its `model` is the model without a head.",
+        )
 
 
 def _check_config(config: Any, expected: Any, kind: str, values: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ own quantisers are.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -111,6 +111,12 @@ class PlanarQuantizer(HfQuantizer):
     @property
     def _under_way(self) -> Loading:
         return cast("Loading", self._loading)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> NoReturn:
+        raise UnsupportedModelError(
+            f"a {type(model).__name__} of packed weights does not become one of {dtype or 'other weights'}",
+            "transformers dequantises the GGUF file itself: `from_pretrained(..., gguf_file=FILE)`.",
+        )
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """Say that a model can be saved."""
