@@ -47,6 +47,7 @@ from synthetic_model import MIXES, write_model
 from synthetic_qwen import SHAPES
 
 Row = dict[str, Any]
+STARTED = time.perf_counter()
 STEPS = {True: "own", False: "transformers"}
 HEADING = (
     f"{'shape':<16}{'ranks':>6}  {'step':<14}{'decode, tokens/s':>18}{'prompt, tokens/s':>28}"
@@ -130,6 +131,7 @@ def rows_of_model(
 ) -> list[Row]:
     """Load a model and measure it by each step that computes it."""
     on_gpu, before = device.type == "cuda", 0
+    say(f"load {shape} on {ranks}")
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
@@ -152,8 +154,15 @@ def rows_of_model(
             generator = Generator(model, capacity=capacity, fused=fused)
         except UnsupportedModelError:
             continue
+        say(f"decode and prefill by {STEPS[fused]} step")
         rows.append(loaded | {"step": STEPS[fused]} | speeds(generator, SHAPES[shape].vocabulary, device, args))
     return rows
+
+
+def say(what: str) -> None:
+    """Print what the first rank begins, so that a run that is cut off shows where."""
+    if os.environ["RANK"] == "0":
+        print(f"[{time.perf_counter() - STARTED:6.1f} s] {what}", flush=True)
 
 
 def load(bundle: Path, ranks: int, device: torch.device) -> Any:
