@@ -172,7 +172,7 @@ def _check(x: Tensor, codes: Tensor) -> tuple[int, int]:
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError(
             "x requires a gradient, and products with bytes have none: call them under torch.inference_mode() or "
-            "torch.no_grad(), or pass x.detach()"
+            "torch.no_grad(); to train, keep the weights packed"
         )
     return n, k
 
