@@ -29,6 +29,7 @@ _FLAGS = (
     "-O1",
     "-g0",
     "-fPIC",
+    "-fvisibility=hidden",
     "-fno-strict-aliasing",
     "-ffp-contract=off",
     "-w",
@@ -117,7 +118,9 @@ def _library(source: str, defines: tuple[tuple[str, int], ...]) -> Path:
     text = f'#include "instructions.h"\n{translate(source)}\n{launchers}'
     stem = Path(_FOLDER.name) / hashlib.sha256(text.encode()).hexdigest()[:16]
     stem.with_suffix(".cpp").write_text(text)
-    _compile("-shared", f"-I{_header()}", f"-I{HERE}", "-o", f"{stem}.so", f"{stem}.cpp")
+    _compile(
+        "-shared", f"-I{_header()}", f"-I{HERE}", "-o", f"{stem}.so", f"{stem}.cpp", f"{_FOLDER.name}/emulator.o"
+    )
     return stem.with_suffix(".so")
 
 
@@ -133,8 +136,9 @@ def _preprocessed(source: str, defines: tuple[tuple[str, int], ...]) -> str:
 
 @cache
 def _header() -> Path:
-    """Return a folder with the precompiled header; compiling it takes most of the time."""
+    """Return a folder with the precompiled header and what runs threads; compiling them takes most of the time."""
     _compile("-x", "c++-header", "-o", f"{_FOLDER.name}/instructions.h.gch", f"{HERE}/instructions.h")
+    _compile("-c", "-o", f"{_FOLDER.name}/emulator.o", f"{HERE}/emulator.cpp")
     return Path(_FOLDER.name)
 
 
@@ -150,8 +154,9 @@ def _launcher(kernel: str, parameters: str) -> str:
     names = [re.findall(r"\w+", member)[-1] for member in members]
     return f"""
 struct Arguments_{kernel} {{ {"; ".join(members)}; }};
-extern "C" const char* run_{kernel}(const uint32_t* grid, uint32_t threads, const void* arguments, size_t bytes,
-                                    size_t shared_bytes, uint32_t cluster, uint32_t order) {{
+extern "C" __attribute__((visibility("default"))) const char* run_{kernel}(
+    const uint32_t* grid, uint32_t threads, const void* arguments, size_t bytes, size_t shared_bytes,
+    uint32_t cluster, uint32_t order) {{
   Arguments_{kernel} a;
   const size_t end = offsetof(Arguments_{kernel}, {names[-1]}) + sizeof a.{names[-1]};
   if (bytes != end) return "arguments of a wrong size";
