@@ -103,16 +103,6 @@ def test_between_products_there_is_one_launch(monkeypatch: pytest.MonkeyPatch) -
     assert launches.launched == {"q6k_add_norm_rows": 1, "q6k_gate_rows": 1, "q6k_place_heads": 1}
 
 
-def test_new_texts_of_few_lengths_take_the_attention_that_torch_chooses() -> None:
-    queries = torch.randn(24, 2, 3, 16)
-    keys, values = torch.randn(2, 2, 24, 16)
-    found = chunk_attend_cuda._causal(queries, keys, values, 0.3, 0)
-    scores = torch.einsum("mhgd,hkd->hgmk", queries.double(), keys.double()) * 0.3
-    scores = scores.masked_fill(torch.ones(24, 24, dtype=torch.bool).triu(1), -torch.inf)
-    expected = torch.einsum("hgmk,hkd->mhgd", scores.softmax(-1), values.double())
-    torch.testing.assert_close(found.double(), expected.flatten(1), rtol=1e-4, atol=1e-5)
-
-
 def test_heads_without_kernels_are_computed_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     launches, run, angles = Launches(90, monkeypatch), kernels(), torch.zeros(64, 20)
     heads = Heads(4, 1, 40, 1.0, None, None, None, angles, angles)

@@ -12,10 +12,9 @@ pytest.importorskip("transformers")
 
 from chunk_cases import CASES, heads_in_chunks, nets_in_chunks, random
 from q6k_kernels import load_model
-from q6k_kernels.generate.chunk_attend_cuda import WHOLE
 from q6k_kernels.generate.chunk_cuda import ChunkKernels
 from q6k_kernels.generate.generator import Generator
-from q6k_kernels.generate.heads import Cached, Heads, Norm
+from q6k_kernels.generate.heads import Norm
 from q6k_kernels.generate.step_cuda import Kernels
 from q6k_kernels.generate.step_reference import TorchOperations
 
@@ -37,24 +36,6 @@ def test_heads_in_chunks(
     dtype: torch.dtype, scale: int, dim: int, group: int, window: int, rotated: int, more: dict[str, Any]
 ) -> None:
     heads_in_chunks(kernels(dtype), dtype, "cuda", dim, group, window, rotated, more, scale)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("dim", "group"), [(64, 1), (128, 4), (256, 2)])
-def test_whole_chunks_of_new_texts(dtype: torch.dtype, dim: int, group: int) -> None:
-    """For which torch chooses an attention."""
-    angles = random(WHOLE, dim // 2).cuda()
-    heads = Heads(2 * group, 2, dim, dim**-0.5, None, None, None, angles.cos(), angles.sin())
-    sizes = [heads.count * dim, 2 * dim, 2 * dim]
-    product = random(WHOLE, sum(sizes)).to("cuda", dtype).split(sizes, -1)
-    position = torch.arange(WHOLE, device="cuda")
-    found, expected = (
-        run.attend(
-            *product, heads, Cached(*torch.zeros(2, 1, 2, WHOLE + 8, dim, dtype=dtype).cuda(), 0, 0), position, []
-        )
-        for run in (kernels(dtype), TorchOperations())
-    )
-    torch.testing.assert_close(found.halves, expected.halves, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

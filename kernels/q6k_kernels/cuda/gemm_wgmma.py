@@ -221,15 +221,23 @@ class Product:
         self._sums = 4 * launch.scratch_floats
         self.tiles = tiles
 
-    def __call__(self, x: Tensor, y: Tensor) -> None:
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of memory for sums and flags."""
+        return self._sums + 8 * self._plan.scratch_flags
+
+    def __call__(self, x: Tensor, y: Tensor, scratch: Tensor | None = None) -> None:
         """Launch the product.
 
         Args:
             x: bf16 or fp16 (M, K), rows and start 16-byte aligned.
             y: x's dtype (M, n), contiguous.
+            scratch: uint8, `scratch_bytes` or more, with anything in it; launches of one stream may share it. By
+                default it is allocated.
         """
         (m, n, k), launch, device = self._shape, self._plan, self._device
-        scratch = _scratch(launch, y.device)
+        if scratch is None:
+            scratch = _scratch(launch, y.device)
         at, (bias_at, bias_kind) = scratch.data_ptr(), self._bias_arguments
         arguments = _ARGUMENTS.pack(
             *(y.data_ptr(), bias_at, at, at + self._sums, next(_tickets)),

@@ -13,7 +13,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from q6k_kernels.cuda.device import Variant
 from q6k_kernels.generate.attention import WIDEST, product_in_fp32
@@ -26,9 +25,6 @@ VECTORS = 16
 """Vectors of heads that a block places: two of each warp."""
 SCORES_AT_ONCE = 1 << 24
 """Scores that are kept at a time, in fp32: 64 MB, part of which stays in the L2 cache."""
-WHOLE = 512
-"""Multiple of tokens, at the beginning of a text, for which torch chooses among its attentions. On Hopper it takes
-cuDNN's, twice as fast as flash attention. That plans at the first use of each length, so only for few of them."""
 KEYS = 8
 """Multiple of keys in a product: 16 bytes of weights, the alignment that fast kernels want."""
 _SOFTMAX, _PLACE = struct.Struct("@PPPffiiiii"), struct.Struct("@PPPqqqPqqPPPPPPPPPfiiiiiiiiiii")
@@ -75,8 +71,7 @@ def attended(
     if not flash:
         return _in_parts(launch, macros, queries, keys, values, heads, cached.start - first, cached.window)
     count = cached.start - first + rows
-    attend = _flash if cached.start or cached.window or rows % WHOLE else _causal
-    return attend(queries, keys[:, :count], values[:, :count], heads.scale, cached.window)
+    return _flash(queries, keys[:, :count], values[:, :count], heads.scale, cached.window)
 
 
 def _beside(cached: Cached, start: int, rows: int) -> tuple[tuple[Tensor, Tensor] | None, int]:
@@ -171,15 +166,6 @@ def _in_parts(
         found = torch.bmm(weights, values[:, first:last])
         out[begin:end].copy_(found.view(key_heads, end - begin, group, dim).transpose(0, 1))
     return out.view(rows, -1)
-
-
-def _causal(queries: Tensor, keys: Tensor, values: Tensor, scale: float, _: int) -> Tensor:
-    """Attend as `_flash` does, with as many queries as keys, all of a text so far, and no window."""
-    rows, key_heads, group, dim = queries.shape
-    query = queries.view(rows, key_heads * group, dim).transpose(0, 1)[None]
-    given = query, keys[None], values[None]
-    out = scaled_dot_product_attention(*given, is_causal=True, scale=scale, enable_gqa=group > 1)
-    return out.transpose(1, 2).reshape(rows, -1)
 
 
 def _flash(queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int) -> Tensor:

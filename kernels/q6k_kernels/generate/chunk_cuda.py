@@ -59,6 +59,7 @@ class ChunkKernels(TorchOperations):
         self._torch_device, self._dtype, self._of_steps = device, dtype, of_steps
         self._fp16 = int(dtype is torch.float16)
         self._products = dict[tuple[nn.Module, int], Product]()
+        self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
 
     def add_norm(
         self,
@@ -192,8 +193,10 @@ class ChunkKernels(TorchOperations):
             if len(self._products) >= MOST_PRODUCTS:
                 self._products.clear()
             self._products[module, m] = product
+        if product.scratch_bytes > len(self._scratch):
+            self._scratch = torch.empty(product.scratch_bytes, dtype=torch.uint8, device=self._torch_device)
         y = torch.empty(m, n, dtype=self._dtype, device=self._torch_device)
-        product(x, y)
+        product(x, y, self._scratch)
         return y
 
     def _gated(self, gate: Tensor, up: Tensor | None, kind: int, piece: int, apart: int, k: int) -> ProductInput:
