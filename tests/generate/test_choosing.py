@@ -150,19 +150,29 @@ def test_threads_may_run_in_any_order(make: Callable[[torch.dtype], Kernels]) ->
         kernel.order = 0
 
 
-@pytest.mark.parametrize("filters", [None, Filters(top_k=9, repeat_penalty=1.5)])
-@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("filters", [None, Filters(top_k=9), Filters(top_p=0.6), Filters(9, 0.9, 0.2, 1.5)])
+@pytest.mark.parametrize(("softcap", "hidden"), [(None, False), (3.0, True)])
+@pytest.mark.parametrize("size", [7, 300, 1032])
 def test_filters_and_likelihoods_are_those_in_torch(
-    make: Callable[[torch.dtype], Kernels], filters: Filters | None, softcap: float | None
+    make: Callable[[torch.dtype], Kernels], filters: Filters | None, softcap: float | None, hidden: bool, size: int
 ) -> None:
-    """With filters the choice is that in torch; without them likelihoods are noted behind the kernel."""
-    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(2)).bfloat16()
+    """What filters cut the kernel does not draw; likelihoods are noted behind it. Penalties are in torch."""
+    logits = torch.randn(1, size, generator=torch.Generator().manual_seed(2)).bfloat16()
+    suppressed = None
+    if hidden:
+        suppressed = torch.zeros(-(-size // 8) * 8, dtype=torch.bool)
+        suppressed[logits[0].topk(3).indices] = True
     results = []
     for run in (make(torch.bfloat16), TorchOperations()):
         noted, tokens = Likelihoods(8, 2, torch.device("cpu")), torch.tensor([3, 9, 7, 0, 0, 0, 0, 0])
         state = torch.tensor([2]), torch.tensor([7]), tokens, torch.tensor([1])
-        run.choose(logits, softcap, TokenChoice(*state, 0.9, None, filters, noted))
-        assert int(state[0]) == 3
-        results.append(noted.read(3, [int(state[1])]))
-    assert results[0] == results[1]
-    assert results[0][0].logprob < 0
+        for seed in range(12):
+            state[0].fill_(2)
+            state[3].fill_(seed)
+            run.choose(logits, softcap, TokenChoice(*state, 0.9, suppressed, filters, noted))
+            assert int(state[0]) == 3
+            results.append(noted.read(3, [int(state[1])]))
+    assert results[:12] == results[12:]
+    assert all(each[0].logprob < 0 for each in results)
+    if suppressed is not None:
+        assert not any(suppressed[each[0].token] for each in results)

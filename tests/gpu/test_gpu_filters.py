@@ -13,6 +13,8 @@ from q6k_kernels import load_model
 from q6k_kernels.generate.filters import Filters
 from q6k_kernels.generate.generator import Generator
 from q6k_kernels.generate.sampling import choose
+from q6k_kernels.generate.step_cuda import Kernels
+from q6k_kernels.generate.step_reference import TokenChoice, TorchOperations
 
 pytestmark = pytest.mark.gpu
 
@@ -81,3 +83,19 @@ def test_choices_are_those_of_the_cpu(filters: Filters, vocabulary: int) -> None
         assert len({int(each) for each in found}) == 1
         same += int(found[0]) == int(on_cpu)
     assert same >= 19
+
+
+@pytest.mark.parametrize("filters", OPTIONS[:3], ids=str)
+@pytest.mark.parametrize("vocabulary", [500, 128256])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_kernel_draws_from_what_filters_leave(filters: Filters, vocabulary: int, softcap: float | None) -> None:
+    run = Kernels(torch.device("cuda", 0), torch.bfloat16)
+    for at in range(20):
+        logits = (3 * torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(at))).bfloat16().cuda()
+        found = []
+        for operations in (run, TorchOperations()):
+            position, token, seed = (torch.tensor([each], device="cuda") for each in (40 + at, 9, at))
+            chosen = torch.zeros(100, dtype=torch.int64, device="cuda")
+            operations.choose(logits, softcap, TokenChoice(position, token, chosen, seed, 0.9, None, filters))
+            found.append((int(position), int(token), int(chosen[41 + at])))
+        assert found[0] == found[1]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 _ONE = 2.0**40
 """Whole number that stands for the likeliest token's weight. The sum of 2^20 such fits 64 bits."""
@@ -89,6 +90,26 @@ class Filters:
         Args:
             scores: logits divided by the temperature, float32 (1, V).
         """
+        return torch.where(scores >= self._lowest(scores), scores, -math.inf)
+
+    def cut(self, logits: Tensor, temperature: float, suppressed: Tensor | None) -> Tensor:
+        """Return which tokens cannot be drawn, bool (V up to a multiple of 8,), for the kernel that draws.
+
+        Args:
+            logits: float32 (1, V).
+            temperature: above 0.
+            suppressed: tokens that must not be chosen in any case, bool (V or more,), or None.
+        """
+        size = logits.shape[-1]
+        hidden = None if suppressed is None else suppressed[:size]
+        if hidden is not None:
+            logits = logits.masked_fill(hidden, -math.inf)
+        scores = logits / torch.full((1,), temperature, device=logits.device)
+        found = (scores < self._lowest(scores))[0]
+        return pad(found if hidden is None else found | hidden, (0, -size % 8))
+
+    def _lowest(self, scores: Tensor) -> Tensor:
+        """Return the lowest score of a token that can be drawn, (1, 1)."""
         best = scores.amax(dim=-1, keepdim=True)
         lowest = torch.full_like(best, -math.inf)
         if self.top_k or self.top_p < 1:
@@ -103,7 +124,7 @@ class Filters:
                 lowest = ordered.gather(1, (count - 1).clamp(min=0))
         if self.min_p:
             lowest = torch.maximum(lowest, best + math.log(self.min_p))
-        return torch.where(scores >= lowest, scores, -math.inf)
+        return lowest
 
     def _ordered(self, scores: Tensor) -> Tensor:
         """Return the scores from the highest on, as many as can matter."""

@@ -206,10 +206,13 @@ class Kernels:
         return y
 
     def choose(self, logits: Tensor, softcap: float | None, choice: TokenChoice) -> None:
-        """Launch the choice of the next token, see `step_reference`; with filters it is that in torch."""
-        if choice.filters is not None:
+        """Launch the choice of the next token, see `step_reference`; torch finds what filters cut, or penalises."""
+        filters, suppressed = choice.filters, choice.suppressed
+        if filters is not None and filters.penalises:
             TorchOperations().choose(logits, softcap, choice)
             return
+        if filters is not None:
+            suppressed = filters.cut(capped(logits, softcap), choice.temperature, suppressed)
         vocabulary = logits.shape[-1]
         blocks = -(-vocabulary // (CHOOSE_THREADS * CHOOSE_VALUES))
         self._launch(
@@ -224,7 +227,7 @@ class Kernels:
                 self._bests.data_ptr(),
                 self._counted.data_ptr(),
                 choice.seed.data_ptr(),
-                pointer(choice.suppressed),
+                pointer(suppressed),
                 softcap or 0.0,
                 choice.temperature,
                 vocabulary,
