@@ -247,8 +247,8 @@ def test_the_roofline_of_a_prompt_is_the_longer_of_bytes_and_products() -> None:
     assert row["roofline_tokens_per_s"] == pytest.approx(2048 * 8e14 / flops, rel=1e-9)
     assert row["roofline_share"] == pytest.approx(flops / 8e14 / 0.1, rel=1e-9)
     assert row["gpu_tokens_per_s"] is None
-    assert (row["peer_tokens_per_s"], row["targets"]) == (8545, [{"target": "25,000 tokens/s", "met": False}])
-    assert rows_of.line(row).endswith("8545  25,000 tokens/s MISSED")
+    assert (row["peer_tokens_per_s"], row["targets"]) == (8545, [{"target": "38,000 tokens/s", "met": False}])
+    assert rows_of.line(row).endswith("8545  38,000 tokens/s MISSED")
     short = judged(rows_of.prefill_row(LLAMA, 2, 6_600_000_000, [100.0], []))
     assert short["roofline_tokens_per_s"] == pytest.approx(2 * 4e12 / (6_600_000_000 + 2 * 131072))
 
