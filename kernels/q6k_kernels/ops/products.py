@@ -3,9 +3,9 @@
     y[m,n] = sum_g (scale[n,g] * sum_(k in g) code[n,k] * x[m,k]) - sum_g min[n,g] * sum_(k in g) x[m,k] + bias[n]
 
 Few rows of x meet the codes themselves; for more, some weights at a time become float32, and torch multiplies. No
-weight is rounded, sums are in fp32, and the result is rounded once, to x's dtype. `csrc/products.c` has the code; it
-runs in torch's own threads, or in one if torch has no OpenMP, and gives the same bits on every processor and with any
-number of threads.
+weight is rounded, sums are in fp32, and the result is rounded once, to x's dtype. `csrc/products.c` has the code.
+It runs in torch's own threads, or in one if torch has no OpenMP. The bits are the same on every processor and with
+any number of threads.
 """
 
 from __future__ import annotations
