@@ -1,7 +1,8 @@
 """Attention of a prompt's chunk on a GPU: one launch that norms, rotates and places heads, and torch's attention.
 
 Flash attention knows windows and shared keys, so it needs neither masks nor copies. Heads too large for it, soft
-caps of scores, and sinks take two products for some queries at a time, with the softmax of their scores between.
+caps of scores, and sinks take two products for some queries at a time, with the softmax of their scores between; so
+does all attention where torch was built without it.
 `heads.attended` specifies the result.
 """
 
@@ -59,7 +60,7 @@ def attended(
         of_both = zip((q, k), (heads.q_norm, heads.k_norm), strict=True)
         q, k = (each if norm is None else norm(each).to(each.dtype) for each, norm in of_both)
     beside, first = _beside(cached, cached.start, rows)
-    flash = q.is_cuda and size <= WIDEST and heads.softcap is None and heads.sinks is None
+    flash = q.is_cuda and _has_flash() and size <= WIDEST and heads.softcap is None and heads.sinks is None
     shape = (rows, heads.key_heads, group, size) if flash else (heads.key_heads, rows, group, size)
     queries = torch.empty(shape, dtype=q.dtype, device=q.device)
     of_row, of_group = queries.stride()[:2] if flash else queries.stride()[1::-1]
@@ -199,6 +200,12 @@ def _flash(queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: 
         window_size_right=0 if window else None,
     )[0]
     return out.view(rows, -1)
+
+
+@cache
+def _has_flash() -> bool:
+    """Check whether this torch was built with flash attention, as those for Windows may not be."""
+    return torch.backends.cuda.is_flash_attention_available()
 
 
 @cache
