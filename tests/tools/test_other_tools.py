@@ -106,7 +106,7 @@ def test_peft_trains_a_lora_that_also_fits_the_original_model(made: tuple[Path, 
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.3
     kept = {name.replace(".base_layer", ""): each for name, each in trained.base_model.model.named_parameters()}
     assert all(torch.equal(kept[name], each) for name, each in before.items())
