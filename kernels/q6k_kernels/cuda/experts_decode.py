@@ -34,12 +34,12 @@ Shape = tuple[int, int, int]
 """Warps, stages and occupancy, as in `decode_plan`."""
 SHORT: Shape = (4, 6, 2)
 SHAPES: tuple[Shape, ...] = ((8, 3, 2), (8, 2, 2), (8, 2, 1))
-"""The first that fits is taken; `SHORT` where it fits and a launch is short."""
+"""The first that fits is taken; `SHORT` where it fits and a launch or its rows are short."""
 SHORT_TILES, BESIDE_TILES = 24, 80
 """Tiles a multiprocessor up to which `SHORT` is best, and up to which one block each is best: the next launch's
 blocks then fit beside it. Measured on an H200."""
 SHALLOW = 3
-"""Super-blocks of a row up to which two blocks each are best all the same."""
+"""Super-blocks of a row up to which two blocks each of `SHORT` are best, beside which others still fit."""
 _ARGUMENTS = struct.Struct("@PPPPPPqiiiiiiiiii")
 
 
@@ -73,7 +73,7 @@ def plan(pairs: int, n: int, k: int, row: WeightType, device: Device) -> Experts
     codes, steps, parts = activation_bytes(1, fused=True)
     of_row = blocks * (codes + steps * (2 if row.offset else 1) + (parts if row.minimum else 0))
     tiles = -(-pairs * row_tiles * blocks // device.multiprocessors)
-    for shape in (SHORT, *SHAPES) if tiles <= SHORT_TILES else SHAPES:
+    for shape in (SHORT, *SHAPES) if tiles <= SHORT_TILES or blocks <= SHALLOW else SHAPES:
         warps, stages, occupancy = shape
         shared = warps * stages * row.tile_bytes + PAIRS * of_row + 2 * warps * TILE_ROWS * 4
         limit = min(device.shared_bytes, device.multiprocessor_shared_bytes // occupancy - 1024)
