@@ -39,7 +39,20 @@ def run(*arguments: str | Path, given: str = "") -> dict[str, Any]:
     return document | {"stderr": done.stderr}
 
 
-SAMPLING = ("--temperature", "1.2", "--top-k", "40", "--top-p", "0.9", "--repeat-penalty", "1.1", "--logprobs", "2")
+SAMPLING = (
+    "--temperature",
+    "1.2",
+    "--top-k",
+    "40",
+    "--top-p",
+    "0.9",
+    "--repeat-penalty",
+    "1.1",
+    "--logprobs",
+    "2",
+    "--context",
+    "200",
+)
 
 
 def test_turns_reuse_the_cache_and_draw_as_generate_does(bundle: Path) -> None:

@@ -35,7 +35,7 @@ def test_turns_go_on_behind_an_answer_or_within_it(model: Any) -> None:
 
     def resumed(ids: list[int]) -> int:
         found, whole = generator.resume(ids), Generator(model, capacity=600).prefill(ids)
-        assert float((found - whole).abs().max() / whole.std()) < 0.05
+        assert float((found - whole).abs().max() / whole.std()) < 0.1
         return generator.reused
 
     def answered(count: int) -> list[int]:
