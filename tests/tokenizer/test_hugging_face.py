@@ -69,6 +69,7 @@ def test_ids_and_text_are_those_of_our_tokenizer(kind: str, tmp_path: Path) -> N
     assert theirs.bos_token_id == ours.bos_id
     assert theirs.eos_token_id == ours.vocabulary.names["eos"]
     assert theirs.model_max_length == 300
+    assert theirs.padding_side == "left"
     assert set(ours.vocabulary.control.values()) <= set(theirs.added_tokens_decoder)
     for text, token in ours.vocabulary.control.items():
         assert theirs.convert_tokens_to_ids(text) == token

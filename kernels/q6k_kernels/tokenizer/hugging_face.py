@@ -101,6 +101,7 @@ def _config(metadata: Metadata, vocabulary: Vocabulary) -> dict[str, Any]:
     content = {
         "add_bos_token": vocabulary.add_bos,
         "clean_up_tokenization_spaces": False,
+        "padding_side": "left",  # answers to several prompts continue their ends
         "tokenizer_class": "PreTrainedTokenizerFast",
         **named,
     }
