@@ -21,6 +21,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from typer.testing import CliRunner
 
 from hub_server import FakeHub, fresh
+from inside import without_coverage
 from q6k_convert.cli import main
 from tiny_models import Tiny
 from tokenizer_files import sentencepiece
@@ -101,9 +102,7 @@ def test_quickstart_ends_with_text_and_commands_that_run(model: Path, tmp_path: 
     program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m q6k_convert "$@"\n')
     program.chmod(0o755)
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    # Without coverage: its commands run elsewhere, too.
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_PROCESS")}
-    environment = inherited | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = without_coverage() | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
     def shell(line: str) -> str:
         done = subprocess.run(

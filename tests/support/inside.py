@@ -10,6 +10,11 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 
 
+def without_coverage() -> dict[str, str]:
+    """Return this process's environment, such that coverage leaves out a process that gets it."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_PROCESS")}
+
+
 def run_inside(file: str, *options: str, may_skip: bool = False, **environment: str) -> None:
     """Run the tests of a file below `tests/` and assert that they pass.
 
