@@ -3,11 +3,15 @@
 //
 //   Q6K_HEAD_DIM  see heads.cuh, which also comes before this file
 //   Q6K_WARPS     warps of a block
+//   Q6K_FORMS     0 without code for norms of projections and rotated heads, neighbours, sinks and padding of outputs
 //
 // Matrix instructions multiply 16 keys of a warp with up to 8 query heads that share them, then values with weights.
 // Whatever does not depend on the previous launch is loaded before the wait for that launch: above all the keys and
 // values of earlier steps, which go to shared memory.
 
+#ifndef Q6K_FORMS
+#define Q6K_FORMS 1
+#endif
 #ifndef Q6K_WARPS
 #define Q6K_WARPS 8
 #endif
@@ -84,6 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                const float* sinks, float* partials, u32* counters, u16* x, u8* codes, float* steps, float scale,
                float softcap, float epsilon, int slots, int window, int heads, int group, int values_normed, int gated,
                int normed, int rotated, int neighbours) {
+  if (!Q6K_FORMS) normed = HEAD, neighbours = 0, sinks = nullptr;
   extern __shared__ __align__(16) u8 shared[];
   __shared__ __align__(16) u16 queries[HEADS + 1][DIM + 8];  // and the token's key
   __shared__ __align__(16) u16 own_value[DIM];
@@ -329,7 +334,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (codes != nullptr) quantize_into(Quantized::all(codes, steps, k_out), raw, 0, at / 16 + lane, quantises);
     __syncwarp();
   }
-  if (codes != nullptr && row == gridDim.y - 1 && warp == WARPS - 1) {
+  if (Q6K_FORMS && codes != nullptr && row == gridDim.y - 1 && warp == WARPS - 1) {
     quantize_padding(Quantized::all(codes, steps, k_out), k_out);
   }
 }

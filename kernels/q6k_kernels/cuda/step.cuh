@@ -3,11 +3,19 @@
 // sixteens.cuh). They are tiny and mostly wait; meanwhile the next product loads its first tiles.
 //
 //   Q6K_NORM_GROUPS  groups of 16 values that each of 256 threads has of a row that is normed
+//   Q6K_CENTRED      1: norms subtract the mean first
+//   Q6K_GATE         the activation of q6k_gate, a Gate
 
 static_assert(TOKENS == 1 && !Q6K_FUSED, "a step is of one token, quantised once for all blocks");
 
 #ifndef Q6K_NORM_GROUPS
 #define Q6K_NORM_GROUPS 1
+#endif
+#ifndef Q6K_CENTRED
+#define Q6K_CENTRED 0
+#endif
+#ifndef Q6K_GATE
+#define Q6K_GATE 0
 #endif
 
 constexpr int NORM_THREADS = 256;
@@ -26,12 +34,12 @@ __device__ __forceinline__ float block_sum(float value, float* parts) {
   return sum;
 }
 
-// What the values of a row of k are multiplied with in its norm, before the weights. With `centred` their mean is
+// What the values of a row of k are multiplied with in its norm, before the weights. If norms are centred the mean is
 // subtracted from them first; those past k stay zeros.
-__device__ __forceinline__ float inverse_root(float (&values)[NORM_GROUPS][16], bool centred, float epsilon, int k,
+__device__ __forceinline__ float inverse_root(float (&values)[NORM_GROUPS][16], float epsilon, int k,
                                               float (&parts)[2][NORM_THREADS / 32]) {
   float sum = 0.0f;
-  if (centred) {
+  if (Q6K_CENTRED) {
 #pragma unroll
     for (int i = 0; i < NORM_GROUPS; ++i) {
 #pragma unroll
@@ -82,9 +90,9 @@ struct Norm {
   }
 
   // Norm of a row of 16-bit values, in place.
-  __device__ __forceinline__ void apply(float (&values)[NORM_GROUPS][16], bool centred, float epsilon, int k,
+  __device__ __forceinline__ void apply(float (&values)[NORM_GROUPS][16], float epsilon, int k,
                                         float (&parts)[2][NORM_THREADS / 32]) const {
-    const float inverse = inverse_root(values, centred, epsilon, k, parts);
+    const float inverse = inverse_root(values, epsilon, k, parts);
     for_groups(k / 16, [&](int i, int) {
 #pragma unroll
       for (int j = 0; j < 16; ++j) values[i][j] = values[i][j] * inverse * weights[i][j];
@@ -132,7 +140,7 @@ struct Further {
 template <bool MIXED, bool MORE>
 __device__ __forceinline__ void add_norm(const u16* hidden, const u16* delta, const Mixed& mixed, const float* after,
                                          const float* weight, const Further (&further)[2], u16* sum, u16* x, u8* codes,
-                                         float* steps, float factor, float scale, float epsilon, bool centred, int k) {
+                                         float* steps, float factor, float scale, float epsilon, int k) {
   __shared__ float parts[4][2][NORM_THREADS / 32];
   let_dependents_start();
   const int groups = k / 16, padded = padded_groups(k);
@@ -154,8 +162,8 @@ __device__ __forceinline__ void add_norm(const u16* hidden, const u16* delta, co
   if (MIXED) {
     float sums[NORM_GROUPS][16] = {};
     for_groups(groups, [&](int i, int group) { mixed.sum(group, k, sums[i]); });
-    if (mixed.after_rows != nullptr) of_rows.apply(sums, centred, epsilon, k, parts[0]);
-    if (mixed.after_beside != nullptr) of_beside.apply(values, centred, epsilon, k, parts[1]);
+    if (mixed.after_rows != nullptr) of_rows.apply(sums, epsilon, k, parts[0]);
+    if (mixed.after_beside != nullptr) of_beside.apply(values, epsilon, k, parts[1]);
     const float gate = mixed.gated ? mixed.factors[mixed.top] : 1.0f;
     for_groups(groups, [&](int i, int) {
 #pragma unroll
@@ -166,7 +174,7 @@ __device__ __forceinline__ void add_norm(const u16* hidden, const u16* delta, co
       round_16(values[i]);
     });
   }
-  if (after != nullptr) of_delta.apply(values, centred, epsilon, k, parts[2]);
+  if (after != nullptr) of_delta.apply(values, epsilon, k, parts[2]);
   for_groups(groups, [&](int i, int group) {
     float own[16];
     to_floats(before[i], own);
@@ -183,7 +191,7 @@ __device__ __forceinline__ void add_norm(const u16* hidden, const u16* delta, co
     if (sum != nullptr) store_16(sum + group * 16, raw);
   });
   float inverse = 1.0f;
-  if (weight != nullptr || MORE) inverse = inverse_root(values, centred, epsilon, k, parts[3]);
+  if (weight != nullptr || MORE) inverse = inverse_root(values, epsilon, k, parts[3]);
   auto normed = [&](const Norm& norm, int i, uint4 (&raw)[2]) {
     float found[16];
 #pragma unroll
@@ -217,25 +225,25 @@ __device__ __forceinline__ void add_norm(const u16* hidden, const u16* delta, co
 // Parameters, all of one row of k values, a multiple of 32, at most 4096 NORM_GROUPS: hidden; delta, or null to add
 // nothing; after, the weight of delta's own norm, or null for none; the norm's weight, or null for none; sum, x, or
 // null; codes and steps, as q6k_quantize writes them, zeros past k, or null; factor, of delta after its norm; scale, of
-// the sum, a 16-bit number; the norms' epsilon; centred, whether norms subtract the mean before. Norms are root mean
+// the sum, a 16-bit number; the norms' epsilon. Norms are root mean
 // squares; their weights are fp32. One block.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     q6k_add_norm(const u16* hidden, const u16* delta, const float* after, const float* weight, u16* sum, u16* x,
-                 u8* codes, float* steps, float factor, float scale, float epsilon, int centred, int k) {
+                 u8* codes, float* steps, float factor, float scale, float epsilon, int k) {
   const Further none[2] = {};
   add_norm<false, false>(hidden, delta, Mixed(), after, weight, none, sum, x, codes, steps, factor, scale, epsilon,
-                         centred, k);
+                         k);
 }
 
 #if Q6K_NORM_GROUPS <= 2  // more would not fit in registers
 // As q6k_add_norm, and two further norms of the sum: their weights, and where they go, 16-bit.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     q6k_add_norms(const u16* hidden, const u16* delta, const float* after, const float* weight, u16* sum, u16* x,
-                  u8* codes, float* steps, float factor, float scale, float epsilon, int centred, int k,
+                  u8* codes, float* steps, float factor, float scale, float epsilon, int k,
                   const float* weight_1, u16* x_1, const float* weight_2, u16* x_2) {
   const Further further[2] = {{weight_1, x_1}, {weight_2, x_2}};
   add_norm<false, true>(hidden, delta, Mixed(), after, weight, further, sum, x, codes, steps, factor, scale, epsilon,
-                        centred, k);
+                        k);
 }
 
 // As q6k_add_norm with the sum of a mixture in place of `delta`: outputs of its experts, 16-bit (top, k); their fp32
@@ -243,23 +251,23 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 // of `beside`, or null. Rounded as layers with 16 bits do.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     q6k_add_mixture(const u16* hidden, const u16* rows, const float* after, const float* weight, u16* sum, u16* x,
-                    u8* codes, float* steps, float factor, float scale, float epsilon, int centred, int k,
+                    u8* codes, float* steps, float factor, float scale, float epsilon, int k,
                     const float* factors, const u16* beside, const float* after_rows, const float* after_beside,
                     int top, int gated) {
   const Mixed mixed = {rows, factors, beside, after_rows, after_beside, top, gated};
   const Further none[2] = {};
   add_norm<true, false>(hidden, nullptr, mixed, after, weight, none, sum, x, codes, steps, factor, scale, epsilon,
-                        centred, k);
+                        k);
 }
 #endif
 
 // x = gate's activation * up: as 16-bit values, in 8 bits, or both.
 //
 // Parameters, all of one row of k values: gate; up, or null for the activation alone; x, or null; codes and steps, as
-// q6k_quantize writes them, or null; kind, a Gate; k. `gate` and `up` are in rows of `width` values, a multiple of 16,
+// q6k_quantize writes them, or null; k. `gate` and `up` are in rows of `width` values, a multiple of 16,
 // `stride` apart. A thread for each 16 of whole super-blocks; codes past k are zeros.
 extern "C" __global__ void __launch_bounds__(GATE_THREADS)
-    q6k_gate(const u16* gate, const u16* up, u16* x, u8* codes, float* steps, int kind, int k, int width,
+    q6k_gate(const u16* gate, const u16* up, u16* x, u8* codes, float* steps, int k, int width,
              int stride) {
   let_dependents_start();
   const int groups = k / 16, group = blockIdx.x * GATE_THREADS + threadIdx.x;
@@ -271,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(GATE_THREADS)
     load_16(gate + at, raw);
     if (up != nullptr) load_16(up + at, raw_up);
   }
-  apply_gate(kind, raw, raw_up, up != nullptr);
+  apply_gate(Q6K_GATE, raw, raw_up, up != nullptr);
   if (x != nullptr && present) store_16(x + group * 16, raw);
   if (codes != nullptr) quantize_into(Quantized::all(codes, steps, k), raw, 0, group, group < padded_groups(k));
 }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import struct
 from functools import cache
+from itertools import product
 
 from torch import Tensor
 
 from q6k_kernels.cuda.device import Device, Variant
+from q6k_kernels.formats.ggml import SUPER_BLOCK
 from q6k_kernels.generate.heads import Cached, Heads
 
 ATTEND_FILE, ATTEND, ATTEND_KEYS = "attend.cuh", "q6k_attend", 16
@@ -81,9 +83,15 @@ def arguments(
 
 
 @cache
-def variant(macros: tuple[tuple[str, int], ...], dim: int, warps: int) -> Variant:
-    """Return the kernel for the macros of a step, a size of heads and a number of warps."""
-    return ATTEND_FILE, ATTEND, (*macros, ("Q6K_HEAD_DIM", dim), ("Q6K_WARPS", warps))
+def variant(macros: tuple[tuple[str, int], ...], dim: int, warps: int, forms: bool) -> Variant:
+    """Return the kernel for the macros of a step, a size of heads, a number of warps, and forms: see `has_form`."""
+    return ATTEND_FILE, ATTEND, (*macros, ("Q6K_HEAD_DIM", dim), ("Q6K_WARPS", warps), ("Q6K_FORMS", int(forms)))
+
+
+def has_form(heads: Heads) -> bool:
+    """Check whether heads have another form than the usual one, for which the kernel has less code."""
+    turned = heads.normed != "head" or heads.neighbours
+    return turned or heads.sinks is not None or heads.count * heads.dim % SUPER_BLOCK > 0
 
 
 def warps_of(dim: int, device: Device) -> int:
@@ -113,7 +121,8 @@ def bytes_of(dim: int, warps: int) -> int:
 
 def variants(macros: tuple[tuple[str, int], ...], device: Device) -> list[Variant]:
     """Return all kernels with the macros of a step that a GPU may load."""
-    return [variant(macros, dim, warps_of(dim, device)) for dim in HEAD_DIMS]
+    every = product(HEAD_DIMS, (False, True))
+    return [variant(macros, dim, warps_of(dim, device), forms) for dim, forms in every]
 
 
 def _pointer(tensor: Tensor | None) -> int:

@@ -16,7 +16,7 @@ THREADS, GROUPS = 256, (1, 2, 3)
 MOST_K = 16 * THREADS * GROUPS[-1]
 MOST_MIXED = 8192
 """The most values of a row with further norms, or with the sum of a mixture."""
-_COMMON = "@PPPPPPPPfffii"
+_COMMON = "@PPPPPPPPfffi"
 _ADD_NORM, _ADD_NORMS, _ADD_MIXTURE = (struct.Struct(_COMMON + more) for more in ("", "PPPP", "PPPPii"))
 
 
@@ -30,8 +30,8 @@ def kernel_and_arguments(
     factor: float,
     scale: float,
     further: tuple[tuple[Norm, Tensor], ...],
-) -> tuple[str, bytes]:
-    """Return the kernel of a residual sum and its arguments.
+) -> tuple[str, bool, bytes]:
+    """Return the kernel of a residual sum, whether its norms are centred, and its arguments.
 
     Args:
         hidden: see `step_reference`.
@@ -55,23 +55,27 @@ def kernel_and_arguments(
         factor,
         1.0 if delta is None else scale,
         norms[0].epsilon if norms else 0.0,  # which all norms of a model share
-        int(any(each.centred for each in norms)),
         hidden.shape[-1],
     )
+    centred = any(each.centred for each in norms)
     if isinstance(delta, Mixed):
         assert not further  # noqa: S101 -- as `step_reference` says
-        return ADD_MIXTURE, _ADD_MIXTURE.pack(
-            *given,
-            delta.factors.data_ptr(),
-            pointer(delta.beside),
-            *map(_weight, _norms(delta)),
-            delta.rows.shape[1],
-            int(delta.gated),
+        return (
+            ADD_MIXTURE,
+            centred,
+            _ADD_MIXTURE.pack(
+                *given,
+                delta.factors.data_ptr(),
+                pointer(delta.beside),
+                *map(_weight, _norms(delta)),
+                delta.rows.shape[1],
+                int(delta.gated),
+            ),
         )
     if further:
         pointers = [each.data_ptr() for norm, out in further for each in (norm.weight, out)]
-        return ADD_NORMS, _ADD_NORMS.pack(*given, *pointers)
-    return ADD_NORM, _ADD_NORM.pack(*given)
+        return ADD_NORMS, centred, _ADD_NORMS.pack(*given, *pointers)
+    return ADD_NORM, centred, _ADD_NORM.pack(*given)
 
 
 def _norms(delta: Tensor | Mixed | None) -> tuple[Norm | None, Norm | None]:
@@ -90,14 +94,15 @@ def _weight(norm: Norm | None) -> int:
 
 
 @cache
-def variant(kernel: str, macros: tuple[tuple[str, int], ...], k: int) -> Variant:
-    """Return the variant of a kernel for rows of k values."""
+def variant(kernel: str, macros: tuple[tuple[str, int], ...], k: int, centred: bool) -> Variant:
+    """Return the variant of a kernel for rows of k values and for norms that are centred or not."""
     groups = next(count for count in GROUPS if k <= 16 * THREADS * count)
-    return FILE, kernel, (*macros, ("Q6K_NORM_GROUPS", groups))
+    return FILE, kernel, (*macros, ("Q6K_NORM_GROUPS", groups), ("Q6K_CENTRED", int(centred)))
 
 
 def variants(macros: tuple[tuple[str, int], ...]) -> list[Variant]:
     """Return the kernels with the macros of a step."""
     sizes = [16 * THREADS * groups for groups in GROUPS]
-    mixed = [(kernel, k) for kernel in (ADD_NORMS, ADD_MIXTURE) for k in sizes if k <= MOST_MIXED]
-    return [variant(kernel, macros, k) for kernel, k in [*((ADD_NORM, k) for k in sizes), *mixed]]
+    mixed = [(kernel, k, False) for kernel in (ADD_NORMS, ADD_MIXTURE) for k in sizes if k <= MOST_MIXED]
+    alone = [(ADD_NORM, k, centred) for k in sizes for centred in (False, True)]
+    return [variant(kernel, macros, k, centred) for kernel, k, centred in [*alone, *mixed]]

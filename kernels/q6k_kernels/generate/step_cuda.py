@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -39,7 +40,7 @@ CHOOSE_THREADS, CHOOSE_VALUES, CHOOSE_BLOCKS = 128, 8, 256
 """Threads of a block, logits that a thread reads at once, and the most blocks; as in `cuda/choose.cuh`."""
 GATES = {"silu": 0, "gelu_tanh": 1, "relu_squared": 2, "clamped_swiglu": 3}
 """Activation -> its number in the enum `Gate` of `cuda/sixteens.cuh`."""
-_GATE = struct.Struct("@PPPPPiiii")
+_GATE = struct.Struct("@PPPPPiii")
 _CHOOSE = struct.Struct("@PPPPPPPPffi")
 
 
@@ -96,11 +97,11 @@ class Kernels:
         """Launch the residual sum and its norms, see `step_reference`; `users` decide the forms of the output."""
         total = hidden if delta is None else torch.empty_like(hidden)
         out, others = self._activations(hidden.shape[-1], users), [torch.empty_like(hidden) for _ in further or ()]
-        kernel, given = norm_cuda.kernel_and_arguments(
+        kernel, centred, given = norm_cuda.kernel_and_arguments(
             *(hidden, delta, after, norm, total, self._outputs(out), factor, scale),
             tuple(zip(further or (), others, strict=True)),
         )
-        variant = norm_cuda.variant(kernel, self._macros, hidden.shape[-1])
+        variant = norm_cuda.variant(kernel, self._macros, hidden.shape[-1], centred)
         self._launch(variant, (1, 1, 1), norm_cuda.THREADS, given)
         return total, replace(out, further=tuple(others))
 
@@ -108,12 +109,10 @@ class Kernels:
         """Launch the activation function of `gate` times `up`, see `step_reference`: rows are a token's experts."""
         out, given = self._activations(gate.numel(), users), (gate.data_ptr(), pointer(up))
         self._launch(
-            (STEP, GATE, self._macros),
+            _gate_variant(self._macros, GATES[activation]),
             (-(-gate.numel() // (16 * GATE_THREADS)), 1, 1),
             GATE_THREADS,
-            _GATE.pack(
-                *given, *self._outputs(out), GATES[activation], gate.numel(), gate.shape[-1], gate.stride(-2)
-            ),
+            _GATE.pack(*given, *self._outputs(out), gate.numel(), gate.shape[-1], gate.stride(-2)),
         )
         return replace(out, halves=None if out.halves is None else out.halves.view(gate.shape))
 
@@ -134,7 +133,7 @@ class Kernels:
         shared = (self._partials, self._counters)
         given = attend_cuda.arguments(q, k, v, heads, cached, position, shared, self._outputs(out), together)
         self._launch(
-            attend_cuda.variant(self._macros, heads.dim, warps),
+            attend_cuda.variant(self._macros, heads.dim, warps, attend_cuda.has_form(heads)),
             (blocks, rows, 1),
             32 * warps,
             given,
@@ -280,12 +279,18 @@ class Kernels:
 _ONE_TOKEN = (("Q6K_TOKENS", 1), ("Q6K_FUSED", 0))
 
 
+@cache
+def _gate_variant(macros: tuple[tuple[str, int], ...], gate: int) -> Variant:
+    return STEP, GATE, (*macros, ("Q6K_GATE", gate))
+
+
 def variants(device: Device) -> list[Variant]:
     """Return all kernels that a step may load on a GPU."""
     found = list[Variant]()
     for fp16 in (False, True):
         macros = (("Q6K_FP16", int(fp16)), *_ONE_TOKEN)
-        found += [(STEP, GATE, macros), (CHOOSE_FILE, CHOOSE, macros[:2]), delta_cuda.variant(macros)]
+        found += [_gate_variant(macros, gate) for gate in GATES.values()]
+        found += [(CHOOSE_FILE, CHOOSE, macros[:2]), delta_cuda.variant(macros)]
         found += [*mixture_cuda.variants(macros[:1]), *norm_cuda.variants(macros)]
         found += attend_cuda.variants(macros, device)
     return found
