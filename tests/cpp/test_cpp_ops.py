@@ -25,6 +25,7 @@ from q6k_convert.machine import build_ops
 from q6k_kernels.cpp import cubins, generate, units
 from q6k_kernels.errors import CompileFailedError, CompilerMissingError
 from q6k_kernels.jit import compiler
+from untraced import untraced
 
 KINDS = "pack_|rows_6_32_0_16_0_0_0_|gemm_mma_6_32_0_16_0_0_0_16"
 """Names of units of which some are compiled here."""
@@ -241,7 +242,7 @@ def test_a_kernel_that_spills_fails_the_build(tmp_path: Path, monkeypatch: pytes
 
 def test_every_variant_has_its_place_in_the_library() -> None:
     pytest.importorskip("torch")
-    wanted = list(units.of_library())
+    wanted = list(untraced(units.of_library)())
     assert {unit[1] for unit in wanted} == set(units.FILES)
     assert len({units.name_of(unit) for unit in wanted}) == len(wanted)
     blob, index = generate.cubin_index(cubins.Built(unit, b"code", [], [], "") for unit in wanted)

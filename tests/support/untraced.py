@@ -1,4 +1,4 @@
-"""Run torch's tracing and compiling without coverage, which would take as long again and covers none of it."""
+"""Run without coverage what takes as long again with it: torch's tracing and compiling, and long plans."""
 
 from __future__ import annotations
 
