@@ -83,12 +83,13 @@ def made(folder: Path, shape: str, mix: str) -> Path:
     source, bundle = folder / f"{shape}-{mix}.gguf", folder / f"{shape}-{mix}"
     if not source.exists():
         write_model(source, SHAPES[shape], len(os.sched_getaffinity(0)), mix)
-    if not bundle.exists():
+    if fresh := not bundle.exists():
         convert_gguf(source, bundle, Options())
     shapes = {tensor.name: tuple(tensor.shape) for tensor in open_bundle(bundle).manifest.tensors}
     content = json.dumps(config(read_metadata(bundle), shapes))
     (bundle / CONFIG).write_text(content, encoding="utf-8")
-    read_all(bundle)
+    if not fresh:  # what was written just now is in the page cache
+        read_all(bundle)
     return bundle
 
 
