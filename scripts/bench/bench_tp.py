@@ -157,6 +157,7 @@ def rows_of_model(
             continue
         say(f"decode and prefill by {STEPS[fused]} step")
         rows.append(loaded | {"step": STEPS[fused]} | speeds(generator, SHAPES[shape].vocabulary, device, args))
+        say(f"decode {rows[-1]['decode_tokens_per_s']:.1f}, prompts {rows[-1]['prompt_tokens_per_s']} tokens/s")
     return rows
 
 
