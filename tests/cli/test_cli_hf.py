@@ -20,7 +20,8 @@ from bundle_helpers import failed, invoke, listing
 from q6k_convert.run import publishing, running
 from q6k_kernels import load_model
 from q6k_kernels.tokenizer.tokenizer import load_tokenizer
-from tiny_chat import TEMPLATE, tiny_chat
+from tiny_chat import tiny_chat
+from tokenizer_files import TEMPLATE
 
 FILES = {
     "README.md", "chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json",
@@ -55,6 +56,7 @@ def test_transformers_opens_what_it_writes(bundle: Path) -> None:
         assert torch.equal(model(ids).logits, load_model(bundle, dtype=torch.bfloat16)(ids).logits)
     assert sorted(model.generation_config.eos_token_id) == sorted(load_tokenizer(bundle).stop_ids)
     assert model.generation_config.suppress_tokens == [5]
+    assert model.generation_config.pad_token_id == 0
     assert (bundle / "chat_template.jinja").read_text(encoding="utf-8") == TEMPLATE
     answer = pipeline("text-generation", str(bundle))(
         [{"role": "user", "content": "The dog"}], max_new_tokens=3, do_sample=False

@@ -17,19 +17,13 @@ from q6k_convert.cli.main import app
 
 pytestmark = pytest.mark.gpu
 
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("libgguf")
-    from tiny_models import Tiny
-    from tokenizer_files import sentencepiece
+    from tiny_chat import tiny_chat
 
-    keys = {f"tokenizer.{key}": value for key, value in sentencepiece().items()}
-    tokens = len(keys["tokenizer.ggml.tokens"])
-    tiny = Tiny("llama", "llama", {"vocab_size": tokens}, keys | {"tokenizer.chat_template": TEMPLATE})
-    return tiny.bundle(tmp_path_factory.mktemp("prompt"))[0]
+    return tiny_chat(tmp_path_factory.mktemp("prompt"))[0]
 
 
 def run(*arguments: str | Path, given: str = "") -> dict[str, Any]:

@@ -23,8 +23,7 @@ from typer.testing import CliRunner
 from hub_server import FakeHub, fresh
 from inside import without_coverage
 from q6k_convert.cli import main
-from tiny_models import Tiny
-from tokenizer_files import sentencepiece
+from tiny_chat import tiny_chat
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,7 +35,6 @@ ELSEWHERE = {
     ". .venv/bin/activate",
 }
 """Beginnings of lines that others run: tests/export, which compiles for minutes, tests/cli, and the gate."""
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
 def commands() -> list[str]:
@@ -48,11 +46,8 @@ def commands() -> list[str]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny whole model with a vocabulary and a chat template."""
-    keys = {f"tokenizer.{key}": value for key, value in sentencepiece().items()}
-    tokens = len(keys["tokenizer.ggml.tokens"])
-    tiny = Tiny("llama", "llama", {"vocab_size": tokens}, keys | {"tokenizer.chat_template": TEMPLATE})
     folder = tmp_path_factory.mktemp("model")
-    tiny.bundle(folder)
+    tiny_chat(folder)
     return folder / "model.gguf"
 
 

@@ -11,9 +11,7 @@ import pytest
 from gguf_builder import small_model, weight
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
-from tokenizer_files import sentencepiece, sentencepiece_ids, write
-
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+from tokenizer_files import TEMPLATE, sentencepiece, sentencepiece_ids, write
 
 
 @dataclass

@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_models import Tiny
-from tokenizer_files import sentencepiece
-
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+from tokenizer_files import TEMPLATE, sentencepiece
 
 
 def tiny_chat(directory: Path) -> tuple[Path, Any]:

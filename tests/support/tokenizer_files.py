@@ -19,6 +19,8 @@ SAMPLES = [
     "The quick brown fox", " leading", "trailing ", "a  b   c", "\n\nx\n", "It's we've THEY'RE", "12345 007 3.14",
     "Grüße, schöne 世界", "Привет 🦙 unknown ☃", "tab\there", "", "don't!?... (ok)", "<s>not control</s>", "x\r\ny",
 ]  # fmt: skip
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+"""A chat template that writes every message on a line of its own."""
 
 
 def write(directory: Path, keys: dict[str, Any]) -> Path:

@@ -67,7 +67,8 @@ def config(metadata: Metadata, shapes: Shapes, weights: Weights = "packed") -> d
 
 
 def _generation(metadata: Metadata, values: dict[str, Any], stop: list[int]) -> dict[str, Any]:
-    content: dict[str, Any] = {name: values[name] for name in ("bos_token_id", "pad_token_id") if values.get(name)}
+    named = {name: values.get(name) for name in ("bos_token_id", "pad_token_id")}
+    content: dict[str, Any] = {name: token for name, token in named.items() if token is not None}  # 0 is a token
     if stop:
         content["eos_token_id"] = stop
     if suppressed := suppressed_tokens(metadata, values["vocab_size"]):
