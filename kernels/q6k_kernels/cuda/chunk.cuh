@@ -1,5 +1,5 @@
 // The parts of a chunk of a prompt between its products, but for the heads (chunk_heads.cuh): of many tokens each, what
-// step.cuh computes of one, and the softmax of scores that are in memory. eights.cuh comes before this file.
+// step.cuh computes of one, and the softmax of scores that are in memory. gates.cuh and eights.cuh come before this file.
 //
 //   Q6K_NORM_PARTS  pieces of 2048 values of a row that is normed: each of 256 threads has 8 values of a piece
 
@@ -11,8 +11,6 @@ constexpr int NORM_PARTS = Q6K_NORM_PARTS;
 constexpr int NORM_THREADS = 256;
 constexpr int GATE_THREADS = 128;
 constexpr int SOFTMAX_THREADS = 256;
-
-enum Gate { SILU = 0, GELU_TANH = 1, RELU_SQUARED = 2, CLAMPED_SWIGLU = 3, LOGISTIC = 4 };
 
 // sum = (hidden + factor * (norm of) delta) * scale; x = (norm of) sum.
 //
@@ -98,13 +96,11 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
   }
 }
 
-__device__ __forceinline__ float at_most(float value, float most) { return value > most ? most : value; }  // NaN stays
-
 // x = gate's activation * up, or without up the activation alone.
 //
-// Parameters: gate and up, 16-bit, up perhaps null, rows `gate_stride` and `up_stride` apart; x 16-bit, rows of k values; kind, a Gate,
-// of which LOGISTIC is rounded before the product, as 16-bit layers do; k. A row of gates is in pieces of `piece`
-// values that are `apart`. All sizes are multiples of 8. Grid: rows x 8 values a thread.
+// Parameters: gate and up, 16-bit, up perhaps null, rows `gate_stride` and `up_stride` apart; x 16-bit, rows of k values;
+// kind, a Gate, of which LOGISTIC is rounded before the product, as 16-bit layers do; k. A row of gates is in pieces of
+// `piece` values that are `apart`. All sizes are multiples of 8. Grid: rows x 8 values a thread.
 extern "C" __global__ void __launch_bounds__(GATE_THREADS)
     q6k_gate_rows(const u16* gate, const u16* up, u16* x, i64 gate_stride, i64 up_stride, int kind, int k, int piece,
                   int apart) {
@@ -117,15 +113,13 @@ extern "C" __global__ void __launch_bounds__(GATE_THREADS)
   if (up != nullptr) load_8(up + blockIdx.x * up_stride + at, factors);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    const float v = kind == CLAMPED_SWIGLU ? at_most(values[j], 7.0f) : values[j];
-    if (kind == CLAMPED_SWIGLU) factors[j] = -at_most(-at_most(factors[j], 7.0f), 7.0f) + 1.0f;
-    // gelu's tanh(u) is 1 - 2 / (1 + e^2u), so 0.5 (1 + tanh(u)) is the logistic function of 2u.
-    const float gelu = 1.5957691216057308f * fmaf(0.044715f * v * v, v, v);
-    const float u = kind == GELU_TANH ? gelu : kind == CLAMPED_SWIGLU ? 1.702f * v : v;
-    const float share = __fdividef(1.0f, 1.0f + __expf(-u));
-    const float activated = kind == RELU_SQUARED ? (v < 0.0f ? 0.0f : v * v) : v * share;
-    values[j] = kind == LOGISTIC ? rounded(share) : activated;
-    values[j] *= factors[j];
+    const float v = values[j];
+    if (kind == CLAMPED_SWIGLU) {
+      values[j] = clamped_swiglu(v, factors[j]);
+    } else {
+      const float logistic = rounded(__fdividef(1.0f, 1.0f + __expf(-v)));
+      values[j] = (kind == LOGISTIC ? logistic : activated(kind, v)) * factors[j];
+    }
   }
   store_8(x + (i64)blockIdx.x * k + at, values);
 }
@@ -167,11 +161,12 @@ __device__ __forceinline__ float decayed(float score, float largest) {
 // weights = softmax of scores * scale over the keys that a query sees; 0 for the others.
 //
 // Parameters: scores fp32 (heads of keys, queries, keys); weights 16-bit, likewise; sinks, scores of no key that take a
-// part of the weights, fp32 (heads of keys, group), or null; scale; softcap of what is scaled, 0 for none; keys, a multiple of 8; first, the position of the first key; start, that of the first query; group, queries
-// of one position; window, 0 for none. Grid: queries x heads of keys.
+// part of the weights, fp32 (heads of keys, group), or null; scale; softcap of what is scaled, 0 for none; keys, a
+// multiple of 8; first, the position of the first key; start, that of the first query; group, queries of one position;
+// window, 0 for none. Grid: queries x heads of keys.
 extern "C" __global__ void __launch_bounds__(SOFTMAX_THREADS)
-    q6k_softmax_rows(const float* scores, u16* weights, const float* sinks, float scale, float softcap, int keys, int first, int start,
-                     int group, int window) {
+    q6k_softmax_rows(const float* scores, u16* weights, const float* sinks, float scale, float softcap, int keys,
+                     int first, int start, int group, int window) {
   __shared__ float maxima[SOFTMAX_THREADS / 32], sums[SOFTMAX_THREADS / 32];
   let_dependents_start();
   const i64 begin = ((i64)blockIdx.y * gridDim.x + blockIdx.x) * keys;

@@ -116,7 +116,7 @@ def multiply(
         device: the GPU of all tensors.
         early: whether tiles are loaded before the launch before has ended, of the experts that memory has then. It
             is right either way, but useless after a kernel of ours that writes them.
-        gated: what x is the gate of, of the same strides, and the activation, a `Gate` of `cuda/sixteens.cuh`: the
+        gated: what x is the gate of, of the same strides, and the activation, a `Gate` of `cuda/gates.cuh`: the
             kernel multiplies what they make. None if x has the activations.
         chosen: forces a plan, to measure it.
 

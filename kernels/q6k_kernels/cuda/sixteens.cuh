@@ -1,4 +1,4 @@
-// Groups of 16 values of a row, of 16 bits in memory and of 32 in registers, and the gates of networks.
+// Groups of 16 values of a row, of 16 bits in memory and of 32 in registers. gates.cuh comes before this file.
 
 __device__ __forceinline__ void load_16(const u16* from, uint4 (&raw)[2]) {
   raw[0] = reinterpret_cast<const uint4*>(from)[0];
@@ -31,23 +31,6 @@ __device__ __forceinline__ void round_16(float (&values)[16]) {
   uint4 raw[2];
   to_halves(values, raw);
   to_floats(raw, values);
-}
-
-enum Gate { SILU = 0, GELU_TANH = 1, RELU_SQUARED = 2, CLAMPED_SWIGLU = 3 };
-
-__device__ __forceinline__ float activated(int kind, float v) {
-  if (kind == RELU_SQUARED) return v < 0.0f ? 0.0f : v * v;
-  // gelu's tanh(u) is 1 - 2 / (1 + e^2u), so 0.5 (1 + tanh(u)) is the logistic function of 2u.
-  const float u = kind == GELU_TANH ? 1.5957691216057308f * fmaf(0.044715f * v * v, v, v) : v;
-  return __fdividef(v, 1.0f + __expf(-u));
-}
-
-// As in weights/experts.py: gates have an upper bound, what they gate has two, and 1 is added to it.
-__device__ __forceinline__ float clamped_swiglu(float gate, float up) {
-  constexpr float ALPHA = 1.702f, LIMIT = 7.0f;
-  gate = gate > LIMIT ? LIMIT : gate;
-  up = up > LIMIT ? LIMIT : up < -LIMIT ? -LIMIT : up;
-  return __fdividef(gate, 1.0f + __expf(-ALPHA * gate)) * (up + 1.0f);
 }
 
 // gate = its activation, times `up` if there is one.

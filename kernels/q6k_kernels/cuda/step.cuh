@@ -1,6 +1,6 @@
 // The parts of a decode step between its products: one token's residual sum, norm and gate, each followed by the
 // quantisation that the next product needs (quantize.cuh, which comes before this file, with one token, and before it
-// sixteens.cuh). They are tiny and mostly wait; meanwhile the next product loads its first tiles.
+// gates.cuh and sixteens.cuh). They are tiny and mostly wait; meanwhile the next product loads its first tiles.
 //
 //   Q6K_NORM_GROUPS  groups of 16 values that each of 256 threads has of a row that is normed
 //   Q6K_CENTRED      1: norms subtract the mean first

@@ -20,12 +20,12 @@ PREAMBLE = "common.cuh"
 """File that is compiled in front of every other."""
 FOUNDATIONS = {
     "decode.cuh": ("quantize.cuh", "tile.cuh", "decode_tile.cuh", "warps.cuh"),
-    "experts_decode.cuh": ("sixteens.cuh", "quantize.cuh", "tile.cuh", "decode_tile.cuh", "warps.cuh"),
+    "experts_decode.cuh": ("gates.cuh", "sixteens.cuh", "quantize.cuh", "tile.cuh", "decode_tile.cuh", "warps.cuh"),
     "experts_wgmma.cuh": ("tile.cuh", "halves.cuh", "wgmma.cuh", "wgmma_block.cuh", "experts_work.cuh"),
     "quantize_rows.cuh": ("quantize.cuh",),
-    "step.cuh": ("sixteens.cuh", "quantize.cuh"),
+    "step.cuh": ("gates.cuh", "sixteens.cuh", "quantize.cuh"),
     "attend.cuh": ("quantize.cuh", "heads.cuh"),
-    "chunk.cuh": ("eights.cuh",),
+    "chunk.cuh": ("gates.cuh", "eights.cuh"),
     "delta.cuh": ("quantize.cuh",),
     "gemm_wgmma.cuh": ("tile.cuh", "halves.cuh", "wgmma.cuh", "wgmma_block.cuh"),
     "gemm_mma.cuh": ("tile.cuh", "halves.cuh", "mma_block.cuh"),
