@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from q6k_kernels.formats.types import WeightType
+from q6k_kernels.jit.compiler import Defines
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Variant = tuple[str, str, tuple[tuple[str, int], ...]]
+Variant = tuple[str, str, Defines]
 """A kernel to compile: file, name, macros."""
+Launch = Callable[[Variant, tuple[int, int, int], int, bytes], None]
+"""Launches a kernel: variant, grid, threads, arguments."""
 
 ALIGNMENT = 16
 """Alignment in bytes of everything that kernels read or write."""
@@ -62,6 +65,11 @@ def stream(on: Device) -> int:
     )  # without an object for it, which takes longer than a launch
 
 
+def pointer(tensor: Tensor | None) -> int:
+    """Return the address of a tensor; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def check_aligned(tiles: Tensor) -> None:
     """Check that tiles are 16-byte aligned, because kernels copy 16 bytes at a time.
 
@@ -83,7 +91,7 @@ def end_write(tiles: Tensor) -> None:
     torch.zeros(1, dtype=torch.uint8, device=tiles.device)
 
 
-def common_macros(row: WeightType, fp16: bool) -> tuple[tuple[str, int], ...]:
+def common_macros(row: WeightType, fp16: bool) -> Defines:
     """Return the macros that specialise `cuda/common.cuh`: the weight type's, and the activations' dtype."""
     return (*row.macros, ("Q6K_FP16", int(fp16)))
 

@@ -225,14 +225,12 @@ __device__ __forceinline__ void add_norm(const u16* hidden, const u16* delta, co
 // Parameters, all of one row of k values, a multiple of 32, at most 4096 NORM_GROUPS: hidden; delta, or null to add
 // nothing; after, the weight of delta's own norm, or null for none; the norm's weight, or null for none; sum, x, or
 // null; codes and steps, as q6k_quantize writes them, zeros past k, or null; factor, of delta after its norm; scale, of
-// the sum, a 16-bit number; the norms' epsilon. Norms are root mean
-// squares; their weights are fp32. One block.
+// the sum, a 16-bit number; the norms' epsilon. Norms are root mean squares; their weights are fp32. One block.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     q6k_add_norm(const u16* hidden, const u16* delta, const float* after, const float* weight, u16* sum, u16* x,
                  u8* codes, float* steps, float factor, float scale, float epsilon, int k) {
   const Further none[2] = {};
-  add_norm<false, false>(hidden, delta, Mixed(), after, weight, none, sum, x, codes, steps, factor, scale, epsilon,
-                         k);
+  add_norm<false, false>(hidden, delta, Mixed(), after, weight, none, sum, x, codes, steps, factor, scale, epsilon, k);
 }
 
 #if Q6K_NORM_GROUPS <= 2  // more would not fit in registers
@@ -256,19 +254,17 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
                     int top, int gated) {
   const Mixed mixed = {rows, factors, beside, after_rows, after_beside, top, gated};
   const Further none[2] = {};
-  add_norm<true, false>(hidden, nullptr, mixed, after, weight, none, sum, x, codes, steps, factor, scale, epsilon,
-                        k);
+  add_norm<true, false>(hidden, nullptr, mixed, after, weight, none, sum, x, codes, steps, factor, scale, epsilon, k);
 }
 #endif
 
 // x = gate's activation * up: as 16-bit values, in 8 bits, or both.
 //
 // Parameters, all of one row of k values: gate; up, or null for the activation alone; x, or null; codes and steps, as
-// q6k_quantize writes them, or null; k. `gate` and `up` are in rows of `width` values, a multiple of 16,
-// `stride` apart. A thread for each 16 of whole super-blocks; codes past k are zeros.
+// q6k_quantize writes them, or null; k. `gate` and `up` are in rows of `width` values, a multiple of 16, `stride` apart.
+// A thread for each 16 of whole super-blocks; codes past k are zeros.
 extern "C" __global__ void __launch_bounds__(GATE_THREADS)
-    q6k_gate(const u16* gate, const u16* up, u16* x, u8* codes, float* steps, int k, int width,
-             int stride) {
+    q6k_gate(const u16* gate, const u16* up, u16* x, u8* codes, float* steps, int k, int width, int stride) {
   let_dependents_start();
   const int groups = k / 16, group = blockIdx.x * GATE_THREADS + threadIdx.x;
   const bool present = group < groups;

@@ -8,9 +8,10 @@ from itertools import product
 
 from torch import Tensor
 
-from q6k_kernels.cuda.device import Device, Variant
+from q6k_kernels.cuda.device import Device, Variant, pointer
 from q6k_kernels.formats.ggml import SUPER_BLOCK
 from q6k_kernels.generate.heads import Cached, Heads
+from q6k_kernels.jit.compiler import Defines
 
 ATTEND_FILE, ATTEND, ATTEND_KEYS = "attend.cuh", "q6k_attend", 16
 HEAD_DIMS = (64, 96, 128, 256, 512)
@@ -63,9 +64,9 @@ def arguments(
         together: query heads of a block, see `grid`.
     """
     return _ATTEND.pack(
-        *map(_pointer, (q, k, v, cached.keys, cached.values, heads.cosines, heads.sines)),
+        *map(pointer, (q, k, v, cached.keys, cached.values, heads.cosines, heads.sines)),
         *(0 if norm is None else norm.weight.data_ptr() for norm in (heads.q_norm, heads.k_norm)),
-        *map(_pointer, (position, heads.growth, heads.sinks, *shared)),
+        *map(pointer, (position, heads.growth, heads.sinks, *shared)),
         *outputs,
         heads.scale,
         heads.softcap or 0.0,
@@ -83,7 +84,7 @@ def arguments(
 
 
 @cache
-def variant(macros: tuple[tuple[str, int], ...], dim: int, warps: int, forms: bool) -> Variant:
+def variant(macros: Defines, dim: int, warps: int, forms: bool) -> Variant:
     """Return the kernel for the macros of a step, a size of heads, a number of warps, and forms: see `has_form`."""
     return ATTEND_FILE, ATTEND, (*macros, ("Q6K_HEAD_DIM", dim), ("Q6K_WARPS", warps), ("Q6K_FORMS", int(forms)))
 
@@ -119,11 +120,7 @@ def bytes_of(dim: int, warps: int) -> int:
     return 2 * warps * ATTEND_KEYS * (2 * dim + 16)
 
 
-def variants(macros: tuple[tuple[str, int], ...], device: Device) -> list[Variant]:
+def variants(macros: Defines, device: Device) -> list[Variant]:
     """Return all kernels with the macros of a step that a GPU may load."""
     every = product(HEAD_DIMS, (False, True))
     return [variant(macros, dim, warps_of(dim, device), forms) for dim, forms in every]
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

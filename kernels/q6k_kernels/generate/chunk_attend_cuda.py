@@ -9,19 +9,19 @@ does all attention where torch was built without it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from q6k_kernels.cuda.device import Variant
+from q6k_kernels.cuda.device import Launch, Variant, pointer
+from q6k_kernels.generate.attend_cuda import HEAD_DIMS
 from q6k_kernels.generate.attention import WIDEST, product_in_fp32
 from q6k_kernels.generate.heads import Cached, Heads
+from q6k_kernels.jit.compiler import Defines
 
 HEADS, PLACE, PLACE_THREADS = "chunk_heads.cuh", "q6k_place_heads", 256
 SOFTMAX_FILE, SOFTMAX, SOFTMAX_THREADS = "chunk.cuh", "q6k_softmax_rows", 256
-HEAD_DIMS = (64, 96, 128, 256, 512)
 VECTORS = 16
 """Vectors of heads that a block places: two of each warp."""
 SCORES_AT_ONCE = 1 << 24
@@ -29,10 +29,6 @@ SCORES_AT_ONCE = 1 << 24
 KEYS = 8
 """Multiple of keys in a product: 16 bytes of weights, the alignment that fast kernels want."""
 _SOFTMAX, _PLACE = struct.Struct("@PPPffiiiii"), struct.Struct("@PPPqqqPqqPPPPPPPPPfiiiiiiiiiii")
-
-Launch = Callable[[Variant, tuple[int, int], int, bytes], None]
-"""Launches a kernel: variant, grid, threads, arguments."""
-Macros = tuple[tuple[str, int], ...]
 
 
 def supports(heads: Heads) -> bool:
@@ -42,7 +38,7 @@ def supports(heads: Heads) -> bool:
 
 
 def attended(
-    launch: Launch, macros: Macros, projected: tuple[Tensor, Tensor, Tensor], heads: Heads, cached: Cached
+    launch: Launch, macros: Defines, projected: tuple[Tensor, Tensor, Tensor], heads: Heads, cached: Cached
 ) -> Tensor:
     """Write keys and values to the cache, and attend to the cache, (M, count * dim), without gates.
 
@@ -100,7 +96,7 @@ def _beside(cached: Cached, start: int, rows: int) -> tuple[tuple[Tensor, Tensor
 
 def _place(
     launch: Launch,
-    macros: Macros,
+    macros: Defines,
     projected: tuple[Tensor, Tensor, Tensor],
     placed: tuple[Tensor, int, int],
     heads: Heads,
@@ -123,20 +119,20 @@ def _place(
         *((0, 0) if beside is None else (each.data_ptr() for each in beside)),
         *(heads.cosines.data_ptr(), heads.sines.data_ptr()),
         *(0 if norm is None else norm.weight.data_ptr() for norm in norms),
-        0 if heads.growth is None else heads.growth.data_ptr(),
+        pointer(heads.growth),
         0.0 if heads.q_norm is None else heads.q_norm.epsilon,
         *(cached.start, heads.count, heads.key_heads, cached.keys.shape[-2]),
         *(0 if beside is None else beside[0].shape[1], first),
         *(int(heads.values_normed), 2 * heads.cosines.shape[1], heads.dim * (1 + heads.gated)),
         *(int(heads.neighbours), int(heads.normed == "rotated head")),
     )
-    grid = len(projected[0]), -(-(heads.count + 2 * heads.key_heads) // VECTORS)
+    grid = len(projected[0]), -(-(heads.count + 2 * heads.key_heads) // VECTORS), 1
     launch(_variant(macros, heads.dim), grid, PLACE_THREADS, given)
 
 
 def _in_parts(
     launch: Launch,
-    macros: Macros,
+    macros: Defines,
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -160,10 +156,10 @@ def _in_parts(
         scores = product_in_fp32(part, keys[:, first:last].transpose(1, 2))
         weights = torch.empty(scores.shape, dtype=queries.dtype, device=queries.device)
         given = _SOFTMAX.pack(
-            *(scores.data_ptr(), weights.data_ptr(), 0 if heads.sinks is None else heads.sinks.data_ptr()),
+            *(scores.data_ptr(), weights.data_ptr(), pointer(heads.sinks)),
             *(heads.scale, heads.softcap or 0.0, last - first, first, start + begin, group, window),
         )
-        launch((SOFTMAX_FILE, SOFTMAX, macros), (part.shape[1], key_heads), SOFTMAX_THREADS, given)
+        launch((SOFTMAX_FILE, SOFTMAX, macros), (part.shape[1], key_heads, 1), SOFTMAX_THREADS, given)
         found = torch.bmm(weights, values[:, first:last])
         out[begin:end].copy_(found.view(key_heads, end - begin, group, dim).transpose(0, 1))
     return out.view(rows, -1)
@@ -209,10 +205,10 @@ def _has_flash() -> bool:
 
 
 @cache
-def _variant(macros: Macros, dim: int) -> Variant:
+def _variant(macros: Defines, dim: int) -> Variant:
     return HEADS, PLACE, (*macros, ("Q6K_HEAD_DIM", dim))
 
 
-def variants(macros: Macros) -> list[Variant]:
+def variants(macros: Defines) -> list[Variant]:
     """Return the kernels with the macros of a dtype."""
     return [(SOFTMAX_FILE, SOFTMAX, macros), *(_variant(macros, dim) for dim in HEAD_DIMS)]

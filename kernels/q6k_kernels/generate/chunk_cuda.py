@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda import dispatch
-from q6k_kernels.cuda.device import Variant
+from q6k_kernels.cuda.device import Variant, pointer
 from q6k_kernels.cuda.gemm_wgmma import Product
 from q6k_kernels.formats.types import weight_type
 from q6k_kernels.generate import chunk_attend_cuda, chunk_delta_cuda, chunk_mixture_cuda
 from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.mixture import Mixed, Mixture
-from q6k_kernels.generate.norm_cuda import pointer
 from q6k_kernels.generate.step_cuda import GATES, Kernels
 from q6k_kernels.generate.step_reference import ProductInput, TorchOperations
 from q6k_kernels.jit import loader
@@ -39,7 +38,7 @@ NORM_THREADS, GATE_THREADS = 256, 128
 NORM_PARTS = (1, 2, 3, 4, 5, 6)
 """Pieces of a row that is normed: up to `step_cuda.MOST_NORM` values."""
 LOGISTIC = 4
-"""The number of gates of attention in the enum `Gate` of `cuda/chunk.cuh`, behind those of `step_cuda.GATES`."""
+"""The number of gates of attention in the enum `Gate` of `cuda/gates.cuh`, behind those of `step_cuda.GATES`."""
 MOST_PRODUCTS = 4096
 """Prepared products that are kept: those of chunks of a few lengths."""
 _ADD_NORM, _GATE = struct.Struct("@PPPPPPfffii"), struct.Struct("@PPPqqiiii")
@@ -85,7 +84,7 @@ class ChunkKernels(TorchOperations):
         x = total if norm is None else torch.empty_like(hidden)
         self._launch(
             _norm_variant(self._fp16, k),
-            (rows, 1),
+            (rows, 1, 1),
             NORM_THREADS,
             _ADD_NORM.pack(
                 *map(pointer, (hidden, delta)),
@@ -205,13 +204,13 @@ class ChunkKernels(TorchOperations):
         x = torch.empty(rows, k, dtype=self._dtype, device=self._torch_device)
         of_up = (0, 0) if up is None else (up.data_ptr(), up.stride(0))
         given = _GATE.pack(gate.data_ptr(), of_up[0], x.data_ptr(), gate.stride(0), of_up[1], kind, k, piece, apart)
-        grid = rows, -(-k // (8 * GATE_THREADS))
+        grid = rows, -(-k // (8 * GATE_THREADS)), 1
         self._launch((CHUNK, GATE, _MACROS[self._fp16]), grid, GATE_THREADS, given)
         return ProductInput(x, None, k)
 
-    def _launch(self, variant: Variant, grid: tuple[int, int], threads: int, arguments: bytes) -> None:
+    def _launch(self, variant: Variant, grid: tuple[int, int, int], threads: int, arguments: bytes) -> None:
         loader.load(*variant, self._device.index).launch(
-            (*grid, 1),
+            grid,
             threads,
             arguments,
             stream=launching.stream(self._device),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from q6k_kernels.cuda.device import Variant
+from q6k_kernels.cuda.device import Launch, Variant
 from q6k_kernels.generate.delta import DeltaHeads
+from q6k_kernels.jit.compiler import Defines
 
 FILE, INPUTS, TOKENS, OUTPUTS = "chunk_delta.cuh", "q6k_delta_inputs", "q6k_delta_tokens", "q6k_delta_outputs"
 WARPS, RUN, COLUMNS, COLUMN_THREADS = 8, 8, 32, 128
@@ -17,13 +17,10 @@ WARPS, RUN, COLUMNS, COLUMN_THREADS = 8, 8, 32, 128
 _INPUTS, _TOKENS = struct.Struct("@PPPqqqPPPPPPPPiii"), struct.Struct("@PPPPPPii")
 _OUTPUTS = struct.Struct("@PPqPPfiii")
 
-Launch = Callable[[Variant, tuple[int, int], int, bytes], None]
-"""Launches a kernel: variant, grid, threads, arguments."""
-
 
 def computed(
     launch: Launch,
-    macros: tuple[tuple[str, int], ...],
+    macros: Defines,
     projected: tuple[Tensor, Tensor, Tensor, Tensor],
     heads: DeltaHeads,
     states: tuple[Tensor, Tensor],
@@ -48,7 +45,7 @@ def computed(
     made = [each.data_ptr() for each in (both[0], both[1], v, gates)]
     launch(
         (FILE, INPUTS, macros),
-        (-(-tokens // RUN), -(-(keys + values) // WARPS)),
+        (-(-tokens // RUN), -(-(keys + values) // WARPS), 1),
         32 * WARPS,
         _INPUTS.pack(
             *(each.data_ptr() for each in (mixed, b, a)),
@@ -62,13 +59,13 @@ def computed(
     inputs[0].copy_(kept)
     launch(
         (FILE, TOKENS, macros),
-        (values, dim // COLUMNS),
+        (values, dim // COLUMNS, 1),
         COLUMN_THREADS,
         _TOKENS.pack(*made, matrices.data_ptr(), out.data_ptr(), tokens, keys),
     )
     launch(
         (FILE, OUTPUTS, macros),
-        (tokens, -(-values // WARPS)),
+        (tokens, -(-values // WARPS), 1),
         32 * WARPS,
         _OUTPUTS.pack(
             *(out.data_ptr(), z.data_ptr(), z.stride(0), heads.norm.data_ptr(), x.data_ptr()),
@@ -78,6 +75,6 @@ def computed(
     return x
 
 
-def variants(macros: tuple[tuple[str, int], ...]) -> list[Variant]:
+def variants(macros: Defines) -> list[Variant]:
     """Return the kernels with the macros of a dtype."""
     return [(FILE, kernel, macros) for kernel in (INPUTS, TOKENS, OUTPUTS)]

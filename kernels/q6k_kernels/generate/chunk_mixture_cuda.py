@@ -14,25 +14,21 @@ from torch.nn.functional import linear
 
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda import experts_dispatch, experts_gemm
-from q6k_kernels.cuda.device import Variant
+from q6k_kernels.cuda.device import Launch, Variant, pointer
 from q6k_kernels.formats.types import weight_type
 from q6k_kernels.generate.mixture import Mixed, Mixture
-from q6k_kernels.generate.norm_cuda import pointer
+from q6k_kernels.jit.compiler import Defines
 from q6k_kernels.weights.experts import PackedExperts, PackedStack
 
 ROUTE_FILE, ROUTE, ROUTE_WARPS = "mixture.cuh", "q6k_route_rows", 4
 SUM_FILE, SUM, SUM_THREADS = "chunk.cuh", "q6k_sum_experts_rows", 128
 _ROUTE, _SUM = struct.Struct("@PPPPiiii"), struct.Struct("@PPPPiii")
 
-Launch = Callable[[Variant, tuple[int, int], int, bytes], None]
-"""Launches a kernel: variant, grid, threads, arguments."""
 Gate = Callable[[Tensor, Tensor], Tensor]
 """Computes the activation function of the first times the second, both (rows, K)."""
 
 
-def route(
-    launch: Launch, macros: tuple[tuple[str, int], ...], x: Tensor, mixture: Mixture
-) -> tuple[Tensor, Tensor]:
+def route(launch: Launch, macros: Defines, x: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
     """Launch the choice of tokens' experts, see `mixture.route`: int32 and float32.
 
     Args:
@@ -47,7 +43,7 @@ def route(
     factors = torch.empty(tokens, top + rows - mixture.count, dtype=torch.float32, device=x.device)
     pointers = map(pointer, (logits, mixture.scales, chosen, factors))
     given = _ROUTE.pack(*pointers, tokens, rows, mixture.count, top)
-    launch((ROUTE_FILE, ROUTE, macros), (-(-tokens // ROUTE_WARPS), 1), 32 * ROUTE_WARPS, given)
+    launch((ROUTE_FILE, ROUTE, macros), (-(-tokens // ROUTE_WARPS), 1, 1), 32 * ROUTE_WARPS, given)
     return chosen, factors
 
 
@@ -80,17 +76,17 @@ def outputs(x: Tensor, experts: PackedExperts, chosen: Tensor, gate: Gate) -> Te
     return product(stacks[-1], gate(gates, ups))
 
 
-def added(launch: Launch, macros: tuple[tuple[str, int], ...], mixed: Mixed) -> Tensor:
+def added(launch: Launch, macros: Defines, mixed: Mixed) -> Tensor:
     """Launch the sum of experts' outputs, (M, K), and without norms of what is beside them."""
     tokens, top, k = mixed.rows.shape
     x = torch.empty(tokens, k, dtype=mixed.rows.dtype, device=mixed.rows.device)
     beside = mixed.beside if mixed.norms is None else None
     pointers = map(pointer, (mixed.rows, mixed.factors, beside, x))
     given = _SUM.pack(*pointers, top, k, int(mixed.gated))
-    launch((SUM_FILE, SUM, macros), (tokens, -(-k // (8 * SUM_THREADS))), SUM_THREADS, given)
+    launch((SUM_FILE, SUM, macros), (tokens, -(-k // (8 * SUM_THREADS)), 1), SUM_THREADS, given)
     return x
 
 
-def variants(macros: tuple[tuple[str, int], ...]) -> list[Variant]:
+def variants(macros: Defines) -> list[Variant]:
     """Return the kernels with the macros of a dtype."""
     return [(ROUTE_FILE, ROUTE, macros), (SUM_FILE, SUM, macros)]

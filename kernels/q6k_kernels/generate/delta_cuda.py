@@ -8,6 +8,7 @@ from torch import Tensor
 
 from q6k_kernels.cuda.device import Variant
 from q6k_kernels.generate.delta import DeltaHeads
+from q6k_kernels.jit.compiler import Defines
 
 DELTA_FILE, DELTA = "delta.cuh", "q6k_delta"
 STATE_DIM, CONVOLVED, THREADS = 128, 4, 512
@@ -24,7 +25,7 @@ def unsupported(heads: DeltaHeads) -> str:
     return ""
 
 
-def variant(macros: tuple[tuple[str, int], ...]) -> Variant:
+def variant(macros: Defines) -> Variant:
     """Return the kernel for the macros of a step: the dtype, and one token."""
     return DELTA_FILE, DELTA, macros
 

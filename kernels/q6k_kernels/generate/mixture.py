@@ -7,7 +7,6 @@ a gate of its own, or one with norms of its own. The sum is left to the residual
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,11 +60,6 @@ class Mixture:
     spread: SpreadExperts | None = None
 
 
-def apply_norm(norm: Norm, x: Tensor) -> Tensor:
-    """Return a norm rounded to its input's dtype."""
-    return norm(x).to(x.dtype)
-
-
 @dataclass(frozen=True)
 class Mixed:
     """The result of a mixture: outputs that are not added up yet.
@@ -87,13 +81,13 @@ class Mixed:
         """Whether `beside` has a factor."""
         return self.factors.shape[1] > self.rows.shape[1]
 
-    def sum(self, apply: Callable[[Norm, Tensor], Tensor] = apply_norm) -> Tensor:
-        """Add up, (M, K); `apply` computes norms."""
+    def sum(self) -> Tensor:
+        """Add up, (M, K)."""
         count, dtype = self.rows.shape[1], self.rows.dtype
         total, beside = self._of_experts(), self.beside
         if self.norms is not None:
-            total = apply(self.norms.after_experts, total)
-            beside = None if beside is None else apply(self.norms.after_beside, beside)
+            total = self.norms.after_experts(total).to(dtype)
+            beside = None if beside is None else self.norms.after_beside(beside).to(dtype)
         if beside is not None and self.gated:
             beside = self.factors[:, count:].to(dtype) * beside
         return total if beside is None else total + beside

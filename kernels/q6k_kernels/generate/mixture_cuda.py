@@ -6,27 +6,24 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Container
+from collections.abc import Container
 
 import torch
 from torch import Tensor
 
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda import experts_decode
-from q6k_kernels.cuda.device import Device, Variant
+from q6k_kernels.cuda.device import Device, Launch, Variant, pointer
 from q6k_kernels.formats.types import weight_type
 from q6k_kernels.generate import norm_cuda
 from q6k_kernels.generate.mixture import Mixture
-from q6k_kernels.generate.norm_cuda import pointer
+from q6k_kernels.jit.compiler import Defines
 from q6k_kernels.weights.experts import PackedExperts, PackedStack
 
 ROUTE_FILE, ROUTE = "mixture.cuh", "q6k_route"
 ROUTE_WARPS, MOST_EXPERTS, MOST_TOP = 4, 512, 32
 """Warps of a block, the most experts and the most that are chosen, as in the kernel."""
 _ROUTE = struct.Struct("@PPPPPPPPiiii")
-
-Launch = Callable[[Variant, tuple[int, int, int], int, bytes], None]
-"""Launches a kernel: variant, grid, threads, arguments."""
 
 
 def unsupported(mixture: Mixture, activations: Container[str]) -> str:
@@ -49,9 +46,7 @@ def unsupported(mixture: Mixture, activations: Container[str]) -> str:
     return ""
 
 
-def route(
-    launch: Launch, macros: tuple[tuple[str, int], ...], x: Tensor, mixture: Mixture, counter: Tensor
-) -> tuple[Tensor, Tensor]:
+def route(launch: Launch, macros: Defines, x: Tensor, mixture: Mixture, counter: Tensor) -> tuple[Tensor, Tensor]:
     """Launch the choice of a token's experts, see `mixture.route`: int32 and float32.
 
     Args:
@@ -103,6 +98,6 @@ def products(
     return y
 
 
-def variants(macros: tuple[tuple[str, int], ...]) -> list[Variant]:
+def variants(macros: Defines) -> list[Variant]:
     """Return the kernels with the macros of a dtype."""
     return [(ROUTE_FILE, ROUTE, macros)]

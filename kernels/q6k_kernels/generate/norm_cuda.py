@@ -7,9 +7,10 @@ from functools import cache
 
 from torch import Tensor
 
-from q6k_kernels.cuda.device import Variant
+from q6k_kernels.cuda.device import Variant, pointer
 from q6k_kernels.generate.heads import Norm
 from q6k_kernels.generate.mixture import Mixed
+from q6k_kernels.jit.compiler import Defines
 
 FILE, ADD_NORM, ADD_NORMS, ADD_MIXTURE = "step.cuh", "q6k_add_norm", "q6k_add_norms", "q6k_add_mixture"
 THREADS, GROUPS = 256, (1, 2, 3)
@@ -84,23 +85,18 @@ def _norms(delta: Tensor | Mixed | None) -> tuple[Norm | None, Norm | None]:
     return (None, None) if norms is None else (norms.after_experts, norms.after_beside)
 
 
-def pointer(tensor: Tensor | None) -> int:
-    """Return the address of a tensor; 0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _weight(norm: Norm | None) -> int:
     return 0 if norm is None else norm.weight.data_ptr()
 
 
 @cache
-def variant(kernel: str, macros: tuple[tuple[str, int], ...], k: int, centred: bool) -> Variant:
+def variant(kernel: str, macros: Defines, k: int, centred: bool) -> Variant:
     """Return the variant of a kernel for rows of k values and for norms that are centred or not."""
     groups = next(count for count in GROUPS if k <= 16 * THREADS * count)
     return FILE, kernel, (*macros, ("Q6K_NORM_GROUPS", groups), ("Q6K_CENTRED", int(centred)))
 
 
-def variants(macros: tuple[tuple[str, int], ...]) -> list[Variant]:
+def variants(macros: Defines) -> list[Variant]:
     """Return the kernels with the macros of a step."""
     sizes = [16 * THREADS * groups for groups in GROUPS]
     mixed = [(kernel, k, False) for kernel in (ADD_NORMS, ADD_MIXTURE) for k in sizes if k <= MOST_MIXED]

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from q6k_kernels.cuda import decode, decode_plan
 from q6k_kernels.cuda import device as launching
-from q6k_kernels.cuda.device import Device, Variant
+from q6k_kernels.cuda.device import Device, Variant, pointer
 from q6k_kernels.formats.types import weight_type
 from q6k_kernels.generate import attend_cuda, delta_cuda, mixture_cuda, norm_cuda
 from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.mixture import Mixed, Mixture
-from q6k_kernels.generate.norm_cuda import pointer
 from q6k_kernels.generate.step_reference import ProductInput, TokenChoice, TorchOperations, capped
 from q6k_kernels.jit import loader
+from q6k_kernels.jit.compiler import Defines
 from q6k_kernels.models.layer import Activation
 from q6k_kernels.weights.experts import PackedExperts, PackedStack
 from q6k_kernels.weights.layers import PackedLinear
@@ -39,7 +39,7 @@ GATE_THREADS = 128
 CHOOSE_THREADS, CHOOSE_VALUES, CHOOSE_BLOCKS = 128, 8, 256
 """Threads of a block, logits that a thread reads at once, and the most blocks; as in `cuda/choose.cuh`."""
 GATES = {"silu": 0, "gelu_tanh": 1, "relu_squared": 2, "clamped_swiglu": 3}
-"""Activation -> its number in the enum `Gate` of `cuda/sixteens.cuh`."""
+"""Activation -> its number in the enum `Gate` of `cuda/gates.cuh`."""
 _GATE = struct.Struct("@PPPPPiii")
 _CHOOSE = struct.Struct("@PPPPPPPPffi")
 
@@ -280,7 +280,7 @@ _ONE_TOKEN = (("Q6K_TOKENS", 1), ("Q6K_FUSED", 0))
 
 
 @cache
-def _gate_variant(macros: tuple[tuple[str, int], ...], gate: int) -> Variant:
+def _gate_variant(macros: Defines, gate: int) -> Variant:
     return STEP, GATE, (*macros, ("Q6K_GATE", gate))
 
 
