@@ -77,7 +77,10 @@ def test_help_lists_every_option_its_default_and_the_exit_codes() -> None:
     }.items():  # fmt: skip
         assert any(option in line and (not default or f"[default: {default}]" in line) for line in lines), option
     assert all(option in inspect.stdout for option in ("--key", "--json", "--verbose"))
-    commands = ("convert", "inspect", "verify", "generate", "export", "hf", "doctor", "build-ops", "ci")
+    commands = (
+        "convert", "inspect", "verify", "generate", "chat", "bench", "perplexity", "export", "hf", "doctor",
+        "build-ops", "ci",
+    )  # fmt: skip
     for args in ((), *((command,) for command in commands)):
         assert "bool" not in invoke(*args, "--help").stdout.lower()  # flags take no value
 
