@@ -17,7 +17,7 @@ from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.mixture import Mixture, MixtureNorms
 from q6k_kernels.models.architecture import LINEAR, Architecture
 from q6k_kernels.models.fusing import GATE_UP, IN_PROJ, QK, QKV, Group, ReorderedInput, Stacks
-from q6k_kernels.models.layer import Angles
+from q6k_kernels.models.layer import Angles, ExpertsForm
 from q6k_kernels.models.ranks import SpreadExperts
 from q6k_kernels.weights.layers import PackedLinear
 
@@ -117,8 +117,8 @@ class Layers:
     def layer(self, layer: Any, kind: str) -> StepLayer:
         """Return a layer of transformers of a kind."""
         config, angles, norms = self._config, self._angles.get(kind), self._architecture.norms
-        mixes = hasattr(layer.mlp, "experts")
-        network = getattr(layer.mlp, "shared_expert", None) if mixes else layer.mlp
+        network, mixture = self._networks(layer)
+        embedded = self._architecture.embedded_layers and config.hidden_size_per_layer_input
         inputs, heads, output = (
             _delta_net(layer.linear_attn) if angles is None else self._attention(layer.self_attn, angles)
         )
@@ -137,9 +137,9 @@ class Layers:
             between=width,
             down=None if network is None else network.down_proj,
             after=self._named(layer, norms.after),
-            by_token=self._by_token(layer) if getattr(config, "hidden_size_per_layer_input", 0) else None,
+            by_token=self._by_token(layer) if embedded else None,
             scale=float(layer.layer_scalar) if self._architecture.scaled_layers else 1.0,
-            mixture=self._mixture(layer),
+            mixture=mixture,
             parallel=norms.parallel,
         )
 
@@ -175,11 +175,14 @@ class Layers:
         widths = [count * dim * (1 + gated), key_heads * dim, key_heads * dim][: len(group.parts)]
         return _projections(attention, group, widths), heads, attention.o_proj
 
-    def _mixture(self, layer: Any) -> Mixture | None:
-        """Return the mixture in place of a layer's network, or beside it; None if there is none."""
-        if hasattr(layer.mlp, "experts"):
-            return _mixture(layer.mlp, getattr(layer.mlp, self._architecture.router))
-        return self._normed_mixture(layer) if hasattr(layer, "experts") else None
+    def _networks(self, layer: Any) -> tuple[Any, Mixture | None]:
+        """Return a layer's feed-forward network, or the expert that all tokens share, and its mixture; or None."""
+        form = self._architecture.experts
+        if form is None:
+            return layer.mlp, None
+        if form.beside:
+            return layer.mlp, self._normed_mixture(layer) if self._config.enable_moe_block else None
+        return getattr(layer.mlp, form.shared) if form.shared else None, _mixture(layer.mlp, form)
 
     def _normed_mixture(self, layer: Any) -> Mixture:
         """Return the mixture of a layer of Gemma 4, which stands beside its network."""
@@ -228,15 +231,15 @@ def _delta_net(net: Any) -> tuple[Projections, DeltaHeads, nn.Module]:
     return _projections(net, IN_PROJ, widths), heads, net.out_proj.linear if heads.tiled else net.out_proj
 
 
-def _mixture(network: Any, router: Any) -> Mixture:
+def _mixture(network: Any, form: ExpertsForm) -> Mixture:
     """Return the mixture of a network of transformers: its router, experts, perhaps a shared expert's gate."""
-    weight, bias = router.weight.detach(), getattr(router, "bias", None)
+    router = getattr(network, form.router)
+    weight, bias = router.weight.detach(), router.bias.detach() if form.biased else None
     count = len(weight)
-    if (shared := getattr(network, "shared_expert_gate", None)) is not None:
-        weight = torch.cat([weight, shared.weight.detach()])
-    given = None if bias is None else bias.detach()
+    if form.shared:
+        weight = torch.cat([weight, getattr(network, f"{form.shared}_gate").weight.detach()])
     experts, spread = _here(network.experts)
-    return Mixture(weight.contiguous(), experts, count, router.top_k, bias=given, spread=spread)
+    return Mixture(weight.contiguous(), experts, count, router.top_k, bias=bias, spread=spread)
 
 
 def _here(experts: nn.Module) -> tuple[nn.Module, SpreadExperts | None]:

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 from q6k_kernels.bundle.metadata import Metadata
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.models.hyperparameters import ONLY_FUNCTIONS, PREDICTION, Keys, Shapes
-from q6k_kernels.models.layer import HALVES_ROTATE, NORMS_BEFORE, Activation, HeadNorms, LayerNorms, Rotation
+from q6k_kernels.models.layer import (
+    HALVES_ROTATE,
+    NORMS_BEFORE,
+    Activation,
+    ExpertsForm,
+    HeadNorms,
+    LayerNorms,
+    Rotation,
+)
 from q6k_kernels.models.sizes import sizes
 from q6k_kernels.models.stored import AS_IT_IS, Stored
 
@@ -69,7 +77,8 @@ class Architecture:
         scaled_logits: whether logits are multiplied by `logit_scale`.
         rotation: how heads rotate.
         growing_queries: whether queries may be multiplied by a number that grows with their position.
-        router: name of the router in a mixture of experts that is a layer's network.
+        experts: where layers have a mixture of experts, or None.
+        embedded_layers: whether layers may have embeddings of their own.
         adapt: changes modules of transformers' model before it is filled.
     """
 
@@ -99,7 +108,8 @@ class Architecture:
     scaled_logits: bool = False
     rotation: Rotation = HALVES_ROTATE
     growing_queries: bool = False
-    router: str = "gate"
+    experts: ExpertsForm | None = None
+    embedded_layers: bool = False
     adapt: Callable[[PreTrainedModel], None] | None = None
 
     def difference(self, name: str) -> Stored:

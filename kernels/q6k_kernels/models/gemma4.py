@@ -25,7 +25,7 @@ from q6k_kernels.models.hyperparameters import (
     Shapes,
     rope,
 )
-from q6k_kernels.models.layer import NORMS_AROUND, HeadNorms
+from q6k_kernels.models.layer import NORMS_AROUND, ExpertsForm, HeadNorms
 from q6k_kernels.models.sizes import common_sizes, matrix
 from q6k_kernels.models.stored import Stored
 
@@ -153,6 +153,8 @@ ROWS = (
         head_norms=HeadNorms(),
         value_norms=True,
         scaled_layers=True,
+        experts=ExpertsForm(beside=True),
+        embedded_layers=True,
         activation="gelu_tanh",
         scaled_embedding=True,
         capped_logits=True,

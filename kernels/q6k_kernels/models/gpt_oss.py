@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from q6k_kernels.models.architecture import Architecture, Values, biases
 from q6k_kernels.models.hyperparameters import EXPERTS, EXPERTS_USED, WINDOW, Keys, Shapes, scaled_rope
-from q6k_kernels.models.layer import Rotation
+from q6k_kernels.models.layer import ExpertsForm, Rotation
 from q6k_kernels.models.sizes import common_sizes, head_sizes, mixture_sizes
 from q6k_kernels.models.stored import SEPARATE
 from q6k_kernels.models.windows import windows
@@ -59,7 +59,7 @@ ROWS = (
         },
         sinks=True,
         rotation=Rotation(angles="once"),
-        router="router",
+        experts=ExpertsForm(router="router", biased=True),
         adapt=_replace_experts,
     ),
 )

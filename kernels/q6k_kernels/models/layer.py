@@ -56,6 +56,24 @@ class HeadNorms:
     part: NormedPart = "head"
 
 
+@dataclass(frozen=True)
+class ExpertsForm:
+    """Where layers have a mixture of experts, by transformers' names.
+
+    Attributes:
+        beside: whether it stands beside the feed-forward network, with norms of its own, in models whose
+            configuration says so; or in its place.
+        router: name of the router, of a mixture in the network's place.
+        biased: whether that router has biases.
+        shared: name of the expert that all tokens share, which has a gate; "" if there is none.
+    """
+
+    beside: bool = False
+    router: str = "gate"
+    biased: bool = False
+    shared: str = ""
+
+
 def _always(_: Any) -> bool:
     return True
 

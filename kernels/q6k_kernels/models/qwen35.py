@@ -28,7 +28,7 @@ from q6k_kernels.models.hyperparameters import (
     Shapes,
     scaled_rope,
 )
-from q6k_kernels.models.layer import HeadNorms
+from q6k_kernels.models.layer import ExpertsForm, HeadNorms
 from q6k_kernels.models.sizes import common_sizes, head_sizes, matrix, mixture_sizes, sizes
 from q6k_kernels.models.stored import AS_IT_IS, Stored
 
@@ -178,5 +178,6 @@ ROWS = (
             "mlp.experts.down_proj": "mlp.experts.down_proj.weight",
         },
         sizes=_sizes_of_mixture,
+        experts=ExpertsForm(shared="shared_expert"),
     ),
 )

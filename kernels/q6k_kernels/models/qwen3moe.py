@@ -10,7 +10,7 @@ from typing import Any
 
 from q6k_kernels.models.architecture import Architecture, Values, biases
 from q6k_kernels.models.hyperparameters import EXPERTS, EXPERTS_USED, Keys, Shapes, scaled_rope
-from q6k_kernels.models.layer import HeadNorms
+from q6k_kernels.models.layer import ExpertsForm, HeadNorms
 from q6k_kernels.models.sizes import common_sizes, head_sizes, mixture_sizes
 from q6k_kernels.models.stored import SEPARATE
 
@@ -39,5 +39,6 @@ ROWS = (
         renamed=SEPARATE,
         sizes=_sizes,
         head_norms=HeadNorms(),
+        experts=ExpertsForm(),
     ),
 )
