@@ -303,3 +303,15 @@ def test_the_tiny_models_name_every_tensor_as_ggml_does() -> None:
             module, kind = parameter.rsplit(".", 1)
             assert tiny.gguf_name(parameter) == f"{names.get_name(module)}.{kind}"
     assert tiny_models.SIZES["head_dim"] * 8 != tiny_models.SIZES["hidden_size"]
+
+
+def test_a_file_that_suppresses_every_token_is_refused(tmp_path: Path) -> None:
+    size = tiny_models.SIZES["vocab_size"]
+    keys = {"tokenizer.ggml.suppress_tokens": [*range(size), size, size]}
+    path = with_keys(LLAMA, tmp_path / "all", **keys)
+    with pytest.raises(BundleError, match=f"suppress_tokens: all {size} tokens are named, and none is left"):
+        load_model(path)
+    keys["tokenizer.ggml.suppress_tokens"] = [-1, *range(1, size + 1)]
+    left = load_model(with_keys(LLAMA, tmp_path / "one", **keys))
+    found = left.generate(torch.tensor([[3]]), max_new_tokens=3, do_sample=False)
+    assert found.tolist() == [[3, 0, 0, 0]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from q6k_kernels.bundle.manifest import BundleError
 from q6k_kernels.bundle.metadata import CONTEXT_LENGTH, ENDS, SUPPRESSED, Metadata, token_id_key
 from q6k_kernels.errors import HyperparameterError, UnsupportedModelError
 from q6k_kernels.models.hyperparameters import (
@@ -201,7 +202,10 @@ def suppressed_tokens(metadata: Metadata, vocabulary: int) -> list[int]:
     """Return the ids of the model's tokens that must never be chosen, each once.
 
     Raises:
-        BundleError: the key is no array of whole numbers, or of too many.
+        BundleError: the key is no array of whole numbers, or of too many, or no token is left.
     """
     named = metadata.integers(SUPPRESSED) or []
-    return sorted({token for token in named if 0 <= token < vocabulary})
+    found = sorted({token for token in named if 0 <= token < vocabulary})
+    if found and len(found) == vocabulary:
+        raise BundleError(f"{metadata.path}: {SUPPRESSED}: all {vocabulary} tokens are named, and none is left")
+    return found
