@@ -23,6 +23,7 @@ from q6k_kernels.tokenizer.tokenizer import load_tokenizer
 from tiny_bundle import TinyBundle, ids_of, tiny_bundle
 
 PROMPT = "The dog"
+_COUNTS = ("top_k", "penalty_last_n")
 
 
 @pytest.fixture
@@ -78,9 +79,11 @@ def test_the_file_states_defaults_and_options_override_them(tiny: TinyBundle) ->
 
 def test_what_a_file_states_wrongly_or_beyond_what_is_built(tiny: TinyBundle) -> None:
     for name, value, words in (
-        ("temp", -1.0, "general.sampling.temp: expected 0 or more, found -1"),
+        ("temp", -1.0, "general.sampling.temp: expected 0 to 100, found -1"),
+        ("temp", 3e38, "general.sampling.temp: expected 0 to 100, found 3e+38"),
         ("top_p", 1.5, "general.sampling.top_p: expected 0 to 1, found 1.5"),
-        ("penalty_repeat", float("nan"), "general.sampling.penalty_repeat: expected more than 0, found nan"),
+        ("penalty_repeat", float("nan"), "general.sampling.penalty_repeat: expected 0.01 to 100, found nan"),
+        ("penalty_repeat", 1e-3, "general.sampling.penalty_repeat: expected 0.01 to 100, found 0.001"),
         ("top_k", "many", "general.sampling.top_k: expected a whole number, found STRING"),
     ):
         tiny.write(**{f"general__sampling__{name}": value})
@@ -88,6 +91,11 @@ def test_what_a_file_states_wrongly_or_beyond_what_is_built(tiny: TinyBundle) ->
     tiny.write(general__sampling__mirostat=2, general__sampling__xtc_probability=0.0)
     document = generated(tiny, count=2)
     assert "the file asks for general.sampling.mirostat, which is not built" in document["stderr"]
+    most = (1 << 32) - 1
+    tiny.write(general__sampling__penalty_repeat=1.5, **{f"general__sampling__{name}": most for name in _COUNTS})
+    document = generated(tiny)
+    assert (document["top_k"], document["repeat_last"]) == (1 << 24, 1 << 24)
+    assert document["token_ids"] == drawn(tiny, repeat_penalty=1.5)
 
 
 def test_a_stop_text_ends_the_answer_wherever_tokens_part(tiny: TinyBundle) -> None:

@@ -99,7 +99,13 @@ def test_tokens_of_the_same_score_stay_or_go_together() -> None:
 
 def test_a_penalty_looks_back_as_far_as_it_is_told() -> None:
     logits, text = scores_of(1, 30), torch.tensor([3, 4, 5, 6, 7, 8])
-    for last, penalised in ((None, [3, 4, 5, 6]), (2, [5, 6]), (1, [6]), (9, [3, 4, 5, 6])):
+    for last, penalised in (
+        (None, [3, 4, 5, 6]),
+        (2, [5, 6]),
+        (1, [6]),
+        (9, [3, 4, 5, 6]),
+        (1 << 64, [3, 4, 5, 6]),
+    ):
         found = Filters(repeat_penalty=2.0, repeat_last=last).penalised(logits, text, torch.tensor([4]))
         assert (found != logits)[0].nonzero()[:, 0].tolist() == penalised
     assert not Filters(repeat_penalty=2.0, repeat_last=0).penalises
@@ -113,6 +119,8 @@ def test_a_penalty_looks_back_as_far_as_it_is_told() -> None:
         {"top_p": float("nan")},
         {"min_p": -0.1},
         {"repeat_penalty": 0.0},
+        {"repeat_penalty": 1e-44},
+        {"repeat_penalty": 1e300},
         {"repeat_penalty": math.inf},
         {"repeat_last": -1},
     ],
@@ -120,6 +128,15 @@ def test_a_penalty_looks_back_as_far_as_it_is_told() -> None:
 def test_settings_out_of_range_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected top_k and repeat_last of 0 or more"):
         Filters(**wrong)
+
+
+def test_extreme_settings_leave_numbers() -> None:
+    logits, text = torch.tensor([[1e30, -1e30, 1.0, 0.0]]), torch.arange(4)
+    for penalty in (2.0**-20, 2.0**20):
+        found = Filters(repeat_penalty=penalty).penalised(logits, text, torch.tensor([4]))
+        expected = torch.where(logits < 0, logits.double() * penalty, logits.double() / penalty)
+        assert torch.equal(found.double(), expected.float().double())
+        assert bool(found.isfinite().all())
 
 
 @pytest.mark.parametrize("fused", [False, True])

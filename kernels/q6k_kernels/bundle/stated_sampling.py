@@ -6,7 +6,6 @@ to the caller. Imports no torch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -26,11 +25,14 @@ _KEYS = {
 _OTHER_WAYS = ("sequence", "xtc_probability", "mirostat")
 """Keys of ways to draw tokens that are not built; 0 and "" turn them off."""
 _RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "temperature": ("0 or more", lambda value: value >= 0),
+    "temperature": ("0 to 100", lambda value: 0 <= value <= 100),
     "top_p": ("0 to 1", lambda value: 0 <= value <= 1),
     "min_p": ("0 to 1", lambda value: 0 <= value <= 1),
-    "repeat_penalty": ("more than 0", lambda value: value > 0),
+    "repeat_penalty": ("0.01 to 100", lambda value: 0.01 <= value <= 100),
 }
+"""Ranges of the options of the same names, within which logits stay finite in float32."""
+_MOST = 1 << 24
+"""Limit of a count, more than any vocabulary or text has."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,12 @@ def stated_sampling(metadata: Metadata) -> StatedSampling:
 def _real(metadata: Metadata, field: str) -> float | None:
     value = metadata.real(sampling_key(field))
     words, holds = _RULES[field]
-    if value is not None and not (math.isfinite(value) and holds(value)):
+    if value is not None and not holds(value):
         raise BundleError(f"{metadata.path}: {sampling_key(field)}: expected {words}, found {value:g}")
     return value
 
 
 def _count(metadata: Metadata, field: str, least: int) -> int | None:
-    """Read a whole number; all below `least` mean the same as it, all tokens."""
+    """Read a whole number; all below `least` mean the same as it, all tokens, as does whatever is above `_MOST`."""
     value = metadata.integer(sampling_key(field))
-    return None if value is None else max(value, least)
+    return None if value is None else min(max(value, least), _MOST)

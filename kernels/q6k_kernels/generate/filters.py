@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+LIMIT = 2.0**20
+"""The most that a logit may be divided by or multiplied with, so that none becomes infinite."""
 _ONE = 2.0**40
 """Whole number that stands for the likeliest token's weight. The sum of 2^20 such fits 64 bits."""
 
@@ -30,7 +32,7 @@ class Filters:
         top_p: draw from the likeliest tokens that together have this share of the probability, 0 to 1.
         min_p: draw from tokens that are at least this share as likely as the likeliest, 0 to 1.
         repeat_penalty: divide the positive logits of tokens that the text has, and multiply the negative ones, by
-            this number above 0.
+            this number, 2^-20 to 2^20.
         repeat_last: penalise only tokens among so many last ones; None for the whole text.
 
     Raises:
@@ -46,10 +48,10 @@ class Filters:
     def __post_init__(self) -> None:
         penalty, last = self.repeat_penalty, self.repeat_last
         shares = 0 <= self.top_p <= 1 and 0 <= self.min_p <= 1
-        if self.top_k < 0 or not shares or not 0 < penalty < math.inf or (last is not None and last < 0):
+        if self.top_k < 0 or not shares or not 1 / LIMIT <= penalty <= LIMIT or (last is not None and last < 0):
             raise ValueError(
-                f"expected top_k and repeat_last of 0 or more, top_p and min_p of 0 to 1 and a penalty above 0; "
-                f"found {self}"
+                f"expected top_k and repeat_last of 0 or more, top_p and min_p of 0 to 1 and a penalty of "
+                f"2^-20 to 2^20; found {self}"
             )
 
     @property
@@ -77,7 +79,7 @@ class Filters:
         size, at = logits.shape[-1], torch.arange(len(text), device=text.device)
         counted = at < position
         if self.repeat_last is not None:
-            counted &= at >= position - self.repeat_last
+            counted &= at >= position - min(self.repeat_last, len(text))
         seen = torch.zeros(size + 1, dtype=torch.bool, device=text.device)
         # What does not count goes to a place behind the vocabulary.
         seen.scatter_(0, torch.where(counted, text, size).clamp(max=size), True)

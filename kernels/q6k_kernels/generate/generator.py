@@ -26,7 +26,7 @@ from torch import Tensor
 
 from q6k_kernels.errors import ModelError
 from q6k_kernels.generate.attention import implementation, lent
-from q6k_kernels.generate.filters import Filters
+from q6k_kernels.generate.filters import LIMIT, Filters
 from q6k_kernels.generate.kv_cache import KeyValueCache, cache_argument
 from q6k_kernels.generate.likelihoods import Likelihoods
 from q6k_kernels.generate.mailbox import GpuMailbox, Mailbox
@@ -73,7 +73,7 @@ class Generator:
     Args:
         model: a causal language model of transformers, in eval mode, on one device (divided among ranks: on each).
         capacity: 1 or more.
-        temperature: 0 takes the best token, as does less than 2^-20; above, tokens are drawn by their probability.
+        temperature: 0 takes the best token, as does less than 2^-20; up to 2^20, draws follow probabilities.
         seed: seed of the draws, 0 to 2^32 - 1; the same seed gives the same tokens.
         filters: what else decides which tokens are drawn; None for nothing.
         logprobs: of so many likeliest tokens, and of the chosen one, note how likely they are; None: of none.
@@ -98,9 +98,9 @@ class Generator:
         fused: bool | None = None,
         chunk: int = 2048,
     ) -> None:
-        if capacity < 1 or chunk < 1 or not 0 <= temperature < float("inf") or not 0 <= seed < 1 << 32:
+        if capacity < 1 or chunk < 1 or not 0 <= temperature <= LIMIT or not 0 <= seed < 1 << 32:
             raise ValueError(
-                f"expected capacity and chunk of 1 or more, a temperature of 0 or more and a seed below 2^32; "
+                f"expected capacity and chunk of 1 or more, a temperature of 0 to 2^20 and a seed below 2^32; "
                 f"found {capacity}, {chunk}, {temperature} and {seed}"
             )
         temperature = settled(temperature)
