@@ -85,7 +85,12 @@ class Conversation:
     def _save(self, name: str) -> Path:
         if not name:
             raise UsageError("/save needs the name of a file", "Give one: /save FILE.")
-        path = Path(name).expanduser()
+        if "\0" in name:
+            raise UsageError("the name of a file has no NUL", "Give another one: /save FILE.")
+        try:
+            path = Path(name).expanduser()
+        except RuntimeError as error:
+            raise UsageError(f"{name}: there is no such home directory", "Give the whole path.") from error
         content = json.dumps({"messages": self.messages}, indent=1, ensure_ascii=False) + "\n"
         try:
             with path.open("w" if path.resolve() in self._saved else "x", encoding="utf-8") as file:

@@ -151,6 +151,8 @@ def test_in_a_pipe_what_is_wrong_ends_it(tiny: TinyBundle, tmp_path: Path) -> No
     taken.write_text("mine")
     failed(chat(tiny, f"/save {taken}\n"), 4, "exists already", "another name")
     failed(chat(tiny, f"/save {tmp_path / 'none' / 'x'}\n"), 4, "No such file", "Check the path")
+    failed(chat(tiny, "/save ~nobody-of-this-name/x\n"), 2, "there is no such home directory", "the whole path")
+    failed(chat(tiny, "/save a\0b\n"), 2, "the name of a file has no NUL", "another one")
     assert taken.read_text() == "mine"
     failed(chat(tiny, b"caf\xe9\n"), 2, "a line on stdin is not UTF-8", "UTF-8")
     failed(chat(tiny, b"x" * (MAX_LINE_BYTES + 1)), 2, f"longer than {MAX_LINE_BYTES} bytes", "shorter")
