@@ -175,7 +175,7 @@ def bench(
         if as_json:
             terminal.document(document)
         else:
-            print(table(document))
+            terminal.show(table(document))
 
 
 def perplexity(
@@ -231,4 +231,4 @@ def perplexity(
         if as_json:
             terminal.document(document)
         else:
-            print(summed_up(document))
+            terminal.show(summed_up(document))

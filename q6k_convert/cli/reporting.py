@@ -25,6 +25,7 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @contextmanager
 def reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
     """Turn any exception raised inside into a message and an exit code."""
+    from q6k_convert.cli.streams import naming_stdout
     from q6k_convert.cli.terminal import Terminal
     from q6k_kernels.bundle.manifest import BundleError
     from q6k_kernels.errors import (
@@ -57,11 +58,8 @@ def reporting(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Terminal]:
             raise IOFailedError("stdout is closed", "Give it a place: `> FILE`, or `> /dev/null`.")
         with _interruptible():
             yield terminal
-            try:
+            with naming_stdout():
                 sys.stdout.flush()
-            except OSError as error:
-                error.filename = "standard output"
-                raise
     except (Q6KConvertError, InterruptedRunError) as error:
         fail(error.exit_code, error.cause, error.remedy)
     except (CudaError, ExportFailedError, PackageMissingError) as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TextIO
 
 from q6k_convert import text
@@ -40,6 +42,16 @@ class PlainLines:
             )
 
 
+@contextmanager
+def naming_stdout() -> Iterator[None]:
+    """Name stdout in an error of writing to it, which has no name of its own."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = "standard output"
+        raise
+
+
 def json_text(content: Any) -> str:
     """Return strict JSON that stdout can show."""
     return strict_json(content, escaped=not is_utf_8(sys.stdout))
@@ -57,6 +69,10 @@ def console(*, stderr: bool, quiet: bool = False) -> Console:
     class Plain(Console):
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError  # rich would exit with a code of its own
+
+        def print(self, *objects: Any, **options: Any) -> None:
+            with nullcontext() if stderr else naming_stdout():
+                super().print(*objects, **options)
 
     # A file or a pipe has no width: a table in it is not folded.
     width = None if (sys.stderr if stderr else sys.stdout).isatty() else _UNFOLDED

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from q6k_convert import text
 from q6k_convert.cli.contents import Row
-from q6k_convert.cli.streams import PlainLines, console, is_utf_8, json_text
+from q6k_convert.cli.streams import PlainLines, console, is_utf_8, json_text, naming_stdout
 from q6k_convert.cli.tables import (
     STORAGE_WORDS,
     Table,
@@ -57,11 +57,8 @@ class Terminal:
     def document(self, content: Row) -> None:
         """Print the JSON document if `--json` was given."""
         if self.as_json:
-            try:
+            with naming_stdout():
                 print(json_text(content), flush=True)
-            except OSError as error:
-                error.filename = "standard output"
-                raise
 
     def error(self, cause: str, remedy: str = "") -> None:
         """Print a red line for the cause and one for the remedy, on stderr."""
@@ -74,13 +71,19 @@ class Terminal:
         if not self.quiet:
             self._err.print(printable(line), soft_wrap=True)
 
+    def show(self, lines: str) -> None:
+        """Print a result on stdout."""
+        with naming_stdout():
+            print(lines, flush=True)
+
     def stream(self, piece: str) -> None:
         """Print a piece of a model's answer on stdout, unless stdout is for the JSON document."""
         if not self.as_json:
             # A model may emit control characters; a terminal gets only newlines, tabs and what is printable.
             safe = (c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in displayable(piece))
-            sys.stdout.write("".join(safe) if sys.stdout.isatty() else displayable(piece))
-            sys.stdout.flush()
+            with naming_stdout():
+                sys.stdout.write("".join(safe) if sys.stdout.isatty() else displayable(piece))
+                sys.stdout.flush()
 
     def traceback(self) -> None:
         """Print the traceback of the exception being handled, for `--verbose`."""

@@ -88,6 +88,7 @@ def test_a_stdout_that_is_full_is_exit_4(args: tuple[str, ...], model: Path, tmp
     expected = "No such file or directory" if f"{model}.no" in filled else "No space left on device"
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert expected in error
+    assert "standard output: " in error or f"{model}.no" in filled
 
 
 def test_the_usual_ends(model: Path) -> None:
