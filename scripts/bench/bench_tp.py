@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure models on several GPUs beside one: tokens a second and memory of each rank; print a table and write JSON.
 
-    python scripts/bench/bench_tp.py [--shapes SHAPE ...] [--mix q4_k_m|q5_k_m|q6_k|q8_0] [--ranks 1 2]
+    python scripts/bench/bench_tp.py [--shapes SHAPE ...] [--mix q4_k_m|q5_k_m|q6_k|q8_0|mxfp4] [--ranks 1 2]
         [--steps own transformers] [--keep DIR] [--json FILE]
     python scripts/bench/bench_tp.py --device cpu --shapes tiny --ranks 1 2 --context 8 --prompts 16 --tokens 4
 
@@ -21,7 +21,6 @@ import argparse
 import gc
 import json
 import os
-import random
 import socket
 import statistics
 import sys
@@ -38,13 +37,14 @@ from torch import multiprocessing
 from bench_model_facts import held_bytes, machine, read_all
 from q6k_convert import convert_gguf
 from q6k_convert.convert.plan import Options
+from q6k_convert.run.speed import decoding, prompting, random_ids, wait
 from q6k_kernels.bundle.metadata import read_metadata
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.generate.generator import Generator
 from q6k_kernels.models.hub_files import CONFIG, config
 from q6k_kernels.weights.reader import open_bundle
+from synthetic_gpt_oss import SHAPES
 from synthetic_model import MIXES, write_model
-from synthetic_qwen import SHAPES
 
 Row = dict[str, Any]
 STARTED = time.perf_counter()
@@ -182,14 +182,7 @@ def speeds(generator: Generator, vocabulary: int, device: torch.device, args: ar
     """Measure decoding and prompts."""
     chosen = list[int]()
 
-    def prompt(tokens: int) -> list[int]:
-        ids = random.Random(tokens)  # noqa: S311 -- any will do
-        return [ids.randrange(vocabulary) for _ in range(tokens)]
-
-    def prepare() -> None:
-        generator.reset()
-        generator.prefill(prompt(args.context))
-        generator.prepare(args.tokens + 1)
+    _, prepare = decoding(generator, random_ids(args.context, vocabulary), args.tokens)
 
     def decode() -> None:
         chosen[:] = generator.generate(args.tokens + 1)
@@ -199,11 +192,10 @@ def speeds(generator: Generator, vocabulary: int, device: torch.device, args: ar
     row: Row = {"decode_tokens_per_s": args.tokens / median(decode, prepare, device, args.rounds)}
     row["prompt_tokens_per_s"] = {}
     for tokens in args.prompts:
-        ids = prompt(tokens)
-        generator.reset()
-        generator.prefill(ids)
-        seconds = median(lambda ids=ids: generator.prefill(ids), generator.reset, device, args.rounds)  # type: ignore[misc]
-        row["prompt_tokens_per_s"][str(tokens)] = tokens / seconds
+        prefill, reset = prompting(generator, random_ids(tokens, vocabulary))
+        reset()
+        prefill()
+        row["prompt_tokens_per_s"][str(tokens)] = tokens / median(prefill, reset, device, args.rounds)
     return row | {"chosen": chosen}
 
 
@@ -222,8 +214,7 @@ def median(work: Callable[[], object], before: Callable[[], object], device: tor
 
 def settle(device: torch.device) -> None:
     """Wait for the device, and for the other ranks."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(device)
     if dist.is_initialized():
         dist.barrier()
 
