@@ -28,8 +28,6 @@ constexpr int WARP_BYTES = 2 * KEYS * ROW;  // keys, values
 constexpr int MOST_BLOCKS = 32;        // most blocks that share keys: a lane of a warp for each
 constexpr float LOG2_E = 1.4426950408889634f;
 
-__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xFF800000u); }
-
 __device__ __forceinline__ float power_of_two(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

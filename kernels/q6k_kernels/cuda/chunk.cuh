@@ -152,8 +152,6 @@ extern "C" __global__ void __launch_bounds__(GATE_THREADS)
   store_8(x + token * k + at, sums);
 }
 
-__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xFF800000u); }
-
 __device__ __forceinline__ float decayed(float score, float largest) {
   return score == minus_infinity() ? 0.0f : __expf(score - largest);
 }

@@ -1,5 +1,5 @@
 // A gated delta net for a chunk of a prompt, in three launches: what each token brings, the tokens one after the other,
-// and their outputs. Rounded where delta.cuh rounds.
+// and their outputs. Rounded where delta.cuh rounds. fours.cuh comes before this file.
 //
 // Tokens depend on each other by the state alone, whose columns do not. So a block has 32 columns of a head's state in
 // registers and goes through all tokens. With q S' = decay q S + (q k) change, where S' is the state after a token, both
@@ -14,27 +14,10 @@ constexpr int ROWS = DIM / SHARING;   // of the state, in a thread
 constexpr int TILE = 16;              // tokens that are copied together
 constexpr float L2_EPSILON = 1e-6f;
 
-__device__ __forceinline__ float rounded(float value) { return half_to_float(to_half(value)); }
-
 __device__ __forceinline__ float silu(float value) { return value / (1.0f + expf(-value)); }
-
-__device__ __forceinline__ float sum_of_warp(float value) {
-#pragma unroll
-  for (int apart = 16; apart; apart >>= 1) value += __shfl_xor_sync(0xFFFFFFFFu, value, apart);
-  return value;
-}
-
-__device__ __forceinline__ void to_floats(uint2 raw, float (&values)[4]) {
-  values[0] = half_to_float(raw.x & 0xFFFFu), values[1] = half_to_float(raw.x >> 16);
-  values[2] = half_to_float(raw.y & 0xFFFFu), values[3] = half_to_float(raw.y >> 16);
-}
 
 __device__ __forceinline__ void load_4(const u16* from, float (&values)[4]) {
   to_floats(*reinterpret_cast<const uint2*>(from), values);
-}
-
-__device__ __forceinline__ uint2 to_halves(const float (&values)[4]) {
-  return make_uint2(pack_halves(values[0], values[1]), pack_halves(values[2], values[3]));
 }
 
 // The convolution of four channels, token after token.

@@ -1,4 +1,5 @@
 // Heads of a chunk of a prompt, before attention: norms, rotary embedding, and the place of keys and values in memory.
+// fours.cuh comes before this file.
 //
 //   Q6K_HEAD_DIM  values of a head, a multiple of 32 up to 512
 
@@ -10,15 +11,6 @@ constexpr int DIM = Q6K_HEAD_DIM;
 constexpr int WARPS = 8;
 constexpr int TOGETHER = 2;               // vectors that a warp loads at once
 constexpr int PARTS = (DIM + 127) / 128;  // a lane has 4 values of each 128
-
-__device__ __forceinline__ void to_floats(uint2 raw, float (&values)[4]) {
-  values[0] = half_to_float(raw.x & 0xFFFFu), values[1] = half_to_float(raw.x >> 16);
-  values[2] = half_to_float(raw.y & 0xFFFFu), values[3] = half_to_float(raw.y >> 16);
-}
-
-__device__ __forceinline__ uint2 to_halves(const float (&values)[4]) {
-  return make_uint2(pack_halves(values[0], values[1]), pack_halves(values[2], values[3]));
-}
 
 // Four values, or two, each for two neighbours.
 __device__ __forceinline__ void load_4(const float* from, float (&values)[4], bool twice = false) {

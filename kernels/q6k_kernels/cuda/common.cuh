@@ -82,6 +82,16 @@ __device__ __forceinline__ u32 pack_halves(float low, float high) {  // to the a
 
 __device__ __forceinline__ u16 to_half(float value) { return (u16)pack_halves(value, 0.0f); }
 
+__device__ __forceinline__ float rounded(float value) { return half_to_float(to_half(value)); }
+
+__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xFF800000u); }
+
+__device__ __forceinline__ float sum_of_warp(float value) {
+#pragma unroll
+  for (int apart = 16; apart; apart >>= 1) value += __shfl_xor_sync(0xFFFFFFFFu, value, apart);
+  return value;
+}
+
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {  // to nearest even
   u32 pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));

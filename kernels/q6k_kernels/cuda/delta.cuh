@@ -10,15 +10,7 @@ constexpr int DIM = 128;  // of keys and values
 constexpr int WARPS = 16, THREADS = WARPS * 32, ROWS = DIM / WARPS, PARTS = DIM / 32;
 constexpr float L2_EPSILON = 1e-6f;
 
-__device__ __forceinline__ float rounded(float value) { return half_to_float(to_half(value)); }
-
 __device__ __forceinline__ float silu(float value) { return value / (1.0f + expf(-value)); }
-
-__device__ __forceinline__ float sum_of_warp(float value) {
-#pragma unroll
-  for (int apart = 16; apart; apart >>= 1) value += __shfl_xor_sync(0xFFFFFFFFu, value, apart);
-  return value;
-}
 
 // Adds the numbers of PARTS neighbouring warps, in one order.
 __device__ __forceinline__ float sum_of_parts(const float* parts) {

@@ -20,8 +20,6 @@ __device__ __forceinline__ void store_8(u16* to, const float (&values)[8]) {
   *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-__device__ __forceinline__ float rounded(float value) { return half_to_float(to_half(value)); }
-
 __device__ __forceinline__ void load_factors(const float* from, float (&factors)[8]) {
 #pragma unroll
   for (int j = 0; j < 2; ++j) {

@@ -40,12 +40,6 @@ __device__ __forceinline__ u32 transposed(u32 pairs) {  // of an 8 x 8 matrix of
   return result;
 }
 
-__device__ __forceinline__ float sum_of_warp(float value) {
-#pragma unroll
-  for (int apart = 16; apart; apart >>= 1) value += __shfl_xor_sync(0xFFFFFFFFu, value, apart);
-  return value;
-}
-
 // What a norm is of: a head, all heads of a projection together, or a head that has rotated.
 enum Normed { HEAD = 0, PROJECTION = 1, ROTATED_HEAD = 2 };
 

@@ -4,15 +4,7 @@ constexpr int ROUTE_WARPS = 4;     // of a block, a row of weights each
 constexpr int AT_ONCE = 11;        // loads of 16 bytes of a lane, 2816 values of a row
 constexpr int MOST_EXPERTS = 512;  // a lane has one in 32 of them
 
-__device__ __forceinline__ float rounded(float value) { return half_to_float(to_half(value)); }
-
 __device__ __forceinline__ float logistic(float value) { return 1.0f / (1.0f + expf(-value)); }
-
-__device__ __forceinline__ float sum_of_warp(float value) {
-#pragma unroll
-  for (int apart = 16; apart; apart >>= 1) value += __shfl_xor_sync(0xFFFFFFFFu, value, apart);
-  return value;
-}
 
 __device__ __forceinline__ float load_of_others(const float* from) {  // bypasses this multiprocessor's cache
   float value;

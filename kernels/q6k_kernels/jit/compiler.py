@@ -26,6 +26,8 @@ FOUNDATIONS = {
     "step.cuh": ("gates.cuh", "sixteens.cuh", "quantize.cuh"),
     "attend.cuh": ("quantize.cuh", "heads.cuh"),
     "chunk.cuh": ("gates.cuh", "eights.cuh"),
+    "chunk_delta.cuh": ("fours.cuh",),
+    "chunk_heads.cuh": ("fours.cuh",),
     "delta.cuh": ("quantize.cuh",),
     "gemm_wgmma.cuh": ("tile.cuh", "halves.cuh", "wgmma.cuh", "wgmma_block.cuh"),
     "gemm_mma.cuh": ("tile.cuh", "halves.cuh", "mma_block.cuh"),
