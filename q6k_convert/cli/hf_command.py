@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from q6k_convert.cli.options import JsonOption, QuietOption, VerboseOption
 from q6k_convert.cli.reporting import reporting
+from q6k_convert.run.running import Weights
 
 
 def hf(
     bundle: Annotated[str, typer.Argument(metavar="OUT/", help="Bundle of the model.")],
     weights: Annotated[
-        Literal["packed", "bytes", "auto"],
+        Weights,
         typer.Option(help="Let transformers keep weights so on a CPU; auto: a byte each, fast, if memory allows."),
     ] = "packed",
     as_json: JsonOption = False,

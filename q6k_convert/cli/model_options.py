@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from q6k_convert.cli.options import HUB_BUNDLE, parse_device, parse_dtype
-from q6k_convert.run.running import Device, Dtype
+from q6k_convert.run.running import Activations, Device, Dtype, Weights
 
 _OF_FILE = "the file's, else "
 
@@ -30,11 +30,11 @@ DtypeOption = Annotated[
     ),
 ]
 ActivationsOption = Annotated[
-    Literal["auto", "int8", "bf16"],
+    Activations,
     typer.Option(help="Multiply packed weights with int8 or 16-bit activations; auto: int8 for few rows."),
 ]
 WeightsOption = Annotated[
-    Literal["auto", "packed", "bytes"],
+    Weights,
     typer.Option(
         help="On the CPU, give each weight a byte (fast; 1.1 to 1.5 bytes with scales), or keep them packed (the "
         "reference, slow); auto: bytes if they take at most half of the free memory."

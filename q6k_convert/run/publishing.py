@@ -10,11 +10,11 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from q6k_convert.convert.locking import lock
 from q6k_convert.errors import IOFailedError
-from q6k_convert.run.running import check_packages
+from q6k_convert.run.running import Weights, check_packages
 from q6k_kernels.bundle import manifest as manifests
 from q6k_kernels.bundle.companions import check_companions, companion
 from q6k_kernels.bundle.manifest import Manifest
@@ -24,9 +24,7 @@ from q6k_kernels.bundle.writer import fsync_directory
 _PARTIAL = ".{}.q6k-partial"
 
 
-def run(
-    directory: Path, weights: Literal["packed", "bytes", "auto"], note: Callable[[str], None]
-) -> dict[str, Any]:
+def run(directory: Path, weights: Weights, note: Callable[[str], None]) -> dict[str, Any]:
     """Write the files, and return the document for `--json`.
 
     Args:

@@ -60,9 +60,8 @@ def device(index: int) -> Device:
 
 def stream(on: Device) -> int:
     """Return torch's current CUstream on that GPU."""
-    return torch._C._cuda_getCurrentRawStream(
-        on.index
-    )  # without an object for it, which takes longer than a launch
+    # Without an object for it, which takes longer than a launch.
+    return torch._C._cuda_getCurrentRawStream(on.index)
 
 
 def pointer(tensor: Tensor | None) -> int:

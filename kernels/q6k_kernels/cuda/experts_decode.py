@@ -17,7 +17,7 @@ from torch import Tensor
 
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda.decode_plan import activation_bytes
-from q6k_kernels.cuda.device import Device, Variant, bias_arguments, common_macros
+from q6k_kernels.cuda.device import Device, Variant, bias_arguments, common_macros, pointer
 from q6k_kernels.formats.ggml import super_blocks
 from q6k_kernels.formats.types import TILE_ROWS, WEIGHT_TYPES, WeightType
 from q6k_kernels.jit import loader
@@ -145,7 +145,7 @@ def multiply(
         tiles.data_ptr(),
         experts.data_ptr(),
         x.data_ptr(),
-        0 if up is None else up.data_ptr(),
+        pointer(up),
         y.data_ptr(),
         bias_at,
         x.stride(0),
