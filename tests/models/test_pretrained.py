@@ -222,6 +222,23 @@ def test_what_is_saved_opens_as_the_same_model(llama: Path, tmp_path: Path) -> N
         model.save_pretrained(tmp_path / "one")
 
 
+def test_what_is_saved_keeps_its_settings(llama: Path, tmp_path: Path) -> None:
+    """Also where projections were not joined, whose weights have other names than `load_model` gives them."""
+    settings: dict[str, Any] = {"activations": "bf16", "weights": "packed", "joined": False}
+    path = Path(shutil.copytree(llama, tmp_path / "out"))
+    content = json.loads((path / CONFIG).read_text())
+    content["quantization_config"] |= settings
+    (path / CONFIG).write_text(json.dumps(content))
+    model: Any = AutoModelForCausalLM.from_pretrained(path)
+    assert isinstance(model.model.layers[0].self_attn.q_proj, PackedLinear)
+    model.save_pretrained(tmp_path / "saved")
+    written = json.loads((tmp_path / "saved" / CONFIG).read_text())["quantization_config"]
+    assert written == settings | {"quant_method": FORMAT}
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(logits(again), logits(model))
+
+
 def test_changed_weights_are_not_saved(llama: Path, tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(llama)
     model.model.norm.weight.data[3] += 1

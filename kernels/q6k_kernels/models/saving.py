@@ -74,7 +74,9 @@ class Saver:
         manifest, to = manifests.read(self._path), Path(save_directory)
         names = (*manifest.files, manifests.NAME)
         if taken := next((to / name for name in names if os.path.lexists(to / name)), None):
-            raise FileExistsError(f"{taken} exists: save_pretrained replaces no file of a bundle")
+            raise FileExistsError(
+                f"{taken} exists: save_pretrained replaces no file of a bundle. Give another directory."
+            )
         check_whole(model, "be saved")
         self._check_same()
         to.mkdir(parents=True, exist_ok=True)
@@ -82,11 +84,18 @@ class Saver:
             shutil.copyfile(self._path / name, to / name)
         model.generation_config.save_pretrained(to)
         config = copy.deepcopy(model.config)
-        config.architectures, config.quantization_config = [type(model).__name__], {"quant_method": FORMAT}
+        config.architectures, config.quantization_config = [type(model).__name__], self._settings()
         config.save_pretrained(to)
         # Last, as a directory without it is no bundle; what else lay beside the old one is not written.
         bare = manifests.Manifest(**{**vars(manifest), "companions": {}})
         (to / manifests.NAME).write_bytes(manifests.serialize(bare))
+
+    def _settings(self) -> dict[str, Any]:
+        """Return how the model was asked to keep its weights, as `config.json` says it."""
+        asked: Any = getattr(self._model.config, "quantization_config", None)
+        if asked is None:  # `load_model` has no such configuration
+            return {"quant_method": FORMAT}
+        return dict(asked if isinstance(asked, dict) else asked.to_dict())
 
     def _check_same(self) -> None:
         """Check that all weights are the bundle's, by loading them again."""
@@ -96,7 +105,8 @@ class Saver:
         bundle = open_bundle(self._path)
         cpu, dtype = torch.device("cpu"), model.dtype
         again = skeleton(bundle, read_metadata(self._path), architecture, dtype)
-        Filler(again, bundle, architecture, lambda _: cpu, dtype, "auto", lambda _: None).fill()
+        joined = self._settings().get("joined", True)
+        Filler(again, bundle, architecture, lambda _: cpu, dtype, "auto", lambda _: None, joined=joined).fill()
         if any(isinstance(module, ByteLinear) for module in model.modules()):
             to_bytes(again)
         found, expected = model.state_dict(), again.state_dict()
