@@ -256,11 +256,14 @@ class Terminal:
         for finding in report["findings"]:
             if finding["state"] in ("missing", "broken"):
                 what = "" if finding["needed"] else ", which kernels run without"
-                self.error(f"{finding['name']} is {finding['state']}{what}", finding["remedy"])
+                # A torch for CPUs is there; that only one for CUDA will do has to be in the line.
+                part = "torch for CUDA" if finding["name"] == "torch" else finding["name"]
+                self.error(f"{part} is {finding['state']}{what}", finding["remedy"])
         if report["status"] == "ok":
             self._out.print("ready to run models on a GPU", style="bold green")
         else:
-            self._out.print("not ready to run models on a GPU; converting and verifying need none", style="bold")
+            others = "converting, verifying and models on a CPU need none"
+            self._out.print(f"not ready to run models on a GPU; {others}", style="bold")
 
     def value(self, key: str, value: Iterator[list[Any]] | Any) -> None:
         """Print the full value of one key; of an array some elements at a time, for it may be long."""

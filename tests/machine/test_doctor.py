@@ -288,6 +288,13 @@ def test_a_compiler_that_is_missing(machine: SimpleNamespace, monkeypatch: pytes
     failed(invoke("doctor"), 6, "compiler is missing", "Install it.")
 
 
+def test_a_torch_for_cpus_is_not_said_to_be_no_torch(machine: SimpleNamespace) -> None:
+    machine.torch.__dict__.update(__version__="2.13.0+cpu", version=SimpleNamespace(cuda=None))
+    result = invoke("doctor")
+    failed(result, 6, "torch for CUDA is missing", "pip keeps it unless it is removed first")
+    assert "models on a CPU need none" in result.stdout.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("capabilities", "tried"),
     [
