@@ -23,6 +23,8 @@ Row = dict[str, Any]
 
 _GROWN = 1.05
 """Ratio of sizes from which on something counts as grown."""
+TOKENIZERS_ABSENT = "not known before the package tokenizers is installed (`pip install 'q6k-convert[inference]'`)"
+"""What stands for the verdict on a file's tokenizer where it cannot be had."""
 _SHOWN_BYTES = 16 << 20
 """Bytes of values that a listing of keys shows; no real model has as many without a whole `tokenizer.json`."""
 _ESCAPED = "backslashreplace"
@@ -157,7 +159,7 @@ def _runs(metadata: Metadata, tensors: dict[str, tuple[tuple[int, ...], str]]) -
     except ModelError as error:
         problem = error.cause
     if find_spec("tokenizers") is None:
-        tokenizer = "not known before the package tokenizers is installed (`pip install 'q6k-convert[inference]'`)"
+        tokenizer = TOKENIZERS_ABSENT
     else:
         from q6k_kernels.tokenizer.vocabulary import check_kind
 

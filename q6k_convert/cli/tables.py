@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from q6k_convert import text
-from q6k_convert.cli.contents import Row
+from q6k_convert.cli.contents import TOKENIZERS_ABSENT, Row
 from q6k_convert.text import displayable
 from q6k_kernels.formats.types import PACKED_TYPES
 
@@ -136,6 +136,8 @@ def runnable(model: Row) -> str:
     """Return whether the whole model can run."""
     if model["problem"]:
         return f"no, only single tensors from Python: {model['problem']}"
+    if model["tokenizer_problem"] == TOKENIZERS_ABSENT:
+        return f"yes; whether with its own tokenizer is {TOKENIZERS_ABSENT}"
     if model["tokenizer_problem"]:
         return f"yes, with a tokenizer that you give (--tokenizer DIR): {model['tokenizer_problem']}"
     return "yes, with its own tokenizer"

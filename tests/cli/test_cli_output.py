@@ -16,7 +16,7 @@ import pytest
 from bundle_helpers import failed, invoke, run_cli, run_here, two_tensors
 from gguf_builder import F32, Q3_K, Q4_0, Q4_K, Q5_0, Q6_K, Q8_0, Builder, key_value, small_model, weight
 from q6k_convert import __version__
-from q6k_convert.cli import streams
+from q6k_convert.cli import contents, streams
 from q6k_convert.convert import stream
 from q6k_convert.text import size
 
@@ -105,6 +105,15 @@ def test_plan_and_summary_say_whether_the_whole_model_runs(
     assert f"\nwhole model runs  {verdict}" in said
     assert said.count("GPU memory") == 2
     assert ("q6k-convert generate out -p TEXT" in said) == (verdict == "yes, with its own tokenizer")
+
+
+def test_without_the_package_tokenizers_a_file_is_not_said_to_need_another_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contents, "find_spec", lambda _: None)
+    said = invoke(Builder(TENSORS, whole("llama")).write(tmp_path / "model.gguf"), tmp_path / "out").stdout
+    assert said.count("yes; whether with its own tokenizer is not known before the package tokenizers is") == 2
+    assert "--tokenizer" not in said
 
 
 def test_a_bundle_that_grows_says_why_and_what_to_do(tmp_path: Path) -> None:
