@@ -47,6 +47,7 @@ def run(directory: Path, weights: Weights, note: Callable[[str], None]) -> dict[
     held = lock(directory.resolve(), directory)
     try:
         manifest = manifests.read(directory)
+        note(f"{directory}: making the files; a large vocabulary takes seconds")
         files = hub_files(read_metadata(directory), manifest, weights)
         _check_free(directory, manifest, files)
         written = [name for name, content in files.items() if _write(directory, name, content)]
