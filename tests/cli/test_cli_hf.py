@@ -21,6 +21,7 @@ from q6k_convert.run import publishing, running
 from q6k_kernels import load_model
 from q6k_kernels.tokenizer.tokenizer import load_tokenizer
 from tiny_chat import tiny_chat
+from tiny_models import Tiny
 from tokenizer_files import TEMPLATE
 
 FILES = {
@@ -133,6 +134,18 @@ def test_what_is_missing_is_named(bundle: Path, tmp_path: Path, monkeypatch: pyt
     failed(invoke("hf", tmp_path), 3, "is not a bundle", "")
     monkeypatch.setattr(running, "find_spec", lambda name: None if name == "transformers" else object())
     failed(invoke("hf", bundle), 6, "writing files for transformers needs transformers", "q6k-convert[inference]")
+
+
+def test_without_a_tokenizer_the_next_step_is_one_that_works(bundle: Path, tmp_path: Path) -> None:
+    assert invoke("hf", bundle).exit_code == 0
+    tokenizer = tmp_path / "tokenizer"
+    AutoTokenizer.from_pretrained(bundle).save_pretrained(tokenizer)
+    keys = {"tokenizer.ggml.model": "bert"}
+    bare = Tiny("llama", "llama", {"vocab_size": len(load_tokenizer(bundle))}, keys).bundle(tmp_path / "bare")[0]
+    step = f"q6k-convert generate {bare} --tokenizer DIR"
+    failed(invoke("hf", bare), 3, "tokenizer.ggml.model is 'bert'", step)
+    given = [tokenizer if word == "DIR" else word for word in step.split()[1:]]
+    assert invoke(*given, "-p", "The dog", "--max-new-tokens", "2", "--device", "cpu").exit_code == 0
 
 
 def test_a_hostile_entry_is_refused(bundle: Path) -> None:

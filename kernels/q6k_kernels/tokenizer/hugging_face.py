@@ -7,6 +7,7 @@ tokenizers read as these tokens.
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
 
 from q6k_kernels.bundle.metadata import Metadata
@@ -25,7 +26,11 @@ def tokenizer_files(metadata: Metadata) -> tuple[Vocabulary, dict[str, Any]]:
         TokenizerError: as by `load_tokenizer`, or the vocabulary merges texts that are no tokens.
         BundleError: a key has the wrong type.
     """
-    vocabulary = read_vocabulary(metadata)
+    try:
+        vocabulary = read_vocabulary(metadata)
+    except TokenizerError as error:
+        command = f"q6k-convert generate {shlex.quote(str(metadata.path.parent))} --tokenizer DIR"
+        raise TokenizerError(error.cause, f"Run the model with a tokenizer from elsewhere: {command}") from error
     files: dict[str, Any] = {
         TOKENIZER: _tokenizer(metadata, vocabulary),
         TOKENIZER_CONFIG: _config(metadata, vocabulary),
