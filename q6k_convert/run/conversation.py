@@ -94,6 +94,7 @@ class Conversation:
         content = json.dumps({"messages": self.messages}, indent=1, ensure_ascii=False) + "\n"
         try:
             with path.open("w" if path.resolve() in self._saved else "x", encoding="utf-8") as file:
+                self._saved.add(path.resolve())  # also if the rest fails, so that another /save can write it
                 file.write(content)
         except FileExistsError as error:
             raise IOFailedError(f"{path} exists already", "Give another name.") from error
@@ -101,5 +102,4 @@ class Conversation:
             raise IOFailedError(
                 f"{path}: {error.strerror or error}", "Check the path and its permissions."
             ) from error
-        self._saved.add(path.resolve())
         return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from typer.testing import CliRunner
 from bundle_helpers import failed
 from q6k_convert.cli.main import app
 from q6k_convert.cli.typed import MAX_LINE_BYTES, TypedMessages
+from q6k_convert.errors import IOFailedError
+from q6k_convert.run.conversation import Conversation
 from q6k_kernels.generate.generator import Generator
 from q6k_kernels.tokenizer.text_tokenizer import TextStream, Tokenizer
 from q6k_kernels.tokenizer.tokenizer import load_tokenizer
@@ -142,6 +145,20 @@ def test_commands_change_what_the_next_turn_sees(tiny: TinyBundle, tmp_path: Pat
         len(rendered([("system", "be kind"), ("user", "/x y")])),
     ]
     assert json.loads(saved.read_text()) == {"messages": document["messages"][:2]}
+
+
+def test_a_file_that_a_full_disk_cut_off_can_be_saved_again(tmp_path: Path) -> None:
+    chat, path = Conversation(None), tmp_path / "chat.json"
+    chat.add("a", "b")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(IOFailedError, match="File too large"):
+            chat.message(f"/save {path}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    chat.message(f"/save {path}")
+    assert json.loads(path.read_text()) == {"messages": chat.messages}
 
 
 def test_in_a_pipe_what_is_wrong_ends_it(tiny: TinyBundle, tmp_path: Path) -> None:
