@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -221,3 +222,23 @@ def test_a_model_of_more_parts_than_files_may_be_open_converts(tmp_path: Path) -
         )
         assert done.returncode == 0, done.stderr
     assert len(json.loads((out / "bundle.json").read_text())["sources"]) == parts
+
+
+def test_few_shards_are_open_while_the_disk_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened() -> int:
+        return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+    tensors = [weight(f"blk.{number}.w", (2, 256), seed=number) for number in range(60)]
+    path = Builder(tensors).write(tmp_path / "m.gguf")
+    before, most, fsync = opened(), 0, os.fsync
+
+    def slow(fd: int) -> None:
+        nonlocal most
+        time.sleep(0.005)
+        most = max(most, opened() - before)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    convert(path, tmp_path / "out", Options(max_shard_size=450))
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 60
+    assert 0 < most < 20

@@ -29,6 +29,8 @@ from q6k_kernels.bundle.shards import INDEX_NAME, ArraySpec, Shard, index_json
 
 WRITEBACK_BYTES = 32 << 20
 """Bytes written after which the disk begins to store them, while more are being made."""
+WAITING = 8
+"""The most whole shards that wait for the disk, open: it may be slow, and a process may hold few files open."""
 
 
 class BundleWriter:
@@ -77,6 +79,8 @@ class BundleWriter:
         self._unsynced += len(data)
         if self._missing[name] == 0:
             self._syncs.append(self._disk.submit(self._sync, name, close=True))
+            if len(self._syncs) > WAITING:
+                self._syncs[-1 - WAITING].result()
         elif self._unsynced >= WRITEBACK_BYTES and all(sync.done() for sync in self._syncs):
             self._unsynced = 0
             self._syncs.append(self._disk.submit(self._sync, name, close=False))
