@@ -99,6 +99,15 @@ def test_activations_are_chosen_in_the_configuration(llama: Path) -> None:
         AutoModelForCausalLM.from_pretrained(llama, config=config)
 
 
+@pytest.mark.parametrize(("field", "value"), [("joined", "no"), ("bits", 4)])
+def test_settings_that_mean_nothing_are_refused(llama: Path, field: str, value: object) -> None:
+    config = AutoConfig.from_pretrained(llama)
+    config.quantization_config[field] = value
+    with pytest.raises(UnsupportedModelError, match=field) as caught:
+        AutoModelForCausalLM.from_pretrained(llama, config=config)
+    assert "q6k-convert hf" in caught.value.remedy
+
+
 @pytest.mark.skipif(not products.installed(), reason="the compiled products are not installed")
 def test_weights_of_a_byte_each_are_chosen_in_the_configuration(
     made: dict[str, tuple[Path, Any]], tmp_path: Path

@@ -36,6 +36,10 @@ class PlanarConfig(QuantizationConfigMixin):
         weights: form of weights on a CPU, "packed", "bytes" or "auto", see `cpu_form`.
         joined: whether projections that share their input run as one, see `fusing`; adapters want each by its name.
         quant_method: name of the format.
+        unknown: what else `config.json` says.
+
+    Raises:
+        UnsupportedModelError: a field is unknown, or `joined` is neither true nor false.
     """
 
     def __init__(
@@ -44,7 +48,14 @@ class PlanarConfig(QuantizationConfigMixin):
         weights: Weights = "packed",
         joined: bool = True,
         quant_method: str = FORMAT,
+        **unknown: object,
     ) -> None:
+        if unknown or not isinstance(joined, bool):
+            wrong = f"fields {', '.join(unknown)} that are unknown" if unknown else f"{joined!r} for joined, a bool"
+            raise UnsupportedModelError(
+                f"quantization_config: found {wrong}",
+                "Move config.json away and write it again: `q6k-convert hf OUT/`.",
+            )
         self.quant_method: Any = quant_method  # transformers has a closed set of names, and takes others
         self.activations, self.weights, self.joined = activations, weights, joined
 
