@@ -138,7 +138,7 @@ def results(made: dict[str, tuple[Path, Any]], tmp_path_factory: pytest.TempPath
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.integrations.accelerate.is_accelerate_available", lambda: True)
         children = [
-            fork(lambda rank=rank: work(rank, bundles, folder), folder / f"log{rank}")  # type: ignore[misc]
+            fork(lambda rank=rank: work(rank, bundles, folder), folder / f"log{rank}", covered=True)  # type: ignore[misc]
             for rank in range(max(SIZES))
         ]
         ends = [child.wait() for child in children]

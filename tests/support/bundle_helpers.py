@@ -128,13 +128,17 @@ class Child:
         return code, self.log.read_text()
 
 
-def fork(action: Callable[[], object], log: Path) -> Child:
-    """Run `action` in a fork of this process, which starts at once and may be patched freely."""
+def fork(action: Callable[[], object], log: Path, *, covered: bool = False) -> Child:
+    """Run `action` in a fork of this process, which starts at once and may be patched freely.
+
+    What it covers is only written down if asked for, as that takes longer than most actions.
+    """
     pid = os.fork()
     if pid:
         return Child(pid, log)
     code = 99
-    sys.settrace(None)  # it ends without writing down what it covered
+    if not covered:
+        sys.settrace(None)
     try:
         # As in the foreground of a shell, however these tests were started.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -150,6 +154,9 @@ def fork(action: Callable[[], object], log: Path) -> Child:
     except BaseException:
         traceback.print_exc()
     finally:
+        if covered and "coverage" in sys.modules and (measuring := sys.modules["coverage"].Coverage.current()):
+            measuring.stop()
+            measuring.save()
         sys.stdout.flush()
         os._exit(code)
 
