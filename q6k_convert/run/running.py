@@ -46,9 +46,9 @@ def device_of(asked: Device, note: Callable[[str], None]) -> str:
     if missing is None:
         return "cuda"
     if asked == "cuda":
-        remedy = f"{missing.remedy} --device cpu runs the reference on the CPU, slowly."
+        remedy = f"{missing.remedy} --device cpu runs on the CPU."
         raise EnvironmentMissingError(f"--device cuda cannot run: {missing.what}", remedy)
-    note(f"on the CPU, slowly: {missing.what}")
+    note("on the CPU, as no GPU can be used here; `q6k-convert doctor` says why")
     return "cpu"
 
 
