@@ -33,13 +33,12 @@ class PlainLines:
         now = time.monotonic()
         if now - self.last >= LINE_SECONDS and self.done > 0:  # it is 0 after a download had to start again
             self.last = now
-            rate = self.done / (now - self.started)
-            left = text.seconds((self.total - self.done) / rate)
-            self.console.print(
-                f"{self.what}: {text.size(self.done)} of {text.size(self.total)} "
-                f"({100 * self.done / self.total:.0f}%), {text.size(rate)}/s, {left} left",
-                soft_wrap=True,
-            )
+            parts = 100 * self.done / self.total
+            line = f"{self.what}: {text.size(self.done)} of {text.size(self.total)} ({parts:.0f}%)"
+            if parts >= 1:  # before, what comes first, like building a model, would be taken for its speed
+                rate = self.done / (now - self.started)
+                line += f", {text.size(rate)}/s, {text.seconds((self.total - self.done) / rate)} left"
+            self.console.print(line, soft_wrap=True)
 
 
 @contextmanager

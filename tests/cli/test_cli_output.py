@@ -159,6 +159,17 @@ def test_progress_off_a_terminal_is_plain_lines(model: Path, out: Path, monkeypa
     assert "converting" not in result.stdout
 
 
+def test_the_first_piece_tells_no_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(streams, "LINE_SECONDS", 0.0)
+    lines = streams.PlainLines(1000, "loading", streams.console(stderr=True))
+    lines.add(9)
+    lines.add(1)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "loading: 9 B of 1.00 kB (1%)"
+    assert "/s, " in second
+    assert second.endswith(" left")
+
+
 def test_progress_on_a_terminal_is_a_bar_that_ends_full(model: Path, out: Path) -> None:
     main, side = pty.openpty()
     termios.tcsetwinsize(side, (24, 100))
