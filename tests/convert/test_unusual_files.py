@@ -20,6 +20,7 @@ from gguf_builder import F32, Q3_K, Q6_K, Q8_0, Builder, Tensor, key_value, weig
 from q6k_convert.convert.pipeline import convert
 from q6k_convert.convert.plan import Options
 from q6k_convert.verify.stages import verify
+from q6k_kernels.bundle import writer
 from q6k_kernels.bundle.metadata import read_metadata
 from q6k_kernels.errors import GgufRejectedError
 from q6k_kernels.gguf.model import open_gguf
@@ -239,6 +240,7 @@ def test_few_shards_are_open_while_the_disk_is_slow(tmp_path: Path, monkeypatch:
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", slow)
-    convert(path, tmp_path / "out", Options(max_shard_size=450))
+    convert(path, tmp_path / "out", Options(max_shard_size=450), jobs=1)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 60
-    assert 0 < most < 20
+    # Beside those that wait: the one whose turn it is, the one being written, the lock and the file.
+    assert writer.WAITING < most <= writer.WAITING + 4

@@ -7,15 +7,12 @@ not. Their checksum is SHA-256, which the Hugging Face Hub names, too.
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from q6k_kernels.bundle.links import outside
 from q6k_kernels.bundle.manifest import Companion, Manifest
 from q6k_kernels.bundle.naming import naming
-from q6k_kernels.bundle.structure import Finding
+from q6k_kernels.bundle.structure import Finding, wrong_file
 
 
 def companion(content: bytes) -> Companion:
@@ -31,14 +28,8 @@ def check_companions(directory: Path, manifest: Manifest) -> Iterator[Finding]:
     """
     for name, expected in manifest.companions.items():
         path = directory / name
-        if not os.path.lexists(path):
-            yield Finding("missing", name)
-        elif strayed := outside(path):
-            yield Finding(strayed, name)
-        elif not stat.S_ISREG(path.stat().st_mode):
-            yield Finding("is not a regular file", name)
-        elif (size := path.stat().st_size) != expected.size:
-            yield Finding(f"{size} bytes, expected {expected.size}", name)
+        if problem := wrong_file(path, expected.size):
+            yield Finding(problem, name)
         elif (found := _sha256(path)) != expected.sha256:
             yield Finding(f"SHA-256 is {found}, expected {expected.sha256}", name)
 

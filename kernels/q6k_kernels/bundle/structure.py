@@ -148,23 +148,28 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
 
 
+def wrong_file(path: Path, size: int) -> str:
+    """Return why a path is no regular file of that size in its bundle; "" if it is one."""
+    if not os.path.lexists(path):
+        return "missing"
+    if strayed := outside(path):
+        return strayed
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        return "is not a regular file"
+    return "" if found.st_size == size else f"{found.st_size} bytes, expected {size}"
+
+
 def _check_files(directory: Path, manifest: Manifest) -> Iterator[Finding]:
     if strayed := outside(directory / NAME):
         yield Finding(strayed, NAME)
     for name, file in manifest.files.items():
-        path = directory / name
-        if not os.path.lexists(path):
-            yield Finding("missing", name)
-        elif strayed := outside(path):
-            yield Finding(strayed, name)
-        elif not stat.S_ISREG(path.stat().st_mode):
-            yield Finding("is not a regular file", name)
-        elif (size := path.stat().st_size) != file.size:
-            yield Finding(f"{size} bytes, expected {file.size}", name)
-        elif file.checked_bytes > size:
-            yield Finding(f"the manifest checks {file.checked_bytes} of its {size} bytes", name)
-        elif file.checked_bytes < size and not name.endswith(".safetensors"):
-            yield Finding(f"the manifest checks only {file.checked_bytes} of its {size} bytes", name)
+        if problem := wrong_file(directory / name, file.size):
+            yield Finding(problem, name)
+        elif file.checked_bytes > file.size:
+            yield Finding(f"the manifest checks {file.checked_bytes} of its {file.size} bytes", name)
+        elif file.checked_bytes < file.size and not name.endswith(".safetensors"):
+            yield Finding(f"the manifest checks only {file.checked_bytes} of its {file.size} bytes", name)
     if METADATA_NAME not in manifest.files:
         yield Finding("is not in the manifest", METADATA_NAME)
     # Loaders take every safetensors file they find.
