@@ -1,11 +1,10 @@
 // Attention of one token: norms and rotary embedding, then its key and value go into the cache. The keys are split
-// over blocks; the last block to finish adds the results of all and quantises them (quantize.cuh, before this file).
+// over blocks (attend_block.cuh); the last to finish adds the results of all and quantises them (quantize.cuh).
 //
-//   Q6K_HEAD_DIM  see heads.cuh, which also comes before this file
+//   Q6K_HEAD_DIM  see heads.cuh
 //   Q6K_WARPS     warps of a block
 //   Q6K_FORMS     0 without code for norms of projections and rotated heads, neighbours, sinks and padding of outputs
 //
-// Matrix instructions multiply 16 keys of a warp with up to 8 query heads that share them, then values with weights.
 // Whatever does not depend on the previous launch is loaded before the wait for that launch: above all the keys and
 // values of earlier steps, which go to shared memory.
 
@@ -20,35 +19,13 @@ static_assert(TOKENS == 1 && !Q6K_FUSED, "a step is of one token, quantised once
 
 constexpr int WARPS = Q6K_WARPS;
 constexpr int THREADS = WARPS * 32;
-constexpr int HEADS = 8;               // columns of a product; a block may have fewer
-constexpr int KEYS = 16;               // of a warp at a time
-constexpr int ROW = DIM * 2 + 16;      // bytes of a key or value in shared memory: rows that are read together are
-                                       // in distinct banks
-constexpr int WARP_BYTES = 2 * KEYS * ROW;  // keys, values
-constexpr int MOST_BLOCKS = 32;        // most blocks that share keys: a lane of a warp for each
-constexpr float LOG2_E = 1.4426950408889634f;
-
-__device__ __forceinline__ float power_of_two(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// 2^(score - largest); 0 for a score of minus infinity, even if that is the largest. NaN stays NaN.
-__device__ __forceinline__ float weight_of(float score, float largest) {
-  return score == minus_infinity() ? 0.0f : power_of_two(score - largest);
-}
+constexpr int HEADS = ATTEND_HEADS;
+constexpr int MOST_BLOCKS = 32;  // most blocks that share keys: a lane of a warp for each
 
 __device__ __forceinline__ float load_of_others(const float* from) {  // bypasses this multiprocessor's cache
   float value;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
   return value;
-}
-
-// Copies 16 bytes, or zeros.
-__device__ __forceinline__ void copy_or_clear_16(u32 to_shared, const void* from, bool copy) {
-  const int bytes = copy ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "r"(bytes) : "memory");
 }
 
 // Two outputs times the logistic function of their gates, which lie side by side; rounded as 16-bit layers do.
@@ -62,13 +39,6 @@ __device__ __forceinline__ u32 gated_pair(u32 pair, const u16* gates) {
   return pack_halves(factors[0], factors[1]);
 }
 
-// Reduces over lanes with the same t, which have the keys of one head.
-__device__ __forceinline__ float largest_of_keys(float value) {
-#pragma unroll
-  for (int apart = 4; apart < 32; apart <<= 1) value = fmaxf(value, __shfl_xor_sync(0xFFFFFFFFu, value, apart));
-  return value;
-}
-
 // Parameters: the token's q (all heads, DIM), k and v (key heads, DIM), 16-bit, or null for k and v if an earlier
 // launch of this step has written them to the cache; keys and values, the cache (key heads, slots, DIM), 16-bit;
 // cosines and sines fp32 (positions, rotated / 2); q_norm, k_norm fp32 (DIM,), of a projection (all or key heads,
@@ -79,7 +49,7 @@ __device__ __forceinline__ float largest_of_keys(float value) {
 // size of a ring of slots, or 0 if slot and position are equal; heads of a block, at most HEADS; group, query heads
 // for each key head, a multiple of `heads`; whether v has a norm, without weights; gated, whether q is
 // (all heads, query and gate, DIM); normed, rotated and neighbours, see HeadForm.
-// Grid: blocks that share keys, at most MOST_BLOCKS, x (all heads / heads). Shared memory: WARPS * WARP_BYTES.
+// Grid: blocks that share keys, at most MOST_BLOCKS, x (all heads / heads). Shared memory: AttendBlock::BYTES.
 extern "C" __global__ void __launch_bounds__(THREADS)
     q6k_attend(const u16* q, const u16* k, const u16* v, u16* keys, u16* values, const float* cosines,
                const float* sines, const float* q_norm, const float* k_norm, const i64* position, const float* growth,
@@ -87,13 +57,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                float softcap, float epsilon, int slots, int window, int heads, int group, int values_normed, int gated,
                int normed, int rotated, int neighbours) {
   if (!Q6K_FORMS) normed = HEAD, neighbours = 0, sinks = nullptr;
-  extern __shared__ __align__(16) u8 shared[];
-  __shared__ __align__(16) u16 queries[HEADS + 1][DIM + 8];  // and the token's key
-  __shared__ __align__(16) u16 own_value[DIM];
-  __shared__ float maxima[WARPS][HEADS], weights[WARPS][HEADS], squares[2][WARPS];
+  extern __shared__ __align__(16) u8 ring[];
+  __shared__ AttendShared<WARPS> shared;
+  __shared__ float squares[2][WARPS];
   __shared__ __align__(16) u16 staged[WARPS][64];
   __shared__ bool last;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int row = blockIdx.y, head = row * heads / group;  // of keys
   const int query_size = gated ? 2 * DIM : DIM;            // with its gate
 
@@ -101,33 +70,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const i64 here = *position;
   if (growth != nullptr) scale *= growth[here];
   const int used = (int)min(here + 1, (i64)slots), own_slot = (int)(window ? here % slots : here);
-  const int share = ((used + gridDim.x - 1) / gridDim.x + KEYS - 1) / KEYS * KEYS;
-  const int begin = blockIdx.x * share, end = min(begin + share, used);
   u16* const head_keys = keys + (i64)head * slots * DIM;
   u16* const head_values = values + (i64)head * slots * DIM;
-  u8* const own_shared = shared + warp * WARP_BYTES;
-  const u32 keys_at = shared_address(own_shared), values_at = keys_at + KEYS * ROW;
-  // Each call is a group of copies, even if it copies nothing.
-  auto load = [&](const u16* from, u32 to, int first) {
-    if (first < end) {
-      for (int at = lane; at < KEYS * (DIM / 8); at += 32) {
-        const int r = at / (DIM / 8), inside = at % (DIM / 8), slot = first + r;
-        const bool copy = slot < end && slot != own_slot;
-        copy_or_clear_16(to + r * ROW + inside * 16, from + (i64)(copy ? slot : 0) * DIM + inside * 8, copy);
-      }
-    }
-    commit_copies();
-  };
-  auto put_own = [&](u8* to, const u16* vector, int first) {
-    if (first <= own_slot && own_slot < first + KEYS) {
-      uint4* const row = reinterpret_cast<uint4*>(to + (own_slot - first) * ROW);
-      for (int at = lane; at < DIM / 8; at += 32) row[at] = reinterpret_cast<const uint4*>(vector)[at];
-    }
-    __syncwarp();
-  };
-  int first = begin + warp * KEYS;
-  load(head_keys, keys_at, first);
-  load(head_values, values_at, first);
+  KeyShare share = {head_keys, head_values, here, 0, 0, own_slot, slots, window};
+  take_share(share, used, blockIdx.x, gridDim.x);
+  const AttendBlock<WARPS> block = {share, ring, warp, lane};
+  block.request();
   const float* const here_cosines = cosines + here * (rotated / 2);
   const float* const here_sines = sines + here * (rotated / 2);
   const HeadForm form = {normed, rotated, neighbours, epsilon};
@@ -152,116 +100,40 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (vector != warp) rotation.load(norm_of(vector), here_cosines, here_sines, form);
     rotation.apply(is_key ? k + head * DIM : q + (row * heads + vector) * query_size, form,
                    (is_key ? k_norm : q_norm) != nullptr, is_key ? of_keys : of_queries,
-                   queries[is_key ? HEADS : vector]);
+                   shared.queries[is_key ? HEADS : vector]);
   }
-  for (int at = heads * DIM + threadIdx.x; at < HEADS * DIM; at += THREADS) queries[at / DIM][at % DIM] = 0;
+  for (int at = heads * DIM + threadIdx.x; at < HEADS * DIM; at += THREADS) shared.queries[at / DIM][at % DIM] = 0;
   if (!has_keys) {
     const i64 own = (i64)own_slot * DIM;
     for (int d = threadIdx.x; d < DIM; d += THREADS) {
-      queries[HEADS][d] = head_keys[own + d];
-      own_value[d] = head_values[own + d];
+      shared.queries[HEADS][d] = head_keys[own + d];
+      shared.own_value[d] = head_values[own + d];
     }
   } else if (!values_normed) {
-    for (int d = threadIdx.x; d < DIM; d += THREADS) own_value[d] = v[head * DIM + d];
+    for (int d = threadIdx.x; d < DIM; d += THREADS) shared.own_value[d] = v[head * DIM + d];
   } else if (warp == WARPS - 1) {  // which has the fewest vectors above
-    normed_without_weights(v + head * DIM, epsilon, own_value);
+    normed_without_weights(v + head * DIM, epsilon, shared.own_value);
   }
   __syncthreads();
   let_dependents_start();  // as late as this: its copies would delay the loads above
   // One of the blocks that share this key head writes.
-  if (has_keys && begin <= own_slot && own_slot < end && row * heads % group == 0) {
+  if (has_keys && share.begin <= own_slot && own_slot < share.end && row * heads % group == 0) {
     for (int d = threadIdx.x; d < DIM; d += THREADS) {
-      head_keys[(i64)own_slot * DIM + d] = queries[HEADS][d];
-      head_values[(i64)own_slot * DIM + d] = own_value[d];
+      head_keys[(i64)own_slot * DIM + d] = shared.queries[HEADS][d];
+      head_values[(i64)own_slot * DIM + d] = shared.own_value[d];
     }
   }
 
-  // sums[i]: dims 16 i + g and + 8, heads 2t and 2t + 1; `largest` and `weight` are of the same heads.
-  float sums[DIM / 16][4] = {}, largest[2] = {minus_infinity(), minus_infinity()}, weight[2] = {};
-  for (; first < end; first += WARPS * KEYS) {
-    wait_copies<1>();  // for the keys; the values may still be copied
-    __syncwarp();
-    put_own(own_shared, queries[HEADS], first);
-    float scores[4] = {};  // keys g and g + 8, heads 2t and 2t + 1
-    const u32 key_at = keys_at + (lane & 15) * ROW + (lane >> 4) * 16;
-#pragma unroll
-    for (int c = 0; c < DIM / 16; ++c) {
-      u32 a[4];
-      load_matrices(a, key_at + c * 32);
-      const u16* const b = &queries[g][c * 16 + t * 2];
-      multiply(scores, a[0], a[1], a[2], a[3], *reinterpret_cast<const u32*>(b), *reinterpret_cast<const u32*>(b + 8));
-    }
-    __syncwarp();
-    load(head_keys, keys_at, first + WARPS * KEYS);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int slot = first + g + i / 2 * 8;
-      bool seen = slot < end;
-      if (window) {
-        const i64 held = here - (here - slot) % slots;
-        seen = seen && held > here - window;
-      }
-      scores[i] *= scale;
-      if (softcap != 0.0f) scores[i] = softcap * tanhf(scores[i] / softcap);
-      scores[i] = seen ? scores[i] * LOG2_E : minus_infinity();
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float most = fmaxf(largest[h], largest_of_keys(fmaxf(scores[h], scores[h + 2])));
-      const float fade = weight_of(largest[h], most);
-      largest[h] = most;
-      scores[h] = weight_of(scores[h], most);
-      scores[h + 2] = weight_of(scores[h + 2], most);
-      weight[h] = weight[h] * fade + scores[h] + scores[h + 2];  // of this lane's keys, until the end
-#pragma unroll
-      for (int i = 0; i < DIM / 16; ++i) sums[i][h] *= fade, sums[i][h + 2] *= fade;
-    }
-    const u32 b0 = transposed(pack_halves(scores[0], scores[1]));
-    const u32 b1 = transposed(pack_halves(scores[2], scores[3]));
-    wait_copies<1>();  // for the values; the next keys may still be copied
-    __syncwarp();
-    put_own(own_shared + KEYS * ROW, own_value, first);
-    const u32 value_at = values_at + ((lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 16;
-#pragma unroll
-    for (int i = 0; i < DIM / 16; ++i) {
-      u32 a[4];
-      load_transposed(a, value_at + i * 32);
-      multiply(sums[i], a[0], a[1], a[2], a[3], b0, b1);
-    }
-    __syncwarp();
-    load(head_values, values_at, first + WARPS * KEYS);
-  }
-
-  // Warps first. A warp's sums take the place of its keys: HEADS rows of DIM + 8 floats, as many bytes.
-  float* const warp_sums = reinterpret_cast<float*>(own_shared);
-#pragma unroll
-  for (int i = 0; i < DIM / 16; ++i) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) warp_sums[(2 * t + (j & 1)) * (DIM + 8) + i * 16 + g + j / 2 * 8] = sums[i][j];
-  }
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-#pragma unroll
-    for (int apart = 4; apart < 32; apart <<= 1) weight[h] += __shfl_xor_sync(0xFFFFFFFFu, weight[h], apart);
-    if (g == 0) maxima[warp][2 * t + h] = largest[h], weights[warp][2 * t + h] = weight[h];
-  }
+  block.attend(shared, scale, softcap);
   __syncthreads();
   const int outputs = heads * DIM, partial_size = outputs + 2 * heads;  // even: sums are read in pairs
   float* const row_partials = partials + (i64)row * gridDim.x * partial_size;
   float* const partial = row_partials + blockIdx.x * partial_size;
   for (int o = threadIdx.x; o < outputs; o += THREADS) {
     const int h = o / DIM, d = o % DIM;
-    float most = minus_infinity(), total = 0.0f, all = 0.0f;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) most = fmaxf(most, maxima[w][h]);
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
-      const float fade = weight_of(maxima[w][h], most);
-      total = fmaf(reinterpret_cast<const float*>(shared + w * WARP_BYTES)[h * (DIM + 8) + d], fade, total);
-      all = fmaf(weights[w][h], fade, all);
-    }
-    partial[o] = total;
-    if (d == 0) partial[outputs + h] = most, partial[outputs + heads + h] = all;
+    const Merged all = block.merged(ring, shared, h, d);
+    partial[o] = all.total;
+    if (d == 0) partial[outputs + h] = all.most, partial[outputs + heads + h] = all.weight;
   }
 
   // Then blocks, always in their order, so that the result never depends on which is the last.

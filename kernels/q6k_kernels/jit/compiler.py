@@ -24,7 +24,7 @@ FOUNDATIONS = {
     "experts_wgmma.cuh": ("tile.cuh", "halves.cuh", "wgmma.cuh", "wgmma_block.cuh", "experts_work.cuh"),
     "quantize_rows.cuh": ("quantize.cuh",),
     "step.cuh": ("gates.cuh", "sixteens.cuh", "quantize.cuh"),
-    "attend.cuh": ("quantize.cuh", "heads.cuh"),
+    "attend.cuh": ("quantize.cuh", "heads.cuh", "attend_block.cuh"),
     "chunk.cuh": ("gates.cuh", "eights.cuh"),
     "chunk_delta.cuh": ("fours.cuh",),
     "chunk_heads.cuh": ("fours.cuh",),
