@@ -11,8 +11,10 @@
 3. Decode `--tokens` tokens after `--context`, and prefill each of `--prompts`, by our own step and by transformers'
    forward pass, both in CUDA graphs, see `Generator`. Recording comes before and is not counted.
 
-Rates are medians of `--rounds` runs by the clock of the first rank. All ranks have to choose the same tokens.
-Memory is that of all parameters and buffers of a rank, and the peak of torch's allocator while it loads.
+Rates are medians of `--rounds` runs by the clock of the first rank; "x" is how many times they are those of one
+rank. All ranks have to choose the same tokens. Memory is that of all parameters and buffers of a rank, and the peak
+of torch's allocator while it loads. FILE may be one of an earlier run: rows that are not measured anew stay in it,
+and one rank may be among them.
 """
 
 from __future__ import annotations
@@ -49,8 +51,10 @@ from synthetic_model import MIXES, write_model
 Row = dict[str, Any]
 STARTED = time.perf_counter()
 STEPS = {True: "own", False: "transformers"}
+WHICH = ("shape", "ranks", "step")
+"""What tells a row from others of a report."""
 HEADING = (
-    f"{'shape':<16}{'ranks':>6}  {'step':<14}{'decode, tokens/s':>18}{'prompt, tokens/s':>28}"
+    f"{'shape':<16}{'ranks':>6}  {'step':<14}{'decode, tokens/s':>18}{'prompt, tokens/s':>44}"
     f"{'held a rank, GB':>18}{'peak of loading':>17}{'load, s':>9}"
 )
 
@@ -60,11 +64,7 @@ def main() -> None:
     args = parsed()
     if args.device == "cuda" and torch.cuda.device_count() < max(args.ranks):
         sys.exit(f"bench_tp: {max(args.ranks)} ranks need as many GPUs; torch sees {torch.cuda.device_count()}")
-    report: Row = {
-        "machine": machine(torch.device(args.device)),
-        "options": {key: value for key, value in vars(args).items() if key not in ("keep", "json")},
-        "rows": [],
-    }
+    report = begun(args)
     print(json.dumps(report["machine"]), flush=True)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=Path()) as temporary:
         folder = args.keep or Path(temporary)
@@ -73,9 +73,50 @@ def main() -> None:
         print(HEADING)
         for ranks in args.ranks:
             for row in measured(bundles, ranks, args, Path(temporary)):
-                report["rows"].append(row)
+                add(report["rows"], row)
                 print(line(row), flush=True)
             args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def begun(args: argparse.Namespace) -> Row:
+    """Return a report without rows, or with those of an earlier run.
+
+    Raises:
+        SystemExit: the earlier run was on another machine, or had other options.
+    """
+    kept = {
+        key: value for key, value in vars(args).items() if key not in ("keep", "json", "shapes", "ranks", "steps")
+    }
+    report: Row = {"machine": machine(torch.device(args.device)), "options": kept, "rows": []}
+    if not args.json.exists():
+        return report
+    earlier: Row = json.loads(args.json.read_text(encoding="utf-8"))
+    for part in ("machine", "options"):
+        for name, value in report[part].items():
+            if (found := earlier[part].get(name)) != value:
+                sys.exit(
+                    f"bench_tp: {args.json} was measured with {name} {found}, not {value}: give another --json"
+                )
+    return report | {"rows": earlier["rows"]}
+
+
+def add(rows: list[Row], row: Row) -> None:
+    """Put a row in the place of an earlier one, or behind all; say how fast ranks are beside one."""
+    at = next((at for at, each in enumerate(rows) if _same(each, row, *WHICH)), len(rows))
+    rows[at : at + 1] = [row]
+    ones = {(each["shape"], each["step"]): each for each in rows if each["ranks"] == 1}
+    for each in rows:
+        one = ones.get((each["shape"], each["step"]), each)
+        if one is not each:
+            prompts = one["prompt_tokens_per_s"]
+            each["times_one"] = {
+                "decode": each["decode_tokens_per_s"] / one["decode_tokens_per_s"],
+                **{tokens: rate / prompts[tokens] for tokens, rate in each["prompt_tokens_per_s"].items()},
+            }
+
+
+def _same(one: Row, other: Row, *names: str) -> bool:
+    return all(one[name] == other[name] for name in names)
 
 
 def made(folder: Path, shape: str, mix: str) -> Path:
@@ -153,7 +194,8 @@ def rows_of_model(
     for fused in (each for each, step in STEPS.items() if step in args.steps):
         try:
             generator = Generator(model, capacity=capacity, fused=fused)
-        except UnsupportedModelError:
+        except UnsupportedModelError as error:
+            say(f"no row of {shape} by {STEPS[fused]} step: {error}")
             continue
         say(f"decode and prefill by {STEPS[fused]} step")
         rows.append(loaded | {"step": STEPS[fused]} | speeds(generator, SHAPES[shape].vocabulary, device, args))
@@ -221,14 +263,22 @@ def settle(device: torch.device) -> None:
 
 def line(row: Row) -> str:
     """Return a row of the table."""
-    prompts = ", ".join(f"{tokens}: {rate:,.0f}" for tokens, rate in row["prompt_tokens_per_s"].items())
+
+    def rate(of: str, tokens_per_s: float, form: str) -> str:
+        times = f" ({row['times_one'][of]:.2f}x)" if "times_one" in row else ""
+        return f"{format(tokens_per_s, form)}{times}"
+
+    prompts = ", ".join(
+        f"{tokens}: {rate(tokens, each, ',.0f')}" for tokens, each in row["prompt_tokens_per_s"].items()
+    )
     held, peak = (
         " ".join("-" if each is None else f"{each / 1e9:.2f}" for each in row[name])
         for name in ("held_bytes", "peak_bytes")
     )
+    decode = rate("decode", row["decode_tokens_per_s"], ",.1f")
     return (
-        f"{row['shape']:<16}{row['ranks']:>6}  {row['step']:<14}{row['decode_tokens_per_s']:>18,.1f}{prompts:>28}"
-        f"{held:>18}{peak:>17}{row['load_seconds']:>9.2f}"
+        f"{row['shape']:<16}{row['ranks']:>6}  {row['step']:<14}{decode:>18}{prompts:>44}{held:>18}{peak:>17}"
+        f"{row['load_seconds']:>9.2f}"
     )
 
 
