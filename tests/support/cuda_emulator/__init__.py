@@ -77,8 +77,9 @@ class Kernel:
         shared_bytes: int = 0,
         cluster: int = 1,
         dependent: bool = False,
+        cooperative: bool = False,
     ) -> None:
-        """Run a grid to its end.
+        """Run a grid to its end, with `cooperative` all its blocks side by side.
 
         Raises:
             EmulationError: the kernel trapped, or did what a GPU would not allow.
@@ -93,6 +94,7 @@ class Kernel:
             ctypes.c_size_t(len(arguments)),
             ctypes.c_size_t(shared_bytes),
             ctypes.c_uint32(cluster),
+            ctypes.c_uint32(cooperative),
             ctypes.c_uint32(self.order),
         )
         if failure is not None:
@@ -156,12 +158,12 @@ def _launcher(kernel: str, parameters: str) -> str:
 struct Arguments_{kernel} {{ {"; ".join(members)}; }};
 extern "C" __attribute__((visibility("default"))) const char* run_{kernel}(
     const uint32_t* grid, uint32_t threads, const void* arguments, size_t bytes, size_t shared_bytes,
-    uint32_t cluster, uint32_t order) {{
+    uint32_t cluster, uint32_t cooperative, uint32_t order) {{
   Arguments_{kernel} a;
   const size_t end = offsetof(Arguments_{kernel}, {names[-1]}) + sizeof a.{names[-1]};
   if (bytes != end) return "arguments of a wrong size";
   memcpy(static_cast<void*>(&a), arguments, bytes);
-  return emulator::run(grid, threads, shared_bytes, cluster, order, [&] {{
+  return emulator::run(grid, threads, shared_bytes, cluster, cooperative, order, [&] {{
     {kernel}({", ".join(f"a.{name}" for name in names)});
   }});
 }}

@@ -1,6 +1,8 @@
 // What runs threads, blocks and grids; compiled once, and linked into each kernel's library.
 #include "emulator.h"
 
+#include <sys/mman.h>
+
 // Static shared memory that some kernels lack would leave these undefined.
 __attribute__((section("emulated_shared"), used, aligned(16))) static uint8_t emulated_shared_first[16];
 
@@ -11,9 +13,9 @@ Barrier cluster;
 Fiber* current;
 Dimensions grid_size, block_size;
 size_t dynamic_bytes;
-bool copies_at_once;
+bool copies_at_once, cooperative, wrote;
 
-static std::vector<Fiber> fibers;  // of a cluster
+static std::vector<Fiber> fibers;  // of `blocks`
 static jmp_buf scheduler;
 static std::string failure;
 static const std::function<void()>* body;
@@ -31,6 +33,12 @@ void fail(const std::string& why) {
 void wait_for(const uint64_t& generation) {
   current->waits_for = &generation;
   current->seen = generation;
+  if (_setjmp(current->at) == 0) switch_out();
+}
+
+void give_way() {
+  current->waits_for = nullptr;
+  current->spins = SPIN;
   if (_setjmp(current->at) == 0) switch_out();
 }
 
@@ -69,7 +77,38 @@ static void fill_with_garbage(uint8_t* from, uint8_t* to) {
   for (; from < to; ++from) *from = GARBAGE;  // as fp32 or bf16 a huge negative number, as int8 -5
 }
 
-static void run_cluster(Dimensions first, uint32_t size, uint32_t threads, uint32_t& random) {
+// Stacks of which pages take memory only once they are touched: a cooperative launch has thousands.
+static uint8_t* new_stack() {
+  void* const stack = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (stack == MAP_FAILED) abort();
+  return static_cast<uint8_t*>(stack);
+}
+
+static std::string who_waits() {
+  std::string text = "threads wait for each other:";
+  for (const Block& block : blocks) {
+    int first = -1, spinning = 0, waiting = 0;
+    for (const Fiber& fiber : fibers) {
+      if (fiber.block != &block || fiber.done) continue;
+      if (fiber.waits_for == &block.barrier.generation && block.barrier.generation == fiber.seen) {
+        ++waiting;
+        continue;
+      }
+      ++spinning;  // or its warp does
+      if (first < 0) first = fiber.number;
+    }
+    if (spinning + waiting == 0) continue;
+    char line[200];
+    const Dimensions at = block.index;
+    snprintf(line, sizeof line, " block %u, %u, %u (%d spin, from thread %d on, %d at __syncthreads)", at.x, at.y, at.z,
+             spinning, first, waiting);
+    text += line;
+  }
+  return text;
+}
+
+// Blocks from `first` on in x, side by side.
+static void run_blocks(Dimensions first, uint32_t size, uint32_t threads, uint32_t& random) {
   blocks.resize(size);
   fibers.resize(size * threads);
   cluster = {0, 0, (int)(size * threads)};
@@ -83,12 +122,12 @@ static void run_cluster(Dimensions first, uint32_t size, uint32_t threads, uint3
     block.index = {first.x + rank, first.y, first.z}, block.rank = rank;
     for (uint32_t i = 0; i < threads; ++i) {
       Fiber& fiber = fibers[rank * threads + i];
-      if (!fiber.stack) fiber.stack = static_cast<uint8_t*>(malloc(STACK));
+      if (!fiber.stack) fiber.stack = new_stack();
       getcontext(&fiber.start);
       fiber.start.uc_stack.ss_sp = fiber.stack, fiber.start.uc_stack.ss_size = STACK, fiber.start.uc_link = nullptr;
       makecontext(&fiber.start, enter, 0);
       fiber.block = &block, fiber.index = {i, 0, 0}, fiber.number = (int)i;
-      fiber.begun = fiber.done = false, fiber.waits_for = nullptr;
+      fiber.begun = fiber.done = false, fiber.waits_for = nullptr, fiber.spins = 0, fiber.polls = 0;
       fiber.copies.clear();
       ++block.warps[i / WARP].alive;
     }
@@ -96,17 +135,29 @@ static void run_cluster(Dimensions first, uint32_t size, uint32_t threads, uint3
   std::vector<uint32_t> order(fibers.size());
   for (uint32_t i = 0; i < order.size(); ++i) order[i] = i;
   for (uint32_t i = order.size(); random && i > 1; --i) std::swap(order[i - 1], order[next_random(random) % i]);
+  int idle = 0;
   while (cluster.alive) {
-    bool progress = false;
+    bool progress = false, work = false;
+    wrote = false;
     for (uint32_t i : order) {
       Fiber& fiber = fibers[i];
       if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.seen)) continue;
       progress = true;
       switch_to(fiber);
       if (!failure.empty()) return;
+      if (fiber.done || !fiber.spins) {
+        work = true;
+      } else {
+        --fiber.spins;
+      }
     }
     if (!progress) {
       failure = "all threads wait: some have not come to a barrier";
+      return;
+    }
+    idle = work || wrote ? 0 : idle + 1;
+    if (idle == IDLE_ROUNDS) {
+      failure = who_waits();
       return;
     }
   }
@@ -117,21 +168,26 @@ static void run_cluster(Dimensions first, uint32_t size, uint32_t threads, uint3
   }
 }
 
-const char* run(const uint32_t* grid, uint32_t threads, size_t shared_bytes, uint32_t cluster_size, uint32_t order,
-                const std::function<void()>& kernel) {
+const char* run(const uint32_t* grid, uint32_t threads, size_t shared_bytes, uint32_t cluster_size,
+                bool side_by_side, uint32_t order, const std::function<void()>& kernel) {
   failure.clear();
   if (shared_bytes > SHARED) return "more dynamic shared memory than any GPU has";
   if (grid[0] % cluster_size) return "the grid is no multiple of the cluster";
-  if (cluster_size > 1 && __stop_emulated_shared - __start_emulated_shared > 16) {
-    return "static shared memory of clusters is not emulated";
+  if (side_by_side && (cluster_size > 1 || grid[1] > 1 || grid[2] > 1)) {
+    return "cooperative launches have no clusters, and blocks in x alone";
   }
+  const uint32_t at_once = side_by_side ? grid[0] : cluster_size;
+  if (at_once > 1 && __stop_emulated_shared - __start_emulated_shared > 16) {
+    return "static shared memory of blocks that run side by side is not emulated";
+  }
+  cooperative = side_by_side;
   body = &kernel, dynamic_bytes = shared_bytes, copies_at_once = order % 2;
   grid_size = {grid[0], grid[1], grid[2]}, block_size = {threads, 1, 1};
   Dimensions at;
   for (at.z = 0; at.z < grid[2]; ++at.z)
     for (at.y = 0; at.y < grid[1]; ++at.y)
-      for (at.x = 0; at.x < grid[0]; at.x += cluster_size) {
-        run_cluster(at, cluster_size, threads, order);
+      for (at.x = 0; at.x < grid[0]; at.x += at_once) {
+        run_blocks(at, at_once, threads, order);
         if (!failure.empty()) return failure.c_str();
       }
   return nullptr;

@@ -1,5 +1,5 @@
-// A GPU for kernels of csrc/, on the CPU: one cluster of blocks at a time, each thread a fiber, in an order that
-// can be shuffled.
+// A GPU for kernels of csrc/, on the CPU: one cluster of blocks at a time, or all blocks of a cooperative launch,
+// each thread a fiber, in an order that can be shuffled.
 //
 // It is as unkind as the programming model allows: shared memory begins as garbage, asynchronous copies arrive at
 // once or, with an even `order`, only when they are waited for, and threads run one after another until they have
@@ -31,6 +31,8 @@ constexpr size_t SHARED = 232448;  // 227 KB, the most of any GPU
 constexpr size_t GUARD = 4096;     // bytes after a block's that nobody may write
 constexpr int WARP = 32;
 constexpr uint8_t GARBAGE = 0xFB;
+constexpr int SPIN = 16;            // turns after it gave way for which a thread counts as spinning
+constexpr int IDLE_ROUNDS = 10000;  // in which threads only spin: they would do so for ever
 
 struct Copy { void* to; const void* from; int bytes; bool commits; };
 
@@ -68,24 +70,28 @@ struct Fiber {
   Dimensions index;
   int number;
   bool begun, done;
+  int spins;                  // turns for which it still counts as spinning
+  uint32_t polls;             // loads of what other blocks write
   const uint64_t* waits_for;  // runs on when this is no longer `seen`
   uint64_t seen, cluster_phase;
   std::vector<Copy> copies;   // asynchronous, in order; an entry that `commits` ends a group
 };
 
-extern std::vector<Block> blocks;  // of a cluster
+extern std::vector<Block> blocks;  // of a cluster, or all of a cooperative launch
 extern Barrier cluster;
 extern Fiber* current;
 extern Dimensions grid_size, block_size;
 extern size_t dynamic_bytes;
-extern bool copies_at_once;
+extern bool copies_at_once, cooperative;
+extern bool wrote;  // something that other blocks may wait for
 
 [[noreturn]] void fail(const std::string& why);
 void wait_for(const uint64_t& generation);
+void give_way();  // of a thread that spins, or may
 
-// Runs a grid. `order` 0 takes threads as they are numbered, others shuffle them. Returns what failed, or null.
-const char* run(const uint32_t* grid, uint32_t threads, size_t shared_bytes, uint32_t cluster_size, uint32_t order,
-                const std::function<void()>& kernel);
+// Runs a grid, `side_by_side` all its blocks at once. `order` 0 takes threads as they are numbered, others shuffle them. Returns what failed, or null.
+const char* run(const uint32_t* grid, uint32_t threads, size_t shared_bytes, uint32_t cluster_size,
+                bool side_by_side, uint32_t order, const std::function<void()>& kernel);
 
 // All lanes of a warp bring an operand; whoever comes last does the work for all.
 template <typename Operand, typename Work>
@@ -111,6 +117,10 @@ static inline void together(const char* operation, Operand& operand, Work work) 
 static inline void arrive(Barrier& barrier) {
   ++barrier.arrived;
   barrier.complete();
+}
+
+static inline void need_cluster() {
+  if (cooperative) fail("clusters of a cooperative launch are not emulated");
 }
 
 static inline void synchronize_block() {
@@ -150,6 +160,7 @@ static inline uint8_t* from_shared_address(uint32_t address, uint32_t bytes) {
 }
 
 static inline uint32_t to_remote_address(uint32_t address, uint32_t rank) {
+  need_cluster();
   if (rank >= blocks.size()) fail("no block of that rank");
   return REMOTE + (rank << 20) + address;
 }

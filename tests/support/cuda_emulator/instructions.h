@@ -150,16 +150,47 @@ static inline void ld_global_cg_v2_f32(float& one, float& two, const float* from
   if ((uintptr_t)from % 8) emulator::fail("misaligned load of two");
   one = from[0], two = from[1];
 }
-// Blocks run one after another.
 static inline void atom_acq_rel_gpu_global_add_u32(uint32_t& before, uint32_t* at, uint32_t by) {
+  emulator::wrote = true;
   before = *at;
   *at += by;
 }
 
+// What blocks that run side by side tell each other. A store is seen at once. Aligned vectors are never seen in
+// parts here, as on GPUs; PTX promises that of each element alone.
+template <typename Word>
+static inline Word emulated_poll(const void* from) {
+  if ((uintptr_t)from % sizeof(Word)) emulator::fail("misaligned load of what another block writes");
+  if (++emulator::current->polls % emulator::SPIN == 0) emulator::give_way();  // it may be in a loop
+  Word word;
+  memcpy(&word, from, sizeof word);
+  return word;
+}
+template <typename Word>
+static inline void emulated_tell(void* to, Word word) {
+  if ((uintptr_t)to % sizeof word) emulator::fail("misaligned store of what another block reads");
+  emulator::wrote = true;
+  memcpy(to, &word, sizeof word);
+}
+static inline void ld_relaxed_gpu_global_u32(uint32_t& a, const void* from) { a = emulated_poll<uint32_t>(from); }
+static inline void ld_relaxed_gpu_global_v4_u32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* from) {
+  const uint4 v = emulated_poll<uint4>(from);
+  a = v.x, b = v.y, c = v.z, d = v.w;
+}
+static inline void st_relaxed_gpu_global_u32(void* to, uint32_t a) { emulated_tell(to, a); }
+static inline void st_relaxed_gpu_global_v2_u32(void* to, uint32_t a, uint32_t b) { emulated_tell(to, uint2{a, b}); }
+static inline void nanosleep_u32(uint32_t) { emulator::give_way(); }
+
 // ---- clusters and launches ---------------------------------------------------------------------------------
 
-static inline uint32_t emulated_cluster_ctarank() { return emulator::current->block->rank; }
-static inline uint32_t emulated_cluster_nctarank() { return emulator::blocks.size(); }
+static inline uint32_t emulated_cluster_ctarank() {
+  emulator::need_cluster();
+  return emulator::current->block->rank;
+}
+static inline uint32_t emulated_cluster_nctarank() {
+  emulator::need_cluster();
+  return emulator::blocks.size();
+}
 static inline void mov_u32(uint32_t& d, uint32_t a) { d = a; }
 static inline void mapa_shared_cluster_u32(uint32_t& d, uint32_t address, uint32_t rank) {
   d = emulator::to_remote_address(address, rank);
@@ -172,6 +203,7 @@ static inline void redux_sync_min_u32(uint32_t& result, uint32_t value, uint32_t
   result = emulated_reduction("redux.sync.min", value, mask, [](uint32_t a, uint32_t b) { return a < b ? a : b; });
 }
 static inline void barrier_cluster_arrive_aligned() {
+  emulator::need_cluster();
   emulator::current->cluster_phase = emulator::cluster.generation;
   emulator::arrive(emulator::cluster);
 }
