@@ -101,6 +101,10 @@ class CompileFailedError(CudaError):
         self.log = log
 
 
+class BlocksNotResidentError(CudaError):
+    """The blocks of a kernel wait for each other, and the GPU does not run them all at the same time."""
+
+
 class SourceMissingError(CudaError):
     """The package's device code is missing, or has no such kernel."""
 

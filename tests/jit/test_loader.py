@@ -12,6 +12,7 @@ import pytest
 from fake_cuda import FakeCuda
 from kernel_sources import ARCHITECTURES, KERNEL, ONE
 from q6k_kernels.errors import (
+    BlocksNotResidentError,
     CudaError,
     DriverCallError,
     GpuTooOldError,
@@ -126,6 +127,8 @@ HEX = "1000adde007f0000feffffff0000c03f"
         ({"cluster": 2}, "shared=0 stream=0 cluster=2,1,1"),
         ({"dependent": True}, "shared=0 stream=0 dependent=1"),
         ({"cluster": 8, "dependent": True}, "shared=0 stream=0 cluster=8,1,1 dependent=1"),
+        ({"cooperative": True}, "shared=0 stream=0 cooperative=1"),
+        ({"cooperative": True, "dependent": True}, "shared=0 stream=0 dependent=1 cooperative=1"),
     ],
 )
 def test_a_launch_says_what_was_asked(
@@ -202,6 +205,47 @@ def test_a_launch_that_fails_says_how(kernel: loader.Kernel, cuda: FakeCuda) -> 
         "of 2) failed: CUDA_ERROR_INVALID_VALUE (1), some words about it"
     )
     assert cuda.depth == 0
+
+
+def test_blocks_that_wait_for_each_other_all_run_or_none(kernel: loader.Kernel, cuda: FakeCuda) -> None:
+    kernel.launch((132, 1, 1), 512, b"", stream=0, shared_bytes=200_000, cooperative=True)
+    with pytest.raises(BlocksNotResidentError) as caught:
+        kernel.launch((19, 7, 1), 512, b"", stream=0, shared_bytes=200_000, cooperative=True)
+    assert caught.value.cause == (
+        "the 133 blocks of k wait for each other, and GPU 0 has no room for all at once: 1 of 512 threads and "
+        "200000 bytes of dynamic shared memory on each of 132 multiprocessors"
+    )
+    assert caught.value.remedy.startswith("Give the process all of the GPU")
+    kernel.launch((133, 1, 1), 512, b"", stream=0, shared_bytes=200_000)
+    assert [line.split()[2] for line in cuda.lines("launch")] == ["grid=132,1,1", "grid=133,1,1"]
+    cuda.refuse_cooperation()
+    with pytest.raises(DriverCallError, match=r"cuLaunchKernelEx for k on GPU 0 .* failed: .*\(801\)"):
+        kernel.launch((1, 1, 1), 32, b"", stream=0, cooperative=True)
+    assert cuda.depth == 0
+
+
+@pytest.mark.parametrize(
+    ("threads", "shared_bytes", "expected"),
+    [
+        (1024, 0, 2),
+        (128, 0, 16),
+        (512, 116_000, 1),
+        (512, 115_000, 2),
+        (32, 227 << 10, 1),
+        (32, (227 << 10) + 1, 0),
+    ],
+)
+def test_blocks_that_a_multiprocessor_has_room_for(
+    threads: int, shared_bytes: int, expected: int, kernel: loader.Kernel, cuda: FakeCuda
+) -> None:
+    """With all the shared memory that a block may have, which the driver would not count before it is permitted."""
+    assert kernel.most_blocks(threads, shared_bytes) == expected
+    assert cuda.depth == 0
+
+
+def test_a_gpu_without_cooperative_launches_has_room_for_none(kernel: loader.Kernel, cuda: FakeCuda) -> None:
+    cuda.refuse_cooperation()
+    assert kernel.most_blocks(32, 0) == 0
 
 
 def test_threads_launch_side_by_side(kernel: loader.Kernel, cuda: FakeCuda) -> None:

@@ -19,7 +19,7 @@ struct function {
 static char record[1 << 20];
 static size_t used;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static int driver_version = 13000, devices = 1, capability = 90, static_shared = 0, launch_us = 0;
+static int driver_version = 13000, devices = 1, capability = 90, static_shared = 0, launch_us = 0, cooperates = 1;
 static char failing[64];
 static int failure;
 static __thread CUcontext stack[16];
@@ -29,10 +29,11 @@ static __thread CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
 // ---- for the tests
 
 void fake_reset(int version, int count, int cc, int shared) {
-  used = 0, record[0] = 0, failing[0] = 0, depth = 0, launch_us = 0;
+  used = 0, record[0] = 0, failing[0] = 0, depth = 0, launch_us = 0, cooperates = 1;
   driver_version = version, devices = count, capability = cc, static_shared = shared;
 }
 void fake_fail(const char* name, int code) { snprintf(failing, sizeof failing, "%s", name), failure = code; }
+void fake_cooperates(int can) { cooperates = can; }
 void fake_slow(int microseconds) { launch_us = microseconds; }
 const char* fake_record(void) { return record; }
 int fake_depth(void) { return depth; }
@@ -112,6 +113,7 @@ CUresult CUDAAPI cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, 
            : attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR ? capability % 10
            : attribute == CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT     ? 132 + device
            : attribute == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN ? 227 << 10
+           : attribute == CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH       ? cooperates
                                                                        : -1;
   return CUDA_SUCCESS;
 }
@@ -192,6 +194,19 @@ CUresult CUDAAPI cuFuncSetAttribute(CUfunction handle, CUfunction_attribute attr
        value, function->device);
   return CUDA_SUCCESS;
 }
+// Blocks on a multiprocessor of 2048 threads and 228 KB of shared memory, of which a block takes 1 KB for itself.
+static int resident(const struct function* function, int threads, int dynamic) {
+  const int most = function->most_shared ? function->most_shared : (48 << 10) - static_shared;
+  const int by_threads = 2048 / threads, by_shared = (228 << 10) / (dynamic + static_shared + 1024);
+  return dynamic > most ? 0 : by_threads < by_shared ? by_threads : by_shared;
+}
+CUresult CUDAAPI cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, CUfunction handle, int threads,
+                                                             size_t dynamic) {
+  BEGIN();
+  const struct function* function = (struct function*)handle;
+  if (top() != CONTEXT(function->device)) return CUDA_ERROR_INVALID_CONTEXT;
+  return *blocks = resident(function, threads, (int)dynamic), CUDA_SUCCESS;
+}
 CUresult CUDAAPI cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction handle, void** parameters, void** extra) {
   BEGIN();
   if (launch_us) usleep(launch_us);
@@ -214,6 +229,12 @@ CUresult CUDAAPI cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction handl
     } else if (a->id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) {
       at += snprintf(attributes + at, sizeof attributes - at, " dependent=%d",
                      a->value.programmaticStreamSerializationAllowed);
+    } else if (a->id == CU_LAUNCH_ATTRIBUTE_COOPERATIVE) {
+      const int room = resident(function, (int)config->blockDimX, dynamic) * (132 + function->device);
+      const unsigned int blocks = config->gridDimX * config->gridDimY * config->gridDimZ;
+      if (!cooperates) return CUDA_ERROR_NOT_SUPPORTED;
+      if (blocks > (unsigned int)room) return CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE;
+      at += snprintf(attributes + at, sizeof attributes - at, " cooperative=%d", a->value.cooperative);
     } else {
       return CUDA_ERROR_INVALID_VALUE;
     }

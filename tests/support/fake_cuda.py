@@ -21,6 +21,8 @@ CACHES = (
     driver.library,
     driver.device_handle,
     driver.capability,
+    driver.most_shared_bytes,
+    driver.launches_cooperatively,
     driver._primary_context,
     tensor_map._encode_tiled,
     tensor_map.encode,
@@ -70,6 +72,10 @@ class FakeCuda:
 
     def fail(self, function: str, code: int) -> None:
         self._library.fake_fail(function.encode(), code)
+
+    def refuse_cooperation(self) -> None:
+        """Make GPUs that have no cooperative launches."""
+        self._library.fake_cooperates(0)
 
     def slow(self, microseconds: int) -> None:
         """Make every launch take that long, so that another thread has time to interfere."""

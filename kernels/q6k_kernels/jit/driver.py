@@ -183,6 +183,12 @@ def capability(device: int) -> tuple[int, int]:
     )
 
 
+@cache
+def launches_cooperatively(device: int) -> bool:
+    """Return whether a GPU can promise that all blocks of a launch run at the same time."""
+    return device_attribute(device, "CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH") == 1
+
+
 _retain = threading.Lock()
 
 
@@ -237,6 +243,11 @@ def function_attribute(function: int, attribute: str, what: str) -> int:
     """Return the value of an attribute, named as CU_FUNC_ATTRIBUTE_*."""
     which = getattr(library().CUfunction_attribute, attribute)
     return int(call("cuFuncGetAttribute", which, function, what=what))
+
+
+def resident_blocks(function: int, threads: int, shared_bytes: int, what: str) -> int:
+    """Return how many blocks of that size, with so much dynamic shared memory, a multiprocessor runs at once."""
+    return int(call("cuOccupancyMaxActiveBlocksPerMultiprocessor", function, threads, shared_bytes, what=what))
 
 
 def set_function_attribute(function: int, attribute: str, value: int, what: str) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import threading
 from ctypes import addressof, c_char_p, c_size_t
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from q6k_kernels.errors import DriverCallError, SourceMissingError
+from q6k_kernels.errors import BlocksNotResidentError, DriverCallError, SourceMissingError
 from q6k_kernels.jit import compiler, cubin_cache, driver
 from q6k_kernels.jit.compiler import SOURCES, Compiled, Defines
 
@@ -36,7 +37,7 @@ class _Launches(threading.local):
     Attributes:
         size: bytes of the parameters.
         extra: the array that tells cuLaunchKernelEx the packed parameters, item 1, and the address of `size`.
-        configs: a CUlaunchConfig with its attributes, by the blocks of a cluster and `dependent`.
+        configs: a CUlaunchConfig with its attributes, by the blocks of a cluster, `dependent` and `cooperative`.
     """
 
     def __init__(self) -> None:
@@ -50,11 +51,11 @@ class _Launches(threading.local):
             cuda.CU_LAUNCH_PARAM_END,
         )
         self.extra_address = addressof(self.extra)
-        self.configs = dict[tuple[int, bool], Any]()
+        self.configs = dict[tuple[int, bool, bool], Any]()
 
 
-def _config(cluster: int, dependent: bool) -> Any:
-    """Make a CUlaunchConfig with the attributes of a launch in clusters of so many blocks, dependent or not."""
+def _config(cluster: int, dependent: bool, cooperative: bool) -> Any:
+    """Make a CUlaunchConfig with the attributes that `Kernel.launch` describes."""
     cuda, attributes = driver.bindings(), list[Any]()
     if cluster > 1:
         attributes.append(clustered := cuda.CUlaunchAttribute())
@@ -65,6 +66,10 @@ def _config(cluster: int, dependent: bool) -> Any:
         attributes.append(early := cuda.CUlaunchAttribute())
         early.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         early.value.programmaticStreamSerializationAllowed = 1
+    if cooperative:
+        attributes.append(together := cuda.CUlaunchAttribute())
+        together.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        together.value.cooperative = 1
     config = cuda.CUlaunchConfig()
     config.blockDimY = config.blockDimZ = 1
     config.attrs, config.numAttrs = attributes, len(attributes)
@@ -114,6 +119,7 @@ class Kernel:
         shared_bytes: int = 0,
         cluster: int = 1,
         dependent: bool = False,
+        cooperative: bool = False,
     ) -> None:
         """Put a launch into a stream of the kernel's GPU, whichever GPU is current.
 
@@ -126,15 +132,18 @@ class Kernel:
             cluster: blocks of a cluster, in x; `grid[0]` is a multiple of it.
             dependent: whether the kernel may start while the one before it in the stream still runs; it has to
                 execute griddepcontrol.wait before it touches what that one writes (sm_90 and later).
+            cooperative: whether blocks wait for each other, so that all have to run at the same time; the driver
+                refuses a launch of more than fit (see `most_blocks`), which would never end.
 
         Raises:
+            BlocksNotResidentError: `cooperative`, and not all blocks can run at the same time.
             DriverCallError: the driver refuses the launch, or an earlier kernel had failed.
         """
         if shared_bytes > self._most_shared or cluster > self._most_cluster:
             self._permit(shared_bytes, cluster)
         launch = self._launches
-        if (config := launch.configs.get((cluster, dependent))) is None:
-            config = launch.configs[cluster, dependent] = _config(cluster, dependent)
+        if (config := launch.configs.get((cluster, dependent, cooperative))) is None:
+            config = launch.configs[cluster, dependent, cooperative] = _config(cluster, dependent, cooperative)
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.sharedMemBytes, config.hStream = threads, shared_bytes, stream
         launch.size.value, launch.extra[1] = len(arguments), arguments
@@ -146,12 +155,41 @@ class Kernel:
             with driver.current(self._context):
                 (code,) = self._launch_kernel(config, self._handle, 0, launch.extra_address)
         if code:
+            if code.name == "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE":
+                raise self._too_large(grid, threads, shared_bytes)
             driver.check(
                 code,
                 "cuLaunchKernelEx",
                 f"{self.name} on GPU {self.device} (grid {grid}, {threads} threads, {shared_bytes} bytes of "
                 f"dynamic shared memory, clusters of {cluster})",
             )
+
+    def most_blocks(self, threads: int, shared_bytes: int) -> int:
+        """Return how many blocks of a cooperative launch a multiprocessor runs at the same time.
+
+        It is 0 if not one has room, or if the GPU has no cooperative launches.
+
+        Args:
+            threads: threads of a block.
+            shared_bytes: dynamic shared memory of a block.
+        """
+        room = driver.most_shared_bytes(self.device) - self.shared_bytes
+        if shared_bytes > room or not driver.launches_cooperatively(self.device):
+            return 0
+        if shared_bytes > self._most_shared:
+            self._permit(shared_bytes, 1)
+        with driver.current(self._context):
+            return driver.resident_blocks(self._function, threads, shared_bytes, self.name)
+
+    def _too_large(self, grid: tuple[int, int, int], threads: int, shared_bytes: int) -> BlocksNotResidentError:
+        each = self.most_blocks(threads, shared_bytes)
+        processors = driver.device_attribute(self.device, "CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT")
+        return BlocksNotResidentError(
+            f"the {prod(grid)} blocks of {self.name} wait for each other, and GPU {self.device} has no room for "
+            f"all at once: {each} of {threads} threads and {shared_bytes} bytes of dynamic shared memory on "
+            f"each of {processors} multiprocessors",
+            "Give the process all of the GPU: no CUDA_MPS_ACTIVE_THREAD_PERCENTAGE, and no green context.",
+        )
 
     def _permit(self, shared_bytes: int, cluster: int) -> None:
         with self._permissions, driver.relaxed_capture(), driver.current(self._context):

@@ -100,6 +100,10 @@ class Kernel:
         if failure is not None:
             raise EmulationError(f"{self.name}: {failure.decode()}")
 
+    def most_blocks(self, threads: int, shared_bytes: int) -> int:
+        """Return 1: a multiprocessor has one block at a time."""
+        return 1
+
 
 @cache
 def load(file: str, kernel: str, defines: tuple[tuple[str, int], ...], device: int = 0) -> Kernel:

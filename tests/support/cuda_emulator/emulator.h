@@ -89,7 +89,8 @@ extern bool wrote;  // something that other blocks may wait for
 void wait_for(const uint64_t& generation);
 void give_way();  // of a thread that spins, or may
 
-// Runs a grid, `side_by_side` all its blocks at once. `order` 0 takes threads as they are numbered, others shuffle them. Returns what failed, or null.
+// Runs a grid, `side_by_side` all its blocks at once. `order` 0 takes threads as they are numbered, others shuffle
+// them. Returns what failed, or null.
 const char* run(const uint32_t* grid, uint32_t threads, size_t shared_bytes, uint32_t cluster_size,
                 bool side_by_side, uint32_t order, const std::function<void()>& kernel);
 
