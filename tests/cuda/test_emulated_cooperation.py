@@ -13,7 +13,7 @@ from cuda_emulator import EmulationError, Kernel, load_text
 pytestmark = cuda_emulator.requires_compiler
 
 WORDS = """
-typedef unsigned char u8; typedef unsigned int u32;
+typedef unsigned char u8; typedef unsigned int u32; typedef unsigned long long u64;
 struct Four { u32 a[4]; };
 static inline Four load(const u32* from) {
   Four v;
@@ -21,17 +21,18 @@ static inline Four load(const u32* from) {
                : "=r"(v.a[0]), "=r"(v.a[1]), "=r"(v.a[2]), "=r"(v.a[3]) : "l"(from) : "memory");
   return v;
 }
-static inline u32 load_one(const u32* from) {
-  u32 v;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+static inline u64 load_pair(const u32* from) {
+  u64 v;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
   return v;
 }
+static inline u32 load_one(const u32* from) { return (u32)load_pair(from); }
 static inline void store(u32* to, u32 value) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
 static inline void store_pair(u32* to, float value, u32 tag) {
-  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};"
-               ::"l"(to), "r"(__float_as_uint(value)), "r"(tag) : "memory");
+  const u64 pair = (u64)tag << 32 | __float_as_uint(value);
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(pair) : "memory");
 }
 static inline void sleep() { asm volatile("nanosleep.u32 20;"); }
 static inline void sleep(u32 ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }

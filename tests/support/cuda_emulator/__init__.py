@@ -39,6 +39,8 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="q6k-emulator-")
 
 MOST_BLOCKS = (1 << 31) - 1, 65535, 65535
 
+_BRACE = re.compile(r"^\s*[{}]\s*$", re.MULTILINE)
+_REGISTERS = {".pred": "bool"}
 _ASM = re.compile(r"\basm\b(?:\s+volatile)?\s*\(")
 _DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
 _KERNEL = re.compile(
@@ -207,10 +209,14 @@ def _calls(statement: str) -> str:
         elif token.strip():
             sections[-1].append(token.strip())
     template = "".join(token[1:-1] for token in sections[0]).replace("\\n", "\n")
+    template = _BRACE.sub("", template)  # of the scope of registers, which is the statement's
     operands = [operand for section in sections[1:3] for operand in _operands(section)]
     calls = []
     for instruction in filter(None, (line.strip() for line in template.split(";"))):
         mnemonic, _, rest = instruction.partition(" ")
+        if mnemonic == ".reg":
+            calls.append(f"{_REGISTERS[rest.split()[0]]} {rest.split(maxsplit=1)[1]};")
+            continue
         arguments = [part for part in re.split(r"[\s,{}\[\]]+", rest) if part]
         values = [_value(argument, operands) for argument in arguments]
         calls.append(f"{re.sub(r'[.:]+', '_', mnemonic)}({', '.join(values)});")
@@ -218,6 +224,8 @@ def _calls(statement: str) -> str:
 
 
 def _value(argument: str, operands: list[str]) -> str:
+    if argument == "_":
+        return "emulated_sink"
     if argument.startswith("%%"):  # a special register
         return f"emulated_{argument[2:]}()"
     return f"({operands[int(argument[1:])]})" if argument.startswith("%") else argument

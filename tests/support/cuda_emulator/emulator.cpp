@@ -119,6 +119,7 @@ static void run_blocks(Dimensions first, uint32_t size, uint32_t threads, uint32
     fill_with_garbage(block.shared, block.shared + dynamic_bytes + GUARD);
     block.warps.assign((threads + WARP - 1) / WARP, Warp{});
     block.barrier = {0, 0, (int)threads};
+    block.bulks.clear();
     block.index = {first.x + rank, first.y, first.z}, block.rank = rank;
     for (uint32_t i = 0; i < threads; ++i) {
       Fiber& fiber = fibers[rank * threads + i];
@@ -162,6 +163,7 @@ static void run_blocks(Dimensions first, uint32_t size, uint32_t threads, uint32
     }
   }
   for (const Block& block : blocks) {
+    if (!block.bulks.empty()) failure = "a block has ended, and nobody has waited for its bulk copies";
     for (size_t at = dynamic_bytes; at < dynamic_bytes + GUARD; ++at) {
       if (block.shared[at] != GARBAGE) failure = "wrote past its dynamic shared memory";
     }

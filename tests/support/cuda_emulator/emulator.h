@@ -36,6 +36,9 @@ constexpr int IDLE_ROUNDS = 10000;  // in which threads only spin: they would do
 
 struct Copy { void* to; const void* from; int bytes; bool commits; };
 
+// A copy that arrives at a barrier in shared memory, whose address is `barrier`.
+struct Bulk { void* to; const void* from; int bytes; uint32_t barrier; };
+
 struct Warp {
   uint64_t generation;
   int arrived, alive;
@@ -60,6 +63,7 @@ struct Block {
   Dimensions index;
   uint32_t rank;
   uint8_t* shared;
+  std::vector<Bulk> bulks;  // that have not arrived
 };
 
 struct Fiber {

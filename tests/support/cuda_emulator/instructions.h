@@ -2,6 +2,7 @@
 // `translate` turns asm statements into calls of these; one that is missing does not compile.
 #pragma once
 
+#include "barriers.h"
 #include "cuda_cpp.h"
 
 // ---- conversions -------------------------------------------------------------------------------------------
@@ -156,8 +157,8 @@ static inline void atom_acq_rel_gpu_global_add_u32(uint32_t& before, uint32_t* a
   *at += by;
 }
 
-// What blocks that run side by side tell each other. A store is seen at once. Aligned vectors are never seen in
-// parts here, as on GPUs; PTX promises that of each element alone.
+// What blocks that run side by side tell each other. A store is seen at once. A vector is never seen in
+// part here; PTX promises that of each element alone.
 template <typename Word>
 static inline Word emulated_poll(const void* from) {
   if ((uintptr_t)from % sizeof(Word)) emulator::fail("misaligned load of what another block writes");
@@ -172,13 +173,15 @@ static inline void emulated_tell(void* to, Word word) {
   emulator::wrote = true;
   memcpy(to, &word, sizeof word);
 }
-static inline void ld_relaxed_gpu_global_u32(uint32_t& a, const void* from) { a = emulated_poll<uint32_t>(from); }
+static inline void ld_relaxed_gpu_global_u64(unsigned long long& a, const void* from) {
+  a = emulated_poll<unsigned long long>(from);
+}
 static inline void ld_relaxed_gpu_global_v4_u32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* from) {
   const uint4 v = emulated_poll<uint4>(from);
   a = v.x, b = v.y, c = v.z, d = v.w;
 }
 static inline void st_relaxed_gpu_global_u32(void* to, uint32_t a) { emulated_tell(to, a); }
-static inline void st_relaxed_gpu_global_v2_u32(void* to, uint32_t a, uint32_t b) { emulated_tell(to, uint2{a, b}); }
+static inline void st_relaxed_gpu_global_u64(void* to, unsigned long long a) { emulated_tell(to, a); }
 static inline void nanosleep_u32(uint32_t) { emulator::give_way(); }
 
 // ---- clusters and launches ---------------------------------------------------------------------------------
