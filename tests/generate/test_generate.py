@@ -17,7 +17,8 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.generate import mailbox, recording
-from q6k_kernels.generate.generator import CapacityError, Generator, NotFiniteError
+from q6k_kernels.generate.checking import CapacityError, NotFiniteError
+from q6k_kernels.generate.generator import Generator
 from q6k_kernels.generate.kv_cache import cache_argument
 from q6k_kernels.generate.sampling import LOWEST, choose, gumbel_noise
 from q6k_kernels.models.cache_layout import SLACK

@@ -12,7 +12,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from q6k_kernels.generate import mailbox
-from q6k_kernels.generate.generator import TAIL, CapacityError, Generator
+from q6k_kernels.generate.checking import CapacityError
+from q6k_kernels.generate.generator import TAIL, Generator
 from q6k_kernels.models.cache_layout import SLACK
 
 

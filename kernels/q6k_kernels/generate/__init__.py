@@ -5,10 +5,12 @@ Imports `models` and everything below.
 __all__ = [
     "attend_cuda",
     "attention",
+    "checking",
     "chunk_cuda",
     "filters",
     "generator",
     "kv_cache",
     "likelihoods",
     "step_cuda",
+    "texts",
 ]

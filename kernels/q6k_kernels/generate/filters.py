@@ -19,6 +19,8 @@ from torch.nn.functional import pad
 
 LIMIT = 2.0**20
 """The most that a logit may be divided by or multiplied with, so that none becomes infinite."""
+MOST_POSITIONS = 1 << 62
+"""More positions than any text has."""
 _ONE = 2.0**40
 """Whole number that stands for the likeliest token's weight. The sum of 2^20 such fits 64 bits."""
 
@@ -76,15 +78,9 @@ class Filters:
             text: the tokens by position, int64 (positions,).
             position: int64 (1,), position of the token to be chosen.
         """
-        size, at = logits.shape[-1], torch.arange(len(text), device=text.device)
-        counted = at < position
-        if self.repeat_last is not None:
-            counted &= at >= position - min(self.repeat_last, len(text))
-        seen = torch.zeros(size + 1, dtype=torch.bool, device=text.device)
-        # What does not count goes to a place behind the vocabulary.
-        seen.scatter_(0, torch.where(counted, text, size).clamp(max=size), True)
-        penalty = torch.full((1,), self.repeat_penalty, device=logits.device)
-        return torch.where(seen[:size], torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+        penalty = torch.full((1, 1), self.repeat_penalty, device=logits.device)
+        last = len(text) if self.repeat_last is None else min(self.repeat_last, len(text))
+        return _penalised(logits, text[None], position[:, None], penalty, last)
 
     def kept(self, scores: Tensor) -> Tensor:
         """Return the scores with -inf for tokens that cannot be drawn.
@@ -119,11 +115,7 @@ class Filters:
             if self.top_k:
                 lowest = ordered[:, -1:]
             if self.top_p < 1:
-                total = torch.where(scores >= lowest, _weights(scores, best), 0).sum(dim=-1, keepdim=True)
-                weights = _weights(ordered, best)
-                before = weights.cumsum(dim=-1) - weights
-                count = (before.double() < self.top_p * total.double()).sum(dim=-1, keepdim=True)
-                lowest = ordered.gather(1, (count - 1).clamp(min=0))
+                lowest = _lowest_of_share(scores, ordered, best, lowest, self.top_p)
         if self.min_p:
             lowest = torch.maximum(lowest, best + math.log(self.min_p))
         return lowest
@@ -133,6 +125,107 @@ class Filters:
         if 0 < self.top_k < scores.shape[-1]:
             return scores.topk(self.top_k, dim=-1).values
         return scores.sort(dim=-1, descending=True).values
+
+
+@dataclass(frozen=True)
+class FiltersOfTexts:
+    """The settings of `Filters` of several texts, a number for each, on one device.
+
+    Attributes:
+        top_k: int64 (M,).
+        top_p: float64 (M,).
+        min_p: natural logarithms of the shares, float32 (M,).
+        repeat_penalty: float32 (M,).
+        repeat_last: int64 (M,); for the whole text the most positions.
+    """
+
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    repeat_penalty: Tensor
+    repeat_last: Tensor
+
+    @classmethod
+    def none(cls, count: int, device: torch.device) -> FiltersOfTexts:
+        """Return settings that change nothing."""
+        whole = torch.zeros(2, count, dtype=torch.int64, device=device)
+        parts = torch.zeros(2, count, device=device)
+        top_p = torch.zeros(count, dtype=torch.float64, device=device)
+        found = FiltersOfTexts(whole[0], top_p, parts[0], parts[1], whole[1])
+        for at in range(count):
+            found.put(at, Filters())
+        return found
+
+    def put(self, at: int, filters: Filters) -> None:
+        """Replace the settings of one text."""
+        self.top_k[at] = filters.top_k
+        self.top_p[at] = filters.top_p
+        self.min_p[at] = math.log(filters.min_p) if filters.min_p else -math.inf
+        self.repeat_penalty[at] = filters.repeat_penalty
+        self.repeat_last[at] = MOST_POSITIONS if filters.repeat_last is None else filters.repeat_last
+
+    def of(self, texts: Tensor) -> FiltersOfTexts:
+        """Return the settings of some texts, int64 (n,)."""
+        every = self.top_k, self.top_p, self.min_p, self.repeat_penalty, self.repeat_last
+        return FiltersOfTexts(*(each[texts] for each in every))
+
+    def penalised(self, logits: Tensor, texts: Tensor, position: Tensor) -> Tensor:
+        """Return the logits after the penalties.
+
+        Args:
+            logits: float32 (M, V).
+            texts: the tokens by position, int64 (M, positions).
+            position: int64 (M,), positions of the tokens to be chosen.
+        """
+        penalty, last = self.repeat_penalty[:, None], self.repeat_last[:, None]
+        return _penalised(logits, texts, position[:, None], penalty, last)
+
+    def kept(self, scores: Tensor) -> Tensor:
+        """Return the scores, float32 (M, V), with -inf for tokens that cannot be drawn; see `Filters.kept`."""
+        best, ordered = scores.amax(dim=-1, keepdim=True), scores.sort(dim=-1, descending=True).values
+        size, top_k, top_p = scores.shape[-1], self.top_k[:, None], self.top_p[:, None]
+        lowest = ordered.gather(1, torch.where(top_k > 0, top_k, size).clamp(max=size) - 1)
+        of_share = _lowest_of_share(scores, ordered, best, lowest, top_p)
+        lowest = torch.where(top_p < 1, of_share, lowest)
+        lowest = torch.maximum(lowest, best + self.min_p[:, None])
+        return torch.where(scores >= lowest, scores, -math.inf)
+
+
+def _penalised(logits: Tensor, texts: Tensor, position: Tensor, penalty: Tensor, last: Tensor | int) -> Tensor:
+    """Return the logits after the penalties.
+
+    Args:
+        logits: float32 (M, V).
+        texts: the tokens by position, int64 (M, positions).
+        position: int64 (M, 1), positions of the tokens to be chosen.
+        penalty: float32 (M, 1).
+        last: int64 (M, 1), or one number for all: so many last tokens count.
+    """
+    size, at = logits.shape[-1], torch.arange(texts.shape[1], device=texts.device)
+    counted = (at < position) & (at >= position - last)
+    seen = torch.zeros(len(texts), size + 1, dtype=torch.bool, device=texts.device)
+    # What does not count goes to a place behind the vocabulary.
+    seen.scatter_(1, torch.where(counted, texts, size).clamp(max=size), True)
+    return torch.where(seen[:, :size], torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def _lowest_of_share(
+    scores: Tensor, ordered: Tensor, best: Tensor, lowest: Tensor, top_p: float | Tensor
+) -> Tensor:
+    """Return the lowest score of the likeliest tokens that together have a share of the probability, (M, 1).
+
+    Args:
+        scores: float32 (M, V).
+        ordered: the scores from the highest on, as many as can matter.
+        best: the highest scores, (M, 1).
+        lowest: lowest scores of tokens that count, (M, 1).
+        top_p: the share, or those of the rows, float64 (M, 1).
+    """
+    total = torch.where(scores >= lowest, _weights(scores, best), 0).sum(dim=-1, keepdim=True)
+    weights = _weights(ordered, best)
+    before = weights.cumsum(dim=-1) - weights
+    count = (before.double() < top_p * total.double()).sum(dim=-1, keepdim=True)
+    return ordered.gather(1, (count - 1).clamp(min=0))
 
 
 def _weights(scores: Tensor, best: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import takewhile
 from operator import eq
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from q6k_kernels.errors import ModelError
 from q6k_kernels.generate.attention import implementation, lent
+from q6k_kernels.generate.checking import check_finite, check_ids, check_room
 from q6k_kernels.generate.filters import LIMIT, Filters
 from q6k_kernels.generate.kv_cache import KeyValueCache, cache_argument
 from q6k_kernels.generate.likelihoods import Likelihoods
@@ -43,14 +43,6 @@ if TYPE_CHECKING:
 TAIL = 16
 """Tokens at the end of a text that the next one may lack: templates end with the beginning of an answer, which a
 later turn may write in another way."""
-
-
-class CapacityError(ValueError):
-    """The text would be longer than the cache."""
-
-
-class NotFiniteError(ModelError):
-    """The model's logits are infinite or NaN."""
 
 
 def _changing(token: Tensor, cache: KeyValueCache) -> tuple[Tensor, ...]:
@@ -160,7 +152,7 @@ class Generator:
             ValueError: no ids, or one outside the vocabulary.
             NotFiniteError: the logits are infinite or NaN.
         """
-        self._check_ids(ids)
+        check_ids(self._model, ids)
         self.reused = self.length - len(self._unseen)
         return self._read(self.reused, [*self._unseen, *ids], lasting=False)
 
@@ -170,7 +162,7 @@ class Generator:
         What they begin with like the text so far stays in the cache and is not processed again, where layers with
         windows or states can still go back to it.
         """
-        self._check_ids(ids)
+        check_ids(self._model, ids)
         before = self._chosen[: self.length - len(self._unseen)].tolist()
         # The last token has to run, for its logits.
         self.reused = sum(1 for _ in takewhile(bool, map(eq, before, ids[:-1])))
@@ -181,7 +173,7 @@ class Generator:
     @torch.no_grad()
     def _read(self, start: int, ids: list[int], *, lasting: bool) -> Tensor:
         """Process tokens from a position on, see `prefill`; if `lasting`, a later text can go back near the end."""
-        self._check_room(start + len(ids))
+        check_room(start + len(ids), self.capacity)
         begin = self.cache.states.rewind(start)
         self.reused = min(self.reused, begin)
         ids = [*self._chosen[begin:start].tolist(), *ids] if begin < start else ids
@@ -197,12 +189,7 @@ class Generator:
             self.cache.started(begin + at + len(part))
             logits = self._chunk_of(part, begin + at, last=at + len(part) == len(ids))
         assert logits is not None  # noqa: S101 -- those of the last chunk
-        if not bool(torch.isfinite(logits).all()):
-            raise NotFiniteError(
-                f"the model's logits are infinite or not numbers in {self._model.dtype}",
-                "Take bfloat16 or float32 if this is float16, which is too narrow for some models; else verify the "
-                "bundle.",
-            )
+        check_finite(logits, self._model.dtype)
         self.length, self._unseen, self._ready, self.stop_reason = begin + len(ids), [], True, None
         self.cache.position.fill_(self.length - 1)
         self._choose(logits)
@@ -321,20 +308,9 @@ class Generator:
         with lent(self._model, self._attention), plan_for(self._rotaries, self.capacity):
             yield
 
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        embedding: Any = self._model.get_input_embeddings()
-        size = embedding.num_embeddings
-        if not ids or min(ids) < 0 or max(ids) >= size:
-            found = f"{min(ids)} to {max(ids)}" if ids else "none"
-            raise ValueError(f"ids: expected one or more of 0 to {size - 1}, found {found}")
-
-    def _check_room(self, length: int) -> None:
-        if length > self.capacity:
-            raise CapacityError(f"{length} tokens, and the cache holds {self.capacity}: make it with more capacity")
-
     def _check_decode(self, tokens: int) -> None:
         if not self._ready:
             raise RuntimeError("no prompt to answer: call `prefill` first")
         if tokens < 1:
             raise ValueError(f"tokens: expected 1 or more, found {tokens}")
-        self._check_room(self.length + tokens)
+        check_room(self.length + tokens, self.capacity)

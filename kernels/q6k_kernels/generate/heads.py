@@ -78,16 +78,22 @@ class Cached:
     """A layer's part of the cache.
 
     Attributes:
-        keys: (1, key heads, slots, dim) in the model's dtype, contiguous.
-        values: (1, key heads, slots, dim) in the model's dtype, contiguous.
+        keys: (places, key heads, slots, dim) in the model's dtype, contiguous.
+        values: (places, key heads, slots, dim) in the model's dtype, contiguous.
         window: size of the sliding window, whose slots are a ring; 0 for full attention, a slot for each position.
         start: position of the first token of a chunk; None in a step, whose position only the device knows.
+        places: in a step of several texts, the place of each token's text, int64 (M,); None if there is one place.
     """
 
     keys: Tensor
     values: Tensor
     window: int
     start: int | None = None
+    places: Tensor | None = None
+
+    def place(self, at: int) -> Cached:
+        """Return the part of the text in one place."""
+        return Cached(self.keys[at : at + 1], self.values[at : at + 1], self.window, self.start)
 
 
 def attended(
@@ -102,11 +108,13 @@ def attended(
         v: values before norms, (M, key heads * dim); None if an earlier layer wrote them.
         heads: the heads of the layer.
         cached: the layer's part of the cache.
-        position: positions of the tokens, int64 (M,), each one more than the last.
+        position: positions of the tokens, int64 (M,), each one more than the last; of several texts any.
 
     Returns:
         (M, count * dim).
     """
+    if cached.places is not None:
+        return _attended_of_texts(q, k, v, heads, cached, cached.places.tolist(), position)
     queries, *gate = q.view(len(q), heads.count, -1, heads.dim).unbind(2)
     queries = _turned(queries, heads.q_norm, heads, position)
     new = None
@@ -133,6 +141,19 @@ def attended(
         outs.append((weights @ values.float()[:, None]).to(q.dtype).permute(2, 0, 1, 3).flatten(1, 2))
     out = torch.cat(outs)
     return (out * gate[0].sigmoid() if heads.gated else out).flatten(1)
+
+
+def _attended_of_texts(
+    q: Tensor, k: Tensor | None, v: Tensor | None, heads: Heads, cached: Cached, places: list[int], position: Tensor
+) -> Tensor:
+    """Attend with a token of each text to the cache in its place."""
+
+    def of_text(row: int, place: int) -> Tensor:
+        at = slice(row, row + 1)
+        own_k, own_v = (None if each is None else each[at] for each in (k, v))
+        return attended(q[at], own_k, own_v, heads, cached.place(place), position[at])
+
+    return torch.cat([of_text(row, place) for row, place in enumerate(places)])
 
 
 def _turned(vectors: Tensor, norm: Norm | None, heads: Heads, position: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ be recorded in a CUDA graph.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -44,12 +45,12 @@ class _LayerCache:
 
 
 class KeyValueCache:
-    """The cache of one sequence.
+    """The cache of one text, or places for several.
 
     Attributes:
-        capacity: the most positions that it holds.
+        capacity: the most positions of a text.
         slots: slots of full layers, the capacity rounded up.
-        position: int64 (1,), the position that the next decoding step writes.
+        position: int64 (places,), the position of each text that the next decoding step writes.
         source: the layer whose keys and values each layer uses, nearly always its own.
         states: the states of recurrent layers.
         written: the end of all positions that were ever written for this text, also by steps that ran in vain.
@@ -58,15 +59,17 @@ class KeyValueCache:
         config: configuration of a transformers model.
         capacity: positions, 1 or more.
         device: device of the buffers.
+        places: the most texts. The states of recurrent layers are of one text only.
 
     Raises:
         UnsupportedModelError: a layer is of none of the kinds that `cache_layout` knows.
     """
 
-    def __init__(self, config: Any, capacity: int, device: torch.device) -> None:
+    def __init__(self, config: Any, capacity: int, device: torch.device, places: int = 1) -> None:
         self.capacity = capacity
         self.device = device
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self._places = places
+        self.position = torch.zeros(places, dtype=torch.int64, device=device)
         self.written = 0
         self.kinds = layer_kinds(config)
         self.window = int(config.sliding_window) if SLIDING in self.kinds else 0
@@ -93,6 +96,18 @@ class KeyValueCache:
     def layers(self) -> dict[int, LayerStates]:
         """The states of recurrent layers by index, where transformers 5.17 looks for them."""
         return self.states.layers
+
+    def place(self, at: int) -> Self:
+        """Return the cache of the text in one place, which shares the memory; all buffers must exist."""
+        one = copy(self)
+        one._places, one.position, one.written = 1, self.position[at : at + 1], 0
+        one._layers = [
+            _LayerCache(each.kind, each.slots, each.keys[at : at + 1], each.values[at : at + 1])
+            if each.keys is not None and each.values is not None
+            else each
+            for each in self._layers
+        ]
+        return one
 
     def started(self, end: int) -> None:
         """Note that a forward pass or step has been started that writes the positions up to `end`."""
@@ -199,11 +214,11 @@ class KeyValueCache:
         """Allocate the keys and values that a layer uses, unless they exist: heads of `size` values."""
         layer = self._layers[self.source[layer_idx]]
         if layer.keys is None:
-            shape = 1, heads, layer.slots, size
+            shape = self._places, heads, layer.slots, size
             layer.keys, layer.values = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
 
     def buffers(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Return a layer's keys and values, (1, heads, slots, head size).
+        """Return a layer's keys and values, (places, heads, slots, head size).
 
         Raises:
             RuntimeError: no prompt has gone through the model yet.

@@ -12,8 +12,9 @@ of the text is only a number on the device, so one CUDA graph serves every lengt
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.mixture import Mixed, Mixture
 from q6k_kernels.generate.step_layers import Layers, Projections, StepLayer
 from q6k_kernels.generate.step_reference import ProductInput, TokenChoice, capped
+from q6k_kernels.generate.text_choice import TextsChoice
 from q6k_kernels.models.architecture import SLIDING, attached
 from q6k_kernels.models.layer import Activation
 from q6k_kernels.models.ranks import joined, no_step
@@ -79,6 +81,7 @@ class StepOperations(Protocol):
     ) -> Mixed: ...
     def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor: ...  # noqa: D102
     def choose(self, logits: Tensor, softcap: float | None, choice: TokenChoice) -> None: ...  # noqa: D102
+    def choose_of_texts(self, logits: Tensor, softcap: float | None, choice: TextsChoice) -> None: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,14 @@ class _Pass:
         tokens: int64 (M,).
         position: positions of the tokens, int64 (M,).
         start: position of the first token of a chunk; None in a step.
+        places: places of the tokens' texts in a step of several, int64 (M,); else None.
     """
 
     run: StepOperations
     tokens: Tensor
     position: Tensor
     start: int | None = None
+    places: Tensor | None = None
 
     @property
     def end(self) -> _Pass:
@@ -112,6 +117,7 @@ class Step:
         cache: the model's cache. A chunk makes its buffers, so run a prompt before a step.
         operations: the operations of a step.
         of_chunks: those of a chunk, by default the same.
+        of_texts: those of a step of several texts, by default those of a step.
 
     Raises:
         UnsupportedModelError: the model is not from `load_model`, or the operations do not support its sizes.
@@ -123,6 +129,7 @@ class Step:
         cache: KeyValueCache,
         operations: StepOperations,
         of_chunks: StepOperations | None = None,
+        of_texts: StepOperations | None = None,
     ) -> None:
         architecture = attached(model)
         if architecture is None:
@@ -132,6 +139,7 @@ class Step:
         config: Any = model.config
         self._architecture, self._cache, self._dtype = architecture, cache, model.dtype
         self._operations, self._of_chunks = operations, of_chunks or operations
+        self._of_texts = of_texts or operations
         inner: Any = model.model
         self._inner = inner
         make = Layers(architecture, config, inner, cache)
@@ -161,6 +169,25 @@ class Step:
         """
         logits = self._logits(_Pass(self._operations, choice.token, self._cache.position))
         self._operations.choose(logits, self._softcap, choice)
+
+    def advance_texts(self, choice: TextsChoice) -> None:
+        """Run one step of several texts: their last tokens through the model, then the choice of the next."""
+        places = choice.places
+        run = self._operations if len(places) == 1 else self._of_texts
+        given = _Pass(run, choice.token[places], choice.position[places], places=places)
+        run.choose_of_texts(self._logits(given), self._softcap, choice)
+
+    def allocate(self) -> None:
+        """Allocate the cache's buffers, before the first prompt."""
+        for index, layer in enumerate(self._layers):
+            if not isinstance(layer.heads, DeltaHeads):
+                self._cache.allocate(index, layer.heads.key_heads, layer.heads.dim, self._dtype)
+
+    def with_cache(self, cache: KeyValueCache) -> Self:
+        """Return the same step with the cache of one place, see `KeyValueCache.place`."""
+        other = copy(self)
+        other._cache = cache
+        return other
 
     def __call__(self, token: Tensor) -> Tensor:
         """Return the logits, float32 (1, V), that follow a token, int64 (1,), at the cache's position."""
@@ -290,7 +317,7 @@ class Step:
             self._cache.allocate(index, heads.key_heads, heads.dim, self._dtype)
         keys, values = self._cache.buffers(index)
         window = self._cache.window if self._cache.kinds[index] == SLIDING else 0
-        cached = Cached(keys, values, window, given.start)
+        cached = Cached(keys, values, window, given.start, given.places)
         return given.run.attend(q, k, v, heads, cached, given.position, users)
 
     def _project(self, given: _Pass, projections: Projections, x: ProductInput) -> tuple[Tensor, ...]:

@@ -24,6 +24,7 @@ from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.mixture import Mixed, Mixture
 from q6k_kernels.generate.step_reference import ProductInput, TokenChoice, TorchOperations, capped
+from q6k_kernels.generate.text_choice import TextsChoice
 from q6k_kernels.jit import loader
 from q6k_kernels.jit.compiler import Defines
 from q6k_kernels.models.layer import Activation
@@ -234,6 +235,10 @@ class Kernels:
         )
         if choice.likelihoods is not None:
             choice.likelihoods.note(capped(logits, softcap), choice.token, choice.position)
+
+    def choose_of_texts(self, logits: Tensor, softcap: float | None, choice: TextsChoice) -> None:
+        """Choose the next tokens of several texts in torch, see `step_reference`."""
+        TorchOperations().choose_of_texts(logits, softcap, choice)
 
     def _takes_codes(self, module: nn.Module) -> bool:
         if not isinstance(module, PackedLinear) or module.activations == "bf16":

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, relu, silu
 
-from q6k_kernels.generate import sampling
+from q6k_kernels.generate import sampling, text_choice
 from q6k_kernels.generate.delta import DeltaHeads, delta_net
 from q6k_kernels.generate.filters import Filters
 from q6k_kernels.generate.heads import Cached, Heads, Norm, attended
 from q6k_kernels.generate.likelihoods import Likelihoods
 from q6k_kernels.generate.mixture import Mixed, Mixture, mix, route
+from q6k_kernels.generate.text_choice import TextsChoice
 from q6k_kernels.models.layer import Activation
 
 if TYPE_CHECKING:
@@ -206,6 +207,10 @@ class TorchOperations:
         choice.position.copy_(following)
         if choice.likelihoods is not None:
             choice.likelihoods.note(logits, token, following)
+
+    def choose_of_texts(self, logits: Tensor, softcap: float | None, choice: TextsChoice) -> None:
+        """Choose the next tokens of several texts, see `text_choice`; the logits are (M, V)."""
+        text_choice.choose(capped(logits, softcap), choice)
 
     def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor:
         """Compute a product, (M, N), without the module's hooks."""
