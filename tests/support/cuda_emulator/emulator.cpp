@@ -18,6 +18,7 @@ bool copies_at_once, cooperative, wrote;
 static std::vector<Fiber> fibers;  // of `blocks`
 static jmp_buf scheduler;
 static std::string failure;
+static bool one_by_one;  // blocks begin when those before them can do no more
 static const std::function<void()>* body;
 
 [[noreturn]] static void switch_out() { _longjmp(scheduler, 1); }
@@ -79,7 +80,8 @@ static void fill_with_garbage(uint8_t* from, uint8_t* to) {
 
 // Stacks of which pages take memory only once they are touched: a cooperative launch has thousands.
 static uint8_t* new_stack() {
-  void* const stack = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  constexpr int KIND = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* const stack = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, KIND, -1, 0);
   if (stack == MAP_FAILED) abort();
   return static_cast<uint8_t*>(stack);
 }
@@ -100,8 +102,8 @@ static std::string who_waits() {
     if (spinning + waiting == 0) continue;
     char line[200];
     const Dimensions at = block.index;
-    snprintf(line, sizeof line, " block %u, %u, %u (%d spin, from thread %d on, %d at __syncthreads)", at.x, at.y, at.z,
-             spinning, first, waiting);
+    snprintf(line, sizeof line, " block %u, %u, %u (%d spin, from thread %d on, %d at __syncthreads)", at.x, at.y,
+             at.z, spinning, first, waiting);
     text += line;
   }
   return text;
@@ -120,7 +122,7 @@ static void run_blocks(Dimensions first, uint32_t size, uint32_t threads, uint32
     block.warps.assign((threads + WARP - 1) / WARP, Warp{});
     block.barrier = {0, 0, (int)threads};
     block.bulks.clear();
-    block.index = {first.x + rank, first.y, first.z}, block.rank = rank;
+    block.index = {first.x + rank, first.y, first.z}, block.rank = rank, block.late = false;
     for (uint32_t i = 0; i < threads; ++i) {
       Fiber& fiber = fibers[rank * threads + i];
       if (!fiber.stack) fiber.stack = new_stack();
@@ -136,13 +138,18 @@ static void run_blocks(Dimensions first, uint32_t size, uint32_t threads, uint32
   std::vector<uint32_t> order(fibers.size());
   for (uint32_t i = 0; i < order.size(); ++i) order[i] = i;
   for (uint32_t i = order.size(); random && i > 1; --i) std::swap(order[i - 1], order[next_random(random) % i]);
+  std::vector<Block*> late;
+  for (uint32_t i = 0; one_by_one && i < size; ++i) {
+    late.insert(late.begin() + next_random(random) % (late.size() + 1), &blocks[i]);
+    blocks[i].late = true;
+  }
   int idle = 0;
   while (cluster.alive) {
     bool progress = false, work = false;
     wrote = false;
     for (uint32_t i : order) {
       Fiber& fiber = fibers[i];
-      if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.seen)) continue;
+      if (fiber.done || fiber.block->late || (fiber.waits_for && *fiber.waits_for == fiber.seen)) continue;
       progress = true;
       switch_to(fiber);
       if (!failure.empty()) return;
@@ -151,6 +158,12 @@ static void run_blocks(Dimensions first, uint32_t size, uint32_t threads, uint32
       } else {
         --fiber.spins;
       }
+    }
+    if (!late.empty() && (!progress || idle == LATE)) {
+      late.back()->late = false;
+      late.pop_back();
+      idle = 0;
+      continue;
     }
     if (!progress) {
       failure = "all threads wait: some have not come to a barrier";
@@ -182,7 +195,7 @@ const char* run(const uint32_t* grid, uint32_t threads, size_t shared_bytes, uin
   if (at_once > 1 && __stop_emulated_shared - __start_emulated_shared > 16) {
     return "static shared memory of blocks that run side by side is not emulated";
   }
-  cooperative = side_by_side;
+  cooperative = side_by_side, one_by_one = side_by_side && order > 1;
   body = &kernel, dynamic_bytes = shared_bytes, copies_at_once = order % 2;
   grid_size = {grid[0], grid[1], grid[2]}, block_size = {threads, 1, 1};
   Dimensions at;

@@ -2,7 +2,8 @@
 // each thread a fiber, in an order that can be shuffled.
 //
 // It is as unkind as the programming model allows: shared memory begins as garbage, asynchronous copies arrive at
-// once or, with an even `order`, only when they are waited for, and threads run one after another until they have
+// once or, with an even `order`, only when they are waited for, with an `order` from 2 on blocks of a cooperative
+// launch begin only when those before them can do no more, and threads run one after another until they have
 // to wait, so that a missing barrier shows as a wrong result in one order or another. It knows what csrc/ uses, and
 // no more; it does not look for races among global writes, nor does it count time.
 #pragma once
@@ -32,6 +33,7 @@ constexpr size_t GUARD = 4096;     // bytes after a block's that nobody may writ
 constexpr int WARP = 32;
 constexpr uint8_t GARBAGE = 0xFB;
 constexpr int SPIN = 16;            // turns after it gave way for which a thread counts as spinning
+constexpr int LATE = 2 * SPIN;      // idle rounds after which the next block begins, where they begin one by one
 constexpr int IDLE_ROUNDS = 10000;  // in which threads only spin: they would do so for ever
 
 struct Copy { void* to; const void* from; int bytes; bool commits; };
@@ -62,6 +64,7 @@ struct Block {
   Barrier barrier;
   Dimensions index;
   uint32_t rank;
+  bool late;  // it does not begin yet
   uint8_t* shared;
   std::vector<Bulk> bulks;  // that have not arrived
 };

@@ -176,7 +176,8 @@ static inline void emulated_tell(void* to, Word word) {
 static inline void ld_relaxed_gpu_global_u64(unsigned long long& a, const void* from) {
   a = emulated_poll<unsigned long long>(from);
 }
-static inline void ld_relaxed_gpu_global_v4_u32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* from) {
+static inline void ld_relaxed_gpu_global_v4_u32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d,
+                                                const void* from) {
   const uint4 v = emulated_poll<uint4>(from);
   a = v.x, b = v.y, c = v.z, d = v.w;
 }
