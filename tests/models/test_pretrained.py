@@ -73,8 +73,14 @@ def test_a_bundle_opens_as_the_model_that_it_holds(name: str, made: dict[str, tu
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))
 
 
-def test_the_dtype_is_that_of_the_configuration_unless_one_is_given(llama: Path) -> None:
-    assert AutoModelForCausalLM.from_pretrained(llama).dtype is torch.bfloat16
+def test_the_dtype_is_that_of_the_configuration_unless_one_is_given(llama: Path, tmp_path: Path) -> None:
+    for unsaid in ({}, {"dtype": None}, {"dtype": "auto"}):
+        assert AutoModelForCausalLM.from_pretrained(llama, **unsaid).dtype is torch.bfloat16
+    shutil.copytree(llama, tmp_path / "other")
+    for stated, dtype in (('"dtype": "float16", ', torch.float16), ("", torch.bfloat16)):
+        text = (llama / CONFIG).read_text().replace('"dtype": "bfloat16", ', stated)
+        (tmp_path / "other" / CONFIG).write_text(text)
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "other", dtype=None).dtype is dtype
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float16)
     assert logits(model).dtype is torch.float16
     with pytest.raises(ValueError, match="float64"):

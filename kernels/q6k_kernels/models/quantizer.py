@@ -85,6 +85,21 @@ class PlanarQuantizer(HfQuantizer):
                 "Leave out the disk: let some be on the CPU.",
             )
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Let a model have the dtype that its `config.json` states where the caller says None.
+
+        transformers would take that of the first array in the files, which here is a part of a weight.
+        """
+        if config.dtype is None:
+            name, dtype = config.name_or_path, "bfloat16"  # what `hf` writes
+            if name:
+                dtype = type(config).get_config_dict(name, local_files_only=True)[0].get("dtype") or dtype
+            config.dtype = dtype
+        return config
+
+    update_tp_plan = update_attn_implementation
+    """The same, where transformers 5.17 asks."""
+
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Check the dtype of activations and unpacked weights."""
         from q6k_kernels.formats.checks import check_dtype
