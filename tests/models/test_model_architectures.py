@@ -12,7 +12,7 @@ import torch
 
 from model_cases import GEMMA2, GEMMA3, IDS, MODELS, largest_difference, logits
 from q6k_kernels import PackedEmbedding, PackedLinear, load_model
-from q6k_kernels.models.filling import ScaledEmbedding
+from q6k_kernels.weights.layers import ScaledEmbedding
 from tiny_models import F16, Q3_K, Q8_0, Tiny
 
 

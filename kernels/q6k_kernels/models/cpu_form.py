@@ -23,7 +23,7 @@ from q6k_kernels.ops import products
 from q6k_kernels.ops.products import Bytes
 from q6k_kernels.weights.byte_layers import ByteEmbedding, ByteLinear, ByteStack, bytes_of
 from q6k_kernels.weights.experts import PackedStack
-from q6k_kernels.weights.layers import PackedEmbedding, PackedLinear
+from q6k_kernels.weights.layers import PackedEmbedding, PackedLinear, ScaledEmbedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,7 +101,7 @@ def _layer(module: PackedLinear | PackedEmbedding | PackedStack, weight: Bytes) 
         return ByteLinear(weight, module.bias)
     if isinstance(module, PackedStack):
         return ByteStack(weight, module.count, module.bias)
-    return ByteEmbedding(weight, module.dtype, getattr(module, "scale", None))
+    return ByteEmbedding(weight, module.dtype, module.factor if isinstance(module, ScaledEmbedding) else None)
 
 
 def bytes_taken(tensors: Sequence[StoredTensor]) -> int:

@@ -21,7 +21,8 @@ from q6k_kernels.models import fusing, mixtures, ranks
 from q6k_kernels.models.architecture import FREQUENCY_FACTORS, Architecture, gguf_names
 from q6k_kernels.models.matching import EXPORT_AGAIN, HEAD, divides, has_factors, own_parameters, rotary_factors
 from q6k_kernels.models.rotary import HeadRotary
-from q6k_kernels.weights.layers import PackedEmbedding, PackedLinear
+from q6k_kernels.weights.casting import keep_dtype
+from q6k_kernels.weights.layers import PackedEmbedding, PackedLinear, ScaledEmbedding
 from q6k_kernels.weights.reader import Bundle, Loader
 from q6k_kernels.weights.transfer import Piece
 from q6k_kernels.weights.weight import PackedWeight
@@ -203,14 +204,13 @@ class Filler:
             self._parameters(name, module)
             if scale is not None:
                 module.embed_scale = torch.tensor(scale, device=self.device)
+                keep_dtype(module, "embed_scale")
             return
         weight = self._packed(f"{name}.weight")
         if scale is None:
             self.model.set_submodule(name, PackedEmbedding.from_weight(weight, self.dtype))
         else:
-            scaled = ScaledEmbedding.from_weight(weight, self.dtype)
-            scaled.scale = float(torch.tensor(scale, dtype=self.dtype))
-            self.model.set_submodule(name, scaled)
+            self.model.set_submodule(name, ScaledEmbedding.from_scaled(weight, self.dtype, scale))
 
     def _tie(self) -> None:
         embedding: Any = self.model.get_input_embeddings()
@@ -224,7 +224,7 @@ class Filler:
             self.model.get_submodule(HEAD).weight = shared
 
     def _parameters(self, name: str, module: nn.Module) -> None:
-        buffers = [kind for kind, _ in module.named_buffers(recurse=False)]
+        buffers, wide = [kind for kind, _ in module.named_buffers(recurse=False)], list[str]()
         for kind, _ in list(module.named_parameters(recurse=False)):
             parameter = f"{name}.{kind}"
             values = self._plain(parameter)
@@ -232,11 +232,14 @@ class Filler:
                 # As a parameter it could pass for one of the model's dtype, which is that of its first.
                 delattr(module, kind)
                 module.register_buffer(kind, values)
+                wide.append(kind)
             else:
                 setattr(module, kind, nn.Parameter(values, requires_grad=False))
         for kind in buffers:
             if f"{name}.{kind}" in self.names:
                 setattr(module, kind, self._plain(f"{name}.{kind}"))
+        if wide:
+            keep_dtype(module, *wide)
 
     def _format(self, parameter: str) -> str | None:
         """Return the name of a weight's type; None if it is not packed."""
@@ -292,14 +295,17 @@ class Filler:
         factors = self._divisors(FREQUENCY_FACTORS) if FREQUENCY_FACTORS in self.unread else None
         for name, module in list(self.model.named_modules()):
             self._go_to(name)
-            if name.rpartition(".")[2] == "rotary_emb" and self.architecture.own_rotary:
-                self.model.set_submodule(name, self._own_rotary().to(self.device))
-            elif name.rpartition(".")[2] == "rotary_emb":
+            if name.rpartition(".")[2] != "rotary_emb":
+                continue
+            if self.architecture.own_rotary:
+                rotary: nn.Module = self._own_rotary().to(self.device)
+            else:
                 rotary = type(module)(self.config)
-                for kind, frequencies in list(rotary.named_buffers()):
+                for kind, values in list(rotary.named_buffers()):
                     divided = factors is not None and divides(self.architecture, kind)
-                    setattr(rotary, kind, (frequencies / factors if divided else frequencies).to(self.device))
-                self.model.set_submodule(name, rotary)
+                    setattr(rotary, kind, (values / cast("Tensor", factors) if divided else values).to(self.device))
+            keep_dtype(rotary, *dict(rotary.named_buffers()))
+            self.model.set_submodule(name, rotary)
 
     def _own_rotary(self) -> HeadRotary:
         factors = [self._divisors(name) for name in rotary_factors(self.bundle, self.architecture, self.model)]
@@ -321,13 +327,3 @@ class Filler:
                 f"transformers has it, or nothing fills it",
                 "Install the version of transformers that constraints.txt names.",
             )
-
-
-class ScaledEmbedding(PackedEmbedding):
-    """An embedding whose rows are multiplied by `scale`, as in Gemma; rounded to `dtype` before and after."""
-
-    scale: float
-
-    def forward(self, indices: Tensor) -> Tensor:
-        """Return the rows of indices of any shape, (..., K) in `dtype`."""
-        return super().forward(indices) * self.scale

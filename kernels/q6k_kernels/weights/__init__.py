@@ -2,4 +2,4 @@
 and ops.
 """
 
-__all__ = ["byte_layers", "experts", "layers", "reader", "transfer", "weight"]
+__all__ = ["byte_layers", "casting", "experts", "layers", "reader", "transfer", "weight"]

@@ -6,11 +6,15 @@ buffers: scales in fp32 would, as parameters, pass for the model's dtype. Layers
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from q6k_kernels.ops import products
 from q6k_kernels.ops.products import Bytes
+from q6k_kernels.weights.casting import Castable, Change, converted
+from q6k_kernels.weights.layers import rounded
 from q6k_kernels.weights.weight import PackedWeight
 
 
@@ -25,8 +29,10 @@ def bytes_of(weight: PackedWeight) -> Bytes:
     return Bytes(codes, scale, torch.cat(least) if least else None)
 
 
-class _OfBytes(nn.Module):
+class _OfBytes(Castable):
     """A layer whose weight has a byte each."""
+
+    kept = ("codes", "scale", "least")
 
     codes: Tensor
     scale: Tensor
@@ -73,18 +79,25 @@ class ByteEmbedding(_OfBytes):
     Args:
         weight: (N, K).
         dtype: dtype of the rows.
-        scale_of_rows: factor of the rows, rounded before and after, or None.
+        factor: factor of the rows; it and they are rounded to the dtype. None for none.
     """
 
-    def __init__(self, weight: Bytes, dtype: torch.dtype, scale_of_rows: float | None) -> None:
+    def __init__(self, weight: Bytes, dtype: torch.dtype, factor: float | None) -> None:
         super().__init__(weight)
         self.num_embeddings, self.embedding_dim = weight.codes.shape
-        self.dtype, self.scale_of_rows = dtype, scale_of_rows
+        self.dtype, self.factor = dtype, factor
+        self._rounded = None if factor is None else rounded(factor, dtype)
 
     def forward(self, indices: Tensor) -> Tensor:
         """Return the rows at indices of any shape (...), as (..., K) of `dtype`."""
         rows = products.embedding(indices, self.weight, self.dtype)
-        return rows if self.scale_of_rows is None else rows * self.scale_of_rows
+        return rows if self._rounded is None else rows * self._rounded
+
+    def _apply(self, fn: Change, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.dtype = converted(self.dtype, fn, self.codes.device)
+        self._rounded = None if self.factor is None else rounded(self.factor, self.dtype)
+        return self
 
 
 class ByteStack(_OfBytes):

@@ -20,6 +20,7 @@ from torch.nn.functional import gelu, silu
 from q6k_kernels.formats.checks import Activations, check_activations
 from q6k_kernels.ops import grouped
 from q6k_kernels.weights import gradients
+from q6k_kernels.weights.casting import Castable
 from q6k_kernels.weights.weight import PackedWeight, check_packed, check_width
 
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
@@ -43,7 +44,7 @@ GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """Activation's name -> function of gate and up."""
 
 
-class PackedStack(nn.Module):
+class PackedStack(Castable):
     """A stack of linear layers (E, N, K) of which each row of activations meets some.
 
     Args:

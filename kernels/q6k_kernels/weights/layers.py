@@ -23,12 +23,13 @@ from q6k_kernels.formats.tiles import tiles_shape
 from q6k_kernels.formats.types import DEFAULT, weight_type
 from q6k_kernels.ops import schema
 from q6k_kernels.weights import gradients
+from q6k_kernels.weights.casting import Castable, Change, converted
 from q6k_kernels.weights.weight import PackedWeight, check_packed, check_width
 
 Device = torch.device | str | int | None
 
 
-class _Packed(nn.Module):
+class _Packed(Castable):
     """A layer with a weight (N, K) as parameter `tiles`."""
 
     tiles: Tensor
@@ -145,7 +146,7 @@ class PackedEmbedding(_Packed):
         embedding_dim: K, a multiple of the weight type's block, 32 or 256.
         format: the name of the weight type, see `formats.types`.
         device: device of the weight; "meta" is allowed.
-        dtype: dtype of the rows: bfloat16, float16 or float32. It stays when the layer is converted to another.
+        dtype: dtype of the rows: bfloat16, float16 or float32; another when the layer is converted, as by `to`.
 
     Raises:
         ValueError: an argument is none of these.
@@ -182,6 +183,42 @@ class PackedEmbedding(_Packed):
             indices, self.tiles, self.num_embeddings, self.embedding_dim, self.format, self.dtype
         )
 
+    def _apply(self, fn: Change, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.dtype = converted(self.dtype, fn, self.tiles.device)
+        return self
+
     def extra_repr(self) -> str:
         """Return the text between the brackets of `repr`."""
         return f"{self.num_embeddings}, {self.embedding_dim}, format={self.format!r}, dtype={self.dtype}"
+
+
+class ScaledEmbedding(PackedEmbedding):
+    """An embedding whose rows are multiplied by a factor, as in Gemma; it and they are rounded to `dtype`.
+
+    Attributes:
+        factor: the factor, not rounded.
+    """
+
+    factor: float
+
+    @classmethod
+    def from_scaled(cls, weight: PackedWeight, dtype: torch.dtype, factor: float) -> Self:
+        """Make a layer that shares the parameter of a weight (N, K); see `PackedEmbedding.from_weight`."""
+        layer = cls.from_weight(weight, dtype)
+        layer.factor, layer._rounded = factor, rounded(factor, dtype)
+        return layer
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Return the rows of indices of any shape, (..., K) in `dtype`."""
+        return super().forward(indices) * self._rounded
+
+    def _apply(self, fn: Change, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._rounded = rounded(self.factor, self.dtype)
+        return self
+
+
+def rounded(factor: float, dtype: torch.dtype) -> float:
+    """Round a factor to a dtype."""
+    return float(torch.tensor(factor, dtype=dtype))
