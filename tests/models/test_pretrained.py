@@ -222,6 +222,18 @@ def test_a_transformers_without_quantisers_is_left_alone(monkeypatch: pytest.Mon
         plugin.watch()
 
 
+def test_a_packed_embedding_does_not_change_its_size(made: dict[str, tuple[Path, Any]]) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(made["gemma2"][0])
+    embedding = model.get_input_embeddings()
+    size = embedding.num_embeddings
+    for nothing in ((), (size,), (None, 8), (size - 1, 8)):
+        assert model.resize_token_embeddings(*nothing) is embedding
+    for loaded in (model, copy.deepcopy(model), load_model(made["gemma2"][0])):
+        with pytest.raises(UnsupportedModelError, match=f"{size} tokens, not {size + 8}. Use ids"):
+            loaded.resize_token_embeddings(size + 1, pad_to_multiple_of=8)
+        assert loaded.get_input_embeddings().num_embeddings == size
+
+
 def test_what_is_saved_opens_as_the_same_model(llama: Path, tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(llama)
     model.generation_config.max_new_tokens = 3

@@ -26,6 +26,7 @@ from q6k_kernels.formats.checks import Activations, check_activations, check_dty
 from q6k_kernels.models.cpu_form import Weights, choose, to_bytes
 from q6k_kernels.models.filling import Filler
 from q6k_kernels.models.registry import architecture_of
+from q6k_kernels.models.resizing import attach_resizer
 from q6k_kernels.models.saving import attach_saver
 from q6k_kernels.models.skeleton import check_device, check_transformers, matched, skeleton
 from q6k_kernels.weights.reader import open_bundle
@@ -90,5 +91,6 @@ def load_model(
     if form == "bytes":
         to_bytes(model)
     attach_saver(model, bundle.path)
+    attach_resizer(model)
     model.eval()  # type: ignore[no-untyped-call]
     return model

@@ -30,6 +30,7 @@ from q6k_kernels.models.matching import HEAD, own_parameters
 from q6k_kernels.models.mixtures import stored_parts
 from q6k_kernels.models.ranks import Share
 from q6k_kernels.models.registry import architecture_of
+from q6k_kernels.models.resizing import attach_resizer
 from q6k_kernels.models.saving import attach_saver
 from q6k_kernels.models.skeleton import check_device, check_transformers, fit, matched, shapes_of
 from q6k_kernels.models.splitting import Splitter, in_all_layers, leave_to_us, ranks_of
@@ -166,6 +167,7 @@ class Loading:
             divided = {in_all_layers(name) for name in self._parts}
             model._tp_plan = {name: style for name, style in self._plan.items() if name in divided}
         attach_saver(model, self.bundle.path)
+        attach_resizer(model)
 
 
 def _check_class(model: PreTrainedModel, kind: str) -> None:
