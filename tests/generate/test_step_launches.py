@@ -13,7 +13,7 @@ from torch import nn
 from q6k_kernels import PackedLinear
 from q6k_kernels.cpp import variants as all_of
 from q6k_kernels.cuda import device
-from q6k_kernels.generate import step_cuda
+from q6k_kernels.generate import attend_cuda, step_cuda
 from q6k_kernels.generate.attend_cuda import HEAD_DIMS, MOST_BLOCKS, MOST_HEADS, attend_static
 from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.norm_cuda import MOST_K
@@ -87,7 +87,7 @@ def test_every_head_has_its_blocks(multiprocessors: int, monkeypatch: pytest.Mon
     for key_heads in (1, 2, 8, 40):
         for group in (1, 2, 3, 5, 7, 8, 11, 12, 16):
             heads = heads_of(64, key_heads, group)
-            rows, blocks, together = run._grid(heads)
+            rows, blocks, together = attend_cuda.grid(heads, run._device)
             assert rows * together == heads.count
             assert 1 <= together <= MOST_HEADS
             assert group % together == 0  # all of a block with the same keys

@@ -1,5 +1,5 @@
-// Attention of one token: norms and rotary embedding, then its key and value go into the cache. The keys are split
-// over blocks (attend_block.cuh); the last to finish adds the results of all and quantises them (quantize.cuh).
+// Attention of one token of each text: norms and rotary embedding, then its key and value go into the cache. The keys
+// are split over blocks (attend_block.cuh); the last to finish adds the results of all and quantises them (quantize.cuh).
 //
 //   Q6K_HEAD_DIM  see heads.cuh
 //   Q6K_WARPS     warps of a block
@@ -48,14 +48,16 @@ __device__ __forceinline__ u32 gated_pair(u32 pair, const u16* gates) {
 // q6k_quantize writes them, or null; the scores' scale; softcap, 0 for none; the norms' epsilon; slots; window, the
 // size of a ring of slots, or 0 if slot and position are equal; heads of a block, at most HEADS; group, query heads
 // for each key head, a multiple of `heads`; whether v has a norm, without weights; gated, whether q is
-// (all heads, query and gate, DIM); normed, rotated and neighbours, see HeadForm.
-// Grid: blocks that share keys, at most MOST_BLOCKS, x (all heads / heads). Shared memory: AttendBlock::BYTES.
+// (all heads, query and gate, DIM); normed, rotated and neighbours, see HeadForm; places, or null for one text: the
+// cache has places, as have positions, and text i is in places[i]; its token has q, k and v `q_stride`, `k_stride` and
+// `v_stride` behind those of the one before, its own partials and counters, and x; of more than one `codes` is null.
+// Grid: blocks that share keys, at most MOST_BLOCKS, x (all heads / heads) x texts. Shared memory: AttendBlock::BYTES.
 extern "C" __global__ void __launch_bounds__(THREADS)
     q6k_attend(const u16* q, const u16* k, const u16* v, u16* keys, u16* values, const float* cosines,
                const float* sines, const float* q_norm, const float* k_norm, const i64* position, const float* growth,
                const float* sinks, float* partials, u32* counters, u16* x, u8* codes, float* steps, float scale,
                float softcap, float epsilon, int slots, int window, int heads, int group, int values_normed, int gated,
-               int normed, int rotated, int neighbours) {
+               int normed, int rotated, int neighbours, const i64* places, i64 q_stride, i64 k_stride, i64 v_stride) {
   if (!Q6K_FORMS) normed = HEAD, neighbours = 0, sinks = nullptr;
   extern __shared__ __align__(16) u8 ring[];
   __shared__ AttendShared<WARPS> shared;
@@ -65,6 +67,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int row = blockIdx.y, head = row * heads / group;  // of keys
   const int query_size = gated ? 2 * DIM : DIM;            // with its gate
+  const int outputs = heads * DIM, partial_size = outputs + 2 * heads;  // even: sums are read in pairs
+  const int k_out = outputs * gridDim.y;
+  if (places != nullptr) {
+    const i64 text = blockIdx.z, before = places[text] * (gridDim.y * heads / group) * slots * DIM;
+    keys += before, values += before;
+    q += text * q_stride;
+    if (k != nullptr) k += text * k_stride, v += text * v_stride;
+    position += places[text];
+    counters += text * gridDim.y, partials += text * gridDim.y * gridDim.x * partial_size;
+    x += text * k_out;
+  }
 
   // The previous step ended before this one began, so its position and its keys are in memory.
   const i64 here = *position;
@@ -126,7 +139,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
   block.attend(shared, scale, softcap);
   __syncthreads();
-  const int outputs = heads * DIM, partial_size = outputs + 2 * heads;  // even: sums are read in pairs
   float* const row_partials = partials + (i64)row * gridDim.x * partial_size;
   float* const partial = row_partials + blockIdx.x * partial_size;
   for (int o = threadIdx.x; o < outputs; o += THREADS) {
@@ -146,7 +158,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
   __syncthreads();
   if (!last) return;
-  const int k_out = outputs * gridDim.y;
   // A warp adds 64 outputs, a lane two, of one head or two. All loads are issued at once: a lane loads the maximum
   // and weight of one block, and every block's part of its own outputs.
   for (int out = warp * 64; out < outputs; out += WARPS * 64) {

@@ -50,47 +50,52 @@ __device__ __forceinline__ u32 suppress(u32 pair, u32 flags) {
   return pair | ((flags & 1u) | (flags & 0x100u) << 8) * (NO_NUMBERS & 0xFFFFu);
 }
 
-// Parameters: logits 16-bit (vocabulary,), aligned to 16 bytes; position of the last token; token, the next one, also
-// written to chosen[position + 1]; bests (MOST_BLOCKS,); counter, 0 between launches; seed; suppressed, a byte for each
-// token and more up to a multiple of 8, 1 for those that must not be chosen, or null; softcap of logits, 0 for none;
-// temperature, 0 for no noise. Grid: at most MOST_BLOCKS.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    q6k_choose(const u16* logits, i64* position, i64* token, i64* chosen, u64* bests, u32* counter, const i64* seed,
-               const u8* suppressed, float softcap, float temperature, int vocabulary) {
+// What one token is chosen by; see the kernels.
+struct Choice {
+  const u16* logits;
+  i64 *position, *token, *chosen;
+  u64* bests;
+  u32* counter;
+  const i64* seed;
+  const u8* suppressed;
+  float softcap, temperature;
+  u32 size;
+};
+
+// `advance`: from the position of the last token to that of the next.
+__device__ __forceinline__ void choose(const Choice& c, i64 advance) {
   __shared__ u64 of_warps[WARPS];
-  const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, size = (u32)vocabulary;
-  let_dependents_start();
-  wait_for_previous_grid();
+  const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, size = c.size;
   // No multiprocessor's cache may keep the position: the next step reads it before its wait (attend.cuh).
-  const i64 following = (i64)load_of_others((const u64*)position) + 1;
+  const i64 following = (i64)load_of_others((const u64*)c.position) + advance;
   u64 most = 0;
   for (u32 first = (blockIdx.x * THREADS + threadIdx.x) * VALUES; first < size; first += gridDim.x * THREADS * VALUES) {
     uint4 raw;
     if (first + VALUES <= size) {
-      raw = *(const uint4*)(logits + first);
+      raw = *(const uint4*)(c.logits + first);
     } else {
       u32 pairs[VALUES / 2];
 #pragma unroll
       for (u32 i = 0; i < VALUES / 2; ++i) {
         pairs[i] = NO_NUMBERS;
-        if (first + 2 * i < size) pairs[i] = (pairs[i] & 0xFFFF0000u) | logits[first + 2 * i];
-        if (first + 2 * i + 1 < size) pairs[i] = (pairs[i] & 0xFFFFu) | (u32)logits[first + 2 * i + 1] << 16;
+        if (first + 2 * i < size) pairs[i] = (pairs[i] & 0xFFFF0000u) | c.logits[first + 2 * i];
+        if (first + 2 * i + 1 < size) pairs[i] = (pairs[i] & 0xFFFFu) | (u32)c.logits[first + 2 * i + 1] << 16;
       }
       raw = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
-    if (suppressed != nullptr) {
-      const uint2 flags = *(const uint2*)(suppressed + first);
+    if (c.suppressed != nullptr) {
+      const uint2 flags = *(const uint2*)(c.suppressed + first);
       raw = make_uint4(suppress(raw.x, flags.x), suppress(raw.y, flags.x >> 16), suppress(raw.z, flags.y),
                        suppress(raw.w, flags.y >> 16));
     }
-    if (temperature > 0.0f) {
-      const u32 key = mixed(mixed((u32)*seed + 0x9E3779B9u) ^ (u32)following);
+    if (c.temperature > 0.0f) {
+      const u32 key = mixed(mixed((u32)*c.seed + 0x9E3779B9u) ^ (u32)following);
 #pragma unroll 1  // not eight times the logarithms' code: it comes from memory once a step
       for (u32 i = 0; i < VALUES; ++i) {
         float score = half_to_float(raw.x & 0xFFFFu);
         raw = make_uint4(raw.x >> 16 | raw.y << 16, raw.y >> 16 | raw.z << 16, raw.z >> 16 | raw.w << 16, raw.w >> 16);
-        if (softcap != 0.0f) score = softcap * tanhf(score / softcap);
-        most = max(most, ranked(score / temperature + gumbel_noise(first + i, key), first + i));
+        if (c.softcap != 0.0f) score = c.softcap * tanhf(score / c.softcap);
+        most = max(most, ranked(score / c.temperature + gumbel_noise(first + i, key), first + i));
       }
     } else {
 #pragma unroll
@@ -106,8 +111,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   most = best_of<WARPS>(of_warps[lane % WARPS]);
   u32 before = 0;
   if (lane == 0) {
-    bests[blockIdx.x] = most;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    c.bests[blockIdx.x] = most;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(c.counter) : "memory");
   }
   if (__shfl_sync(0xFFFFFFFFu, before, 0) != gridDim.x - 1) return;
   __syncwarp();
@@ -115,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (u32 i = 0; i < MOST_BLOCKS / 32; ++i) {  // all at once
     const u32 block = i * 32 + lane;
-    found[i] = block < gridDim.x ? load_of_others(bests + block) : 0;
+    found[i] = block < gridDim.x ? load_of_others(c.bests + block) : 0;
   }
   most = 0;
 #pragma unroll
@@ -124,8 +129,38 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (lane != 0) return;
   // If no logit is a number, the token must still be within bounds.
   const i64 next = most ? 0xFFFFFFFFu - (u32)most : size - 1;
-  *counter = 0;  // for the next launch
-  *token = next;
-  chosen[following] = next;
-  *position = following;
+  *c.counter = 0;  // for the next launch
+  *c.token = next;
+  c.chosen[following] = next;
+  *c.position = following;
+}
+
+// Parameters: logits 16-bit (vocabulary,), aligned to 16 bytes; position of the last token; token, the next one, also
+// written to chosen[position + 1]; bests (MOST_BLOCKS,); counter, 0 between launches; seed; suppressed, a byte for each
+// token and more up to a multiple of 8, 1 for those that must not be chosen, or null; softcap of logits, 0 for none;
+// temperature, 0 for no noise. Grid: at most MOST_BLOCKS.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    q6k_choose(const u16* logits, i64* position, i64* token, i64* chosen, u64* bests, u32* counter, const i64* seed,
+               const u8* suppressed, float softcap, float temperature, int vocabulary) {
+  let_dependents_start();
+  wait_for_previous_grid();
+  choose({logits, position, token, chosen, bests, counter, seed, suppressed, softcap, temperature, (u32)vocabulary}, 1);
+}
+
+// The same for several texts, text i in places[i], all different. By text: logits (texts, vocabulary), a multiple of 8;
+// bests, counters. By place: advances, 1, or 0 for a place whose position stays; position, token, chosen, `positions`
+// apart; seed; suppressed, up to a multiple of 8 apart, or null; temperature, or null for no noise.
+// Grid: at most MOST_BLOCKS x texts.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    q6k_choose_of_texts(const u16* logits, const i64* places, const i64* advances, i64* position, i64* token,
+                        i64* chosen, u64* bests, u32* counters, const i64* seed, const u8* suppressed,
+                        const float* temperature, i64 positions, float softcap, int vocabulary) {
+  const i64 text = blockIdx.y, place = places[text];
+  let_dependents_start();
+  wait_for_previous_grid();
+  choose({logits + text * vocabulary, position + place, token + place, chosen + place * positions,
+          bests + text * MOST_BLOCKS, counters + text, seed + place,
+          suppressed == nullptr ? nullptr : suppressed + place * vocabulary, softcap,
+          temperature == nullptr ? 0.0f : temperature[place], (u32)vocabulary},
+         advances[place]);
 }

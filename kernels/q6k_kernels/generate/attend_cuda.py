@@ -21,22 +21,24 @@ BESIDE_BYTES = 80 << 10
 """Shared memory of a block that still finds room beside a product's, whose end it then need not wait for."""
 MOST_HEADS, MOST_BLOCKS = 8, 32
 """The most query heads of a block, and the most blocks that split the keys of one head."""
+BLOCKS_OF_TEXTS = 2
+"""Blocks for each multiprocessor, where there are several texts, which may be of very different lengths."""
 NORMED = {"head": 0, "projection": 1, "rotated head": 2}
 """What has a norm -> its number in the enum `Normed` of `cuda/heads.cuh`."""
-_ATTEND = struct.Struct("@PPPPPPPPPPPPPPPPPfffiiiiiiiii")
+_ATTEND = struct.Struct("@PPPPPPPPPPPPPPPPPfffiiiiiiiiiPqqq")
 
 
-def grid(heads: Heads, device: Device) -> tuple[int, int, int]:
-    """Return the rows of the grid, the blocks of a row, which split its keys, and the query heads of a row."""
-    group = heads.count // heads.key_heads
+def grid(heads: Heads, device: Device, texts: int = 1) -> tuple[int, int, int]:
+    """Return the rows of a text's grid, the blocks of a row, which split its keys, and the query heads of a row."""
+    group, wanted = heads.count // heads.key_heads, device.multiprocessors * (1 if texts == 1 else BLOCKS_OF_TEXTS)
 
     def shape(together: int) -> tuple[int, int, int]:
         rows = heads.count // together
-        return rows, max(1, min(MOST_BLOCKS, device.multiprocessors // rows)), together
+        return rows, max(1, min(MOST_BLOCKS, wanted // (rows * texts))), together
 
     shapes = [shape(count) for count in range(1, MOST_HEADS + 1) if group % count == 0]
     # As many blocks as there are multiprocessors; of such shapes the one that reads keys the fewest times.
-    return max(shapes, key=lambda each: (min(each[0] * each[1], device.multiprocessors), each[2]))
+    return max(shapes, key=lambda each: (min(each[0] * each[1] * texts, device.multiprocessors), each[2]))
 
 
 def arguments(
@@ -58,7 +60,7 @@ def arguments(
         v: values.
         heads: the heads of the layer.
         cached: its part of the cache.
-        position: position of the token.
+        position: position of the token, or by place.
         shared: what blocks share: partial sums, float32, and counters, int32, 0.
         outputs: addresses of the 16-bit values, codes and scales; 0 for what is absent.
         together: query heads of a block, see `grid`.
@@ -80,6 +82,8 @@ def arguments(
         NORMED[heads.normed],
         2 * heads.cosines.shape[1],
         int(heads.neighbours),
+        pointer(cached.places),
+        *(0 if each is None else each.stride(0) for each in (q, k, v)),
     )
 
 

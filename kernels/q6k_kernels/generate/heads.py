@@ -108,7 +108,8 @@ def attended(
         v: values before norms, (M, key heads * dim); None if an earlier layer wrote them.
         heads: the heads of the layer.
         cached: the layer's part of the cache.
-        position: positions of the tokens, int64 (M,), each one more than the last; of several texts any.
+        position: positions of the tokens, int64 (M,), each one more than the last; in a step of several
+            texts those of the last tokens of all places, (P,).
 
     Returns:
         (M, count * dim).
@@ -151,7 +152,7 @@ def _attended_of_texts(
     def of_text(row: int, place: int) -> Tensor:
         at = slice(row, row + 1)
         own_k, own_v = (None if each is None else each[at] for each in (k, v))
-        return attended(q[at], own_k, own_v, heads, cached.place(place), position[at])
+        return attended(q[at], own_k, own_v, heads, cached.place(place), position[place : place + 1])
 
     return torch.cat([of_text(row, place) for row, place in enumerate(places)])
 

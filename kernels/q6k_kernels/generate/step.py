@@ -91,7 +91,7 @@ class _Pass:
     Attributes:
         run: its operations.
         tokens: int64 (M,).
-        position: positions of the tokens, int64 (M,).
+        position: positions of the tokens, int64 (M,), or with `places` of the last tokens of all, (P,).
         start: position of the first token of a chunk; None in a step.
         places: places of the tokens' texts in a step of several, int64 (M,); else None.
     """
@@ -174,7 +174,7 @@ class Step:
         """Run one step of several texts: their last tokens through the model, then the choice of the next."""
         places = choice.places
         run = self._operations if len(places) == 1 else self._of_texts
-        given = _Pass(run, choice.token[places], choice.position[places], places=places)
+        given = _Pass(run, choice.token[places], choice.position, places=places)
         run.choose_of_texts(self._logits(given), self._softcap, choice)
 
     def allocate(self) -> None:

@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 STEP, GATE = "step.cuh", "q6k_gate"
-CHOOSE_FILE, CHOOSE = "choose.cuh", "q6k_choose"
+CHOOSE_FILE, CHOOSE, CHOOSE_OF_TEXTS = "choose.cuh", "q6k_choose", "q6k_choose_of_texts"
 GATE_THREADS = 128
 CHOOSE_THREADS, CHOOSE_VALUES, CHOOSE_BLOCKS = 128, 8, 256
 """Threads of a block, logits that a thread reads at once, and the most blocks; as in `cuda/choose.cuh`."""
 GATES = {"silu": 0, "gelu_tanh": 1, "relu_squared": 2, "clamped_swiglu": 3}
 """Activation -> its number in the enum `Gate` of `cuda/gates.cuh`."""
 _GATE = struct.Struct("@PPPPPiii")
-_CHOOSE = struct.Struct("@PPPPPPPPffi")
+_CHOOSE, _CHOOSE_OF_TEXTS = struct.Struct("@PPPPPPPPffi"), struct.Struct("@PPPPPPPPPPPqfi")
 
 
 class Kernels:
@@ -51,16 +51,18 @@ class Kernels:
     Args:
         device: a GPU.
         dtype: dtype of activations, bfloat16 or float16.
+        texts: the most texts whose tokens `attend` and `choose_of_texts` process at once.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, texts: int = 1) -> None:
         self._device = launching.device(torch.cuda.current_device() if device.index is None else device.index)
         self._torch_device, self._dtype = device, dtype
         self._macros = (("Q6K_FP16", int(dtype is torch.float16)), *_ONE_TOKEN)
         self._partials = torch.empty(0, device=device)
         self._counters = torch.zeros(0, dtype=torch.int32, device=device)
-        self._bests = torch.empty(CHOOSE_BLOCKS, dtype=torch.int64, device=device)
-        self._counted = torch.zeros(1, dtype=torch.int32, device=device)
+        self._texts = texts
+        self._bests = torch.empty(texts, CHOOSE_BLOCKS, dtype=torch.int64, device=device)
+        self._counted = torch.zeros(texts, dtype=torch.int32, device=device)
 
     def supports(self, hidden: int, between: int, heads: Heads | DeltaHeads) -> str:
         """Return why the kernels do not support a model's sizes; "" if they do."""
@@ -79,10 +81,11 @@ class Kernels:
         if isinstance(heads, DeltaHeads):
             self._counters = self._counters.new_zeros(max(len(self._counters), heads.key_heads))
             return
-        rows, blocks, together = self._grid(heads)
-        floats = rows * blocks * together * (heads.dim + 2)
-        self._partials = self._partials.new_empty(max(len(self._partials), floats))
-        self._counters = self._counters.new_zeros(max(len(self._counters), rows))
+        for texts in range(1, self._texts + 1):
+            rows, blocks, together = attend_cuda.grid(heads, self._device, texts)
+            floats = texts * rows * blocks * together * (heads.dim + 2)
+            self._partials = self._partials.new_empty(max(len(self._partials), floats))
+            self._counters = self._counters.new_zeros(max(len(self._counters), texts * rows))
 
     def add_norm(
         self,
@@ -127,15 +130,15 @@ class Kernels:
         position: Tensor,
         users: list[nn.Module],
     ) -> ProductInput:
-        """Launch rotation, cache write and attention, see `step_reference`."""
-        out = self._activations(heads.count * heads.dim, users)
-        rows, blocks, together = self._grid(heads)
+        """Launch rotation, cache write and attention, see `step_reference`; of several texts only for 16 bits."""
+        out, texts = self._activations(heads.count * heads.dim, users, len(q)), len(q)
+        rows, blocks, together = attend_cuda.grid(heads, self._device, texts)
         warps = attend_cuda.warps_of(heads.dim, self._device)
         shared = (self._partials, self._counters)
         given = attend_cuda.arguments(q, k, v, heads, cached, position, shared, self._outputs(out), together)
         self._launch(
             attend_cuda.variant(self._macros, heads.dim, warps, attend_cuda.has_form(heads)),
-            (blocks, rows, 1),
+            (blocks, rows, texts),
             32 * warps,
             given,
             shared_bytes=attend_cuda.bytes_of(heads.dim, warps),
@@ -237,8 +240,29 @@ class Kernels:
             choice.likelihoods.note(capped(logits, softcap), choice.token, choice.position)
 
     def choose_of_texts(self, logits: Tensor, softcap: float | None, choice: TextsChoice) -> None:
-        """Choose the next tokens of several texts in torch, see `step_reference`."""
-        TorchOperations().choose_of_texts(logits, softcap, choice)
+        """Launch the choice of the next tokens of several texts; torch chooses if there are filters."""
+        texts, vocabulary = logits.shape
+        if choice.filters is not None or vocabulary % CHOOSE_VALUES:
+            TorchOperations().choose_of_texts(logits, softcap, choice)
+            return
+        blocks = -(-vocabulary // (CHOOSE_THREADS * CHOOSE_VALUES))
+        given = logits, choice.places, choice.advances, choice.position, choice.token, choice.chosen
+        self._launch(
+            (CHOOSE_FILE, CHOOSE_OF_TEXTS, self._macros[:2]),
+            (min(blocks, CHOOSE_BLOCKS), texts, 1),
+            CHOOSE_THREADS,
+            _CHOOSE_OF_TEXTS.pack(
+                *(each.data_ptr() for each in given),
+                self._bests.data_ptr(),
+                self._counted.data_ptr(),
+                choice.seed.data_ptr(),
+                pointer(choice.suppressed),
+                pointer(choice.temperature),
+                choice.chosen.shape[1],
+                softcap or 0.0,
+                vocabulary,
+            ),
+        )
 
     def _takes_codes(self, module: nn.Module) -> bool:
         if not isinstance(module, PackedLinear) or module.activations == "bf16":
@@ -246,10 +270,10 @@ class Kernels:
         row = weight_type(module.format)
         return decode_plan.fits(module.out_features, module.in_features, row, self._device)
 
-    def _activations(self, k: int, users: list[nn.Module]) -> ProductInput:
+    def _activations(self, k: int, users: list[nn.Module], rows: int = 1) -> ProductInput:
         coded, size = [self._takes_codes(user) for user in users], sum(decode_plan.code_bytes(k))
         return ProductInput(
-            halves=None if all(coded) else torch.empty(1, k, dtype=self._dtype, device=self._torch_device),
+            halves=None if all(coded) else torch.empty(rows, k, dtype=self._dtype, device=self._torch_device),
             codes=torch.empty(size, dtype=torch.uint8, device=self._torch_device) if any(coded) else None,
             k=k,
         )
@@ -258,10 +282,6 @@ class Kernels:
         """Return the pointers to the 16-bit values, codes and scales; 0 for what is absent."""
         codes = pointer(out.codes)
         return pointer(out.halves), codes, codes and codes + decode_plan.code_bytes(out.k)[0]
-
-    def _grid(self, heads: Heads) -> tuple[int, int, int]:
-        """Return the rows of the grid, the blocks of a row, which split its keys, and the query heads of a row."""
-        return attend_cuda.grid(heads, self._device)
 
     def _launch(
         self,
@@ -295,7 +315,8 @@ def variants(device: Device) -> list[Variant]:
     for fp16 in (False, True):
         macros = (("Q6K_FP16", int(fp16)), *_ONE_TOKEN)
         found += [_gate_variant(macros, gate) for gate in GATES.values()]
-        found += [(CHOOSE_FILE, CHOOSE, macros[:2]), delta_cuda.variant(macros)]
+        found += [(CHOOSE_FILE, kernel, macros[:2]) for kernel in (CHOOSE, CHOOSE_OF_TEXTS)]
+        found += [delta_cuda.variant(macros)]
         found += [*mixture_cuda.variants(macros[:1]), *norm_cuda.variants(macros)]
         found += attend_cuda.variants(macros, device)
     return found

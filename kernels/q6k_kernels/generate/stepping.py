@@ -42,11 +42,11 @@ def step_for(model: PreTrainedModel, cache: KeyValueCache, device: torch.device,
         from q6k_kernels.generate.chunk_cuda import ChunkKernels
         from q6k_kernels.generate.step_cuda import Kernels
 
-        operations = kernels = Kernels(device, model.dtype)
+        operations = kernels = Kernels(device, model.dtype, len(cache.position))
         of_chunks = ChunkKernels(device, model.dtype, kernels)
     step, failure = None, None
     try:
-        step = Step(model, cache, operations, of_chunks)
+        step = Step(model, cache, operations, of_chunks, of_chunks)
     except UnsupportedModelError as error:
         failure = error
     if is_divided(model) and not all_agree(failure is None, device) and failure is None:

@@ -105,7 +105,6 @@ class Texts:
         refused = {
             "divided among ranks": is_divided(model),
             "with states of gated delta nets": LINEAR in self._cache.kinds,
-            "on a GPU": device.type == "cuda",
         }
         if what := next((each for each, holds in refused.items() if holds), ""):
             raise UnsupportedModelError(
