@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from q6k_convert import text
-from q6k_convert.errors import Q6KConvertError, UsageError
+from q6k_convert.errors import InputRejectedError, Q6KConvertError, UsageError
 from q6k_convert.run.answering import Answer, Answering, counted, rated
 from q6k_convert.run.conversation import COMMANDS, Conversation, Shown
 from q6k_convert.run.generate_command import check_context, check_ids, check_text
@@ -76,7 +76,9 @@ def run(request: ChatRequest, typed: Typed, out: Output) -> Row:
 
     Raises:
         UsageError: the options contradict each other; or what was not typed by somebody is no command, or too long.
-        Q6KConvertError, ModelError, BundleError, OSError: see `Session`.
+        InputRejectedError: the chat template makes no tokens of a message.
+        ModelError: there is no chat template or a broken one, or as by `Session`.
+        Q6KConvertError, BundleError, OSError: see `Session`.
     """
     check_text("system message", request.system or "")
     session = Session(request.model, "chatting", out.note)
@@ -84,11 +86,7 @@ def run(request: ChatRequest, typed: Typed, out: Output) -> Row:
     check_context(request.context, session.metadata)
     context = request.context or min(session.metadata.context_length or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     tokenizer = session.tokenizer()
-    if tokenizer.chat_template is None:
-        raise UsageError(
-            "the model has no chat template",
-            "Give a tokenizer that has one (--tokenizer DIR), or continue a text: q6k-convert generate.",
-        )
+    tokenizer.check_template()
     model = session.model(context, out.progress)
     answering = Answering(sampling.generator(model, context), tokenizer, model, request.sampling.stop, out.stream)
     if session.device.type == "cuda":
@@ -184,7 +182,7 @@ class Chat:
         """Let the model read all messages and this one; return their tokens."""
         ids, generator = self._tokenizer.encode_chat(self.conversation.asked(message)), self._generator
         if not ids:
-            raise UsageError(
+            raise InputRejectedError(
                 "the chat template makes no tokens of the messages", "Give another one: --tokenizer DIR."
             )
         check_ids(self._session.manifest, ids)

@@ -178,9 +178,13 @@ def test_in_a_pipe_what_is_wrong_ends_it(tiny: TinyBundle, tmp_path: Path) -> No
     long = chat(tiny, "The dog\nThe lazy dog and the quick fox\n", "--context", "24")
     failed(long, 2, "and the context holds 24", "/reset, or with more --context")
     tiny.write(chat_template="{{ '' }}", ggml__add_bos_token=False)
-    failed(chat(tiny, "x"), 2, "makes no tokens of the messages", "--tokenizer DIR")
+    failed(chat(tiny, "x"), 3, "makes no tokens of the messages", "--tokenizer DIR")
     tiny.write(chat_template=None)
-    failed(chat(tiny, "x"), 2, "the model has no chat template", "--tokenizer DIR")
+    failed(chat(tiny, "x"), 3, "the model has no chat template", "--tokenizer DIR")
+    tiny.write(chat_template="{{ bos_token }}\n{% for %}")
+    broken = chat(tiny, "x")
+    failed(broken, 3, "the chat template failed: line 2: TemplateSyntaxError", "--tokenizer DIR")
+    assert "loaded" not in broken.stderr
 
 
 def test_at_a_terminal_the_chat_goes_on(tiny: TinyBundle, typed: Any) -> None:

@@ -80,3 +80,11 @@ def test_merges_of_what_are_no_tokens_cannot_be_said(tmp_path: Path) -> None:
     write(tmp_path, keys | {"ggml.merges": [*keys["ggml.merges"], "qqq zzz"]})
     with pytest.raises(TokenizerError, match=r"3 of the texts that they join are no tokens"):
         tokenizer_files(read_metadata(tmp_path))
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ messages | dance }}"])
+def test_a_chat_template_that_is_none_of_jinja_is_named(template: str, tmp_path: Path) -> None:
+    write(tmp_path, KINDS["byte-level"] | {"chat_template": template})
+    with pytest.raises(TokenizerError, match=r"metadata.gguf: tokenizer.chat_template: .* line 1: ") as caught:
+        tokenizer_files(read_metadata(tmp_path))
+    assert "gguf-new-metadata --chat-template-file" in caught.value.remedy

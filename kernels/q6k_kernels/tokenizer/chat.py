@@ -87,6 +87,11 @@ def render_each(
     return [str(text) for text in answer["texts"]]
 
 
+def check_syntax(template: str) -> None:
+    """Check that a template is one of Jinja; errors are those of `render_each`."""
+    render_each(template, [], {})
+
+
 def _paths() -> list[str]:
     """Return the directories of Jinja and what it needs, after a check of its version."""
     wanted = ".".join(map(str, OLDEST_JINJA))

@@ -11,6 +11,7 @@ import shlex
 from typing import Any
 
 from q6k_kernels.bundle.metadata import Metadata
+from q6k_kernels.tokenizer import chat
 from q6k_kernels.tokenizer.pieces import SPACE
 from q6k_kernels.tokenizer.tokenizer_error import TokenizerError
 from q6k_kernels.tokenizer.vocabulary import Vocabulary, read_vocabulary
@@ -23,7 +24,9 @@ def tokenizer_files(metadata: Metadata) -> tuple[Vocabulary, dict[str, Any]]:
     """Return the vocabulary of a bundle, and the content of each file by name: JSON, or a text.
 
     Raises:
-        TokenizerError: as by `load_tokenizer`, or the vocabulary merges texts that are no tokens.
+        TokenizerError: as by `load_tokenizer`, or the vocabulary merges texts that are no tokens, or the chat
+            template is none of Jinja.
+        PackageMissingError: there is a chat template, and Jinja is missing or too old.
         BundleError: a key has the wrong type.
     """
     try:
@@ -36,6 +39,13 @@ def tokenizer_files(metadata: Metadata) -> tuple[Vocabulary, dict[str, Any]]:
         TOKENIZER_CONFIG: _config(metadata, vocabulary),
     }
     if (template := metadata.string("tokenizer.chat_template")) is not None:
+        try:
+            chat.check_syntax(template)
+        except chat.TemplateError as error:
+            raise TokenizerError(
+                f"{metadata.path}: tokenizer.chat_template: {error}",
+                "Give the GGUF file another (`gguf-new-metadata --chat-template-file FILE OLD NEW`); convert that.",
+            ) from error
         files[TEMPLATE] = _with_bos(template, vocabulary)
     return vocabulary, files
 

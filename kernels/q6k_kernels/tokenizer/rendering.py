@@ -26,7 +26,9 @@ def render_task(task: dict[str, Any]) -> dict[str, Any]:
         template = environment.from_string(task["template"])
         return {"texts": [_rendered(template, each, names, task["most"]) for each in task["conversations"]]}
     except Exception as error:  # whatever a template does wrong
-        return {"error": f"{type(error).__name__}: {str(error)[:1000]}"}
+        line = getattr(error, "lineno", None)  # of a syntax error
+        where = "" if line is None else f"line {line}: "
+        return {"error": f"{where}{type(error).__name__}: {str(error)[:1000]}"}
 
 
 def _rendered(template: Any, messages: list[dict[str, str]], names: dict[str, Any], most: int) -> str:

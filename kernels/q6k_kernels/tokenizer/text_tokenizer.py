@@ -74,6 +74,17 @@ class Tokenizer:
         # Most templates write BOS themselves.
         return [bos, *ids] if bos is not None and self.vocabulary.add_bos and ids[:1] != [bos] else ids
 
+    def check_template(self) -> None:
+        """Check that there is a chat template, and that it is one of Jinja.
+
+        Raises:
+            TokenizerError: there is none, or it is not.
+        """
+        try:
+            chat.check_syntax(self._template)
+        except chat.TemplateError as error:
+            raise TokenizerError(str(error), "Give a tokenizer that has another one (--tokenizer DIR).") from error
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of tokens. Control tokens have none; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self._piece(token) for token in ids).decode(errors="replace")
@@ -106,11 +117,7 @@ class Tokenizer:
         return ids
 
     def _render(self, messages: Messages) -> str:
-        if self.chat_template is None:
-            raise TokenizerError(
-                "the model has no chat template",
-                "Leave out --chat, or give a tokenizer that has one (--tokenizer DIR).",
-            )
+        template = self._template
         names, control = self.vocabulary.names, {i: token for token, i in self.vocabulary.control.items()}
         variables = {f"{name}_token": control[names[name]] for name in _NAMED if names.get(name) in control}
         # A second rendering, with a mark behind each system message, shows whether the template drops one, as some
@@ -123,9 +130,7 @@ class Tokenizer:
                 systems += 1
             marked.append(message)
         try:
-            rendered, *shown = chat.render_each(
-                self.chat_template, [messages, marked] if systems else [messages], variables
-            )
+            rendered, *shown = chat.render_each(template, [messages, marked] if systems else [messages], variables)
         except chat.TemplateError as error:
             raise TokenizerError(
                 str(error), "Leave out --system if the model knows no such role, or give another template."
@@ -136,6 +141,15 @@ class Tokenizer:
                 "Leave out --system, and put its text into the prompt.",
             )
         return rendered
+
+    @property
+    def _template(self) -> str:
+        if self.chat_template is None:
+            raise TokenizerError(
+                "the model has no chat template",
+                "Give a tokenizer that has one (--tokenizer DIR), or continue a text: generate without --chat.",
+            )
+        return self.chat_template
 
     def _unused_marks(self, messages: Messages) -> list[str]:
         used = {character for message in messages for value in message.values() for character in value}
