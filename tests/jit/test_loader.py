@@ -134,7 +134,8 @@ HEX = "1000adde007f0000feffffff0000c03f"
 def test_a_launch_says_what_was_asked(
     options: dict[str, Any], expected: str, kernel: loader.Kernel, cuda: FakeCuda
 ) -> None:
-    for arguments, shown in ((ARGUMENTS, HEX), (b"", ""), (bytes(499), "00" * 499)):
+    several = [] if "cooperative" in options else [(b"", ""), (bytes(499), "00" * 499)]
+    for arguments, shown in ((ARGUMENTS, HEX), *several):
         kernel.launch((16, 3, 2), 96, arguments, **{"stream": 0} | options)
         # Twice with another between: nothing of one launch stays in the next.
         kernel.launch((8, 1, 1), 32, b"\1", stream=7)
@@ -208,9 +209,9 @@ def test_a_launch_that_fails_says_how(kernel: loader.Kernel, cuda: FakeCuda) -> 
 
 
 def test_blocks_that_wait_for_each_other_all_run_or_none(kernel: loader.Kernel, cuda: FakeCuda) -> None:
-    kernel.launch((132, 1, 1), 512, b"", stream=0, shared_bytes=200_000, cooperative=True)
+    kernel.launch((132, 1, 1), 512, ARGUMENTS, stream=0, shared_bytes=200_000, cooperative=True)
     with pytest.raises(BlocksNotResidentError) as caught:
-        kernel.launch((19, 7, 1), 512, b"", stream=0, shared_bytes=200_000, cooperative=True)
+        kernel.launch((19, 7, 1), 512, ARGUMENTS, stream=0, shared_bytes=200_000, cooperative=True)
     assert caught.value.cause == (
         "the 133 blocks of k wait for each other, and GPU 0 has no room for all at once: 1 of 512 threads and "
         "200000 bytes of dynamic shared memory on each of 132 multiprocessors"
@@ -220,7 +221,7 @@ def test_blocks_that_wait_for_each_other_all_run_or_none(kernel: loader.Kernel, 
     assert [line.split()[2] for line in cuda.lines("launch")] == ["grid=132,1,1", "grid=133,1,1"]
     cuda.refuse_cooperation()
     with pytest.raises(DriverCallError, match=r"cuLaunchKernelEx for k on GPU 0 .* failed: .*\(801\)"):
-        kernel.launch((1, 1, 1), 32, b"", stream=0, cooperative=True)
+        kernel.launch((1, 1, 1), 32, ARGUMENTS, stream=0, cooperative=True)
     assert cuda.depth == 0
 
 

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #define DEVICES 8
+#define PARAMETER 16  // bytes of the parameter of a kernel that has one
 struct function {
   int device, most_shared, any_cluster;
 };
@@ -215,8 +216,9 @@ CUresult CUDAAPI cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction handl
   // Static and dynamic shared memory up to 48 KiB, unless more dynamic was permitted.
   const int dynamic = (int)config->sharedMemBytes, most = function->most_shared;
   if (most ? dynamic > most : dynamic + static_shared > 48 << 10) return CUDA_ERROR_INVALID_VALUE;
-  if (parameters || extra[0] != CU_LAUNCH_PARAM_BUFFER_POINTER || extra[2] != CU_LAUNCH_PARAM_BUFFER_SIZE ||
-      extra[4] != CU_LAUNCH_PARAM_END)
+  if (parameters ? extra != NULL
+                 : extra[0] != CU_LAUNCH_PARAM_BUFFER_POINTER || extra[2] != CU_LAUNCH_PARAM_BUFFER_SIZE ||
+                       extra[4] != CU_LAUNCH_PARAM_END)
     return CUDA_ERROR_INVALID_VALUE;
   char attributes[256] = "", bytes[1024] = "";
   for (unsigned int i = 0, at = 0; i < config->numAttrs; i++) {
@@ -233,14 +235,15 @@ CUresult CUDAAPI cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction handl
       const int room = resident(function, (int)config->blockDimX, dynamic) * (132 + function->device);
       const unsigned int blocks = config->gridDimX * config->gridDimY * config->gridDimZ;
       if (!cooperates) return CUDA_ERROR_NOT_SUPPORTED;
+      if (!parameters) return CUDA_ERROR_INVALID_VALUE;  // in a graph a GPU's driver does not take them packed
       if (blocks > (unsigned int)room) return CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE;
       at += snprintf(attributes + at, sizeof attributes - at, " cooperative=%d", a->value.cooperative);
     } else {
       return CUDA_ERROR_INVALID_VALUE;
     }
   }
-  const unsigned char* buffer = extra[1];
-  const size_t size = *(const size_t*)extra[3];
+  const unsigned char* buffer = parameters ? parameters[0] : extra[1];
+  const size_t size = parameters ? PARAMETER : *(const size_t*)extra[3];
   for (size_t i = 0; i < size && i < 500; i++) sprintf(bytes + 2 * i, "%02x", buffer[i]);
   note("launch device=%d grid=%u,%u,%u block=%u,%u,%u shared=%u stream=%zu%s arguments=%s\n", function->device,
        config->gridDimX, config->gridDimY, config->gridDimZ, config->blockDimX, config->blockDimY,

@@ -69,9 +69,11 @@ _RING = """
 
 
 def source(body: str) -> str:
-    """Return the text of a kernel `test` (const u32* in, u32* words)."""
+    """Return the text of a kernel `test` (const u32* in, u32* words), both in one structure."""
     return (
-        f'{WORDS}\nextern "C" __global__ void test(const u32* in, u32* words) {{\n'
+        f"{WORDS}\nstruct Given {{ const u32* in; u32* words; }};\n"
+        'extern "C" __global__ void test(const Given given) {\n'
+        "  const u32* const in = given.in;\n  u32* const words = given.words;\n"
         "  extern __shared__ __align__(128) u32 shared[];\n"
         f"  const u32 i = threadIdx.x, block = blockIdx.x, blocks = gridDim.x, width = blockDim.x;\n{body}\n}}\n"
     )

@@ -37,6 +37,8 @@ class _Launches(threading.local):
     Attributes:
         size: bytes of the parameters.
         extra: the array that tells cuLaunchKernelEx the packed parameters, item 1, and the address of `size`.
+        parameters: the array that tells it the only parameter of a cooperative launch, which a graph takes no other
+            way.
         configs: a CUlaunchConfig with its attributes, by the blocks of a cluster, `dependent` and `cooperative`.
     """
 
@@ -50,7 +52,8 @@ class _Launches(threading.local):
             c_char_p(addressof(self.size)),
             cuda.CU_LAUNCH_PARAM_END,
         )
-        self.extra_address = addressof(self.extra)
+        self.parameters = (c_char_p * 1)()
+        self.extra_address, self.parameters_address = addressof(self.extra), addressof(self.parameters)
         self.configs = dict[tuple[int, bool, bool], Any]()
 
 
@@ -126,7 +129,8 @@ class Kernel:
         Args:
             grid: blocks in x, y, z.
             threads: threads of a block.
-            arguments: the kernel's parameters, packed with their natural alignment.
+            arguments: the kernel's parameters, packed with their natural alignment; with `cooperative` its only
+                parameter, a structure, as large as C++ makes it.
             stream: a CUstream, as `torch.cuda.current_stream().cuda_stream` has it.
             shared_bytes: dynamic shared memory of a block.
             cluster: blocks of a cluster, in x; `grid[0]` is a multiple of it.
@@ -146,14 +150,19 @@ class Kernel:
             config = launch.configs[cluster, dependent, cooperative] = _config(cluster, dependent, cooperative)
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.sharedMemBytes, config.hStream = threads, shared_bytes, stream
-        launch.size.value, launch.extra[1] = len(arguments), arguments
+        if cooperative:
+            launch.parameters[0] = arguments
+            parameters, extra = launch.parameters_address, 0
+        else:
+            launch.size.value, launch.extra[1] = len(arguments), arguments
+            parameters, extra = 0, launch.extra_address
         code, context = self._get_current()
         if not code and int(context) == self._context:
-            (code,) = self._launch_kernel(config, self._handle, 0, launch.extra_address)
+            (code,) = self._launch_kernel(config, self._handle, parameters, extra)
         else:
             # A thread that has not used CUDA yet, or one that is at another GPU.
             with driver.current(self._context):
-                (code,) = self._launch_kernel(config, self._handle, 0, launch.extra_address)
+                (code,) = self._launch_kernel(config, self._handle, parameters, extra)
         if code:
             if code.name == "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE":
                 raise self._too_large(grid, threads, shared_bytes)

@@ -39,6 +39,7 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="q6k-emulator-")
 
 MOST_BLOCKS = (1 << 31) - 1, 65535, 65535
 
+_CONSTANT = re.compile(r"^const (?=\w+ \w+$)")
 _BRACE = re.compile(r"^\s*[{}]\s*$", re.MULTILINE)
 _REGISTERS = {".pred": "bool"}
 _ASM = re.compile(r"\basm\b(?:\s+volatile)?\s*\(")
@@ -158,7 +159,7 @@ def _compile(*options: str) -> None:
 
 def _launcher(kernel: str, parameters: str) -> str:
     """Return C++ that calls a kernel with a packed buffer of arguments."""
-    members = [parameter.strip() for parameter in parameters.split(",")]
+    members = [_CONSTANT.sub("", parameter.strip()) for parameter in parameters.split(",")]
     names = [re.findall(r"\w+", member)[-1] for member in members]
     return f"""
 struct Arguments_{kernel} {{ {"; ".join(members)}; }};
