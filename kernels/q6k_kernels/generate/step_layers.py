@@ -17,7 +17,7 @@ from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.mixture import Mixture, MixtureNorms
 from q6k_kernels.models.architecture import LINEAR, Architecture
 from q6k_kernels.models.fusing import GATE_UP, IN_PROJ, QK, QKV, Group, ReorderedInput, Stacks
-from q6k_kernels.models.layer import Angles, ExpertsForm
+from q6k_kernels.models.layer import ExpertsForm, Rotation
 from q6k_kernels.models.ranks import SpreadExperts
 from q6k_kernels.weights.layers import PackedLinear
 
@@ -107,10 +107,10 @@ class Layers:
         self._architecture, self._config = architecture, config
         self._epsilon = float(config.layer_norm_eps if architecture.norms.centred else config.rms_norm_eps)
         self._growth = _growth(architecture.growth_of_queries(config), cache)
-        rotary, form = inner.rotary_emb, architecture.rotation.angles
+        rotary, rotation = inner.rotary_emb, architecture.rotation
         # Kinds of layers may each have their own angles.
         self._angles = {
-            kind: _angles(rotary, (kind,) if kind in config.rope_parameters else (), form, cache)
+            kind: _angles(rotary, (kind,) if kind in config.rope_parameters else (), rotation, cache)
             for kind in set(cache.kinds) - {LINEAR}
         }
 
@@ -254,17 +254,17 @@ def _projections(module: Any, group: Group, widths: list[int]) -> Projections:
     return Projections(list(joined.layers) if isinstance(joined, Stacks) else [joined], widths)
 
 
-def _angles(rotary: Any, kind: tuple[str, ...], form: Angles, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
+def _angles(rotary: Any, kind: tuple[str, ...], rotation: Rotation, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
     """Compute the cosines and sines of the rotary angles of all positions, float32 (slots, pairs of a head)."""
     tables: tuple[list[Tensor], list[Tensor]] = [], []
     dtype_of = torch.empty(0, device=cache.device)
     for begin in range(0, cache.slots, ANGLES_AT_ONCE):
         positions = torch.arange(begin, min(begin + ANGLES_AT_ONCE, cache.slots), device=cache.device)
-        # Positions in time, height and width, where transformers tells them apart: equal in a text.
-        given = positions.expand(3, 1, -1) if hasattr(rotary, "mrope_section") else positions[None]
+        given = positions[None] if rotation.axes == 1 else positions.expand(rotation.axes, 1, -1)
         for table, both in zip(tables, rotary(dtype_of, given, *kind), strict=True):
             angles = both[0]
-            table.append({"halves": angles.chunk(2, -1)[0], "neighbours": angles[:, ::2], "once": angles}[form])
+            forms = {"halves": angles.chunk(2, -1)[0], "neighbours": angles[:, ::2], "once": angles}
+            table.append(forms[rotation.angles])
     cosines, sines = (torch.cat(table).contiguous() for table in tables)
     return cosines, sines
 

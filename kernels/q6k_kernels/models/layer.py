@@ -87,11 +87,13 @@ class Rotation:
         angles: how transformers' rotary embedding repeats the angles of pairs: in two halves, so that neighbours
             have the same, or not at all.
         rotates: whether a module of attention rotates its heads.
+        axes: numbers of a position: 3 where transformers tells time, height and width apart, equal in a text.
     """
 
     neighbours: bool = False
     angles: Angles = "halves"
     rotates: Callable[[Any], bool] = _always
+    axes: Literal[1, 3] = 1
 
 
 HALVES_ROTATE = Rotation()

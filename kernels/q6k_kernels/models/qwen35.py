@@ -28,7 +28,7 @@ from q6k_kernels.models.hyperparameters import (
     Shapes,
     scaled_rope,
 )
-from q6k_kernels.models.layer import ExpertsForm, HeadNorms
+from q6k_kernels.models.layer import ExpertsForm, HeadNorms, Rotation
 from q6k_kernels.models.sizes import common_sizes, head_sizes, matrix, mixture_sizes, sizes
 from q6k_kernels.models.stored import AS_IT_IS, Stored
 
@@ -164,6 +164,7 @@ _DENSE = Architecture(
     head_norms=HeadNorms(),
     sizes=partial(sizes, gated=True),
     gated_attention=True,
+    rotation=Rotation(axes=3),
 )
 ROWS = (
     _DENSE,
