@@ -17,6 +17,8 @@ THREADS, GROUPS = 256, (1, 2, 3)
 MOST_K = 16 * THREADS * GROUPS[-1]
 MOST_MIXED = 8192
 """The most values of a row with further norms, or with the sum of a mixture."""
+CENTRED = (ADD_NORM,)
+"""Kernels whose norms may be centred: no architecture that centres its norms has a mixture of experts."""
 _COMMON = "@PPPPPPPPfffi"
 _ADD_NORM, _ADD_NORMS, _ADD_MIXTURE = (struct.Struct(_COMMON + more) for more in ("", "PPPP", "PPPPii"))
 
@@ -91,7 +93,7 @@ def _weight(norm: Norm | None) -> int:
 
 @cache
 def variant(kernel: str, macros: Defines, k: int, centred: bool) -> Variant:
-    """Return the variant of a kernel for rows of k values and for norms that are centred or not."""
+    """Return the variant of a kernel for rows of k values and for norms that are centred or not, see `CENTRED`."""
     groups = next(count for count in GROUPS if k <= 16 * THREADS * count)
     return FILE, kernel, (*macros, ("Q6K_NORM_GROUPS", groups), ("Q6K_CENTRED", int(centred)))
 
@@ -99,6 +101,10 @@ def variant(kernel: str, macros: Defines, k: int, centred: bool) -> Variant:
 def variants(macros: Defines) -> list[Variant]:
     """Return the kernels with the macros of a step."""
     sizes = [16 * THREADS * groups for groups in GROUPS]
-    mixed = [(kernel, k, False) for kernel in (ADD_NORMS, ADD_MIXTURE) for k in sizes if k <= MOST_MIXED]
-    alone = [(ADD_NORM, k, centred) for k in sizes for centred in (False, True)]
-    return [variant(kernel, macros, k, centred) for kernel, k, centred in [*alone, *mixed]]
+    rows = [(ADD_NORM, k) for k in sizes]
+    rows += [(kernel, k) for kernel in (ADD_NORMS, ADD_MIXTURE) for k in sizes if k <= MOST_MIXED]
+    return [
+        variant(kernel, macros, k, centred)
+        for kernel, k in rows
+        for centred in ((False, True) if kernel in CENTRED else (False,))
+    ]
