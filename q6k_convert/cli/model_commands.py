@@ -66,6 +66,32 @@ def generate(
             show_default="as many as there can be",
         ),
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help='Answer the prompts of a file, several at once: a line like {"prompt": "Once"} each.',
+            show_default="none",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Write the answers to --prompts to this file, in their order; it is FILE.jsonl.part until whole.",
+            show_default="none",
+        ),
+    ] = None,
+    texts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=32,
+            metavar="N",
+            help="Answer N of --prompts at once.",
+            show_default="32 on a GPU if they fit, 8 on the CPU",
+        ),
+    ] = None,
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
     top_p: TopPOption = None,
@@ -84,26 +110,44 @@ def generate(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Continue a text with a bundle's model, or answer it with --chat."""
+    """Continue a text with a bundle's model, or answer it with --chat; or answer a file of prompts.
+
+    A line of --prompts has `prompt`, or `messages` as for a chat, and may have an `id` and settings of its own:
+    max_new_tokens, temperature, top_k, top_p, min_p, repeat_penalty, repeat_last, seed, stop. The file is checked
+    before the first answer. The seed grows by one from line to line.
+
+    An answer has `text`, `stop_reason` and `token_ids`, or `error`; then the exit code is 3. A run that was stopped
+    goes on where it was: give the same command again.
+    """
     with reporting(as_json, quiet, verbose) as terminal:
         from q6k_convert.cli.given import bundle_path
-        from q6k_convert.run.generate_command import GenerateRequest, run
+        from q6k_convert.errors import UsageError
+        from q6k_convert.run import generate_command, prompts_command
         from q6k_convert.run.sampling_request import SamplingRequest
         from q6k_convert.run.session import ModelRequest
 
+        if (prompts is None) != (out is None) or (prompts is None and texts is not None):
+            raise UsageError("--prompts, --out and --texts belong together", "Give --prompts and --out.")
+        if prompts is not None and prompt is not None:
+            raise UsageError("--prompt and --prompts are both given", "Give one of them.")
         path = bundle_path(bundle, "q6k-convert generate", terminal)
-        request = GenerateRequest(
-            model=ModelRequest(path, device, dtype, activations, weights, tokenizer),
-            prompt=prompt,
-            chat=chat,
-            system=system,
-            max_new_tokens=max_new_tokens,
-            context=context,
-            sampling=SamplingRequest(
-                temperature, top_k, top_p, min_p, repeat_penalty, repeat_last, seed, tuple(stop or ()), logprobs
-            ),
+        model = ModelRequest(path, device, dtype, activations, weights, tokenizer)
+        sampling = SamplingRequest(
+            temperature, top_k, top_p, min_p, repeat_penalty, repeat_last, seed, tuple(stop or ()), logprobs
         )
-        terminal.document(run(request, terminal.stream, terminal.note, terminal.progress))
+        if prompts is None or out is None:
+            request = generate_command.GenerateRequest(
+                model, prompt, chat, system, max_new_tokens, context, sampling
+            )
+            document = generate_command.run(request, terminal.stream, terminal.note, terminal.progress)
+        else:
+            several = prompts_command.PromptsRequest(
+                model, prompts, out, texts, chat, system, max_new_tokens, context, sampling
+            )
+            document = prompts_command.run(several, terminal.note, terminal.progress)
+        terminal.document(document)
+        if document["status"] != "done":
+            raise typer.Exit(int(ExitCode.INPUT_REJECTED))
 
 
 def export(

@@ -49,6 +49,50 @@ class Answer:
         return self.steps / self.seconds if self.steps > 0 and self.seconds > 0 else None
 
 
+class Writing:
+    """An answer whose tokens become text as they come.
+
+    Attributes:
+        answer: the answer so far.
+
+    Args:
+        tokenizer: the tokenizer.
+        stop: texts that end it.
+        write: called with each piece.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop: tuple[str, ...], write: Callable[[str], object] = lambda _: None
+    ) -> None:
+        self.answer = Answer()
+        self._stops, self._stream, self._write = StopTexts(stop), tokenizer.stream(), write
+
+    def push(self, token: int) -> bool:
+        """Add a token; return whether a stop text was found."""
+        self.answer.tokens.append(token)
+        self._put(self._stops.push(self._stream.push(token)))
+        return self._stops.found is not None
+
+    def end(self, reason: str, *, complete: bool) -> Answer:
+        """Return the answer.
+
+        Args:
+            reason: why its tokens ended.
+            complete: whether no more of them could come.
+        """
+        if complete:
+            self._put(self._stops.push(self._stream.end()))
+        self.answer.stop_text = self._stops.found
+        self.answer.stop_reason = "stop" if self._stops.found is not None else reason
+        self._put(self._stops.end())
+        return self.answer
+
+    def _put(self, piece: str) -> None:
+        if piece:
+            self.answer.text += piece
+            self._write(piece)
+
+
 class Answering:
     """A generator with what turns its tokens into text, and ends an answer.
 
@@ -71,10 +115,8 @@ class Answering:
         stop: tuple[str, ...],
         write: Callable[[str], None],
     ) -> None:
-        ends = model.generation_config.eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
         self.generator, self._tokenizer, self._write = generator, tokenizer, write
-        self._stop_ids, self._stop = tokenizer.stop_ids | frozenset(ends), stop
+        self._stop_ids, self._stop = stop_ids(tokenizer, model), stop
 
     def prepare(self, prompt: list[int], tokens: int | None = None) -> None:
         """Compile kernels and record the steps of an answer of so many tokens, so that no timing counts it."""
@@ -90,28 +132,19 @@ class Answering:
             most: 1 or more.
             stopped: asked after each token whether the answer has to end.
         """
-        answer, stops, stream = Answer(), StopTexts(self._stop), self._tokenizer.stream()
-        generator, begin = self.generator, self.generator.length
-
-        def put(piece: str) -> None:
-            if piece:
-                answer.text += piece
-                self._write(piece)
-
+        writing = Writing(self._tokenizer, self._stop, self._write)
+        generator, begin, complete = self.generator, self.generator.length, False
         start = time.perf_counter()
         tokens = generator.generate(most, self._stop_ids)
         for token in tokens:
-            answer.tokens.append(token)
-            put(stops.push(stream.push(token)))
-            if stops.found is not None or stopped():
+            if writing.push(token) or stopped():
                 break
         else:
-            put(stops.push(stream.end()))
+            complete = True
         tokens.close()  # type: ignore[attr-defined]
-        answer.seconds = time.perf_counter() - start
-        answer.stop_text = stops.found
-        answer.stop_reason = "stop" if stops.found is not None else generator.stop_reason or "interrupted"
-        put(stops.end())
+        seconds = time.perf_counter() - start
+        answer = writing.end(generator.stop_reason or "interrupted", complete=complete)
+        answer.seconds = seconds
         answer.steps = len(answer.tokens) - 1 + (generator.stop_reason == "stop")
         if generator.likelihoods is not None:
             answer.likelihoods = generator.likelihoods.read(begin, answer.tokens)
@@ -140,6 +173,12 @@ class Answering:
         # The logarithm of a probability that is 0 in float32 is no number of JSON.
         finite = logprob if logprob > float("-inf") else None
         return {"token_id": token, "text": self._tokenizer.decode([token]), "logprob": finite}
+
+
+def stop_ids(tokenizer: Tokenizer, model: PreTrainedModel) -> frozenset[int]:
+    """Return the tokens that end an answer, by the tokenizer or the model's configuration."""
+    ends = model.generation_config.eos_token_id
+    return tokenizer.stop_ids | frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
 
 
 def rated(answer: Answer) -> str:

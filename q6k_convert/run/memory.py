@@ -85,19 +85,20 @@ def free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-def planned(memory: dict[str, Any], free: int | None, *, cached: bool = True) -> str:
+def planned(memory: dict[str, Any], free: int | None, *, cached: bool = True, texts: int = 1) -> str:
     """Return the line of a plan: what weights and cache take, and what is free; "" if there is nothing to say.
 
     Args:
         memory: what `model_memory` returned.
         free: bytes that are free on the GPU, or None.
         cached: whether there will be a cache.
+        texts: the texts that it is for, each of so many tokens.
 
     Raises:
         EnvironmentMissingError: the weights alone do not fit.
         UsageError: weights and cache do not fit.
     """
-    weights, cache = memory["weights_bytes"], cached * (memory["cache_bytes"] or 0)
+    weights, cache = memory["weights_bytes"], cached * texts * (memory["cache_bytes"] or 0)
     if free is not None and weights > free:
         raise EnvironmentMissingError(
             f"the weights take {text.size(weights)} of GPU memory, and {text.size(free)} are free",
@@ -108,12 +109,13 @@ def planned(memory: dict[str, Any], free: int | None, *, cached: bool = True) ->
         parts.append(f"a cache whose size is not known: {memory['cache_problem']}")
     elif cached:
         tokens = text.plural(memory["context"], "token")
+        tokens = tokens if texts == 1 else f"{texts} texts of {tokens}"
         parts.append(f"{text.size(cache)} of cache for {tokens}")
         if free is not None and weights + cache > free:
             raise UsageError(
                 f"the cache of {tokens} takes {text.size(cache)} of GPU memory; of {text.size(free)} free, the "
                 f"weights leave {text.size(free - weights)}",
-                "Give a shorter --context.",
+                "Give a shorter --context." if texts == 1 else "Give fewer --texts, or a shorter --context.",
             )
     of_free = "" if free is None else f", {text.size(free)} are free"
     return f"memory: {' and '.join(parts)}{of_free}" if parts else ""

@@ -65,16 +65,20 @@ class Sampling:
 
     def generator(self, model: PreTrainedModel, capacity: int) -> Generator:
         """Make a generator that draws by these settings."""
-        from q6k_kernels.generate.filters import Filters
         from q6k_kernels.generate.generator import Generator
 
-        settings, last = dict(self.settings), self.settings["repeat_last"]
-        temperature, seed = settings.pop("temperature"), settings.pop("seed")
-        filters = Filters(**settings | {"repeat_last": None if last == WHOLE_TEXT else last})
-        logprobs = self.request.logprobs
-        return Generator(
-            model, capacity=capacity, temperature=temperature, seed=seed, filters=filters, logprobs=logprobs
-        )
+        drawing, logprobs = drawn_by(self.settings), self.request.logprobs
+        return Generator(model, capacity=capacity, logprobs=logprobs, **drawing)
+
+
+def drawn_by(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings as a generator takes them: `temperature`, `seed` and `filters`."""
+    from q6k_kernels.generate.filters import Filters
+
+    rest = dict(settings)
+    temperature, seed, last = (rest.pop(name) for name in ("temperature", "seed", "repeat_last"))
+    filters = Filters(**rest, repeat_last=None if last == WHOLE_TEXT else last)
+    return {"temperature": temperature, "seed": seed, "filters": filters}
 
 
 def settled(request: SamplingRequest, metadata: Metadata, note: Callable[[str], None]) -> Sampling:

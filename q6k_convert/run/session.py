@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from q6k_convert import text
 from q6k_convert.errors import UsageError
@@ -98,8 +98,18 @@ class Session:
             self.note(f"note: {line}")
         return tokenizer
 
-    def model(self, context: int | None, progress: Progress) -> PreTrainedModel:
+    def memory(self, context: int | None) -> dict[str, Any]:
+        """Return the memory that the model takes with a cache of so many tokens, see `memory.model_memory`."""
+        sizes = loaded_sizes(self.manifest.tensors)
+        return model_memory(self.metadata, sizes, context, self.dtype.itemsize)
+
+    def model(self, context: int | None, progress: Progress, texts: int = 1) -> PreTrainedModel:
         """Say what memory the model takes with a cache of so many tokens, or without one, and load it.
+
+        Args:
+            context: tokens of a text, or None for no cache.
+            progress: makes a progress display from a total in bytes and a label.
+            texts: the texts at once.
 
         Raises:
             EnvironmentMissingError: see `memory.planned`.
@@ -110,9 +120,8 @@ class Session:
 
         from q6k_kernels import load_model
 
-        sizes = loaded_sizes(self.manifest.tensors)
-        memory = model_memory(self.metadata, sizes, context, self.dtype.itemsize)
-        if plan := planned(memory, free_bytes(self.device), cached=context is not None):
+        memory, free = self.memory(context), free_bytes(self.device)
+        if plan := planned(memory, free, cached=context is not None, texts=texts):
             self.note(plan)
         request, total = self.request, sum(tensor.nbytes for tensor in self.manifest.tensors)
         form, why = self._form()

@@ -151,6 +151,7 @@ def test_a_plan_that_does_not_fit_is_refused() -> None:
     assert planned(memory, None) == "memory: 1.00 GB of cache for 4096 tokens"
     both = "memory: 5.00 GB of weights and 1.00 GB of cache for 4096 tokens, 6.00 GB are free"
     assert planned(memory, 6 * 10**9) == both
+    assert planned(memory, None, texts=3) == "memory: 3.00 GB of cache for 3 texts of 4096 tokens"
     assert planned(memory, 5 * 10**9, cached=False) == "memory: 5.00 GB of weights, 5.00 GB are free"
     assert planned(memory, None, cached=False) == ""
     with pytest.raises(

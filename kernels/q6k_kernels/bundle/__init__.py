@@ -10,6 +10,7 @@ __all__ = [
     "manifest",
     "metadata",
     "naming",
+    "parsing",
     "published",
     "shards",
     "stated_sampling",
