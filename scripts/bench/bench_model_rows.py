@@ -42,19 +42,21 @@ class Target:
         return bool(value <= self.bound if self.sense == "<=" else value >= self.bound)
 
 
-def _targets(decode: int, prefill: int) -> tuple[Target, ...]:
+def _targets(decode: dict[int, int], prefill: dict[int, int]) -> tuple[Target, ...]:
+    """Return a model's targets: tokens a second of decoding by the tokens before it, and of prompts by length."""
     return (
         Target("load", "gb_per_s", ">=", 3.5, "3.5 GB/s"),
         Target("memory", "share_of_needed", "<=", 1.06, "packed + KV + 6%"),
-        Target("decode", "tokens_per_s", ">=", decode, f"{decode} tokens/s", 2043),
-        Target("prefill", "tokens_per_s", ">=", prefill, f"{prefill:,} tokens/s", 2048),
+        *(Target("decode", "tokens_per_s", ">=", rate, f"{rate:,} tokens/s", at) for at, rate in decode.items()),
+        *(Target("prefill", "tokens_per_s", ">=", rate, f"{rate:,} tokens/s", at) for at, rate in prefill.items()),
     )
 
 
 TARGETS = {
-    ("llama-8b", "q6_k"): _targets(455, 38_000),
-    ("llama-8b", "q4_k_m"): _targets(560, 30_000),
-    ("gemma-27b", "q4_k_m"): _targets(185, 8_500),
+    ("llama-1b", "q6_k"): _targets({2043: 2450}, {}),
+    ("llama-8b", "q6_k"): _targets({2043: 535, 32_768: 365}, {512: 30_000, 2048: 38_000, 8192: 33_000}),
+    ("llama-8b", "q4_k_m"): _targets({2043: 650}, {2048: 30_000}),
+    ("gemma-27b", "q4_k_m"): _targets({2043: 200}, {2048: 8_500}),
 }
 """Targets of whole models on an H200, by shape and mix."""
 COLUMNS = (

@@ -145,6 +145,7 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
+        Shape("llama-1b", 16, 2048, 8192, 32, 8, 64, 128256),
         Shape("llama-8b", 32, 4096, 14336, 32, 8, 128, 128256),
         Shape("gemma-27b", 62, 5376, 21504, 32, 16, 128, 262144, 131072, 1_000_000.0, window=1024),
         Shape(
@@ -159,4 +160,4 @@ SHAPES = {
         Shape("tiny-gemma4-experts", 6, 256, 512, 4, 2, 64, 512, 1024, 1_000_000.0, 16, (1, 128), (8, 2, 256)),
     )
 }
-"""Shapes by name: Llama 3.1 8B, Gemma 3 27B, Gemma 4 31B and 26B-A4B, and a tiny one of each for a quick look."""
+"""Shapes by name: Llama 3.2 1B, 3.1 8B, Gemma 3 27B, Gemma 4 31B, 26B-A4B, and tiny ones for a quick look."""

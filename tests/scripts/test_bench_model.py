@@ -131,10 +131,10 @@ def test_gemma4_has_the_published_sizes() -> None:
 
 
 def test_only_whole_models_have_targets() -> None:
-    assert [each.words for each in rows_of.targets_of(GEMMA, "q4_k_m")][2:] == ["185 tokens/s", "8,500 tokens/s"]
+    assert [each.words for each in rows_of.targets_of(GEMMA, "q4_k_m")][2:] == ["200 tokens/s", "8,500 tokens/s"]
     assert rows_of.targets_of(GEMMA.with_layers(6), "q4_k_m") == ()
     assert rows_of.targets_of(TINY, "q6_k") == ()
-    assert {(each["shape"], each["mix"]) for each in FIGURES} == set(rows_of.TARGETS)
+    assert {(each["shape"], each["mix"]) for each in FIGURES} == set(rows_of.TARGETS) - {("llama-1b", "q6_k")}
 
 
 @pytest.mark.parametrize(
@@ -163,6 +163,13 @@ def test_llama_has_the_published_sizes() -> None:
     np.testing.assert_allclose(
         synthetic_model.frequency_factors(LLAMA), llama3_factors(128, 500_000.0, 8.0, 1.0, 4.0, 8192), rtol=1e-6
     )
+
+
+def test_the_smallest_llama_has_the_published_size() -> None:
+    """Its head is the embedding, which here is a second matrix of the same size: a token needs as many weights."""
+    shape = SHAPES["llama-1b"]
+    assert shape.multiplied + sum(shape.norms.values()) == 1_235_814_400
+    assert shape.kv_bytes(1) == 32768
 
 
 def test_a_written_model_is_a_whole_gguf_of_random_weights(model: Path) -> None:
@@ -235,7 +242,7 @@ def test_the_roofline_of_a_token_is_the_time_of_its_bytes() -> None:
     assert (row["tokens_per_s"], row["gpu_tokens_per_s"], row["ms"]) == (500.0, 512.0, 2.0)
     assert row["roofline_share"] == pytest.approx(500 * read / 4e12)
     assert row["peer_tokens_per_s"] == 201.3
-    assert row["targets"] == [{"target": "455 tokens/s", "met": True}]
+    assert row["targets"] == [{"target": "535 tokens/s", "met": False}]
     assert "targets" in judged(row, whole=False)
     assert row["targets"] == []
 
