@@ -37,6 +37,16 @@ static inline void wait(u32 barrier, u32 parity) {
         "}" : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
   }
 }
+static inline bool test(u32 barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{\\n"
+      ".reg .pred passed;\\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 passed, [%1], %2;\\n"
+      "selp.u32 %0, 1, 0, passed;\\n"
+      "}" : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+  return done;
+}
 static inline void copy(u32 to, const void* from, u32 bytes, u32 barrier) {
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -92,12 +102,18 @@ def ring(wait: str, together: str) -> Kernel:
 
 
 WAIT, TOGETHER = "wait(barriers + tile % 2 * 8, tile / 2 % 2);", "__syncwarp();"
+TEST = "while (!__all_sync(~0u, test(barriers + tile % 2 * 8, tile / 2 % 2))) {}"
 TURNED = DATA[:2048].reshape(32, 64)[:, ::-1].tobytes()
 
 
 @pytest.mark.parametrize(
     ("wait", "together", "right"),
-    [(WAIT, TOGETHER, True), (f"if (lane == 0) {WAIT}", TOGETHER, False), (WAIT, "", False)],
+    [
+        (WAIT, TOGETHER, True),
+        (TEST, TOGETHER, True),
+        (f"if (lane == 0) {WAIT}", TOGETHER, False),
+        (WAIT, "", False),
+    ],
 )
 def test_a_ring_of_tiles(wait: str, together: str, right: bool) -> None:
     """A lane that does not wait reads too early; one that comes late finds another tile, or waits for ever."""
@@ -133,6 +149,21 @@ def test_threads_arrive_as_well(order: int) -> None:
     phases.order = order
     rows = DATA[: 5 * 64].reshape(5, 64)
     assert run(phases, 320, 64) == (rows[:, ::-1] + 1 + rows).tobytes()
+
+
+def test_a_test_does_not_wait() -> None:
+    """It may find nothing at first, and finds the bytes in the end; the clock goes on meanwhile."""
+    tests = kernel("""
+  u64 before, after;
+  make(first, 1); expect(first, 16); copy(first + 64, in, 16, first);
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(before));
+  for (int j = 0; j < 4; ++j) out[j] = test(first, 0);
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(after));
+  out[4] = after > before, out[5] = test(first, 1);""")
+    seen = []
+    for tests.order in (0, 1):
+        seen.append(list(run(tests, 6, 1)))
+    assert seen == [[0, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 0]]
 
 
 @pytest.mark.parametrize(

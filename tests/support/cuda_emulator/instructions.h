@@ -184,6 +184,11 @@ static inline void ld_relaxed_gpu_global_v4_u32(uint32_t& a, uint32_t& b, uint32
 static inline void st_relaxed_gpu_global_u32(void* to, uint32_t a) { emulated_tell(to, a); }
 static inline void st_relaxed_gpu_global_u64(void* to, unsigned long long a) { emulated_tell(to, a); }
 static inline void nanosleep_u32(uint32_t) { emulator::give_way(); }
+static inline void mov_u64(unsigned long long& d, unsigned long long a) { d = a; }
+static inline unsigned long long emulated_globaltimer() {  // of a clock that whoever looks at it winds
+  static unsigned long long time;
+  return ++time;
+}
 
 // ---- clusters and launches ---------------------------------------------------------------------------------
 
