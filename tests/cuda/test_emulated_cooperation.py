@@ -65,6 +65,7 @@ def test_fp32_comes_with_a_tag_of_its_own() -> None:
 FOREVER = {
     "sleep": "while (load_one(words) != 1) rest();",
     "no sleep": "while (load_one(words) != 1) {}",
+    "a lane": "while (__shfl_sync(~0u, i % 32 == 7 ? load_one(words) : 0, 7) != 1) {}",
     "a warp": "while (__shfl_sync(~0u, load_one(words), 0) != 1) { rest(); __syncwarp(); }",
 }
 

@@ -80,10 +80,8 @@ static inline void mbarrier_try_wait_parity_shared_cta_b64(bool& passed, uint32_
 // Or to whoever asks for the fourth time, as that may be all that anybody does.
 static inline void mbarrier_test_wait_parity_shared_cta_b64(bool& passed, uint32_t address, uint32_t parity) {
   EmulatedBarrier& barrier = EmulatedBarrier::at(address);
-  if (++emulator::current->polls % 4 == 0) {
-    emulated_arrivals(barrier, address, parity);
-    emulator::give_way();
-  }
+  emulator::look();
+  if (emulator::current->looks % 4 == 0) emulated_arrivals(barrier, address, parity);
   passed = barrier.phase != parity;
 }
 static inline void selp_u32(uint32_t& d, uint32_t a, uint32_t b, bool which) { d = which ? a : b; }

@@ -37,14 +37,21 @@ void wait_for(const uint64_t& generation) {
   if (_setjmp(current->at) == 0) switch_out();
 }
 
+static Warp& warp_of(const Fiber& fiber) { return fiber.block->warps[fiber.number / WARP]; }
+
 void give_way() {
   current->waits_for = nullptr;
-  current->spins = SPIN;
+  warp_of(*current).spins = SPIN;
   if (_setjmp(current->at) == 0) switch_out();
 }
 
+void look() {
+  warp_of(*current).spins = SPIN;
+  if (++current->looks % LOOKS == 0) give_way();
+}
+
 static void end_of_thread() {
-  Warp& warp = current->block->warps[current->number / WARP];
+  Warp& warp = warp_of(*current);
   if (warp.arrived) fail(std::string("a thread ends while its warp waits at ") + warp.operation);
   current->done = true;
   --warp.alive;
@@ -130,7 +137,7 @@ static void run_blocks(Dimensions first, uint32_t size, uint32_t threads, uint32
       fiber.start.uc_stack.ss_sp = fiber.stack, fiber.start.uc_stack.ss_size = STACK, fiber.start.uc_link = nullptr;
       makecontext(&fiber.start, enter, 0);
       fiber.block = &block, fiber.index = {i, 0, 0}, fiber.number = (int)i;
-      fiber.begun = fiber.done = false, fiber.waits_for = nullptr, fiber.spins = 0, fiber.polls = 0;
+      fiber.begun = fiber.done = false, fiber.waits_for = nullptr, fiber.looks = 0;
       fiber.copies.clear();
       ++block.warps[i / WARP].alive;
     }
@@ -153,10 +160,11 @@ static void run_blocks(Dimensions first, uint32_t size, uint32_t threads, uint32
       progress = true;
       switch_to(fiber);
       if (!failure.empty()) return;
-      if (fiber.done || !fiber.spins) {
+      Warp& warp = warp_of(fiber);
+      if (fiber.done || !warp.spins) {
         work = true;
       } else {
-        --fiber.spins;
+        --warp.spins;
       }
     }
     if (!late.empty() && (!progress || idle == LATE)) {

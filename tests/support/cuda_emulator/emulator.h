@@ -32,8 +32,9 @@ constexpr size_t SHARED = 232448;  // 227 KB, the most of any GPU
 constexpr size_t GUARD = 4096;     // bytes after a block's that nobody may write
 constexpr int WARP = 32;
 constexpr uint8_t GARBAGE = 0xFB;
-constexpr int SPIN = 16;            // turns after it gave way for which a thread counts as spinning
-constexpr int LATE = 2 * SPIN;      // idle rounds after which the next block begins, where they begin one by one
+constexpr int SPIN = 512;           // turns of a warp's lanes for which it counts as spinning, after one has looked
+constexpr int LOOKS = 16;           // for what other blocks write, after which a thread gives way
+constexpr int LATE = 32;            // idle rounds after which the next block begins, where they begin one by one
 constexpr int IDLE_ROUNDS = 10000;  // in which threads only spin: they would do so for ever
 
 struct Copy { void* to; const void* from; int bytes; bool commits; };
@@ -44,6 +45,7 @@ struct Bulk { void* to; const void* from; int bytes; uint32_t barrier; };
 struct Warp {
   uint64_t generation;
   int arrived, alive;
+  int spins;  // turns for which it still counts as spinning
   const char* operation;
   void* operands[WARP];
 };
@@ -77,8 +79,7 @@ struct Fiber {
   Dimensions index;
   int number;
   bool begun, done;
-  int spins;                  // turns for which it still counts as spinning
-  uint32_t polls;             // loads of what other blocks write
+  uint32_t looks;             // for what other blocks write
   const uint64_t* waits_for;  // runs on when this is no longer `seen`
   uint64_t seen, cluster_phase;
   std::vector<Copy> copies;   // asynchronous, in order; an entry that `commits` ends a group
@@ -94,7 +95,8 @@ extern bool wrote;  // something that other blocks may wait for
 
 [[noreturn]] void fail(const std::string& why);
 void wait_for(const uint64_t& generation);
-void give_way();  // of a thread that spins, or may
+void give_way();
+void look();  // of a thread that may be in a loop, until it finds something
 
 // Runs a grid, `side_by_side` all its blocks at once. `order` 0 takes threads as they are numbered, others shuffle
 // them. Returns what failed, or null.

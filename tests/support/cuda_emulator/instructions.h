@@ -162,7 +162,7 @@ static inline void atom_acq_rel_gpu_global_add_u32(uint32_t& before, uint32_t* a
 template <typename Word>
 static inline Word emulated_poll(const void* from) {
   if ((uintptr_t)from % sizeof(Word)) emulator::fail("misaligned load of what another block writes");
-  if (++emulator::current->polls % emulator::SPIN == 0) emulator::give_way();  // it may be in a loop
+  emulator::look();
   Word word;
   memcpy(&word, from, sizeof word);
   return word;
