@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from q6k_convert.errors import InputRejectedError
+from q6k_convert.errors import InputRejectedError, IOFailedError
 from q6k_convert.hub import fetched_bundle, parse
 from q6k_convert.text import plural
 from q6k_kernels.bundle.manifest import is_bundle
@@ -79,17 +80,31 @@ def check_given(path: Path, wanted: Wanted, command: str) -> None:
         _check_file(path, wanted, command)
 
 
+def local_bundle(given: str, command: str) -> Path:
+    """Return the path of a bundle that was given, checked as by `check_given`.
+
+    Raises:
+        InputRejectedError: as `check_given`.
+        IOFailedError: there is nothing of that name.
+    """
+    path = Path(given)
+    check_given(path, "bundle", command)
+    if not os.path.lexists(path):
+        raise IOFailedError(f"{path}: No such file or directory", "Check the path and its permissions.")
+    return path
+
+
 def bundle_path(given: str, command: str, terminal: Terminal) -> Path:
     """Return the path of a bundle that was given, checked as by `check_given`; one of the Hub is downloaded.
 
     Raises:
         InputRejectedError: as `check_given`; or it is the name of a GGUF file on the Hub.
+        IOFailedError: there is nothing of that name, and it is none of the Hub.
         Q6KConvertError: as `hub.resolve`.
     """
-    check_given(Path(given), "bundle", command)
     reference = parse(given, bundle=True)
     if reference is None:
-        return Path(given)
+        return local_bundle(given, command)
     if not reference.bundle:
         name = _stem(Path(reference.file)) if reference.file else reference.repository.partition("/")[2]
         raise _unconverted(f"{reference.text} is a GGUF file of the Hub, not a bundle", given, name, command)

@@ -23,10 +23,7 @@ def hf(
 ) -> None:
     """Write the files that transformers wants into a bundle: configuration, tokenizer, template, model card."""
     with reporting(as_json, quiet, verbose) as terminal:
-        from pathlib import Path
-
-        from q6k_convert.cli.given import check_given
+        from q6k_convert.cli.given import local_bundle
         from q6k_convert.run.publishing import run
 
-        check_given(Path(bundle), "bundle", "q6k-convert hf")
-        terminal.document(run(Path(bundle), weights, terminal.note))
+        terminal.document(run(local_bundle(bundle, "q6k-convert hf"), weights, terminal.note))

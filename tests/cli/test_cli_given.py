@@ -57,6 +57,13 @@ def test_a_gguf_file_given_for_a_bundle_is_to_be_converted_first(command: str, m
         )
 
 
+@pytest.mark.parametrize("command", [*NO_BUNDLE, "inspect", "hf", "chat", "bench"])
+def test_a_path_of_nothing_is_named_as_one(command: str, tmp_path: Path) -> None:
+    """It could not be read; there is no bundle to make again."""
+    done = invoke(command, tmp_path / "none", *NO_BUNDLE.get(command, ()))
+    failed(done, 4, f"{tmp_path / 'none'}: No such file or directory", "Check the path and its permissions")
+
+
 @pytest.mark.parametrize("command", [*NO_BUNDLE, "inspect"])
 def test_a_part_or_the_parent_of_a_bundle_leads_to_it(command: str, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "made here" / "out"

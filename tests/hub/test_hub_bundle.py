@@ -67,7 +67,7 @@ def test_a_path_that_exists_wins(hub: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "made").rename(tmp_path / "org" / "bundle")
     assert invoke("verify", "org/bundle").exit_code == 0
     assert bundle_path("org/bundle", "q6k-convert verify", Terminal(quiet=True)) == Path("org/bundle")
-    failed(invoke("verify", "org/other"), 3, "org/other is not a bundle", "")
+    failed(invoke("verify", "org/other"), 4, "org/other: No such file or directory", "Check the path")
     assert directory_of("org/other") == Path("org/other")
     assert hub.asked == []
 
