@@ -135,6 +135,18 @@ def test_another_configuration_than_the_bundles_is_an_error(llama: Path) -> None
         AutoModelForCausalLM.from_pretrained(llama, rms_norm_eps=0.5)
 
 
+def test_none_for_a_quantisation_is_that_of_the_bundle(llama: Path, tmp_path: Path) -> None:
+    """As many programs pass it; transformers would go on with random weights."""
+    model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=None, dtype=torch.float32)
+    assert torch.equal(logits(model), logits(load_model(llama, activations="auto")))
+    shutil.copytree(llama, tmp_path / "altered")
+    content = json.loads((llama / CONFIG).read_text())
+    for altered in ({}, {"quantization_config": {"quant_method": "q6k"}}):
+        (tmp_path / "altered" / CONFIG).write_text(json.dumps({**content, "quantization_config": None, **altered}))
+        with pytest.raises(UnsupportedModelError, match="expected one with quant_method 'q6k-planar'"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "altered")
+
+
 def test_what_is_missing_is_an_error_and_never_random(llama: Path, tmp_path: Path) -> None:
     convert(llama.parent / "model.gguf", tmp_path / "less", Options(exclude=("blk.1.ffn_up*",)))
     shutil.copy(llama / CONFIG, tmp_path / "less")

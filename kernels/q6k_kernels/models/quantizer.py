@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
+from transformers.quantizers import auto
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from q6k_kernels.bundle.manifest import FORMAT
 from q6k_kernels.errors import UnsupportedModelError
+from q6k_kernels.models.asked_quantizer import guard
 
 if TYPE_CHECKING:
     import torch
@@ -157,3 +159,6 @@ class PlanarQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether torch compiles the model."""
         return True
+
+
+guard(auto)
