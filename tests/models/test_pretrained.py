@@ -278,6 +278,15 @@ def test_what_is_saved_keeps_its_settings(llama: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(model))
 
 
+def test_an_empty_name_is_not_the_current_directory(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="the name of the directory is empty"):
+        load_model(llama).save_pretrained("")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_changed_weights_are_not_saved(llama: Path, tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(llama)
     model.model.norm.weight.data[3] += 1

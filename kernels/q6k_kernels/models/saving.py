@@ -71,6 +71,8 @@ class Saver:
         for name in _UNSUPPORTED:
             if options.get(name):
                 raise UnsupportedModelError(f"save_pretrained writes a bundle, which knows no {name}", _UPLOAD)
+        if not os.fspath(save_directory):
+            raise FileNotFoundError("save_pretrained: the name of the directory is empty. Give one.")
         manifest, to = manifests.read(self._path), Path(save_directory)
         names = (*manifest.files, manifests.NAME)
         if taken := next((to / name for name in names if os.path.lexists(to / name)), None):
