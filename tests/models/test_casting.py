@@ -13,6 +13,7 @@ from torch import nn
 
 from model_cases import MODELS, logits
 from q6k_kernels import PackedEmbedding, PackedLinear, load_model
+from q6k_kernels.errors import UnsupportedModelError
 from tiny_models import F32
 
 CASES = {
@@ -53,6 +54,9 @@ def test_every_conversion_of_torch_is_understood(weights: Any, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("layer", [PackedLinear(256, 16, bias=True), PackedEmbedding(16, 256)])
-def test_a_dtype_that_no_layer_computes_in_is_refused(layer: nn.Module) -> None:
+def test_what_no_packed_layer_can_become_is_refused(layer: nn.Module) -> None:
     with pytest.raises(ValueError, match="expected bfloat16, float16 or float32, found torch.float64"):
         layer.double()
+    with pytest.raises(UnsupportedModelError, match="packed weights, which have no gradients. Train an adapter"):
+        layer.requires_grad_(True)
+    assert not layer.requires_grad_(False).tiles.requires_grad

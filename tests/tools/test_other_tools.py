@@ -90,6 +90,22 @@ def test_sizes_for_a_device_map_are_those_of_packed_weights(bundle: Path) -> Non
     assert expected == pytest.approx(found, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("settings", "targets", "message"),
+    [
+        ({}, ["q_proj"], 'joined with its neighbours.*quantization_config."joined". = False'),
+        ({"joined": False, "weights": "bytes"}, ["q_proj"], "a byte for each weight have no gradients"),
+        ({"joined": False}, "all-linear", "finds torch.nn.Linear, and no packed layers"),
+    ],
+)
+def test_what_a_lora_does_not_fit_is_named(settings: Any, targets: Any, message: str, bundle: Path) -> None:
+    config = AutoConfig.from_pretrained(bundle)
+    config.quantization_config |= settings
+    model = AutoModelForCausalLM.from_pretrained(bundle, config=config)
+    with pytest.raises(UnsupportedModelError, match=message):
+        get_peft_model(model, on_packed_layers(LoraConfig(target_modules=targets, task_type="CAUSAL_LM")))
+
+
 def test_peft_trains_a_lora_that_also_fits_the_original_model(made: tuple[Path, Any], tmp_path: Path) -> None:
     bundle, reference = made
     config = AutoConfig.from_pretrained(bundle)

@@ -16,6 +16,8 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 
 from q6k_kernels.errors import UnsupportedModelError
+from q6k_kernels.models.fusing import Part
+from q6k_kernels.weights.byte_layers import ByteLinear
 from q6k_kernels.weights.layers import PackedLinear
 
 
@@ -35,7 +37,31 @@ class PackedLora(Linear):  # type: ignore[misc]
         )
 
 
+def _refuse_joined(*_: Any, **__: Any) -> NoReturn:
+    raise UnsupportedModelError(
+        "a projection is joined with its neighbours, and an adapter wants it by its name",
+        'Load the model with `config.quantization_config["joined"] = False`.',
+    )
+
+
+def _refuse_bytes(*_: Any, **__: Any) -> NoReturn:
+    raise UnsupportedModelError(
+        "layers of a byte for each weight have no gradients",
+        'Load the model with `config.quantization_config["weights"] = "packed"`.',
+    )
+
+
 def on_packed_layers(config: LoraConfig) -> LoraConfig:
-    """Let a configuration of LoRA apply to packed layers, and return it."""
-    config._register_custom_module({PackedLinear: PackedLora})
+    """Let a configuration of LoRA apply to packed layers, and return it.
+
+    Raises:
+        UnsupportedModelError: the layers are "all-linear", among which PEFT looks for torch's alone.
+    """
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        raise UnsupportedModelError(
+            'target_modules: "all-linear" finds torch.nn.Linear, and no packed layers',
+            'Name them: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"].',
+        )
+    layers = {PackedLinear: PackedLora, Part: _refuse_joined, ByteLinear: _refuse_bytes}
+    config._register_custom_module(layers)
     return config

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.formats.checks import check_dtype
 
 Change = Callable[[Tensor], Tensor]
@@ -27,6 +28,19 @@ class Castable(nn.Module):
     """
 
     kept: ClassVar[tuple[str, ...]] = ("tiles",)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Let no tensor of the layer have a gradient.
+
+        Raises:
+            UnsupportedModelError: gradients are asked for.
+        """
+        if requires_grad:
+            raise UnsupportedModelError(
+                f"a {type(self).__name__} has packed weights, which have no gradients",
+                "Train an adapter beside them, as LoRA of PEFT on linear layers.",
+            )
+        return super().requires_grad_(requires_grad)
 
     def _apply(self, fn: Change, recurse: bool = True) -> Self:
         check_dtype(converted(torch.bfloat16, fn, getattr(self, self.kept[0]).device))
