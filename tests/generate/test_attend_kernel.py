@@ -17,6 +17,7 @@ from cuda_emulator.memory import emulate
 from q6k_kernels import PackedLinear
 from q6k_kernels.cpp.variants import device_like
 from q6k_kernels.cuda import decode
+from q6k_kernels.generate import attend_cuda
 from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.step_cuda import Kernels
 from q6k_kernels.generate.step_reference import TorchOperations
@@ -77,6 +78,34 @@ def test_attention(make: Callable[[torch.dtype], Kernels], dim: int, group: int,
         for one, other in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
             torch.testing.assert_close(one.double(), other.double(), rtol=1e-2, atol=1e-2)
     assert not run._counters.any()
+
+
+@pytest.mark.parametrize(("dim", "stages"), [(64, 3), (256, 2)])
+def test_rings_of_several_pieces(
+    make: Callable[[torch.dtype], Kernels], dim: int, stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one warp, or of three blocks of two warps, whose last turns are those of others."""
+    dtype, slots = torch.float16, 168
+    angles = 3 * random(slots, dim // 2, seed=3)
+    heads = Heads(*(4, 2, dim, dim**-0.5, None, None, None), angles.cos(), angles.sin())
+    q, k, v = (random(1, count * dim, seed=count).to(dtype) for count in (4, 2, 2))
+    for blocks, warps in ((1, 1), (3, 2)):
+        given = {"LONG_SLOTS": 100, "MOST_BLOCKS": blocks, "ATTEND_WARPS": (warps,)}
+        for name, value in {**given, "LONG_STAGES": {dim: stages}}.items():
+            monkeypatch.setattr(attend_cuda, name, value)
+        run = make(dtype)
+        run.reserve(heads)
+        assert attend_cuda.block_of(dim, run._device, slots, False).stages == stages
+        for position in (3, 100, 167):
+            cache = [random(1, 2, slots, dim, seed=each).to(dtype) for each in (5, 6)]
+            mine, theirs = (Cached(*(each.clone() for each in cache), 0) for _ in range(2))
+            at = torch.tensor([position])
+            found = run.attend(q, k, v, heads, mine, at, [nn.Identity()]).halves
+            expected = TorchOperations().attend(q, k, v, heads, theirs, at, []).halves
+            assert found is not None
+            assert expected is not None
+            torch.testing.assert_close(found.double(), expected.double(), rtol=2e-2, atol=2e-2)
+            torch.testing.assert_close(mine.values.double(), theirs.values.double())
 
 
 @pytest.mark.parametrize("part", ["head", "projection", "rotated head"])

@@ -34,6 +34,14 @@ def test_the_size_told_is_that_of_the_cache(tmp_path: Path, name: str) -> None:
                 token = torch.zeros(1, heads, 1, attention.head_dim, dtype=dtype)
                 cache.update(token, token, layer)
         assert cache_bytes(metadata, shapes, capacity, dtype.itemsize) == cache.nbytes, capacity
+        states, cache = cache.states.nbytes, KeyValueCache(config, capacity, torch.device("cpu"), cache_type="int8")
+        for layer, kind in enumerate(cache.kinds):
+            if kind != "linear_attention":
+                attention = model.model.layers[layer].self_attn
+                heads = config.num_attention_heads // attention.num_key_value_groups
+                cache.allocate(layer, heads, attention.head_dim, dtype)
+        told = cache_bytes(metadata, shapes, capacity, dtype.itemsize, codes=True)
+        assert told == cache.nbytes + states, capacity
 
 
 def test_telling_it_needs_no_torch() -> None:

@@ -20,12 +20,21 @@ CASES: list[tuple[int, int, int, int, dict[str, Any]]] = [
     (512, 2, 0, 512, {"norms": True, "values_normed": True, "grows": True}),
     (64, 2, 0, 32, {"neighbours": True, "norms": True, "normed": "projection"}),
     (128, 1, 24, 128, {"sinks": True, "norms": True, "normed": "rotated head"}),
+    (96, 2, 24, 96, {"codes": True}),
+    (512, 1, 0, 64, {"codes": True, "norms": True}),
 ]
 """Size of a head, queries that share keys, window, values that rotate, and what else there is."""
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def cache(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str, window: int) -> Cached:
+    """Return an empty cache, of numbers of a dtype; of int8, with scales."""
+    keys, values = (torch.zeros(shape, dtype=dtype).to(device) for _ in range(2))
+    of_keys, of_values = (torch.zeros(shape[:-1]).to(device) for _ in range(2))
+    return Cached(keys, values, window, scales=(of_keys, of_values) if dtype is torch.int8 else None)
 
 
 def heads_in_chunks(
@@ -73,8 +82,8 @@ def heads_in_chunks(
         neighbours=more.get("neighbours", False),
         sinks=2 * random(key_heads * group).to(device) if "sinks" in more else None,
     )
-    start, shape = 0, (1, key_heads, slots, dim)
-    mine, theirs = (Cached(*(torch.zeros(shape, dtype=dtype).to(device) for _ in "kv"), window) for _ in range(2))
+    start, shape, codes = 0, (1, key_heads, slots, dim), more.get("codes", False)
+    mine, theirs = (cache(shape, torch.int8 if codes else dtype, device, window) for _ in range(2))
     for rows in (21 * scale, 24 * scale + 3, 47 * scale):
         sizes = [heads.count * dim * (1 + heads.gated), key_heads * dim, key_heads * dim]
         product = random(rows, sum(sizes), seed=rows).to(device, dtype).split(sizes, -1)
@@ -85,7 +94,9 @@ def heads_in_chunks(
         )
         torch.testing.assert_close(found.double(), expected.double(), rtol=2e-2, atol=2e-2)
         for one, other in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
-            torch.testing.assert_close(one.double(), other.double(), rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(one.double(), other.double(), rtol=1e-2, atol=1 if codes else 1e-2)
+        for one, other in zip(mine.scales or (), theirs.scales or (), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-2, atol=0)
         start += rows
 
 

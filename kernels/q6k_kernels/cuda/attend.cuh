@@ -3,6 +3,7 @@
 //
 //   Q6K_HEAD_DIM  see heads.cuh
 //   Q6K_WARPS     warps of a block
+//   Q6K_STAGES    pieces of keys in a warp's ring
 //   Q6K_FORMS     0 without code for norms of projections and rotated heads, neighbours, sinks and padding of outputs
 //
 // Whatever does not depend on the previous launch is loaded before the wait for that launch: above all the keys and
@@ -13,6 +14,9 @@
 #endif
 #ifndef Q6K_WARPS
 #define Q6K_WARPS 8
+#endif
+#ifndef Q6K_STAGES
+#define Q6K_STAGES 1
 #endif
 
 static_assert(TOKENS == 1 && !Q6K_FUSED, "a step is of one token, quantised once for all blocks");
@@ -40,8 +44,8 @@ __device__ __forceinline__ u32 gated_pair(u32 pair, const u16* gates) {
 }
 
 // Parameters: the token's q (all heads, DIM), k and v (key heads, DIM), 16-bit, or null for k and v if an earlier
-// launch of this step has written them to the cache; keys and values, the cache (key heads, slots, DIM), 16-bit;
-// cosines and sines fp32 (positions, rotated / 2); q_norm, k_norm fp32 (DIM,), of a projection (all or key heads,
+// launch of this step has written them to the cache; keys and values, the cache (key heads, slots, DIM), 16-bit, or
+// codes with key_scales and value_scales, fp32 (key heads, slots), else null; cosines and sines fp32 (positions, rotated / 2); q_norm, k_norm fp32 (DIM,), of a projection (all or key heads,
 // DIM), or null; the token's position; growth fp32 (positions,), factors of the scores besides `scale`, or null; sinks
 // fp32 (all heads,), scores of no key that take a part of the weights, or null; partials fp32, heads * (DIM + 2) for
 // each block; counters, 0, one for each row of blocks; x 16-bit (all heads * DIM,), or null; codes and steps, as
@@ -53,8 +57,8 @@ __device__ __forceinline__ u32 gated_pair(u32 pair, const u16* gates) {
 // `v_stride` behind those of the one before, its own partials and counters, and x; of more than one `codes` is null.
 // Grid: blocks that share keys, at most MOST_BLOCKS, x (all heads / heads) x texts. Shared memory: AttendBlock::BYTES.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    q6k_attend(const u16* q, const u16* k, const u16* v, u16* keys, u16* values, const float* cosines,
-               const float* sines, const float* q_norm, const float* k_norm, const i64* position, const float* growth,
+    q6k_attend(const u16* q, const u16* k, const u16* v, Held* keys, Held* values, float* key_scales,
+               float* value_scales, const float* cosines, const float* sines, const float* q_norm, const float* k_norm, const i64* position, const float* growth,
                const float* sinks, float* partials, u32* counters, u16* x, u8* codes, float* steps, float scale,
                float softcap, float epsilon, int slots, int window, int heads, int group, int values_normed, int gated,
                int normed, int rotated, int neighbours, const i64* places, i64 q_stride, i64 k_stride, i64 v_stride) {
@@ -72,6 +76,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (places != nullptr) {
     const i64 text = blockIdx.z, before = places[text] * (gridDim.y * heads / group) * slots * DIM;
     keys += before, values += before;
+    if (Q6K_CODES) key_scales += before / DIM, value_scales += before / DIM;
     q += text * q_stride;
     if (k != nullptr) k += text * k_stride, v += text * v_stride;
     position += places[text];
@@ -83,11 +88,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const i64 here = *position;
   if (growth != nullptr) scale *= growth[here];
   const int used = (int)min(here + 1, (i64)slots), own_slot = (int)(window ? here % slots : here);
-  u16* const head_keys = keys + (i64)head * slots * DIM;
-  u16* const head_values = values + (i64)head * slots * DIM;
-  KeyShare share = {head_keys, head_values, here, 0, 0, own_slot, slots, window};
+  Held* const head_keys = keys + (i64)head * slots * DIM;
+  Held* const head_values = values + (i64)head * slots * DIM;
+#if Q6K_CODES
+  float* const own_scale = (threadIdx.x ? value_scales : key_scales) + (i64)head * slots + own_slot;  // of two threads
+#endif
+  KeyShare share = {head_keys, head_values, here, 0, 0, own_slot, slots, window, key_scales + (i64)head * slots,
+                    value_scales + (i64)head * slots};
   take_share(share, used, blockIdx.x, gridDim.x);
-  const AttendBlock<WARPS> block = {share, ring, warp, lane};
+  const AttendBlock<WARPS, Q6K_STAGES> block = {share, ring, warp, lane};
   block.request();
   const float* const here_cosines = cosines + here * (rotated / 2);
   const float* const here_sines = sines + here * (rotated / 2);
@@ -114,27 +123,44 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     rotation.apply(is_key ? k + head * DIM : q + (row * heads + vector) * query_size, form,
                    (is_key ? k_norm : q_norm) != nullptr, is_key ? of_keys : of_queries,
                    shared.queries[is_key ? HEADS : vector]);
+#if Q6K_CODES
+    __syncwarp();
+    if (is_key) code_vector(shared.queries[HEADS], shared.own_codes[0], shared.own_scales, lane);
+#endif
   }
   for (int at = heads * DIM + threadIdx.x; at < HEADS * DIM; at += THREADS) shared.queries[at / DIM][at % DIM] = 0;
   if (!has_keys) {
-    const i64 own = (i64)own_slot * DIM;
     for (int d = threadIdx.x; d < DIM; d += THREADS) {
-      shared.queries[HEADS][d] = head_keys[own + d];
-      shared.own_value[d] = head_values[own + d];
+      shared.own(false)[d] = head_keys[(i64)own_slot * DIM + d];
+      shared.own(true)[d] = head_values[(i64)own_slot * DIM + d];
     }
-  } else if (!values_normed) {
+#if Q6K_CODES
+    if (threadIdx.x < 2) shared.own_scales[threadIdx.x] = *own_scale;
+#endif
+  } else if (!Q6K_CODES && !values_normed) {
     for (int d = threadIdx.x; d < DIM; d += THREADS) shared.own_value[d] = v[head * DIM + d];
   } else if (warp == WARPS - 1) {  // which has the fewest vectors above
-    normed_without_weights(v + head * DIM, epsilon, shared.own_value);
+    if (values_normed) {
+      normed_without_weights(v + head * DIM, epsilon, shared.own_value);
+    } else {
+      for (int d = lane; d < DIM; d += 32) shared.own_value[d] = v[head * DIM + d];
+    }
+#if Q6K_CODES
+    __syncwarp();
+    code_vector(shared.own_value, shared.own_codes[1], shared.own_scales + 1, lane);
+#endif
   }
   __syncthreads();
   let_dependents_start();  // as late as this: its copies would delay the loads above
   // One of the blocks that share this key head writes.
   if (has_keys && share.begin <= own_slot && own_slot < share.end && row * heads % group == 0) {
     for (int d = threadIdx.x; d < DIM; d += THREADS) {
-      head_keys[(i64)own_slot * DIM + d] = shared.queries[HEADS][d];
-      head_values[(i64)own_slot * DIM + d] = shared.own_value[d];
+      head_keys[(i64)own_slot * DIM + d] = shared.own(false)[d];
+      head_values[(i64)own_slot * DIM + d] = shared.own(true)[d];
     }
+#if Q6K_CODES
+    if (threadIdx.x < 2) *own_scale = shared.own_scales[threadIdx.x];
+#endif
   }
 
   block.attend(shared, scale, softcap);

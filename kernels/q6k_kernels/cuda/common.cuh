@@ -86,6 +86,12 @@ __device__ __forceinline__ float rounded(float value) { return half_to_float(to_
 
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xFF800000u); }
 
+__device__ __forceinline__ float largest_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 __device__ __forceinline__ float sum_of_warp(float value) {
 #pragma unroll
   for (int apart = 16; apart; apart >>= 1) value += __shfl_xor_sync(0xFFFFFFFFu, value, apart);

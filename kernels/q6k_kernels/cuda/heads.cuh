@@ -1,15 +1,21 @@
 // The parts of attention: matrix instructions on 16-bit values, and a head's norm and rotary embedding.
 //
 //   Q6K_HEAD_DIM  values of a head, a multiple of 32 up to 512
+//   Q6K_CODES     1: the cache holds keys and values of 8 bits (codes.cuh), which are multiplied as fp16
 
 #ifndef Q6K_HEAD_DIM
 #define Q6K_HEAD_DIM 128
 #endif
+#ifndef Q6K_CODES
+#define Q6K_CODES 0
+#endif
 
 constexpr int DIM = Q6K_HEAD_DIM;
+constexpr int ATTEND_HEADS = 8;  // columns of a product; a block may have fewer
+constexpr int ATTEND_KEYS = 16;  // of a warp at a time
 
 __device__ __forceinline__ void multiply(float (&sums)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#if Q6K_FP16
+#if Q6K_FP16 || Q6K_CODES
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
 #else
@@ -18,6 +24,16 @@ __device__ __forceinline__ void multiply(float (&sums)[4], u32 a0, u32 a1, u32 a
 #endif
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ u32 pack_weights(float low, float high) {  // as `multiply` takes them
+  u32 pair;
+#if Q6K_FP16 || Q6K_CODES
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#endif
+  return pair;
 }
 
 __device__ __forceinline__ void load_matrices(u32 (&parts)[4], u32 address) {
@@ -38,6 +54,44 @@ __device__ __forceinline__ u32 transposed(u32 pairs) {  // of an 8 x 8 matrix of
   u32 result;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pairs));
   return result;
+}
+
+// A warp's: mixes a vector of which a lane has values lane, lane + 32 and so on, see codes.cuh.
+__device__ __forceinline__ void mix(float (&values)[DIM / 32]) {
+  constexpr int TOGETHER = mixed_values(DIM);
+#pragma unroll
+  for (int apart = 1; apart < 32; apart <<= 1) {
+#pragma unroll
+    for (int i = 0; i < DIM / 32; ++i) {
+      const float other = __shfl_xor_sync(0xFFFFFFFFu, values[i], apart);
+      values[i] = threadIdx.x & apart ? other - values[i] : values[i] + other;
+    }
+  }
+#pragma unroll
+  for (int apart = 1; apart < TOGETHER / 32; apart <<= 1) {
+#pragma unroll
+    for (int i = 0; i < DIM / 32; ++i) {
+      if (i & apart) continue;
+      const float one = values[i], other = values[i + apart];
+      values[i] = one + other, values[i + apart] = one - other;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < DIM / 32; ++i) values[i] *= mixing_factor(TOGETHER);
+}
+
+// A warp's: codes of a vector, and their scale.
+__device__ __forceinline__ void code_vector(const u16* vector, s8* codes, float* scale, int lane) {
+  float values[DIM / 32], largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < DIM / 32; ++i) {
+    values[i] = half_to_float(vector[lane + 32 * i]);
+    largest = largest_or_nan(largest, fabsf(values[i]));
+  }
+  const Coding coding(largest);
+#pragma unroll
+  for (int i = 0; i < DIM / 32; ++i) codes[lane + 32 * i] = coding.code(values[i]);
+  if (lane == 0) *scale = coding.scale;
 }
 
 // What a norm is of: a head, all heads of a projection together, or a head that has rotated.
@@ -80,7 +134,7 @@ struct Rotation {
     for (int i = 0; i < DIM / 32; ++i) values[i] = half_to_float(to_half(values[i] * inverse * weights[i]));
   }
 
-  // A warp's: the norm, if there is one, and the rotation; rounded after each.
+  // A warp's: the norm, if there is one, and the rotation, rounded after each; and for codes the mixing.
   __device__ __forceinline__ void apply(const u16* from, const HeadForm& form, bool normed, float inverse,
                                         u16* vector) const {
     const int lane = threadIdx.x & 31, half = form.rotated / 2;
@@ -98,6 +152,7 @@ struct Rotation {
       values[i] = half_to_float(to_half(fmaf(values[i], cosines[i], partner * sines[i])));
     }
     if (normed && form.normed == ROTATED_HEAD) norm(values, form.epsilon, OWN);
+    if (Q6K_CODES) mix(values);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < DIM / 32; ++i) vector[lane + 32 * i] = to_half(values[i]);

@@ -11,6 +11,7 @@ __all__ = [
     "generator",
     "kv_cache",
     "likelihoods",
+    "reading",
     "step_cuda",
     "texts",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from functools import cache
 from itertools import product
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -15,17 +16,21 @@ from q6k_kernels.jit.compiler import Defines
 
 ATTEND_FILE, ATTEND, ATTEND_KEYS = "attend.cuh", "q6k_attend", 16
 HEAD_DIMS = (64, 96, 128, 256, 512)
-ATTEND_WARPS = (8, 4, 2, 1)
-"""Warps of a block of attention: the first number that fits beside a product's block, or else from 4 on at all."""
-BESIDE_BYTES = 80 << 10
-"""Shared memory of a block that still finds room beside a product's, whose end it then need not wait for."""
+ATTEND_WARPS, CODES_WARPS = (8, 4, 2, 1), (16, 8, 4, 2, 1)
+"""Warps of a block of attention: the first number that fits. Codes take more instructions for each byte."""
+BLOCK_BYTES, WARPS_TIMES_DIM = 160 << 10, 2048
+"""The most shared memory of a block's rings; and warps times the size of a head, whose sums are in registers."""
+LONG_SLOTS, LONG_STAGES = 4096, {128: 2, 256: 2}
+"""Slots beyond which heads of these sizes have rings of several pieces of keys and values; other heads, and shorter
+texts, gain nothing by them."""
 MOST_HEADS, MOST_BLOCKS = 8, 32
 """The most query heads of a block, and the most blocks that split the keys of one head."""
 BLOCKS_OF_TEXTS = 2
 """Blocks for each multiprocessor, where there are several texts, which may be of very different lengths."""
 NORMED = {"head": 0, "projection": 1, "rotated head": 2}
 """What has a norm -> its number in the enum `Normed` of `cuda/heads.cuh`."""
-_ATTEND = struct.Struct("@PPPPPPPPPPPPPPPPPfffiiiiiiiiiPqqq")
+_MACROS = ("Q6K_HEAD_DIM", "Q6K_WARPS", "Q6K_STAGES", "Q6K_CODES", "Q6K_FORMS")
+_ATTEND = struct.Struct("@PPPPPPPPPPPPPPPPPPPfffiiiiiiiiiPqqq")
 
 
 def grid(heads: Heads, device: Device, texts: int = 1) -> tuple[int, int, int]:
@@ -66,7 +71,8 @@ def arguments(
         together: query heads of a block, see `grid`.
     """
     return _ATTEND.pack(
-        *map(pointer, (q, k, v, cached.keys, cached.values, heads.cosines, heads.sines)),
+        *map(pointer, (q, k, v, cached.keys, cached.values, *(cached.scales or (None, None)))),
+        *map(pointer, (heads.cosines, heads.sines)),
         *(0 if norm is None else norm.weight.data_ptr() for norm in (heads.q_norm, heads.k_norm)),
         *map(pointer, (position, heads.growth, heads.sinks, *shared)),
         *outputs,
@@ -87,10 +93,33 @@ def arguments(
     )
 
 
+class Block(NamedTuple):
+    """A block of attention.
+
+    Attributes:
+        dim: size of a head.
+        warps: its warps.
+        stages: pieces of 16 keys and values that a warp has in its ring.
+        codes: whether keys and values are codes.
+    """
+
+    dim: int
+    warps: int
+    stages: int
+    codes: bool
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the rings: rows of keys and values with 16 bytes more, of codes also two scales each."""
+        piece = ATTEND_KEYS * (self.dim + 16 + 8 if self.codes else 2 * self.dim + 16)
+        return 2 * self.warps * self.stages * piece
+
+
 @cache
-def variant(macros: Defines, dim: int, warps: int, forms: bool) -> Variant:
-    """Return the kernel for the macros of a step, a size of heads, a number of warps, and forms: see `has_form`."""
-    return ATTEND_FILE, ATTEND, (*macros, ("Q6K_HEAD_DIM", dim), ("Q6K_WARPS", warps), ("Q6K_FORMS", int(forms)))
+def variant(macros: Defines, block: Block, forms: bool) -> Variant:
+    """Return the kernel for the macros of a step, a block, and forms: see `has_form`."""
+    own = zip(_MACROS, (*block, forms), strict=True)
+    return ATTEND_FILE, ATTEND, (*macros, *((name, int(value)) for name, value in own))
 
 
 def has_form(heads: Heads) -> bool:
@@ -99,32 +128,28 @@ def has_form(heads: Heads) -> bool:
     return turned or heads.sinks is not None or heads.count * heads.dim % SUPER_BLOCK > 0
 
 
-def warps_of(dim: int, device: Device) -> int:
-    """Return the warps of a block for a size of heads."""
-    room = device.shared_bytes - attend_static(dim)
-    return next(
-        warps
-        for warps in ATTEND_WARPS
-        if bytes_of(dim, warps) <= min(room, BESIDE_BYTES) or (warps <= 4 and bytes_of(dim, warps) <= room)
-    )
+def block_of(dim: int, device: Device, slots: int, codes: bool) -> Block:
+    """Return the block for a size of heads and a number of slots."""
+    room = min(device.shared_bytes - attend_static(dim), BLOCK_BYTES)
+    every = (Block(dim, warps, 1, codes) for warps in (CODES_WARPS if codes else ATTEND_WARPS))
+    block = next(each for each in every if each.shared_bytes <= room and each.warps * dim <= WARPS_TIMES_DIM)
+    wanted = LONG_STAGES.get(dim, 1) if slots > LONG_SLOTS else 1
+    return block._replace(stages=min(wanted, room // block.shared_bytes))
 
 
 def attend_static(dim: int) -> int:
-    """Return a bound of the attention kernel's static shared memory: queries, a key and a value, and 3 KiB."""
-    return (MOST_HEADS + 1) * (dim + 8) * 2 + dim * 2 + (3 << 10)
+    """Return a bound of the attention kernel's static shared memory: queries, keys and values, and 3 KiB."""
+    return (MOST_HEADS + 1) * (dim + 8) * 2 + dim * 2 + 2 * dim + (3 << 10)
 
 
 def attend_bytes(macros: dict[str, int]) -> int:
     """Return the dynamic shared memory of the attention kernel with these macros, in bytes of a block."""
-    return bytes_of(macros["Q6K_HEAD_DIM"], macros["Q6K_WARPS"])
-
-
-def bytes_of(dim: int, warps: int) -> int:
-    """Return the size of a block's keys and values in shared memory, in bytes."""
-    return 2 * warps * ATTEND_KEYS * (2 * dim + 16)
+    dim, warps, stages, codes, _ = (macros[name] for name in _MACROS)
+    return Block(dim, warps, stages, bool(codes)).shared_bytes
 
 
 def variants(macros: Defines, device: Device) -> list[Variant]:
     """Return all kernels with the macros of a step that a GPU may load."""
-    every = product(HEAD_DIMS, (False, True))
-    return [variant(macros, dim, warps_of(dim, device), forms) for dim, forms in every]
+    every = product(HEAD_DIMS, (0, LONG_SLOTS + 1), (False, True), (False, True))
+    found = (variant(macros, block_of(dim, device, slots, codes), forms) for dim, slots, codes, forms in every)
+    return list(dict.fromkeys(found))

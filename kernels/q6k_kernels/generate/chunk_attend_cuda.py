@@ -21,6 +21,7 @@ from q6k_kernels.generate.heads import Cached, Heads
 from q6k_kernels.jit.compiler import Defines
 
 HEADS, PLACE, PLACE_THREADS = "chunk_heads.cuh", "q6k_place_heads", 256
+EXPAND = "q6k_expand_codes"
 SOFTMAX_FILE, SOFTMAX, SOFTMAX_THREADS = "chunk.cuh", "q6k_softmax_rows", 256
 VECTORS = 16
 """Vectors of heads that a block places: two of each warp."""
@@ -28,7 +29,8 @@ SCORES_AT_ONCE = 1 << 24
 """Scores that are kept at a time, in fp32: 64 MB, part of which stays in the L2 cache."""
 KEYS = 8
 """Multiple of keys in a product: 16 bytes of weights, the alignment that fast kernels want."""
-_SOFTMAX, _PLACE = struct.Struct("@PPPffiiiii"), struct.Struct("@PPPqqqPqqPPPPPPPPPfiiiiiiiiiii")
+_SOFTMAX, _PLACE = struct.Struct("@PPPffiiiii"), struct.Struct("@PPPqqqPqqPPPPPPPPPPPfiiiiiiiiiii")
+_EXPAND = struct.Struct("@PPPPPPiiii")
 
 
 def supports(heads: Heads) -> bool:
@@ -55,7 +57,7 @@ def attended(
     if heads.normed == "projection":  # of more than a warp has, so in torch
         of_both = zip((q, k), (heads.q_norm, heads.k_norm), strict=True)
         q, k = (each if norm is None else norm(each).to(each.dtype) for each, norm in of_both)
-    beside, first = _beside(cached, cached.start, rows)
+    beside, first = _beside(launch, macros, cached, rows, q.dtype)
     flash = q.is_cuda and _has_flash() and size <= WIDEST and heads.softcap is None and heads.sinks is None
     shape = (rows, heads.key_heads, group, size) if flash else (heads.key_heads, rows, group, size)
     queries = torch.empty(shape, dtype=q.dtype, device=q.device)
@@ -71,27 +73,48 @@ def attended(
     return _flash(queries, keys[:, :count], values[:, :count], heads.scale, cached.window)
 
 
-def _beside(cached: Cached, start: int, rows: int) -> tuple[tuple[Tensor, Tensor] | None, int]:
-    """Return memory for keys and values side by side, if a ring will not hold them so, and the first's position.
+def _beside(
+    launch: Launch, macros: Defines, cached: Cached, rows: int, dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor] | None, int]:
+    """Return memory for keys and values side by side, and the first's position; None if the cache holds them so.
 
-    What the first rows see of earlier tokens is there already.
+    A ring may not, and codes never. What the first rows see of earlier tokens is there already.
     """
-    if not cached.window:
+    start = cached.start
+    assert start is not None  # noqa: S101 -- of a chunk
+    coded = cached.scales is not None
+    if not cached.window and not coded:
         return None, 0
     heads, slots, dim = cached.keys.shape[1:]
-    kept = min(start, cached.window - 1)
-    if start + rows <= slots:
+    kept = min(start, cached.window - 1) if cached.window else start
+    if start + rows <= slots and not coded:
         return None, (start - kept) // KEYS * KEYS
     size = -(-(kept + rows) // KEYS) * KEYS
-    both = torch.empty(2, heads, size, dim, dtype=cached.keys.dtype, device=cached.keys.device)
+    both = torch.empty(2, heads, size, dim, dtype=dtype, device=cached.keys.device)
     both[:, :, kept + rows :] = 0
-    begin = (start - kept) % slots
-    until_end = min(kept, slots - begin)
-    for to, ring in zip(both, (cached.keys[0], cached.values[0]), strict=True):
-        for at, slot, count in ((0, begin, until_end), (until_end, 0, kept - until_end)):
-            if count:
-                to[:, at : at + count] = ring[:, slot : slot + count]
+    if coded:
+        _expand(launch, macros, cached, (both[0], both[1]), start - kept, kept)
+    else:
+        begin = (start - kept) % slots
+        until_end = min(kept, slots - begin)
+        for to, ring in zip(both, (cached.keys[0], cached.values[0]), strict=True):
+            for at, slot, count in ((0, begin, until_end), (until_end, 0, kept - until_end)):
+                if count:
+                    to[:, at : at + count] = ring[:, slot : slot + count]
     return (both[0], both[1]), start - kept
+
+
+def _expand(
+    launch: Launch, macros: Defines, cached: Cached, to: tuple[Tensor, Tensor], first: int, count: int
+) -> None:
+    """Launch the expansion of codes of `count` positions from `first` on, to the beginning of `to`."""
+    if not count:
+        return
+    heads, slots, dim = cached.keys.shape[1:]
+    held = cached.keys, cached.values, *(cached.scales or ())
+    given = _EXPAND.pack(*(each.data_ptr() for each in (*held, *to)), slots, first, count, to[0].shape[1])
+    grid = -(-count * dim // (16 * PLACE_THREADS)), heads, 2
+    launch((HEADS, EXPAND, _of_heads(macros, dim, codes=True)), grid, PLACE_THREADS, given)
 
 
 def _place(
@@ -115,7 +138,7 @@ def _place(
         *(each.data_ptr() for each in projected),
         *(each.stride(0) for each in projected),
         *(queries.data_ptr(), of_row, of_group),
-        *(cached.keys.data_ptr(), cached.values.data_ptr()),
+        *map(pointer, (cached.keys, cached.values, *(cached.scales or (None, None)))),
         *((0, 0) if beside is None else (each.data_ptr() for each in beside)),
         *(heads.cosines.data_ptr(), heads.sines.data_ptr()),
         *(0 if norm is None else norm.weight.data_ptr() for norm in norms),
@@ -127,7 +150,8 @@ def _place(
         *(int(heads.neighbours), int(heads.normed == "rotated head")),
     )
     grid = len(projected[0]), -(-(heads.count + 2 * heads.key_heads) // VECTORS), 1
-    launch(_variant(macros, heads.dim), grid, PLACE_THREADS, given)
+    codes = cached.scales is not None
+    launch((HEADS, PLACE, _of_heads(macros, heads.dim, codes=codes)), grid, PLACE_THREADS, given)
 
 
 def _in_parts(
@@ -205,10 +229,14 @@ def _has_flash() -> bool:
 
 
 @cache
-def _variant(macros: Defines, dim: int) -> Variant:
-    return HEADS, PLACE, (*macros, ("Q6K_HEAD_DIM", dim))
+def _of_heads(macros: Defines, dim: int, *, codes: bool) -> Defines:
+    return (*macros, ("Q6K_HEAD_DIM", dim), ("Q6K_CODES", int(codes)))
 
 
 def variants(macros: Defines) -> list[Variant]:
     """Return the kernels with the macros of a dtype."""
-    return [(SOFTMAX_FILE, SOFTMAX, macros), *(_variant(macros, dim) for dim in HEAD_DIMS)]
+    found = [(SOFTMAX_FILE, SOFTMAX, macros)]
+    for dim in HEAD_DIMS:
+        found += [(HEADS, PLACE, _of_heads(macros, dim, codes=codes)) for codes in (False, True)]
+        found.append((HEADS, EXPAND, _of_heads(macros, dim, codes=True)))
+    return found

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from q6k_kernels.generate.attention import implementation, lent
+from q6k_kernels.generate.cache_codes import CacheType
 from q6k_kernels.generate.checking import check_finite, check_ids, check_room
 from q6k_kernels.generate.filters import LIMIT, Filters
 from q6k_kernels.generate.kv_cache import KeyValueCache, cache_argument
@@ -72,6 +73,7 @@ class Generator:
         fused: whether decoding steps are our own, see `step`, or the forward pass of transformers' model. They are
             our own by default on a GPU, for whole models from `load_model` with kernels for their dtype and sizes.
         chunk: the most tokens of a prompt in one forward pass.
+        cache_type: "int8" for keys and values of 8 bits, see `cache_codes`, with steps of our own.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -89,6 +91,7 @@ class Generator:
         logprobs: int | None = None,
         fused: bool | None = None,
         chunk: int = 2048,
+        cache_type: CacheType = "model",
     ) -> None:
         if capacity < 1 or chunk < 1 or not 0 <= temperature <= LIMIT or not 0 <= seed < 1 << 32:
             raise ValueError(
@@ -96,18 +99,16 @@ class Generator:
                 f"found {capacity}, {chunk}, {temperature} and {seed}"
             )
         temperature = settled(temperature)
-        self.device = model.device
-        self._on_gpu = self.device.type == "cuda"
-        self.cache = KeyValueCache(model.config.get_text_config(decoder=True), capacity, self.device)
+        self.device, self._on_gpu = model.device, model.device.type == "cuda"
+        config = model.config.get_text_config(decoder=True)
+        self.cache = KeyValueCache(config, capacity, self.device, cache_type=cache_type)
         self._rotaries = rotaries(model)
         with plan_for(self._rotaries, capacity):
             self._fused_step = step_for(model, self.cache, self.device, fused)
         self.fused = self._fused_step is not None
         self._attention = implementation("plain")
-        self._model = model
-        self._cache_argument = cache_argument(model)
-        self._chunk = chunk
-        self.capacity = capacity
+        self._model, self._cache_argument = model, cache_argument(model)
+        self._chunk, self.capacity = chunk, capacity
         self.length = self.reused = 0
         self.stop_reason: Literal["stop", "length"] | None = None
         self._token = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -115,8 +116,7 @@ class Generator:
         self._chosen = torch.zeros(capacity + 1, dtype=torch.int64, device=self.device)
         self.likelihoods: Likelihoods | None = None
         if logprobs is not None:
-            size = model.config.get_text_config(decoder=True).vocab_size
-            self.likelihoods = Likelihoods(capacity + 1, min(logprobs, size), self.device)
+            self.likelihoods = Likelihoods(capacity + 1, min(logprobs, config.vocab_size), self.device)
         self._choice = TokenChoice(
             position=self.cache.position,
             token=self._token,

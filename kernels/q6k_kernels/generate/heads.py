@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from q6k_kernels.generate.attention import SCORES_AT_ONCE, softmax_beside
+from q6k_kernels.generate.cache_codes import coded, decoded, mixed
 from q6k_kernels.models.layer import NormedPart
 
 
@@ -78,11 +79,12 @@ class Cached:
     """A layer's part of the cache.
 
     Attributes:
-        keys: (places, key heads, slots, dim) in the model's dtype, contiguous.
-        values: (places, key heads, slots, dim) in the model's dtype, contiguous.
+        keys: (places, key heads, slots, dim) in the model's dtype, or codes of int8, see `cache_codes`; contiguous.
+        values: (places, key heads, slots, dim), as `keys`.
         window: size of the sliding window, whose slots are a ring; 0 for full attention, a slot for each position.
         start: position of the first token of a chunk; None in a step, whose position only the device knows.
         places: in a step of several texts, the place of each token's text, int64 (M,); None if there is one place.
+        scales: scales of codes, of keys and of values, each float32 (places, key heads, slots); or None.
     """
 
     keys: Tensor
@@ -90,10 +92,30 @@ class Cached:
     window: int
     start: int | None = None
     places: Tensor | None = None
+    scales: tuple[Tensor, Tensor] | None = None
 
     def place(self, at: int) -> Cached:
         """Return the part of the text in one place."""
-        return Cached(self.keys[at : at + 1], self.values[at : at + 1], self.window, self.start)
+        keys, values, *scales = (each[at : at + 1] for each in (self.keys, self.values, *(self.scales or ())))
+        return Cached(keys, values, self.window, self.start, None, (scales[0], scales[1]) if scales else None)
+
+    def read(self, end: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of the slots before `end`, or of all, of one text, (key heads, slots, dim)."""
+        keys, values = self.keys[0, :, :end], self.values[0, :, :end]
+        if self.scales is None:
+            return keys, values
+        of_keys, of_values = self.scales
+        return decoded(keys, of_keys[0, :, :end]), decoded(values, of_values[0, :, :end])
+
+    def write(self, slot: Tensor, new: tuple[Tensor, Tensor]) -> None:
+        """Write keys and values, (key heads, M, dim), to slots, int64 (M,); the last ones, if a ring has fewer."""
+        slots = self.keys.shape[-2]
+        for index, (held, each) in enumerate(zip((self.keys, self.values), new, strict=True)):
+            written = each[:, -slots:]
+            if self.scales is not None:
+                written, scales = coded(written)
+                self.scales[index][0].index_copy_(1, slot[-slots:], scales)
+            held[0].index_copy_(1, slot[-slots:], written)
 
 
 def attended(
@@ -118,10 +140,12 @@ def attended(
         return _attended_of_texts(q, k, v, heads, cached, cached.places.tolist(), position)
     queries, *gate = q.view(len(q), heads.count, -1, heads.dim).unbind(2)
     queries = _turned(queries, heads.q_norm, heads, position)
+    queries = queries if cached.scales is None else mixed(queries)
     new = None
     if k is not None and v is not None:
         key, value = (each.view(len(q), heads.key_heads, heads.dim) for each in (k, v))
         key = _turned(key, heads.k_norm, heads, position)
+        key = key if cached.scales is None else mixed(key)
         if heads.values_normed and heads.q_norm is not None:
             value = _normed(value, Norm(torch.ones(heads.dim, device=v.device), heads.q_norm.epsilon))
         new = key.transpose(0, 1), value.transpose(0, 1)
@@ -175,24 +199,22 @@ def _stored(cached: Cached, new: tuple[Tensor, Tensor] | None, position: Tensor)
     Returns:
         Keys and values that the tokens may see, (heads, K, dim), and their positions, (K,), negative for none.
     """
-    both, slots = (cached.keys[0], cached.values[0]), cached.keys.shape[-2]
+    slots = cached.keys.shape[-2]
     slot, around, length = position % slots, torch.arange(slots, device=position.device), len(position)
-    newest = position[-1:]
     # Joined before writing: new tokens overwrite slots that the first of them still see.
-    joins = new is not None and cached.window > 0 and length > 1
-    if joins:
+    if new is not None and cached.window > 0 and length > 1:
+        rounded = new if cached.scales is None else (decoded(*coded(new[0])), decoded(*coded(new[1])))
+        seen = [torch.cat(each, 1) for each in zip(cached.read(), rounded, strict=True)]
         newest = position[:1] - 1
-    seen, held = both, newest - (newest - around) % slots
-    if joins and new is not None:
-        seen = torch.cat([both[0], new[0]], 1), torch.cat([both[1], new[1]], 1)
-        held = torch.cat([held, position])
-    elif cached.start is not None and not cached.window:
-        end = cached.start + length
-        seen, held = (both[0][:, :end], both[1][:, :end]), held[:end]
+        cached.write(slot, new)
+        return seen[0], seen[1], torch.cat([newest - (newest - around) % slots, position])
     if new is not None:
-        for each, written in zip(both, new, strict=True):
-            each.index_copy_(1, slot[-slots:], written[:, -slots:])
-    return *seen, held
+        cached.write(slot, new)
+    newest, end = position[-1:], None
+    if cached.start is not None and not cached.window:
+        end = cached.start + length
+    held = (newest - (newest - around) % slots)[:end]
+    return *cached.read(end), held
 
 
 def _rotated(vectors: Tensor, heads: Heads, position: Tensor) -> Tensor:

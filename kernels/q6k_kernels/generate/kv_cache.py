@@ -21,6 +21,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from q6k_kernels.generate.cache_codes import CACHE_TYPES, CacheType
 from q6k_kernels.generate.recurrent import LayerStates, RecurrentStates
 from q6k_kernels.models.architecture import FULL, LINEAR, SLIDING
 from q6k_kernels.models.cache_layout import aligned, layer_kinds, ring_slots
@@ -42,6 +43,13 @@ class _LayerCache:
     slots: int
     keys: Tensor | None = field(default=None, repr=False)
     values: Tensor | None = field(default=None, repr=False)
+    scales: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+    def scales_at(self, place: int) -> tuple[Tensor, Tensor] | None:
+        if self.scales is None:
+            return None
+        of_keys, of_values = self.scales
+        return of_keys[place : place + 1], of_values[place : place + 1]
 
 
 class KeyValueCache:
@@ -54,19 +62,31 @@ class KeyValueCache:
         source: the layer whose keys and values each layer uses, nearly always its own.
         states: the states of recurrent layers.
         written: the end of all positions that were ever written for this text, also by steps that ran in vain.
+        cache_type: the numbers that it holds.
 
     Args:
         config: configuration of a transformers model.
         capacity: positions, 1 or more.
         device: device of the buffers.
         places: the most texts. The states of recurrent layers are of one text only.
+        cache_type: the numbers that it holds, see `cache_codes`; transformers' layers know only the model's.
 
     Raises:
         UnsupportedModelError: a layer is of none of the kinds that `cache_layout` knows.
+        ValueError: there is no such `cache_type`.
     """
 
-    def __init__(self, config: Any, capacity: int, device: torch.device, places: int = 1) -> None:
-        self.capacity = capacity
+    def __init__(
+        self,
+        config: Any,
+        capacity: int,
+        device: torch.device,
+        places: int = 1,
+        cache_type: CacheType = "model",
+    ) -> None:
+        if cache_type not in CACHE_TYPES:
+            raise ValueError(f"cache_type: expected {' or '.join(CACHE_TYPES)}, found {cache_type!r}")
+        self.capacity, self.cache_type = capacity, cache_type
         self.device = device
         self._places = places
         self.position = torch.zeros(places, dtype=torch.int64, device=device)
@@ -89,8 +109,8 @@ class KeyValueCache:
     @property
     def nbytes(self) -> int:
         """Size of all keys, values and states in bytes; 0 before the first token."""
-        tensors = (tensor for layer in self._layers for tensor in (layer.keys, layer.values))
-        return self.states.nbytes + sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        tensors = (each for layer in self._layers for each in (layer.keys, layer.values, *(layer.scales or ())))
+        return self.states.nbytes + sum(int(tensor.nbytes) for tensor in tensors if tensor is not None)
 
     @property
     def layers(self) -> dict[int, LayerStates]:
@@ -102,7 +122,7 @@ class KeyValueCache:
         one = copy(self)
         one._places, one.position, one.written = 1, self.position[at : at + 1], 0
         one._layers = [
-            _LayerCache(each.kind, each.slots, each.keys[at : at + 1], each.values[at : at + 1])
+            _LayerCache(each.kind, each.slots, each.keys[at : at + 1], each.values[at : at + 1], each.scales_at(at))
             if each.keys is not None and each.values is not None
             else each
             for each in self._layers
@@ -215,10 +235,14 @@ class KeyValueCache:
         layer = self._layers[self.source[layer_idx]]
         if layer.keys is None:
             shape = self._places, heads, layer.slots, size
+            if self.cache_type == "int8":
+                dtype = torch.int8
+                of_keys, of_values = (torch.zeros(shape[:-1], device=self.device) for _ in range(2))
+                layer.scales = of_keys, of_values
             layer.keys, layer.values = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
 
     def buffers(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Return a layer's keys and values, (places, heads, slots, head size).
+        """Return a layer's keys and values, (places, heads, slots, head size); of codes, `scales` has the scales.
 
         Raises:
             RuntimeError: no prompt has gone through the model yet.
@@ -227,6 +251,11 @@ class KeyValueCache:
         if layer.keys is None or layer.values is None:
             raise RuntimeError(f"layer {layer_idx} has no keys yet: run a prompt through the model first")
         return layer.keys, layer.values
+
+    def scales(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
+        """Return the scales of a layer's keys and values, float32 (places, heads, slots), if it holds codes."""
+        found: tuple[Tensor, Tensor] | None = self._layers[self.source[layer_idx]].scales
+        return found
 
     def get_seq_length(self, *_: Any) -> int:
         """Refuse: transformers' models ask a cache for its length only if they get no position_ids."""

@@ -193,16 +193,17 @@ class Step:
         """Return the logits, float32 (1, V), that follow a token, int64 (1,), at the cache's position."""
         return capped(self._logits(_Pass(self._operations, token, self._cache.position)), self._softcap)
 
-    def chunk(self, tokens: Tensor, start: int, *, last: bool) -> Tensor | None:
+    def chunk(self, tokens: Tensor, start: int, *, last: bool, every: bool = False) -> Tensor | None:
         """Process a chunk of a prompt.
 
         Args:
             tokens: int64 (M,).
             start: position of the first of them.
             last: whether no more chunks follow.
+            every: whether the logits after each token are wanted.
 
         Returns:
-            Logits, float32 (1, V), that follow the last token, of the last chunk.
+            Logits, float32 (1, V), that follow the last token, of the last chunk; with `every` (M, V) of any chunk.
         """
         states = self._cache.states
         states.allocate(self._dtype)
@@ -210,19 +211,19 @@ class Step:
             states.clear()
         position = torch.arange(start, start + len(tokens), device=tokens.device)
         given = _Pass(self._of_chunks, tokens, position, start)
-        if last:
-            return capped(self._logits(given), self._softcap)
+        if last or every:
+            return capped(self._logits(given, every=every), self._softcap)
         self._hidden(given, stored_only=True)
         return None
 
     @torch.no_grad()
-    def _logits(self, given: _Pass) -> Tensor:
-        x = self._hidden(given)
+    def _logits(self, given: _Pass, *, every: bool = False) -> Tensor:
+        x = self._hidden(given, every=every)
         return self._multiply(given, self._head, x)
 
     @torch.no_grad()
-    def _hidden(self, given: _Pass, *, stored_only: bool = False) -> ProductInput:
-        """Return what the head multiplies, of the last token; with `stored_only` end once the cache has all."""
+    def _hidden(self, given: _Pass, *, stored_only: bool = False, every: bool = False) -> ProductInput:
+        """Return what the head multiplies, of the last token or all; `stored_only` ends once all is stored."""
         hidden: Tensor = self._embedding(given.tokens)
         if self._of_embedding != 1.0:
             hidden = hidden * self._of_embedding
@@ -236,7 +237,7 @@ class Step:
             seeing = [*layer.inputs.modules, *beside]
             hidden, first = self._add_norm(given, hidden, delta, after, layer.norm, seeing, scale)
             x = self._mixed(given, index, layer, self._project(given, layer.inputs, first))
-            if index == self._last_stored and given.start is not None:
+            if index == self._last_stored and given.start is not None and not every:
                 if stored_only:
                     return x
                 # No token will see the others again, only what is stored of them.
@@ -315,9 +316,9 @@ class Step:
         k, v = (key_and_value[0], key_and_value[-1]) if key_and_value else (None, None)
         if given.start is not None:
             self._cache.allocate(index, heads.key_heads, heads.dim, self._dtype)
-        keys, values = self._cache.buffers(index)
+        both, scales = self._cache.buffers(index), self._cache.scales(index)
         window = self._cache.window if self._cache.kinds[index] == SLIDING else 0
-        cached = Cached(keys, values, window, given.start, given.places)
+        cached = Cached(*both, window, given.start, given.places, scales)
         return given.run.attend(q, k, v, heads, cached, given.position, users)
 
     def _project(self, given: _Pass, projections: Projections, x: ProductInput) -> tuple[Tensor, ...]:

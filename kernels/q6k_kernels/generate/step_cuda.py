@@ -133,15 +133,16 @@ class Kernels:
         """Launch rotation, cache write and attention, see `step_reference`; of several texts only for 16 bits."""
         out, texts = self._activations(heads.count * heads.dim, users, len(q)), len(q)
         rows, blocks, together = attend_cuda.grid(heads, self._device, texts)
-        warps = attend_cuda.warps_of(heads.dim, self._device)
+        codes = cached.scales is not None
+        block = attend_cuda.block_of(heads.dim, self._device, cached.keys.shape[-2], codes)
         shared = (self._partials, self._counters)
         given = attend_cuda.arguments(q, k, v, heads, cached, position, shared, self._outputs(out), together)
         self._launch(
-            attend_cuda.variant(self._macros, heads.dim, warps, attend_cuda.has_form(heads)),
+            attend_cuda.variant(self._macros, block, attend_cuda.has_form(heads)),
             (blocks, rows, texts),
-            32 * warps,
+            32 * block.warps,
             given,
-            shared_bytes=attend_cuda.bytes_of(heads.dim, warps),
+            shared_bytes=block.shared_bytes,
         )
         return out
 

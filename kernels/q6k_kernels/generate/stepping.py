@@ -15,6 +15,8 @@ from q6k_kernels.models.ranks import all_agree, is_divided
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_NO_CODES = "Take a cache of the model's dtype: cache_type='model', or leave --cache out."
+
 
 def step_for(model: PreTrainedModel, cache: KeyValueCache, device: torch.device, fused: bool | None) -> Step | None:
     """Return our own step for a model; None where transformers' forward pass is to be used.
@@ -23,11 +25,16 @@ def step_for(model: PreTrainedModel, cache: KeyValueCache, device: torch.device,
         model: the model.
         cache: its cache.
         device: where it is.
-        fused: whether the step has to be ours; None: on a GPU, if there are kernels for it.
+        fused: whether the step has to be ours; None: on a GPU, if there are kernels for it, and always for a cache
+            of codes, which transformers' layers cannot read.
 
     Raises:
         UnsupportedModelError: it has to be ours, and cannot.
     """
+    coded = cache.cache_type != "model"
+    if coded and fused is False:
+        raise UnsupportedModelError("transformers' forward pass reads no cache of int8", _NO_CODES)
+    fused = True if coded else fused
     on_gpu, narrow = device.type == "cuda", model.dtype in (torch.bfloat16, torch.float16)
     if not (on_gpu and narrow if fused is None else fused):
         return None
@@ -37,7 +44,7 @@ def step_for(model: PreTrainedModel, cache: KeyValueCache, device: torch.device,
         if not narrow:
             raise UnsupportedModelError(
                 f"no fused decoding step on a GPU for {model.dtype}: there are bfloat16 and float16",
-                "Generate with fused=False.",
+                _NO_CODES if coded else "Generate with fused=False.",
             )
         from q6k_kernels.generate.chunk_cuda import ChunkKernels
         from q6k_kernels.generate.step_cuda import Kernels
@@ -52,5 +59,5 @@ def step_for(model: PreTrainedModel, cache: KeyValueCache, device: torch.device,
     if is_divided(model) and not all_agree(failure is None, device) and failure is None:
         step, failure = None, UnsupportedModelError("no fused decoding step on other ranks", "See their errors.")
     if fused and failure is not None:
-        raise failure
+        raise UnsupportedModelError(failure.cause, _NO_CODES) if coded else failure
     return step

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from q6k_kernels.errors import UnsupportedModelError
+from q6k_kernels.generate.cache_codes import CacheType
 from q6k_kernels.generate.checking import check_finite, check_ids, check_room
 from q6k_kernels.generate.filters import LIMIT, Filters, FiltersOfTexts
 from q6k_kernels.generate.kv_cache import KeyValueCache
@@ -86,13 +87,22 @@ class Texts:
         capacity: 1 or more.
         places: 1 to 32; each takes memory for `capacity` tokens.
         chunk: the most tokens of a prompt in one pass.
+        cache_type: "int8" for keys and values of 8 bits, see `cache_codes`.
 
     Raises:
         ValueError: an argument is out of its range.
         UnsupportedModelError: the model does not support several texts at once.
     """
 
-    def __init__(self, model: PreTrainedModel, *, capacity: int, places: int = 8, chunk: int = 2048) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        capacity: int,
+        places: int = 8,
+        chunk: int = 2048,
+        cache_type: CacheType = "model",
+    ) -> None:
         if capacity < 1 or chunk < 1 or not 1 <= places <= MOST_TEXTS:
             raise ValueError(
                 f"expected capacity and chunk of 1 or more and 1 to {MOST_TEXTS} places; "
@@ -101,7 +111,7 @@ class Texts:
         config = model.config.get_text_config(decoder=True)
         self._model, self._chunk, self.capacity, self.places = model, chunk, capacity, places
         self._device = device = model.device
-        self._cache = KeyValueCache(config, capacity, device, places)
+        self._cache = KeyValueCache(config, capacity, device, places, cache_type)
         refused = {
             "divided among ranks": is_divided(model),
             "with states of gated delta nets": LINEAR in self._cache.kinds,

@@ -21,7 +21,7 @@ ALIGNMENT = 8
 STATE_COPIES = 3
 """Earlier states of recurrent layers that are kept beside the current ones: two so that steps can be undone, and
 one from near the end of the last prompt."""
-_STATE_BYTES = 4
+_STATE_BYTES = _SCALE_BYTES = 4
 
 
 def aligned(slots: int) -> int:
@@ -70,8 +70,12 @@ def state_sizes(config: Any) -> tuple[tuple[int, int], tuple[int, int, int]]:
     )
 
 
-def cache_bytes(metadata: Metadata, shapes: Shapes, capacity: int, element_bytes: int = 2) -> int:
+def cache_bytes(
+    metadata: Metadata, shapes: Shapes, capacity: int, element_bytes: int = 2, *, codes: bool = False
+) -> int:
     """Return the bytes of a cache for `capacity` positions: keys and values, by default of 16 bits, and states.
+
+    With `codes` keys and values are codes of 8 bits, with a scale for each head and token.
 
     Raises:
         HyperparameterError: a key is missing, out of range or not what the tensors' shapes say.
@@ -82,10 +86,14 @@ def cache_bytes(metadata: Metadata, shapes: Shapes, capacity: int, element_bytes
     config = SimpleNamespace(**values)
     # Layers that share keys and values of earlier ones are the last.
     kinds = layer_kinds(config)[: config.num_hidden_layers - values.get("num_kv_shared_layers", 0)]
-    of_position = 2 * int(config.num_key_value_heads) * int(config.head_dim) * element_bytes
+
+    def of_heads(count: Any, dim: Any) -> int:
+        return 2 * int(count) * (int(dim) + _SCALE_BYTES if codes else int(dim) * element_bytes)
+
+    of_position = of_heads(config.num_key_value_heads, config.head_dim)
     of_kind = {FULL: aligned(capacity) * of_position}
     if "global_head_dim" in values:
-        of_full = 2 * int(config.num_global_key_value_heads) * int(config.global_head_dim) * element_bytes
+        of_full = of_heads(config.num_global_key_value_heads, config.global_head_dim)
         of_kind[FULL] = aligned(capacity) * of_full
     if SLIDING in kinds:
         of_kind[SLIDING] = ring_slots(int(config.sliding_window), capacity) * of_position

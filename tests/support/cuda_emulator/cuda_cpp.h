@@ -116,6 +116,7 @@ static inline int __all_sync(uint32_t mask, int of_lane) {
 }
 
 #define __expf expf  // which the C library has declared another way
+#define __log2f log2f
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }

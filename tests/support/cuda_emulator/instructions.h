@@ -56,6 +56,13 @@ static inline void cvt_rn_f16x2_f32(uint32_t& d, float a, float b) {
 static inline void cvt_rn_bf16x2_f32(uint32_t& d, float a, float b) {
   d = to_emulated_bf16(a) << 16 | to_emulated_bf16(b);
 }
+static inline void sub_f16x2(uint32_t& d, uint32_t a, uint32_t b) {
+  uint32_t result = 0;
+  for (int half = 0; half < 32; half += 16) {
+    result |= to_emulated_fp16(emulated_fp16(a >> half & 0xFFFF) - emulated_fp16(b >> half & 0xFFFF)) << half;
+  }
+  d = result;
+}
 static inline void fma_rn_bf16x2(uint32_t& d, uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result = 0;
   for (int half = 0; half < 32; half += 16) {

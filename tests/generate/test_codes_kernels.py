@@ -1,0 +1,99 @@
+"""The kernels of steps that read and write keys and values of 8 bits, emulated, against plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import cuda_emulator
+
+torch = pytest.importorskip("torch")
+
+from torch import Tensor, nn
+
+from cuda_emulator.memory import emulate
+from q6k_kernels.cpp.variants import device_like
+from q6k_kernels.cuda import decode
+from q6k_kernels.generate import attend_cuda
+from q6k_kernels.generate.cache_codes import coded
+from q6k_kernels.generate.heads import Cached, Heads, Norm
+from q6k_kernels.generate.step_cuda import Kernels
+from q6k_kernels.generate.step_reference import TorchOperations
+
+pytestmark = cuda_emulator.requires_compiler
+Make = Callable[[torch.dtype], Kernels]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    memory = emulate(monkeypatch, device_like(90))
+    monkeypatch.setattr(decode, "stream", lambda on: 0)
+    yield lambda dtype: Kernels(torch.device("cpu", 0), dtype)
+    memory.check()
+
+
+def filled(places: int, key_heads: int, slots: int, dim: int, window: int) -> Cached:
+    """Return a cache of codes with random numbers in all slots."""
+    both = [coded(3 * random(places, key_heads, slots, dim, seed=seed)) for seed in (5, 6)]
+    (keys, of_keys), (values, of_values) = both
+    return Cached(keys, values, window, scales=(of_keys, of_values))
+
+
+def compare(
+    run: Kernels, heads: Heads, caches: tuple[Cached, Cached], given: tuple[Tensor, ...], at: Tensor
+) -> None:
+    """Compare a step, and another that uses the keys and values which the first has written."""
+    q, k, v = given
+    for own in ((k, v), (None, None)):
+        found, expected = (
+            each.attend(q, *own, heads, cached, at, [nn.Identity()]).halves
+            for each, cached in zip((run, TorchOperations()), caches, strict=True)
+        )
+        assert found is not None
+        assert expected is not None
+        torch.testing.assert_close(found.double(), expected.double(), rtol=2e-2, atol=2e-2)
+    mine, theirs = caches
+    for one, other in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+        assert (one.int() - other.int()).abs().max() <= 1
+    for one, other in zip(mine.scales or (), theirs.scales or (), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "group", "window", "softcap", "normed"),
+    [
+        (torch.bfloat16, 64, 3, 0, None, False),
+        (torch.float16, 96, 2, 24, 2.0, True),
+        (torch.bfloat16, 512, 2, 0, None, True),
+    ],
+)
+def test_steps(
+    make: Make,
+    dtype: torch.dtype,
+    dim: int,
+    group: int,
+    window: int,
+    softcap: float | None,
+    normed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At the first position, at the last, or where a ring has wrapped; one warp has all pieces in turn."""
+    given = {"LONG_SLOTS": 0, "LONG_STAGES": {64: 3, 96: 2}, "MOST_BLOCKS": 1, "CODES_WARPS": (1,)}
+    for name, value in given.items():
+        monkeypatch.setattr(attend_cuda, name, value)
+    key_heads, slots = 2, 40
+    norms = [Norm(1 + random(dim, seed=seed) / 4, 1e-5) for seed in (1, 2)]
+    angles = 3 * random(64, dim // 2, seed=3)
+    sizes = key_heads * group, key_heads, dim, dim**-0.5, softcap
+    heads = Heads(*sizes, *norms, angles.cos(), angles.sin(), values_normed=normed)
+    run = make(dtype)
+    run.reserve(heads)
+    vectors = tuple(random(1, n * dim, seed=n).to(dtype) for n in (heads.count, key_heads, key_heads))
+    for position in (0, 39 if not window else 60):
+        caches = filled(1, key_heads, slots, dim, window), filled(1, key_heads, slots, dim, window)
+        compare(run, heads, caches, vectors, torch.tensor([position]))
