@@ -9,6 +9,7 @@ import typer
 
 from q6k_convert.cli.model_options import (
     ActivationsOption,
+    CacheOption,
     DeviceOption,
     DtypeOption,
     LogprobsOption,
@@ -105,6 +106,7 @@ def generate(
     dtype: DtypeOption = "auto",
     activations: ActivationsOption = "auto",
     weights: WeightsOption = "auto",
+    cache: CacheOption = "model",
     tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -131,7 +133,7 @@ def generate(
         if prompts is not None and prompt is not None:
             raise UsageError("--prompt and --prompts are both given", "Give one of them.")
         path = bundle_path(bundle, "q6k-convert generate", terminal)
-        model = ModelRequest(path, device, dtype, activations, weights, tokenizer)
+        model = ModelRequest(path, device, dtype, activations, weights, tokenizer, cache)
         sampling = SamplingRequest(
             temperature, top_k, top_p, min_p, repeat_penalty, repeat_last, seed, tuple(stop or ()), logprobs
         )

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from q6k_convert.cli.options import HUB_BUNDLE, parse_device, parse_dtype
-from q6k_convert.run.running import Activations, Device, Dtype, Weights
+from q6k_convert.run.running import Activations, Cache, Device, Dtype, Weights
 
 _OF_FILE = "the file's, else "
 
@@ -38,6 +38,13 @@ WeightsOption = Annotated[
     typer.Option(
         help="On the CPU, give each weight a byte (fast; 1.1 to 1.5 bytes with scales), or keep them packed (the "
         "reference, slow); auto: bytes if they take at most half of the free memory."
+    ),
+]
+CacheOption = Annotated[
+    Cache,
+    typer.Option(
+        help="Keep keys and values in the model's dtype, or in 8 bits with a scale for each head and token; int8: "
+        "half the memory of 16 bits."
     ),
 ]
 TokenizerOption = Annotated[

@@ -9,6 +9,7 @@ import typer
 
 from q6k_convert.cli.model_options import (
     ActivationsOption,
+    CacheOption,
     DeviceOption,
     DtypeOption,
     LogprobsOption,
@@ -66,6 +67,7 @@ def chat(
     dtype: DtypeOption = "auto",
     activations: ActivationsOption = "auto",
     weights: WeightsOption = "auto",
+    cache: CacheOption = "model",
     tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -90,7 +92,7 @@ def chat(
 
         path = bundle_path(bundle, "q6k-convert chat", terminal)
         request = ChatRequest(
-            model=ModelRequest(path, device, dtype, activations, weights, tokenizer),
+            model=ModelRequest(path, device, dtype, activations, weights, tokenizer, cache),
             system=system,
             max_new_tokens=max_new_tokens,
             context=context,
@@ -146,6 +148,7 @@ def bench(
     dtype: DtypeOption = "auto",
     activations: ActivationsOption = "auto",
     weights: WeightsOption = "auto",
+    cache: CacheOption = "model",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -165,7 +168,7 @@ def bench(
 
         path = bundle_path(bundle, "q6k-convert bench", terminal)
         request = BenchRequest(
-            model=ModelRequest(path, device, dtype, activations, weights),
+            model=ModelRequest(path, device, dtype, activations, weights, cache=cache),
             prompts=tuple([512] if prompt is None else prompt),
             answers=tuple([128] if answer is None else answer),
             depths=tuple(depth or [0]),
@@ -202,6 +205,7 @@ def perplexity(
     dtype: DtypeOption = "auto",
     activations: ActivationsOption = "auto",
     weights: WeightsOption = "auto",
+    cache: CacheOption = "model",
     tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -225,7 +229,7 @@ def perplexity(
             raise UsageError("there is no text", "Give a file: --file TEXT.")
         path = bundle_path(bundle, "q6k-convert perplexity", terminal)
         request = PerplexityRequest(
-            ModelRequest(path, device, dtype, activations, weights, tokenizer), file, window, windows
+            ModelRequest(path, device, dtype, activations, weights, tokenizer, cache), file, window, windows
         )
         document = run(request, terminal.note, terminal.progress)
         if as_json:

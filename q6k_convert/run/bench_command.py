@@ -61,7 +61,7 @@ def run(request: BenchRequest, note: Note, progress: Progress) -> Row:
     model = session.model(capacity, progress)
     from q6k_kernels.generate.generator import Generator
 
-    generator = Generator(model, capacity=capacity)
+    generator = Generator(model, capacity=capacity, cache_type=request.model.cache)
     embedding: Any = model.get_input_embeddings()
     vocabulary = embedding.num_embeddings
     rows = list[Row]()
@@ -81,6 +81,7 @@ def run(request: BenchRequest, note: Note, progress: Progress) -> Row:
         "device": described(session.device),
         "dtype": name_of(session.dtype),
         "activations": request.model.activations,
+        "cache": request.model.cache,
         "fused": generator.fused,
         "repetitions": request.repetitions,
         "tests": rows,

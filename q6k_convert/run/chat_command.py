@@ -88,7 +88,8 @@ def run(request: ChatRequest, typed: Typed, out: Output) -> Row:
     tokenizer = session.tokenizer()
     tokenizer.check_template()
     model = session.model(context, out.progress)
-    answering = Answering(sampling.generator(model, context), tokenizer, model, request.sampling.stop, out.stream)
+    generator = sampling.generator(model, context, request.model.cache)
+    answering = Answering(generator, tokenizer, model, request.sampling.stop, out.stream)
     if session.device.type == "cuda":
         out.note("preparing kernels")
         with session.timed("prepare"):
@@ -103,6 +104,7 @@ def run(request: ChatRequest, typed: Typed, out: Output) -> Row:
         "device": str(session.device),
         "dtype": name_of(session.dtype),
         "activations": request.model.activations,
+        "cache": request.model.cache,
         "context": context,
         **sampling.settings,
         "messages": chat.conversation.messages,

@@ -63,7 +63,8 @@ def run(
     check_ids(session.manifest, ids)
     capacity = _capacity(request, session.metadata, len(ids))
     model = session.model(capacity, progress)
-    answering = Answering(sampling.generator(model, capacity), tokenizer, model, request.sampling.stop, write)
+    generator = sampling.generator(model, capacity, request.model.cache)
+    answering = Answering(generator, tokenizer, model, request.sampling.stop, write)
     if session.device.type == "cuda":
         note("preparing kernels")
         with session.timed("prepare"):
@@ -100,6 +101,7 @@ def _document(
         "device": str(session.device),
         "dtype": name_of(session.dtype),
         "activations": request.model.activations,
+        "cache": request.model.cache,
         **sampling.settings,
         "text": answer.text,
         "stop_reason": answer.stop_reason,

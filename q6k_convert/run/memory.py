@@ -38,7 +38,7 @@ def loaded_sizes(tensors: Iterable[StoredTensor]) -> Sizes:
 
 
 def model_memory(
-    metadata: Metadata, tensors: Sizes, context: int | None = None, element_bytes: int = 2
+    metadata: Metadata, tensors: Sizes, context: int | None = None, element_bytes: int = 2, *, codes: bool = False
 ) -> dict[str, Any]:
     """Return bytes of weights and of the cache; of the latter None and why, if it is unknown.
 
@@ -47,6 +47,7 @@ def model_memory(
         tensors: the tensors that are there to load.
         context: tokens of the longest text; by default as many as the model knows.
         element_bytes: size of a key's or value's element, and of those of weights that are not packed.
+        codes: whether keys and values are codes of 8 bits.
     """
     from q6k_kernels.models.architecture import is_beside, is_of_encoder
     from q6k_kernels.models.cache_layout import cache_bytes
@@ -60,6 +61,7 @@ def model_memory(
         "weights_bytes": sum(_resident(*tensors[name], element_bytes) for name in loaded),
         "tensors_beside": len(beside),
         "context": None,
+        "cache_type": "int8" if codes else "model",
         "cache_bytes": None,
         "cache_problem": None,
     }
@@ -68,7 +70,7 @@ def model_memory(
         result["context"] = length
         if length is not None:
             shapes = {name: shape for name, (shape, _) in tensors.items()}
-            result["cache_bytes"] = cache_bytes(metadata, shapes, length, element_bytes)
+            result["cache_bytes"] = cache_bytes(metadata, shapes, length, element_bytes, codes=codes)
         else:
             result["cache_problem"] = "the model states no context length"
     except BundleError as error:
@@ -110,12 +112,14 @@ def planned(memory: dict[str, Any], free: int | None, *, cached: bool = True, te
     elif cached:
         tokens = text.plural(memory["context"], "token")
         tokens = tokens if texts == 1 else f"{texts} texts of {tokens}"
-        parts.append(f"{text.size(cache)} of cache for {tokens}")
+        kind = "cache" if memory["cache_type"] == "model" else f"{memory['cache_type']} cache"
+        parts.append(f"{text.size(cache)} of {kind} for {tokens}")
         if free is not None and weights + cache > free:
             raise UsageError(
                 f"the cache of {tokens} takes {text.size(cache)} of GPU memory; of {text.size(free)} free, the "
                 f"weights leave {text.size(free - weights)}",
-                "Give a shorter --context." if texts == 1 else "Give fewer --texts, or a shorter --context.",
+                ("Give a shorter --context" if texts == 1 else "Give fewer --texts, or a shorter --context")
+                + ("." if memory["cache_type"] == "int8" else ", or halve the cache: --cache int8."),
             )
     of_free = "" if free is None else f", {text.size(free)} are free"
     return f"memory: {' and '.join(parts)}{of_free}" if parts else ""

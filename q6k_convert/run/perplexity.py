@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from q6k_convert.run.running import Cache
 
 if TYPE_CHECKING:
     from q6k_kernels.tokenizer.text_tokenizer import Tokenizer
@@ -32,7 +35,10 @@ def windows(ids: list[int], bos: int | None, length: int) -> list[list[int]]:
 
 @torch.no_grad()
 def losses(
-    model: Any, windows: list[list[int]], tell: Callable[[int, float], None] = lambda _done, _mean: None
+    model: Any,
+    windows: list[list[int]],
+    tell: Callable[[int, float], None] = lambda _done, _mean: None,
+    cache_type: Cache = "model",
 ) -> Tensor:
     """Return -log of each token's probability, float64 (tokens,) on the CPU, without each window's first token.
 
@@ -40,18 +46,29 @@ def losses(
         model: a causal language model of transformers.
         windows: token ids, two or more in each.
         tell: called after each window with the number of windows done, and the mean so far.
+        cache_type: of another than the model's numbers, what our own passes compute with such a cache.
     """
+    logits_of: Callable[[list[int]], Iterable[Tensor]] = partial(_without_cache, model)
+    if cache_type != "model":
+        from q6k_kernels.generate.reading import Reader
+
+        logits_of = Reader(model, max(map(len, windows)), cache_type).logits
     found, total, count = list[Tensor](), 0.0, 0
     for done, window in enumerate(windows, 1):
-        ids = torch.tensor([window], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-        for at in range(0, len(logits), ROWS_AT_ONCE):
-            rows = logits[at : at + ROWS_AT_ONCE].float()
-            wanted = ids[0, at + 1 : at + 1 + len(rows)]
-            found.append(torch.nn.functional.cross_entropy(rows, wanted, reduction="none").double().cpu())
-            total, count = total + float(found[-1].sum()), count + len(rows)
+        wanted, at = torch.tensor(window[1:], device=model.device), 0
+        for logits in logits_of(window):
+            for rows in torch.split(logits[: len(wanted) - at], ROWS_AT_ONCE):
+                part = torch.nn.functional.cross_entropy(
+                    rows.float(), wanted[at : at + len(rows)], reduction="none"
+                )
+                found.append(part.double().cpu())
+                at, total, count = at + len(rows), total + float(found[-1].sum()), count + len(rows)
         tell(done, total / count)
     return torch.cat(found)
+
+
+def _without_cache(model: Any, window: list[int]) -> Iterable[Tensor]:
+    yield model(input_ids=torch.tensor([window], device=model.device), use_cache=False).logits[0]
 
 
 def perplexity_of(mean: float) -> float:

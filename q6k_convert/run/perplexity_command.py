@@ -55,11 +55,12 @@ def run(request: PerplexityRequest, note: Note, progress: Progress) -> dict[str,
     windows = windows_of(tokenizer, content, window)[: request.windows]
     if not windows:
         raise InputRejectedError(f"{request.file}: expected two tokens or more", "Give a longer text.")
-    model = session.model(None, progress)
+    coded = request.model.cache != "model"
+    model = session.model(window if coded else None, progress)
     tokens = sum(len(window) - 1 for window in windows)
     note(f"reading {text.plural(tokens, 'token')} in {text.plural(len(windows), 'window')}")
     with session.timed("reading"):
-        found = losses(model, windows, _teller(len(windows), note))
+        found = losses(model, windows, _teller(len(windows), note), request.model.cache)
     result = summary(found)
     if not math.isfinite(result["perplexity"]):
         note("the perplexity is not finite: the model's logits are infinite or not numbers, or far off")
@@ -71,6 +72,7 @@ def run(request: PerplexityRequest, note: Note, progress: Progress) -> dict[str,
         "device": str(session.device),
         "dtype": name_of(session.dtype),
         "activations": request.model.activations,
+        "cache": request.model.cache,
         "window": window,
         "windows": len(windows),
         "tokens": tokens,

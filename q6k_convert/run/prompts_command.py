@@ -98,7 +98,7 @@ def run(request: PromptsRequest, note: Callable[[str], None], progress: Progress
             model = session.model(capacity, progress, places)
             from q6k_kernels.generate.texts import Texts
 
-            texts = Texts(model, capacity=capacity, places=places)
+            texts = Texts(model, capacity=capacity, places=places, cache_type=request.model.cache)
             note(f"answering {text.plural(len(todo), 'line')}, {places} at once")
             with session.timed("answers"):
                 _answer(

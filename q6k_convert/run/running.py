@@ -15,6 +15,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Activations = Literal["auto", "int8", "bf16"]
 Weights = Literal["auto", "packed", "bytes"]
+Cache = Literal["model", "int8"]
 _INSTALL = "Install what models take: `pip install 'q6k-convert[inference]'`."
 
 

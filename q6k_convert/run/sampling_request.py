@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from q6k_convert.errors import UsageError
+from q6k_convert.run.running import Cache
 from q6k_kernels.bundle.metadata import Metadata
 from q6k_kernels.bundle.stated_sampling import stated_sampling
 
@@ -63,12 +64,12 @@ class Sampling:
     settings: dict[str, Any]
     request: SamplingRequest
 
-    def generator(self, model: PreTrainedModel, capacity: int) -> Generator:
+    def generator(self, model: PreTrainedModel, capacity: int, cache_type: Cache = "model") -> Generator:
         """Make a generator that draws by these settings."""
         from q6k_kernels.generate.generator import Generator
 
         drawing, logprobs = drawn_by(self.settings), self.request.logprobs
-        return Generator(model, capacity=capacity, logprobs=logprobs, **drawing)
+        return Generator(model, capacity=capacity, logprobs=logprobs, cache_type=cache_type, **drawing)
 
 
 def drawn_by(settings: dict[str, Any]) -> dict[str, Any]:

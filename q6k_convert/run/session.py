@@ -14,6 +14,7 @@ from q6k_convert.errors import UsageError
 from q6k_convert.run.memory import free_bytes, loaded_sizes, model_memory, planned
 from q6k_convert.run.running import (
     Activations,
+    Cache,
     Device,
     Dtype,
     Weights,
@@ -44,6 +45,7 @@ class ModelRequest:
     activations: Activations = "auto"
     weights: Weights = "auto"
     tokenizer: Path | None = None
+    cache: Cache = "model"
 
 
 class Session:
@@ -101,7 +103,8 @@ class Session:
     def memory(self, context: int | None) -> dict[str, Any]:
         """Return the memory that the model takes with a cache of so many tokens, see `memory.model_memory`."""
         sizes = loaded_sizes(self.manifest.tensors)
-        return model_memory(self.metadata, sizes, context, self.dtype.itemsize)
+        codes = self.request.cache == "int8"
+        return model_memory(self.metadata, sizes, context, self.dtype.itemsize, codes=codes)
 
     def model(self, context: int | None, progress: Progress, texts: int = 1) -> PreTrainedModel:
         """Say what memory the model takes with a cache of so many tokens, or without one, and load it.

@@ -20,6 +20,8 @@ from q6k_convert.run import speed
 from q6k_convert.run.bench_command import table
 from q6k_kernels.bundle import manifest
 from q6k_kernels.generate.generator import Generator
+from q6k_kernels.models.architecture import attach
+from q6k_kernels.models.registry import ARCHITECTURES
 from tiny_bundle import TinyBundle, ids_of, tiny_bundle
 
 WORDS = "The lazy fox runs. It's 12345 o'clock, and the brown dog sleeps over the quick dog.\n" * 2
@@ -153,3 +155,20 @@ def test_logits_that_are_no_numbers_have_no_perplexity(tiny: TinyBundle) -> None
     assert done.exit_code == 0
     assert done.stdout.startswith("perplexity not finite of ")
     assert "infinite or not numbers" in done.stderr
+
+
+def test_a_cache_of_codes(tiny: TinyBundle) -> None:
+    """Of a model with steps of our own; others are refused with what to do."""
+    text = tiny.path.with_name("text.txt")
+    given = ("--device", "cpu", "--cache", "int8", "--json")
+    failed(invoke("bench", tiny.path, "-p", "4", *given), 3, "no fused decoding step", "leave --cache out")
+    attach(tiny.model, ARCHITECTURES["llama"])
+    done = invoke("perplexity", tiny.path, "--file", text, "--window", "20", *given)
+    plain = invoke("perplexity", tiny.path, "--file", text, "--window", "20", *given[:2], "--json")
+    documents = [json.loads(each.stdout) for each in (done, plain)]
+    assert [each["cache"] for each in documents] == ["int8", "model"]
+    one, other = (each["perplexity"] for each in documents)
+    assert one != other
+    assert one == pytest.approx(other, rel=0.02)
+    measured = json.loads(invoke("bench", tiny.path, "-p", "4", "-n", "4", "-r", "1", *given).stdout)
+    assert (measured["cache"], measured["fused"]) == ("int8", True)
