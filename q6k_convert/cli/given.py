@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from q6k_convert.errors import InputRejectedError, IOFailedError
 from q6k_convert.hub import fetched_bundle, parse
 from q6k_convert.text import plural
-from q6k_kernels.bundle.manifest import is_bundle
+from q6k_kernels.bundle.manifest import METADATA_NAME, is_bundle
 from q6k_kernels.text import listing
 
 if TYPE_CHECKING:
@@ -134,6 +134,8 @@ def _check_file(path: Path, wanted: Wanted, command: str) -> None:
 def _reject_directory(path: Path, wanted: Wanted, command: str) -> None:
     """Raise an error that lists what is in a directory, if it has bundles, GGUF files or another model."""
     entries = sorted(islice(path.iterdir(), _MOST_ENTRIES))
+    if "bundle" in wanted and any(entry.name == METADATA_NAME for entry in entries):
+        return  # of a bundle that has lost its manifest, which the readers say
     bundles = [entry for entry in entries if entry.is_dir() and is_bundle(entry)]
     files = [_first_part(entry) for entry in entries if entry.suffix.lower() == ".gguf" and entry.is_file()]
     for kind, found in (("bundle", bundles), ("GGUF file", list(dict.fromkeys(files)))):

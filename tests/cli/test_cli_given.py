@@ -147,3 +147,12 @@ def test_a_size_without_a_unit_asks_for_one(model: Path, out: Path) -> None:
     assert result.exit_code == 2
     assert "--max-shard-size: '5' has no unit; write 5GB, or 5B for bytes" in result.stderr
     assert invoke(model, out, "--max-shard-size", "100000B").exit_code == 0
+
+
+@pytest.mark.parametrize("command", [*NO_BUNDLE, "inspect", "hf"])
+def test_a_bundle_without_its_manifest_is_no_gguf_file(command: str, model: Path, out: Path) -> None:
+    """Its `metadata.gguf` holds no model that could be converted."""
+    assert invoke(model, out).exit_code == 0
+    (out / "bundle.json").unlink()
+    done = invoke(command, out, *NO_BUNDLE.get(command, ()))
+    failed(done, 3, "is not a bundle: it has no bundle.json", "Make the bundle again from its GGUF file")
