@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -22,6 +23,7 @@ from q6k_kernels.generate.step_cuda import Kernels
 from q6k_kernels.generate.step_reference import TorchOperations
 
 pytestmark = cuda_emulator.requires_compiler
+PLACES = 3
 Make = Callable[[torch.dtype], Kernels]
 
 
@@ -33,7 +35,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     memory = emulate(monkeypatch, device_like(90))
     monkeypatch.setattr(decode, "stream", lambda on: 0)
-    yield lambda dtype: Kernels(torch.device("cpu", 0), dtype)
+    yield lambda dtype: Kernels(torch.device("cpu", 0), dtype, PLACES)
     memory.check()
 
 
@@ -82,10 +84,12 @@ def test_steps(
     normed: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """At the first position, at the last, or where a ring has wrapped; one warp has all pieces in turn."""
-    given = {"LONG_SLOTS": 0, "LONG_STAGES": {64: 3, 96: 2}, "MOST_BLOCKS": 1, "CODES_WARPS": (1,)}
+    """At the first position, at the last, or where a ring has wrapped."""
+    # One warp takes all turns; but of heads of 64 values one block has 16 warps, most of them without keys.
+    given = {"CODES_SLOTS": 0, "MOST_BLOCKS": 1, "CODES_WARPS": 16 if dim == 64 else 1}
     for name, value in given.items():
         monkeypatch.setattr(attend_cuda, name, value)
+    assert attend_cuda.block_of(dim, device_like(90), 40, True).warps == given["CODES_WARPS"]
     key_heads, slots = 2, 40
     norms = [Norm(1 + random(dim, seed=seed) / 4, 1e-5) for seed in (1, 2)]
     angles = 3 * random(64, dim // 2, seed=3)
@@ -97,3 +101,17 @@ def test_steps(
     for position in (0, 39 if not window else 60):
         caches = filled(1, key_heads, slots, dim, window), filled(1, key_heads, slots, dim, window)
         compare(run, heads, caches, vectors, torch.tensor([position]))
+
+
+def test_steps_of_several_texts(make: Make) -> None:
+    """Each with its place in the cache, in another order; heads of a part of the values that rotate."""
+    dtype, dim, slots, texts = torch.float16, 64, 24, [2, 0]
+    angles = 3 * random(64, dim // 4, seed=3)
+    heads = Heads(*(4, 2, dim, dim**-0.5, None, None, None), angles.cos(), angles.sin())
+    run = make(dtype)
+    run.reserve(heads)
+    q, k, v = (random(2, count * dim, seed=count).to(dtype) for count in (4, 2, 2))
+    caches = [filled(PLACES, 2, slots, dim, 0) for _ in range(2)]
+    mine, theirs = (replace(each, places=torch.tensor(texts)) for each in caches)
+    compare(run, heads, (mine, theirs), (q, k, v), torch.tensor([9, 5, 23]))
+    assert torch.equal(mine.keys[1], filled(PLACES, 2, slots, dim, 0).keys[1])

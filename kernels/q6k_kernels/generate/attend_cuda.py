@@ -16,13 +16,15 @@ from q6k_kernels.jit.compiler import Defines
 
 ATTEND_FILE, ATTEND, ATTEND_KEYS = "attend.cuh", "q6k_attend", 16
 HEAD_DIMS = (64, 96, 128, 256, 512)
-ATTEND_WARPS, CODES_WARPS = (8, 4, 2, 1), (16, 8, 4, 2, 1)
-"""Warps of a block of attention: the first number that fits. Codes take more instructions for each byte."""
+ATTEND_WARPS = (8, 4, 2, 1)
+"""Warps of a block of attention: the first number that fits."""
 BLOCK_BYTES, WARPS_TIMES_DIM = 160 << 10, 2048
 """The most shared memory of a block's rings; and warps times the size of a head, whose sums are in registers."""
-LONG_SLOTS, LONG_STAGES = 4096, {128: 2, 256: 2}
-"""Slots beyond which heads of these sizes have rings of several pieces of keys and values; other heads, and shorter
-texts, gain nothing by them."""
+LONG_SLOTS, LONG_STAGES = 16384, {128: 2}
+"""Slots beyond which heads of these sizes have rings of several pieces of keys and values; fewer keys come sooner
+to blocks that find room beside a product's."""
+CODES_SLOTS, CODES_WARPS = 4096, 16
+"""Slots beyond which blocks for codes, which take more instructions for each byte, have up to so many warps."""
 MOST_HEADS, MOST_BLOCKS = 8, 32
 """The most query heads of a block, and the most blocks that split the keys of one head."""
 BLOCKS_OF_TEXTS = 2
@@ -131,9 +133,10 @@ def has_form(heads: Heads) -> bool:
 def block_of(dim: int, device: Device, slots: int, codes: bool) -> Block:
     """Return the block for a size of heads and a number of slots."""
     room = min(device.shared_bytes - attend_static(dim), BLOCK_BYTES)
-    every = (Block(dim, warps, 1, codes) for warps in (CODES_WARPS if codes else ATTEND_WARPS))
+    warps = (CODES_WARPS, *ATTEND_WARPS) if codes and slots > CODES_SLOTS else ATTEND_WARPS
+    every = (Block(dim, each, 1, codes) for each in warps)
     block = next(each for each in every if each.shared_bytes <= room and each.warps * dim <= WARPS_TIMES_DIM)
-    wanted = LONG_STAGES.get(dim, 1) if slots > LONG_SLOTS else 1
+    wanted = LONG_STAGES.get(dim, 1) if slots > LONG_SLOTS and not codes else 1
     return block._replace(stages=min(wanted, room // block.shared_bytes))
 
 
@@ -150,6 +153,6 @@ def attend_bytes(macros: dict[str, int]) -> int:
 
 def variants(macros: Defines, device: Device) -> list[Variant]:
     """Return all kernels with the macros of a step that a GPU may load."""
-    every = product(HEAD_DIMS, (0, LONG_SLOTS + 1), (False, True), (False, True))
+    every = product(HEAD_DIMS, (0, max(LONG_SLOTS, CODES_SLOTS) + 1), (False, True), (False, True))
     found = (variant(macros, block_of(dim, device, slots, codes), forms) for dim, slots, codes, forms in every)
     return list(dict.fromkeys(found))
