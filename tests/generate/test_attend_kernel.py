@@ -80,12 +80,9 @@ def test_attention(make: Callable[[torch.dtype], Kernels], dim: int, group: int,
     assert not run._counters.any()
 
 
-@pytest.mark.parametrize(("dim", "stages"), [(64, 3), (256, 2)])
-def test_rings_of_several_pieces(
-    make: Callable[[torch.dtype], Kernels], dim: int, stages: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rings_of_several_pieces(make: Callable[[torch.dtype], Kernels], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one warp, or of three blocks of two warps, whose last turns are those of others."""
-    dtype, slots = torch.float16, 168
+    dtype, slots, dim, stages = torch.float16, 168, 64, 3
     angles = 3 * random(slots, dim // 2, seed=3)
     heads = Heads(*(4, 2, dim, dim**-0.5, None, None, None), angles.cos(), angles.sin())
     q, k, v = (random(1, count * dim, seed=count).to(dtype) for count in (4, 2, 2))

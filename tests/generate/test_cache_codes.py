@@ -14,7 +14,7 @@ from torch import Tensor
 
 import real_models
 from cuda_emulator.memory import emulate
-from families import FAMILIES, prompt, tiny
+from families import prompt, tiny
 from q6k_convert import convert_gguf
 from q6k_convert.run.perplexity import losses, windows_of
 from q6k_kernels import load_model
@@ -72,7 +72,7 @@ def test_mixing_leaves_products_and_spreads_what_stands_out(dim: int) -> None:
     assert torch.allclose(mixed(mixed(alone)), alone)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma4", "qwen35"])
 def test_a_generator_with_codes(family: str) -> None:
     """Fewer bytes, nearly the logits of the plain cache, and the same logits for any chunks, and in steps."""
     ids, model = prompt(), tiny(family)
@@ -123,11 +123,11 @@ def test_what_has_no_codes_is_refused() -> None:
 
 
 def test_perplexity_of_a_real_model(tmp_path: Path) -> None:
-    """Within 0.5% of that with a cache of the model's numbers, on three windows of a text."""
+    """Within 0.5% of that with a cache of the model's numbers, on two windows of a text."""
     pytest.importorskip("gguf")
     convert_gguf(real_models.smollm2(tmp_path), tmp_path / "out")
     model = load_model(tmp_path / "out", device="cpu", dtype=torch.float32, weights="bytes")
     tokenizer = load_tokenizer(tmp_path / "out", None)
-    windows = windows_of(tokenizer, TEXT.read_text(encoding="utf-8"), 256)[:3]
+    windows = windows_of(tokenizer, TEXT.read_text(encoding="utf-8"), 128)[:2]
     plain, codes = (losses(model, windows, cache_type=each).mean().exp() for each in ("model", "int8"))
     assert 0 < abs(codes / plain - 1) < 0.005
