@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from q6k_kernels import PackedLinear
 from q6k_kernels.generate import attend_cuda
+from q6k_kernels.generate.cache_codes import coded
 from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.mixture import Mixed, Mixture, MixtureNorms
 from q6k_kernels.generate.step_cuda import Kernels
@@ -31,6 +32,8 @@ def moved(value: Any) -> Any:
     """The same on the GPU, by copies."""
     if isinstance(value, Tensor):
         return value.cuda()
+    if isinstance(value, tuple):
+        return tuple(map(moved, value))
     if isinstance(value, Norm | Heads | Cached | TokenChoice | Mixed | MixtureNorms):
         return replace(value, **{name: moved(each) for name, each in vars(value).items()})
     return value
@@ -100,17 +103,26 @@ def test_gates() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dim", "window", "position", "blocks"),
-    [(64, 0, 150, 32), (64, 0, 150, 1), (128, 40, 250, 32), (256, 0, 8, 32), (512, 0, 60, 32)],
+    ("dim", "window", "position", "blocks", "codes"),
+    [
+        *((64, 0, 150, 32, False), (64, 0, 150, 1, False), (128, 40, 250, 32, False), (256, 0, 8, 32, False)),
+        *((512, 0, 60, 32, False), (128, 40, 250, 32, True), (96, 0, 150, 1, True)),
+    ],
 )
-def test_attention(dim: int, window: int, position: int, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention(
+    dim: int, window: int, position: int, blocks: int, codes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Several blocks, some without keys, or one, whose warps take turns; three query heads for each key head."""
     monkeypatch.setattr(attend_cuda, "MOST_BLOCKS", blocks)
     angles = [random(300, dim // 2, dtype=torch.float32, seed=each) for each in (0, 1)]
     norm = Norm(random(dim, dtype=torch.float32, seed=2), 1e-5)
     heads = Heads(12, 4, dim, dim**-0.5, 5.0 if window else None, norm, norm, *angles)
     q, k, v = (random(1, count * dim, seed=3 + count) for count in (12, 4, 4))
-    cached = Cached(*(random(1, 4, 104 if window else 200, dim, seed=each) for each in (9, 10)), window)
+    held = [random(1, 4, 104 if window else 200, dim, seed=each) for each in (9, 10)]
+    cached = Cached(held[0], held[1], window)
+    if codes:
+        (keys, of_keys), (values, of_values) = (coded(each) for each in held)
+        cached = Cached(keys, values, window, scales=(of_keys, of_values))
     at = torch.tensor([position])
     run = kernels()
     run.reserve(heads)
@@ -118,7 +130,7 @@ def test_attention(dim: int, window: int, position: int, blocks: int, monkeypatc
     there = moved(cached)
     found = run.attend(moved(q), moved(k), moved(v), moved(heads), there, moved(at), users(12 * dim))
     check(found, TorchOperations().attend(q, k, v, heads, cached, at, []))
-    torch.testing.assert_close(there.keys.cpu(), cached.keys, rtol=4e-3, atol=4e-3)
+    torch.testing.assert_close(there.keys.cpu(), cached.keys, rtol=4e-3, atol=1 if codes else 4e-3)
 
 
 def test_choices() -> None:
