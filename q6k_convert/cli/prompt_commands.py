@@ -185,7 +185,7 @@ def perplexity(
     bundle: ModelArgument,
     file: Annotated[
         Path | None,
-        typer.Option("--file", "-f", metavar="TEXT", help="File of the text, in UTF-8.", show_default="none"),
+        typer.Option("--file", "-f", metavar="TEXT", help="Text in UTF-8; - is stdin.", show_default="none"),
     ] = None,
     window: Annotated[
         int | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from q6k_convert.run.running import name_of
 from q6k_convert.run.session import ModelRequest, Note, Progress, Session
 
 MAX_FILE_BYTES = 1 << 24
+STDIN = Path("-")
 DEFAULT_WINDOW = 512
 _TELL_SECONDS = 5.0
 """Between two lines about the progress."""
@@ -91,8 +93,11 @@ def summed_up(document: dict[str, Any]) -> str:
 
 
 def _content(path: Path) -> str:
-    with path.open("rb") as file:
-        raw = file.read(MAX_FILE_BYTES + 1)
+    if path == STDIN:
+        raw = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+    else:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
     if len(raw) > MAX_FILE_BYTES:
         raise InputRejectedError(f"{path}: longer than {text.size(MAX_FILE_BYTES)}", "Give a part of it.")
     try:

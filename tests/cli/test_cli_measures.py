@@ -14,8 +14,10 @@ pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 import torch
+from typer.testing import CliRunner
 
 from bundle_helpers import failed, invoke
+from q6k_convert.cli.main import app
 from q6k_convert.run import speed
 from q6k_convert.run.bench_command import table
 from q6k_kernels.bundle import manifest
@@ -135,6 +137,8 @@ def test_a_perplexity_is_that_of_its_definition(tiny: TinyBundle) -> None:
     first = invoke("perplexity", tiny.path, "-f", text, "--window", "20", "--windows", "1", "--device", "cpu")
     assert first.stdout.startswith("perplexity ")
     assert first.stdout.endswith(" of 19 tokens in 1 window\n")
+    piped = ["perplexity", str(tiny.path), "-f", "-", "--window", "20", "--windows", "1", "--device", "cpu"]
+    assert CliRunner().invoke(app, piped, input=text.read_bytes()).stdout == first.stdout
 
 
 def test_a_text_that_is_none_is_refused(tiny: TinyBundle, tmp_path: Path) -> None:
