@@ -114,12 +114,14 @@ def generate(
 ) -> None:
     """Continue a text with a bundle's model, or answer it with --chat; or answer a file of prompts.
 
-    A line of --prompts has `prompt`, or `messages` as for a chat, and may have an `id` and settings of its own:
-    max_new_tokens, temperature, top_k, top_p, min_p, repeat_penalty, repeat_last, seed, stop. The file is checked
-    before the first answer. The seed grows by one from line to line.
+    A line of --prompts has `prompt`, or `messages` as of a chat; it may have an `id`, and in place of options
+    settings of its own: max_new_tokens, temperature, top_k, top_p, min_p, repeat_penalty, repeat_last, seed, stop.
 
-    An answer has `text`, `stop_reason` and `token_ids`, or `error`; then the exit code is 3. A run that was stopped
-    goes on where it was: give the same command again.
+    The file is checked before the first answer. The seed grows by one from line to line.
+
+    A line of --out has `text`, `token_ids` and `stop_reason`, or `error`: then the exit code is 3.
+
+    A run that was stopped goes on where it was: give the same command again.
     """
     with reporting(as_json, quiet, verbose) as terminal:
         from q6k_convert.cli.given import bundle_path

@@ -45,7 +45,7 @@ def named(gpu: Device) -> str:
 @pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("gpu", [gpu for gpu in GPUS if gpu.multiprocessors in (108, 84, 132, 188)], ids=named)
 def test_decode_kernels_are_those_that_sizes_reach(gpu: Device) -> None:
-    kinds = [(tokens, quantized) for tokens in TOKENS for quantized in {False, tokens == 1}]
+    kinds = list(itertools.product(TOKENS, (False, True)))
     for row in WEIGHT_TYPES.values():
         reached = set()
         for k in COLUMNS:

@@ -14,15 +14,16 @@ from torch import Tensor
 
 from cuda_emulator.memory import emulate
 from q6k_kernels.cpp.variants import device_like
-from q6k_kernels.generate import step_cuda
+from q6k_kernels.generate import choose_cuda
+from q6k_kernels.generate.choose_cuda import MOST_BLOCKS as CHOOSE_BLOCKS
 from q6k_kernels.generate.filters import Filters
 from q6k_kernels.generate.likelihoods import Likelihoods
-from q6k_kernels.generate.step_cuda import CHOOSE_BLOCKS, Kernels
+from q6k_kernels.generate.step_cuda import Kernels
 from q6k_kernels.generate.step_reference import TokenChoice, TorchOperations
 
 pytestmark = cuda_emulator.requires_compiler
 
-BLOCK = step_cuda.CHOOSE_THREADS * step_cuda.CHOOSE_VALUES
+BLOCK = choose_cuda.THREADS * choose_cuda.VALUES
 DTYPES = [torch.bfloat16, torch.float16]
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -56,7 +57,7 @@ def chosen(
 
 
 def launches(run: Kernels) -> list[tuple[int, int, int]]:
-    variant = step_cuda.CHOOSE_FILE, step_cuda.CHOOSE, run._macros[:2]
+    variant = choose_cuda.FILE, choose_cuda.CHOOSE, run._macros[:2]
     return cuda_emulator.load(*variant, 0).launches
 
 
@@ -140,7 +141,7 @@ def test_numbers_of_all_kinds(
 def test_threads_may_run_in_any_order(make: Callable[[torch.dtype], Kernels]) -> None:
     run = make(torch.bfloat16)
     logits = torch.randn(1, 3 * BLOCK + 100, generator=torch.Generator().manual_seed(0)).bfloat16()
-    kernel = cuda_emulator.load(step_cuda.CHOOSE_FILE, step_cuda.CHOOSE, run._macros[:2], 0)
+    kernel = cuda_emulator.load(choose_cuda.FILE, choose_cuda.CHOOSE, run._macros[:2], 0)
     try:
         for kernel.order in (0, 1, 2, 3):
             for temperature in (0.0, 1.0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,13 +64,13 @@ def answers(run: Texts, jobs: list[tuple[int, int, dict[str, Any]]]) -> list[lis
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma4"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma4"])
 def test_tokens_are_those_of_each_text_alone(family: str) -> None:
     run = Texts(tiny(family), capacity=CAPACITY, places=3)
     assert answers(run, JOBS) == [alone(family, job) for job in range(len(JOBS))]
 
 
-@pytest.mark.parametrize(("places", "lag"), [(1, 0), (2, 2), (7, 0), (5, 2)])
+@pytest.mark.parametrize(("places", "lag"), [(1, 0), (7, 0), (5, 2)])
 def test_tokens_do_not_depend_on_how_many_there_are(places: int, lag: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor on how late they are read: with a lag, as on a GPU, texts join while steps are under way."""
     monkeypatch.setattr(mailbox.StepsMailbox, "lag", lag)
@@ -176,9 +177,49 @@ def test_what_cannot_join_is_named_and_the_others_go_on(monkeypatch: pytest.Monk
         assert [token for by, token in found if by is each] == [*expected("llama")[:limit], None]
 
 
+class LateCopy:
+    """Pinned memory that a copy reaches when its event is waited for, in the place of `torch` in `mailbox`."""
+
+    def __init__(self) -> None:
+        self.cuda = SimpleNamespace(Event=lambda: self, current_stream=lambda device: "steps")
+        self._started, self._recorded = list[tuple[Any, Any]](), list[int]()
+
+    def empty(self, shape: Any, dtype: Any, pin_memory: bool) -> Any:
+        assert pin_memory
+        host = torch.zeros(shape, dtype=dtype)
+        return SimpleNamespace(copy_=lambda source, non_blocking: self._copy(host, source), tolist=host.tolist)
+
+    def _copy(self, host: Any, source: Any) -> None:
+        self._started.append((host, source.clone()))
+
+    def record(self, stream: str) -> None:
+        assert stream == "steps"
+        self._recorded.append(len(self._started))
+
+    def synchronize(self) -> None:
+        for host, source in self._started[: self._recorded.pop(0)]:
+            host.copy_(source)
+
+
+def test_a_gpus_tokens_are_those_of_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mailbox, "torch", LateCopy())
+    token = torch.tensor([5, 0, 7])
+    box = mailbox.GpuStepsMailbox(token)
+    for step in range(box.lag + 1):
+        token += step
+        box.post()
+    assert len(box) == box.lag + 1
+    assert [box.read() for _ in range(3)] == [[5, 0, 7], [6, 1, 8], [8, 3, 10]]
+    assert len(box) == 0
+
+
 def test_models_that_continue_one_text_at_a_time_are_named() -> None:
     with pytest.raises(UnsupportedModelError, match="states of gated delta nets continues one text at a time"):
         Texts(tiny("qwen35"), capacity=9)
+    other = type(tiny("llama"))(tiny("llama").config)
+    with pytest.raises(UnsupportedModelError, match="that load_model has not made") as caught:
+        Texts(other, capacity=9)
+    assert "one after the other" in str(caught.value.remedy)
     with pytest.raises(ValueError, match="1 to 32 places; found 9, 2048 and 33"):
         Texts(tiny("llama"), capacity=9, places=33)
     assert Texts(tiny("llama"), capacity=9, places=2).nbytes == 2 * 3 * 2 * 2 * 16 * 8 * 4

@@ -8,20 +8,23 @@ from dataclasses import replace
 import pytest
 
 import cuda_emulator
+import packed
 
 torch = pytest.importorskip("torch")
 
 from torch import Tensor, nn
 
 from cuda_emulator.memory import emulate
+from q6k_kernels import PackedLinear
 from q6k_kernels.cpp.variants import device_like
-from q6k_kernels.cuda import decode
-from q6k_kernels.generate import attend_cuda, step_cuda
+from q6k_kernels.cuda import decode, decode_plan
+from q6k_kernels.generate import attend_cuda, choose_cuda
 from q6k_kernels.generate.filters import Filters, FiltersOfTexts
 from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.step_cuda import Kernels
 from q6k_kernels.generate.step_reference import TorchOperations
 from q6k_kernels.generate.text_choice import TextsChoice
+from q6k_kernels.generate.texts_cuda import TextKernels
 
 pytestmark = cuda_emulator.requires_compiler
 
@@ -75,6 +78,51 @@ def test_attention(run: Kernels, places: list[int], window: int, gated: bool) ->
     assert not run._counters.any()
 
 
+@pytest.mark.parametrize(("texts", "k", "users"), [(3, 96, "both"), (8, 288, "codes")])
+def test_norms_and_gates_quantise_for_the_products(run: Kernels, texts: int, k: int, users: str) -> None:
+    """Rows that there is room for, but no text, are zeros, as `q6k_quantize` leaves them."""
+    operations = TextKernels(torch.device("cpu", 0), torch.bfloat16, run)
+    seeing: list[nn.Module] = [PackedLinear(k, 16, format="q8_0"), nn.Identity()][: 1 + (users == "both")]
+    hidden, delta = (random(texts, k, seed=seed).bfloat16() for seed in (1, 2))
+    after, norm = (Norm(1 + random(k, seed=seed) / 4, 1e-5) for seed in (3, 4))
+    gate, up = random(texts, 2 * k, seed=5).bfloat16().chunk(2, dim=1)
+    halves = replace(operations.add_norm(hidden, delta, after, norm, [nn.Identity()])[1], codes=None)
+    total, found = operations.add_norm(hidden, delta, after, norm, seeing)
+    expected, normed = TorchOperations().add_norm(hidden, delta, after, norm, [])
+    assert normed.halves is not None
+    torch.testing.assert_close(total.double(), expected.double(), rtol=2**-7, atol=2**-7)
+    tokens = decode_plan.tokens_of(texts)
+    for given, reference in (
+        (found, halves.halves),
+        (operations.gate(gate, up, "silu", seeing), operations.gate(gate, up, "silu", [nn.Identity()]).halves),
+    ):
+        assert reference is not None
+        assert (given.rows, given.k) == (texts, k)
+        assert given.codes is not None
+        assert torch.equal(given.codes, decode._quantize(reference, tokens, run._device))
+        assert (given.halves is None) == (users == "codes")
+        if given.halves is not None:
+            assert torch.equal(given.halves, reference)
+    torch.testing.assert_close(halves.halves.double(), normed.halves.double(), rtol=2**-6, atol=2**-7)
+
+
+@pytest.fixture
+def layer() -> PackedLinear:
+    """Made before memory is emulated."""
+    return PackedLinear.from_weight(packed.weight((40, 512)), activations="int8")
+
+
+def test_products_take_what_is_quantised(layer: PackedLinear, run: Kernels) -> None:
+    """A unit in the last place apart from the reference, whose sums are exact."""
+    operations = TextKernels(torch.device("cpu", 0), torch.bfloat16, run)
+    norm, users = Norm(random(512, seed=1), 1e-5), [layer, nn.Identity()]
+    x = operations.add_norm(random(3, 512).bfloat16(), None, None, norm, users)[1]
+    assert x.halves is not None
+    assert x.codes is not None
+    found = operations.multiply(layer, x)
+    torch.testing.assert_close(found.double(), layer(x.halves).double(), rtol=2**-7, atol=1e-6)
+
+
 @pytest.mark.parametrize("texts", range(1, 33))
 def test_there_is_memory_for_the_parts_of_all_blocks(texts: int) -> None:
     """And the blocks of all texts together are as many as wanted, or one for each head."""
@@ -120,7 +168,7 @@ def test_choices_are_those_in_torch(
         moved = (both[0].position != before.position).nonzero()[:, 0].tolist()
         assert moved == [place for place in sorted(places) if place != 2]
         assert not run._counted.any()
-    variant = step_cuda.CHOOSE_FILE, step_cuda.CHOOSE_OF_TEXTS, run._macros[:2]
+    variant = choose_cuda.FILE, choose_cuda.CHOOSE_OF_TEXTS, run._macros[:2]
     assert cuda_emulator.load(*variant, 0).launches[-1] == (-(-size // 1024), 4, 1)
 
 

@@ -18,6 +18,8 @@ from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.mixture import Mixed, Mixture, MixtureNorms
 from q6k_kernels.generate.step_cuda import Kernels
 from q6k_kernels.generate.step_reference import TokenChoice, TorchOperations
+from q6k_kernels.generate.text_choice import TextsChoice
+from q6k_kernels.generate.texts_cuda import TextKernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitize]
 
@@ -34,7 +36,7 @@ def moved(value: Any) -> Any:
         return value.cuda()
     if isinstance(value, tuple):
         return tuple(map(moved, value))
-    if isinstance(value, Norm | Heads | Cached | TokenChoice | Mixed | MixtureNorms):
+    if isinstance(value, Norm | Heads | Cached | TokenChoice | TextsChoice | Mixed | MixtureNorms):
         return replace(value, **{name: moved(each) for name, each in vars(value).items()})
     return value
 
@@ -44,10 +46,10 @@ def users(k: int) -> list[nn.Module]:
     return [PackedLinear(k, 16, device="cuda"), nn.Linear(1, 1)]
 
 
-def kernels() -> Kernels:
+def kernels(texts: int = 1) -> Kernels:
     """Their memory set by copies, as that is what initcheck sees."""
-    run = Kernels(torch.device("cuda", 0), DTYPE)
-    run._counted = moved(torch.zeros(1, dtype=torch.int32))
+    run = Kernels(torch.device("cuda", 0), DTYPE, texts)
+    run._counted = moved(torch.zeros(texts, dtype=torch.int32))
     return run
 
 
@@ -143,3 +145,48 @@ def test_choices() -> None:
     TorchOperations().choose(logits, None, choice)
     assert there.token.cpu() == choice.token
     assert there.position.cpu() == 4
+
+
+@pytest.mark.parametrize("texts", [2, 3, 8])
+def test_norms_and_gates_of_texts(texts: int) -> None:
+    hidden, delta, gate, up = (random(texts, 768, seed=each) for each in range(4))
+    after, norm = (Norm(random(768, dtype=torch.float32, seed=each), 1e-5) for each in (4, 5))
+    run = TextKernels(torch.device("cuda", 0), DTYPE, kernels(texts))
+    _, found = run.add_norm(moved(hidden), moved(delta), moved(after), moved(norm), users(768))
+    check(found, TorchOperations().add_norm(hidden, delta, after, norm, [])[1])
+    check(run.gate(moved(gate), moved(up), "silu", users(768)), TorchOperations().gate(gate, up, "silu", []))
+
+
+@pytest.mark.parametrize(("texts", "window"), [(3, 0), (3, 40), (9, 0)])
+def test_attention_and_choices_of_texts(texts: int, window: int) -> None:
+    places, order = 12, torch.Generator().manual_seed(texts)
+    rows, position = (
+        torch.randperm(places, generator=order)[:texts],
+        torch.randint(0, 190, (places,), generator=order),
+    )
+    angles = [random(300, 32, dtype=torch.float32, seed=each) for each in (0, 1)]
+    heads = Heads(12, 4, 64, 0.125, None, None, None, *angles)
+    q, k, v = random(texts, 20 * 64).split([12 * 64, 4 * 64, 4 * 64], dim=1)
+    there = [each.contiguous() for each in moved(torch.cat([q, k, v], 1)).split([12 * 64, 4 * 64, 4 * 64], dim=1)]
+    buffers = (random(places, 4, 104 if window else 200, 64, seed=each) for each in (9, 10))
+    cached = Cached(*buffers, window, None, rows)
+    run, there_cached = kernels(texts), moved(cached)
+    run.reserve(heads)
+    run._counters = moved(torch.zeros(len(run._counters), dtype=torch.int32))
+    found = run.attend(*there, moved(heads), there_cached, moved(position), [nn.Identity()]).halves
+    expected = TorchOperations().attend(q, k, v, heads, cached, position, []).halves
+    assert found is not None
+    assert expected is not None
+    torch.testing.assert_close(found.cpu(), expected, rtol=4e-3, atol=4e-3)
+    numbers = torch.arange(places)
+    choice = TextsChoice(
+        *(rows, (numbers > 2).long(), position, numbers.clone(), torch.zeros(places, 200, dtype=torch.int64)),
+        seed=numbers,
+        temperature=(numbers % 3).float() / 2,
+        suppressed=random(places, 1504, seed=2) > 1,
+    )
+    there_choice, logits = moved(choice), random(texts, 1504, seed=7)
+    run.choose_of_texts(moved(logits), None, there_choice)
+    TorchOperations().choose_of_texts(logits, None, choice)
+    assert torch.equal(there_choice.token.cpu(), choice.token)
+    assert torch.equal(there_choice.chosen.cpu(), choice.chosen)

@@ -8,7 +8,7 @@ from itertools import product
 from q6k_kernels.cuda import decode, decode_plan, experts_decode, experts_gemm, gemm_mma, gemm_wgmma, rows
 from q6k_kernels.cuda.device import Device, Variant
 from q6k_kernels.formats.types import CODE_MACROS, WEIGHT_TYPES, WeightType
-from q6k_kernels.generate import attend_cuda, chunk_cuda, step_cuda
+from q6k_kernels.generate import attend_cuda, chunk_cuda, step_cuda, texts_cuda
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 """Compute capabilities that tests compile kernels for; every other one from 8.0 on resembles one of them."""
@@ -67,6 +67,7 @@ def _all(arch: int) -> tuple[Variant, ...]:
         *experts_gemm.variants(device),
         *step_cuda.variants(device),
         *chunk_cuda.variants(),
+        *texts_cuda.variants(),
     )
 
 

@@ -66,21 +66,21 @@ def linear_of_codes(
     y: Tensor,
     device: Device,
 ) -> None:
-    """Launch the product of one row of activations that another kernel has quantised.
+    """Launch the product of up to 8 rows of activations that another kernel has quantised.
 
     Args:
-        codes: uint8, one row of k as `q6k_quantize` writes it, of the size that `decode_plan.code_bytes(k)` gives.
+        codes: uint8, the rows of k as `q6k_quantize` writes them, of the size that `decode_plan.code_bytes` gives.
         k: K of both.
         tiles: uint8 (T, ceil(K/256), tile_bytes).
         bias: (n,) or None.
-        n: rows of the weight; `decode_plan.fits` has accepted its size.
+        n: rows of the weight; `decode_plan.fits` has accepted its size for as many rows.
         row: the weight type.
-        y: bf16 or fp16 (1, n), contiguous.
+        y: bf16 or fp16 (M, n), contiguous.
         device: the GPU of all tensors.
     """
-    chosen = plan(1, n, k, row, device, quantized=True)
+    chosen = plan(len(y), n, k, row, device, quantized=True)
     if chosen is None:
-        raise ValueError(f"rows of K = {k} do not fit in shared memory")
+        raise ValueError(f"{len(y)} rows of K = {k} do not fit in shared memory")
     _multiply(chosen, codes, 0, k, tiles, bias, n, row, y, device)
 
 

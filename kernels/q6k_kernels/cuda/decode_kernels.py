@@ -26,7 +26,7 @@ MOST_ROW_TILES = 1 << 27
 @lru_cache
 def reached(weights: WeightType, device: Device) -> tuple[tuple[Kernel, bool], ...]:
     """Return the kernels that a weight type needs for some size, each with whether blocks split K."""
-    kinds = [(tokens, quantized) for tokens in TOKENS for quantized in {False, tokens == 1}]
+    kinds = [(tokens, quantized) for tokens in TOKENS for quantized in (False, True)]
     return tuple(sorted({each for kind in kinds for each in _reached(weights, *kind, device)}))
 
 

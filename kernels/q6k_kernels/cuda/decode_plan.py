@@ -201,7 +201,7 @@ def plan(
         forced: a cluster size and a choice, to measure them.
         quantized: whether the activations come in 8 bits.
     """
-    tokens = next(t for t in TOKENS if t >= m)
+    tokens = tokens_of(m)
     row_tiles, blocks = -(-n // TILE_ROWS), super_blocks(k)
     tiles = -(-row_tiles * blocks // device.multiprocessors)
     chosen = next(each for each in ROWS if each.holds(row.name, tokens, blocks * SUPER_BLOCK, tiles))
@@ -264,9 +264,14 @@ def activation_bytes(tokens: int, fused: bool) -> tuple[int, int, int]:
     return 4 * (64 * tokens + (16 if fused else 0)), 32 * tokens if tokens <= 4 else 256, 64 * tokens
 
 
-def fits(n: int, k: int, row: WeightType, device: Device) -> bool:
-    """Check whether at least one row of activations of that length fits in a block's shared memory."""
-    return plan(1, n, k, row, device) is not None
+def fits(n: int, k: int, row: WeightType, device: Device, m: int = 1) -> bool:
+    """Check whether so many rows of activations of that length, 1 to 8, fit in a block's shared memory."""
+    return plan(m, n, k, row, device) is not None
+
+
+def tokens_of(m: int) -> int:
+    """Return the rows that the kernel for `m` rows of activations is compiled for; 0 for more than there are."""
+    return next((tokens for tokens in TOKENS if tokens >= m), 0)
 
 
 def code_bytes(k: int, tokens: int = 1) -> tuple[int, int]:

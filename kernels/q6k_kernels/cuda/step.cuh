@@ -1,12 +1,13 @@
 // The parts of a decode step between its products: one token's residual sum, norm and gate, each followed by the
-// quantisation that the next product needs (quantize.cuh, which comes before this file, with one token, and before it
-// gates.cuh and sixteens.cuh). They are tiny and mostly wait; meanwhile the next product loads its first tiles.
+// quantisation that the next product needs (quantize.cuh, which comes before this file, and before it gates.cuh and
+// sixteens.cuh). They are tiny and mostly wait; meanwhile the next product loads its first tiles. Of several texts,
+// q6k_add_norm and q6k_gate take the tokens of up to TOKENS.
 //
 //   Q6K_NORM_GROUPS  groups of 16 values that each of 256 threads has of a row that is normed
 //   Q6K_CENTRED      1: norms subtract the mean first
 //   Q6K_GATE         the activation of q6k_gate, a Gate
 
-static_assert(TOKENS == 1 && !Q6K_FUSED, "a step is of one token, quantised once for all blocks");
+static_assert(!Q6K_FUSED, "a step is quantised once for all blocks");
 
 #ifndef Q6K_NORM_GROUPS
 #define Q6K_NORM_GROUPS 1
@@ -136,11 +137,12 @@ struct Further {
   u16* x;
 };
 
-// Shared by the kernels below. MIXED: what is added is `mixed`, else `delta`. MORE: `further` is wanted.
+// Shared by the kernels below, of one row. MIXED: what is added is `mixed`, else `delta`. MORE: `further` is wanted.
 template <bool MIXED, bool MORE>
 __device__ __forceinline__ void add_norm(const u16* hidden, const u16* delta, const Mixed& mixed, const float* after,
                                          const float* weight, const Further (&further)[2], u16* sum, u16* x, u8* codes,
-                                         float* steps, float factor, float scale, float epsilon, int k) {
+                                         float* steps, float factor, float scale, float epsilon, int k,
+                                         int token = 0) {
   __shared__ float parts[4][2][NORM_THREADS / 32];
   let_dependents_start();
   const int groups = k / 16, padded = padded_groups(k);
@@ -207,7 +209,7 @@ __device__ __forceinline__ void add_norm(const u16* hidden, const u16* delta, co
     to_halves(values[i], raw);
     if (present && weight != nullptr) normed(last, i, raw);
     if (x != nullptr && present) store_16(x + group * 16, raw);
-    if (codes != nullptr) quantize_into(Quantized::all(codes, steps, k), raw, 0, group, group < padded);
+    if (codes != nullptr) quantize_into(Quantized::all(codes, steps, k), raw, token, group, group < padded);
   }
   if (!MORE) return;
   for_groups(groups, [&](int i, int group) {
@@ -220,17 +222,35 @@ __device__ __forceinline__ void add_norm(const u16* hidden, const u16* delta, co
   });
 }
 
+template <typename T>
+__device__ __forceinline__ T* from(T* rows, i64 at) {  // null stays null
+  return rows == nullptr ? rows : rows + at;
+}
+
 // sum = (hidden + (norm of) delta) * scale; x = (norm of) sum: as 16-bit values, in 8 bits, or both.
 //
 // Parameters, all of one row of k values, a multiple of 32, at most 4096 NORM_GROUPS: hidden; delta, or null to add
 // nothing; after, the weight of delta's own norm, or null for none; the norm's weight, or null for none; sum, x, or
 // null; codes and steps, as q6k_quantize writes them, zeros past k, or null; factor, of delta after its norm; scale, of
-// the sum, a 16-bit number; the norms' epsilon. Norms are root mean squares; their weights are fp32. One block.
+// the sum, a 16-bit number; the norms' epsilon; m, rows of hidden, delta, sum and x, up to TOKENS: codes are of TOKENS, of
+// which those from m on become zeros. Norms are root mean squares; their weights are fp32. A block for each of TOKENS.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     q6k_add_norm(const u16* hidden, const u16* delta, const float* after, const float* weight, u16* sum, u16* x,
-                 u8* codes, float* steps, float factor, float scale, float epsilon, int k) {
+                 u8* codes, float* steps, float factor, float scale, float epsilon, int k, int m) {
   const Further none[2] = {};
-  add_norm<false, false>(hidden, delta, Mixed(), after, weight, none, sum, x, codes, steps, factor, scale, epsilon, k);
+  const int token = blockIdx.x;
+  if (token >= m) {
+    let_dependents_start();
+    wait_for_previous_grid();  // which may still read what has been where the codes go
+    const uint4 zeros[2] = {};
+    for (int group = threadIdx.x; (group & ~31) < padded_groups(k); group += NORM_THREADS) {
+      quantize_into(Quantized::all(codes, steps, k), zeros, token, group, group < padded_groups(k));
+    }
+    return;
+  }
+  const i64 before = (i64)token * k;
+  add_norm<false, false>(hidden + before, from(delta, before), Mixed(), after, weight, none, from(sum, before),
+                         from(x, before), codes, steps, factor, scale, epsilon, k, token);
 }
 
 #if Q6K_NORM_GROUPS <= 2  // more would not fit in registers
@@ -261,21 +281,23 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 // x = gate's activation * up: as 16-bit values, in 8 bits, or both.
 //
 // Parameters, all of one row of k values: gate; up, or null for the activation alone; x, or null; codes and steps, as
-// q6k_quantize writes them, or null; k. `gate` and `up` are in rows of `width` values, a multiple of 16, `stride` apart.
-// A thread for each 16 of whole super-blocks; codes past k are zeros.
+// q6k_quantize writes them, or null; k. `gate` and `up` are in rows of `width` values, a multiple of 16, `stride` apart;
+// those of a token begin `token_stride` after those of the one before, x after k values. m, tokens, up to TOKENS.
+// Grid: a thread for each 16 of whole super-blocks x TOKENS; codes past k, and of tokens from m on, are zeros.
 extern "C" __global__ void __launch_bounds__(GATE_THREADS)
-    q6k_gate(const u16* gate, const u16* up, u16* x, u8* codes, float* steps, int k, int width, int stride) {
+    q6k_gate(const u16* gate, const u16* up, u16* x, u8* codes, float* steps, int k, int width, int stride,
+             i64 token_stride, int m) {
   let_dependents_start();
-  const int groups = k / 16, group = blockIdx.x * GATE_THREADS + threadIdx.x;
-  const bool present = group < groups;
+  const int groups = k / 16, group = blockIdx.x * GATE_THREADS + threadIdx.x, token = blockIdx.y;
+  const bool present = group < groups && token < m;
   uint4 raw[2] = {}, raw_up[2] = {};
   wait_for_previous_grid();
   if (present) {
-    const int at = group * 16 / width * stride + group * 16 % width;
+    const i64 at = token * token_stride + group * 16 / width * stride + group * 16 % width;
     load_16(gate + at, raw);
     if (up != nullptr) load_16(up + at, raw_up);
   }
   apply_gate(Q6K_GATE, raw, raw_up, up != nullptr);
-  if (x != nullptr && present) store_16(x + group * 16, raw);
-  if (codes != nullptr) quantize_into(Quantized::all(codes, steps, k), raw, 0, group, group < padded_groups(k));
+  if (x != nullptr && present) store_16(x + (i64)token * k + group * 16, raw);
+  if (codes != nullptr) quantize_into(Quantized::all(codes, steps, k), raw, token, group, group < padded_groups(k));
 }

@@ -14,4 +14,5 @@ __all__ = [
     "reading",
     "step_cuda",
     "texts",
+    "texts_cuda",
 ]

@@ -1,6 +1,5 @@
-"""The operations of a chunk of a prompt, and of a step of several texts, on a GPU: launches of `cuda/chunk.cuh`,
-products by the kernels for many rows, attention (`chunk_attend_cuda`; that of a step for texts), gated delta nets
-(`chunk_delta_cuda`) and mixtures (`chunk_mixture_cuda`).
+"""The operations of a chunk of a prompt on a GPU: launches of `cuda/chunk.cuh`, products by the kernels for many
+rows, attention (`chunk_attend_cuda`), gated delta nets (`chunk_delta_cuda`) and mixtures (`chunk_mixture_cuda`).
 
 `step_reference` specifies the operations, in plain torch. It computes heads of the sizes and forms that
 `chunk_attend_cuda.supports` leaves out. A single token, which may be all that is left of a chunk, goes through the
@@ -29,7 +28,6 @@ from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.mixture import Mixed, Mixture
 from q6k_kernels.generate.step_cuda import GATES, Kernels
 from q6k_kernels.generate.step_reference import ProductInput, TorchOperations
-from q6k_kernels.generate.text_choice import TextsChoice
 from q6k_kernels.jit import loader
 from q6k_kernels.models.layer import Activation
 from q6k_kernels.weights.experts import PackedExperts
@@ -132,7 +130,7 @@ class ChunkKernels(TorchOperations):
         users: list[nn.Module],
     ) -> ProductInput:
         """Launch norms, rotation, cache write and attention, see `step_reference`."""
-        if len(q) == 1 or cached.places is not None:
+        if len(q) == 1:
             return self._of_steps.attend(q, k, v, heads, cached, position, [_HALVES])
         if not chunk_attend_cuda.supports(heads):
             return super().attend(q, k, v, heads, cached, position, users)
@@ -176,10 +174,6 @@ class ChunkKernels(TorchOperations):
 
         rows = chunk_mixture_cuda.outputs(x, experts, chosen, gate)
         return Mixed(rows, factors, beside, mixture.norms)
-
-    def choose_of_texts(self, logits: Tensor, softcap: float | None, choice: TextsChoice) -> None:
-        """Launch the choice of the next tokens of several texts."""
-        self._of_steps.choose_of_texts(logits, softcap, choice)
 
     def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor:
         """Compute a product, (M, N)."""

@@ -20,7 +20,7 @@ MOST_MIXED = 8192
 CENTRED = (ADD_NORM,)
 """Kernels whose norms may be centred: no architecture that centres its norms has a mixture of experts."""
 _COMMON = "@PPPPPPPPfffi"
-_ADD_NORM, _ADD_NORMS, _ADD_MIXTURE = (struct.Struct(_COMMON + more) for more in ("", "PPPP", "PPPPii"))
+_ADD_NORM, _ADD_NORMS, _ADD_MIXTURE = (struct.Struct(_COMMON + more) for more in ("i", "PPPP", "PPPPii"))
 
 
 def kernel_and_arguments(
@@ -78,7 +78,7 @@ def kernel_and_arguments(
     if further:
         pointers = [each.data_ptr() for norm, out in further for each in (norm.weight, out)]
         return ADD_NORMS, centred, _ADD_NORMS.pack(*given, *pointers)
-    return ADD_NORM, centred, _ADD_NORM.pack(*given)
+    return ADD_NORM, centred, _ADD_NORM.pack(*given, len(hidden))
 
 
 def _norms(delta: Tensor | Mixed | None) -> tuple[Norm | None, Norm | None]:

@@ -1,5 +1,6 @@
-"""The operations of a decoding step on a GPU: launches of `cuda/step.cuh` and `cuda/choose.cuh`, and of the kernels
-for norms (`norm_cuda`), attention (`attend_cuda`), gated delta nets (`delta_cuda`) and mixtures (`mixture_cuda`).
+"""The operations of a decoding step on a GPU: launches of `cuda/step.cuh`, and of the kernels for norms
+(`norm_cuda`), the choice (`choose_cuda`), attention (`attend_cuda`), gated delta nets (`delta_cuda`) and mixtures
+(`mixture_cuda`).
 
 `step_reference` specifies the operations, in plain torch. Here the activations for packed weights pass between
 launches in 8 bits: the kernel that computes them also quantises them.
@@ -19,7 +20,7 @@ from q6k_kernels.cuda import decode, decode_plan
 from q6k_kernels.cuda import device as launching
 from q6k_kernels.cuda.device import Device, Variant, pointer
 from q6k_kernels.formats.types import weight_type
-from q6k_kernels.generate import attend_cuda, delta_cuda, mixture_cuda, norm_cuda
+from q6k_kernels.generate import attend_cuda, choose_cuda, delta_cuda, mixture_cuda, norm_cuda
 from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.heads import Cached, Heads, Norm
 from q6k_kernels.generate.mixture import Mixed, Mixture
@@ -35,14 +36,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 STEP, GATE = "step.cuh", "q6k_gate"
-CHOOSE_FILE, CHOOSE, CHOOSE_OF_TEXTS = "choose.cuh", "q6k_choose", "q6k_choose_of_texts"
 GATE_THREADS = 128
-CHOOSE_THREADS, CHOOSE_VALUES, CHOOSE_BLOCKS = 128, 8, 256
-"""Threads of a block, logits that a thread reads at once, and the most blocks; as in `cuda/choose.cuh`."""
 GATES = {"silu": 0, "gelu_tanh": 1, "relu_squared": 2, "clamped_swiglu": 3}
 """Activation -> its number in the enum `Gate` of `cuda/gates.cuh`."""
-_GATE = struct.Struct("@PPPPPiii")
-_CHOOSE, _CHOOSE_OF_TEXTS = struct.Struct("@PPPPPPPPffi"), struct.Struct("@PPPPPPPPPPPqfi")
+_GATE = struct.Struct("@PPPPPiiiqi")
 
 
 class Kernels:
@@ -57,11 +54,12 @@ class Kernels:
     def __init__(self, device: torch.device, dtype: torch.dtype, texts: int = 1) -> None:
         self._device = launching.device(torch.cuda.current_device() if device.index is None else device.index)
         self._torch_device, self._dtype = device, dtype
-        self._macros = (("Q6K_FP16", int(dtype is torch.float16)), *_ONE_TOKEN)
+        self._fp16 = int(dtype is torch.float16)
+        self._macros = macros_of(self._fp16, 1)
         self._partials = torch.empty(0, device=device)
         self._counters = torch.zeros(0, dtype=torch.int32, device=device)
         self._texts = texts
-        self._bests = torch.empty(texts, CHOOSE_BLOCKS, dtype=torch.int64, device=device)
+        self._bests = torch.empty(texts, choose_cuda.MOST_BLOCKS, dtype=torch.int64, device=device)
         self._counted = torch.zeros(texts, dtype=torch.int32, device=device)
 
     def supports(self, hidden: int, between: int, heads: Heads | DeltaHeads) -> str:
@@ -98,25 +96,37 @@ class Kernels:
         scale: float = 1.0,
         further: tuple[Norm, Norm] | None = None,
     ) -> tuple[Tensor, ProductInput]:
-        """Launch the residual sum and its norms, see `step_reference`; `users` decide the forms of the output."""
+        """Launch the residual sum and its norms, see `step_reference`; `users` decide the forms of the output.
+
+        Several rows, of several texts, only without a mixture and further norms.
+        """
         total = hidden if delta is None else torch.empty_like(hidden)
-        out, others = self._activations(hidden.shape[-1], users), [torch.empty_like(hidden) for _ in further or ()]
+        rows, k = hidden.shape
+        out, others = self._activations(k, users, rows), [torch.empty_like(hidden) for _ in further or ()]
         kernel, centred, given = norm_cuda.kernel_and_arguments(
             *(hidden, delta, after, norm, total, self._outputs(out), factor, scale),
             tuple(zip(further or (), others, strict=True)),
         )
-        variant = norm_cuda.variant(kernel, self._macros, hidden.shape[-1], centred)
-        self._launch(variant, (1, 1, 1), norm_cuda.THREADS, given)
+        tokens = decode_plan.tokens_of(rows)
+        variant = norm_cuda.variant(kernel, macros_of(self._fp16, tokens), k, centred)
+        self._launch(variant, (tokens, 1, 1), norm_cuda.THREADS, given)
         return total, replace(out, further=tuple(others))
 
-    def gate(self, gate: Tensor, up: Tensor | None, activation: Activation, users: list[nn.Module]) -> ProductInput:
-        """Launch the activation function of `gate` times `up`, see `step_reference`: rows are a token's experts."""
-        out, given = self._activations(gate.numel(), users), (gate.data_ptr(), pointer(up))
+    def gate(
+        self, gate: Tensor, up: Tensor | None, activation: Activation, users: list[nn.Module], texts: int = 1
+    ) -> ProductInput:
+        """Launch the activation function of `gate` times `up`, see `step_reference`: rows are a token's experts.
+
+        Of several texts each has as many rows.
+        """
+        k, tokens = gate.numel() // texts, decode_plan.tokens_of(texts)
+        out, stride = self._activations(k, users, texts), gate.stride(-2)
+        given = gate.data_ptr(), pointer(up), *self._outputs(out), k, gate.shape[-1], stride
         self._launch(
-            _gate_variant(self._macros, GATES[activation]),
-            (-(-gate.numel() // (16 * GATE_THREADS)), 1, 1),
+            gate_variant(macros_of(self._fp16, tokens), GATES[activation]),
+            (-(-k // (16 * GATE_THREADS)), tokens, 1),
             GATE_THREADS,
-            _GATE.pack(*given, *self._outputs(out), gate.numel(), gate.shape[-1], gate.stride(-2)),
+            _GATE.pack(*given, k // gate.shape[-1] * stride, texts),
         )
         return replace(out, halves=None if out.halves is None else out.halves.view(gate.shape))
 
@@ -188,14 +198,14 @@ class Kernels:
         return Mixed(rows, factors, beside, mixture.norms)
 
     def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor:
-        """Compute a product, (1, N)."""
-        if not self._takes_codes(module):
+        """Compute a product, (M, N)."""
+        if not self.takes_codes(module, activations.rows):
             assert activations.halves is not None  # noqa: S101 -- `_activations` provides them
             y: Tensor = module.forward(activations.halves)
             return y
-        assert isinstance(module, PackedLinear)  # noqa: S101 -- as `_takes_codes` has checked
+        assert isinstance(module, PackedLinear)  # noqa: S101 -- as `takes_codes` has checked
         assert activations.codes is not None  # noqa: S101 -- `_activations` provides them
-        y = torch.empty(1, module.out_features, dtype=self._dtype, device=self._torch_device)
+        y = torch.empty(activations.rows, module.out_features, dtype=self._dtype, device=self._torch_device)
         row = weight_type(module.format)
         decode.linear_of_codes(
             activations.codes,
@@ -217,72 +227,42 @@ class Kernels:
             return
         if filters is not None:
             suppressed = filters.cut(capped(logits, softcap), choice.temperature, suppressed)
-        vocabulary = logits.shape[-1]
-        blocks = -(-vocabulary // (CHOOSE_THREADS * CHOOSE_VALUES))
-        self._launch(
-            (CHOOSE_FILE, CHOOSE, self._macros[:2]),
-            (min(blocks, CHOOSE_BLOCKS), 1, 1),
-            CHOOSE_THREADS,
-            _CHOOSE.pack(
-                logits.data_ptr(),
-                choice.position.data_ptr(),
-                choice.token.data_ptr(),
-                choice.chosen.data_ptr(),
-                self._bests.data_ptr(),
-                self._counted.data_ptr(),
-                choice.seed.data_ptr(),
-                pointer(suppressed),
-                softcap or 0.0,
-                choice.temperature,
-                vocabulary,
-            ),
-        )
+        shared = self._bests, self._counted
+        choose_cuda.choose(self._launch, self._macros[:2], shared, logits, softcap, choice, suppressed)
         if choice.likelihoods is not None:
             choice.likelihoods.note(capped(logits, softcap), choice.token, choice.position)
 
     def choose_of_texts(self, logits: Tensor, softcap: float | None, choice: TextsChoice) -> None:
         """Launch the choice of the next tokens of several texts; torch chooses if there are filters."""
-        texts, vocabulary = logits.shape
-        if choice.filters is not None or vocabulary % CHOOSE_VALUES:
+        if choice.filters is not None or not choose_cuda.takes(logits):
             TorchOperations().choose_of_texts(logits, softcap, choice)
             return
-        blocks = -(-vocabulary // (CHOOSE_THREADS * CHOOSE_VALUES))
-        given = logits, choice.places, choice.advances, choice.position, choice.token, choice.chosen
-        self._launch(
-            (CHOOSE_FILE, CHOOSE_OF_TEXTS, self._macros[:2]),
-            (min(blocks, CHOOSE_BLOCKS), texts, 1),
-            CHOOSE_THREADS,
-            _CHOOSE_OF_TEXTS.pack(
-                *(each.data_ptr() for each in given),
-                self._bests.data_ptr(),
-                self._counted.data_ptr(),
-                choice.seed.data_ptr(),
-                pointer(choice.suppressed),
-                pointer(choice.temperature),
-                choice.chosen.shape[1],
-                softcap or 0.0,
-                vocabulary,
-            ),
-        )
+        shared = self._bests, self._counted
+        choose_cuda.choose_of_texts(self._launch, self._macros[:2], shared, logits, softcap, choice)
 
-    def _takes_codes(self, module: nn.Module) -> bool:
-        if not isinstance(module, PackedLinear) or module.activations == "bf16":
+    def takes_codes(self, module: nn.Module, rows: int) -> bool:
+        """Check whether a product of so many rows takes activations in 8 bits."""
+        if not isinstance(module, PackedLinear) or module.activations == "bf16" or rows > decode_plan.MOST_TOKENS:
             return False
         row = weight_type(module.format)
-        return decode_plan.fits(module.out_features, module.in_features, row, self._device)
+        return decode_plan.fits(module.out_features, module.in_features, row, self._device, rows)
 
     def _activations(self, k: int, users: list[nn.Module], rows: int = 1) -> ProductInput:
-        coded, size = [self._takes_codes(user) for user in users], sum(decode_plan.code_bytes(k))
+        coded = [self.takes_codes(user, rows) for user in users]
+        size = sum(decode_plan.code_bytes(k, decode_plan.tokens_of(rows))) if any(coded) else 0
         return ProductInput(
             halves=None if all(coded) else torch.empty(rows, k, dtype=self._dtype, device=self._torch_device),
             codes=torch.empty(size, dtype=torch.uint8, device=self._torch_device) if any(coded) else None,
             k=k,
+            rows=rows,
         )
 
     def _outputs(self, out: ProductInput) -> tuple[int, int, int]:
         """Return the pointers to the 16-bit values, codes and scales; 0 for what is absent."""
-        codes = pointer(out.codes)
-        return pointer(out.halves), codes, codes and codes + decode_plan.code_bytes(out.k)[0]
+        if out.codes is None:
+            return pointer(out.halves), 0, 0
+        codes, size = out.codes.data_ptr(), decode_plan.code_bytes(out.k, decode_plan.tokens_of(out.rows))[0]
+        return pointer(out.halves), codes, codes + size
 
     def _launch(
         self,
@@ -302,22 +282,25 @@ class Kernels:
         )
 
 
-_ONE_TOKEN = (("Q6K_TOKENS", 1), ("Q6K_FUSED", 0))
+@cache
+def macros_of(fp16: int, tokens: int) -> Defines:
+    """Return the macros of a dtype and a number of rows of activations in 8 bits."""
+    return ("Q6K_FP16", fp16), ("Q6K_TOKENS", tokens), ("Q6K_FUSED", 0)
 
 
 @cache
-def _gate_variant(macros: Defines, gate: int) -> Variant:
+def gate_variant(macros: Defines, gate: int) -> Variant:
+    """Return the kernel of a gate."""
     return STEP, GATE, (*macros, ("Q6K_GATE", gate))
 
 
 def variants(device: Device) -> list[Variant]:
     """Return all kernels that a step may load on a GPU."""
     found = list[Variant]()
-    for fp16 in (False, True):
-        macros = (("Q6K_FP16", int(fp16)), *_ONE_TOKEN)
-        found += [_gate_variant(macros, gate) for gate in GATES.values()]
-        found += [(CHOOSE_FILE, kernel, macros[:2]) for kernel in (CHOOSE, CHOOSE_OF_TEXTS)]
-        found += [delta_cuda.variant(macros)]
+    for fp16 in (0, 1):
+        macros = macros_of(fp16, 1)
+        found += [gate_variant(macros, gate) for gate in GATES.values()]
+        found += [*choose_cuda.variants(macros[:2]), delta_cuda.variant(macros)]
         found += [*mixture_cuda.variants(macros[:1]), *norm_cuda.variants(macros)]
         found += attend_cuda.variants(macros, device)
     return found

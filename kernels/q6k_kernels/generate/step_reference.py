@@ -42,15 +42,17 @@ class ProductInput:
 
     Attributes:
         halves: the activations in the model's dtype, (M, K); None if no product reads them.
-        codes: the activations of one token in 8 bits, see `decode.linear_of_codes`; None if no product reads them.
+        codes: the activations in 8 bits, see `decode.linear_of_codes`; None if no product reads them.
         k: K.
         further: further norms of the same activations, (M, K) in the model's dtype.
+        rows: M of `codes`.
     """
 
     halves: Tensor | None
     codes: Tensor | None
     k: int
     further: tuple[Tensor, ...] = ()
+    rows: int = 1
 
     @property
     def end(self) -> ProductInput:

@@ -39,7 +39,7 @@ def step_for(model: PreTrainedModel, cache: KeyValueCache, device: torch.device,
     if not (on_gpu and narrow if fused is None else fused):
         return None
     operations: StepOperations = TorchOperations()
-    of_chunks = operations
+    of_chunks = of_texts = operations
     if on_gpu:
         if not narrow:
             raise UnsupportedModelError(
@@ -48,12 +48,14 @@ def step_for(model: PreTrainedModel, cache: KeyValueCache, device: torch.device,
             )
         from q6k_kernels.generate.chunk_cuda import ChunkKernels
         from q6k_kernels.generate.step_cuda import Kernels
+        from q6k_kernels.generate.texts_cuda import TextKernels
 
         operations = kernels = Kernels(device, model.dtype, len(cache.position))
         of_chunks = ChunkKernels(device, model.dtype, kernels)
+        of_texts = TextKernels(device, model.dtype, kernels)
     step, failure = None, None
     try:
-        step = Step(model, cache, operations, of_chunks, of_chunks)
+        step = Step(model, cache, operations, of_chunks, of_texts)
     except UnsupportedModelError as error:
         failure = error
     if is_divided(model) and not all_agree(failure is None, device) and failure is None:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MOST_TEXTS = 32
+ONE_BY_ONE = "Generate the texts one after the other."
 ROWS = (1, 2, 4, 8, 16, 32)
 """Rows of a step: the first number that the texts do not exceed."""
 
@@ -117,11 +118,12 @@ class Texts:
             "with states of gated delta nets": LINEAR in self._cache.kinds,
         }
         if what := next((each for each, holds in refused.items() if holds), ""):
-            raise UnsupportedModelError(
-                f"a model {what} continues one text at a time", "Generate the texts one after the other."
-            )
-        with plan_for(rotaries(model), capacity):
-            step = step_for(model, self._cache, device, fused=True)
+            raise UnsupportedModelError(f"a model {what} continues one text at a time", ONE_BY_ONE)
+        try:
+            with plan_for(rotaries(model), capacity):
+                step = step_for(model, self._cache, device, fused=True)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(error.cause, ONE_BY_ONE) from error
         assert step is not None  # noqa: S101 -- else `step_for` raises
         step.allocate()
         self._step = step
