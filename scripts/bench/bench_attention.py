@@ -86,7 +86,7 @@ class Attention:
         rows, blocks, together = self._grid
         outputs = self._out.data_ptr(), 0, 0
         given = attend_cuda.arguments(q, k, v, self._heads, cached, self._position, self._shared, outputs, together)
-        loader.load(*attend_cuda.variant(MACROS, block, False), 0).launch(
+        loader.load(*attend_cuda.variant(MACROS, block, False, False), 0).launch(
             (blocks, rows, 1),
             32 * block.warps,
             given,
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     count, key_heads, dim = args.heads
     every = {block for keys in args.keys for block in blocks(dim, keys, args.every_block)}
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda block: loader.load(*attend_cuda.variant(MACROS, block, False), 0), every))
+        list(pool.map(lambda block: loader.load(*attend_cuda.variant(MACROS, block, False, False), 0), every))
     rate, before = timing.read_gb_per_s(READ_BYTES), products()
     only = timing.time_calls(before, 5, settle=True)
     print(

@@ -196,8 +196,8 @@ def test_dynamic_shared_memory_is_what_launches_ask_for() -> None:
     # Rings of x and of tiles, 2 KB for each consumer, a barrier pair for each stage.
     assert found["q6k_gemm_wgmma", 6, 1, 256, 2, 3, 4, 1] == 4 * 256 * 128 + 3 * 8 * 3456 + 2 * 2048 + 7 * 16
     # Of 16 keys and values for each of eight warps, 16 bytes more than they take; a ring of two; codes, two scales.
-    assert found["q6k_attend", None, None, 1, 0, 128, 8, 1, 0, 0] == 2 * 8 * 16 * (128 * 2 + 16)
-    assert found["q6k_attend", None, None, 1, 0, 128, 8, 2, 0, 0] == 2 * 2 * 8 * 16 * (128 * 2 + 16)
-    assert found["q6k_attend", None, None, 1, 0, 128, 16, 1, 1, 0] == 2 * 16 * 16 * (128 + 16 + 2 * 4)
+    assert found["q6k_attend", None, None, 1, 0, 128, 8, 1, 0, 0, 0] == 2 * 8 * 16 * (128 * 2 + 16)
+    assert found["q6k_attend", None, None, 1, 0, 128, 8, 2, 0, 0, 0] == 2 * 2 * 8 * 16 * (128 * 2 + 16)
+    assert found["q6k_attend", None, None, 1, 0, 128, 16, 1, 1, 0, 0] == 2 * 16 * 16 * (128 + 16 + 2 * 4)
     # A ring of 16 x 3 tiles, 21504 / 256 super-blocks of one token's codes and steps, 32 sums.
     assert found["q6k_decode", 6, 0, 1, 0, 16, 3, 1, 0] >= 16 * 3 * 3584 + 84 * (256 + 32) + 32 * 16 * 4

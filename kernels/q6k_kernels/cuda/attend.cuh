@@ -4,6 +4,7 @@
 //   Q6K_HEAD_DIM  see heads.cuh
 //   Q6K_WARPS     warps of a block
 //   Q6K_STAGES    pieces of keys in a warp's ring
+//   Q6K_TEXTS     1: of several texts, or of one in a cache with places
 //   Q6K_FORMS     0 without code for norms of projections and rotated heads, neighbours, sinks and padding of outputs
 //
 // Whatever does not depend on the previous launch is loaded before the wait for that launch: above all the keys and
@@ -11,6 +12,9 @@
 
 #ifndef Q6K_FORMS
 #define Q6K_FORMS 1
+#endif
+#ifndef Q6K_TEXTS
+#define Q6K_TEXTS 0
 #endif
 #ifndef Q6K_WARPS
 #define Q6K_WARPS 8
@@ -52,9 +56,9 @@ __device__ __forceinline__ u32 gated_pair(u32 pair, const u16* gates) {
 // q6k_quantize writes them, or null; the scores' scale; softcap, 0 for none; the norms' epsilon; slots; window, the
 // size of a ring of slots, or 0 if slot and position are equal; heads of a block, at most HEADS; group, query heads
 // for each key head, a multiple of `heads`; whether v has a norm, without weights; gated, whether q is
-// (all heads, query and gate, DIM); normed, rotated and neighbours, see HeadForm; places, or null for one text: the
-// cache has places, as have positions, and text i is in places[i]; its token has q, k and v `q_stride`, `k_stride` and
-// `v_stride` behind those of the one before, its own partials and counters, and x; of more than one `codes` is null.
+// (all heads, query and gate, DIM); normed, rotated and neighbours, see HeadForm; and with TEXTS only: the cache has
+// places, as have positions, and text i is in places[i]; its token has q, k and v `q_stride`, `k_stride` and `v_stride`
+// behind those of the one before, its own partials and counters, and x; of more than one `codes` is null.
 // Grid: blocks that share keys, at most MOST_BLOCKS, x (all heads / heads) x texts. Shared memory: AttendBlock::BYTES.
 extern "C" __global__ void __launch_bounds__(THREADS)
     q6k_attend(const u16* q, const u16* k, const u16* v, Held* keys, Held* values, float* key_scales,
@@ -73,28 +77,23 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int query_size = gated ? 2 * DIM : DIM;            // with its gate
   const int outputs = heads * DIM, partial_size = outputs + 2 * heads;  // even: sums are read in pairs
   const int k_out = outputs * gridDim.y;
-  if (places != nullptr) {
-    const i64 text = blockIdx.z, before = places[text] * (gridDim.y * heads / group) * slots * DIM;
-    keys += before, values += before;
-    if (Q6K_CODES) key_scales += before / DIM, value_scales += before / DIM;
-    q += text * q_stride;
-    if (k != nullptr) k += text * k_stride, v += text * v_stride;
-    position += places[text];
-    counters += text * gridDim.y, partials += text * gridDim.y * gridDim.x * partial_size;
-    x += text * k_out;
-  }
+  // By a macro, not a null pointer: addresses that are computed take registers, and parameters none. Those that are
+  // needed late are computed late.
+  const i64 text = Q6K_TEXTS ? blockIdx.z : 0, place = Q6K_TEXTS ? places[text] : 0;
+  if (Q6K_TEXTS) q += text * q_stride, k = k == nullptr ? k : k + text * k_stride, v += text * v_stride;
 
   // The previous step ended before this one began, so its position and its keys are in memory.
-  const i64 here = *position;
+  const i64 here = position[place];
   if (growth != nullptr) scale *= growth[here];
   const int used = (int)min(here + 1, (i64)slots), own_slot = (int)(window ? here % slots : here);
-  Held* const head_keys = keys + (i64)head * slots * DIM;
-  Held* const head_values = values + (i64)head * slots * DIM;
+  const i64 all_head = place * (gridDim.y * heads / group) + head;  // of all places
+  Held* const head_keys = keys + all_head * slots * DIM;
+  Held* const head_values = values + all_head * slots * DIM;
 #if Q6K_CODES
-  float* const own_scale = (threadIdx.x ? value_scales : key_scales) + (i64)head * slots + own_slot;  // of two threads
+  float* const own_scale = (threadIdx.x ? value_scales : key_scales) + all_head * slots + own_slot;  // of two threads
 #endif
-  KeyShare share = {head_keys, head_values, here, 0, 0, own_slot, slots, window, key_scales + (i64)head * slots,
-                    value_scales + (i64)head * slots};
+  KeyShare share = {head_keys, head_values, here, 0, 0, own_slot, slots, window, key_scales + all_head * slots,
+                    value_scales + all_head * slots};
   take_share(share, used, blockIdx.x, gridDim.x);
   const AttendBlock<WARPS, Q6K_STAGES> block = {share, ring, warp, lane};
   block.request();
@@ -165,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
   block.attend(shared, scale, softcap);
   __syncthreads();
-  float* const row_partials = partials + (i64)row * gridDim.x * partial_size;
+  float* const row_partials = partials + (text * gridDim.y + row) * gridDim.x * partial_size;
   float* const partial = row_partials + blockIdx.x * partial_size;
   for (int o = threadIdx.x; o < outputs; o += THREADS) {
     const int h = o / DIM, d = o % DIM;
@@ -177,10 +176,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   // Then blocks, always in their order, so that the result never depends on which is the last.
   __syncthreads();
   if (threadIdx.x == 0) {
-    u32 before;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counters + row) : "memory");
+    u32 before, *const counter = counters + text * gridDim.y + row;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
     last = before == gridDim.x - 1;
-    if (last) counters[row] = 0;  // for the next launch
+    if (last) *counter = 0;  // for the next launch
   }
   __syncthreads();
   if (!last) return;
@@ -230,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const bool present = out + 2 * lane < outputs;
     reinterpret_cast<u32*>(staged[warp])[lane] = pair;
     const int at = row * outputs + out;
-    if (x != nullptr && present) reinterpret_cast<u32*>(x + at)[lane] = pair;
+    if (x != nullptr && present) reinterpret_cast<u32*>(x + text * k_out + at)[lane] = pair;
     __syncwarp();
     uint4 raw[2] = {};
     const bool quantises = lane < 4 && out + 16 * lane < outputs;

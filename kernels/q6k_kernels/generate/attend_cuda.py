@@ -31,7 +31,7 @@ BLOCKS_OF_TEXTS = 2
 """Blocks for each multiprocessor, where there are several texts, which may be of very different lengths."""
 NORMED = {"head": 0, "projection": 1, "rotated head": 2}
 """What has a norm -> its number in the enum `Normed` of `cuda/heads.cuh`."""
-_MACROS = ("Q6K_HEAD_DIM", "Q6K_WARPS", "Q6K_STAGES", "Q6K_CODES", "Q6K_FORMS")
+_MACROS = ("Q6K_HEAD_DIM", "Q6K_WARPS", "Q6K_STAGES", "Q6K_CODES", "Q6K_FORMS", "Q6K_TEXTS")
 _ATTEND = struct.Struct("@PPPPPPPPPPPPPPPPPPPfffiiiiiiiiiPqqq")
 
 
@@ -118,9 +118,12 @@ class Block(NamedTuple):
 
 
 @cache
-def variant(macros: Defines, block: Block, forms: bool) -> Variant:
-    """Return the kernel for the macros of a step, a block, and forms: see `has_form`."""
-    own = zip(_MACROS, (*block, forms), strict=True)
+def variant(macros: Defines, block: Block, forms: bool, texts: bool) -> Variant:
+    """Return the kernel for the macros of a step, a block, and forms: see `has_form`.
+
+    With `texts` it is for a cache with places.
+    """
+    own = zip(_MACROS, (*block, forms, texts), strict=True)
     return ATTEND_FILE, ATTEND, (*macros, *((name, int(value)) for name, value in own))
 
 
@@ -147,12 +150,16 @@ def attend_static(dim: int) -> int:
 
 def attend_bytes(macros: dict[str, int]) -> int:
     """Return the dynamic shared memory of the attention kernel with these macros, in bytes of a block."""
-    dim, warps, stages, codes, _ = (macros[name] for name in _MACROS)
+    dim, warps, stages, codes, *_ = (macros[name] for name in _MACROS)
     return Block(dim, warps, stages, bool(codes)).shared_bytes
 
 
 def variants(macros: Defines, device: Device) -> list[Variant]:
     """Return all kernels with the macros of a step that a GPU may load."""
-    every = product(HEAD_DIMS, (0, max(LONG_SLOTS, CODES_SLOTS) + 1), (False, True), (False, True))
-    found = (variant(macros, block_of(dim, device, slots, codes), forms) for dim, slots, codes, forms in every)
+    either = False, True
+    every = product(HEAD_DIMS, (0, max(LONG_SLOTS, CODES_SLOTS) + 1), either, either, either)
+    found = (
+        variant(macros, block_of(dim, device, slots, codes), forms, texts)
+        for dim, slots, codes, forms, texts in every
+    )
     return list(dict.fromkeys(found))

@@ -148,7 +148,7 @@ class Kernels:
         shared = (self._partials, self._counters)
         given = attend_cuda.arguments(q, k, v, heads, cached, position, shared, self._outputs(out), together)
         self._launch(
-            attend_cuda.variant(self._macros, block, attend_cuda.has_form(heads)),
+            attend_cuda.variant(self._macros, block, attend_cuda.has_form(heads), cached.places is not None),
             (blocks, rows, texts),
             32 * block.warps,
             given,
