@@ -83,7 +83,8 @@ def run(request: PromptsRequest, note: Callable[[str], None], progress: Progress
     tokenizer = session.tokenizer()
     prepared = _encoded(request, session, tokenizer, lines)
     model_digest = hashlib.sha256((request.model.bundle / manifests.NAME).read_bytes()).hexdigest()
-    answers = AnswerFile(request.out, [line.digest(model_digest) for line in lines])
+    model_and_cache = f"{model_digest} {request.model.cache}"
+    answers = AnswerFile(request.out, [line.digest(model_and_cache) for line in lines])
     try:
         if answers.torn:
             note(f"{request.out}: dropped a torn last line of {text.size(answers.torn)}")
@@ -251,6 +252,7 @@ def _document(
         "device": str(session.device),
         "dtype": name_of(session.dtype),
         "activations": request.model.activations,
+        "cache": request.model.cache,
         "prompts": str(request.prompts),
         "out": str(request.out),
         "lines": lines,

@@ -197,7 +197,8 @@ def test_files_that_make_no_sense(tiny: TinyBundle, prompts: Path, monkeypatch: 
     out, part = (prompts.with_name(name) for name in ("answers.jsonl", "answers.jsonl.part"))
     whole = out.read_bytes()
     other = "line 1 is no answer of this model to one of these prompts, with these settings"
-    failed(run(tiny, prompts, "--temperature", "0.5"), 4, other, "another --out")
+    for option in (("--temperature", "0.5"), ("--cache", "int8")):
+        failed(run(tiny, prompts, *option), 4, other, "another --out")
     written(prompts, LINES[:4])
     failed(run(tiny, prompts), 4, f"answers.jsonl: {other.replace('1', '5', 1)}", "another --out")
     written(prompts, LINES)

@@ -70,6 +70,15 @@ def test_tokens_are_those_of_each_text_alone(family: str) -> None:
     assert answers(run, JOBS) == [alone(family, job) for job in range(len(JOBS))]
 
 
+def test_a_cache_of_8_bits_has_places_too() -> None:
+    run, expected_answers = Texts(tiny("gemma3"), capacity=CAPACITY, places=2, cache_type="int8"), []
+    for length, limit, settings in JOBS[:4]:
+        generator = Generator(tiny("gemma3"), capacity=CAPACITY, fused=True, cache_type="int8", **settings)
+        generator.prefill(prompt(length))
+        expected_answers.append(list(generator.generate(limit)))
+    assert answers(run, JOBS[:4]) == expected_answers
+
+
 @pytest.mark.parametrize(("places", "lag"), [(1, 0), (7, 0), (5, 2)])
 def test_tokens_do_not_depend_on_how_many_there_are(places: int, lag: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor on how late they are read: with a lag, as on a GPU, texts join while steps are under way."""

@@ -23,6 +23,13 @@
 #define Q6K_STAGES 1
 #endif
 
+// Elsewhere the compiler would spill a few registers, so that two blocks find room.
+#if __CUDA_ARCH__ == 900
+#define Q6K_LIMITS __launch_bounds__(THREADS)
+#else
+#define Q6K_LIMITS __launch_bounds__(THREADS, 1)
+#endif
+
 static_assert(TOKENS == 1 && !Q6K_FUSED, "a step is of one token, quantised once for all blocks");
 
 constexpr int WARPS = Q6K_WARPS;
@@ -60,7 +67,7 @@ __device__ __forceinline__ u32 gated_pair(u32 pair, const u16* gates) {
 // places, as have positions, and text i is in places[i]; its token has q, k and v `q_stride`, `k_stride` and `v_stride`
 // behind those of the one before, its own partials and counters, and x; of more than one `codes` is null.
 // Grid: blocks that share keys, at most MOST_BLOCKS, x (all heads / heads) x texts. Shared memory: AttendBlock::BYTES.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void Q6K_LIMITS
     q6k_attend(const u16* q, const u16* k, const u16* v, Held* keys, Held* values, float* key_scales,
                float* value_scales, const float* cosines, const float* sines, const float* q_norm, const float* k_norm, const i64* position, const float* growth,
                const float* sinks, float* partials, u32* counters, u16* x, u8* codes, float* steps, float scale,
@@ -75,8 +82,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int row = blockIdx.y, head = row * heads / group;  // of keys
   const int query_size = gated ? 2 * DIM : DIM;            // with its gate
-  const int outputs = heads * DIM, partial_size = outputs + 2 * heads;  // even: sums are read in pairs
-  const int k_out = outputs * gridDim.y;
   // By a macro, not a null pointer: addresses that are computed take registers, and parameters none. Those that are
   // needed late are computed late.
   const i64 text = Q6K_TEXTS ? blockIdx.z : 0, place = Q6K_TEXTS ? places[text] : 0;
@@ -164,6 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
   block.attend(shared, scale, softcap);
   __syncthreads();
+  const int outputs = heads * DIM, partial_size = outputs + 2 * heads;  // even: sums are read in pairs
   float* const row_partials = partials + (text * gridDim.y + row) * gridDim.x * partial_size;
   float* const partial = row_partials + blockIdx.x * partial_size;
   for (int o = threadIdx.x; o < outputs; o += THREADS) {
@@ -183,6 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
   __syncthreads();
   if (!last) return;
+  const int k_out = outputs * gridDim.y;
   // A warp adds 64 outputs, a lane two, of one head or two. All loads are issued at once: a lane loads the maximum
   // and weight of one block, and every block's part of its own outputs.
   for (int out = warp * 64; out < outputs; out += WARPS * 64) {
