@@ -8,7 +8,7 @@ from itertools import product
 from q6k_kernels.cuda import decode, decode_plan, experts_decode, experts_gemm, gemm_mma, gemm_wgmma, rows
 from q6k_kernels.cuda.device import Device, Variant
 from q6k_kernels.formats.types import CODE_MACROS, WEIGHT_TYPES, WeightType
-from q6k_kernels.generate import attend_cuda, chunk_cuda, step_cuda, texts_cuda
+from q6k_kernels.generate import attend_cuda, chunk_cuda, persist_cuda, step_cuda, texts_cuda
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 """Compute capabilities that tests compile kernels for; every other one from 8.0 on resembles one of them."""
@@ -66,6 +66,7 @@ def _all(arch: int) -> tuple[Variant, ...]:
         *experts_decode.variants(),
         *experts_gemm.variants(device),
         *step_cuda.variants(device),
+        *persist_cuda.variants(device),
         *chunk_cuda.variants(),
         *texts_cuda.variants(),
     )
@@ -86,6 +87,8 @@ def shared_bytes(arch: int) -> dict[Variant, int]:
         _, kernel, defines = variant
         if kernel == attend_cuda.ATTEND:
             found[variant] = attend_cuda.attend_bytes(dict(defines))
+        elif kernel == persist_cuda.PERSIST:  # as much as there is, with as many stages as fit
+            found[variant] = device_like(arch).shared_bytes
         elif kernel not in _SIZED:
             found[variant] = 0
         elif (key := _key(kernel, dict(defines))) in largest:

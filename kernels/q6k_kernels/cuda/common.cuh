@@ -1,4 +1,4 @@
-// What every kernel shares: the tile layout, its unpacking, and the few instructions CUDA C++ has no name for.
+// What every kernel shares: conversions, copies, and the few instructions CUDA C++ has no name for.
 //
 // Device code here includes nothing, so that run-time compilation needs no header and caches by text alone.
 // Kernels are specialised by macros, all integers:
@@ -6,10 +6,6 @@
 //               of a stored code, what is subtracted from it, its code book, weights of a group, whether a group has a
 //               minimum, and the kind of its scale
 //   Q6K_FP16    0: activations and outputs are bf16; 1: fp16
-//
-// A tile is 16 rows x 256 weights (formats/tiles.py has the rules). lane = 4g + t holds, of row g + 8h and each of
-// the 16 groups of 16 weights, the four weights 2t, 2t+1, 2t+8, 2t+9: the A fragment of a 16-row matrix instruction.
-// In what follows "sixteen" is such a group; a group of the weight type is one or two of them.
 
 typedef unsigned char u8;
 typedef signed char s8;
@@ -35,23 +31,7 @@ typedef long long i64;
 #define Q6K_FP16 0
 #endif
 
-constexpr int TILE_ROWS = 16;
 constexpr int SUPER_BLOCK = 256;
-constexpr int QUARTERS = 4;              // parts of a super-block: 64 weights, four sixteens
-constexpr bool STEPPED = Q6K_SCALES == SCALES_INT8_STEPS || Q6K_SCALES == SCALES_UINT8_STEPS;
-constexpr bool WIDE_SCALES = Q6K_SCALES == SCALES_BF16 || Q6K_SCALES == SCALES_FP16;  // of two bytes
-constexpr int TILE_WEIGHTS = TILE_ROWS * SUPER_BLOCK;
-constexpr int LOW_BITS = Q6K_BITS == 8 ? 0 : Q6K_BITS - 4;       // of a code, apart from its other four
-constexpr int LOW_AT = Q6K_BITS == 8 ? TILE_WEIGHTS : TILE_WEIGHTS / 2;  // byte of a tile where they begin
-constexpr int SCALES_AT = TILE_WEIGHTS * Q6K_BITS / 8;           // the scales
-constexpr int ROW_SCALES = SUPER_BLOCK / Q6K_GROUP * (WIDE_SCALES ? 2 : 1);  // bytes of a row's scales
-constexpr int MINS_AT = SCALES_AT + TILE_ROWS * ROW_SCALES;
-constexpr int STEPS_AT = MINS_AT + (Q6K_MINIMUM ? TILE_ROWS * ROW_SCALES : 0);
-constexpr int MIN_STEPS_AT = STEPS_AT + TILE_ROWS * 2;
-constexpr int USED_BYTES = STEPS_AT + (STEPPED ? TILE_ROWS * 2 * (1 + Q6K_MINIMUM) : 0);
-constexpr int TILE_BYTES = (USED_BYTES + 127) / 128 * 128;  // whole lines of memory
-constexpr int TILE_CHUNKS = USED_BYTES / 16;
-static_assert(USED_BYTES % 16 == 0, "tiles are copied in pieces of 16 bytes");
 
 // Super-blocks of rows of k weights; the last may be part of one.
 __device__ __forceinline__ int super_blocks_of(int k) { return (k + SUPER_BLOCK - 1) / SUPER_BLOCK; }
@@ -171,17 +151,6 @@ __device__ __forceinline__ u64 evict_first() {
 __device__ __forceinline__ void copy_async_16(u32 to_shared, const void* from, u64 policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "l"(policy)
                : "memory");
-}
-
-// Whole tiles are copied by one warp, 16 bytes a lane; `policy`, if any, as `evict_first`.
-template <typename... Policy>
-__device__ __forceinline__ void copy_tile_async(u32 to_shared, const u8* tile, int lane, Policy... policy) {
-#pragma unroll
-  for (int at = 0; at < TILE_CHUNKS; at += 32) {
-    if (at + 32 <= TILE_CHUNKS || at + lane < TILE_CHUNKS) {
-      copy_async_16(to_shared + (at + lane) * 16, tile + (at + lane) * 16, policy...);
-    }
-  }
 }
 
 // ---- order between dependent launches (sm_90 and later; elsewhere launches never overlap) -------------------

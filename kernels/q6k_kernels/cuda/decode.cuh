@@ -68,13 +68,6 @@ __device__ __forceinline__ float load_of_rank(u32 address, int rank) {
 #endif
 }
 
-// The warp that has tile `tile` of the `total` that a block's warps share.
-__device__ __forceinline__ int first_warp(int total, int tile) {
-  int w = (u32)(tile * WARPS) / (u32)total;
-  while (share(total, w + 1, WARPS) <= tile) ++w;
-  return w;
-}
-
 // ---- the kernel --------------------------------------------------------------------------------------------
 
 // Parameters: tiles (T, ceil(K/256), TILE_BYTES); x, if FUSED 16-bit (m, k), rows 16-byte aligned and `stride`

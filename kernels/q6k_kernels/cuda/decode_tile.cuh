@@ -71,9 +71,9 @@ constexpr bool STEP_LAST = Q6K_SCALES == SCALES_UINT8_STEPS;
 constexpr bool INTEGER_SCALES = STEP_LAST && Q6K_BITS == 4;
 
 #if Q6K_BITS == 8
-#define Q6K_CODES "s8"
+#define CODE_TYPE "s8"
 #else
-#define Q6K_CODES "u8"
+#define CODE_TYPE "u8"
 #endif
 
 // c - offset times the sum of one or both sixteens that `sums` has of a token; `both` as two bytes of 1 or 0.
@@ -91,11 +91,11 @@ __device__ __forceinline__ u32 minus_offset(u32 sums, int both, int raised) {
 __device__ __forceinline__ void multiply_group(u32 (&sums)[4], const u32 (&a)[4], u32 codes, u32 more_codes, u32 first,
                                                u32 second) {
 #if Q6K_GROUP == 16
-  asm("mma.sync.aligned.m16n8k16.row.col.s32." Q6K_CODES ".s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %7, %8};"
+  asm("mma.sync.aligned.m16n8k16.row.col.s32." CODE_TYPE ".s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %7, %8};"
       : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(codes), "r"(first), "r"(second));
 #else
-  asm("mma.sync.aligned.m16n8k32.row.col.s32." Q6K_CODES
+  asm("mma.sync.aligned.m16n8k32.row.col.s32." CODE_TYPE
       ".s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %10, %11};"
       : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(codes), "r"(more_codes), "r"(first), "r"(second));

@@ -43,22 +43,23 @@ __device__ __forceinline__ u32 low_bytes(u32 a, u32 b, u32 c, u32 d) {
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
-// A group of 16 values to bytes rint(value / d) that end the words they are returned in, as if the division were
+// A group of values to bytes rint(value / d) that end the words they are returned in, as if the division were
 // rounded to fp32 before the rint. The product with the reciprocal is off by less than 2^-15, which matters only
 // next to halves: then, and where d is too small for a reciprocal, the value is divided.
-__device__ __forceinline__ void quantize_group(float (&values)[16], float d, u32 (&words)[16]) {
+template <int COUNT>
+__device__ __forceinline__ void quantize_group(const float (&values)[COUNT], float d, u32 (&words)[COUNT]) {
   constexpr float TO_INTEGER = 12582912.0f;  // 1.5 * 2^23: sums with it are rounded to integers
   const float inverse = __frcp_rn(d);
   float worst = 0.0f;
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < COUNT; ++i) {
     const float shifted = fmaf(values[i], inverse, TO_INTEGER);
     worst = fmaxf(worst, fabsf(fmaf(values[i], inverse, TO_INTEGER - shifted)));
     words[i] = __float_as_uint(shifted);
   }
   if (worst < 0.4999f && d > 0x1p-100f) return;
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < COUNT; ++i) {
     const float quotient = d > 0.0f ? rintf(__fdiv_rn(values[i], d)) : 0.0f;
     words[i] = (u32)(int)fminf(fmaxf(quotient, -127.0f), 127.0f);
   }

@@ -24,6 +24,13 @@ __device__ __forceinline__ float load_float(u32 address) { return __uint_as_floa
 // Start of a part of `total`; hosts ensure that the product is below 2^31.
 __device__ __forceinline__ int share(int total, int part, int parts) { return (u32)(total * part) / (u32)parts; }
 
+// The warp that has tile `tile` of the `total` that a block's warps share.
+__device__ __forceinline__ int first_warp(int total, int tile) {
+  int w = (u32)(tile * WARPS) / (u32)total;
+  while (share(total, w + 1, WARPS) <= tile) ++w;
+  return w;
+}
+
 // Adds the values of warps w, w + 1, ... for one output, up to the warp whose tiles begin at `end` or after. Each
 // warp's value lies `pitch` bytes after the previous one. Four loads are in flight at a time.
 __device__ __forceinline__ float sum_of_warps(u32 values, int pitch, int total, int w, int end) {

@@ -11,6 +11,7 @@ __all__ = [
     "generator",
     "kv_cache",
     "likelihoods",
+    "persist_cuda",
     "reading",
     "step_cuda",
     "texts",

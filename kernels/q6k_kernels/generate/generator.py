@@ -74,6 +74,7 @@ class Generator:
             our own by default on a GPU, for whole models from `load_model` with kernels for their dtype and sizes.
         chunk: the most tokens of a prompt in one forward pass.
         cache_type: "int8" for keys and values of 8 bits, see `cache_codes`, with steps of our own.
+        persistent: decode by one kernel that runs a whole step, see `persist_cuda`: for dense models on Hopper.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -92,6 +93,7 @@ class Generator:
         fused: bool | None = None,
         chunk: int = 2048,
         cache_type: CacheType = "model",
+        persistent: bool = False,
     ) -> None:
         if capacity < 1 or chunk < 1 or not 0 <= temperature <= LIMIT or not 0 <= seed < 1 << 32:
             raise ValueError(
@@ -104,7 +106,7 @@ class Generator:
         self.cache = KeyValueCache(config, capacity, self.device, cache_type=cache_type)
         self._rotaries = rotaries(model)
         with plan_for(self._rotaries, capacity):
-            self._fused_step = step_for(model, self.cache, self.device, fused)
+            self._fused_step = step_for(model, self.cache, self.device, fused, persistent=persistent)
         self.fused = self._fused_step is not None
         self._attention = implementation("plain")
         self._model, self._cache_argument = model, cache_argument(model)

@@ -13,75 +13,28 @@ of the text is only a number on the device, so one CUDA graph serves every lengt
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.generate.delta import DeltaHeads
-from q6k_kernels.generate.heads import Cached, Heads, Norm
+from q6k_kernels.generate.heads import Cached, Norm
 from q6k_kernels.generate.kv_cache import KeyValueCache
-from q6k_kernels.generate.mixture import Mixed, Mixture
+from q6k_kernels.generate.mixture import Mixed
+from q6k_kernels.generate.operations import StepOperations
 from q6k_kernels.generate.step_layers import Layers, Projections, StepLayer
 from q6k_kernels.generate.step_reference import ProductInput, TokenChoice, capped
 from q6k_kernels.generate.text_choice import TextsChoice
 from q6k_kernels.models.architecture import SLIDING, attached
-from q6k_kernels.models.layer import Activation
 from q6k_kernels.models.ranks import joined, no_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-class StepOperations(Protocol):
-    """The operations of a pass: `step_reference.TorchOperations` specifies them, `step_cuda.Kernels` is fast."""
-
-    def supports(self, hidden: int, between: int, heads: Heads | DeltaHeads) -> str: ...  # noqa: D102
-    def reserve(self, heads: Heads | DeltaHeads) -> None: ...  # noqa: D102
-    def add_norm(  # noqa: D102
-        self,
-        hidden: Tensor,
-        delta: Tensor | Mixed | None,
-        after: Norm | None,
-        norm: Norm | None,
-        users: list[nn.Module],
-        factor: float = 1.0,
-        scale: float = 1.0,
-        further: tuple[Norm, Norm] | None = None,
-    ) -> tuple[Tensor, ProductInput]: ...
-    def gate(  # noqa: D102
-        self, gate: Tensor, up: Tensor | None, activation: Activation, users: list[nn.Module]
-    ) -> ProductInput: ...
-    def attend(  # noqa: D102
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        heads: Heads,
-        cached: Cached,
-        position: Tensor,
-        users: list[nn.Module],
-    ) -> ProductInput: ...
-    def delta(  # noqa: D102
-        self,
-        mixed: Tensor,
-        z: Tensor,
-        b: Tensor,
-        a: Tensor,
-        heads: DeltaHeads,
-        states: tuple[Tensor, Tensor],
-        users: list[nn.Module],
-    ) -> ProductInput: ...
-    def supports_mixture(self, mixture: Mixture) -> str: ...  # noqa: D102
-    def route(self, x: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]: ...  # noqa: D102
-    def mix(  # noqa: D102
-        self, x: Tensor, mixture: Mixture, chosen: Tensor, factors: Tensor, beside: Tensor | None
-    ) -> Mixed: ...
-    def multiply(self, module: nn.Module, activations: ProductInput) -> Tensor: ...  # noqa: D102
-    def choose(self, logits: Tensor, softcap: float | None, choice: TokenChoice) -> None: ...  # noqa: D102
-    def choose_of_texts(self, logits: Tensor, softcap: float | None, choice: TextsChoice) -> None: ...  # noqa: D102
+    from q6k_kernels.generate.persist_cuda import PersistentStep
 
 
 @dataclass(frozen=True)
@@ -118,6 +71,7 @@ class Step:
         operations: the operations of a step.
         of_chunks: those of a chunk, by default the same.
         of_texts: those of a step of several texts, by default those of a step.
+        whole: a step of one text as a single launch; None: each operation is one.
 
     Raises:
         UnsupportedModelError: the model is not from `load_model`, or the operations do not support its sizes.
@@ -130,6 +84,7 @@ class Step:
         operations: StepOperations,
         of_chunks: StepOperations | None = None,
         of_texts: StepOperations | None = None,
+        whole: PersistentStep | None = None,
     ) -> None:
         architecture = attached(model)
         if architecture is None:
@@ -140,6 +95,7 @@ class Step:
         self._architecture, self._cache, self._dtype = architecture, cache, model.dtype
         self._operations, self._of_chunks = operations, of_chunks or operations
         self._of_texts = of_texts or operations
+        self._whole = whole
         inner: Any = model.model
         self._inner = inner
         make = Layers(architecture, config, inner, cache)
@@ -213,20 +169,30 @@ class Step:
         given = _Pass(self._of_chunks, tokens, position, start)
         if last or every:
             return capped(self._logits(given, every=every), self._softcap)
-        self._hidden(given, stored_only=True)
+        self._hidden(given, self._embedded(given), stored_only=True)
         return None
 
     @torch.no_grad()
     def _logits(self, given: _Pass, *, every: bool = False) -> Tensor:
-        x = self._hidden(given, every=every)
-        return self._multiply(given, self._head, x)
+        hidden = self._embedded(given)
+        if self._whole is None or given.start is not None or given.places is not None:
+            return self._multiply(given, self._head, self._hidden(given, hidden, every=every))
+
+        def through_the_model(run: StepOperations) -> Tensor:
+            noted = replace(given, run=run)
+            return self._multiply(noted, self._head, self._hidden(noted, hidden))
+
+        return self._whole(hidden, given.position, through_the_model)
+
+    def _embedded(self, given: _Pass) -> Tensor:
+        hidden: Tensor = self._embedding(given.tokens)
+        return hidden if self._of_embedding == 1.0 else hidden * self._of_embedding
 
     @torch.no_grad()
-    def _hidden(self, given: _Pass, *, stored_only: bool = False, every: bool = False) -> ProductInput:
+    def _hidden(
+        self, given: _Pass, hidden: Tensor, *, stored_only: bool = False, every: bool = False
+    ) -> ProductInput:
         """Return what the head multiplies, of the last token or all; `stored_only` ends once all is stored."""
-        hidden: Tensor = self._embedding(given.tokens)
-        if self._of_embedding != 1.0:
-            hidden = hidden * self._of_embedding
         delta: Tensor | Mixed | None = None
         after: Norm | None = None
         scale = 1.0

@@ -8,7 +8,8 @@ import torch
 
 from q6k_kernels.errors import UnsupportedModelError
 from q6k_kernels.generate.kv_cache import KeyValueCache
-from q6k_kernels.generate.step import Step, StepOperations
+from q6k_kernels.generate.operations import StepOperations
+from q6k_kernels.generate.step import Step
 from q6k_kernels.generate.step_reference import TorchOperations
 from q6k_kernels.models.ranks import all_agree, is_divided
 
@@ -18,7 +19,14 @@ if TYPE_CHECKING:
 _NO_CODES = "Take a cache of the model's dtype: cache_type='model', or leave --cache out."
 
 
-def step_for(model: PreTrainedModel, cache: KeyValueCache, device: torch.device, fused: bool | None) -> Step | None:
+def step_for(
+    model: PreTrainedModel,
+    cache: KeyValueCache,
+    device: torch.device,
+    fused: bool | None,
+    *,
+    persistent: bool = False,
+) -> Step | None:
     """Return our own step for a model; None where transformers' forward pass is to be used.
 
     Args:
@@ -27,6 +35,7 @@ def step_for(model: PreTrainedModel, cache: KeyValueCache, device: torch.device,
         device: where it is.
         fused: whether the step has to be ours; None: on a GPU, if there are kernels for it, and always for a cache
             of codes, which transformers' layers cannot read.
+        persistent: whether a step has to be a single launch, see `persist_cuda`.
 
     Raises:
         UnsupportedModelError: it has to be ours, and cannot.
@@ -34,12 +43,17 @@ def step_for(model: PreTrainedModel, cache: KeyValueCache, device: torch.device,
     coded = cache.cache_type != "model"
     if coded and fused is False:
         raise UnsupportedModelError("transformers' forward pass reads no cache of int8", _NO_CODES)
-    fused = True if coded else fused
+    fused = True if coded or persistent else fused
     on_gpu, narrow = device.type == "cuda", model.dtype in (torch.bfloat16, torch.float16)
     if not (on_gpu and narrow if fused is None else fused):
         return None
     operations: StepOperations = TorchOperations()
     of_chunks = of_texts = operations
+    if persistent and (not on_gpu or is_divided(model)):
+        raise UnsupportedModelError(
+            "a persistent kernel runs a whole model on one GPU", "Generate without persistent=True."
+        )
+    whole = None
     if on_gpu:
         if not narrow:
             raise UnsupportedModelError(
@@ -47,15 +61,17 @@ def step_for(model: PreTrainedModel, cache: KeyValueCache, device: torch.device,
                 _NO_CODES if coded else "Generate with fused=False.",
             )
         from q6k_kernels.generate.chunk_cuda import ChunkKernels
+        from q6k_kernels.generate.persist_cuda import PersistentStep
         from q6k_kernels.generate.step_cuda import Kernels
         from q6k_kernels.generate.texts_cuda import TextKernels
 
         operations = kernels = Kernels(device, model.dtype, len(cache.position))
         of_chunks = ChunkKernels(device, model.dtype, kernels)
         of_texts = TextKernels(device, model.dtype, kernels)
+        whole = PersistentStep(device, model.dtype) if persistent else None
     step, failure = None, None
     try:
-        step = Step(model, cache, operations, of_chunks, of_texts)
+        step = Step(model, cache, operations, of_chunks, of_texts, whole)
     except UnsupportedModelError as error:
         failure = error
     if is_divided(model) and not all_agree(failure is None, device) and failure is None:

@@ -19,9 +19,32 @@ SOURCES = Path(__file__).parents[1] / "cuda"
 PREAMBLE = "common.cuh"
 """File that is compiled in front of every other."""
 FOUNDATIONS = {
-    "decode.cuh": ("quantize.cuh", "tile.cuh", "decode_tile.cuh", "warps.cuh"),
-    "experts_decode.cuh": ("gates.cuh", "sixteens.cuh", "quantize.cuh", "tile.cuh", "decode_tile.cuh", "warps.cuh"),
-    "experts_wgmma.cuh": ("tile.cuh", "halves.cuh", "wgmma.cuh", "wgmma_block.cuh", "experts_work.cuh"),
+    "decode.cuh": ("quantize.cuh", "tile_layout.cuh", "tile.cuh", "decode_tile.cuh", "warps.cuh"),
+    "experts_decode.cuh": (
+        "gates.cuh",
+        "sixteens.cuh",
+        "quantize.cuh",
+        "tile_layout.cuh",
+        "tile.cuh",
+        "decode_tile.cuh",
+        "warps.cuh",
+    ),
+    "experts_wgmma.cuh": (
+        "tile_layout.cuh",
+        "tile.cuh",
+        "halves.cuh",
+        "barriers.cuh",
+        "wgmma.cuh",
+        "wgmma_block.cuh",
+        "experts_work.cuh",
+    ),
+    "persist.cuh": (
+        *("barriers.cuh", "words.cuh", "gates.cuh", "eights.cuh", "quantize.cuh", "quantize_eights.cuh"),
+        *("tile_layout.cuh", "tile.cuh", "decode_tile.cuh", "warps.cuh"),
+        *("second.cuh", "tile_layout.cuh", "tile.cuh", "decode_tile.cuh"),
+        *("schedule.cuh", "codes.cuh", "heads.cuh", "attend_halves.cuh", "attend_codes.cuh", "attend_block.cuh"),
+        "persist_attend.cuh",
+    ),
     "quantize_rows.cuh": ("quantize.cuh",),
     "step.cuh": ("gates.cuh", "sixteens.cuh", "quantize.cuh"),
     "attend.cuh": (
@@ -32,10 +55,14 @@ FOUNDATIONS = {
     "chunk_delta.cuh": ("fours.cuh",),
     "chunk_heads.cuh": ("fours.cuh", "codes.cuh"),
     "delta.cuh": ("quantize.cuh",),
-    "gemm_wgmma.cuh": ("tile.cuh", "halves.cuh", "wgmma.cuh", "wgmma_block.cuh"),
-    "gemm_mma.cuh": ("tile.cuh", "halves.cuh", "mma_block.cuh"),
-    "experts_mma.cuh": ("tile.cuh", "halves.cuh", "mma_block.cuh", "experts_work.cuh"),
-    "rows.cuh": ("tile.cuh",),
+    "gemm_wgmma.cuh": ("tile_layout.cuh", "tile.cuh", "halves.cuh", "barriers.cuh", "wgmma.cuh", "wgmma_block.cuh"),
+    "gemm_mma.cuh": ("tile_layout.cuh", "tile.cuh", "halves.cuh", "mma_block.cuh"),
+    "experts_mma.cuh": ("tile_layout.cuh", "tile.cuh", "halves.cuh", "mma_block.cuh", "experts_work.cuh"),
+    "pack.cuh": ("tile_layout.cuh",),
+    "rows.cuh": (
+        "tile_layout.cuh",
+        "tile.cuh",
+    ),
 }
 """Further files that some build on, compiled between the two."""
 OLDEST_GPU = (8, 0)
@@ -98,8 +125,8 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def files_of(file: str) -> tuple[str, ...]:
-    """List the files of a translation unit, in order."""
-    return tuple(dict.fromkeys((PREAMBLE, *FOUNDATIONS.get(file, ()), file)))
+    """List the files of a translation unit, in order; those of a weight type may be there twice, for two types."""
+    return (PREAMBLE, *FOUNDATIONS.get(file, ()), file)
 
 
 def source_text(file: str, sources: Path = SOURCES) -> str:

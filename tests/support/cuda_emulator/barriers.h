@@ -84,6 +84,15 @@ static inline void mbarrier_test_wait_parity_shared_cta_b64(bool& passed, uint32
   if (emulator::current->looks % 4 == 0) emulated_arrivals(barrier, address, parity);
   passed = barrier.phase != parity;
 }
+// A barrier of the first warps of a block.
+static inline void bar_sync(int which, int threads) {
+  emulator::Block& block = *emulator::current->block;
+  if (which != 1 || emulator::current->number >= threads) emulator::fail("only bar.sync 1 of the first warps is emulated");
+  block.named.alive = threads;
+  emulator::meet_at(block.named);
+}
+static inline void setmaxnreg_dec_sync_aligned_u32(int) {}
+static inline void setmaxnreg_inc_sync_aligned_u32(int) {}
 static inline void selp_u32(uint32_t& d, uint32_t a, uint32_t b, bool which) { d = which ? a : b; }
 
 static inline void cp_async_bulk_shared_cluster_global_mbarrier_complete_tx_bytes_L2_cache_hint(

@@ -110,7 +110,6 @@ static inline uint32_t emulated_reduction(const char* operation, uint32_t value,
   });
   return value;
 }
-
 static inline int __all_sync(uint32_t mask, int of_lane) {
   return emulated_reduction("__all_sync", of_lane != 0, mask, [](uint32_t a, uint32_t b) { return a & b; });
 }

@@ -127,7 +127,7 @@ static void run_blocks(Dimensions first, uint32_t size, uint32_t threads, uint32
     if (!block.shared) block.shared = static_cast<uint8_t*>(aligned_alloc(1024, SHARED + GUARD));
     fill_with_garbage(block.shared, block.shared + dynamic_bytes + GUARD);
     block.warps.assign((threads + WARP - 1) / WARP, Warp{});
-    block.barrier = {0, 0, (int)threads};
+    block.barrier = {0, 0, (int)threads}, block.named = {0, 0, 0};
     block.bulks.clear();
     block.index = {first.x + rank, first.y, first.z}, block.rank = rank, block.late = false;
     for (uint32_t i = 0; i < threads; ++i) {

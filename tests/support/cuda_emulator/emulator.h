@@ -63,7 +63,7 @@ struct Barrier {
 
 struct Block {
   std::vector<Warp> warps;
-  Barrier barrier;
+  Barrier barrier, named;  // of all threads, and of those that bar.sync names
   Dimensions index;
   uint32_t rank;
   bool late;  // it does not begin yet
@@ -133,12 +133,13 @@ static inline void need_cluster() {
   if (cooperative) fail("clusters of a cooperative launch are not emulated");
 }
 
-static inline void synchronize_block() {
-  Barrier& barrier = current->block->barrier;
+static inline void meet_at(Barrier& barrier) {
   const uint64_t phase = barrier.generation;
   arrive(barrier);
   if (barrier.generation == phase) wait_for(barrier.generation);
 }
+
+static inline void synchronize_block() { meet_at(current->block->barrier); }
 
 // Shared addresses: 0 and up the block's dynamic memory, STATIC and up static arrays, REMOTE + rank * 2^20 and up
 // the dynamic memory of a block of the cluster.
