@@ -51,10 +51,10 @@ def test_steps(dtype: torch.dtype, dim: int, slots: int) -> None:
 
 
 def test_a_generator_refuses_what_has_no_kernels() -> None:
-    """Heads of 8 values; the remedy is a plain cache."""
+    """A network of 48 values; the remedy is a plain cache."""
     from q6k_kernels.errors import UnsupportedModelError
 
     model = tiny.__wrapped__("llama").to(CUDA, torch.bfloat16)
-    with pytest.raises(UnsupportedModelError, match="heads of 8 values") as failure:
+    with pytest.raises(UnsupportedModelError, match="an intermediate size of 48") as failure:
         Generator(model, capacity=90, cache_type="int8")
     assert "--cache" in str(failure.value.remedy)

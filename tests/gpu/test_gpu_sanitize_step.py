@@ -108,7 +108,7 @@ def test_gates() -> None:
     ("dim", "window", "position", "blocks", "codes"),
     [
         *((64, 0, 150, 32, False), (64, 0, 150, 1, False), (128, 40, 250, 32, False), (256, 0, 8, 32, False)),
-        *((512, 0, 60, 32, False), (128, 40, 250, 32, True), (96, 0, 150, 1, True)),
+        *((512, 0, 60, 32, False), (128, 40, 250, 32, True), (64, 0, 150, 1, True)),
     ],
 )
 def test_attention(
