@@ -115,7 +115,7 @@ def test_what_cannot_be_measured_is_usage(tiny: TinyBundle) -> None:
         "300 positions",
         "",
     )
-    assert invoke("bench", text.parent / "none", "--device", "cpu").exit_code == 3
+    assert invoke("bench", text.parent / "none", "--device", "cpu").exit_code == 4
 
 
 def test_a_perplexity_is_that_of_its_definition(tiny: TinyBundle) -> None:

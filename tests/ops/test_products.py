@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from torch import Tensor
 from q6k_kernels.errors import PackageMissingError
 from q6k_kernels.formats.types import WEIGHT_TYPES, WeightType
 from q6k_kernels.ops import accuracy, products
-from q6k_kernels.weights.byte_layers import ByteEmbedding, ByteLinear, bytes_of
+from q6k_kernels.weights.byte_layers import ByteEmbedding, bytes_of
 from q6k_kernels.weights.weight import PackedWeight
 
 ROOT = Path(__file__).parents[2]
@@ -137,7 +138,7 @@ def test_what_cannot_be_multiplied_is_refused() -> None:
     with pytest.raises(ValueError, match="x requires a gradient"):
         products.linear(rows(1).requires_grad_(), held)
     with pytest.raises(ValueError, match=r"expected torch.float32 on the CPU, found torch.bfloat16"):
-        ByteLinear(held, None).to(torch.bfloat16)(rows(1))
+        products.linear(rows(1), replace(held, scale=held.scale.bfloat16()))
 
 
 def test_missing_code_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ OF_PYTHON = (
         "delta.cuh",
         "mixture.cuh",
         "choose.cuh",
+        "persist.cuh",
         "chunk.cuh",
         "chunk_heads.cuh",
         "chunk_delta.cuh",

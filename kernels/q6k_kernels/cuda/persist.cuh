@@ -3,7 +3,7 @@
 // The schedule is a list of rows, a product or attention each. A block multiplies its part of the rows of every product
 // and publishes the outputs as words (words.cuh). What a product multiplies every block computes for itself, from the
 // words of all: the residual sum and its norm, or values. So between two products nothing waits but for data, and
-// meanwhile the rings of tiles fill with what comes next.
+// meanwhile the ring of tiles fills with what comes next.
 //
 // Nobody waits for a block that does not run: the launch is cooperative. Two sets of words in turn are enough, as no
 // block begins a layer before all have read the one before the last: `generate/schedule.py` sees to it.
@@ -36,7 +36,8 @@ struct Room {
     u8* const residual = shared + Ring::END;
     float* const sums = reinterpret_cast<float*>(residual + (given.hidden_size * 2 + 15) / 16 * 16);
     u8* const work = reinterpret_cast<u8*>(sums + 2 * WARPS + 4);
-    return {residual, sums, reinterpret_cast<volatile int*>(sums + 2 * WARPS), work, reinterpret_cast<float*>(work + given.activation_bytes)};
+    volatile int* const reading = reinterpret_cast<volatile int*>(sums + 2 * WARPS);
+    return {residual, sums, reading, work, reinterpret_cast<float*>(work + given.activation_bytes)};
   }
 };
 
@@ -299,11 +300,11 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) q6k_persist(Given g
   const u32 step = *given.epoch, base = step * (u32)count;
   __syncthreads();
   if (warp >= WARPS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW_REGISTERS));
     if (threadIdx.x == THREADS) request_tiles(given.schedule, count, room.reading);
     return;
   }
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY_REGISTERS));
   const i64 here = *given.position;
   Reader reader;
   for (int at = 0; at < count; ++at) {

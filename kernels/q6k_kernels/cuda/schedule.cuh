@@ -35,6 +35,9 @@ constexpr int CACHED_ROWS = 8;  // in shared memory: those around the one that i
 constexpr int AHEAD = 4;        // rows in shared memory after it
 constexpr int PENDING = Q6K_PENDING;
 constexpr int ALL_THREADS = THREADS + 128;  // and four warps, one of which requests tiles: registers go by four warps
+// Of a thread: those of the launch, of a warp that requests tiles, of one that multiplies. What one gives the others take.
+constexpr int REGISTERS = 96, FEW_REGISTERS = 32, MANY_REGISTERS = 112;
+static_assert(128 * (REGISTERS - FEW_REGISTERS) >= THREADS * (MANY_REGISTERS - REGISTERS), "else they wait for ever");
 constexpr int SECOND_BYTES = Q6K_TYPES == 2 ? second::TILE_BYTES : 0;
 constexpr int STAGE_BYTES = TILE_BYTES > SECOND_BYTES ? TILE_BYTES : SECOND_BYTES;
 
@@ -165,7 +168,7 @@ __device__ __forceinline__ void request_tiles(const Row* row, int count, const v
       if (wanted) {
         barrier_expect(full, wanted * bytes);
       } else {
-        barrier_arrive(full);  // nobody waits for it, but its phase ends
+        barrier_arrive(full);  // warps without a tile wait for it all the same
       }
       u32 to = Ring::at(0, which * Ring::CHUNK);
       while (wanted) {
