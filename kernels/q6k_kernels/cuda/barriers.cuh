@@ -27,21 +27,6 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
   }
 }
 
-// Whether the phase of that parity has ended, without waiting for it.
-__device__ __forceinline__ bool barrier_passed(u32 barrier, u32 parity) {
-  u32 done;
-  asm volatile(
-      "{\n"
-      ".reg .pred passed;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 passed, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, passed;\n"
-      "}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done;
-}
-
 // Copies whole pieces of 16 bytes; their arrival counts at the barrier, which has to expect them.
 __device__ __forceinline__ void copy_bulk(u32 to_shared, const void* from, u32 bytes, u32 barrier, u64 policy) {
   asm volatile(

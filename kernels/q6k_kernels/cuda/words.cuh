@@ -25,8 +25,7 @@ __device__ __forceinline__ bool has_tag(const uint4& words, u32 tag) {
   return other < 0x10000u;
 }
 
-// Waits for COUNT times four values, and returns them as pairs. at(i) is where they come, or null
-// if they are not wanted.
+// Waits for COUNT times four values, and returns them as pairs. at(i) is where they come, or null if they are not wanted.
 template <int COUNT, typename At>
 __device__ __forceinline__ void await_words(At at, u32 tag, uint2 (&pairs)[COUNT]) {
   uint4 words[COUNT] = {};

@@ -1,8 +1,8 @@
 """The plan of a persistent kernel: the operations of a decoding step become the rows of a schedule.
 
     planner = Planner(device, where, dtype)
-    logits = through_the_model(planner)
-    schedule = planner.schedule(logits)
+    through_the_model(planner)
+    schedule = planner.schedule()
 
 A `Planner` takes the operations of a step, as `step_cuda.Kernels` does, but notes them. Tensors that it returns are
 memory in which blocks publish words (`cuda/words.cuh`): int32, one for each 16-bit value. Two sets of them serve
@@ -52,7 +52,7 @@ MOST_TYPES = 2
 SETS = 2
 """Sets of memory for words, which layers take in turn."""
 HEAD_DIMS = (64, 96, 128, 256)
-"""Sizes of heads for which attention has room beside the rings."""
+"""Sizes of heads for which attention may have room beside the ring of tiles."""
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ class Schedule:
 
     @property
     def stage_bytes(self) -> int:
-        """Bytes of a stage of a ring."""
+        """Bytes of a tile's place in the ring."""
         return max(row.tile_bytes for row in self.types)
 
     @property
@@ -173,11 +173,11 @@ class Schedule:
         return sum(decode_plan.code_bytes(blocks * SUPER_BLOCK))
 
     def shared_bytes(self, stages: int) -> int:
-        """Return the shared memory of a block, whose warps have rings of so many stages."""
-        rings = WARPS * stages * self.stage_bytes + -(-(2 * stages * CHUNKS + 1) * 8 // 16) * 16
+        """Return the shared memory of a block, whose ring of tiles has so many stages."""
+        ring = WARPS * stages * self.stage_bytes + -(-(2 * stages * CHUNKS + 1) * 8 // 16) * 16
         small = CACHED_ROWS * ROW_BYTES + -(-self.hidden * 2 // 16) * 16 + 2 * WARPS * 4 + 16
         sums = self.most_tiles * TILE_SUM_BYTES
-        return rings + small + max(self.activation_bytes + sums, attention_bytes(self.head_dim))
+        return ring + small + max(self.activation_bytes + sums, attention_bytes(self.head_dim))
 
 
 def attention_bytes(dim: int) -> int:
