@@ -216,17 +216,19 @@ struct AttendBlock {
     constexpr int CHUNK = 16 / sizeof(Held), CHUNKS = DIM / CHUNK;  // values that are copied at once; those of a row
     if (first >= share.end) return;
     const Held* const piece = from + (i64)first * DIM;
+    constexpr int PIECES = ATTEND_KEYS * CHUNKS / 32;  // of a lane
     const bool whole = first + ATTEND_KEYS <= share.end && !has_own(first);
+    auto row_of = [&](int i) { return to + (i * 32 + lane) / CHUNKS * Piece::ROW + (i * 32 + lane) % CHUNKS * 16; };
+    if (whole) {
 #pragma unroll
-    for (int i = 0; i < ATTEND_KEYS * CHUNKS / 32; ++i) {
-      const int at = i * 32 + lane, r = at / CHUNKS, slot = first + r;
-      const u32 row = to + r * Piece::ROW + at % CHUNKS * 16;
-      if (whole) {
-        copy_async_16(row, piece + at * CHUNK);
-      } else {
-        const bool copies = slot < share.end && slot != share.own_slot;
-        copy_or_clear_16(row, copies ? piece + at * CHUNK : from, copies);
-      }
+      for (int i = 0; i < PIECES; ++i) copy_async_16(row_of(i), piece + (i * 32 + lane) * CHUNK);
+      return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < PIECES; ++i) {  // seldom, so short
+      const int at = i * 32 + lane, slot = first + at / CHUNKS;
+      const bool copies = slot < share.end && slot != share.own_slot;
+      copy_or_clear_16(row_of(i), copies ? piece + at * CHUNK : from, copies);
     }
   }
 

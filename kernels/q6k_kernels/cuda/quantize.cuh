@@ -43,25 +43,27 @@ __device__ __forceinline__ u32 low_bytes(u32 a, u32 b, u32 c, u32 d) {
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
+// The scale d_a of values of which `largest` is the largest magnitude: rounded as the division by 127 that it stands for,
+// or NaN.
+__device__ __forceinline__ float step_for(float largest) {
+  constexpr float PART = 1.0f / 127.0f;
+  const float near = largest * PART;
+  const bool finite = largest < __uint_as_float(0x7F800000u);
+  return finite ? fmaf(fmaf(-near, 127.0f, largest), PART, near) : __uint_as_float(0x7FC00000u);
+}
+
 // A group of values to bytes rint(value / d) that end the words they are returned in, as if the division were
-// rounded to fp32 before the rint. The product with the reciprocal is off by less than 2^-15, which matters only
-// next to halves: then, and where d is too small for a reciprocal, the value is divided.
+// rounded to fp32 before the rint: the remainder corrects the quotient. Values of so small a d that it has no
+// reciprocal are raised with it. With d = 0 or NaN all are 0.
 template <int COUNT>
 __device__ __forceinline__ void quantize_group(const float (&values)[COUNT], float d, u32 (&words)[COUNT]) {
   constexpr float TO_INTEGER = 12582912.0f;  // 1.5 * 2^23: sums with it are rounded to integers
-  const float inverse = __frcp_rn(d);
-  float worst = 0.0f;
+  const float raised = d > 0x1p-100f ? 1.0f : 0x1p100f, divisor = d * raised, inverse = __frcp_rn(divisor);
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
-    const float shifted = fmaf(values[i], inverse, TO_INTEGER);
-    worst = fmaxf(worst, fabsf(fmaf(values[i], inverse, TO_INTEGER - shifted)));
-    words[i] = __float_as_uint(shifted);
-  }
-  if (worst < 0.4999f && d > 0x1p-100f) return;
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    const float quotient = d > 0.0f ? rintf(__fdiv_rn(values[i], d)) : 0.0f;
-    words[i] = (u32)(int)fminf(fmaxf(quotient, -127.0f), 127.0f);
+    const float value = values[i] * raised, quotient = value * inverse;
+    const float divided = fmaf(fmaf(-quotient, divisor, value), inverse, quotient);
+    words[i] = d > 0.0f ? __float_as_uint(divided + TO_INTEGER) : 0;
   }
 }
 
@@ -78,8 +80,7 @@ __device__ __forceinline__ void quantize_into(const Quantized& to, const uint4 (
     largest = largest_or_nan(largest, fabsf(values[2 * j + 1]));
   }
   largest = largest_or_nan(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, 1));
-  const bool finite = largest < __uint_as_float(0x7F800000u);
-  const float d = finite ? __fdiv_rn(largest, 127.0f) : __uint_as_float(0x7FC00000u);
+  const float d = step_for(largest);
   u32 words[16];
   quantize_group(values, d, words);
   u32 packed[4];

@@ -8,8 +8,7 @@ __device__ __forceinline__ void quantize_eight_into(const Quantized& to, const f
   for (int j = 0; j < 8; ++j) largest = largest_or_nan(largest, fabsf(values[j]));
   largest = largest_or_nan(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, 1));
   largest = largest_or_nan(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, 2));
-  const bool finite = largest < __uint_as_float(0x7F800000u);
-  const float d = finite ? __fdiv_rn(largest, 127.0f) : __uint_as_float(0x7FC00000u);
+  const float d = step_for(largest);
   u32 words[8];
   quantize_group(values, d, words);
   const u32 first = low_bytes(words[0], words[1], words[2], words[3]);
