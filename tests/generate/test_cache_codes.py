@@ -122,10 +122,11 @@ def test_what_has_no_codes_is_refused() -> None:
         KeyValueCache(model.config, 8, device, cache_type="fp8")  # type: ignore[arg-type]
 
 
-def test_perplexity_of_a_real_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", real_models.FILES)
+def test_perplexity_of_a_real_model(tmp_path: Path, name: str) -> None:
     """Within 0.5% of that with a cache of the model's numbers, on two windows of a text."""
     pytest.importorskip("gguf")
-    convert_gguf(real_models.smollm2(tmp_path), tmp_path / "out")
+    convert_gguf(real_models.FILES[name](tmp_path), tmp_path / "out")
     model = load_model(tmp_path / "out", device="cpu", dtype=torch.float32, weights="bytes")
     tokenizer = load_tokenizer(tmp_path / "out", None)
     windows = windows_of(tokenizer, TEXT.read_text(encoding="utf-8"), 128)[:2]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from q6k_kernels.errors import UnsupportedModelError
+from q6k_kernels.generate.balancing import balanced
 from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.heads import Cached, Norm
 from q6k_kernels.generate.kv_cache import KeyValueCache
@@ -107,7 +108,8 @@ class Step:
         self._of_summands = config.residual_multiplier if multipliers else 1.0
         # A factor of the logits may as well be one of the head's input.
         self._norm = make.norm(inner.norm, architecture.factor_of_logits(config))
-        self._layers = [make.layer(*each) for each in zip(inner.layers, cache.kinds, strict=True)]
+        layers = [make.layer(*each) for each in zip(inner.layers, cache.kinds, strict=True)]
+        self._layers = layers if cache.cache_type == "model" else balanced(layers, cache.source)
         self._last_stored = max(cache.source)
         """The last layer that writes to the cache."""
         for layer in self._layers:
