@@ -19,6 +19,11 @@ from gguf_builder import small_model
 
 # Or else torch compiles and loads a program for each set of instructions before it compiles one of ours.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+# What calls the kernels of a compiled program is run a few times: optimising it takes longer.
+os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
+# For the one program that `torch.compile` makes, processes that compile and headers compiled ahead save nothing.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 
 LONGEST = ("test_staging_failures", "test_cli_generate", "test_ci", "test_real_model")
 """Files that are begun early, so that no process is left with one of them when the others have finished."""
