@@ -40,7 +40,9 @@ def loaded_sizes(tensors: Iterable[StoredTensor]) -> Sizes:
 def model_memory(
     metadata: Metadata, tensors: Sizes, context: int | None = None, element_bytes: int = 2, *, codes: bool = False
 ) -> dict[str, Any]:
-    """Return bytes of weights and of the cache; of the latter None and why, if it is unknown.
+    """Return bytes of weights, of the cache, and of what a prompt expands of one of codes.
+
+    Where those of the cache are not known, they are None, and it is said why.
 
     Args:
         metadata: the model's hyper-parameters.
@@ -50,7 +52,7 @@ def model_memory(
         codes: whether keys and values are codes of 8 bits.
     """
     from q6k_kernels.models.architecture import is_beside, is_of_encoder
-    from q6k_kernels.models.cache_layout import cache_bytes
+    from q6k_kernels.models.cache_layout import cache_bytes, prompt_bytes
 
     try:
         beside = [name for name in tensors if is_beside(name, metadata)]
@@ -63,6 +65,7 @@ def model_memory(
         "context": None,
         "cache_type": "int8" if codes else "model",
         "cache_bytes": None,
+        "prompt_bytes": 0,
         "cache_problem": None,
     }
     try:
@@ -71,6 +74,8 @@ def model_memory(
         if length is not None:
             shapes = {name: shape for name, (shape, _) in tensors.items()}
             result["cache_bytes"] = cache_bytes(metadata, shapes, length, element_bytes, codes=codes)
+            if codes:
+                result["prompt_bytes"] = prompt_bytes(metadata, shapes, length, element_bytes)
         else:
             result["cache_problem"] = "the model states no context length"
     except BundleError as error:
@@ -98,9 +103,10 @@ def planned(memory: dict[str, Any], free: int | None, *, cached: bool = True, te
 
     Raises:
         EnvironmentMissingError: the weights alone do not fit.
-        UsageError: weights and cache do not fit.
+        UsageError: weights and cache do not fit, or there is no room for a prompt besides.
     """
     weights, cache = memory["weights_bytes"], cached * texts * (memory["cache_bytes"] or 0)
+    prompt = memory["prompt_bytes"] if cached and free is not None else 0  # a GPU's chunks expand codes
     if free is not None and weights > free:
         raise EnvironmentMissingError(
             f"the weights take {text.size(weights)} of GPU memory, and {text.size(free)} are free",
@@ -113,11 +119,12 @@ def planned(memory: dict[str, Any], free: int | None, *, cached: bool = True, te
         tokens = text.plural(memory["context"], "token")
         tokens = tokens if texts == 1 else f"{texts} texts of {tokens}"
         kind = "cache" if memory["cache_type"] == "model" else f"{memory['cache_type']} cache"
-        parts.append(f"{text.size(cache)} of {kind} for {tokens}")
-        if free is not None and weights + cache > free:
+        more = f", {text.size(prompt)} more for prompts" if prompt else ""
+        parts.append(f"{text.size(cache)} of {kind} for {tokens}{more}")
+        if free is not None and weights + cache + prompt > free:
             raise UsageError(
-                f"the cache of {tokens} takes {text.size(cache)} of GPU memory; of {text.size(free)} free, the "
-                f"weights leave {text.size(free - weights)}",
+                f"the cache of {tokens} takes {text.size(cache)} of GPU memory{more}; of {text.size(free)} free, "
+                f"the weights leave {text.size(free - weights)}",
                 ("Give a shorter --context" if texts == 1 else "Give fewer --texts, or a shorter --context")
                 + ("." if memory["cache_type"] == "int8" else ", or halve the cache: --cache int8."),
             )

@@ -238,7 +238,7 @@ def _places(session: Session, capacity: int) -> int:
     if free is None:
         return TEXTS_ON_CPU
     memory = session.memory(capacity)
-    room = free - memory["weights_bytes"]
+    room = free - memory["weights_bytes"] - memory["prompt_bytes"]
     return max(1, min(MOST_TEXTS, int(0.9 * room) // max(1, memory["cache_bytes"] or 1)))
 
 

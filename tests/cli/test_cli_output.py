@@ -358,7 +358,7 @@ def test_gpu_memory_is_that_of_whole_tiles_and_of_the_cache(tmp_path: Path) -> N
     assert gpu_line("inspect", tmp_path / "out", "--context", "1001") == expected(1001, 1008)
     document = json.loads(run_here("inspect", tmp_path / "out", "--context", "8", "--json").stdout)
     gpu = {"weights_bytes": weights, "tensors_beside": 0, "context": 8, "cache_bytes": 8192, "cache_problem": None}
-    gpu |= {"cache_type": "model"}
+    gpu |= {"cache_type": "model", "prompt_bytes": 0}
     assert document["gpu"] == gpu
 
 

@@ -285,7 +285,8 @@ def test_a_chat_has_its_system_message(tiny: TinyBundle, prompts: Path) -> None:
     ("free", "places"), [(None, TEXTS_ON_CPU), (10_000, MOST_TEXTS), (0, 1), (105, 1), (145, 4), (420, 28)]
 )
 def test_as_many_at_once_as_memory_allows(free: int | None, places: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights take 100 bytes, each text's cache 10; a tenth stays free."""
+    """Weights take 90 bytes, a prompt 10, each text's cache 10; a tenth stays free."""
     monkeypatch.setattr(rooms, "free_bytes", lambda device: free)
-    opened: Any = SimpleNamespace(device=None, memory=lambda context: {"weights_bytes": 100, "cache_bytes": 10})
+    memory = {"weights_bytes": 90, "prompt_bytes": 10, "cache_bytes": 10}
+    opened: Any = SimpleNamespace(device=None, memory=lambda context: memory)
     assert rooms._places(opened, 100) == places

@@ -148,12 +148,16 @@ def test_a_plan_that_does_not_fit_is_refused() -> None:
     from q6k_convert.errors import EnvironmentMissingError, UsageError
 
     memory = {"weights_bytes": 5 * 10**9, "cache_bytes": 10**9, "context": 4096, "cache_problem": None}
-    memory |= {"cache_type": "int8"}
+    memory |= {"cache_type": "int8", "prompt_bytes": 10**8}
     assert planned(memory, None) == "memory: 1.00 GB of int8 cache for 4096 tokens"
-    with pytest.raises(UsageError, match="leave 500") as failure:
-        planned(memory, 5500 * 10**6)
+    expanded = "memory: 5.00 GB of weights and 1.00 GB of int8 cache for 4096 tokens, 100.00 MB more for prompts"
+    assert planned(memory, 6100 * 10**6) == f"{expanded}, 6.10 GB are free"
+    assert planned(memory, 5 * 10**9, cached=False) == "memory: 5.00 GB of weights, 5.00 GB are free"
+    of_both = r"1\.00 GB of GPU memory, 100\.00 MB more for prompts; of 6\.10 GB free, the weights leave 1\.10 GB"
+    with pytest.raises(UsageError, match=of_both) as failure:
+        planned(memory, 6100 * 10**6 - 1)
     assert failure.value.remedy == "Give a shorter --context."
-    memory |= {"cache_type": "model"}
+    memory |= {"cache_type": "model", "prompt_bytes": 0}
     assert planned(memory, None) == "memory: 1.00 GB of cache for 4096 tokens"
     both = "memory: 5.00 GB of weights and 1.00 GB of cache for 4096 tokens, 6.00 GB are free"
     assert planned(memory, 6 * 10**9) == both

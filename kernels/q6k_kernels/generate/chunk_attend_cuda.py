@@ -19,6 +19,7 @@ from q6k_kernels.generate.attend_cuda import HEAD_DIMS
 from q6k_kernels.generate.attention import WIDEST, product_in_fp32
 from q6k_kernels.generate.heads import Cached, Heads
 from q6k_kernels.jit.compiler import Defines
+from q6k_kernels.models.cache_layout import ALIGNMENT, slots_beside
 
 HEADS, PLACE, PLACE_THREADS = "chunk_heads.cuh", "q6k_place_heads", 256
 EXPAND = "q6k_expand_codes"
@@ -27,7 +28,7 @@ VECTORS = 16
 """Vectors of heads that a block places: two of each warp."""
 SCORES_AT_ONCE = 1 << 24
 """Scores that are kept at a time, in fp32: 64 MB, part of which stays in the L2 cache."""
-KEYS = 8
+KEYS = ALIGNMENT
 """Multiple of keys in a product: 16 bytes of weights, the alignment that fast kernels want."""
 _SOFTMAX, _PLACE = struct.Struct("@PPPffiiiii"), struct.Struct("@PPPqqqPqqPPPPPPPPPPPfiiiiiiiiiii")
 _EXPAND = struct.Struct("@PPPPPPiiii")
@@ -89,7 +90,7 @@ def _beside(
     kept = min(start, cached.window - 1) if cached.window else start
     if start + rows <= slots and not coded:
         return None, (start - kept) // KEYS * KEYS
-    size = -(-(kept + rows) // KEYS) * KEYS
+    size = slots_beside(start, rows, cached.window)
     both = torch.empty(2, heads, size, dim, dtype=dtype, device=cached.keys.device)
     both[:, :, kept + rows :] = 0
     if coded:

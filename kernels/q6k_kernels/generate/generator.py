@@ -35,6 +35,7 @@ from q6k_kernels.generate.recording import Recorder, bucket
 from q6k_kernels.generate.sampling import settled, suppression
 from q6k_kernels.generate.step_reference import TokenChoice, TorchOperations
 from q6k_kernels.generate.stepping import step_for
+from q6k_kernels.models.cache_layout import CHUNK
 from q6k_kernels.models.ranks import is_divided
 from q6k_kernels.models.rotary import plan_for, rotaries
 
@@ -91,7 +92,7 @@ class Generator:
         filters: Filters | None = None,
         logprobs: int | None = None,
         fused: bool | None = None,
-        chunk: int = 2048,
+        chunk: int = CHUNK,
         cache_type: CacheType = "model",
         persistent: bool = False,
     ) -> None:

@@ -36,6 +36,7 @@ from q6k_kernels.generate.step_reference import TorchOperations
 from q6k_kernels.generate.stepping import step_for
 from q6k_kernels.generate.text_choice import TextsChoice
 from q6k_kernels.models.architecture import LINEAR
+from q6k_kernels.models.cache_layout import CHUNK
 from q6k_kernels.models.ranks import is_divided
 from q6k_kernels.models.rotary import plan_for, rotaries
 
@@ -101,7 +102,7 @@ class Texts:
         *,
         capacity: int,
         places: int = 8,
-        chunk: int = 2048,
+        chunk: int = CHUNK,
         cache_type: CacheType = "model",
     ) -> None:
         if capacity < 1 or chunk < 1 or not 1 <= places <= MOST_TEXTS:

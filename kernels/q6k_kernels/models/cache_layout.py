@@ -18,6 +18,8 @@ SLACK = 64
 """Steps that can be undone: the positions that they overwrote in a ring had left every window."""
 ALIGNMENT = 8
 """Multiple that slots are rounded up to: 16 bytes of 16-bit scores, the alignment that fast kernels want."""
+CHUNK = 2048
+"""The most tokens of a prompt in one pass, unless said otherwise."""
 STATE_COPIES = 3
 """Earlier states of recurrent layers that are kept beside the current ones: two so that steps can be undone, and
 one from near the end of the last prompt."""
@@ -32,6 +34,11 @@ def aligned(slots: int) -> int:
 def ring_slots(window: int, capacity: int) -> int:
     """Return the slots of a layer with a sliding window in a cache of that capacity."""
     return min(aligned(capacity), aligned(window + SLACK))
+
+
+def slots_beside(start: int, rows: int, window: int) -> int:
+    """Return the slots that a chunk of `rows` tokens from `start` sees, side by side; a `window` of 0 is none."""
+    return aligned((min(start, window - 1) if window else start) + rows)
 
 
 def layer_kinds(config: Any) -> list[str]:
@@ -82,23 +89,42 @@ def cache_bytes(
         UnsupportedModelError: the model needs something that is not supported.
         BundleError: a key is of the wrong type.
     """
-    _, values = described(architecture_of(metadata), metadata, shapes)
-    config = SimpleNamespace(**values)
-    # Layers that share keys and values of earlier ones are the last.
-    kinds = layer_kinds(config)[: config.num_hidden_layers - values.get("num_kv_shared_layers", 0)]
+    config, kinds, heads = _attention(metadata, shapes)
 
-    def of_heads(count: Any, dim: Any) -> int:
-        return 2 * int(count) * (int(dim) + _SCALE_BYTES if codes else int(dim) * element_bytes)
+    def of_position(kind: str) -> int:
+        count, dim = heads[kind]
+        return 2 * count * (dim + _SCALE_BYTES if codes else dim * element_bytes)
 
-    of_position = of_heads(config.num_key_value_heads, config.head_dim)
-    of_kind = {FULL: aligned(capacity) * of_position}
-    if "global_head_dim" in values:
-        of_full = of_heads(config.num_global_key_value_heads, config.global_head_dim)
-        of_kind[FULL] = aligned(capacity) * of_full
+    of_kind = {FULL: aligned(capacity) * of_position(FULL)}
     if SLIDING in kinds:
-        of_kind[SLIDING] = ring_slots(int(config.sliding_window), capacity) * of_position
+        of_kind[SLIDING] = ring_slots(int(config.sliding_window), capacity) * of_position(SLIDING)
     if LINEAR in kinds:
         convolution, state = state_sizes(config)
         both = math.prod(convolution) * element_bytes + math.prod(state) * _STATE_BYTES
         of_kind[LINEAR] = (1 + STATE_COPIES) * both
     return sum(of_kind[kind] for kind in kinds)
+
+
+def prompt_bytes(metadata: Metadata, shapes: Shapes, capacity: int, element_bytes: int = 2) -> int:
+    """Return the bytes that a prompt's chunks take beside a cache of codes on a GPU, at most `CHUNK` tokens each.
+
+    They are the keys and values of one layer, expanded. Raises what `cache_bytes` does.
+    """
+    config, kinds, heads = _attention(metadata, shapes)
+    rows, found = min(CHUNK, capacity), 0
+    for kind in {*kinds} - {LINEAR}:
+        slots = slots_beside(capacity - rows, rows, int(config.sliding_window) if kind == SLIDING else 0)
+        found = max(found, 2 * math.prod(heads[kind]) * slots * element_bytes)
+    return found
+
+
+def _attention(metadata: Metadata, shapes: Shapes) -> tuple[Any, list[str], dict[str, tuple[int, int]]]:
+    """Return a model's configuration, the kind of each layer that has a cache, and heads and their size by kind."""
+    _, values = described(architecture_of(metadata), metadata, shapes)
+    config = SimpleNamespace(**values)
+    # Layers that share keys and values of earlier ones are the last.
+    kinds = layer_kinds(config)[: config.num_hidden_layers - values.get("num_kv_shared_layers", 0)]
+    heads = dict.fromkeys((FULL, SLIDING), (int(config.num_key_value_heads), int(config.head_dim)))
+    if "global_head_dim" in values:
+        heads[FULL] = int(config.num_global_key_value_heads), int(config.global_head_dim)
+    return config, kinds, heads
