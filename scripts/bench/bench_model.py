@@ -3,7 +3,7 @@
 
     python scripts/bench/bench_model.py [--shape SHAPE]
         [--mix q4_k_m|q5_k_m|q6_k|q8_0|mxfp4] [--scales bf16|exact] [--layers N] [--keep DIR]
-        [--json FILE] [--profile FILE]
+        [--cache int8] [--persistent] [--json FILE] [--profile FILE]
     python scripts/bench/bench_model.py --device cpu --shape tiny --contexts 8 --prompts 16 --tokens 4
 
 1. Write a GGUF of a shape as of Llama 3.1 8B, Gemma 4 31B, Qwen3.6-35B-A3B or gpt-oss 20B, random weights of the
@@ -48,6 +48,7 @@ from q6k_convert.convert.plan import Options
 from q6k_convert.run.speed import decoding, prompting, random_ids, times_of, wait
 from q6k_kernels import load_model
 from q6k_kernels.formats.checks import Activations
+from q6k_kernels.generate.cache_codes import CACHE_TYPES
 from q6k_kernels.generate.generator import Generator
 from synthetic_gpt_oss import SHAPES
 from synthetic_model import MIXES, write_model
@@ -80,11 +81,12 @@ class Bench:
             "rows": [],
         }
         figures = json.loads(PEER_FIGURES.read_text(encoding="utf-8"))
-        whole = self._shape == SHAPES[args.shape]
+        self._codes = args.cache == "int8"
+        whole = self._shape == SHAPES[args.shape] and not self._codes
         if whole and self.report["machine"].get("gpu") == figures["machine"]["gpu"]:
             of = {"peer": "llama.cpp", "shape": args.shape, "mix": args.mix}
             self._peers = [figure for figure in figures["whole_model"] if figure.items() >= of.items()]
-        self._targets = rows_of.targets_of(self._shape, args.mix) if self._on_gpu else ()
+        self._targets = rows_of.targets_of(self._shape, args.mix) if self._on_gpu and not self._codes else ()
 
     def run(self, folder: Path) -> None:
         """Run all steps, printing each result; files go to `folder`."""
@@ -99,7 +101,13 @@ class Bench:
         model = self._loaded(bundle)
         needed = max(*(n + self._args.tokens + 1 for n in self._args.contexts), *self._args.prompts)
         capacity = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
-        generator = Generator(model, capacity=capacity, fused=self._args.fused)
+        generator = Generator(
+            model,
+            capacity=capacity,
+            fused=self._args.fused,
+            cache_type=self._args.cache,
+            persistent=self._args.persistent,
+        )
         packed = needed_bytes(model, self._shape.experts[1] if self._shape.experts else 0)
         print(f"{rows_of.LEGEND}\n{rows_of.HEADING}")
         for context in self._args.contexts:
@@ -166,7 +174,9 @@ class Bench:
         with self._phase(f"decode @{context}"):
             times = times_of(decode, prepare, self._args.rounds, self._device)
         self._add(
-            rows_of.decode_row(self._shape, context, self._args.tokens, packed, times.ms, times.gpu_ms),
+            rows_of.decode_row(
+                self._shape, context, self._args.tokens, packed, times.ms, times.gpu_ms, codes=self._codes
+            ),
             rows_of.line,
         )
         if self._args.profile:
@@ -181,7 +191,8 @@ class Bench:
                 reset()
                 prefill()
             times = times_of(prefill, reset, self._args.rounds, self._device)
-        self._add(rows_of.prefill_row(self._shape, tokens, packed, times.ms, times.gpu_ms), rows_of.line)
+        row = rows_of.prefill_row(self._shape, tokens, packed, times.ms, times.gpu_ms, codes=self._codes)
+        self._add(row, rows_of.line)
         if self._args.profile:
             reset()
             self._profile(prefill, f"prefill {tokens}", tokens)
@@ -243,6 +254,8 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--activations", choices=get_args(Activations), default="auto")
     add("--fused", action=argparse.BooleanOptionalAction, default=True, help="decode with our own CUDA step")
+    add("--cache", choices=CACHE_TYPES, default="model", help="numbers of keys and values; 8 bits have no targets")
+    add("--persistent", action="store_true", help="decode by one kernel that runs a whole step")
     add("--contexts", type=int, nargs="+", default=[512, 2043], metavar="N", help="tokens before the decoded ones")
     add("--prompts", type=int, nargs="+", default=[512, 2048], metavar="N", help="lengths of the prompts in tokens")
     add("--tokens", type=int, default=128, help="tokens to decode")
@@ -256,6 +269,10 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"contexts, prompts, tokens, rounds and layers: expected 1 or more, found {min(numbers)}")
     if args.profile and args.device == "cpu":
         parser.error("--profile is of kernels: it needs --device cuda")
+    if args.persistent and (args.device == "cpu" or args.cache == "int8"):
+        parser.error("--persistent is a kernel for a cache of 16 bits: it needs --device cuda and --cache model")
+    if not args.fused and (args.persistent or args.cache == "int8"):
+        parser.error("--persistent and --cache int8 are of our own step: leave --no-fused out")
     return args
 
 

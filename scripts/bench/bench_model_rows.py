@@ -82,7 +82,16 @@ def targets_of(shape: Shape, mix: str) -> tuple[Target, ...]:
     return TARGETS.get((shape.name, mix), ()) if shape == SHAPES[shape.name] else ()
 
 
-def decode_row(shape: Shape, context: int, tokens: int, packed: int, ms: list[float], gpu_ms: list[float]) -> Row:
+def decode_row(
+    shape: Shape,
+    context: int,
+    tokens: int,
+    packed: int,
+    ms: list[float],
+    gpu_ms: list[float],
+    *,
+    codes: bool = False,
+) -> Row:
     """Return the row of decoding.
 
     Args:
@@ -92,14 +101,17 @@ def decode_row(shape: Shape, context: int, tokens: int, packed: int, ms: list[fl
         packed: bytes of packed weights read for each token: all linear layers, one row of the embedding.
         ms: milliseconds of whole runs by the host's clock.
         gpu_ms: milliseconds of whole runs by the GPU's clock; empty on a CPU.
+        codes: whether the cache is one of 8 bits.
     """
     row = _row("decode", f"decode @{context}", ms, gpu_ms, tokens)
     # The mean number of positions before a token.
-    read = packed + round(shape.kv_bytes(context + (tokens + 1) / 2))
+    read = packed + round(shape.kv_bytes(context + (tokens + 1) / 2, codes=codes))
     return row | {"context": context, "tokens": tokens, "gb_read": read / 1e9, "bytes_read": read}
 
 
-def prefill_row(shape: Shape, tokens: int, packed: int, ms: list[float], gpu_ms: list[float]) -> Row:
+def prefill_row(
+    shape: Shape, tokens: int, packed: int, ms: list[float], gpu_ms: list[float], *, codes: bool = False
+) -> Row:
     """Return the row of prefilling a prompt of `tokens` tokens; see `decode_row`."""
     row = _row("prefill", f"prefill {tokens}", ms, gpu_ms, tokens)
     row |= {"ms": _median(ms), "fastest_ms": min(ms)}
@@ -109,7 +121,7 @@ def prefill_row(shape: Shape, tokens: int, packed: int, ms: list[float], gpu_ms:
     windows = [tokens if window is None else min(tokens, window) for window in shape.windows]
     pairs = (4 * tokens * window - 2 * window**2 for window in windows)
     attention = shape.heads * sum(each * size for each, (_, size) in zip(pairs, shape.key_heads, strict=True))
-    read = packed + round(shape.kv_bytes(tokens))
+    read = packed + round(shape.kv_bytes(tokens, codes=codes))
     # The head sees one token.
     flops = 2 * (tokens * body + head) + attention
     return row | {"tokens": tokens, "gb_read": read / 1e9, "bytes_read": read, "flops": flops}

@@ -105,10 +105,10 @@ class QwenShape(Shape):
                 found[f"{before}ffn_gate_inp_shexp.weight"] = router[-1]
         return found
 
-    def kv_bytes(self, positions: float) -> float:
+    def kv_bytes(self, positions: float, *, codes: bool = False) -> float:
         """Return the bytes of keys and values that a token needs, and of states that it reads and writes."""
         states = sum(window is not None for window in self.windows) * self.state_heads[1] * STATE**2
-        return super().kv_bytes(positions) + 2 * 4 * states
+        return super().kv_bytes(positions, codes=codes) + 2 * 4 * states
 
     def describe(self, writer: gguf.GGUFWriter) -> None:
         """Write the keys that only this architecture has."""

@@ -136,10 +136,14 @@ class Shape:
     def describe(self, writer: gguf.GGUFWriter) -> None:
         """Write the keys that only this architecture has: none."""
 
-    def kv_bytes(self, positions: float) -> float:
-        """Return the bytes of the keys and values that a token after so many positions needs, 16 bits a number."""
+    def kv_bytes(self, positions: float, *, codes: bool = False) -> float:
+        """Return the bytes of the keys and values that a token after so many positions needs.
+
+        A number has 16 bits, or with `codes` 8, and each key and value four bytes for its scale.
+        """
         seen = (positions if window is None else min(positions, window) for window in self.windows)
-        return sum(2 * each * heads * size * 2 for each, (heads, size) in zip(seen, self.key_heads, strict=True))
+        of_heads = (heads * (size + 4 if codes else size * 2) for heads, size in self.key_heads)
+        return sum(2 * each * nbytes for each, nbytes in zip(seen, of_heads, strict=True))
 
 
 SHAPES = {

@@ -229,6 +229,38 @@ def test_the_command_reports_every_step_and_takes_what_was_kept(
         assert printed[1].count(f"{label:>14} ") == 2
 
 
+def test_a_cache_of_8_bits_is_measured_and_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--contexts", "8", "--prompts", "16", "--tokens", "2", "--rounds", "1", "--cache", "int8"]
+    monkeypatch.setattr(sys, "argv", ["", "--device", "cpu", "--shape", "tiny", *options])
+    bench_model.main()
+    report = json.loads((tmp_path / "bench-model.json").read_text())
+    assert (report["options"]["cache"], report["options"]["persistent"]) == ("int8", False)
+    _, decode, prefill, memory = report["rows"]
+    assert memory["kv_bytes"] == 128 * 2 * 2 * 2 * (64 + 4)
+    weights = decode["bytes_read"] - 9.5 * 2 * 2 * 2 * (64 + 4)
+    assert prefill["bytes_read"] == weights + 16 * 2 * 2 * 2 * (64 + 4)
+    assert weights == (sum(n * k for n, k in TINY.linears.values()) + 256) * 7 // 8
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ("--persistent --device cpu", "it needs --device cuda and --cache model"),
+        ("--persistent --cache int8", "it needs --device cuda and --cache model"),
+        ("--persistent --no-fused", "leave --no-fused out"),
+        ("--cache int8 --no-fused", "leave --no-fused out"),
+    ],
+)
+def test_what_does_not_go_together_is_an_error_at_once(
+    options: str, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        bench_model.parsed(options.split())
+    assert problem in capsys.readouterr().err
+    assert bench_model.parsed(["--persistent"]).persistent
+
+
 def judged(row: dict[str, Any], *, whole: bool = True) -> dict[str, Any]:
     rows_of.judge(row, CEILINGS, PEERS, rows_of.targets_of(LLAMA, "q6_k") if whole else ())
     return row
