@@ -87,7 +87,7 @@ def test_rings_of_several_pieces(make: Callable[[torch.dtype], Kernels], monkeyp
     heads = Heads(*(4, 2, dim, dim**-0.5, None, None, None), angles.cos(), angles.sin())
     q, k, v = (random(1, count * dim, seed=count).to(dtype) for count in (4, 2, 2))
     for blocks, warps in ((1, 1), (3, 2)):
-        given = {"LONG_SLOTS": 100, "MOST_BLOCKS": blocks, "ATTEND_WARPS": (warps,)}
+        given = {"FEW_SLOTS": {"model": 100}, "MOST_BLOCKS": blocks, "ATTEND_WARPS": (warps,)}
         for name, value in {**given, "LONG_STAGES": {dim: stages}}.items():
             monkeypatch.setattr(attend_cuda, name, value)
         run = make(dtype)

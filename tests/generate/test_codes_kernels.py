@@ -86,7 +86,7 @@ def test_steps(
 ) -> None:
     """At the first position, at the last, or where a ring has wrapped."""
     # One warp takes all turns; but of heads of 64 values one block has 16 warps, most of them without keys.
-    given = {"CODES_SLOTS": 0, "MOST_BLOCKS": 1, "CODES_WARPS": 16 if dim == 64 else 1}
+    given = {"FEW_SLOTS": {"int8": 0}, "MOST_BLOCKS": 1, "CODES_WARPS": 16 if dim == 64 else 1}
     for name, value in given.items():
         monkeypatch.setattr(attend_cuda, name, value)
     assert attend_cuda.block_of(dim, device_like(90), 40, True).warps == given["CODES_WARPS"]

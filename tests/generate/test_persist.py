@@ -18,7 +18,7 @@ from q6k_kernels import load_model
 from q6k_kernels.cpp.variants import device_like
 from q6k_kernels.cuda import decode
 from q6k_kernels.cuda import device as launching
-from q6k_kernels.errors import UnsupportedModelError
+from q6k_kernels.errors import BlocksNotResidentError, UnsupportedModelError
 from q6k_kernels.generate.generator import Generator
 from q6k_kernels.generate.persist_cuda import PersistentStep
 from q6k_kernels.generate.planning import Planner
@@ -65,6 +65,29 @@ def test_steps_are_those_of_the_reference(
         assert (found - expected).abs().max() < 2 * noise + 0.02 * expected.std()
         generator._choose(expected)
     memory.check()
+
+
+def test_steps_are_launches_where_blocks_have_no_room(tmp_path: Path) -> None:
+    """As on a GPU that other programs share; the answer is the same, and a warning says why it comes later."""
+    pytest.importorskip("libgguf")
+    from model_cases import MODELS
+
+    generator = Generator(load_model(MODELS["llama"].bundle(tmp_path)[0]), capacity=20, fused=True)
+    generator.prefill([5, 6, 7])
+    step = generator._fused_step
+    assert step is not None
+    expected, calls = step(generator._token), []
+
+    def refused(*given: object) -> Any:
+        calls.append(given)
+        raise BlocksNotResidentError("the 132 blocks of q6k_persist wait for each other", "Give it all of the GPU.")
+
+    step._whole = refused  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match=r"q6k_persist wait for each other; .* launch\. Give it all"):
+        found = step(generator._token)
+    assert torch.equal(found, expected)
+    assert torch.equal(step(generator._token), expected)
+    assert len(calls) == 1
 
 
 def planned(model: Any, *, dtype: torch.dtype = torch.bfloat16, arch: int = 90) -> Any:

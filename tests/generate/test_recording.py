@@ -14,9 +14,11 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from families import PROMPT, prompt, tiny
-from q6k_kernels.generate import mailbox, recording
+from q6k_kernels.generate import kv_cache, mailbox, recording
 from q6k_kernels.generate.generator import Generator
 from q6k_kernels.generate.recording import TOGETHER, Recorder
+from q6k_kernels.generate.step import Step
+from q6k_kernels.generate.step_reference import TokenChoice
 
 MOST = 45
 
@@ -135,6 +137,30 @@ def test_what_will_be_run_is_prepared(tokens: int, several: bool) -> None:
     slots = generator.cache.slots
     assert set(generator._recorder.made) == {(slots, 1), *([(slots, TOGETHER)] if several else [])}
     assert int(generator.cache.position) == PROMPT
+
+
+@pytest.mark.parametrize("together", [1, 8])
+def test_few_slots_have_steps_of_their_own(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention to few slots has other blocks; of a kind the first step is one alone, which compiles kernels."""
+    monkeypatch.setitem(kv_cache.FEW_SLOTS, "model", 24)
+    reaches, advance = list[int](), Step.advance
+
+    def watch(step: Step, choice: TokenChoice, reach: int | None = None) -> None:
+        assert reach is not None
+        assert int(choice.position) < reach
+        reaches.append(reach)
+        advance(step, choice, reach)
+
+    monkeypatch.setattr(Step, "advance", watch)
+    generator = made()
+    slots = generator.cache.slots
+    generator._recorder.together = together
+    monkeypatch.setattr(mailbox.Mailbox, "lag", mailbox.LAG)
+    assert list(generator.generate(MOST)) == one_by_one(0.0)
+    assert reaches == sorted(reaches)
+    assert set(reaches) == {24, slots}
+    in_order = list(generator._recorder.made)
+    assert all((keys, 1) in in_order[:at] for at, (keys, count) in enumerate(in_order) if count > 1)
 
 
 class Graphs:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from q6k_kernels.cuda.device import Device, Variant, pointer
 from q6k_kernels.formats.ggml import SUPER_BLOCK
+from q6k_kernels.generate.cache_codes import FEW_SLOTS
 from q6k_kernels.generate.heads import Cached, Heads
 from q6k_kernels.jit.compiler import Defines
 
@@ -20,11 +21,11 @@ ATTEND_WARPS = (8, 4, 2, 1)
 """Warps of a block of attention: the first number that fits."""
 BLOCK_BYTES, WARPS_TIMES_DIM = 160 << 10, 2048
 """The most shared memory of a block's rings; and warps times the size of a head, whose sums are in registers."""
-LONG_SLOTS, LONG_STAGES = 16384, {128: 2}
-"""Slots beyond which heads of these sizes have rings of several pieces of keys and values; fewer keys come sooner
-to blocks that find room beside a product's."""
-CODES_SLOTS, CODES_WARPS = 4096, 16
-"""Slots beyond which blocks for codes, which take more instructions for each byte, have up to so many warps."""
+LONG_STAGES = {128: 2}
+"""For many slots (`cache_codes.FEW_SLOTS`) heads of these sizes have rings of several pieces of keys and values.
+Fewer keys come sooner to blocks that find room beside a product's."""
+CODES_WARPS = 16
+"""For many slots blocks for codes, which take more instructions for each byte, have up to so many warps."""
 MOST_HEADS, MOST_BLOCKS = 8, 32
 """The most query heads of a block, and the most blocks that split the keys of one head."""
 BLOCKS_OF_TEXTS = 2
@@ -134,12 +135,13 @@ def has_form(heads: Heads) -> bool:
 
 
 def block_of(dim: int, device: Device, slots: int, codes: bool) -> Block:
-    """Return the block for a size of heads and a number of slots."""
+    """Return the block for a size of heads and a number of slots to read, at most."""
     room = min(device.shared_bytes - attend_static(dim), BLOCK_BYTES)
-    warps = (CODES_WARPS, *ATTEND_WARPS) if codes and slots > CODES_SLOTS else ATTEND_WARPS
+    many = slots > FEW_SLOTS["int8" if codes else "model"]
+    warps = (CODES_WARPS, *ATTEND_WARPS) if codes and many else ATTEND_WARPS
     every = (Block(dim, each, 1, codes) for each in warps)
     block = next(each for each in every if each.shared_bytes <= room and each.warps * dim <= WARPS_TIMES_DIM)
-    wanted = LONG_STAGES.get(dim, 1) if slots > LONG_SLOTS and not codes else 1
+    wanted = LONG_STAGES.get(dim, 1) if many and not codes else 1
     return block._replace(stages=min(wanted, room // block.shared_bytes))
 
 
@@ -157,7 +159,7 @@ def attend_bytes(macros: dict[str, int]) -> int:
 def variants(macros: Defines, device: Device) -> list[Variant]:
     """Return all kernels with the macros of a step that a GPU may load."""
     either = False, True
-    every = product(HEAD_DIMS, (0, max(LONG_SLOTS, CODES_SLOTS) + 1), either, either, either)
+    every = product(HEAD_DIMS, (0, max(FEW_SLOTS.values()) + 1), either, either, either)
     found = (
         variant(macros, block_of(dim, device, slots, codes), forms, texts)
         for dim, slots, codes, forms, texts in every

@@ -24,6 +24,8 @@ LEAST = 2.0**-100
 CacheType = Literal["model", "int8"]
 """The numbers that a cache holds: those of the model's dtype, or codes of 8 bits."""
 CACHE_TYPES: tuple[CacheType, ...] = get_args(CacheType)
+FEW_SLOTS: dict[CacheType, int] = {"model": 16384, "int8": 4096}
+"""Slots up to which a step reads few: its attention then has other blocks than for many, and a graph of its own."""
 
 
 def mixed(vectors: Tensor) -> Tensor:

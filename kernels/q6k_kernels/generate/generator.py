@@ -273,7 +273,7 @@ class Generator:
             keys: slots of the cache that the step reads, more than its position.
         """
         if self._fused_step is not None:
-            self._fused_step.advance(self._choice)
+            self._fused_step.advance(self._choice, keys)
             return
         masks = self.cache.begin_step(keys)
         # The cache's position is the slot that the step writes.
@@ -299,11 +299,16 @@ class Generator:
 
     def _bucket(self, position: int) -> int:
         """Return the number of slots that a step at this position reads."""
-        return self.cache.slots if self.fused else bucket(position, self.capacity, self.cache.slots)
+        if self.fused:
+            return self.cache.reach(position)
+        return bucket(position, self.capacity, self.cache.slots)
 
     def _steps(self, position: int, count: int = 1) -> Callable[[], object]:
         """Return a function that runs `count` steps, the first at this position."""
-        return self._recorder.form(self.step, self._bucket(position + count - 1), count, self._our_attention)
+        keys = self._bucket(position + count - 1)
+        if count > 1:
+            self._recorder.form(self.step, keys, 1, self._our_attention)
+        return self._recorder.form(self.step, keys, count, self._our_attention)
 
     @contextmanager
     def _our_attention(self) -> Iterator[None]:

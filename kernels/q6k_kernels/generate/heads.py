@@ -85,6 +85,7 @@ class Cached:
         start: position of the first token of a chunk; None in a step, whose position only the device knows.
         places: in a step of several texts, the place of each token's text, int64 (M,); None if there is one place.
         scales: scales of codes, of keys and of values, each float32 (places, key heads, slots); or None.
+        reach: slots that a step reads at most, the first; None: all.
     """
 
     keys: Tensor
@@ -93,6 +94,13 @@ class Cached:
     start: int | None = None
     places: Tensor | None = None
     scales: tuple[Tensor, Tensor] | None = None
+    reach: int | None = None
+
+    @property
+    def slots_read(self) -> int:
+        """The most slots that a step reads."""
+        slots = self.keys.shape[-2]
+        return slots if self.reach is None else min(self.reach, slots)
 
     def place(self, at: int) -> Cached:
         """Return the part of the text in one place."""

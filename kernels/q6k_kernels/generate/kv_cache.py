@@ -21,7 +21,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from q6k_kernels.generate.cache_codes import CACHE_TYPES, CacheType
+from q6k_kernels.generate.cache_codes import CACHE_TYPES, FEW_SLOTS, CacheType
 from q6k_kernels.generate.recurrent import LayerStates, RecurrentStates
 from q6k_kernels.models.architecture import FULL, LINEAR, SLIDING
 from q6k_kernels.models.cache_layout import aligned, layer_kinds, ring_slots
@@ -142,6 +142,11 @@ class KeyValueCache:
         """Check whether rings still hold all that a token at this position sees: later ones may have gone round."""
         far = self.written - position
         return not self.window or self.ring >= self.slots or far <= self.ring - self.window
+
+    def reach(self, position: int) -> int:
+        """Return the slots of full layers that a step of ours at a position reads at most: few, or all."""
+        few = FEW_SLOTS[self.cache_type]
+        return min(few, self.slots) if position < few else self.slots
 
     def begin_step(self, keys: int) -> Masks:
         """Prepare a forward pass of one token at `position`.

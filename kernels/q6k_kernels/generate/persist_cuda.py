@@ -1,7 +1,7 @@
 """A decoding step of a whole model as one launch, `cuda/persist.cuh`.
 
 All blocks run at once and wait for each other's values. So the launch is cooperative: where the GPU has no room for
-all of them, because other programs share it, it is refused, and nobody waits for ever.
+all of them, because other programs share it, it is refused, and nobody waits for ever; steps are launches then.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ of the text is only a number on the device, so one CUDA graph serves every lengt
 
 from __future__ import annotations
 
+import warnings
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from q6k_kernels.errors import UnsupportedModelError
+from q6k_kernels.errors import BlocksNotResidentError, UnsupportedModelError
 from q6k_kernels.generate.balancing import balanced
 from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.heads import Cached, Norm
@@ -48,6 +49,7 @@ class _Pass:
         position: positions of the tokens, int64 (M,), or with `places` of the last tokens of all, (P,).
         start: position of the first token of a chunk; None in a step.
         places: places of the tokens' texts in a step of several, int64 (M,); else None.
+        reach: see `Cached`.
     """
 
     run: StepOperations
@@ -55,6 +57,7 @@ class _Pass:
     position: Tensor
     start: int | None = None
     places: Tensor | None = None
+    reach: int | None = None
 
     @property
     def end(self) -> _Pass:
@@ -119,13 +122,14 @@ class Step:
                 raise _unsupported(reason)
             operations.reserve(layer.heads)
 
-    def advance(self, choice: TokenChoice) -> None:
+    def advance(self, choice: TokenChoice, reach: int | None = None) -> None:
         """Run one step: the last token through the model, then the choice of the next.
 
         Args:
             choice: where to find the last token and put the next; its position must be the cache's tensor.
+            reach: slots of the cache that it reads at most; None: all.
         """
-        logits = self._logits(_Pass(self._operations, choice.token, self._cache.position))
+        logits = self._logits(_Pass(self._operations, choice.token, self._cache.position, reach=reach))
         self._operations.choose(logits, self._softcap, choice)
 
     def advance_texts(self, choice: TextsChoice) -> None:
@@ -184,7 +188,12 @@ class Step:
             noted = replace(given, run=run)
             return self._multiply(noted, self._head, self._hidden(noted, hidden))
 
-        return self._whole(hidden, given.position, through_the_model)
+        try:
+            return self._whole(hidden, given.position, through_the_model)
+        except BlocksNotResidentError as error:
+            warnings.warn(f"{error.cause}; from now on each operation is a launch. {error.remedy}", stacklevel=2)
+            self._whole = None
+            return through_the_model(given.run)
 
     def _embedded(self, given: _Pass) -> Tensor:
         hidden: Tensor = self._embedding(given.tokens)
@@ -286,7 +295,7 @@ class Step:
             self._cache.allocate(index, heads.key_heads, heads.dim, self._dtype)
         both, scales = self._cache.buffers(index), self._cache.scales(index)
         window = self._cache.window if self._cache.kinds[index] == SLIDING else 0
-        cached = Cached(*both, window, given.start, given.places, scales)
+        cached = Cached(*both, window, given.start, given.places, scales, given.reach)
         return given.run.attend(q, k, v, heads, cached, given.position, users)
 
     def _project(self, given: _Pass, projections: Projections, x: ProductInput) -> tuple[Tensor, ...]:

@@ -144,7 +144,7 @@ class Kernels:
         out, texts = self._activations(heads.count * heads.dim, users, len(q)), len(q)
         rows, blocks, together = attend_cuda.grid(heads, self._device, texts)
         codes = cached.scales is not None
-        block = attend_cuda.block_of(heads.dim, self._device, cached.keys.shape[-2], codes)
+        block = attend_cuda.block_of(heads.dim, self._device, cached.slots_read, codes)
         shared = (self._partials, self._counters)
         given = attend_cuda.arguments(q, k, v, heads, cached, position, shared, self._outputs(out), together)
         self._launch(
