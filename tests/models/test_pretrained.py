@@ -12,7 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    QuantoConfig,
+)
 
 import model_cases
 from model_cases import IDS, largest_difference, logits
@@ -71,6 +77,7 @@ def test_a_bundle_opens_as_the_model_that_it_holds(name: str, made: dict[str, tu
     assert not model.training
     assert not [name for name, each in model.named_parameters() if each.requires_grad or each.is_meta]
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+    assert model.num_parameters() == reference.num_parameters()
 
 
 def test_the_dtype_is_that_of_the_configuration_unless_one_is_given(llama: Path, tmp_path: Path) -> None:
@@ -145,6 +152,27 @@ def test_none_for_a_quantisation_is_that_of_the_bundle(llama: Path, tmp_path: Pa
         (tmp_path / "altered" / CONFIG).write_text(json.dumps({**content, "quantization_config": None, **altered}))
         with pytest.raises(UnsupportedModelError, match="expected one with quant_method 'q6k-planar'"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "altered")
+
+
+def test_settings_that_the_caller_gives_hold(llama: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """In place of those of `config.json`, all of them, and without transformers' warning that it ignores them."""
+    path = Path(shutil.copytree(llama, tmp_path / "out"))
+    content = json.loads((path / CONFIG).read_text())
+    content["quantization_config"] |= {"activations": "int8"}
+    (path / CONFIG).write_text(json.dumps(content))
+    for asked, activations in ((PlanarConfig(activations="bf16", joined=False), "bf16"), (PlanarConfig(), "auto")):
+        model: Any = AutoModelForCausalLM.from_pretrained(path, quantization_config=asked)
+        assert {each.activations for each in model.modules() if isinstance(each, PackedLinear)} == {activations}
+        assert hasattr(model.model.layers[0].self_attn, "qkv_proj") == asked.joined
+        assert model.config.quantization_config.to_dict() == asked.to_dict()
+    config = AutoConfig.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, quantization_config=PlanarConfig("bf16"))
+    assert {each.activations for each in model.modules() if isinstance(each, PackedLinear)} == {"bf16"}
+    assert not [each for each in recwarn if "quantization_config" in str(each.message)]
+    with pytest.raises(UnsupportedModelError, match="fields bits that are unknown"):
+        AutoModelForCausalLM.from_pretrained(path, quantization_config=PlanarConfig(bits=4))
+    with pytest.raises(ValueError, match="quantized with PlanarConfig but you are passing a QuantoConfig"):
+        AutoModelForCausalLM.from_pretrained(path, quantization_config=QuantoConfig("int8"))
 
 
 def test_what_is_missing_is_an_error_and_never_random(llama: Path, tmp_path: Path) -> None:

@@ -40,14 +40,14 @@ class PackedLora(Linear):  # type: ignore[misc]
 def _refuse_joined(*_: Any, **__: Any) -> NoReturn:
     raise UnsupportedModelError(
         "a projection is joined with its neighbours, and an adapter wants it by its name",
-        'Load the model with `config.quantization_config["joined"] = False`.',
+        "Load the model with `quantization_config=PlanarConfig(joined=False)`.",
     )
 
 
 def _refuse_bytes(*_: Any, **__: Any) -> NoReturn:
     raise UnsupportedModelError(
         "layers of a byte for each weight have no gradients",
-        'Load the model with `config.quantization_config["weights"] = "packed"`.',
+        'Load the model with `quantization_config=PlanarConfig(weights="packed")`.',
     )
 
 

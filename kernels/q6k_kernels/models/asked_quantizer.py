@@ -2,7 +2,8 @@
 
 transformers finds a quantiser by `quantization_config` alone. Its classes for any model take
 `quantization_config=None`, as many programs pass it, for the bundle's own. Without a quantiser they find none of a
-model's names in the files, print a report, and go on with random weights.
+model's names in the files, print a report, and go on with random weights. The settings that a caller gives for a
+model which has some they ignore, with a warning; those of a bundle say how to load it, so the caller's hold.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ def guarded(choose: Callable[..., Any]) -> Callable[..., Any]:
     def chosen(config: Any, *given: Any, **named: Any) -> Any:
         if getattr(config, "quantization_config", None) is None and (stated := _stated(config)) is not None:
             config.quantization_config = stated
+        asked: Any = given[0] if given else named.get("quantization_config")
+        if getattr(asked, "quant_method", None) == FORMAT and _method(config) == FORMAT:
+            config.quantization_config = asked.to_dict()
+            given, named = (None, *given[1:]), {**named}
+            named.pop("quantization_config", None)
         found = choose(config, *given, **named)
         name = config.name_or_path
         if found[0] is None and not named.get("gguf_file") and name and is_bundle(Path(name)):
@@ -50,6 +56,12 @@ def guarded(choose: Callable[..., Any]) -> Callable[..., Any]:
         return found
 
     return chosen
+
+
+def _method(config: Any) -> Any:
+    """Return the name of the format that a configuration's weights have, if they are quantised."""
+    found = getattr(config, "quantization_config", None)
+    return found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
 
 
 def _stated(config: Any) -> dict[str, Any] | None:

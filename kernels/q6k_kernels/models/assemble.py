@@ -23,6 +23,7 @@ import torch
 
 from q6k_kernels.bundle.metadata import read_metadata
 from q6k_kernels.formats.checks import Activations, check_activations, check_dtype
+from q6k_kernels.models.counting import attach_counter
 from q6k_kernels.models.cpu_form import Weights, choose, to_bytes
 from q6k_kernels.models.filling import Filler
 from q6k_kernels.models.registry import architecture_of
@@ -92,5 +93,6 @@ def load_model(
         to_bytes(model)
     attach_saver(model, bundle.path)
     attach_resizer(model)
+    attach_counter(model)
     model.eval()  # type: ignore[no-untyped-call]
     return model

@@ -19,6 +19,7 @@ from q6k_kernels.formats.checks import Activations
 from q6k_kernels.formats.tiles import order_rows
 from q6k_kernels.models import fusing, mixtures, ranks
 from q6k_kernels.models.architecture import FREQUENCY_FACTORS, Architecture, gguf_names
+from q6k_kernels.models.counting import WIDE
 from q6k_kernels.models.matching import EXPORT_AGAIN, HEAD, divides, has_factors, own_parameters, rotary_factors
 from q6k_kernels.models.rotary import HeadRotary
 from q6k_kernels.weights.casting import keep_dtype
@@ -240,6 +241,7 @@ class Filler:
                 setattr(module, kind, self._plain(f"{name}.{kind}"))
         if wide:
             keep_dtype(module, *wide)
+            module.__dict__[WIDE] = tuple(wide)
 
     def _format(self, parameter: str) -> str | None:
         """Return the name of a weight's type; None if it is not packed."""

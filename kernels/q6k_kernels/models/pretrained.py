@@ -24,6 +24,7 @@ from q6k_kernels.formats.checks import Activations, check_activations
 from q6k_kernels.formats.tiles import tiles_shape
 from q6k_kernels.formats.types import weight_type
 from q6k_kernels.models.architecture import described, gguf_names, make_config
+from q6k_kernels.models.counting import attach_counter
 from q6k_kernels.models.cpu_form import Weights, choose, to_bytes
 from q6k_kernels.models.filling import Filler
 from q6k_kernels.models.matching import HEAD, own_parameters
@@ -168,6 +169,7 @@ class Loading:
             model._tp_plan = {name: style for name, style in self._plan.items() if name in divided}
         attach_saver(model, self.bundle.path)
         attach_resizer(model)
+        attach_counter(model)
 
 
 def _check_class(model: PreTrainedModel, kind: str) -> None:
