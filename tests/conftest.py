@@ -25,23 +25,39 @@ os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 
+SHARING = (
+    *("test_balancing", "test_cache_layout", "test_casting", "test_dense_architectures", "test_eval_quality"),
+    *("test_model_architectures", "test_norm_rows", "test_ranks", "test_step"),
+)
+"""Files whose tests take the same tiny models, which a process makes once."""
 LONGEST = ("test_staging_failures", "test_cli_generate", "test_ci", "test_real_model")
 """Files that are begun early, so that no process is left with one of them when the others have finished."""
 
 
-def compiled(path: str) -> bool:
-    """Tell whether a test file needs the C++ library, the example or an exported model."""
-    return Path(path).parent.name in ("cpp", "export")
+def group(path: str) -> str:
+    """Name what a test file shares with others: "compiled" things, "tiny models", or nothing, which is its own path.
+
+    What is compiled is the C++ library, the example and an exported model.
+    """
+    if Path(path).parent.name in ("cpp", "export"):
+        return "compiled"
+    return "tiny models" if Path(path).stem in SHARING else path
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put first what takes long to build."""
-    items.sort(key=lambda item: (not compiled(str(item.path)), item.path.stem not in LONGEST))
+    order = ("compiled", "tiny models")
+
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        found = group(str(item.path))
+        return order.index(found) if found in order else len(order), item.path.stem not in LONGEST
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each test file to one process, so that what its tests share is built once; all that compile to the same.
+    """Give each test file to one process, so that what its tests share is built once; each group of files, too.
 
     Only for `--dist loadfile`; pytest-xdist makes what other words name.
     Marks of groups would not do: pytest-xdist 3.8 writes them into a field that pytest 9.2 does not read.
@@ -53,8 +69,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            path = nodeid.partition("::")[0]
-            return "compiled" if compiled(path) else path
+            return group(nodeid.partition("::")[0])
 
     return Files(config, log)
 
