@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from exported_model import SUPPRESSED, ExportedModel
 from fake_cuda import FakeCuda, build
 from gguf_builder import small_model
+from inside import without_coverage
 
 # Or else torch compiles and loads a program for each set of instructions before it compiles one of ours.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
@@ -32,10 +34,33 @@ SHARING = (
 """Files whose tests take the same tiny models, which a process makes once."""
 LONGEST = ("test_staging_failures", "test_cli_generate", "test_ci", "test_real_model")
 """Files that are begun early, so that no process is left with one of them when the others have finished."""
+UNTRACED = (
+    *("test_attend_kernel", "test_attention", "test_bench_cpu", "test_bench_kernels", "test_cache_layout"),
+    *(
+        "test_eval_quality",
+        "test_fp64",
+        "test_house",
+        "test_model_loading",
+        "test_model_real",
+        "test_model_tensors",
+    ),
+    *(
+        "test_reader_fuzz",
+        "test_real_model",
+        "test_refused_tensors",
+        "test_report_plots",
+        "test_step",
+        "test_tiles",
+    ),
+    "test_tokenizer_gemma",
+)
+"""Files whose tests take long and run what other files' tests run, too: without coverage they take a third less."""
+PROCESSES = ("test_cli_ending", "test_cli_output", "test_cli_streams", "test_cpp_ops", "test_staging_failures")
+"""Files that start processes which run what is run nowhere else; of others' coverage does not ask."""
 
 
 def group(path: str) -> str:
-    """Name what a test file shares with others: "compiled" things, "tiny models", or nothing, which is its own path.
+    """Name what a test file shares with others: "compiled" things or "tiny models"; its own path if nothing.
 
     What is compiled is the C++ library, the example and an exported model.
     """
@@ -45,12 +70,12 @@ def group(path: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put first what takes long to build."""
+    """Put first what takes long to build, and in a group what is traced: its imports are counted, too."""
     order = ("compiled", "tiny models")
 
     def place(item: pytest.Item) -> tuple[int, bool]:
-        found = group(str(item.path))
-        return order.index(found) if found in order else len(order), item.path.stem not in LONGEST
+        found, stem = group(str(item.path)), item.path.stem
+        return (order.index(found), stem in UNTRACED) if found in order else (len(order), stem not in LONGEST)
 
     items.sort(key=place)
 
@@ -72,6 +97,24 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return group(nodeid.partition("::")[0])
 
     return Files(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Leave coverage out where it would count nothing that it does not count elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        if item.path.stem not in PROCESSES:
+            for name in os.environ.keys() - without_coverage().keys():
+                patch.delenv(name)
+        tracing, of_threads = sys.gettrace(), threading.gettrace()
+        if item.path.stem in UNTRACED:
+            sys.settrace(None)
+            threading.settrace(None)  # type: ignore[arg-type]
+        try:
+            return (yield)
+        finally:
+            sys.settrace(tracing)
+            threading.settrace(of_threads)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)

@@ -38,7 +38,8 @@ def built() -> Path:
 
 
 def inside(file: str, path: Path, order: str, *options: str, **more: str) -> None:
-    run_inside(f"cpp/{file}", *options, may_skip=bool(more), Q6K_OPS_LIBRARY=str(path), Q6K_OPS_ORDER=order, **more)
+    given = {"Q6K_OPS_LIBRARY": str(path), "Q6K_OPS_ORDER": order}
+    run_inside(f"cpp/{file}", *options, may_skip=bool(more), covered=order == "load", **given, **more)
 
 
 @pytest.mark.parametrize("order", ORDERS)
