@@ -19,6 +19,8 @@ from fake_cuda import FakeCuda, build
 from gguf_builder import small_model
 from inside import without_coverage
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each process of torch: there are as many as processors
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Or else torch compiles and loads a program for each set of instructions before it compiles one of ours.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # What calls the kernels of a compiled program is run a few times: optimising it takes longer.
