@@ -36,7 +36,7 @@ SHARING = (
 """Files whose tests take the same tiny models, which a process makes once."""
 LONGEST = ("test_staging_failures", "test_cli_generate", "test_ci", "test_real_model")
 """Files that are begun early, so that no process is left with one of them when the others have finished."""
-UNTRACED = (
+UNTRACED = {
     *("test_attend_kernel", "test_attention", "test_bench_cpu", "test_bench_kernels", "test_cache_layout"),
     *(
         "test_eval_quality",
@@ -55,8 +55,19 @@ UNTRACED = (
         "test_tiles",
     ),
     "test_tokenizer_gemma",
-)
-"""Files whose tests take long and run what other files' tests run, too: without coverage they take a third less."""
+    # Single tests of other files
+    *("test_a_prompt_in_chunks_is_the_prompt_at_once", "test_any_flipped_bit_of_any_file_is_found"),
+    *("test_compiling_a_whole_graph", "test_each_step_can_be_left_out", "test_every_key_has_an_effect"),
+    *("test_generated_tokens_are_those_of_transformers", "test_logits_and_tokens_are_those_of_transformers"),
+    *("test_many_control_tokens_cost_no_time", "test_on_the_cpu_tiles_and_planes_give_the_same_bits"),
+    *("test_random_bytes_are_packed_as_defined", "test_the_best_tokens_are_those_of_transformers"),
+    *("test_the_command_measures_every_mix", "test_the_command_reports_every_step_and_takes_what_was_kept"),
+    *("test_the_largest_gemmas_divide_scores_by_another_number", "test_the_real_models_words"),
+    *("test_the_scattered_number_of_iq1_m_is_found", "test_the_step_is_one_graph"),
+    *("test_what_has_changed_is_done_again", "test_a_wrong_byte_of_every_array_is_found_and_measured"),
+    "test_a_small_model_cut_anywhere_before_its_last_data_byte_is_rejected",
+}
+"""Files and tests that take long and run what others run, too: without coverage they take a third less."""
 PROCESSES = ("test_cli_ending", "test_cli_output", "test_cli_streams", "test_cpp_ops", "test_staging_failures")
 """Files that start processes which run what is run nowhere else; of others' coverage does not ask."""
 
@@ -109,7 +120,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
             for name in os.environ.keys() - without_coverage().keys():
                 patch.delenv(name)
         tracing, of_threads = sys.gettrace(), threading.gettrace()
-        if item.path.stem in UNTRACED:
+        if UNTRACED & {item.path.stem, item.name.partition("[")[0]}:
             sys.settrace(None)
             threading.settrace(None)  # type: ignore[arg-type]
         try:
