@@ -44,7 +44,7 @@ CacheOption = Annotated[
     Cache,
     typer.Option(
         help="Keep keys and values in the model's dtype, or in 8 bits with a scale for each head and token; int8: "
-        "half the memory of 16 bits."
+        "half the memory of 16 bits, but for layers with short windows."
     ),
 ]
 TokenizerOption = Annotated[

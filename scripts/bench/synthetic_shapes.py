@@ -8,6 +8,9 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from q6k_kernels.models.architecture import SLIDING
+from q6k_kernels.models.cache_layout import holds_codes
+
 Vectors = dict[str, npt.NDArray[np.float32]]
 
 
@@ -139,11 +142,14 @@ class Shape:
     def kv_bytes(self, positions: float, *, codes: bool = False) -> float:
         """Return the bytes of the keys and values that a token after so many positions needs.
 
-        A number has 16 bits, or with `codes` 8, and each key and value four bytes for its scale.
+        A number has 16 bits, or with `codes`, where a cache has them, 8 and a scale of 32 for each head.
         """
-        seen = (positions if window is None else min(positions, window) for window in self.windows)
-        of_heads = (heads * (size + 4 if codes else size * 2) for heads, size in self.key_heads)
-        return sum(2 * each * nbytes for each, nbytes in zip(seen, of_heads, strict=True))
+        found = 0.0
+        for window, (heads, size) in zip(self.windows, self.key_heads, strict=True):
+            coded = codes and (window is None or holds_codes(SLIDING, window))
+            seen = positions if window is None else min(positions, window)
+            found += 2 * seen * heads * (size + 4 if coded else size * 2)
+        return found
 
 
 SHAPES = {

@@ -26,6 +26,7 @@ from q6k_kernels.generate.generator import Generator
 from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.step_cuda import Kernels
 from q6k_kernels.generate.texts import Texts
+from q6k_kernels.models import cache_layout
 from q6k_kernels.tokenizer.tokenizer import load_tokenizer
 
 Make = Callable[[torch.dtype], Kernels]
@@ -72,9 +73,14 @@ def test_mixing_leaves_products_and_spreads_what_stands_out(dim: int) -> None:
     assert torch.allclose(mixed(mixed(alone)), alone)
 
 
+@pytest.mark.parametrize("short", [0, 8])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma4", "qwen35"])
-def test_a_generator_with_codes(family: str) -> None:
-    """Fewer bytes, nearly the logits of the plain cache, and the same logits for any chunks, and in steps."""
+def test_a_generator_with_codes(family: str, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer bytes, nearly the logits of the plain cache, and the same logits for any chunks, and in steps.
+
+    Layers with a short window hold no codes; with `short` 8 those are short that there are.
+    """
+    monkeypatch.setattr(cache_layout, "SHORT_WINDOW", short)
     ids, model = prompt(), tiny(family)
     found = dict[object, Tensor]()
     for chunk in (64, 7):
@@ -86,9 +92,17 @@ def test_a_generator_with_codes(family: str) -> None:
     spread = float(found["plain"].std())
     assert float((found[64] - found[7]).abs().max()) < 1e-3 * spread
     assert float((found[64] - found["plain"]).abs().max()) < 0.15 * spread
-    kinds = set(generator.cache.kinds)
-    if "linear_attention" not in kinds:
-        assert generator.cache.nbytes < 0.4 * plain.cache.nbytes  # of fp32, heads of 8 values: 12 of 32 bytes
+    for layer, kind in enumerate(generator.cache.kinds):
+        if kind != "linear_attention":
+            coded_here = kind == "full_attention" or not short
+            (keys, values), scales = generator.cache.buffers(layer), generator.cache.scales(layer)
+            assert keys.dtype is values.dtype is (torch.int8 if coded_here else torch.float32)
+            assert (scales is not None) is coded_here
+            whole, ours = (
+                sum(each.nbytes for each in (*cache.buffers(layer), *(cache.scales(layer) or ())))
+                for cache in (plain.cache, generator.cache)
+            )
+            assert ours <= (0.4 if coded_here else 1.0) * whole  # of fp32, heads of 8 values: 12 of 32 bytes
     stepped = Generator(model, capacity=90, cache_type="int8")
     stepped.prefill(ids[:-1])
     stepped._token[:] = ids[-1]

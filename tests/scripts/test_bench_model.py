@@ -75,6 +75,7 @@ def test_gemma_has_the_published_sizes_and_reads_windows_and_all_positions() -> 
     assert synthetic_model.type_of("q4_k_m", GEMMA.head, 62, GEMMA.head).name == "Q6_K"
     assert [GEMMA.windows.count(each) for each in (1024, None)] == [52, 10]
     assert GEMMA.kv_bytes(2048) == 2 * 2 * 16 * 128 * (52 * 1024 + 10 * 2048)
+    assert GEMMA.kv_bytes(2048, codes=True) == 2 * 16 * (52 * 1024 * 256 + 10 * 2048 * 132)  # windows keep 16 bits
     row = rows_of.prefill_row(GEMMA, 2048, 0, [1.0], [])
     dense = 2 * (2048 * sum(n * k for name, (n, k) in GEMMA.linears.items() if name != GEMMA.head) + 262144 * 5376)
     pairs = 10 * 2048**2 / 2 + 52 * (1024**2 / 2 + 1024**2)

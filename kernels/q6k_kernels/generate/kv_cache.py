@@ -24,7 +24,7 @@ from torch import Tensor
 from q6k_kernels.generate.cache_codes import CACHE_TYPES, FEW_SLOTS, CacheType
 from q6k_kernels.generate.recurrent import LayerStates, RecurrentStates
 from q6k_kernels.models.architecture import FULL, LINEAR, SLIDING
-from q6k_kernels.models.cache_layout import aligned, layer_kinds, ring_slots
+from q6k_kernels.models.cache_layout import aligned, holds_codes, layer_kinds, ring_slots
 
 Masks = Tensor | dict[str, Tensor | None] | None
 
@@ -69,7 +69,8 @@ class KeyValueCache:
         capacity: positions, 1 or more.
         device: device of the buffers.
         places: the most texts. The states of recurrent layers are of one text only.
-        cache_type: the numbers that it holds, see `cache_codes`; transformers' layers know only the model's.
+        cache_type: the numbers that it holds, see `cache_codes`; with "int8" layers with a short window hold the
+            model's, see `cache_layout.holds_codes`. transformers' layers know only the model's.
 
     Raises:
         UnsupportedModelError: a layer is of none of the kinds that `cache_layout` knows.
@@ -240,7 +241,7 @@ class KeyValueCache:
         layer = self._layers[self.source[layer_idx]]
         if layer.keys is None:
             shape = self._places, heads, layer.slots, size
-            if self.cache_type == "int8":
+            if self.cache_type == "int8" and holds_codes(layer.kind, self.window):
                 dtype = torch.int8
                 of_keys, of_values = (torch.zeros(shape[:-1], device=self.device) for _ in range(2))
                 layer.scales = of_keys, of_values

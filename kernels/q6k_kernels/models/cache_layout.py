@@ -20,6 +20,9 @@ ALIGNMENT = 8
 """Multiple that slots are rounded up to: 16 bytes of 16-bit scores, the alignment that fast kernels want."""
 CHUNK = 2048
 """The most tokens of a prompt in one pass, unless said otherwise."""
+SHORT_WINDOW = 1024
+"""The longest window of layers that hold the model's numbers where others hold codes: so few keys take little
+memory however long a text is, and as codes they would be read no faster."""
 STATE_COPIES = 3
 """Earlier states of recurrent layers that are kept beside the current ones: two so that steps can be undone, and
 one from near the end of the last prompt."""
@@ -34,6 +37,11 @@ def aligned(slots: int) -> int:
 def ring_slots(window: int, capacity: int) -> int:
     """Return the slots of a layer with a sliding window in a cache of that capacity."""
     return min(aligned(capacity), aligned(window + SLACK))
+
+
+def holds_codes(kind: str, window: int) -> bool:
+    """Check whether a layer of a kind holds codes in a cache of 8 bits; `window` is that of `SLIDING` layers."""
+    return kind != SLIDING or window > SHORT_WINDOW
 
 
 def slots_beside(start: int, rows: int, window: int) -> int:
@@ -82,22 +90,23 @@ def cache_bytes(
 ) -> int:
     """Return the bytes of a cache for `capacity` positions: keys and values, by default of 16 bits, and states.
 
-    With `codes` keys and values are codes of 8 bits, with a scale for each head and token.
+    With `codes` keys and values are codes of 8 bits, with a scale for each head and token, where `holds_codes`.
 
     Raises:
         HyperparameterError: a key is missing, out of range or not what the tensors' shapes say.
         UnsupportedModelError: the model needs something that is not supported.
         BundleError: a key is of the wrong type.
     """
-    config, kinds, heads = _attention(metadata, shapes)
+    config, kinds, heads, window = _attention(metadata, shapes)
 
     def of_position(kind: str) -> int:
         count, dim = heads[kind]
-        return 2 * count * (dim + _SCALE_BYTES if codes else dim * element_bytes)
+        return 2 * count * (dim + _SCALE_BYTES if codes and holds_codes(kind, window) else dim * element_bytes)
 
-    of_kind = {FULL: aligned(capacity) * of_position(FULL)}
-    if SLIDING in kinds:
-        of_kind[SLIDING] = ring_slots(int(config.sliding_window), capacity) * of_position(SLIDING)
+    of_kind = {
+        FULL: aligned(capacity) * of_position(FULL),
+        SLIDING: ring_slots(window, capacity) * of_position(SLIDING),
+    }
     if LINEAR in kinds:
         convolution, state = state_sizes(config)
         both = math.prod(convolution) * element_bytes + math.prod(state) * _STATE_BYTES
@@ -110,16 +119,17 @@ def prompt_bytes(metadata: Metadata, shapes: Shapes, capacity: int, element_byte
 
     They are the keys and values of one layer, expanded. Raises what `cache_bytes` does.
     """
-    config, kinds, heads = _attention(metadata, shapes)
+    _, kinds, heads, window = _attention(metadata, shapes)
     rows, found = min(CHUNK, capacity), 0
     for kind in {*kinds} - {LINEAR}:
-        slots = slots_beside(capacity - rows, rows, int(config.sliding_window) if kind == SLIDING else 0)
-        found = max(found, 2 * math.prod(heads[kind]) * slots * element_bytes)
+        if holds_codes(kind, window):
+            slots = slots_beside(capacity - rows, rows, window if kind == SLIDING else 0)
+            found = max(found, 2 * math.prod(heads[kind]) * slots * element_bytes)
     return found
 
 
-def _attention(metadata: Metadata, shapes: Shapes) -> tuple[Any, list[str], dict[str, tuple[int, int]]]:
-    """Return a model's configuration, the kind of each layer that has a cache, and heads and their size by kind."""
+def _attention(metadata: Metadata, shapes: Shapes) -> tuple[Any, list[str], dict[str, tuple[int, int]], int]:
+    """Return the configuration, the kind of each layer with a cache, by kind heads and their size, the window."""
     _, values = described(architecture_of(metadata), metadata, shapes)
     config = SimpleNamespace(**values)
     # Layers that share keys and values of earlier ones are the last.
@@ -127,4 +137,4 @@ def _attention(metadata: Metadata, shapes: Shapes) -> tuple[Any, list[str], dict
     heads = dict.fromkeys((FULL, SLIDING), (int(config.num_key_value_heads), int(config.head_dim)))
     if "global_head_dim" in values:
         heads[FULL] = int(config.num_global_key_value_heads), int(config.global_head_dim)
-    return config, kinds, heads
+    return config, kinds, heads, int(config.sliding_window) if SLIDING in kinds else 0
