@@ -1,10 +1,11 @@
 """What compute-sanitizer runs: every kernel and every path through it once, on the smallest sizes that have it.
 
-Those of a decoding step are in test_gpu_sanitize_step.py, those of a prompt's chunk in test_gpu_sanitize_chunk.py.
+Those of a decoding step are in test_gpu_sanitize_step.py, as one kernel in test_gpu_sanitize_persist.py; those of a
+prompt's chunk are in test_gpu_sanitize_chunk.py.
 
     export PYTHONPATH=.:kernels PYTORCH_NO_CUDA_MEMORY_CACHING=1
     tests="python -m pytest tests/gpu/test_gpu_sanitize.py tests/gpu/test_gpu_sanitize_step.py \
-        tests/gpu/test_gpu_sanitize_chunk.py"
+        tests/gpu/test_gpu_sanitize_persist.py tests/gpu/test_gpu_sanitize_chunk.py"
     $tests
     compute-sanitizer --error-exitcode 1 --tool memcheck $tests
     compute-sanitizer --error-exitcode 1 --tool racecheck --kernel-name kns=q6k_ $tests      (also synccheck)
