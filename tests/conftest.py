@@ -66,6 +66,8 @@ UNTRACED = {
     *("test_the_scattered_number_of_iq1_m_is_found", "test_the_step_is_one_graph"),
     *("test_what_has_changed_is_done_again", "test_a_wrong_byte_of_every_array_is_found_and_measured"),
     "test_a_small_model_cut_anywhere_before_its_last_data_byte_is_rejected",
+    "test_a_run_killed_at_any_step_leaves_a_whole_bundle_or_none_and_the_next_run_succeeds",
+    "test_a_run_interrupted_at_any_step_exits_130_and_leaves_nothing_behind",
 }
 """Files and tests that take long and run what others run, too: without coverage they take a third less."""
 PROCESSES = ("test_cli_ending", "test_cli_output", "test_cli_streams", "test_cpp_ops", "test_staging_failures")
