@@ -26,7 +26,7 @@ COMPILER = shutil.which("g++") if sys.platform == "linux" else None
 requires_compiler = pytest.mark.skipif(COMPILER is None, reason="needs Linux and g++")
 _FLAGS = (
     "-std=c++17",
-    "-O1",
+    "-Og",
     "-g0",
     "-fPIC",
     "-fvisibility=hidden",
