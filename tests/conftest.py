@@ -204,6 +204,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> ExportedModel:
 
     from model_cases import GEMMA2
     from q6k_convert.cli.main import app
+    from q6k_kernels.export import exporting
     from untraced import untraced_export
 
     folder = tmp_path_factory.mktemp("exported")
@@ -213,7 +214,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> ExportedModel:
     package = folder / "package" / "model.pt2"
     package.parent.mkdir()
     options = ["--device", "cpu", "--capacity", "128", "--json", "--quiet"]
-    with untraced_export():
+    trace, traced = exporting.trace, dict[str, Any]()
+
+    def kept(module: Any) -> dict[str, Any]:
+        traced.update(trace(module))
+        return traced
+
+    with untraced_export(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "trace", kept)
         result = CliRunner().invoke(app, ["export", str(bundle), str(package), *options])
     assert result.exit_code == 0, result.output
-    return ExportedModel(bundle, package, json.loads(result.stdout))
+    return ExportedModel(bundle, package, json.loads(result.stdout), traced)

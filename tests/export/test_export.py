@@ -117,7 +117,8 @@ def test_the_graphs_hold_the_operation(exported: ExportedModel) -> None:
     """For each packed layer once; and nothing of a packed weight's size is there but its tiles."""
     module = ExportableModel(load_model(exported.bundle), 128).eval()
     layers = [each for each in module.modules() if isinstance(each, PackedLinear)]
-    for name, program in exporting.trace(module).items():
+    assert set(exported.traced) == {"prefill", "decode"}
+    for name, program in exported.traced.items():
         found = exporting.packed_operations(program)
         assert found.count("q6k.linear.default") == len(layers)
         assert found.count("q6k.embedding_named.default") == 1

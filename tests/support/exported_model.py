@@ -19,11 +19,13 @@ class ExportedModel:
         bundle: bundle that it was made from.
         package: file that was exported.
         report: document that the command printed.
+        traced: its two programs, as torch.export traced them.
     """
 
     bundle: Path
     package: Path
     report: dict[str, Any]
+    traced: dict[str, Any]
 
     def changed(self, path: Path, change: Callable[[bytes], bytes], ending: str = "q6k_program") -> None:
         """Write the package again with another description, or with other entries whose names end so."""
