@@ -139,6 +139,19 @@ def test_what_will_be_run_is_prepared(tokens: int, several: bool) -> None:
     assert int(generator.cache.position) == PROMPT
 
 
+@pytest.mark.usefixtures("late")
+@pytest.mark.parametrize("few", [PROMPT + 1, 35, 40, 48, PROMPT + MOST - 1, PROMPT + MOST])
+def test_nothing_is_recorded_within_an_answer(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the steps of many slots begin, also in the middle of what is run at once."""
+    monkeypatch.setitem(kv_cache.FEW_SLOTS, "model", few)
+    generator = made()
+    generator._recorder.together = TOGETHER
+    generator.prepare(MOST)
+    before = set(generator._recorder.made)
+    assert list(generator.generate(MOST)) == one_by_one(0.0)
+    assert set(generator._recorder.made) == before
+
+
 @pytest.mark.parametrize("together", [1, 8])
 def test_few_slots_have_steps_of_their_own(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention to few slots has other blocks; of a kind the first step is one alone, which compiles kernels."""

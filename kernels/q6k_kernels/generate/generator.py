@@ -216,8 +216,11 @@ class Generator:
         self._check_decode(tokens)
         for at in {self._bucket(at): at for at in range(self.length, self.length + tokens - 1)}.values():
             self._steps(at)
-        if tokens >= 2 * self._recorder.together:  # `_generate` will run several at once
-            self._steps(self.length, self._recorder.together)
+        together = self._recorder.together
+        # `_generate` runs several at once behind as many tokens.
+        starts = range(self.length + together - 1, self.length + tokens - together)
+        for at in {self._bucket(at + together - 1): at for at in starts}.values():
+            self._steps(at, together)
 
     def generate(self, tokens: int, stop: Collection[int] = ()) -> Iterator[int]:
         """Generate the answer, token by token.
