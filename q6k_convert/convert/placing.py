@@ -244,7 +244,7 @@ def _move_up(partial: Path, final: Path) -> None:
         if name == manifest.NAME:
             fsync_directory(final)
         try:
-            _rename_new(partial / name, final / name)
+            rename_new(partial / name, final / name)
         except FileExistsError as error:
             raise IOFailedError(
                 f"{final / name} appeared while the bundle was put there",
@@ -254,8 +254,8 @@ def _move_up(partial: Path, final: Path) -> None:
     (partial / _MOVING).unlink()
 
 
-def _rename_new(old: Path, new: Path) -> None:
-    """Rename a file to a name that is not there."""
+def rename_new(old: Path, new: Path) -> None:
+    """Rename a file to a name that is not there; raise FileExistsError if it is."""
     if not _renameat2(old, new, _RENAME_NOREPLACE):
         if os.path.lexists(new):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new))

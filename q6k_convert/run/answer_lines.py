@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
+from q6k_convert.convert.placing import rename_new
 from q6k_convert.errors import IOFailedError
 from q6k_kernels.bundle.parsing import parse
 from q6k_kernels.bundle.writer import fsync_directory
@@ -34,12 +35,14 @@ class AnswerFile:
         digests: the digests of all lines.
 
     Raises:
-        IOFailedError: the file is of other prompts or settings, or another run is writing it.
+        IOFailedError: the file is none, or of other prompts or settings, or another run is writing it.
         OSError: it cannot be read or written.
     """
 
     def __init__(self, path: Path, digests: Sequence[str]) -> None:
         self._path, self._digests, self.torn = path, digests, 0
+        if path.exists() and not path.is_file():
+            raise IOFailedError(f"{path}: expected a regular file", "Give another --out.")
         self._part = path.with_name(f"{path.name}.part")
         self._at = dict[int, tuple[int, int]]()  # number -> where its line begins and ends
         self._failed = set[int]()
@@ -88,7 +91,12 @@ class AnswerFile:
         self._note(row, begin, self._file.tell())
 
     def close(self) -> None:
-        """Close the file; if all lines are there, put them in order and give it its name."""
+        """Close the file; if all lines are there, put them in order and give it its name.
+
+        Raises:
+            IOFailedError: something has that name by now.
+            OSError: it cannot be written.
+        """
         with self._file:
             if self._whole or not self.complete:
                 return
@@ -96,7 +104,13 @@ class AnswerFile:
             if ordered != sorted(ordered):
                 self._put_in_order(ordered)
             os.fsync(self._file.fileno())
-            self._part.rename(self._path)
+            try:
+                rename_new(self._part, self._path)
+            except FileExistsError as error:
+                raise IOFailedError(
+                    f"{self._path} appeared while it was made; all answers are in {self._part.name}",
+                    "Move it away and run the same command again, or rename the answers.",
+                ) from error
             fsync_directory(self._path.parent)
 
     def _put_in_order(self, ordered: list[tuple[int, int]]) -> None:

@@ -161,6 +161,8 @@ def read_lines(path: Path, defaults: LineDefaults) -> list[PromptLine]:
 
 def _line(number: int, row: bytes, defaults: LineDefaults) -> PromptLine:
     """Parse a line; raise ValueError with what is wrong."""
+    if not row.strip():
+        raise ValueError("it is empty")
     try:
         given = parse(row)
     except ValueError as error:

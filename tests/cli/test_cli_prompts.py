@@ -161,7 +161,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
 
 WRONG = {
     '{"prompt": ': "no JSON: ",
-    "": "no JSON: ",
+    "": "it is empty",
     '["x"]': "expected an object, found ['x']",
     '{"text": "x"}': "'text' is no key; known are prompt, messages, id",
     '{"id": 1}': "expected one of prompt and messages",
@@ -220,6 +220,34 @@ def test_files_that_make_no_sense(tiny: TinyBundle, prompts: Path, monkeypatch: 
     monkeypatch.setattr("q6k_convert.run.prompt_lines.MAX_LINE_BYTES", 30)
     prompts.write_text('{"prompt": "x"}\n' + '{"prompt": "' + 30 * "x" + '"}\n' + "no\n")
     failed(run(tiny, prompts), 3, "line 2: longer than 30 B", "Correct")
+
+
+def test_what_has_the_name_of_the_answers_stays(
+    tiny: TinyBundle, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory, a device, and what appears while answers are made, which all stay in the other file."""
+    monkeypatch.chdir(prompts.parent)
+    for path in (".", "..", prompts.parent, "/dev/null"):
+        failed(run(tiny, prompts, "--out", path), 4, f"{path}: expected a regular file", "another --out")
+    assert not tiny.asked
+    run(tiny, prompts)
+    out, part = (prompts.with_name(name) for name in ("answers.jsonl", "answers.jsonl.part"))
+    whole = out.read_bytes()
+    out.unlink()
+    put = rooms.AnswerFile.put
+
+    def watch(self: rooms.AnswerFile, number: int, answer: dict[str, Any]) -> None:
+        put(self, number, answer)
+        out.write_text("of somebody else")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rooms.AnswerFile, "put", watch)
+        words = f"{out} appeared while it was made; all answers are in answers.jsonl.part"
+        failed(run(tiny, prompts), 4, words, "Move it away")
+    assert (out.read_text(), part.read_bytes()) == ("of somebody else", whole)
+    out.unlink()
+    assert json.loads(run(tiny, prompts, "--json").stdout)["lines_new"] == 0
+    assert (out.read_bytes(), part.exists()) == (whole, False)
 
 
 def test_options_that_do_not_go_together(tiny: TinyBundle, prompts: Path) -> None:
