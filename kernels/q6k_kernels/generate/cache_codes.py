@@ -4,7 +4,7 @@
 
 Some values of a head's keys stand out, always the same. So keys and queries are mixed before, which leaves their
 products as they are: a Hadamard transform of as many neighbours as the largest power of two that divides the size.
-Norms before share their sizes out between the two, see `balancing`.
+Where they have norms, the norms first make them alike in size, see `balancing`.
 
 `largest` is the largest magnitude in the head's key or value, at least `LEAST`. All is in fp32, each operation
 rounded; the kernels (`cuda/codes.cuh`) compute the same numbers. A token sees keys and values, its own too, as the

@@ -2,8 +2,10 @@
 
 transformers finds a quantiser by `quantization_config` alone. Its classes for any model take
 `quantization_config=None`, as many programs pass it, for the bundle's own. Without a quantiser they find none of a
-model's names in the files, print a report, and go on with random weights. The settings that a caller gives for a
-model which has some they ignore, with a warning; those of a bundle say how to load it, so the caller's hold.
+model's names in the files, print a report, and go on with random weights.
+
+Where a model has settings, they ignore those that a caller gives, with a warning. A bundle's settings only say how
+it is loaded, so the caller's hold.
 """
 
 from __future__ import annotations
