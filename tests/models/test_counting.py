@@ -27,6 +27,7 @@ def test_it_is_that_of_transformers(name: str, tmp_path: Path) -> None:
         for each in (model, copy.deepcopy(model)):
             assert each.num_parameters() == reference.num_parameters()
             assert each.num_parameters(exclude_embeddings=True) == reference.num_parameters(exclude_embeddings=True)
+            assert each.model.num_parameters() == reference.model.num_parameters()
         assert model.num_parameters(only_trainable=True) == 0
         norm = model.model.norm.weight
         norm.requires_grad_(True)

@@ -24,10 +24,10 @@ class Counter:
     """The method `num_parameters` of one model.
 
     Args:
-        model: a model that a bundle has filled.
+        model: a model that a bundle has filled, or a part of it.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model = model
 
     def __call__(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -48,8 +48,10 @@ class Counter:
 
 
 def attach_counter(model: PreTrainedModel) -> None:
-    """Give a model that was filled from a bundle the method that counts its weights."""
-    model.__dict__["num_parameters"] = Counter(model)
+    """Give a model that was filled from a bundle, and the models in it, the method that counts its weights."""
+    for module in model.modules():
+        if hasattr(module, "num_parameters"):  # as models of transformers have
+            module.__dict__["num_parameters"] = Counter(module)
 
 
 def _weights(module: nn.Module) -> list[tuple[Tensor, int]]:
