@@ -169,7 +169,7 @@ def test_settings_that_the_caller_gives_hold(llama: Path, tmp_path: Path, recwar
     model = AutoModelForCausalLM.from_pretrained(path, config=config, quantization_config=PlanarConfig("bf16"))
     assert {each.activations for each in model.modules() if isinstance(each, PackedLinear)} == {"bf16"}
     assert not [each for each in recwarn if "quantization_config" in str(each.message)]
-    with pytest.raises(UnsupportedModelError, match="fields bits that are unknown"):
+    with pytest.raises(UnsupportedModelError, match=r"fields bits that are unknown. Correct what PlanarConfig is"):
         AutoModelForCausalLM.from_pretrained(path, quantization_config=PlanarConfig(bits=4))
     with pytest.raises(ValueError, match="quantized with PlanarConfig but you are passing a QuantoConfig"):
         AutoModelForCausalLM.from_pretrained(path, quantization_config=QuantoConfig("int8"))

@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 @register_quantization_config(FORMAT)
 class PlanarConfig(QuantizationConfigMixin):
-    """What `config.json` says under `quantization_config`.
+    """What `config.json` says under `quantization_config`, or a caller of `from_pretrained`.
 
     Args:
         activations: "auto", "int8" or "bf16", see `q6k_kernels.linear`.
         weights: form of weights on a CPU, "packed", "bytes" or "auto", see `cpu_form`.
         joined: whether projections that share their input run as one, see `fusing`; adapters want each by its name.
         quant_method: name of the format.
-        unknown: what else `config.json` says.
+        unknown: what else is said.
 
     Raises:
         UnsupportedModelError: a field is unknown, or `joined` is neither true nor false.
@@ -56,7 +56,8 @@ class PlanarConfig(QuantizationConfigMixin):
             wrong = f"fields {', '.join(unknown)} that are unknown" if unknown else f"{joined!r} for joined, a bool"
             raise UnsupportedModelError(
                 f"quantization_config: found {wrong}",
-                "Move config.json away and write it again: `q6k-convert hf OUT/`.",
+                "Correct what PlanarConfig is given. If config.json says it, move that away and write it again: "
+                "`q6k-convert hf OUT/`.",
             )
         self.quant_method: Any = quant_method  # transformers has a closed set of names, and takes others
         self.activations, self.weights, self.joined = activations, weights, joined
