@@ -103,6 +103,28 @@ def test_steps(
         compare(run, heads, caches, vectors, torch.tensor([position]))
 
 
+@pytest.mark.parametrize("codes", [False, True])
+def test_a_text_grows_past_few_slots(make: Make, codes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps before and behind go on with the same cache, by blocks of more warps or with longer rings."""
+    few, dim, slots, dtype = 24, 128, 48, torch.bfloat16
+    monkeypatch.setattr(attend_cuda, "FEW_SLOTS", {"model": few, "int8": few})
+    blocks = [attend_cuda.block_of(dim, device_like(90), n, codes) for n in (few, few + 1)]
+    assert [(each.warps, each.stages) for each in blocks] == ([(8, 1), (16, 1)] if codes else [(8, 1), (8, 2)])
+    angles = 3 * random(64, dim // 2, seed=3)
+    heads = Heads(4, 2, dim, dim**-0.5, None, None, None, angles.cos(), angles.sin())
+    run = make(dtype)
+    run.reserve(heads)
+    pairs = [random(1, 2, slots, dim, seed=seed).to(dtype) for seed in (5, 6)]
+    mine, theirs = (
+        filled(1, 2, slots, dim, 0) if codes else Cached(*(each.clone() for each in pairs), 0) for _ in range(2)
+    )
+    for position in (few - 2, few - 1, few, few + 1, few - 1, slots - 1):  # back as well
+        reach = few if position < few else slots
+        given = tuple(random(1, n * dim, seed=position + n).to(dtype) for n in (4, 2, 2))
+        caches = replace(mine, reach=reach), replace(theirs, reach=reach)
+        compare(run, heads, caches, given, torch.tensor([position]))
+
+
 def test_steps_of_several_texts(make: Make) -> None:
     """Each with its place in the cache, in another order; heads of a part of the values that rotate."""
     dtype, dim, slots, texts = torch.float16, 64, 24, [2, 0]
