@@ -41,7 +41,7 @@ class AnswerFile:
 
     def __init__(self, path: Path, digests: Sequence[str]) -> None:
         self._path, self._digests, self.torn = path, digests, 0
-        if path.exists() and not path.is_file():
+        if os.path.lexists(path) and not path.is_file():
             raise IOFailedError(f"{path}: expected a regular file", "Give another --out.")
         self._part = path.with_name(f"{path.name}.part")
         self._at = dict[int, tuple[int, int]]()  # number -> where its line begins and ends

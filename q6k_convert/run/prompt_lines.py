@@ -96,7 +96,11 @@ class PromptLine:
         return tokenizer.encode(self.prompt) if self.messages is None else tokenizer.encode_chat(self.messages)
 
     def digest(self, model: str) -> str:
-        """Return 16 hexadecimal digits of what its answer depends on: model, prompt, settings; not the machine."""
+        """Return 16 hexadecimal digits of what its answer depends on: prompt, settings; not the machine.
+
+        Args:
+            model: the model, and how it computes.
+        """
         content = [model, self.messages, self.prompt, self.settings, self.stop, self.given.get("id")]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -83,8 +83,9 @@ def run(request: PromptsRequest, note: Callable[[str], None], progress: Progress
     tokenizer = session.tokenizer()
     prepared = _encoded(request, session, tokenizer, lines)
     model_digest = hashlib.sha256((request.model.bundle / manifests.NAME).read_bytes()).hexdigest()
-    model_and_cache = f"{model_digest} {request.model.cache}"
-    answers = AnswerFile(request.out, [line.digest(model_and_cache) for line in lines])
+    # As they were asked for: "auto" may mean another dtype on the machine where the run goes on.
+    asked = f"{model_digest} {request.model.cache} {request.model.dtype} {request.model.activations}"
+    answers = AnswerFile(request.out, [line.digest(asked) for line in lines])
     try:
         if answers.torn:
             note(f"{request.out}: dropped a torn last line of {text.size(answers.torn)}")

@@ -197,7 +197,8 @@ def test_files_that_make_no_sense(tiny: TinyBundle, prompts: Path, monkeypatch: 
     out, part = (prompts.with_name(name) for name in ("answers.jsonl", "answers.jsonl.part"))
     whole = out.read_bytes()
     other = "line 1 is no answer of this model to one of these prompts, with these settings"
-    for option in (("--temperature", "0.5"), ("--cache", "int8")):
+    computed = ("--cache", "int8"), ("--dtype", "bf16"), ("--activations", "bf16")
+    for option in (("--temperature", "0.5"), *computed):
         failed(run(tiny, prompts, *option), 4, other, "another --out")
     written(prompts, LINES[:4])
     failed(run(tiny, prompts), 4, f"answers.jsonl: {other.replace('1', '5', 1)}", "another --out")
@@ -225,9 +226,10 @@ def test_files_that_make_no_sense(tiny: TinyBundle, prompts: Path, monkeypatch: 
 def test_what_has_the_name_of_the_answers_stays(
     tiny: TinyBundle, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A directory, a device, and what appears while answers are made, which all stay in the other file."""
+    """A directory, a device, a link to nothing, and what appears while answers are made, which stay in .part."""
     monkeypatch.chdir(prompts.parent)
-    for path in (".", "..", prompts.parent, "/dev/null"):
+    Path("link").symlink_to("nothing")
+    for path in (".", "..", prompts.parent, "/dev/null", "link"):
         failed(run(tiny, prompts, "--out", path), 4, f"{path}: expected a regular file", "another --out")
     assert not tiny.asked
     run(tiny, prompts)
