@@ -128,7 +128,9 @@ class AnswerFile:
         try:
             fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise IOFailedError(f"{self._path}: another run is writing it", ELSEWHERE) from error
+            raise IOFailedError(
+                f"{self._path}: another run is writing it", "Wait until it ends, or give another --out."
+            ) from error
 
     def _read(self, name: Path) -> None:
         """Find the lines that are there, check them, and drop a torn one."""

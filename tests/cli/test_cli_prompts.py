@@ -208,7 +208,7 @@ def test_files_that_make_no_sense(tiny: TinyBundle, prompts: Path, monkeypatch: 
     out.unlink()
     with part.open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        failed(run(tiny, prompts), 4, "another run is writing it", "another --out")
+        failed(run(tiny, prompts), 4, "another run is writing it", "Wait until it ends, or give another")
     for wrong in (b"x\n", b"[]\n", b'{"line": 1}\n', b'{"line": "1"}\n'):
         part.write_bytes(wrong + whole)
         failed(run(tiny, prompts), 4, f"answers.jsonl.part: {other}", "another --out")
