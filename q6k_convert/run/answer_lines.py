@@ -21,8 +21,6 @@ from q6k_convert.errors import IOFailedError
 from q6k_kernels.bundle.parsing import parse
 from q6k_kernels.bundle.writer import fsync_directory
 
-ELSEWHERE = "Give another --out, or remove it."
-
 
 class AnswerFile:
     """The file, open for writing, locked against other runs.
@@ -147,7 +145,7 @@ class AnswerFile:
             if not self._is_missing(number) or content.get("request") != self._digests[number - 1]:
                 raise IOFailedError(
                     f"{name}: line {at} is no answer of this model to one of these prompts, with these settings",
-                    ELSEWHERE,
+                    "Give another --out, or remove it.",
                 )
             self._note(content, end, end + len(row))
             end += len(row)
