@@ -21,6 +21,7 @@ from q6k_kernels import load_model
 from q6k_kernels.cpp.variants import device_like
 from q6k_kernels.cuda import decode
 from q6k_kernels.errors import UnsupportedModelError
+from q6k_kernels.generate import heads
 from q6k_kernels.generate.cache_codes import LEAST, coded, decoded, mixed
 from q6k_kernels.generate.generator import Generator
 from q6k_kernels.generate.kv_cache import KeyValueCache
@@ -146,3 +147,19 @@ def test_perplexity_of_a_real_model(tmp_path: Path, name: str) -> None:
     windows = windows_of(tokenizer, TEXT.read_text(encoding="utf-8"), 128)[:2]
     plain, codes = (losses(model, windows, cache_type=each).mean().exp() for each in ("model", "int8"))
     assert 0 < abs(codes / plain - 1) < 0.005
+
+
+def test_a_step_on_the_cpu_reads_no_more_than_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or else it would take as long as the cache, not the text."""
+    sizes = list[int]()
+
+    def watch(codes: Tensor, scales: Tensor) -> Tensor:
+        sizes.append(codes.shape[-2])
+        return decoded(codes, scales)
+
+    monkeypatch.setattr(heads, "decoded", watch)
+    generator = Generator(tiny("llama"), capacity=200, cache_type="int8")
+    generator.prefill(prompt(5))
+    for length, _ in enumerate(generator.generate(4), 5):
+        assert max(sizes) == length
+    assert length == 8

@@ -221,6 +221,8 @@ def _stored(cached: Cached, new: tuple[Tensor, Tensor] | None, position: Tensor)
     newest, end = position[-1:], None
     if cached.start is not None and not cached.window:
         end = cached.start + length
+    elif not cached.window and position.device.type == "cpu":  # which knows the position of a step, too
+        end = int(newest) + 1
     held = (newest - (newest - around) % slots)[:end]
     return *cached.read(end), held
 
