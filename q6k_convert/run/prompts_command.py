@@ -85,7 +85,8 @@ def run(request: PromptsRequest, note: Callable[[str], None], progress: Progress
     model_digest = hashlib.sha256((request.model.bundle / manifests.NAME).read_bytes()).hexdigest()
     # As they were asked for: "auto" may mean another dtype on the machine where the run goes on.
     asked = f"{model_digest} {request.model.cache} {request.model.dtype} {request.model.activations}"
-    answers = AnswerFile(request.out, [line.digest(asked) for line in lines])
+    # And the tokens, which another tokenizer may make.
+    answers = AnswerFile(request.out, [each.line.digest(f"{asked} {each.ids}") for each in prepared])
     try:
         if answers.torn:
             note(f"{request.out}: dropped a torn last line of {text.size(answers.torn)}")

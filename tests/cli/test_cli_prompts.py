@@ -19,6 +19,7 @@ from click.testing import Result
 
 from bundle_helpers import failed, invoke
 from q6k_convert.run import prompts_command as rooms
+from q6k_convert.run.prompt_lines import PromptLine
 from q6k_convert.run.prompts_command import MOST_TEXTS, TEXTS_ON_CPU
 from q6k_kernels.generate import texts
 from q6k_kernels.generate.checking import NotFiniteError
@@ -200,6 +201,10 @@ def test_files_that_make_no_sense(tiny: TinyBundle, prompts: Path, monkeypatch: 
     computed = ("--cache", "int8"), ("--dtype", "bf16"), ("--activations", "bf16")
     for option in (("--temperature", "0.5"), *computed):
         failed(run(tiny, prompts, *option), 4, other, "another --out")
+    with monkeypatch.context() as patch:
+        encoded = PromptLine.encoded
+        patch.setattr(PromptLine, "encoded", lambda line, by: [*encoded(line, by), 3])
+        failed(run(tiny, prompts), 4, other, "another --out")
     written(prompts, LINES[:4])
     failed(run(tiny, prompts), 4, f"answers.jsonl: {other.replace('1', '5', 1)}", "another --out")
     written(prompts, LINES)
