@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from long_tests import LONGEST, PROCESSES, SHARING, UNTRACED
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"q6k_kernels": ROOT / "kernels" / "q6k_kernels", "q6k_convert": ROOT / "q6k_convert"}
@@ -207,3 +210,11 @@ def test_rooms_are_small() -> None:
         if lines > (500 if folder.name == "tests" else MOST_LINES)
     }
     assert not long, long
+
+
+def test_long_tests_are_there() -> None:
+    """What is said of a file or test that has another name by now would no longer be done."""
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    tests = set(re.findall(r"^def (test_\w+)", "\n".join(texts.values()), re.MULTILINE))
+    assert sorted((SHARING | LONGEST | PROCESSES) - texts.keys()) == []
+    assert sorted(UNTRACED - texts.keys() - tests) == []

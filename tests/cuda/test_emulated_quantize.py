@@ -16,15 +16,15 @@ from q6k_kernels.cuda import decode
 from q6k_kernels.ops.reference import quantize_activations
 
 pytestmark = cuda_emulator.requires_compiler
-LARGEST = {torch.bfloat16: (0x3F80, 0x0001, 0x0101, 0x7F00), torch.float16: (0x3C00, 0x0001, 0x0400, 0x7800)}
+LARGEST = {torch.bfloat16: (0x3F80, 0x0001, 0x0101, 0x7F00), torch.float16: (0x3C00, 0x0001, 0x0400, 0x7500)}
 """Bits of the numbers that the largest of groups begin with: in between, mantissas are the same again."""
 
 
 def groups(first: int, dtype: torch.dtype) -> Tensor:
-    """Groups of 32 whose largest are the numbers from `first` on, with what is above a 512th of it and below."""
+    """Groups of 32 whose largest are the numbers from `first` on, beside all down to a 254th: half a code."""
     step = 1 if dtype is torch.bfloat16 else 13
     most = torch.arange(first, first + 128 * step, step)
-    others = most[:, None] - torch.arange(0, 9 * 128 * step, step)[: 31 * 32]
+    others = most[:, None] - torch.arange(0, 34 * 31 * step, step)  # 8 times a mantissa's 128, and some
     rows = others.clamp(min=0).view(len(most), -1, 31)
     rows = torch.cat([most[:, None, None].expand(-1, rows.shape[1], 1), rows], 2)
     sign = torch.where(torch.arange(32) % 3 == 0, 0x8000, 0)
