@@ -103,9 +103,13 @@ def test_steps(
         compare(run, heads, caches, vectors, torch.tensor([position]))
 
 
+@pytest.mark.parametrize("texts", [1, 2])
 @pytest.mark.parametrize("codes", [False, True])
-def test_a_text_grows_past_few_slots(make: Make, codes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps before and behind go on with the same cache, by blocks of more warps or with longer rings."""
+def test_a_text_grows_past_few_slots(make: Make, codes: bool, texts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps before and behind go on with the same cache, by blocks of more warps or with longer rings.
+
+    Of several texts the longest decides.
+    """
     few, dim, slots, dtype = 24, 128, 48, torch.bfloat16
     monkeypatch.setattr(attend_cuda, "FEW_SLOTS", {"model": few, "int8": few})
     blocks = [attend_cuda.block_of(dim, device_like(90), n, codes) for n in (few, few + 1)]
@@ -114,15 +118,16 @@ def test_a_text_grows_past_few_slots(make: Make, codes: bool, monkeypatch: pytes
     heads = Heads(4, 2, dim, dim**-0.5, None, None, None, angles.cos(), angles.sin())
     run = make(dtype)
     run.reserve(heads)
-    pairs = [random(1, 2, slots, dim, seed=seed).to(dtype) for seed in (5, 6)]
+    pairs = [random(texts, 2, slots, dim, seed=seed).to(dtype) for seed in (5, 6)]
     mine, theirs = (
-        filled(1, 2, slots, dim, 0) if codes else Cached(*(each.clone() for each in pairs), 0) for _ in range(2)
+        filled(texts, 2, slots, dim, 0) if codes else Cached(*(each.clone() for each in pairs), 0) for _ in range(2)
     )
+    places = torch.tensor([1, 0]) if texts == 2 else None
     for position in (few - 2, few - 1, few, few + 1, few - 1, slots - 1):  # back as well
         reach = few if position < few else slots
-        given = tuple(random(1, n * dim, seed=position + n).to(dtype) for n in (4, 2, 2))
-        caches = replace(mine, reach=reach), replace(theirs, reach=reach)
-        compare(run, heads, caches, given, torch.tensor([position]))
+        given = tuple(random(texts, n * dim, seed=position + n).to(dtype) for n in (4, 2, 2))
+        one, other = (replace(each, places=places, reach=reach) for each in (mine, theirs))
+        compare(run, heads, (one, other), given, torch.tensor([position, 7][:texts]))
 
 
 def test_steps_of_several_texts(make: Make) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +16,12 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from q6k_kernels.errors import UnsupportedModelError
-from q6k_kernels.generate import mailbox, texts
+from q6k_kernels.generate import kv_cache, mailbox, texts
 from q6k_kernels.generate.checking import CapacityError, NotFiniteError
 from q6k_kernels.generate.filters import Filters
 from q6k_kernels.generate.generator import Generator
+from q6k_kernels.generate.step import Step
+from q6k_kernels.generate.text_choice import TextsChoice
 from q6k_kernels.generate.texts import NoPlaceError, Text, Texts
 
 CAPACITY = 120
@@ -88,6 +91,27 @@ def test_tokens_do_not_depend_on_how_many_there_are(places: int, lag: int, monke
     rows = {rows for recorder in run._recorders.values() for rows, _ in recorder.made}
     assert rows <= {1, 2, 4, places}
     assert max(rows) == places
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_few_slots_have_steps_of_their_own(lag: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as the longest text is short, and again once that has left."""
+    few = 26
+    monkeypatch.setitem(kv_cache.FEW_SLOTS, "model", few)
+    monkeypatch.setattr(mailbox.StepsMailbox, "lag", lag)
+    seen, advance = list[tuple[int, int]](), Step.advance_texts
+
+    def watch(step: Step, choice: TextsChoice, reach: int | None = None) -> None:
+        assert reach is not None
+        seen.append((int(choice.position[choice.places].max()), reach))
+        advance(step, choice, reach)
+
+    monkeypatch.setattr(Step, "advance_texts", watch)
+    run, jobs = Texts(tiny("gemma3"), capacity=CAPACITY, places=2), (1, 2, 6, 0)
+    assert answers(run, [JOBS[job] for job in jobs]) == [alone("gemma3", job) for job in jobs]
+    slots = run._cache.slots
+    assert all(reach == (few if position < few else slots) for position, reach in seen)
+    assert [reach for reach, _ in groupby(reach for _, reach in seen)] == [few, slots, few]
 
 
 @pytest.mark.parametrize("lag", [0, 2])

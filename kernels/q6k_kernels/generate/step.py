@@ -132,11 +132,11 @@ class Step:
         logits = self._logits(_Pass(self._operations, choice.token, self._cache.position, reach=reach))
         self._operations.choose(logits, self._softcap, choice)
 
-    def advance_texts(self, choice: TextsChoice) -> None:
-        """Run one step of several texts: their last tokens through the model, then the choice of the next."""
+    def advance_texts(self, choice: TextsChoice, reach: int | None = None) -> None:
+        """Run one step of several texts, see `advance`: their last tokens through the model, then the choice."""
         places = choice.places
         run = self._operations if len(places) == 1 else self._of_texts
-        given = _Pass(run, choice.token[places], choice.position, places=places)
+        given = _Pass(run, choice.token[places], choice.position, places=places, reach=reach)
         run.choose_of_texts(self._logits(given), self._softcap, choice)
 
     def allocate(self) -> None:

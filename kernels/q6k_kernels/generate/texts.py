@@ -142,7 +142,7 @@ class Texts:
         self._running, self._posted = list[Text](), deque[list[Text]]()
         self._fresh = list[tuple[Text, int | None]]()
         self._mailbox = (GpuStepsMailbox if device.type == "cuda" else StepsMailbox)(self._token)
-        self._recorders = dict[_Kind, Recorder]()
+        self._recorders = dict[tuple[_Kind, int], Recorder]()  # by slots that are read, too
 
     @property
     def here(self) -> list[Text]:
@@ -268,10 +268,11 @@ class Texts:
             self._arrange(running)
         count = min(self.places, next(rows for rows in ROWS if rows >= len(running)))
         kind = _Kind(*map(any, zip(*(text._kind for text in running), strict=True)))
-        if kind not in self._recorders:
+        reach = self._cache.reach(max(text._started for text in running) - 1)
+        if (kind, reach) not in self._recorders:
             changing = self._token, self._cache.position
-            self._recorders[kind] = Recorder(lambda: changing, several=False)
-        self._recorders[kind].form(partial(self._advance, kind), count, 1, nullcontext)()
+            self._recorders[kind, reach] = Recorder(lambda: changing, several=False)
+        self._recorders[kind, reach].form(partial(self._advance, kind, reach), count, 1, nullcontext)()
         for text in running:
             text._started += 1
         self._mailbox.post()
@@ -287,9 +288,9 @@ class Texts:
         self._running = running
 
     @torch.no_grad()
-    def _advance(self, kind: _Kind, rows: int) -> None:
-        """Run one step of so many rows. This is recorded."""
-        self._step.advance_texts(self._choice(rows, kind, self._advances))
+    def _advance(self, kind: _Kind, reach: int, rows: int) -> None:
+        """Run one step of so many rows that reads the first slots of the cache, up to `reach`. This is recorded."""
+        self._step.advance_texts(self._choice(rows, kind, self._advances), reach)
 
     def _choice(self, rows: int, kind: _Kind, advances: Tensor) -> TextsChoice:
         return TextsChoice(
