@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from q6k_kernels.generate.likelihoods import Likelihood
     from q6k_kernels.tokenizer.text_tokenizer import Tokenizer
 
-_LAST_PREPARED = 64
-"""Tokens of an answer that steps are recorded for in advance, where its length is not known."""
-
 
 @dataclass
 class Answer:
@@ -119,10 +116,13 @@ class Answering:
         self._stop_ids, self._stop = stop_ids(tokenizer, model), stop
 
     def prepare(self, prompt: list[int], tokens: int | None = None) -> None:
-        """Compile kernels and record the steps of an answer of so many tokens, so that no timing counts it."""
-        room = self.generator.capacity - len(prompt)
+        """Compile kernels and record the steps of an answer of so many tokens, so that no timing counts it.
+
+        Without a number the steps of all answers are recorded that the cache has room for: else a long conversation
+        would stop for that in the middle of an answer.
+        """
         self.generator.prefill(prompt)
-        self.generator.prepare(min(room, _LAST_PREPARED) if tokens is None else tokens)
+        self.generator.prepare(tokens)
         self.generator.reset()
 
     def answer(self, most: int, stopped: Callable[[], bool] = lambda: False) -> Answer:

@@ -6,7 +6,8 @@ import json
 import resource
 import signal
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -16,11 +17,14 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from click.testing import Result
 from typer.testing import CliRunner
 
+import families
 from bundle_helpers import failed
 from q6k_convert.cli.main import app
 from q6k_convert.cli.typed import MAX_LINE_BYTES, TypedMessages
 from q6k_convert.errors import IOFailedError
+from q6k_convert.run.answering import Answering
 from q6k_convert.run.conversation import Conversation
+from q6k_kernels.generate import kv_cache
 from q6k_kernels.generate.generator import Generator
 from q6k_kernels.tokenizer.text_tokenizer import TextStream, Tokenizer
 from q6k_kernels.tokenizer.tokenizer import load_tokenizer
@@ -45,6 +49,17 @@ def document_of(done: Result) -> dict[str, Any]:
 
 def rendered(messages: list[tuple[str, str]]) -> list[int]:
     return ids_of("".join(f"{role}: {text}\n" for role, text in messages))
+
+
+def test_steps_are_prepared_for_all_that_the_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a long conversation would wait for them in the middle of an answer, on a GPU."""
+    monkeypatch.setitem(kv_cache.FEW_SLOTS, "model", 96)
+    model, tokenizer = families.tiny("llama"), cast("Tokenizer", SimpleNamespace(stop_ids=frozenset()))
+    for capacity, reaches in ((1, set()), (96, {96}), (200, {96, 200})):
+        generator = Generator(model, capacity=capacity, fused=True)
+        Answering(generator, tokenizer, model, (), print).prepare([0])
+        assert generator.length == 0
+        assert {reach for reach, _ in generator._recorder.made} == reaches
 
 
 class Script:

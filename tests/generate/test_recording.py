@@ -152,6 +152,34 @@ def test_nothing_is_recorded_within_an_answer(few: int, monkeypatch: pytest.Monk
     assert set(generator._recorder.made) == before
 
 
+@pytest.mark.usefixtures("late")
+@pytest.mark.parametrize("capacity", [PROMPT + 12, 40, 41, 42, 48, 200])
+def test_no_answer_of_a_conversation_records_anything(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepared once, for a text of one token, however far the cache reaches."""
+    monkeypatch.setitem(kv_cache.FEW_SLOTS, "model", 40)
+    generator = Generator(tiny("gemma3"), capacity=capacity, fused=True)
+    generator._recorder.together = TOGETHER
+    generator.prefill([0])
+    generator.prepare()
+    # The last token of a full cache is never the input of a step.
+    reaches = [40, *([generator.cache.slots] if capacity - 1 > 40 else [])]
+    forms = {(reach, count) for reach in reaches for count in (1, TOGETHER)}
+    assert set(generator._recorder.made) == forms
+    generator.reset()
+    generator.prefill(prompt())
+    while (room := capacity - generator.length) > 1:
+        list(generator.generate(min(room - 1, 17)))
+        generator.prefill([5])
+    assert set(generator._recorder.made) == forms
+
+
+def test_a_full_cache_needs_no_steps() -> None:
+    generator = Generator(tiny("gemma3"), capacity=PROMPT, fused=True)
+    generator.prefill(prompt())
+    generator.prepare()
+    assert not generator._recorder.made
+
+
 @pytest.mark.parametrize("together", [1, 8])
 def test_few_slots_have_steps_of_their_own(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention to few slots has other blocks; of a kind the first step is one alone, which compiles kernels."""

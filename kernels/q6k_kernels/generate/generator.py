@@ -207,20 +207,27 @@ class Generator:
         with self._our_attention():
             return self._forward(tokens[None], masks, positions[None])
 
-    def prepare(self, tokens: int) -> None:
+    def prepare(self, tokens: int | None = None) -> None:
         """Record in advance the steps that `generate` needs for that many tokens.
+
+        Args:
+            tokens: the most tokens to generate; None: as many as there is room for, so that no later answer in this
+                cache records anything. It costs little: our own steps are of two kinds, see `KeyValueCache.reach`.
 
         Raises:
             CapacityError, RuntimeError: see `generate`.
         """
+        if tokens is None and self.length == self.capacity:
+            return
+        tokens = self.capacity - self.length if tokens is None else tokens
         self._check_decode(tokens)
-        for at in {self._bucket(at): at for at in range(self.length, self.length + tokens - 1)}.values():
+        end = self.length + tokens - 1
+        for at in self._one_of_each_bucket(self.length, end):
             self._steps(at)
         together = self._recorder.together
         # `_generate` runs several at once behind as many tokens.
-        starts = range(self.length + together - 1, self.length + tokens - together)
-        for at in {self._bucket(at + together - 1): at for at in starts}.values():
-            self._steps(at, together)
+        for last in self._one_of_each_bucket(self.length + 2 * together - 2, end):
+            self._steps(last - together + 1, together)
 
     def generate(self, tokens: int, stop: Collection[int] = ()) -> Iterator[int]:
         """Generate the answer, token by token.
@@ -305,6 +312,12 @@ class Generator:
         if self.fused:
             return self.cache.reach(position)
         return bucket(position, self.capacity, self.cache.slots)
+
+    def _one_of_each_bucket(self, position: int, end: int) -> Iterator[int]:
+        """Return the first positions before `end`, from one on, whose steps read as many slots."""
+        while position < end:
+            yield position
+            position = self._bucket(position)
 
     def _steps(self, position: int, count: int = 1) -> Callable[[], object]:
         """Return a function that runs `count` steps, the first at this position."""
