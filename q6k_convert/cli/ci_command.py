@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from q6k_convert.cli.options import HUB_REFERENCE, JsonOption, QuietOption, VerboseOption, one_of, parse_device
+from q6k_convert.cli.options import (
+    HUB_REFERENCE,
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    one_of,
+    parse_device,
+    parse_output,
+)
 from q6k_convert.cli.reporting import reporting
 from q6k_convert.cli.shipping_request import STEPS, ShippingRequest
 from q6k_convert.run.running import Device
@@ -16,7 +24,10 @@ from q6k_convert.run.sanity import PROMPT
 
 def ci(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"GGUF file, or {HUB_REFERENCE}")],
-    out: Annotated[Path, typer.Argument(metavar="OUT/", help="Output directory, new or of an earlier run.")],
+    out: Annotated[
+        Path,
+        typer.Argument(parser=parse_output, metavar="OUT/", help="Output directory, new or of an earlier run."),
+    ],
     skip: Annotated[
         list[str] | None,
         typer.Option(

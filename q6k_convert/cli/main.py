@@ -21,6 +21,7 @@ from q6k_convert.cli.options import (
     QuietOption,
     VerboseOption,
     parse_device,
+    parse_output,
 )
 from q6k_convert.cli.prompt_commands import bench, chat, perplexity
 from q6k_convert.cli.reporting import peak_memory, reporting
@@ -63,6 +64,7 @@ def convert(
     output: Annotated[
         Path | None,
         typer.Argument(
+            parser=parse_output,
             metavar="OUT/",
             help="Directory of the bundle to write; new or empty. --dry-run needs none.",
             show_default=False,
@@ -253,7 +255,12 @@ def verify(
     ] = False,
     report: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.html", help="Write the results to an HTML page.", show_default="none"),
+        typer.Option(
+            parser=parse_output,
+            metavar="FILE.html",
+            help="Write the results to an HTML page.",
+            show_default="none",
+        ),
     ] = None,
     jobs: Annotated[
         int | None,

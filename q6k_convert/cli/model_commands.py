@@ -25,7 +25,13 @@ from q6k_convert.cli.model_options import (
     TopPOption,
     WeightsOption,
 )
-from q6k_convert.cli.options import JsonOption, QuietOption, VerboseOption
+from q6k_convert.cli.options import (
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    parse_output,
+    parse_output_or_stdout,
+)
 from q6k_convert.cli.reporting import reporting
 from q6k_convert.errors import ExitCode
 
@@ -71,15 +77,17 @@ def generate(
         Path | None,
         typer.Option(
             metavar="FILE.jsonl",
-            help='Answer the prompts of a file, several at once: a line like {"prompt": "Once"} each.',
+            help='Answer the prompts of a file, several at once: a line like {"prompt": "Once"} each; - is stdin.',
             show_default="none",
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
+            parser=parse_output_or_stdout,
             metavar="FILE.jsonl",
-            help="Write the answers to --prompts to this file, in their order; it is FILE.jsonl.part until whole.",
+            help="Write the answers to --prompts to this file, in their order; it is FILE.jsonl.part until whole. "
+            "- is stdout, which keeps nothing for a later run.",
             show_default="none",
         ),
     ] = None,
@@ -127,6 +135,7 @@ def generate(
         from q6k_convert.cli.given import bundle_path
         from q6k_convert.errors import UsageError
         from q6k_convert.run import generate_command, prompts_command
+        from q6k_convert.run.places import STDOUT
         from q6k_convert.run.sampling_request import SamplingRequest
         from q6k_convert.run.session import ModelRequest
 
@@ -134,6 +143,8 @@ def generate(
             raise UsageError("--prompts, --out and --texts belong together", "Give --prompts and --out.")
         if prompts is not None and prompt is not None:
             raise UsageError("--prompt and --prompts are both given", "Give one of them.")
+        if out == STDOUT and as_json:
+            raise UsageError("--out - and --json both write to standard output", "Give one of them.")
         path = bundle_path(bundle, "q6k-convert generate", terminal)
         model = ModelRequest(path, device, dtype, activations, weights, tokenizer, cache)
         sampling = SamplingRequest(
@@ -148,7 +159,7 @@ def generate(
             several = prompts_command.PromptsRequest(
                 model, prompts, out, texts, chat, system, max_new_tokens, context, sampling
             )
-            document = prompts_command.run(several, terminal.note, terminal.progress)
+            document = prompts_command.run(several, terminal.show, terminal.note, terminal.progress)
         terminal.document(document)
         if document["status"] != "done":
             raise typer.Exit(int(ExitCode.INPUT_REJECTED))
@@ -156,7 +167,9 @@ def generate(
 
 def export(
     bundle: Annotated[str, typer.Argument(metavar="OUT/", help="Bundle of the model.")],
-    target: Annotated[Path, typer.Argument(metavar="MODEL.pt2", help="Program file to write.")],
+    target: Annotated[
+        Path, typer.Argument(parser=parse_output, metavar="MODEL.pt2", help="Program file to write.")
+    ],
     capacity: Annotated[
         int | None,
         typer.Option(
@@ -208,7 +221,10 @@ def build_ops(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Write the library to this directory.", show_default="ops in the kernel cache"
+            parser=parse_output,
+            metavar="DIR",
+            help="Write the library to this directory.",
+            show_default="ops in the kernel cache",
         ),
     ] = None,
     arch: Annotated[

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
 
+from q6k_convert.run import places
 from q6k_convert.run.running import Device, Dtype
 
 EXIT_CODES = """\
@@ -54,6 +56,19 @@ def one_of(choices: tuple[str, ...], others: dict[str, str]) -> Callable[[str], 
         return word
 
     return parse
+
+
+def parse_output(value: str) -> Path:
+    """Return the path of a file or directory that a command writes; - is refused."""
+    try:
+        return places.output(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def parse_output_or_stdout(value: str) -> Path:
+    """Return the path of a file that a command writes, or `places.STDOUT`."""
+    return places.output(value, stdout=True)
 
 
 parse_device = one_of(get_args(Device), {"gpu": "cuda", "cuda:0": "cuda"})

@@ -8,6 +8,7 @@ __all__ = [
     "memory",
     "perplexity",
     "perplexity_command",
+    "places",
     "prompts_command",
     "publishing",
     "running",

@@ -1,4 +1,4 @@
-"""A file of answers, a line for each line of a file of prompts, in their order.
+"""Answers, a line for each line of a file of prompts, in their order: in a file, or on standard output.
 
 While lines are missing the file is called NAME.part, and has them in the order in which they were done; so a file
 called NAME is whole. Every line is written at once, with its number and a digest of its prompt and settings. A run
@@ -12,17 +12,97 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 from q6k_convert.convert.placing import rename_new
 from q6k_convert.errors import IOFailedError
+from q6k_convert.run.places import STDOUT
 from q6k_kernels.bundle.parsing import parse
 from q6k_kernels.bundle.writer import fsync_directory
 
 
-class AnswerFile:
+class Answers(ABC):
+    """Where answers go.
+
+    Attributes:
+        torn: bytes of a torn last line that was dropped.
+
+    Args:
+        digests: the digests of all lines.
+    """
+
+    def __init__(self, digests: Sequence[str]) -> None:
+        self._digests, self._failed, self.torn = digests, set[int](), 0
+
+    @abstractmethod
+    def __contains__(self, number: int) -> bool:
+        """Check whether the answer of a line is there."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of answers that are there."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether all lines are there."""
+        return len(self) == len(self._digests)
+
+    @property
+    def failed(self) -> list[int]:
+        """The numbers of lines whose answer is an error."""
+        return sorted(self._failed)
+
+    @abstractmethod
+    def put(self, number: int, answer: dict[str, Any]) -> None:
+        """Write the answer of a line.
+
+        Args:
+            number: number of the line, from 1 on.
+            answer: the object; a line with `error` has failed.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the output."""
+
+    def _row(self, number: int, answer: dict[str, Any]) -> dict[str, Any]:
+        return {"line": number, **answer, "request": self._digests[number - 1]}
+
+
+class AnswerStream(Answers):
+    """Standard output: an answer is written as soon as all before it are.
+
+    Args:
+        digests: the digests of all lines.
+        show: called with each line.
+    """
+
+    def __init__(self, digests: Sequence[str], show: Callable[[str], None]) -> None:
+        super().__init__(digests)
+        self._show, self._waiting, self._shown = show, dict[int, str](), 0
+
+    def __contains__(self, number: int) -> bool:
+        return number <= self._shown or number in self._waiting
+
+    def __len__(self) -> int:
+        return self._shown + len(self._waiting)
+
+    def put(self, number: int, answer: dict[str, Any]) -> None:  # noqa: D102
+        self._waiting[number] = json.dumps(self._row(number, answer))
+        if "error" in answer:
+            self._failed.add(number)
+        while (following := self._shown + 1) in self._waiting:
+            self._show(self._waiting.pop(following))
+            self._shown = following
+
+    def close(self) -> None:
+        """Do nothing: an answer that waits for one before it is lost."""
+
+
+class AnswerFile(Answers):
     """The file, open for writing, locked against other runs.
 
     Attributes:
@@ -38,12 +118,12 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path, digests: Sequence[str]) -> None:
-        self._path, self._digests, self.torn = path, digests, 0
+        super().__init__(digests)
+        self._path = path
         if os.path.lexists(path) and not path.is_file():
             raise IOFailedError(f"{path}: expected a regular file", "Give another --out.")
         self._part = path.with_name(f"{path.name}.part")
         self._at = dict[int, tuple[int, int]]()  # number -> where its line begins and ends
-        self._failed = set[int]()
         self._whole, partial = path.exists(), self._part.exists()
         if self._whole and partial:
             raise IOFailedError(f"{path} and {self._part.name} both exist", "Remove the one that is not wanted.")
@@ -65,24 +145,8 @@ class AnswerFile:
     def __len__(self) -> int:
         return len(self._at)
 
-    @property
-    def complete(self) -> bool:
-        """Whether all lines are there."""
-        return len(self._at) == len(self._digests)
-
-    @property
-    def failed(self) -> list[int]:
-        """The numbers of lines whose answer is an error."""
-        return sorted(self._failed)
-
-    def put(self, number: int, answer: dict[str, Any]) -> None:
-        """Write the answer of a line.
-
-        Args:
-            number: number of the line, from 1 on.
-            answer: the object; a line with `error` has failed.
-        """
-        row = {"line": number, **answer, "request": self._digests[number - 1]}
+    def put(self, number: int, answer: dict[str, Any]) -> None:  # noqa: D102
+        row = self._row(number, answer)
         begin = self._file.tell()
         self._file.write(json.dumps(row).encode() + b"\n")
         self._file.flush()
@@ -160,3 +224,8 @@ class AnswerFile:
         self._at[row["line"]] = begin, end
         if "error" in row:
             self._failed.add(row["line"])
+
+
+def answers_to(path: Path, digests: Sequence[str], show: Callable[[str], None]) -> Answers:
+    """Return where answers go, a file or `STDOUT`; arguments and errors as of both classes."""
+    return AnswerStream(digests, show) if path == STDOUT else AnswerFile(path, digests)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from q6k_convert.errors import IOFailedError, UsageError
+from q6k_convert.run import places
 
 Message = dict[str, str]
 COMMANDS = SimpleNamespace(help="/help", system="/system", reset="/reset", save="/save", end="/exit")
@@ -88,7 +89,9 @@ class Conversation:
         if "\0" in name:
             raise UsageError("the name of a file has no NUL", "Give another one: /save FILE.")
         try:
-            path = Path(name).expanduser()
+            path = places.output(name).expanduser()
+        except ValueError as error:
+            raise UsageError(f"/save {error}", "Give a name: /save FILE.") from error
         except RuntimeError as error:
             raise UsageError(f"{name}: there is no such home directory", "Give the whole path.") from error
         content = json.dumps({"messages": self.messages}, indent=1, ensure_ascii=False) + "\n"

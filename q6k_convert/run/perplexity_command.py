@@ -12,11 +12,11 @@ from typing import Any
 
 from q6k_convert import text
 from q6k_convert.errors import InputRejectedError, UsageError
+from q6k_convert.run.places import STDIN
 from q6k_convert.run.running import name_of
 from q6k_convert.run.session import ModelRequest, Note, Progress, Session
 
 MAX_FILE_BYTES = 1 << 24
-STDIN = Path("-")
 DEFAULT_WINDOW = 512
 _TELL_SECONDS = 5.0
 """Between two lines about the progress."""

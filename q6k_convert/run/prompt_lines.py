@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from q6k_convert import text
 from q6k_convert.errors import InputRejectedError
+from q6k_convert.run.places import STDIN, named
 from q6k_kernels.bundle.parsing import parse
 from q6k_kernels.errors import ModelError
 from q6k_kernels.text import shortened
@@ -113,7 +115,7 @@ class LineProblems:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._found = path, list[tuple[int, str]]()
+        self._name, self._found = named(path, "standard input"), list[tuple[int, str]]()
 
     @contextmanager
     def of(self, number: int) -> Iterator[None]:
@@ -134,19 +136,19 @@ class LineProblems:
         named = ", ".join(others[:MOST_NAMED]) + (", …" if len(others) > MOST_NAMED else "")
         more = f" ({text.plural(len(others), 'more line')} wrong: {named})" if others else ""
         raise InputRejectedError(
-            f"{self._path}: line {number}: {cause}{more}", "Correct the file; nothing has been written."
+            f"{self._name}: line {number}: {cause}{more}", "Correct the file; nothing has been written."
         )
 
 
 def read_lines(path: Path, defaults: LineDefaults) -> list[PromptLine]:
-    """Read a file of prompts.
+    """Read a file of prompts, or `STDIN`.
 
     Raises:
         InputRejectedError: it has no lines, or lines that are wrong.
         OSError: it cannot be read.
     """
     found, problems = list[PromptLine](), LineProblems(path)
-    with path.open("rb") as file:
+    with nullcontext(sys.stdin.buffer) if path == STDIN else path.open("rb") as file:
         for number in count(1):
             row = file.readline(MAX_LINE_BYTES + 1)
             if not row:
@@ -159,7 +161,8 @@ def read_lines(path: Path, defaults: LineDefaults) -> list[PromptLine]:
                 break  # what follows is the rest of the line
     problems.check()
     if not found:
-        raise InputRejectedError(f"{path}: the file is empty", 'Give it lines like {"prompt": "Once"}.')
+        name = named(path, "standard input")
+        raise InputRejectedError(f"{name}: the file is empty", 'Give it lines like {"prompt": "Once"}.')
     return found
 
 

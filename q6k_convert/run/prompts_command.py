@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from q6k_convert import text
 from q6k_convert.errors import UsageError
-from q6k_convert.run.answer_lines import AnswerFile
+from q6k_convert.run.answer_lines import Answers, answers_to
 from q6k_convert.run.answering import Writing, stop_ids
 from q6k_convert.run.generate_command import check_context, check_ids, check_text
 from q6k_convert.run.memory import free_bytes
+from q6k_convert.run.places import STDIN, STDOUT, named
 from q6k_convert.run.prompt_lines import LineDefaults, LineProblems, PromptLine, read_lines
 from q6k_convert.run.running import name_of
 from q6k_convert.run.sampling_request import SamplingRequest, drawn_by, settled
@@ -57,11 +58,14 @@ class _Prepared:
     ids: list[int]
 
 
-def run(request: PromptsRequest, note: Callable[[str], None], progress: Progress) -> dict[str, Any]:
+def run(
+    request: PromptsRequest, show: Callable[[str], None], note: Callable[[str], None], progress: Progress
+) -> dict[str, Any]:
     """Answer all lines that have no answer yet, and return the document for `--json`.
 
     Args:
         request: request of the command.
+        show: called with each line of an output that is standard output.
         note: called with each line about the progress.
         progress: makes a progress display from a total in bytes and a label.
 
@@ -86,13 +90,14 @@ def run(request: PromptsRequest, note: Callable[[str], None], progress: Progress
     # As they were asked for: "auto" may mean another dtype on the machine where the run goes on.
     asked = f"{model_digest} {request.model.cache} {request.model.dtype} {request.model.activations}"
     # And the tokens, which another tokenizer may make.
-    answers = AnswerFile(request.out, [each.line.digest(f"{asked} {each.ids}") for each in prepared])
+    digests = [each.line.digest(f"{asked} {each.ids}") for each in prepared]
+    out, answers = named(request.out), answers_to(request.out, digests, show)
     try:
         if answers.torn:
-            note(f"{request.out}: dropped a torn last line of {text.size(answers.torn)}")
+            note(f"{out}: dropped a torn last line of {text.size(answers.torn)}")
         before = len(answers)
         if before:
-            note(f"{request.out}: {before} of {text.plural(len(lines), 'line')} are there already")
+            note(f"{out}: {before} of {text.plural(len(lines), 'line')} are there already")
         counts = _Counts()
         if not answers.complete:
             todo = [each for each in prepared if each.line.number not in answers]
@@ -110,10 +115,10 @@ def run(request: PromptsRequest, note: Callable[[str], None], progress: Progress
     finally:
         answers.close()
     document = _document(request, session, len(lines), before, answers.failed, counts)
-    note(f"{request.out}: {text.plural(len(lines), 'line')}, {len(lines) - before} of them new{counts.rated}")
+    note(f"{out}: {text.plural(len(lines), 'line')}, {len(lines) - before} of them new{counts.rated}")
     if answers.failed:
-        named = ", ".join(map(str, answers.failed[:10])) + (", …" if len(answers.failed) > 10 else "")
-        note(f"{text.plural(len(answers.failed), 'line')} failed, see `error` there: {named}")
+        listed = ", ".join(map(str, answers.failed[:10])) + (", …" if len(answers.failed) > 10 else "")
+        note(f"{text.plural(len(answers.failed), 'line')} failed, see `error` there: {listed}")
     return document
 
 
@@ -158,7 +163,7 @@ def _answer(
     tokenizer: Tokenizer,
     ends: frozenset[int],
     lines: list[_Prepared],
-    answers: AnswerFile,
+    answers: Answers,
     telling: _Telling,
 ) -> None:
     """Answer lines, each as soon as there is a place for it."""
@@ -205,7 +210,8 @@ def _check(request: PromptsRequest) -> None:
     if request.sampling.logprobs is not None:
         raise UsageError("--logprobs is for one --prompt, not for --prompts", "Leave it out.")
     check_text("system message", request.system or "")
-    if request.out.exists() and request.prompts.exists() and request.out.samefile(request.prompts):
+    files = request.out != STDOUT and request.prompts != STDIN
+    if files and request.out.exists() and request.prompts.exists() and request.out.samefile(request.prompts):
         raise UsageError(f"--prompts and --out are the same file, {request.out}", "Give another --out.")
 
 

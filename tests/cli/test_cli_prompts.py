@@ -16,9 +16,13 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 import torch
 from click.testing import Result
+from typer.testing import CliRunner
 
 from bundle_helpers import failed, invoke
+from q6k_convert.cli.main import app
+from q6k_convert.run import answer_lines
 from q6k_convert.run import prompts_command as rooms
+from q6k_convert.run.answer_lines import AnswerStream
 from q6k_convert.run.prompt_lines import PromptLine
 from q6k_convert.run.prompts_command import MOST_TEXTS, TEXTS_ON_CPU
 from q6k_kernels.generate import texts
@@ -140,14 +144,14 @@ def test_an_interrupted_run_goes_on_where_it_was(
     out = prompts.with_name("answers.jsonl")
     whole = out.read_bytes()
     out.unlink()
-    put = rooms.AnswerFile.put
+    put = answer_lines.AnswerFile.put
 
-    def interrupted(self: rooms.AnswerFile, number: int, answer: dict[str, Any]) -> None:
+    def interrupted(self: answer_lines.AnswerFile, number: int, answer: dict[str, Any]) -> None:
         put(self, number, answer)
         if len(self) == 2:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(rooms.AnswerFile, "put", interrupted)
+    monkeypatch.setattr(answer_lines.AnswerFile, "put", interrupted)
     stopped = run(tiny, prompts, "--texts", "2")
     assert stopped.exit_code == 130
     assert not out.exists()
@@ -155,9 +159,46 @@ def test_an_interrupted_run_goes_on_where_it_was(
     rows = part.splitlines(keepends=True)
     assert [json.loads(row)["line"] for row in rows] == [2, 3]  # the first takes longer
     assert set(rows) < set(whole.splitlines(keepends=True))
-    monkeypatch.setattr(rooms.AnswerFile, "put", put)
+    monkeypatch.setattr(answer_lines.AnswerFile, "put", put)
     assert run(tiny, prompts, "--texts", "3").exit_code == 0
     assert out.read_bytes() == whole
+
+
+def test_answers_and_prompts_of_a_pipe(tiny: TinyBundle, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines of the file, each as soon as those before it are there; nothing is kept."""
+    run(tiny, prompts)
+    whole = prompts.with_name("answers.jsonl").read_text()
+    monkeypatch.chdir(prompts.parent)
+    before, counts = {*Path().iterdir()}, list[int]()
+    put = AnswerStream.put
+
+    def watch(self: AnswerStream, number: int, answer: dict[str, Any]) -> None:
+        put(self, number, answer)
+        counts.append(self._shown)
+
+    monkeypatch.setattr(AnswerStream, "put", watch)
+    given = (tiny.path, "--prompts", "-", "--out", "-", "--max-new-tokens", 12, "--seed", 5, "--device", "cpu")
+    arguments = [str(each) for each in ("generate", *given, "--texts", 2)]
+    done = CliRunner().invoke(app, arguments, input=prompts.read_bytes())
+    assert (done.exit_code, done.stdout) == (0, whole)
+    assert "standard output: 5 lines, 5 of them new" in done.stderr
+    assert counts == [0, 0, 0, 0, 5]  # the first takes longer
+    done = CliRunner().invoke(app, arguments, input=b'{"prompt": ')
+    failed(done, 3, "standard input: line 1: no JSON", "Correct")
+    assert {*Path().iterdir()} == before
+
+
+def test_a_line_that_fails_is_in_the_pipe_too(
+    tiny: TinyBundle, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(logits: torch.Tensor, dtype: torch.dtype) -> None:
+        raise NotFiniteError("the logits are no numbers", "")
+
+    monkeypatch.setattr(texts, "check_finite", check)
+    done = run(tiny, prompts, "--out", "-")
+    assert done.exit_code == 3
+    assert [json.loads(row)["error"] for row in done.stdout.splitlines()] == 5 * ["the logits are no numbers"]
+    assert "5 lines failed, see `error` there: 1, 2, 3, 4, 5" in done.stderr
 
 
 WRONG = {
@@ -241,14 +282,14 @@ def test_what_has_the_name_of_the_answers_stays(
     out, part = (prompts.with_name(name) for name in ("answers.jsonl", "answers.jsonl.part"))
     whole = out.read_bytes()
     out.unlink()
-    put = rooms.AnswerFile.put
+    put = answer_lines.AnswerFile.put
 
-    def watch(self: rooms.AnswerFile, number: int, answer: dict[str, Any]) -> None:
+    def watch(self: answer_lines.AnswerFile, number: int, answer: dict[str, Any]) -> None:
         put(self, number, answer)
         out.write_text("of somebody else")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rooms.AnswerFile, "put", watch)
+        patch.setattr(answer_lines.AnswerFile, "put", watch)
         words = f"{out} appeared while it was made; all answers are in answers.jsonl.part"
         failed(run(tiny, prompts), 4, words, "Move it away")
     assert (out.read_text(), part.read_bytes()) == ("of somebody else", whole)
@@ -265,6 +306,7 @@ def test_options_that_do_not_go_together(tiny: TinyBundle, prompts: Path) -> Non
         (("--out", prompts), "--prompts and --out are the same file"),
         (("--context", "400"), "the model knows 300 positions"),
         (("--stop", ""), "a stop text is empty"),
+        (("--out", "-", "--json"), "--out - and --json both write to standard output"),
     ):
         assert words in (done := run(tiny, prompts, *more)).stderr
         assert done.exit_code == 2
