@@ -129,7 +129,7 @@ def generate(
 
     A line of --out has `text`, `token_ids` and `stop_reason`, or `error`: then the exit code is 3.
 
-    A run that was stopped goes on where it was: give the same command again.
+    A run that was stopped goes on where it was: give the same command again. It also tries lines again that failed.
     """
     with reporting(as_json, quiet, verbose) as terminal:
         from q6k_convert.cli.given import bundle_path

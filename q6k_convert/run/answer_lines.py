@@ -3,7 +3,8 @@
 While lines are missing the file is called NAME.part, and has them in the order in which they were done; so a file
 called NAME is whole. Every line is written at once, with its number and a digest of its prompt and settings. A run
 that was killed leaves whole lines and perhaps a torn last one, which the next run drops before it does what is
-missing. A file that is whole, and to whose prompts lines were added since, becomes NAME.part again.
+missing. Lines that failed are missing, too: a later one with an answer takes the place of one with an error. So a
+file that is whole becomes NAME.part again if lines have failed, or were added to the prompts since.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ class Answers(ABC):
 
     Attributes:
         torn: bytes of a torn last line that was dropped.
+        retried: how many lines have failed before, and are missing for that.
 
     Args:
         digests: the digests of all lines.
     """
 
     def __init__(self, digests: Sequence[str]) -> None:
-        self._digests, self._failed, self.torn = digests, set[int](), 0
+        self._digests, self._failed, self.torn, self.retried = digests, set[int](), 0, 0
 
     @abstractmethod
     def __contains__(self, number: int) -> bool:
@@ -132,6 +134,7 @@ class AnswerFile(Answers):
         try:
             self._lock()
             self._read(name)
+            self._forget_failed()
             if self._whole and not self.complete:
                 path.rename(self._part)
                 self._whole = False
@@ -163,7 +166,8 @@ class AnswerFile(Answers):
             if self._whole or not self.complete:
                 return
             ordered = [self._at[number] for number in range(1, len(self._digests) + 1)]
-            if ordered != sorted(ordered):
+            nothing_else = sum(end - begin for begin, end in ordered) == self._file.tell()
+            if ordered != sorted(ordered) or not nothing_else:
                 self._put_in_order(ordered)
             os.fsync(self._file.fileno())
             try:
@@ -216,14 +220,25 @@ class AnswerFile(Answers):
         self._file.seek(end)
         self._file.truncate()
 
+    def _forget_failed(self) -> None:
+        """Make lines that have failed missing ones."""
+        self.retried = len(self._failed)
+        for number in self._failed:
+            del self._at[number]
+        self._failed.clear()
+
     def _is_missing(self, number: Any) -> TypeGuard[int]:
-        """Check whether a number is that of a line that is not there."""
-        return isinstance(number, int) and 1 <= number <= len(self._digests) and number not in self._at
+        """Check whether a number is that of a line that is not there, or has failed."""
+        known = isinstance(number, int) and 1 <= number <= len(self._digests)
+        return known and (number not in self._at or number in self._failed)
 
     def _note(self, row: dict[str, Any], begin: int, end: int) -> None:
-        self._at[row["line"]] = begin, end
+        number = row["line"]
+        self._at[number] = begin, end
         if "error" in row:
-            self._failed.add(row["line"])
+            self._failed.add(number)
+        else:
+            self._failed.discard(number)
 
 
 def answers_to(path: Path, digests: Sequence[str], show: Callable[[str], None]) -> Answers:

@@ -98,6 +98,8 @@ def run(
         before = len(answers)
         if before:
             note(f"{out}: {before} of {text.plural(len(lines), 'line')} are there already")
+        if answers.retried:
+            note(f"{out}: {text.plural(answers.retried, 'line')} that failed: tried again")
         counts = _Counts()
         if not answers.complete:
             todo = [each for each in prepared if each.line.number not in answers]

@@ -337,8 +337,50 @@ def test_a_line_that_fails_does_not_stop_the_others(
     assert "2 lines failed, see `error` there: 1, 4" in done.stderr
     assert [found[at] for at in (1, 2, 4)] == [before[at] for at in (1, 2, 4)]
     assert (found[0]["id"], found[0]["error"]) == (7, "the logits are no numbers")
-    again = run(tiny, prompts)  # the file is whole, with its errors
-    assert again.exit_code == 3
+
+
+def test_lines_that_failed_are_tried_again(
+    tiny: TinyBundle, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file that is whole and of one that is not; by a run that may be interrupted, and others are not."""
+    run(tiny, prompts)
+    out, part = (prompts.with_name(name) for name in ("answers.jsonl", "answers.jsonl.part"))
+    whole = out.read_bytes()
+    good = whole.splitlines(keepends=True)
+
+    def fails(number: int, reason: str) -> bytes:
+        row = {"line": number, "error": reason, "request": json.loads(good[number - 1])["request"]}
+        return json.dumps(row).encode() + b"\n"
+
+    one, three, other = fails(1, "NaN"), fails(3, "NaN"), fails(3, "infinite")
+    for path, rows, there, told in (
+        (out, [one, good[1], three, *good[3:]], 3, "2 lines"),
+        (part, [good[4], three, one, good[0]], 2, "1 line"),  # as left by a run that tried again until interrupted
+        (part, [three, other, good[1]], 1, "1 line"),
+        (part, [three, one, good[2]], 1, "1 line"),
+    ):
+        out.unlink()
+        path.write_bytes(b"".join(rows))
+        done = run(tiny, prompts, "--json")
+        assert done.exit_code == 0, done.stderr
+        document = json.loads(done.stdout)
+        assert (document["lines_before"], document["lines_new"]) == (there, 5 - there)
+        assert f": {told} that failed: tried again" in done.stderr
+        assert out.read_bytes() == whole
+        assert not part.exists()
+    # Another error takes the place of the first.
+    out.write_bytes(b"".join([one, *good[1:]]))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            texts, "check_finite", lambda logits, dtype: (_ for _ in ()).throw(NotFiniteError("again", ""))
+        )
+        assert run(tiny, prompts).exit_code == 3
+    assert [row.get("error") for row in answers(prompts)] == ["again", None, None, None, None]
+    assert out.read_bytes().splitlines(keepends=True)[1:] == good[1:]
+    # A line with an answer has no other.
+    part.write_bytes(b"".join([good[0], one]))
+    out.unlink()
+    failed(run(tiny, prompts), 4, "line 2 is no answer of this model", "another --out")
 
 
 def test_progress_is_told(tiny: TinyBundle, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
