@@ -169,10 +169,38 @@ def test_settings_that_the_caller_gives_hold(llama: Path, tmp_path: Path, recwar
     model = AutoModelForCausalLM.from_pretrained(path, config=config, quantization_config=PlanarConfig("bf16"))
     assert {each.activations for each in model.modules() if isinstance(each, PackedLinear)} == {"bf16"}
     assert not [each for each in recwarn if "quantization_config" in str(each.message)]
-    with pytest.raises(UnsupportedModelError, match=r"fields bits that are unknown. Correct what PlanarConfig is"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"fields bits that are unknown. Correct what from_pretrained or"
+    ):
         AutoModelForCausalLM.from_pretrained(path, quantization_config=PlanarConfig(bits=4))
     with pytest.raises(ValueError, match="quantized with PlanarConfig but you are passing a QuantoConfig"):
         AutoModelForCausalLM.from_pretrained(path, quantization_config=QuantoConfig("int8"))
+
+
+def test_settings_may_be_fields(llama: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """The format's name may be left out; a name or a field of another format is an error."""
+    path = Path(shutil.copytree(llama, tmp_path / "out"))
+    content = json.loads((path / CONFIG).read_text())
+    content["quantization_config"] |= {"activations": "int8"}
+    (path / CONFIG).write_text(json.dumps(content))
+    method = {"quant_method": "q6k-planar"}
+    for asked, activations in (
+        (method, "auto"),
+        ({"activations": "bf16"} | method, "bf16"),
+        ({"joined": False}, "auto"),
+    ):
+        for more in ({}, {"config": AutoConfig.from_pretrained(path)}):
+            model: Any = AutoModelForCausalLM.from_pretrained(path, quantization_config=dict(asked), **more)
+            assert {each.activations for each in model.modules() if isinstance(each, PackedLinear)} == {activations}
+            assert model.config.quantization_config.to_dict() == PlanarConfig(**asked).to_dict()
+    assert not [each for each in recwarn if "quantization_config" in str(each.message)]
+    for wrong in ({"load_in_4bit": True}, {"load_in_4bit": True} | method):
+        with pytest.raises(UnsupportedModelError, match="fields load_in_4bit that are unknown"):
+            AutoModelForCausalLM.from_pretrained(path, quantization_config=wrong)
+    with pytest.raises(ValueError, match="quantized with PlanarConfig but you are passing a dict"):
+        AutoModelForCausalLM.from_pretrained(
+            path, quantization_config={"quant_method": "quanto", "weights": "int8"}
+        )
 
 
 def test_what_is_missing_is_an_error_and_never_random(llama: Path, tmp_path: Path) -> None:
@@ -187,8 +215,10 @@ def test_what_is_missing_is_an_error_and_never_random(llama: Path, tmp_path: Pat
 
 def test_no_other_model_is_packed_while_it_is_loaded(tmp_path: Path) -> None:
     Tiny("llama", "llama").make().save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="no model in another format can be loaded into it"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=PlanarConfig())
+    asked: Any
+    for asked in (PlanarConfig(), {"quant_method": "q6k-planar"}):
+        with pytest.raises(UnsupportedModelError, match="no model in another format can be loaded into it"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=asked)
 
 
 def test_what_the_bundle_is_not_is_an_error(llama: Path) -> None:

@@ -24,19 +24,25 @@ _MODELS = "transformers.modeling_utils"
 """The module that calls the function, by a name of its own once it is imported."""
 
 
-def guard(registry: Any) -> None:
-    """Guard the function of transformers' registry that chooses a quantiser."""
-    chosen = guarded(getattr(registry, _CHOICE))
+def guard(registry: Any, settings_of: Callable[..., Any]) -> None:
+    """Guard the function of transformers' registry that chooses a quantiser.
+
+    Args:
+        registry: the module.
+        settings_of: `PlanarConfig`.
+    """
+    chosen = guarded(getattr(registry, _CHOICE), settings_of)
     for module in (registry, sys.modules.get(_MODELS)):
         if module is not None:
             setattr(module, _CHOICE, chosen)
 
 
-def guarded(choose: Callable[..., Any]) -> Callable[..., Any]:
+def guarded(choose: Callable[..., Any], settings_of: Callable[..., Any]) -> Callable[..., Any]:
     """Return a choice that gives a bundle the quantiser that its `config.json` names, or raises an error.
 
     Args:
         choose: transformers' function: of a configuration, what the caller says about quantisation, and more.
+        settings_of: `PlanarConfig`.
     """
 
     @wraps(choose)
@@ -44,8 +50,8 @@ def guarded(choose: Callable[..., Any]) -> Callable[..., Any]:
         if getattr(config, "quantization_config", None) is None and (stated := _stated(config)) is not None:
             config.quantization_config = stated
         asked: Any = given[0] if given else named.get("quantization_config")
-        if getattr(asked, "quant_method", None) == FORMAT and _method(config) == FORMAT:
-            config.quantization_config = asked.to_dict()
+        if _method(config) == FORMAT and (settings := _settings(asked, settings_of)) is not None:
+            config.quantization_config = settings
             given, named = (None, *given[1:]), {**named}
             named.pop("quantization_config", None)
         found = choose(config, *given, **named)
@@ -58,6 +64,19 @@ def guarded(choose: Callable[..., Any]) -> Callable[..., Any]:
         return found
 
     return chosen
+
+
+def _settings(asked: Any, settings_of: Callable[..., Any]) -> dict[str, Any] | None:
+    """Return what a caller says about a bundle, in a `PlanarConfig` or its fields; None if it is of another format.
+
+    transformers takes fields only for models that are not quantised yet.
+
+    Raises:
+        UnsupportedModelError: a field is unknown.
+    """
+    if isinstance(asked, dict) and asked.get("quant_method", FORMAT) == FORMAT:
+        asked = settings_of(**asked)
+    return asked.to_dict() if getattr(asked, "quant_method", None) == FORMAT else None
 
 
 def _method(config: Any) -> Any:

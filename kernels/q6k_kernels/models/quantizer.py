@@ -56,8 +56,8 @@ class PlanarConfig(QuantizationConfigMixin):
             wrong = f"fields {', '.join(unknown)} that are unknown" if unknown else f"{joined!r} for joined, a bool"
             raise UnsupportedModelError(
                 f"quantization_config: found {wrong}",
-                "Correct what PlanarConfig is given. If config.json says it, move that away and write it again: "
-                "`q6k-convert hf OUT/`.",
+                "Correct what from_pretrained or PlanarConfig is given. If config.json says it, move that away and "
+                "write it again: `q6k-convert hf OUT/`.",
             )
         self.quant_method: Any = quant_method  # transformers has a closed set of names, and takes others
         self.activations, self.weights, self.joined = activations, weights, joined
@@ -162,4 +162,4 @@ class PlanarQuantizer(HfQuantizer):
         return True
 
 
-guard(auto)
+guard(auto, PlanarConfig)
