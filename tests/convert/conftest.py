@@ -1,4 +1,4 @@
-"""A folder in memory, for tests that run hundreds of conversions."""
+"""A folder in memory, for tests that run hundreds of conversions; the folder of outputs, and what a bundle is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+
+from bundle_helpers import Listing, listing
+from q6k_convert.convert.pipeline import convert
 
 
 @pytest.fixture
@@ -19,3 +22,16 @@ def memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         return
     with TemporaryDirectory(dir=place) as directory:
         yield Path(directory)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """The directory that outputs lie in; tests compare all of it before and after."""
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def new(model: Path, tmp_path: Path) -> Listing:
+    convert(model, tmp_path / "new")
+    return listing(tmp_path / "new")

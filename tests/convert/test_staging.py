@@ -29,13 +29,6 @@ def model(tmp_path: Path) -> Path:
     return two_tensors().write(tmp_path / "in" / "model.gguf")
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    """The directory that outputs lie in; tests compare all of it before and after."""
-    (tmp_path / "home").mkdir()
-    return tmp_path / "home"
-
-
 def refused(model: Path, out: Path, message: str, *, force: bool = True) -> IOFailedError:
     with pytest.raises(IOFailedError, match=message) as caught:
         convert(model, out, force=force)
