@@ -111,7 +111,7 @@ class AnswerFile(Answers):
         torn: bytes of a torn last line that was dropped.
 
     Args:
-        path: its name once it is whole.
+        path: its name once it is whole, or a link to it.
         digests: the digests of all lines.
 
     Raises:
@@ -121,10 +121,15 @@ class AnswerFile(Answers):
 
     def __init__(self, path: Path, digests: Sequence[str]) -> None:
         super().__init__(digests)
-        self._path = path
-        if os.path.lexists(path) and not path.is_file():
-            raise IOFailedError(f"{path}: expected a regular file", "Give another --out.")
+        wrong = IOFailedError(f"{path}: expected a regular file", "Give another --out; - is standard output.")
+        if path.exists() and not path.is_file():
+            raise wrong
+        # A link stays one: else /dev/stdout, if it is a file, would become one for everybody.
+        linked = path.is_symlink()
+        self._path = path = Path(os.path.realpath(path)) if linked else path
         self._part = path.with_name(f"{path.name}.part")
+        if linked and not path.exists() and not self._part.exists():
+            raise wrong
         self._at = dict[int, tuple[int, int]]()  # number -> where its line begins and ends
         self._whole, partial = path.exists(), self._part.exists()
         if self._whole and partial:

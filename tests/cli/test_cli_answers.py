@@ -135,8 +135,9 @@ def test_what_has_the_name_of_the_answers_stays(
     """A directory, a device, a link to nothing, and what appears while answers are made, which stay in .part."""
     monkeypatch.chdir(prompts.parent)
     Path("link").symlink_to("nothing")
-    for path in (".", "..", prompts.parent, "/dev/null", "link"):
-        failed(run(tiny, prompts, "--out", path), 4, f"{path}: expected a regular file", "another --out")
+    Path("loop").symlink_to("loop")
+    for path in (".", "..", "/", prompts.parent, "/dev/null", "link", "loop"):
+        failed(run(tiny, prompts, "--out", path), 4, f"{path}: expected a regular file", "another --out; - is")
     assert not tiny.asked
     run(tiny, prompts)
     out, part = (prompts.with_name(name) for name in ("answers.jsonl", "answers.jsonl.part"))
@@ -156,6 +157,24 @@ def test_what_has_the_name_of_the_answers_stays(
     out.unlink()
     assert json.loads(run(tiny, prompts, "--json").stdout)["lines_new"] == 0
     assert (out.read_bytes(), part.exists()) == (whole, False)
+
+
+def test_a_link_to_the_answers_stays_one(tiny: TinyBundle, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether they are whole, have lines to come, or are in another order; as does /dev/stdout that is a file."""
+    run(tiny, prompts)
+    out, part, link = (prompts.with_name(name) for name in ("answers.jsonl", "answers.jsonl.part", "link"))
+    whole = out.read_bytes()
+    rows = whole.splitlines(keepends=True)
+    link.symlink_to(out.name)
+    for name, kept in ((out, rows), (out, rows[:2]), (part, [rows[3], rows[0]]), (out, [])):
+        out.unlink()
+        name.write_bytes(b"".join(kept))
+        assert json.loads(run(tiny, prompts, "--out", link, "--json").stdout)["lines_before"] == len(kept)
+        assert link.is_symlink()
+        assert (out.read_bytes(), {*prompts.parent.glob("answers*"), *prompts.parent.glob("link*")}) == (
+            whole,
+            {out, link},
+        )
 
 
 def test_lines_that_failed_are_tried_again(
