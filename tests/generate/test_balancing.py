@@ -96,14 +96,14 @@ def test_a_model_stays_the_same(name: str) -> None:
     cache = KeyValueCache(model.config, 40, torch.device("cpu"))
     step = Step(model, cache, TorchOperations())
     ids = torch.randint(3, 96, (30,), generator=torch.Generator().manual_seed(2))
-    before, kept = step.chunk(ids, 0, last=True, every=True), step._layers
-    step._layers = balanced(kept, cache.source)
+    before, kept = step.chunk(ids, 0, last=True, every=True), step._model.layers
+    step._model.layers = balanced(kept, cache.source)
     after = step.chunk(ids, 0, last=True, every=True)
     assert before is not None
     assert after is not None
     assert float((after - before).abs().max()) < 1e-4 * float(before.std())
     changed = 0
-    for old, new in zip(kept, step._layers, strict=True):
+    for old, new in zip(kept, step._model.layers, strict=True):
         if isinstance(old.heads, DeltaHeads):
             assert new is old
             continue

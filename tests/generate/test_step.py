@@ -118,7 +118,7 @@ def test_angles_do_not_depend_on_how_many_are_computed_at_once(monkeypatch: pyte
     step = Step(tiny("gemma3"), cache, TorchOperations())
     monkeypatch.setattr(stepping, "ANGLES_AT_ONCE", 7)
     other = Step(tiny("gemma3"), cache, TorchOperations())
-    for one, two in zip(step._layers, other._layers, strict=True):
+    for one, two in zip(step._model.layers, other._model.layers, strict=True):
         assert one.heads.cosines.shape == (cache.slots, 4)
         assert torch.equal(one.heads.cosines, two.heads.cosines)
         assert torch.equal(one.heads.sines, two.heads.sines)

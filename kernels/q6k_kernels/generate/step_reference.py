@@ -54,11 +54,10 @@ class ProductInput:
     further: tuple[Tensor, ...] = ()
     rows: int = 1
 
-    @property
-    def end(self) -> ProductInput:
-        """The last token's, of a chunk."""
-        halves = None if self.halves is None else self.halves[-1:]
-        return ProductInput(halves, None, self.k, tuple(each[-1:] for each in self.further))
+    def part(self, rows: slice) -> ProductInput:
+        """Return some tokens' of a chunk."""
+        halves = None if self.halves is None else self.halves[rows]
+        return ProductInput(halves, None, self.k, tuple(each[rows] for each in self.further))
 
 
 @dataclass(frozen=True)
