@@ -20,6 +20,7 @@ from families import FAMILIES, tiny
 from q6k_kernels.cpp.variants import device_like
 from q6k_kernels.generate import chunk_attend_cuda
 from q6k_kernels.generate.chunk_cuda import ChunkKernels
+from q6k_kernels.generate.chunk_recording import ChunkRecorder
 from q6k_kernels.generate.heads import Norm
 from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.step import Step
@@ -104,9 +105,12 @@ def test_heads_in_chunks(
     heads_in_chunks(make(torch.float16), torch.float16, "cpu", dim, group, window, rotated, more)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma4", "qwen35"])
-def test_logits_are_those_in_torch(family: str, monkeypatch: Any) -> None:
-    """Of chunks of which the second wraps rings of 72 slots, a chunk of one token among them."""
+@pytest.mark.parametrize(
+    ("family", "recorded"),
+    [("gemma2", False), ("gemma4", False), ("gemma4", True), ("qwen35", False), ("qwen35", True)],
+)
+def test_logits_are_those_in_torch(family: str, recorded: bool, monkeypatch: Any) -> None:
+    """Of chunks of which the second wraps rings of 72 slots, and may be recorded, and the last has one token."""
     name = FAMILIES[family][0]
     made = getattr(transformers, f"{name}Config")
 
@@ -119,7 +123,9 @@ def test_logits_are_those_in_torch(family: str, monkeypatch: Any) -> None:
     reference = Step(model, KeyValueCache(model.config, 120, CPU), TorchOperations())
     memory = emulate(monkeypatch, device_like(90))
     steps = Kernels(CPU, torch.float16)
-    step = Step(model, KeyValueCache(model.config, 120, CPU), steps, ChunkKernels(CPU, torch.float16, steps))
+    recorder = ChunkRecorder(ChunkKernels(CPU, torch.float16, steps, recorded=True), CPU) if recorded else None
+    of_chunks = ChunkKernels(CPU, torch.float16, steps)
+    step = Step(model, KeyValueCache(model.config, 120, CPU), steps, of_chunks, recorder=recorder)
     start = 0
     for end in (60, 106, 107):
         found, expected = (each.chunk(ids[start:end], start, last=True) for each in (step, reference))
@@ -127,6 +133,7 @@ def test_logits_are_those_in_torch(family: str, monkeypatch: Any) -> None:
         assert expected is not None
         assert float((found - expected).abs().max() / expected.std()) < 0.03
         start = end
+    assert recorder is None or [*recorder.made] == [64]
     assert step.chunk(ids[:2], start, last=False) is None
     memory.check()
 

@@ -88,6 +88,24 @@ def test_products_of_other_gpus_and_of_other_modules_are_not_prepared(monkeypatc
     assert sum(launches.launched.values()) == 1
 
 
+def test_recorded_products_share_no_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph would go on using what is freed when another product needs more."""
+    found, call = list[torch.Tensor | None](), gemm_wgmma.Product.__call__
+
+    def noted(self: gemm_wgmma.Product, *given: torch.Tensor | None) -> None:
+        found.append(given[2])
+        call(self, *given)  # type: ignore[arg-type]
+
+    Launches(90, monkeypatch)
+    monkeypatch.setattr(gemm_wgmma.Product, "__call__", noted)
+    for recorded in (False, True):
+        run = ChunkKernels(CPU, torch.bfloat16, Kernels(CPU, torch.bfloat16), recorded=recorded)
+        run.multiply(PackedLinear(4096, 96), given(64, 4096))
+    assert found[0] is not None
+    assert len(found[0]) > 0
+    assert found[1] is None
+
+
 def test_between_products_there_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     launches, run, norm = Launches(90, monkeypatch), kernels(), Norm(torch.ones(512), 1e-6)
     monkeypatch.setattr(chunk_attend_cuda, "_in_parts", lambda *given: torch.zeros(given[2].shape[1], 512))

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from q6k_kernels.cuda import device as launching
-from q6k_kernels.cuda import dispatch
+from q6k_kernels.cuda import dispatch, gemm_wgmma
 from q6k_kernels.cuda.device import Variant, pointer
-from q6k_kernels.cuda.gemm_wgmma import Product
 from q6k_kernels.formats.types import weight_type
 from q6k_kernels.generate import chunk_attend_cuda, chunk_delta_cuda, chunk_mixture_cuda
 from q6k_kernels.generate.delta import DeltaHeads
@@ -47,18 +46,26 @@ _ADD_NORM, _GATE = struct.Struct("@PPPPPPfffii"), struct.Struct("@PPPqqiiii")
 class ChunkKernels(TorchOperations):
     """The operations of a chunk on one GPU, in one dtype.
 
+    Attributes:
+        on_hopper: whether products are those of `gemm_wgmma`, which expand no weight in memory.
+
     Args:
         device: a GPU.
         dtype: dtype of activations, bfloat16 or float16.
         of_steps: the operations of a step, for attention of a single token.
+        recorded: whether launches are recorded. Then products share no scratch memory, as what they share is freed
+            when one of them needs more, and a graph would go on using it.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, of_steps: Kernels) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, of_steps: Kernels, *, recorded: bool = False
+    ) -> None:
         self._device = launching.device(torch.cuda.current_device() if device.index is None else device.index)
         self._torch_device, self._dtype, self._of_steps = device, dtype, of_steps
         self._fp16 = int(dtype is torch.float16)
-        self._products = dict[tuple[nn.Module, int], Product]()
-        self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
+        self._products = dict[tuple[nn.Module, int], gemm_wgmma.Product]()
+        self.on_hopper = self._device.arch == gemm_wgmma.ARCH
+        self._scratch = None if recorded else torch.empty(0, dtype=torch.uint8, device=device)
 
     def add_norm(
         self,
@@ -192,7 +199,7 @@ class ChunkKernels(TorchOperations):
             if len(self._products) >= MOST_PRODUCTS:
                 self._products.clear()
             self._products[module, m] = product
-        if product.scratch_bytes > len(self._scratch):
+        if self._scratch is not None and product.scratch_bytes > len(self._scratch):
             self._scratch = torch.empty(product.scratch_bytes, dtype=torch.uint8, device=self._torch_device)
         y = torch.empty(m, n, dtype=self._dtype, device=self._torch_device)
         product(x, y, self._scratch)

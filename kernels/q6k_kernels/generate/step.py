@@ -23,6 +23,7 @@ from torch import Tensor
 
 from q6k_kernels.errors import BlocksNotResidentError, UnsupportedModelError
 from q6k_kernels.generate.balancing import balanced
+from q6k_kernels.generate.chunk_recording import ChunkRecorder, RecordedCourse
 from q6k_kernels.generate.delta import DeltaHeads
 from q6k_kernels.generate.heads import Cached
 from q6k_kernels.generate.kv_cache import KeyValueCache
@@ -80,6 +81,7 @@ class Step:
         of_chunks: those of a chunk, by default the same.
         of_texts: those of a step of several texts, by default those of a step.
         whole: a step of one text as a single launch; None: each operation is one.
+        recorder: records what chunks compute between mixings; None: they are launched one by one.
 
     Raises:
         UnsupportedModelError: the model is not from `load_model`, or the operations do not support its sizes.
@@ -93,6 +95,7 @@ class Step:
         of_chunks: StepOperations | None = None,
         of_texts: StepOperations | None = None,
         whole: PersistentStep | None = None,
+        recorder: ChunkRecorder | None = None,
     ) -> None:
         architecture = attached(model)
         if architecture is None:
@@ -103,7 +106,7 @@ class Step:
         self._cache, self._dtype = cache, model.dtype
         self._operations, self._of_chunks = operations, of_chunks or operations
         self._of_texts = of_texts or operations
-        self._whole = whole
+        self._whole, self._recorder = whole, recorder
         inner: Any = model.model
         make = Layers(architecture, config, inner, cache)
         self._softcap = architecture.softcap_of_logits(config)
@@ -120,7 +123,7 @@ class Step:
             of_summands=config.residual_multiplier if architecture.multipliers else 1.0,
         )
         self._stored = max(cache.source) + 1
-        """The layers up to the last one that writes to the cache."""
+        """The number of layers up to the last one that writes to the cache."""
         for layer in self._model.layers:
             if reason := operations.supports(config.hidden_size, layer.between, layer.heads):
                 raise _unsupported(reason)
@@ -182,12 +185,16 @@ class Step:
         given = _Pass(self._of_chunks, tokens, position, start)
         if every:
             return capped(self._logits(given), self._softcap)
-        course = Course.begin(self._model, given.run, tokens)
+        course: Course | RecordedCourse | None = None
+        if self._recorder is not None:
+            course = self._recorder.course(self._model, tokens, self._stored)
+        if course is None:
+            course = Course.begin(self._model, given.run, tokens)
         mixed = self._through(given, course, None, 0, self._stored)
         if not last:
             return None
         # No token will see the others again, only what is stored of them.
-        end = course.part(LAST)
+        end = course.part(LAST, given.run)
         return capped(self._after(given.end, end, mixed.part(LAST)), self._softcap)
 
     @torch.no_grad()
@@ -215,7 +222,7 @@ class Step:
         return joined(self._model.head, given.run.multiply(self._model.head, course.finish(mixed)))
 
     def _through(
-        self, given: _Pass, course: Course, mixed: ProductInput | None, begin: int, end: int
+        self, given: _Pass, course: Course | RecordedCourse, mixed: ProductInput | None, begin: int, end: int
     ) -> ProductInput:
         """Take tokens from the result of the mixing in the layer before `begin` to that in the one before `end`."""
         for index in range(begin, end):

@@ -11,6 +11,7 @@ caller.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,12 +113,15 @@ class Course:
         self._leave(mixed)
         return self._add_norm(self.model.norm, [self.model.head], self.scale)
 
-    def part(self, rows: slice) -> Course:
-        """Return some of the tokens where these are after `advance`."""
-        first = None if self.first is None else self.first.part(rows)
-        return replace(
-            self, hidden=self.hidden[rows], of_layers=[each[rows] for each in self.of_layers], first=first
-        )
+    def part(self, rows: slice, run: StepOperations) -> Course:
+        """Return some of the tokens where these are after `advance`, with operations of their own."""
+        return replace(self.changed(lambda each: each[rows]), run=run)
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Course:
+        """Return the same after `advance` with each tensor changed."""
+        first = None if self.first is None else self.first.changed(change)
+        of_layers = list(map(change, self.of_layers))
+        return replace(self, hidden=change(self.hidden), of_layers=of_layers, first=first)
 
     def _leave(self, mixed: ProductInput) -> None:
         """Compute the rest of a layer."""

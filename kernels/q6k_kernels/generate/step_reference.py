@@ -56,8 +56,12 @@ class ProductInput:
 
     def part(self, rows: slice) -> ProductInput:
         """Return some tokens' of a chunk."""
-        halves = None if self.halves is None else self.halves[rows]
-        return ProductInput(halves, None, self.k, tuple(each[rows] for each in self.further))
+        return self.changed(lambda each: each[rows])
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> ProductInput:
+        """Return the same of a chunk with each tensor changed."""
+        halves = None if self.halves is None else change(self.halves)
+        return ProductInput(halves, None, self.k, tuple(map(change, self.further)))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from q6k_kernels.errors import UnsupportedModelError
+from q6k_kernels.generate.chunk_recording import ChunkRecorder
 from q6k_kernels.generate.kv_cache import KeyValueCache
 from q6k_kernels.generate.operations import StepOperations
 from q6k_kernels.generate.step import Step
@@ -53,7 +54,7 @@ def step_for(
         raise UnsupportedModelError(
             "a persistent kernel runs a whole model on one GPU", "Generate without persistent=True."
         )
-    whole = None
+    whole = recorder = None
     if on_gpu:
         if not narrow:
             raise UnsupportedModelError(
@@ -68,10 +69,12 @@ def step_for(
         operations = kernels = Kernels(device, model.dtype, len(cache.position))
         of_chunks = ChunkKernels(device, model.dtype, kernels)
         of_texts = TextKernels(device, model.dtype, kernels)
+        if of_chunks.on_hopper and not is_divided(model):
+            recorder = ChunkRecorder(ChunkKernels(device, model.dtype, kernels, recorded=True), device)
         whole = PersistentStep(device, model.dtype) if persistent else None
     step, failure = None, None
     try:
-        step = Step(model, cache, operations, of_chunks, of_texts, whole)
+        step = Step(model, cache, operations, of_chunks, of_texts, whole, recorder)
     except UnsupportedModelError as error:
         failure = error
     if is_divided(model) and not all_agree(failure is None, device) and failure is None:
