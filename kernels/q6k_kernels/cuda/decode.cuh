@@ -150,11 +150,8 @@ extern "C" __global__ void Q6K_LIMITS
 #endif
   __syncthreads();
 
-  const int g = lane >> 2, t = lane & 3;
-  const int column_token = COLUMNS == 1 ? min(g >> 1, TOKENS - 1) : g;
-  const u32 of_token = column_token * 64 + t * 16, of_column = (COLUMNS == 1 ? min(t, TOKENS - 1) : t) * 16;
-  const LaneActivations activations = {shared_address(codes) + of_token, shared_address(steps) + of_column,
-                                       shared_address(sums) + of_column, shared_address(parts) + of_token};
+  const ActivationParts activations = of_lane(
+      {shared_address(codes), shared_address(steps), shared_address(sums), shared_address(parts)}, lane);
 
   auto store = [&](int row_tile, int r, int token, float value) {
     const int row = (first_row + row_tile) * TILE_ROWS + r;

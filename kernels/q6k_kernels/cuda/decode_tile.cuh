@@ -1,8 +1,12 @@
-// Products of a tile with activations in 8 bits, for decode.cuh, which follows in the same unit.
+// Products of a tile with activations in 8 bits, for decode.cuh, which follows in the same unit; of one token those of
+// one_token.cuh, which builds on this file.
 
-// All sixteen sixteens. Of the minimums a lane has those of the groups 2t and 2t + 1, as the A fragment of a product.
+// All sixteen sixteens. Of the minimums a lane has those of the groups 2t and 2t + 1, as the A fragment of a product. So
+// it has the scales if there is one token: of each set of eight groups, in a word.
 struct LaneTile {
-  static constexpr int TOPS = Q6K_BITS == 8 ? 4 : 2, ROW_WORDS = ROW_SCALES / 4;
+  static constexpr int TOPS = Q6K_BITS == 8 ? 4 : 2, SETS = Q6K_GROUP == 16 ? 2 : 1;
+  static constexpr int PAIR_BYTES = WIDE_SCALES ? 4 : 2;  // of two groups' scales
+  static constexpr int ROW_WORDS = TOKENS == 1 ? SETS : ROW_SCALES / 4;
   uint4 top[2][TOPS];               // [row half][part of the sixteens]
   u32 low[2][LOW_BITS ? 2 * LOW_BITS : 1];
   u32 scales[2][ROW_WORDS];
@@ -16,13 +20,21 @@ struct LaneTile {
       for (int c = 0; c < TOPS; ++c) top[h][c] = load_shared_16(tile + (TOPS * h + c) * 512 + lane * 16);
       if (LOW_BITS) load_words(low[h], tile + LOW_AT + h * 256 * LOW_BITS + lane * 8 * LOW_BITS);
       const int row = (lane >> 2) + 8 * h;
-      load_words(scales[h], tile + SCALES_AT + row * ROW_SCALES);
-      if (Q6K_MINIMUM) {
-        const u32 from = tile + MINS_AT + row * ROW_SCALES + (lane & 3) * (ROW_SCALES / 4);
-        mins[h] = WIDE_SCALES ? load_shared_4(from) : load_shared_2(from);
+      if constexpr (TOKENS == 1) {
+#pragma unroll
+        for (int set = 0; set < SETS; ++set) {
+          scales[h][set] = load_pair(tile + SCALES_AT + row * ROW_SCALES + (set * 4 + (lane & 3)) * PAIR_BYTES);
+        }
+      } else {
+        load_words(scales[h], tile + SCALES_AT + row * ROW_SCALES);
       }
+      if (Q6K_MINIMUM) mins[h] = load_pair(tile + MINS_AT + row * ROW_SCALES + (lane & 3) * PAIR_BYTES);
       steps[h].load(tile, row);
     }
+  }
+
+  __device__ __forceinline__ static u32 load_pair(u32 address) {
+    return WIDE_SCALES ? load_shared_4(address) : load_shared_2(address);
   }
 
   template <int WORDS>
@@ -54,6 +66,7 @@ struct LaneTile {
                                   : LOW_BITS == 1 ? low[h][LOW_BITS == 1 ? q >> 1 : 0] >> 4 * (q & 1) : 0;
 #pragma unroll
       for (int i = 0; i < LaneQuarter::SCALE_WORDS; ++i) {
+        if (TOKENS == 1) continue;
         const int word = q * BYTES / 4 + i, down = q * BYTES % 4 * 8;
         part.scales[h][i] = scales[h][word] >> down;
       }
@@ -68,7 +81,7 @@ __device__ __forceinline__ constexpr float magic(int raised) { return 12582912.0
 // Where a group's scale is a small integer times its super-block's step, the step comes last, and codes of 4 bits are
 // multiplied with the scale as integers: 15 * 127 * 32 * 63 < 2^22.
 constexpr bool STEP_LAST = Q6K_SCALES == SCALES_UINT8_STEPS;
-constexpr bool INTEGER_SCALES = STEP_LAST && Q6K_BITS == 4;
+constexpr bool INTEGER_SCALES = STEP_LAST && Q6K_BITS == 4 && TOKENS > 1;
 
 #if Q6K_BITS == 8
 #define CODE_TYPE "s8"
@@ -139,6 +152,18 @@ __device__ __forceinline__ void minimums_of_tile(float (&c)[4], const LaneTile& 
   multiply_minimums(c, a, b);
 }
 #endif
+
+#if Q6K_TOKENS > 1
+// What a lane needs of rows of activations.
+__device__ __forceinline__ ActivationParts of_lane(const ActivationParts& rows, int lane) {
+  const int g = lane >> 2, t = lane & 3;
+  const u32 of_token = (COLUMNS == 1 ? min(g >> 1, TOKENS - 1) : g) * 64 + t * 16;
+  const u32 of_column = (COLUMNS == 1 ? min(t, TOKENS - 1) : t) * 16;
+  return {rows.codes + of_token, rows.steps + of_column, rows.sums + of_column, rows.parts + of_token};
+}
+
+// Each lane's sums are whole here.
+__device__ __forceinline__ void add_lanes(float (&)[2][COLUMNS]) {}
 
 // totals[h][c]: row g + 8h, token t (COLUMNS 1) or 2t + c. The addresses are this lane's, at the super-block.
 __device__ __forceinline__ void multiply_tile(float (&totals)[2][COLUMNS], const LaneTile& tile, u32 codes, u32 steps,
@@ -229,3 +254,4 @@ __device__ __forceinline__ void multiply_tile(float (&totals)[2][COLUMNS], const
   }
 #endif
 }
+#endif

@@ -162,11 +162,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
   }
   __syncthreads();
 
-  const int t = lane & 3;
   auto activations_of = [&](int row_tile) {
     const int row = one_row || row_tile < border ? 0 : 1;
-    return LaneActivations{shared_address(codes) + row * codes_bytes + t * 16, shared_address(steps) + row * steps_bytes,
-                           shared_address(sums) + row * steps_bytes, shared_address(parts) + row * parts_bytes + t * 16};
+    return of_lane({shared_address(codes) + row * codes_bytes, shared_address(steps) + row * steps_bytes,
+                    shared_address(sums) + row * steps_bytes, shared_address(parts) + row * parts_bytes},
+                   lane);
   };
   auto store = [&](int row_tile, int r, int token, float value) {
     const int second = row_tile >= border, pair = first_pair + second;

@@ -56,21 +56,10 @@ __device__ __forceinline__ float block_sum(float value, float* parts) {
   return sum;
 }
 
-// Where the activations of a row of k values lie in `work`, and a lane's part of them.
-struct Activations {
-  Quantized all;
-
-  __device__ __forceinline__ static Activations at(u8* work, int k) {
-    float* const steps = reinterpret_cast<float*>(work + super_blocks_of(k) * CODES_A_BLOCK);
-    return {Quantized::all(work, steps, k)};
-  }
-
-  __device__ __forceinline__ LaneActivations of_lane(int lane) const {
-    const u32 of_token = (lane & 3) * 16;
-    return {shared_address(all.codes) + of_token, shared_address(all.steps), shared_address(all.sums),
-            shared_address(all.parts) + of_token};
-  }
-};
+// Where the activations of a row of k values lie in `work`.
+__device__ __forceinline__ Quantized activations_at(u8* work, int k) {
+  return Quantized::all(work, reinterpret_cast<float*>(work + super_blocks_of(k) * CODES_A_BLOCK), k);
+}
 
 __device__ __forceinline__ void to_floats(const uint2& low, const uint2& high, float (&values)[8]) {
   to_floats(make_uint4(low.x, low.y, high.x, high.y), values);
@@ -182,7 +171,7 @@ __device__ __forceinline__ void take_values(const Row& row, u32 expected, const 
 // Multiplies the tiles of a warp; its sums of a row tile go to their place among those of all warps.
 template <typename Tile, typename Multiply>
 __device__ __forceinline__ void multiply_part(Reader& reader, const Part& part, int lane, int warp, float* tile_sums,
-                                              const LaneActivations& own, Multiply multiply) {
+                                              const ActivationParts& own, Multiply multiply) {
   float totals[2][COLUMNS] = {};
   const int count = part.count();
   int row_tile = 0, block = warp;
@@ -207,6 +196,7 @@ __device__ __forceinline__ void multiply_part(Reader& reader, const Part& part, 
     block += WARPS;
     wrap();
     if (row_tile == done && at + WARPS < count) continue;
+    add_lanes(totals);
     if ((lane & 3) == 0) {
       float* const to = tile_sums + done * TILE_SUMS + warp * TILE_ROWS + (lane >> 2);
       to[0] = totals[0][0], to[8] = totals[1][0];
@@ -256,24 +246,25 @@ __device__ __forceinline__ void put_outputs(const Row& row, const Part& part, co
 __device__ __forceinline__ void process_product(const Row& row, const u16* hidden, u32 base, const Room& room,
                                                 Reader& reader, int at, u64* times) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const Activations activations = Activations::at(room.work, row.k);
+  const Quantized quantized = activations_at(room.work, row.k);
   const u32 expected = base + row.expects & 0xFFFFu;
-  if (row.source == NORM) take_norm(row, hidden, expected, room, activations.all, times);
-  if (row.source == VALUES) take_values(row, expected, activations.all);
+  if (row.source == NORM) take_norm(row, hidden, expected, room, quantized, times);
+  if (row.source == VALUES) take_values(row, expected, quantized);
   note_time(times, 2);
   meet();
   note_time(times, 3);
   if (threadIdx.x == 0) *room.reading = at;
   const Part part = Part::of(row);
-  const LaneActivations own = activations.of_lane(lane);
+  const ActivationParts activations = {shared_address(quantized.codes), shared_address(quantized.steps),
+                                   shared_address(quantized.sums), shared_address(quantized.parts)};
   if (Q6K_TYPES == 2 && row.type) {
-    multiply_part<second::LaneTile>(reader, part, lane, warp, room.tile_sums, own,
+    multiply_part<second::LaneTile>(reader, part, lane, warp, room.tile_sums, second::of_lane(activations, lane),
                                     [](float(&totals)[2][COLUMNS], const second::LaneTile& tile, u32 codes, u32 steps,
                                        u32 sums, u32 parts) {
                                       second::multiply_tile(totals, tile, codes, steps, sums, parts);
                                     });
   } else {
-    multiply_part<LaneTile>(reader, part, lane, warp, room.tile_sums, own,
+    multiply_part<LaneTile>(reader, part, lane, warp, room.tile_sums, of_lane(activations, lane),
                             [](float(&totals)[2][COLUMNS], const LaneTile& tile, u32 codes, u32 steps, u32 sums,
                                u32 parts) { multiply_tile(totals, tile, codes, steps, sums, parts); });
   }

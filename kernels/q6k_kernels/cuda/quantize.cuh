@@ -38,6 +38,11 @@ struct Quantized {
   }
 };
 
+// Addresses of the parts in shared memory: of a row, or of what a lane needs of its first super-block.
+struct ActivationParts {
+  u32 codes, steps, sums, parts;
+};
+
 // Lowest bytes of four words.
 __device__ __forceinline__ u32 low_bytes(u32 a, u32 b, u32 c, u32 d) {
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);

@@ -49,11 +49,6 @@ __device__ __forceinline__ float sum_of_warps(u32 values, int pitch, int total, 
   return sum;
 }
 
-// Where a lane finds quantised activations of the first super-block in shared memory.
-struct LaneActivations {
-  u32 codes, steps, sums, parts;
-};
-
 // Multiplies a warp's tiles, `begin` to before `end` of the row tiles of `depth` super-blocks that its block has, in
 // order. copy_next(stage) refills a stage of its ring; activations_of(row tile) are a lane's; store(row tile, row,
 // token, sum) takes the sums of row tiles that are the warp's alone if `stores`; others go to slot_of(row tile).
@@ -64,7 +59,7 @@ __device__ __forceinline__ void multiply_tiles(u32 ring, int lane, int begin, in
   float totals[2][COLUMNS] = {};
   int row_tile = begin / depth, block = begin - row_tile * depth, stage = 0;
   bool whole = block == 0;
-  LaneActivations own = activations_of(row_tile);
+  ActivationParts own = activations_of(row_tile);
   for (int at = begin; at < end; ++at) {
     wait_copies<STAGES - 1>();
     __syncwarp();
@@ -79,6 +74,7 @@ __device__ __forceinline__ void multiply_tiles(u32 ring, int lane, int begin, in
     if (row_ends || at + 1 == end) {
       const bool finished = stores && whole && row_ends;
       const u32 slot = slot_of(row_tile);
+      add_lanes(totals);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
 #pragma unroll

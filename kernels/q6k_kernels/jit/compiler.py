@@ -19,7 +19,7 @@ SOURCES = Path(__file__).parents[1] / "cuda"
 PREAMBLE = "common.cuh"
 """File that is compiled in front of every other."""
 FOUNDATIONS = {
-    "decode.cuh": ("quantize.cuh", "tile_layout.cuh", "tile.cuh", "decode_tile.cuh", "warps.cuh"),
+    "decode.cuh": ("quantize.cuh", "tile_layout.cuh", "tile.cuh", "decode_tile.cuh", "one_token.cuh", "warps.cuh"),
     "experts_decode.cuh": (
         "gates.cuh",
         "sixteens.cuh",
@@ -27,6 +27,7 @@ FOUNDATIONS = {
         "tile_layout.cuh",
         "tile.cuh",
         "decode_tile.cuh",
+        "one_token.cuh",
         "warps.cuh",
     ),
     "experts_wgmma.cuh": (
@@ -40,8 +41,8 @@ FOUNDATIONS = {
     ),
     "persist.cuh": (
         *("barriers.cuh", "words.cuh", "gates.cuh", "eights.cuh", "quantize.cuh", "quantize_eights.cuh"),
-        *("tile_layout.cuh", "tile.cuh", "decode_tile.cuh", "warps.cuh"),
-        *("second.cuh", "tile_layout.cuh", "tile.cuh", "decode_tile.cuh"),
+        *("tile_layout.cuh", "tile.cuh", "decode_tile.cuh", "one_token.cuh", "warps.cuh"),
+        *("second.cuh", "tile_layout.cuh", "tile.cuh", "decode_tile.cuh", "one_token.cuh"),
         *("schedule.cuh", "codes.cuh", "heads.cuh", "attend_halves.cuh", "attend_codes.cuh", "attend_block.cuh"),
         "persist_attend.cuh",
     ),
