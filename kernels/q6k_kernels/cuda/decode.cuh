@@ -159,6 +159,9 @@ extern "C" __global__ void Q6K_LIMITS
   };
   // With clusters each of a warp's row tiles has a slot of its own.
   auto slot_of = [&](int w, int row_tile) { return partials + (row_tile + w) * OUTPUTS * 4; };
+  const int total = rows * depth;
+  LastSum last = {};
+  if (LastSum::EARLY && !SPLIT) last.find(partials, threadIdx.x, total, depth);
   multiply_tiles(
       ring, lane, begin, end, depth, !SPLIT, copy_next, [&](int) { return activations; },
       [&](int row_tile) {
@@ -167,16 +170,15 @@ extern "C" __global__ void Q6K_LIMITS
       store);
 
   __syncthreads();
-  const int total = rows * depth;
   if (!SPLIT) {
-    store_shared_tiles(partials, total, depth, store);
+    store_shared_tiles(last, partials, total, depth, store);
   } else {
     for (int at = threadIdx.x; at < rows * OUTPUTS; at += THREADS) {
       const int r = at / OUTPUTS, inside = at % OUTPUTS;
       const int w = first_warp(total, r * depth);
       const u32 place = slot_of(0, r) + inside * 4;
       const float sum = sum_of_warps(place, OUTPUTS * 4, total, w, (r + 1) * depth);
-      asm volatile("st.shared.f32 [%0], %1;" ::"r"(place + w * OUTPUTS * 4), "f"(sum) : "memory");
+      store_float(place + w * OUTPUTS * 4, sum);
     }
     synchronize_cluster();
     for (int at = rank * THREADS + threadIdx.x; at < rows * OUTPUTS; at += cluster * THREADS) {

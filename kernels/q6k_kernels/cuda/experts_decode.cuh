@@ -175,9 +175,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q6K_OCCUPANCY)
     const float addend = bias_kind == NO_BIAS ? 0.0f : bias_at(bias, bias_kind, (second ? chosen[1] : chosen[0]) * n + row);
     y[(i64)pair * n + row] = to_half(value + addend);
   };
+  LastSum last;
+  last.find(partials, threadIdx.x, rows * depth, depth);
   multiply_tiles(
       ring, lane, begin, end, depth, true, copy_next, activations_of,
       [&](int row_tile) { return slot_of_two(partials, warp, row_tile == first_of_warp); }, store);
   __syncthreads();
-  store_shared_tiles(partials, rows * depth, depth, store);
+  store_shared_tiles(last, partials, rows * depth, depth, store);
 }

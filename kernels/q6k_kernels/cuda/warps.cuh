@@ -18,8 +18,13 @@ constexpr int WARPS = Q6K_WARPS;
 constexpr int STAGES = Q6K_STAGES;
 constexpr int THREADS = WARPS * 32;
 constexpr int RING_BYTES = WARPS * STAGES * TILE_BYTES;
+constexpr int OUTPUTS = TILE_ROWS * TOKENS;  // of a row tile
 
 __device__ __forceinline__ float load_float(u32 address) { return __uint_as_float(load_shared_4(address)); }
+
+__device__ __forceinline__ void store_float(u32 address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
 
 // Start of a part of `total`; hosts ensure that the product is below 2^31.
 __device__ __forceinline__ int share(int total, int part, int parts) { return (u32)(total * part) / (u32)parts; }
@@ -56,6 +61,10 @@ template <typename Copy, typename Activations, typename Slot, typename Store>
 __device__ __forceinline__ void multiply_tiles(u32 ring, int lane, int begin, int end, int depth, bool stores, Copy copy_next,
                                                Activations activations_of, Slot slot_of, Store store) {
   const int g = lane >> 2, t = lane & 3;
+  if (stores && begin == end) {  // nothing, for those who add up
+    for (int at = lane; at < OUTPUTS; at += 32) store_float(slot_of(begin / depth) + at * 4, 0.0f);
+    return;
+  }
   float totals[2][COLUMNS] = {};
   int row_tile = begin / depth, block = begin - row_tile * depth, stage = 0;
   bool whole = block == 0;
@@ -83,9 +92,7 @@ __device__ __forceinline__ void multiply_tiles(u32 ring, int lane, int begin, in
           if (finished) {
             store(row_tile, g + 8 * h, token, totals[h][c]);
           } else if (token < TOKENS) {
-            asm volatile("st.shared.f32 [%0], %1;" ::"r"(slot + ((g + 8 * h) * TOKENS + token) * 4),
-                         "f"(totals[h][c])
-                         : "memory");
+            store_float(slot + ((g + 8 * h) * TOKENS + token) * 4, totals[h][c]);
           }
           totals[h][c] = 0.0f;
         }
@@ -98,24 +105,56 @@ __device__ __forceinline__ void multiply_tiles(u32 ring, int lane, int begin, in
   }
 }
 
-constexpr int OUTPUTS = TILE_ROWS * TOKENS;  // of a row tile
-
 // The slot of a warp's sums of a row tile. It needs two: it completes each row tile between its first and last itself.
 __device__ __forceinline__ u32 slot_of_two(u32 slots, int warp, bool first) {
   return slots + (2 * warp + !first) * OUTPUTS * 4;
 }
 
-// Adds up and stores the row tiles that fall to several warps, after multiply_tiles and a barrier: the last row tile
-// that a warp began and did not complete was completed by the warps after it. `total` tiles are the block's.
-template <typename Store>
-__device__ __forceinline__ void store_shared_tiles(u32 slots, int total, int depth, Store store) {
-  for (int at = threadIdx.x; at < WARPS * OUTPUTS; at += THREADS) {
-    const int w = at / OUTPUTS, inside = at % OUTPUTS;
+// A sum over warps that a thread makes in the end: an output of the last row tile that a warp began and did not complete,
+// which was completed by the warps after it.
+struct LastSum {
+  static constexpr bool EARLY = WARPS * OUTPUTS <= THREADS;  // a thread has at most one, and finds it before it multiplies
+
+  int row_tile;  // or -1
+  int inside;    // the output's number in the row tile
+  int others;    // warps after the first
+  u32 first, next;  // where the first warp's value lies, and the second's
+
+  // Number `at` of the block's sums; `total` tiles are the block's.
+  __device__ __forceinline__ void find(u32 slots, int at, int total, int depth) {
+    const int w = at / OUTPUTS;
     const int begin = share(total, w, WARPS), end = share(total, w + 1, WARPS);
     const int last = (end - 1) / depth, row_end = (last + 1) * depth;
-    if (begin == end || last * depth < begin || row_end == end) continue;
-    const float sum = load_float(slot_of_two(slots, w, last == begin / depth) + inside * 4);
-    store(last, inside / TOKENS, inside % TOKENS,
-          sum + sum_of_warps(slots + inside * 4, 2 * OUTPUTS * 4, total, w + 1, row_end));
+    inside = at % OUTPUTS, others = 0;
+    const bool wanted = w < WARPS && begin < end && last * depth >= begin && row_end > end;
+    row_tile = wanted ? last : -1;
+    first = slot_of_two(slots, w, last == begin / depth) + inside * 4;
+    next = slot_of_two(slots, w + 1, true) + inside * 4;
+    while (w + 1 + others < WARPS && share(total, w + 1 + others, WARPS) < row_end) ++others;
+    asm volatile("" : "+r"(row_tile), "+r"(others), "+r"(first), "+r"(next));  // now, not in the end
+  }
+
+  // Four loads are in flight at a time.
+  __device__ __forceinline__ float sum() const {
+    constexpr int PITCH = 2 * OUTPUTS * 4;
+    const float own = load_float(first);
+    float sum = 0.0f;
+    for (int at = 0; at < others; at += 4) {
+      float parts[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) parts[i] = at + i < others ? load_float(next + (at + i) * PITCH) : 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum += parts[i];
+    }
+    return own + sum;
+  }
+};
+
+// Adds up and stores the row tiles that fall to several warps, after multiply_tiles and a barrier.
+template <typename Store>
+__device__ __forceinline__ void store_shared_tiles(LastSum& last, u32 slots, int total, int depth, Store store) {
+  for (int at = threadIdx.x; at < WARPS * OUTPUTS; at += THREADS) {
+    if (!LastSum::EARLY) last.find(slots, at, total, depth);
+    if (last.row_tile >= 0) store(last.row_tile, last.inside / TOKENS, last.inside % TOKENS, last.sum());
   }
 }
