@@ -25,7 +25,7 @@
 
 // In a decode step, blocks of other launches must find room beside these. Elsewhere so few registers would spill.
 #if Q6K_TOKENS == 1 && !Q6K_FUSED && Q6K_WARPS * Q6K_OCCUPANCY >= 16 && __CUDA_ARCH__ == 900
-#define Q6K_LIMITS __maxnreg__(104)
+#define Q6K_LIMITS __maxnreg__(88)
 #else
 #define Q6K_LIMITS __launch_bounds__(THREADS, Q6K_OCCUPANCY)
 #endif
@@ -109,9 +109,9 @@ extern "C" __global__ void Q6K_LIMITS
 #pragma unroll
     for (int stage = 0; stage < STAGES; ++stage) {
       if (stage < begin || stage >= end) continue;
-      copy_next(stage);
       // All copies at once would delay what the previous launch still has to read.
-      if (!Q6K_FUSED) wait_copies<0>();
+      if (!Q6K_FUSED && stage > begin) wait_copies<0>();
+      copy_next(stage);
     }
   };
   u8* const codes = shared + RING_BYTES;

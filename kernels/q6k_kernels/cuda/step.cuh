@@ -20,6 +20,11 @@ static_assert(!Q6K_FUSED, "a step is quantised once for all blocks");
 #endif
 
 constexpr int NORM_THREADS = 256;
+#if __CUDA_ARCH__ == 900 && Q6K_TOKENS == 1
+#define Q6K_NORM_LIMITS __maxnreg__(Q6K_NORM_GROUPS == 1 ? 80 : 168)
+#else
+#define Q6K_NORM_LIMITS __launch_bounds__(NORM_THREADS)
+#endif
 constexpr int NORM_GROUPS = Q6K_NORM_GROUPS;
 constexpr int GATE_THREADS = 128;
 
@@ -234,7 +239,7 @@ __device__ __forceinline__ T* from(T* rows, i64 at) {  // null stays null
 // null; codes and steps, as q6k_quantize writes them, zeros past k, or null; factor, of delta after its norm; scale, of
 // the sum, a 16-bit number; the norms' epsilon; m, rows of hidden, delta, sum and x, up to TOKENS: codes are of TOKENS, of
 // which those from m on become zeros. Norms are root mean squares; their weights are fp32. A block for each of TOKENS.
-extern "C" __global__ void __launch_bounds__(NORM_THREADS)
+extern "C" __global__ void Q6K_NORM_LIMITS
     q6k_add_norm(const u16* hidden, const u16* delta, const float* after, const float* weight, u16* sum, u16* x,
                  u8* codes, float* steps, float factor, float scale, float epsilon, int k, int m) {
   const Further none[2] = {};
