@@ -143,9 +143,13 @@ __device__ __forceinline__ u32 load_shared_4(u32 address) {
 
 // A policy for bytes that are read once: they leave the L2 cache first, which keeps what launches pass to each other.
 __device__ __forceinline__ u64 evict_first() {
+#if __CUDA_ARCH__ == 900
+  return 0x12F0000000000000ull;  // what the instruction makes, as a constant: registers would be copied for each use
+#else
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
+#endif
 }
 
 __device__ __forceinline__ void copy_async_16(u32 to_shared, const void* from, u64 policy) {

@@ -97,7 +97,7 @@ static inline void selp_u32(uint32_t& d, uint32_t a, uint32_t b, bool which) { d
 
 static inline void cp_async_bulk_shared_cluster_global_mbarrier_complete_tx_bytes_L2_cache_hint(
     uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, unsigned long long policy) {
-  if (policy != 1) emulator::fail("a cache policy that no instruction made");
+  if (policy != emulator::EVICT_FIRST) emulator::fail("a cache policy that no instruction made");
   if (bytes == 0 || bytes % 16 || (uintptr_t)from % 16) emulator::fail("misaligned bulk copy");
   emulator::from_shared_address(to + bytes - 16, 16);
   uint8_t* const at = emulator::from_shared_address(to, 16);

@@ -26,6 +26,7 @@ struct Dimensions { uint32_t x, y, z; };
 extern uint8_t __start_emulated_shared[], __stop_emulated_shared[];
 
 namespace emulator {
+constexpr unsigned long long EVICT_FIRST = 0x12F0000000000000ull;  // a policy of Hopper
 
 constexpr size_t STACK = 128 << 10;
 constexpr size_t SHARED = 232448;  // 227 KB, the most of any GPU

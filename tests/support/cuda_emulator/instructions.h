@@ -124,10 +124,12 @@ static inline void cp_async_cg_shared_global(uint32_t to, const void* from, int 
   cp_async_cg_shared_global(to, present ? from : zeros, bytes);
 }
 // How long lines are kept is not told here: a policy is only a number to be handed on.
-static inline void createpolicy_fractional_L2_evict_first_b64(unsigned long long& policy, double) { policy = 1; }
+static inline void createpolicy_fractional_L2_evict_first_b64(unsigned long long& policy, double) {
+  policy = emulator::EVICT_FIRST;
+}
 static inline void cp_async_cg_shared_global_L2_cache_hint(uint32_t to, const void* from, int bytes,
                                                            unsigned long long policy) {
-  if (policy != 1) emulator::fail("a cache policy that no instruction made");
+  if (policy != emulator::EVICT_FIRST) emulator::fail("a cache policy that no instruction made");
   cp_async_cg_shared_global(to, from, bytes);
 }
 static inline void cp_async_commit_group() { emulator::current->copies.push_back({nullptr, nullptr, 0, true}); }
