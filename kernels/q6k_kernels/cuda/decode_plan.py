@@ -148,6 +148,7 @@ EARLY, LATE, APART = (True, True), (True, False), (False, True)
 ROWS = (
     Row(ALL, (1, 2), 8192, 10, *EARLY, LARGE),
     Row(ALL, (1, 2), 16383, 10, *LATE, LARGE),
+    Row(FOUR, (1,), 16383, 48, *LATE, DEEP + LARGE, resident=1),
     Row(ALL, (1, 2), 16383, 48, *LATE, TWO + LARGE, resident=1),
     Row(BF16, (1,), 4096, ANY, *EARLY, ((8, 3, 2), *LARGE)),
     Row(OTHERS, (1,), 4096, ANY, *EARLY, (*DEEP, *LARGE)),
