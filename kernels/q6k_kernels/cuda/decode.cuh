@@ -16,14 +16,15 @@
 // then over the ranks of the cluster: the result never depends on timing.
 //
 // fp32 roundings of a term: its product with the scale or minimum, the sum of the two groups of 16 or of the group and
-// its minimum, one addition of d_a times that for each 32 weights a warp sums (K/32 at most), one for each warp of each
-// block of a cluster, the bias.
+// its minimum, one addition of d_a times that for each 32 weights a warp sums (K/32 at most; of one token each of four
+// lanes has its own, and two additions follow), one for each warp of each block of a cluster, the bias.
 
 #ifndef Q6K_SPLIT
 #define Q6K_SPLIT 0
 #endif
 
-// In a decode step, blocks of other launches must find room beside these. Elsewhere so few registers would spill.
+// In a decode step, blocks of other launches must find room beside these: a norm's (step.cuh) beside two. Elsewhere so
+// few registers would spill.
 #if Q6K_TOKENS == 1 && !Q6K_FUSED && Q6K_WARPS * Q6K_OCCUPANCY >= 16 && __CUDA_ARCH__ == 900
 #define Q6K_LIMITS __maxnreg__(88)
 #else

@@ -20,8 +20,9 @@ static_assert(!Q6K_FUSED, "a step is quantised once for all blocks");
 #endif
 
 constexpr int NORM_THREADS = 256;
-#if __CUDA_ARCH__ == 900 && Q6K_TOKENS == 1
-#define Q6K_NORM_LIMITS __maxnreg__(Q6K_NORM_GROUPS == 1 ? 80 : 168)
+// Two blocks of the product that follows leave room for a norm of 80 registers. Longer rows need more than there is.
+#if __CUDA_ARCH__ == 900 && Q6K_TOKENS == 1 && Q6K_NORM_GROUPS == 1
+#define Q6K_NORM_LIMITS __maxnreg__(80)
 #else
 #define Q6K_NORM_LIMITS __launch_bounds__(NORM_THREADS)
 #endif
