@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from torch import Tensor
 
+import families
 from chunk_cases import CASES, heads_in_chunks, nets_in_chunks, random
 from cuda_emulator.memory import emulate
 from families import FAMILIES, tiny
@@ -112,12 +113,13 @@ def test_heads_in_chunks(
 def test_logits_are_those_in_torch(family: str, recorded: bool, monkeypatch: Any) -> None:
     """Of chunks of which the second wraps rings of 72 slots, and may be recorded, and the last has one token."""
     name = FAMILIES[family][0]
-    made = getattr(transformers, f"{name}Config")
+    made = getattr(families.transformers, f"{name}Config")
 
     def config(**given: Any) -> Any:
         return made(**{**given, **SIZES, **MORE.get(family, {}), "initializer_range": 0.1})
 
-    monkeypatch.setattr(transformers, f"{name}Config", config)
+    # As `families` has it: a test before may have had transformers imported anew.
+    monkeypatch.setattr(families.transformers, f"{name}Config", config)
     model = tiny.__wrapped__(family).to(torch.float16)
     ids = torch.randint(0, 97, (107,), generator=torch.Generator().manual_seed(0))
     reference = Step(model, KeyValueCache(model.config, 120, CPU), TorchOperations())
