@@ -6,8 +6,8 @@
 //   Q6K_WARPS, Q6K_STAGES   see warps.cuh, which comes before this file
 //   Q6K_PENDING             chunks of tiles that are under way at a time for later rows
 //   Q6K_TYPES               1, or 2 if some rows have the second type
-//   Q6K_STORED_TILES        1: the thread that requests tiles loads and stores them itself, for racecheck, which does not
-//                           follow the barriers of bulk copies
+//   Q6K_STORED_TILES        1: the thread that requests tiles loads and stores them itself, so that compute-sanitizer
+//                           sees each address
 #ifndef Q6K_STORED_TILES
 #define Q6K_STORED_TILES 0
 #endif

@@ -40,7 +40,7 @@ class PersistentStep:
     Attributes:
         schedule: what it runs; None before.
         stages: stages of its ring of tiles; 0 before.
-        stored_tiles: whether tiles come by loads and stores, for racecheck, which cannot follow bulk copies.
+        stored_tiles: whether tiles come by loads and stores, whose addresses compute-sanitizer sees.
         trace: where to note when a block does what, int64 (rows, blocks, `TIMES`) in ns; None: nowhere.
 
     Args:
