@@ -33,16 +33,11 @@ CPU = torch.device("cpu", 0)
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "order", "stored_tiles"),
-    [
-        ("llama", torch.bfloat16, 0, False),
-        ("qwen3", torch.float16, 1, False),
-        ("gemma3", torch.bfloat16, 2, False),
-        ("qwen3", torch.bfloat16, 2, True),
-    ],
+    ("name", "dtype", "order"),
+    [("llama", torch.bfloat16, 0), ("qwen3", torch.float16, 1), ("gemma3", torch.bfloat16, 2)],
 )
 def test_steps_are_those_of_the_reference(
-    name: str, dtype: torch.dtype, order: int, stored_tiles: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, order: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two weight types, windows, and norms of heads and of summands."""
     pytest.importorskip("libgguf")
@@ -60,7 +55,6 @@ def test_steps_are_those_of_the_reference(
     memory = emulate(monkeypatch, device)
     monkeypatch.setattr(decode, "stream", lambda on: 0)
     whole = PersistentStep(CPU, dtype)
-    whole.stored_tiles = stored_tiles
     step = Step(models[0], generator.cache, Kernels(CPU, dtype), whole=whole)
     for _ in range(2):
         right, expected = exact(generator._token), reference(generator._token)

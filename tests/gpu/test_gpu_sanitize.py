@@ -13,9 +13,9 @@ prompt's chunk are in test_gpu_sanitize_chunk.py.
     compute-sanitizer --error-exitcode 1 --tool initcheck --kernel-name kns=q6k_ $tests $persist
 
 cuda-bindings asks the driver for functions that it may not have, which memcheck would report. racecheck calls
-every read of a tile by q6k_persist a race: it follows neither the barriers on which bulk copies complete, nor
-those at which a thread arrives that has stored tiles itself. Its one other finding is the number of the row that
-is multiplied, a volatile hint for that thread.
+every read of a tile by q6k_persist a race: it does not follow the barriers on which bulk copies complete. Its one
+other finding there is the number of the row that is multiplied, a volatile hint for the thread that requests
+tiles.
 `-m sanitize` selects the same. Without torch's cache every tensor is an allocation of its own: what is read past
 its end, or before it is written, shows. The first run compiles the kernels into the disk cache. `--kernel-name`
 leaves out cuBLAS and torch's own kernels, which only `test_expanding_slices` launches, after ours. (initcheck would

@@ -17,13 +17,11 @@ pytestmark = [*of_one_architecture, pytest.mark.sanitize]
 
 
 @pytest.mark.filterwarnings("error:.* wait for each other")  # they have room
-@pytest.mark.parametrize("copies", ["stored", "bulk"])
 @pytest.mark.parametrize("name", ["gemma3", "wide"])
-def test_a_step_as_one_kernel(name: str, copies: str, tmp_path: Path) -> None:
+def test_a_step_as_one_kernel(name: str, tmp_path: Path) -> None:
     """On a few blocks, with windows and norms of summands; and on all, one row tile each."""
     model = load_model(bundle(name, tmp_path), device="cuda", dtype=torch.float16)
     persistent, launched = (Generator(model, capacity=40, persistent=each) for each in (True, False))
-    persistent._fused_step._whole.stored_tiles = copies == "stored"
     for generator in (persistent, launched):
         generator.prefill(list(range(3, 24)))
     for _ in range(3):

@@ -6,11 +6,6 @@
 //   Q6K_WARPS, Q6K_STAGES   see warps.cuh, which comes before this file
 //   Q6K_PENDING             chunks of tiles that are under way at a time for later rows
 //   Q6K_TYPES               1, or 2 if some rows have the second type
-//   Q6K_STORED_TILES        1: the thread that requests tiles loads and stores them itself, so that compute-sanitizer
-//                           sees each address
-#ifndef Q6K_STORED_TILES
-#define Q6K_STORED_TILES 0
-#endif
 
 enum RowKind { PRODUCT = 0, ATTENTION = 1 };
 // What a product multiplies: the norm of the residual sum, values of other blocks, or what the row before had.
@@ -51,15 +46,6 @@ __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(TH
 
 // Copies tiles that lie one after the other, each to a place of STAGE_BYTES.
 __device__ __forceinline__ void copy_tiles(u32 to, const u8* from, int count, u32 bytes, u32 barrier) {
-#if Q6K_STORED_TILES
-  for (u32 at = 0; at < count * bytes; at += 16) {
-    const uint4 piece = *reinterpret_cast<const uint4*>(from + at);
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to + at / bytes * STAGE_BYTES + at % bytes),
-                 "r"(piece.x), "r"(piece.y), "r"(piece.z), "r"(piece.w)
-                 : "memory");
-  }
-  return;
-#endif
   if (bytes == STAGE_BYTES) {
     copy_bulk(to, from, count * bytes, barrier, evict_first());
     return;
@@ -180,7 +166,7 @@ __device__ __forceinline__ void request_tiles(const Row* row, int count, const v
         ++under_way;
       }
       left -= wanted;
-      if (wanted && !Q6K_STORED_TILES) barrier_expect(full, wanted * bytes);
+      if (wanted) barrier_expect(full, wanted * bytes);
       u32 to = Ring::at(0, which * Ring::CHUNK);
       while (wanted) {
         const int together = min(wanted, until_other);
@@ -192,7 +178,7 @@ __device__ __forceinline__ void request_tiles(const Row* row, int count, const v
           second_half = !second_half, until_other = part.depth;
         }
       }
-      if (!some || Q6K_STORED_TILES) barrier_arrive(full);  // warps without a tile wait for it all the same
+      if (!some) barrier_arrive(full);  // warps without a tile wait for it all the same
       if (++which == ALL) which = 0, parity ^= 1;
     }
   }

@@ -40,7 +40,6 @@ class PersistentStep:
     Attributes:
         schedule: what it runs; None before.
         stages: stages of its ring of tiles; 0 before.
-        stored_tiles: whether tiles come by loads and stores, whose addresses compute-sanitizer sees.
         trace: where to note when a block does what, int64 (rows, blocks, `TIMES`) in ns; None: nowhere.
 
     Args:
@@ -56,7 +55,6 @@ class PersistentStep:
         self._where, self._dtype = where, dtype
         self.schedule: Schedule | None = None
         self.stages = 0
-        self.stored_tiles = False
         self.trace: Tensor | None = None
         if self._device.arch != ARCH:
             refuse(f"compute capability {self._device.arch / 10}: expected {ARCH / 10}")
@@ -109,8 +107,7 @@ class PersistentStep:
         self._rows = torch.frombuffer(rows, dtype=torch.uint8).to(self._where)
         self._epoch = torch.ones(1, dtype=torch.int32, device=self._where)
         fp16 = self._dtype is torch.float16
-        file, kernel, macros = variant(schedule.types, schedule.head_dim, schedule.hidden, fitting[0], fp16=fp16)
-        self._variant = file, kernel, (*macros, *((("Q6K_STORED_TILES", 1),) if self.stored_tiles else ()))
+        self._variant = variant(schedule.types, schedule.head_dim, schedule.hidden, fitting[0], fp16=fp16)
         self.schedule, self.stages = schedule, fitting[0]
 
 
