@@ -33,5 +33,6 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def new(model: Path, tmp_path: Path) -> Listing:
+    """What a conversion of `model` looks like."""
     convert(model, tmp_path / "new")
     return listing(tmp_path / "new")

@@ -62,20 +62,6 @@ def log(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    """The directory that outputs lie in; tests compare all of it before and after."""
-    (tmp_path / "home").mkdir()
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def new(model: Path, tmp_path: Path) -> Listing:
-    """What a conversion of `model` looks like."""
-    convert(model, tmp_path / "new")
-    return listing(tmp_path / "new")
-
-
-@pytest.fixture
 def old(tmp_path: Path) -> Listing:
     """Another bundle, with other files, that lies in the output's place where a test says so."""
     convert(two_tensors(rows=3, seed=9).write(tmp_path / "old.gguf"), tmp_path / "old", Options(max_shard_size=600))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,14 +30,7 @@ CPU = torch.device("cpu")
 LENGTHS = (16, 11, 40, 40, 8, 12, 64, 33, 9)
 """Chunks after each other, of which the first of each size is not recorded; some fill theirs, others do not."""
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Watched(ChunkRecorder):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -23,14 +22,7 @@ from q6k_kernels.generate.kv_cache import cache_argument
 from q6k_kernels.generate.sampling import LOWEST, choose, gumbel_noise
 from q6k_kernels.models.cache_layout import SLACK
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -22,14 +22,7 @@ from q6k_kernels.generate.step_reference import TokenChoice
 
 MOST = 45
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made(capacity: int = 200, temperature: float = 0.0) -> Generator:
